@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+DEMO_HOME ?= demo-home
+
+.PHONY: help install test test-slow check format demo bench system clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(READY)  ## make the environment in .venv
+
+# torch comes first, pinned: a later range is then satisfied and pulls no build for a GPU.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: $(READY)  ## run the tests (about ten minutes on two cores)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(READY)  ## run the long sweeps too
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(READY)  ## train a base and experts on real data, run the daemon, show the table
+	$(BIN)/mainstem demo --home $(DEMO_HOME)
+
+system:  ## Debian's Prometheus and Chromium for the tests that use them (as root)
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus chromium
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache $(DEMO_HOME)

@@ -1,0 +1,65 @@
+"""The daemon's error tree.
+
+    DaemonError
+    ├── Refused       an expert that goes to quarantine
+    ├── NotYet        an expert that is not complete, or changed while it was read: it stays in the inbox
+    ├── BadHome       HOME is missing, in use, damaged or from another version
+    └── BadConfig     a setting is unknown or outside its range
+
+Each carries `.reason` (a closed list: metric label and registry value) and `.hint`. The reasons of the projector
+(`projector.errors.Reason`) and these together are everything that `reason` can say.
+"""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why the daemon refused something, beside the projector's reasons."""
+
+    PICKLE = "pickle"
+    LFS_POINTER = "lfs_pointer"
+    UNREADABLE = "unreadable"
+    SYMLINK = "symlink"
+    NOT_A_FILE = "not_a_file"
+    NO_WEIGHTS = "no_weights"
+    BAD_INDEX = "bad_index"
+    ADAPTER = "adapter"
+    MISSING_SIDECAR = "missing_sidecar"
+    EQUALS_BASE = "equals_base"
+    ALL_ZERO = "all_zero"
+    NORM_OUTLIER = "norm_outlier"
+    INCOMPLETE = "incomplete"
+    CHANGED = "changed"
+    HOME = "home"
+    CONFIG = "config"
+
+
+class DaemonError(Exception):
+    """What went wrong (`str`), as one word (`reason`), and what to do (`hint`)."""
+
+    def __init__(self, reason: Reason, detail: str, hint: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.hint = hint
+
+
+class Refused(DaemonError):
+    """The expert can never be merged as it is: quarantine."""
+
+
+class NotYet(DaemonError):
+    """The expert may become good: leave it in the inbox and look again."""
+
+
+class BadHome(DaemonError):
+    """HOME cannot be used as it is."""
+
+    def __init__(self, detail: str, hint: str) -> None:
+        super().__init__(Reason.HOME, detail, hint)
+
+
+class BadConfig(DaemonError):
+    """A setting is unknown or outside its range."""
+
+    def __init__(self, detail: str, hint: str) -> None:
+        super().__init__(Reason.CONFIG, detail, hint)

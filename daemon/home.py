@@ -1,0 +1,93 @@
+"""Where everything is under HOME. Only names: nothing here touches the disk except `exists`.
+
+    HOME/
+      mainstem.toml
+      inbox/
+      quarantine/000017/       reason.json and what was refused
+      archive/000016/          what was merged (or was a duplicate)
+      published/main/000012/   one folder per version
+      published/main/latest -> 000012      and the plain file LATEST
+      state/
+        registry.sqlite  lock  clean
+        heads/main/000012/state.safetensors
+        tmp/
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+STATE_FILE = "state.safetensors"
+
+
+def number(n: int) -> str:
+    """A version or an expert id as its folder is called: 12 -> "000012"."""
+    return f"{n:06d}"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder layout of one HOME."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "mainstem.toml"
+
+    @property
+    def inbox(self) -> Path:
+        return self.root / "inbox"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state"
+
+    @property
+    def registry(self) -> Path:
+        return self.state / "registry.sqlite"
+
+    @property
+    def lock(self) -> Path:
+        return self.state / "lock"
+
+    @property
+    def clean(self) -> Path:
+        """Present only after a clean stop: without it the next start re-hashes the live version."""
+        return self.state / "clean"
+
+    @property
+    def tmp(self) -> Path:
+        return self.state / "tmp"
+
+    @property
+    def published(self) -> Path:
+        return self.root / "published"
+
+    def quarantine(self, expert_id: int) -> Path:
+        return self.root / "quarantine" / number(expert_id)
+
+    def archive(self, expert_id: int) -> Path:
+        return self.root / "archive" / number(expert_id)
+
+    def versions(self, head: str) -> Path:
+        return self.published / head
+
+    def version(self, head: str, n: int) -> Path:
+        return self.published / head / number(n)
+
+    def manifest(self, head: str, n: int) -> Path:
+        return self.version(head, n) / MANIFEST
+
+    def latest(self, head: str) -> Path:
+        return self.published / head / "latest"
+
+    def states(self, head: str) -> Path:
+        return self.state / "heads" / head
+
+    def head_state(self, head: str, n: int) -> Path:
+        """The folder with the accumulators of one version (none for version 0)."""
+        return self.states(head) / number(n)
+
+    def exists(self) -> bool:
+        return self.registry.is_file()
