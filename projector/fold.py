@@ -1,0 +1,220 @@
+"""The driver: streams one expert through every head, and a head's state out to its published weights.
+
+Each tensor of the expert is read once and folded into all heads before the next is touched; a tensor that every head
+takes elementwise goes through in blocks of rows. At any time no more is in memory than one tensor (or block) of the
+base, of the expert and of each head's accumulators.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import fsum, isfinite, sqrt
+
+import torch
+from torch import Tensor
+
+from projector.errors import BadValues, Reason
+from projector.linalg import energy
+from projector.method import Expert, Method, State, Sums, Totals
+from projector.source import Checkpoint, Source
+from projector.spec import Schema, TensorSpec, shown
+from projector.tensorfile import TensorReader, TensorWriter
+from projector.watch import SILENT, Watch
+
+BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class HeadFold:
+    """One head in a fold.
+
+    expert: what its method may know of the arriving expert. before: its state's file, None where it has no expert yet.
+    after: the file for its new state.
+    """
+
+    method: Method
+    totals: Totals
+    expert: Expert
+    before: TensorReader | None
+    after: TensorWriter
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a fold found: the expert's norm and the base's (float64), and each head's totals after it."""
+
+    norm: float
+    base_norm: float
+    totals: Sequence[Totals]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """How to run: the device, the size of a block in bytes of float32, and who watches."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    block_bytes: int = BLOCK_BYTES
+    watch: Watch = SILENT
+
+    def survey(self, base: Checkpoint, source: Source, method: Method, expert: Expert) -> Expert:
+        """Runs the method's survey rounds over the expert and returns `expert` with their sums."""
+        for _ in range(method.rounds):
+            shares: dict[str, Tensor] = {}
+            for spec, rows, _, delta in self._deltas(base, source, [method]):
+                share = method.survey(delta, _part(spec, rows), _at(expert, source, spec))
+                shares = {key: shares[key] + value if shares else value for key, value in share.items()}
+            expert = replace(expert, surveys=(*expert.surveys, shares))
+        return expert
+
+    def fold(self, base: Checkpoint, source: Source, heads: Sequence[HeadFold]) -> Folded:
+        """Folds one expert into every head and writes each head's new state.
+
+        Raises BadValues at the first tensor whose delta is not finite; nothing but the heads' new files has then been
+        touched.
+        """
+        energies: list[float] = []
+        base_energies: list[float] = []
+        sums: list[list[Sums]] = [[] for _ in heads]
+        for spec, rows, theta0, delta in self._deltas(base, source, [head.method for head in heads]):
+            with self.watch.phase("project"):
+                energies.append(_finite_energy(delta, spec))
+                base_energies.append(energy(theta0))
+            del theta0
+            part = _part(spec, rows)
+            for head, share in zip(heads, sums, strict=True):
+                state = self._state(head.method, head.before, spec, rows)
+                with self.watch.phase("project"):
+                    state, found = head.method.update(state, delta, part, _at(head.expert, source, spec))
+                share.append(found)
+                for key, value in state.items():
+                    head.after.write(slot_name(key, spec.name), value, part.start)
+            self.watch.advance(delta.numel() * spec.dtype.itemsize)
+        totals = [head.method.tally(head.totals, _add(share)) for head, share in zip(heads, sums, strict=True)]
+        return Folded(sqrt(fsum(energies)), sqrt(fsum(base_energies)), totals)
+
+    def read_out(
+        self,
+        base: Checkpoint,
+        method: Method,
+        totals: Totals,
+        state: TensorReader | None,
+        writers: Sequence[TensorWriter],
+    ) -> None:
+        """Writes a head's merged weights, each tensor in the dtype of its writer's spec.
+
+        Raises BadValues where a value does not fit into it.
+        """
+        for writer in writers:
+            for spec in writer.specs.values():
+                for rows in _blocks(spec, [method], self.block_bytes):
+                    weights = base.read(spec.name, rows)
+                    if spec.floating:
+                        weights = self._merged(weights, method, totals, state, spec, rows)
+                    writer.write(spec.name, weights, rows.start if rows else 0)
+                    self.watch.advance(weights.numel() * spec.dtype.itemsize)
+
+    def overlap(self, base: Checkpoint, source: Source, merged: Checkpoint) -> tuple[float, float, float]:
+        """(norm of the task vector, norm of the merged one, cosine between them), for a dry run; float64."""
+        mine, theirs, products = [], [], []
+        for spec, rows, theta0, delta in self._deltas(base, source, []):
+            other = merged.delta(spec, theta0, rows)
+            with self.watch.phase("project"):
+                mine.append(_finite_energy(delta, spec))
+                theirs.append(energy(other))
+                products.append(float(torch.dot(delta.flatten().double(), other.flatten().double())))
+            self.watch.advance(delta.numel() * spec.dtype.itemsize)
+        norm, merged_norm = sqrt(fsum(mine)), sqrt(fsum(theirs))
+        return norm, merged_norm, fsum(products) / (norm * merged_norm) if norm and merged_norm else 0.0
+
+    def _deltas(
+        self, base: Checkpoint, source: Source, methods: Sequence[Method]
+    ) -> Iterator[tuple[TensorSpec, slice | None, Tensor, Tensor]]:
+        """(spec, rows, theta_0, delta) of every floating tensor, in the expert's own order; in blocks where allowed."""
+        schema = base.schema
+        for name in source.order:
+            for rows in _blocks(schema[name], methods, self.block_bytes):
+                theta0 = base.read(name, rows).to(self.device)
+                yield schema[name], rows, theta0, source.delta(schema[name], theta0, rows)
+
+    def _state(self, method: Method, file: TensorReader | None, spec: TensorSpec, rows: slice | None) -> State:
+        if file is not None:
+            return {key: file.read(slot_name(key, spec.name), rows).to(self.device) for key in method.slots(spec)}
+        return {
+            key: torch.zeros(_shape(slot.shape, rows), dtype=slot.dtype, device=self.device)
+            for key, slot in method.slots(spec).items()
+        }
+
+    def _merged(
+        self,
+        theta0: Tensor,
+        method: Method,
+        totals: Totals,
+        file: TensorReader | None,
+        spec: TensorSpec,
+        rows: slice | None,
+    ) -> Tensor:
+        state = self._state(method, file, spec, rows)
+        with self.watch.phase("project"):
+            merged = method.read(theta0.to(self.device), state, totals, _part(spec, rows)).to(spec.dtype)
+            if not isfinite(energy(merged)):
+                raise BadValues(
+                    Reason.NOT_FINITE,
+                    f"the merged {shown(spec.name)} does not fit into {spec.dtype}".replace("torch.", ""),
+                    "publish in a wider dtype, or leave this expert out",
+                )
+        return merged
+
+
+def slot_name(slot: str, tensor: str) -> str:
+    """The name of an accumulator in a state file: "A/layer.0.weight"."""
+    return f"{slot}/{tensor}"
+
+
+def state_specs(method: Method, schema: Schema) -> list[TensorSpec]:
+    """The tensors of a method's state file over a base's schema."""
+    return [
+        TensorSpec(slot_name(key, name), slot.shape, slot.dtype)
+        for name, spec in schema.items()
+        if spec.floating
+        for key, slot in method.slots(spec).items()
+    ]
+
+
+def _blocks(spec: TensorSpec, methods: Sequence[Method], block_bytes: int) -> Iterator[slice | None]:
+    """The blocks of rows of a tensor, or None for the whole of it."""
+    rows = max(1, block_bytes // max(1, spec.row_numel * 4))
+    if not spec.shape or rows >= spec.shape[0] or not all(method.elementwise(spec) for method in methods):
+        yield None
+        return
+    for start in range(0, spec.shape[0], rows):
+        yield slice(start, min(start + rows, spec.shape[0]))
+
+
+def _part(spec: TensorSpec, rows: slice | None) -> TensorSpec:
+    return replace(spec, start=rows.start) if rows else spec
+
+
+def _shape(shape: tuple[int, ...], rows: slice | None) -> tuple[int, ...]:
+    return (rows.stop - rows.start, *shape[1:]) if rows else shape
+
+
+def _at(expert: Expert, source: Source, spec: TensorSpec) -> Expert:
+    """The expert as a method sees it at one tensor: with the sidecars that belong to it."""
+    sidecars = source.sidecars(spec)
+    return replace(expert, sidecars=sidecars) if sidecars else expert
+
+
+def _finite_energy(delta: Tensor, spec: TensorSpec) -> float:
+    found = energy(delta)
+    if not isfinite(found):
+        raise BadValues(
+            Reason.NOT_FINITE,
+            f"{shown(spec.name)} holds NaN or infinite values, or its difference to the base overflows",
+            "the training diverged, or the file is damaged: drop a checkpoint from before that",
+        )
+    return found
+
+
+def _add(shares: Sequence[Sums]) -> dict[str, float]:
+    """Adds sums over tensors exactly rounded, so that the order of the tensors does not matter."""
+    keys: Mapping[str, None] = dict.fromkeys(key for share in shares for key in share)
+    return {key: fsum(share[key] for share in shares if key in share) for key in keys}

@@ -1,0 +1,182 @@
+"""The contract of a merging method: a fold over task vectors.
+
+    state = zeros                                              model-sized accumulators, tensor by tensor
+    state, sums = update(state, delta, spec, expert)           once per expert and tensor
+    totals = tally(totals, sums over the model)                once per expert
+    weights = read(base, state, totals, spec)                  any time
+
+A method is a frozen dataclass: its fields are its parameters, declared with `param`, which holds their help and range.
+State keys, shapes and dtypes depend on the base tensor's spec alone; arguments are never mutated; the same arguments
+give the same bits. `projector.checks` holds any method to this. A method of another package registers itself under the
+entry point group `mainstem.methods`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from math import isfinite
+from typing import Any, ClassVar, Self, get_type_hints
+
+import torch
+from torch import Tensor
+
+from projector.errors import BadParameter
+from projector.spec import TensorSpec
+
+State = Mapping[str, Tensor]
+Sums = Mapping[str, float]
+Survey = Mapping[str, Tensor]
+Sidecars = Mapping[str, Tensor]
+
+ACCUMULATOR_DTYPE = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a head knows about the whole model: how many experts it has folded, and its method's scalars (float64).
+
+    Part of the state: it must survive a restart exactly.
+    """
+
+    experts: int = 0
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """What a method may know about the arriving expert beside the delta at hand.
+
+    index: its place among the merged experts, from 1. sha256: its identity, only known to a method that surveys.
+    surveys: the sums over the model of each survey round. sidecars: the tensors it brought for this base tensor,
+    by kind ("fisher", "gram"), as listed in the method's `needs`.
+    """
+
+    index: int
+    sha256: str = ""
+    surveys: Sequence[Survey] = ()
+    sidecars: Sidecars = field(default_factory=dict)
+
+
+class Method(ABC):
+    """A merging method. Subclasses are frozen dataclasses with a docstring that says what the method does."""
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    paper: ClassVar[str]
+    order_independent: ClassVar[bool] = False
+    subtractable: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
+    rounds: ClassVar[int] = 0  # survey sweeps over the expert before the fold
+
+    def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """The accumulators of one tensor by key. Default: one, "A", of the tensor's shape, in float32."""
+        return {"A": TensorSpec(spec.name, spec.shape, ACCUMULATOR_DTYPE)}
+
+    def elementwise(self, spec: TensorSpec) -> bool:
+        """True where the driver may hand over this tensor in blocks of rows; each slot then has the tensor's shape."""
+        return False
+
+    def survey(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+        """One tensor's share of a survey round; shares are added up. `expert.surveys` holds the rounds before."""
+        raise NotImplementedError(f"{self.name} declares rounds but no survey")
+
+    @abstractmethod
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        """Folds one tensor of one expert. delta: float32, theta - theta_0. Sums: float64, added up over the model."""
+
+    def tally(self, totals: Totals, sums: Sums) -> Totals:
+        """Closes one expert: `sums` over all its tensors. Default: counts it."""
+        return Totals(totals.experts + 1, dict(totals.scalars))
+
+    @abstractmethod
+    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
+        """The merged tensor, in float32 or better. With no expert folded it equals `base`."""
+
+    def figures(self, totals: Totals) -> Mapping[str, float]:
+        """What to report of a head: lambda, norms, ..."""
+        return totals.scalars
+
+    def params(self) -> dict[str, Any]:
+        """The parameters, ready for JSON: `make(name, method.params())` gives an equal method."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            _check(self.name, f.name, getattr(self, f.name), f.metadata)
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> Self:
+        """The method with these parameters: JSON values or the strings of a command line. Raises BadParameter."""
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        for key in params:
+            if key not in known:
+                raise BadParameter(
+                    f"{cls.name} has no parameter {key!r}",
+                    f"it has {', '.join(sorted(known))}" if known else f"{cls.name} has no parameters",
+                )
+        hints = get_type_hints(cls)
+        return cls(**{key: _parse(cls.name, key, value, hints[key]) for key, value in params.items()})
+
+
+def param(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A parameter of a method: its default, what it means, and its closed range or its choices (words)."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+def param_range(metadata: Mapping[str, Any]) -> str:
+    """The allowed values of a parameter in words, "" where anything of its type will do."""
+    low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
+    words = [*(choices or ())]
+    if low is not None and high is not None:
+        words.insert(0, f"{low:g} to {high:g}")
+    elif low is not None:
+        words.insert(0, f"{low:g} or more")
+    return ", ".join(words)
+
+
+def method_params(cls: type[Method]) -> dict[str, Mapping[str, Any]]:
+    """Each parameter of a method class with help, low, high, choices and default."""
+    return {f.name: {**f.metadata, "default": None if f.default is MISSING else f.default} for f in fields(cls)}  # type: ignore[arg-type]
+
+
+def _check(method: str, key: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
+    if isinstance(value, str):
+        good = choices is None or value in choices
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        good = isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+    else:
+        good = True
+    if not good:
+        raise BadParameter(f"{method}.{key} cannot be {value!r}", f"allowed: {param_range(metadata)}")
+
+
+def _parse(method: str, key: str, value: Any, hint: Any) -> Any:
+    """A JSON value or a command line's word as the field's type."""
+    wrong = BadParameter(f"{method}.{key} cannot be {value!r}", f"it is a {getattr(hint, '__name__', hint)}")
+    if hint == tuple[str, ...]:
+        return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+    if hint is bool:
+        words = {"true": True, "false": False, True: True, False: False}
+        if value not in words:
+            raise wrong
+        return words[value]
+    for kind in getattr(hint, "__args__", (hint,)):
+        try:
+            if kind is int and isinstance(value, float) and not value.is_integer():
+                continue
+            return kind(value)
+        except (TypeError, ValueError):
+            continue
+    raise wrong
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

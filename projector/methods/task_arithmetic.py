@@ -1,0 +1,54 @@
+"""Task arithmetic: the scaled sum of task vectors."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from projector.linalg import energy
+from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(Method):
+    """The sum of all task vectors times a scale: a number, or one of two that keep the sum from growing with T.
+
+    "norm" gives the merged task vector the experts' mean norm; "per_sqrt" is c / sqrt(T).
+    """
+
+    name = "task_arithmetic"
+    formula = "base + scale * S; scale: a number, norm: mean(||tau||) / ||S||, per_sqrt: c / sqrt(T)"
+    paper = "Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089"
+    order_independent = True
+    subtractable = True
+
+    scale: float | str = param(
+        0.3, "the factor of the sum, or a rule for it", low=-10, high=10, choices=("norm", "per_sqrt")
+    )
+    c: float = param(1.0, "the numerator of per_sqrt", low=0, high=10)
+
+    def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
+
+    def elementwise(self, spec: TensorSpec) -> bool:
+        return True
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        total = state["S"] + delta
+        sums = {"task_vector": energy(delta), "sum": energy(total)} if self.scale == "norm" else {}
+        return {"S": total}, sums
+
+    def tally(self, totals: Totals, sums: Sums) -> Totals:
+        experts = totals.experts + 1
+        if self.scale == "per_sqrt":
+            return Totals(experts, {"scale": self.c / sqrt(experts)})
+        if self.scale == "norm":
+            norms = totals.scalars.get("norms", 0.0) + sqrt(sums["task_vector"])
+            norm = sqrt(sums["sum"])
+            return Totals(experts, {"norms": norms, "scale": norms / experts / norm if norm else 0.0})
+        return Totals(experts, {"scale": float(self.scale)})
+
+    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
+        return torch.add(base, state["S"], alpha=totals.scalars.get("scale", 0.0))

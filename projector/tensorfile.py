@@ -1,0 +1,155 @@
+"""One safetensors file on a descriptor: read tensors or rows of them by pread, write them piece by piece, hash both.
+
+Never mmap: a file truncated while mapped kills the process, and mapped pages count as resident memory.
+The caller owns the descriptors, opens and closes them, and makes them durable.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from projector.errors import BadFile, Reason
+from projector.header import PREFIX_BYTES, Header, build_header, header_length, parse_header
+from projector.spec import TensorSpec
+from projector.watch import SILENT, Watch
+
+CHUNK_BYTES = 4 << 20
+
+
+class RunningDigest:
+    """The sha256 of a whole file, fed in any order and computed front to back.
+
+    What is fed at the frontier is hashed from memory; a gap is first read back from the file. A file read or written
+    in the order of its data is thus touched once.
+    """
+
+    def __init__(self, fd: int, watch: Watch = SILENT) -> None:
+        self._fd = fd
+        self._watch = watch
+        self._sha256 = hashlib.sha256()
+        self._frontier = 0
+
+    def feed(self, offset: int, data: memoryview) -> None:
+        """Takes the bytes at `offset`, unless they lie before the frontier and so were hashed already."""
+        end = offset + len(data)
+        if end <= self._frontier:
+            return
+        self._catch_up(offset)
+        with self._watch.phase("hash"):
+            self._sha256.update(data[self._frontier - offset :])
+        self._frontier = end
+
+    def finish(self, size: int) -> str:
+        """The digest in hex of the file's first `size` bytes."""
+        self._catch_up(size)
+        return self._sha256.hexdigest()
+
+    def _catch_up(self, offset: int) -> None:
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(0, offset - self._frontier))))
+        while self._frontier < offset:
+            piece = buffer[: min(len(buffer), offset - self._frontier)]
+            with self._watch.phase("read"):
+                read_exactly(self._fd, piece, self._frontier)
+            with self._watch.phase("hash"):
+                self._sha256.update(piece)
+            self._frontier += len(piece)
+
+
+class TensorReader:
+    """A safetensors file open for reading. Raises BadFile where the file is not what its header says."""
+
+    def __init__(self, fd: int, digest: RunningDigest | None = None, watch: Watch = SILENT) -> None:
+        self._fd = fd
+        self._digest = digest
+        self._watch = watch
+        size = os.fstat(fd).st_size
+        prefix = bytearray(min(PREFIX_BYTES, size))
+        read_exactly(fd, memoryview(prefix), 0)
+        text = bytearray(header_length(bytes(prefix), size))
+        read_exactly(fd, memoryview(text), PREFIX_BYTES)
+        self.header: Header = parse_header(bytes(text), size)
+        if digest is not None:
+            digest.feed(0, memoryview(prefix + text))
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self.header.specs
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor `name`, or its rows [start, stop), as a fresh tensor in the file's dtype."""
+        spec = self.header.specs[name]
+        start, stop = (rows.start, rows.stop) if rows is not None else (0, spec.shape[0] if spec.shape else 1)
+        shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
+        row_bytes = spec.row_numel * spec.dtype.itemsize
+        offset = self.header.offsets[name] + start * row_bytes
+        data = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        view = _bytes(data)
+        with self._watch.phase("read"):
+            read_exactly(self._fd, view, offset)
+        if self._digest is not None:
+            self._digest.feed(offset, view)
+        return data.view(spec.dtype).reshape(shape)
+
+    def sha256(self) -> str:
+        """The whole file's digest; only of a reader that was given a RunningDigest."""
+        if self._digest is None:
+            raise ValueError("this reader keeps no digest")
+        return self._digest.finish(self.header.size)
+
+
+class TensorWriter:
+    """A safetensors file being written by tensors or rows of them, in any order; fastest in the order of `specs`."""
+
+    def __init__(
+        self, fd: int, specs: Sequence[TensorSpec], metadata: Mapping[str, str], watch: Watch = SILENT
+    ) -> None:
+        self._fd = fd
+        self._watch = watch
+        self._digest = RunningDigest(fd, watch)
+        opening, self.header = build_header(specs, metadata)
+        self._put(0, memoryview(opening))
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self.header.specs
+
+    def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
+        """Writes rows [start, start + len) of `name`, or all of it; `tensor` must have the dtype of its spec."""
+        spec = self.header.specs[name]
+        if tensor.dtype != spec.dtype:
+            raise ValueError(f"{name} is written as {tensor.dtype}, its spec says {spec.dtype}")
+        offset = self.header.offsets[name] + start * spec.row_numel * spec.dtype.itemsize
+        self._put(offset, _bytes(tensor.detach().cpu()))
+
+    def finish(self) -> str:
+        """The whole file's sha256 in hex. The bytes are written, not yet durable."""
+        return self._digest.finish(self.header.size)
+
+    def _put(self, offset: int, data: memoryview) -> None:
+        with self._watch.phase("write"):
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self._fd, data[written:], offset + written)
+        self._digest.feed(offset, data)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A CPU tensor's bytes; shared with it where it is contiguous."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def read_exactly(fd: int, view: memoryview, offset: int) -> None:
+    """Fills `view` from the file at `offset`. Raises BadFile where the file ends first."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if count == 0:
+            raise BadFile(
+                Reason.TRUNCATED,
+                f"the file ended at byte {offset + done} while it was read, {len(view) - done} bytes short",
+                "copy the file again, whole, and leave it alone until it is merged",
+            )
+        done += count

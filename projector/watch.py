@@ -1,0 +1,20 @@
+"""How the driver lets its caller watch it: named phases and bytes done. The projector knows no clock and no logger."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+Phase = Literal["read", "hash", "project", "write"]
+
+
+class Watch:
+    """Says nothing. Override it to time phases, to show progress, or to raise from `advance` and so stop the work."""
+
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        """Entered around one kind of work; phases never nest."""
+        return nullcontext()
+
+    def advance(self, nbytes: int) -> None:
+        """Called after each piece of work with the bytes of the published model it stood for."""
+
+
+SILENT = Watch()

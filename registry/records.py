@@ -1,0 +1,93 @@
+"""What the registry says and is told: plain frozen records, no SQLAlchemy and no tensor in sight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+Figures = Mapping[str, float]
+
+
+class Status(StrEnum):
+    """What became of an expert."""
+
+    MERGED = "merged"
+    DUPLICATE = "duplicate"
+    QUARANTINED = "quarantined"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The base every expert was fine-tuned from."""
+
+    name: str
+    sha256: str
+    parameters: int
+    size_bytes: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One line of merged models. `live` is the version that `latest` names, `newest` the highest ever committed."""
+
+    name: str
+    method: str
+    params: Mapping[str, object]
+    live: int
+    newest: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewExpert:
+    """An expert as it is reported to the registry.
+
+    `name` is the drop name, printable (escaped where it was not). `entry` identifies the file system object in the
+    inbox ("device:inode"), so that a move interrupted by a crash can be finished after it.
+    """
+
+    name: str
+    kind: str  # "file", "folder", "sharded", or "unknown" where it was refused before that was known
+    sha256: str | None
+    size_bytes: int
+    status: Status
+    received_at: datetime
+    entry: str
+    norm: float | None = None
+    duplicate_of: int | None = None
+    reason: str | None = None
+    detail: str | None = None
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Expert(NewExpert):
+    """An expert as the registry keeps it. `place` is relative to HOME, None until it left the inbox."""
+
+    id: int = 0
+    version: int | None = None
+    finished_at: datetime | None = None
+    place: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """One head's new version, to be committed together with its expert."""
+
+    head: str
+    number: int
+    parent: int | None
+    manifest_sha256: str
+    size_bytes: int
+    totals: Figures  # the method's scalars: part of the state
+    figures: Figures  # what to report: lambda, norms, ...
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Version(NewVersion):
+    """One head's version. `collected`: its files were removed by retention; the row stays."""
+
+    expert_id: int | None = None
+    created_at: datetime | None = None
+    collected: bool = False
