@@ -12,6 +12,8 @@ Each carries `.reason` (a closed list: metric label and registry value) and `.hi
 
 from enum import StrEnum
 
+from projector.errors import Reason as ProjectorReason
+
 
 class Reason(StrEnum):
     """Why the daemon refused something, beside the projector's reasons."""
@@ -26,10 +28,11 @@ class Reason(StrEnum):
     ADAPTER = "adapter"
     MISSING_SIDECAR = "missing_sidecar"
     EQUALS_BASE = "equals_base"
-    ALL_ZERO = "all_zero"
+    FOREIGN_BASE = "foreign_base"
     NORM_OUTLIER = "norm_outlier"
     INCOMPLETE = "incomplete"
     CHANGED = "changed"
+    UNKNOWN = "unknown"
     HOME = "home"
     CONFIG = "config"
 
@@ -37,7 +40,7 @@ class Reason(StrEnum):
 class DaemonError(Exception):
     """What went wrong (`str`), as one word (`reason`), and what to do (`hint`)."""
 
-    def __init__(self, reason: Reason, detail: str, hint: str) -> None:
+    def __init__(self, reason: Reason | ProjectorReason, detail: str, hint: str) -> None:
         super().__init__(detail)
         self.reason = reason
         self.hint = hint

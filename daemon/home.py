@@ -1,16 +1,17 @@
 """Where everything is under HOME. Only names: nothing here touches the disk except `exists`.
 
-    HOME/
-      mainstem.toml
-      inbox/
-      quarantine/000017/       reason.json and what was refused
-      archive/000016/          what was merged (or was a duplicate)
-      published/main/000012/   one folder per version
-      published/main/latest -> 000012      and the plain file LATEST
-      state/
-        registry.sqlite  lock  clean
-        heads/main/000012/state.safetensors
-        tmp/
+HOME/
+  mainstem.toml
+  inbox/
+  quarantine/000017/       reason.json and what was refused
+  archive/000016/          what was merged (or was a duplicate)
+  published/main/000012/   one folder per version
+  published/main/latest -> 000012      and the plain file LATEST
+  state/
+    registry.sqlite  lock  clean
+    base/                  the base itself, copied when the home was made
+    heads/main/000012/state.safetensors
+    tmp/
 """
 
 from dataclasses import dataclass
@@ -55,6 +56,10 @@ class Home:
     def clean(self) -> Path:
         """Present only after a clean stop: without it the next start re-hashes the live version."""
         return self.state / "clean"
+
+    @property
+    def base(self) -> Path:
+        return self.state / "base"
 
     @property
     def tmp(self) -> Path:

@@ -16,8 +16,9 @@ from projector.errors import BadValues, Reason
 from projector.linalg import energy
 from projector.method import Expert, Method, State, Sums, Totals
 from projector.source import Checkpoint, Source
-from projector.spec import Schema, TensorSpec, shown
+from projector.spec import Schema, TensorSpec
 from projector.tensorfile import TensorReader, TensorWriter
+from projector.text import shown
 from projector.watch import SILENT, Watch
 
 BLOCK_BYTES = 16 << 20
@@ -48,6 +49,15 @@ class Folded:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """The norms of an expert's task vector and of the base, and the cosine between it and the merged one (float64)."""
+
+    norm: float
+    base_norm: float
+    cosine: float
+
+
+@dataclass(frozen=True)
 class Driver:
     """How to run: the device, the size of a block in bytes of float32, and who watches."""
 
@@ -60,8 +70,9 @@ class Driver:
         for _ in range(method.rounds):
             shares: dict[str, Tensor] = {}
             for spec, rows, _, delta in self._deltas(base, source, [method]):
-                share = method.survey(delta, _part(spec, rows), _at(expert, source, spec))
-                shares = {key: shares[key] + value if shares else value for key, value in share.items()}
+                share = method.survey(delta, _part(spec, rows), _at(expert, source, spec, rows))
+                for key, value in share.items():
+                    shares[key] = shares[key] + value if key in shares else value
             expert = replace(expert, surveys=(*expert.surveys, shares))
         return expert
 
@@ -83,7 +94,7 @@ class Driver:
             for head, share in zip(heads, sums, strict=True):
                 state = self._state(head.method, head.before, spec, rows)
                 with self.watch.phase("project"):
-                    state, found = head.method.update(state, delta, part, _at(head.expert, source, spec))
+                    state, found = head.method.update(state, delta, part, _at(head.expert, source, spec, rows))
                 share.append(found)
                 for key, value in state.items():
                     head.after.write(slot_name(key, spec.name), value, part.start)
@@ -112,18 +123,20 @@ class Driver:
                     writer.write(spec.name, weights, rows.start if rows else 0)
                     self.watch.advance(weights.numel() * spec.dtype.itemsize)
 
-    def overlap(self, base: Checkpoint, source: Source, merged: Checkpoint) -> tuple[float, float, float]:
-        """(norm of the task vector, norm of the merged one, cosine between them), for a dry run; float64."""
-        mine, theirs, products = [], [], []
+    def overlap(self, base: Checkpoint, source: Source, merged: Checkpoint) -> Overlap:
+        """Measures an expert against merged weights, for a dry run."""
+        mine, theirs, products, origin = [], [], [], []
         for spec, rows, theta0, delta in self._deltas(base, source, []):
             other = merged.delta(spec, theta0, rows)
             with self.watch.phase("project"):
                 mine.append(_finite_energy(delta, spec))
                 theirs.append(energy(other))
+                origin.append(energy(theta0))
                 products.append(float(torch.dot(delta.flatten().double(), other.flatten().double())))
             self.watch.advance(delta.numel() * spec.dtype.itemsize)
         norm, merged_norm = sqrt(fsum(mine)), sqrt(fsum(theirs))
-        return norm, merged_norm, fsum(products) / (norm * merged_norm) if norm and merged_norm else 0.0
+        cosine = fsum(products) / (norm * merged_norm) if norm and merged_norm else 0.0
+        return Overlap(norm, sqrt(fsum(origin)), cosine)
 
     def _deltas(
         self, base: Checkpoint, source: Source, methods: Sequence[Method]
@@ -197,9 +210,9 @@ def _shape(shape: tuple[int, ...], rows: slice | None) -> tuple[int, ...]:
     return (rows.stop - rows.start, *shape[1:]) if rows else shape
 
 
-def _at(expert: Expert, source: Source, spec: TensorSpec) -> Expert:
+def _at(expert: Expert, source: Source, spec: TensorSpec, rows: slice | None) -> Expert:
     """The expert as a method sees it at one tensor: with the sidecars that belong to it."""
-    sidecars = source.sidecars(spec)
+    sidecars = source.sidecars(spec, rows)
     return replace(expert, sidecars=sidecars) if sidecars else expert
 
 

@@ -8,12 +8,13 @@ is laxer (duplicate keys, NaN, huge shapes); what passes here passes there.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from projector.errors import BadFile, Reason
-from projector.spec import TensorSpec, shown
+from projector.spec import TensorSpec
+from projector.text import shown
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 16 << 20  # about 100,000 tensors; the format's own limit (100 MB) would break the memory promise
@@ -116,6 +117,7 @@ def _load(text: bytes) -> dict[str, Any]:
         loaded = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_unique,
+            parse_int=_natural,
             parse_constant=_refuse_number,
             parse_float=_refuse_number,
         )
@@ -132,11 +134,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise _bad("the header names a key twice")
+    words = [*entries, *(value for value in entries.values() if isinstance(value, str))]
+    "".join(words).encode()  # a lone surrogate is no text: UnicodeEncodeError
     return entries
 
 
-def _refuse_number(text: str) -> None:
-    raise _bad(f"the header holds {shown(text)}, where only whole numbers belong")
+def _natural(text: str) -> int:
+    return _refuse_number(text) if text.startswith("-") else int(text)  # the stock reader refuses even -0
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise _bad(f"the header holds {shown(text)}, where only whole numbers from 0 belong")
 
 
 def _metadata(value: Any) -> dict[str, str]:

@@ -162,18 +162,21 @@ def _parse(method: str, key: str, value: Any, hint: Any) -> Any:
     """A JSON value or a command line's word as the field's type."""
     wrong = BadParameter(f"{method}.{key} cannot be {value!r}", f"it is a {getattr(hint, '__name__', hint)}")
     if hint == tuple[str, ...]:
-        return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-    if hint is bool:
-        words = {"true": True, "false": False, True: True, False: False}
-        if value not in words:
+        words = value.split(",") if isinstance(value, str) else value
+        if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
             raise wrong
-        return words[value]
+        return tuple(words)
+    if hint is bool:
+        truths = {"true": True, "false": False, True: True, False: False}
+        if not isinstance(value, str | bool) or value not in truths:
+            raise wrong
+        return truths[value]
     for kind in getattr(hint, "__args__", (hint,)):
         try:
             if kind is int and isinstance(value, float) and not value.is_integer():
                 continue
             return kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     raise wrong
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadSchema, Reason
-from projector.spec import Schema, TensorSpec, shown
+from projector.spec import Schema, TensorSpec
 from projector.tensorfile import TensorReader
+from projector.text import shown
 
 
 class Source(Protocol):
@@ -23,8 +24,8 @@ class Source(Protocol):
     def delta(self, spec: TensorSpec, base: Tensor, rows: slice | None) -> Tensor:
         """theta - theta_0 of the tensor `spec`, or of its `rows`, in float32; `base` holds the same part of theta_0."""
 
-    def sidecars(self, spec: TensorSpec) -> Mapping[str, Tensor]:
-        """What the expert brought for this tensor beside its weights, by kind ("fisher", "gram")."""
+    def sidecars(self, spec: TensorSpec, rows: slice | None) -> Mapping[str, Tensor]:
+        """What the expert brought for this tensor or these rows beside its weights, by kind ("fisher", "gram")."""
 
 
 class Checkpoint:
@@ -58,14 +59,21 @@ class Checkpoint:
         wide = torch.float64 if torch.float64 in (theta.dtype, base.dtype) else torch.float32
         return (theta.to(wide) - base.to(wide)).to(torch.float32)
 
-    def sidecars(self, spec: TensorSpec) -> Mapping[str, Tensor]:
-        """A sidecar names a tensor as the base does, or its layer: the tensor's name less ".weight"."""
+    def sidecars(self, spec: TensorSpec, rows: slice | None) -> Mapping[str, Tensor]:
+        """A sidecar names a tensor as the base does, or its layer: the tensor's name less ".weight".
+
+        One with the tensor's own shape is read in the same rows as the tensor, any other as a whole.
+        """
         layer = spec.name.removesuffix(".weight")
         found = {
             kind: next((name for name in (spec.name, layer) if name in file.specs), None)
             for kind, file in self._sidecars.items()
         }
-        return {kind: self._sidecars[kind].read(name) for kind, name in found.items() if name is not None}
+        return {
+            kind: file.read(name, rows if file.specs[name].shape == spec.shape else None)
+            for kind, name in found.items()
+            if name is not None and (file := self._sidecars[kind])
+        }
 
 
 def identity(files: Mapping[str, str]) -> str:

@@ -1,12 +1,13 @@
 """What a tensor is, without its values: name, shape, dtype; and what a whole checkpoint is: a schema."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from projector.errors import BadSchema, Reason
+from projector.text import listed, shown
 
 Schema = Mapping[str, "TensorSpec"]
 
@@ -40,23 +41,6 @@ class TensorSpec:
     def row_numel(self) -> int:
         """Elements of one row, that is one index of the first dimension; 1 for a scalar."""
         return prod(self.shape[1:])
-
-
-def shown(name: str) -> str:
-    """A tensor's or a file's name as it may stand in a message: printable, one line, at most 120 characters.
-
-    >>> shown("layer.0.weight"), shown("a\\nb")
-    ('layer.0.weight', 'a\\\\nb')
-    """
-    printable = name if name.isprintable() else ascii(name)[1:-1]
-    return printable if len(printable) <= 120 else f"{printable[:117]}..."
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first few names of a list and how many more there are."""
-    all_names = list(names)
-    more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
-    return ", ".join(shown(name) for name in all_names[:most]) + more
 
 
 def check_schema(base: Schema, expert: Schema) -> None:

@@ -22,8 +22,8 @@ CHUNK_BYTES = 4 << 20
 class RunningDigest:
     """The sha256 of a whole file, fed in any order and computed front to back.
 
-    What is fed at the frontier is hashed from memory; a gap is first read back from the file. A file read or written
-    in the order of its data is thus touched once.
+    What is fed at the frontier is hashed from memory; a gap is first read back from the file, so what lies before
+    `offset` must be there already. A file read or written in the order of its data is thus touched once.
     """
 
     def __init__(self, fd: int, watch: Watch = SILENT) -> None:
@@ -31,6 +31,11 @@ class RunningDigest:
         self._watch = watch
         self._sha256 = hashlib.sha256()
         self._frontier = 0
+
+    @property
+    def frontier(self) -> int:
+        """How many bytes, from the front, are hashed."""
+        return self._frontier
 
     def feed(self, offset: int, data: memoryview) -> None:
         """Takes the bytes at `offset`, unless they lie before the frontier and so were hashed already."""
@@ -117,8 +122,11 @@ class TensorWriter:
         return self.header.specs
 
     def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
-        """Writes rows [start, start + len) of `name`, or all of it; `tensor` must have the dtype of its spec."""
+        """Writes rows [start, start + len) of `name`, or all of it. Raises ValueError where its spec says otherwise."""
         spec = self.header.specs[name]
+        same_rows = tensor.ndim == len(spec.shape) and tensor.shape[1:] == spec.shape[1:]
+        if not same_rows or (spec.shape and start + len(tensor) > spec.shape[0]):
+            raise ValueError(f"{name} is written as {list(tensor.shape)} at {start}, its spec says {list(spec.shape)}")
         if tensor.dtype != spec.dtype:
             raise ValueError(f"{name} is written as {tensor.dtype}, its spec says {spec.dtype}")
         offset = self.header.offsets[name] + start * spec.row_numel * spec.dtype.itemsize
@@ -133,7 +141,8 @@ class TensorWriter:
             written = 0
             while written < len(data):
                 written += os.pwrite(self._fd, data[written:], offset + written)
-        self._digest.feed(offset, data)
+        if offset <= self._digest.frontier:  # a gap may not be written yet: `finish` reads back what follows it
+            self._digest.feed(offset, data)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

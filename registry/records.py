@@ -43,7 +43,7 @@ class NewExpert:
     """An expert as it is reported to the registry.
 
     `name` is the drop name, printable (escaped where it was not). `entry` identifies the file system object in the
-    inbox ("device:inode"), so that a move interrupted by a crash can be finished after it.
+    inbox ("device:inode:mtime"), so that a move interrupted by a crash can be finished after it.
     """
 
     name: str

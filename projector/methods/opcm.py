@@ -109,7 +109,7 @@ class Opcm(Method):
             removed_KK[:r, :r] = m_KK[:r, :r]
             return None, v_NK @ (removed_KK / s_K[:, None]) @ v_NK.T
         # the top r rows and columns and the diagonal; r = fewest leading values whose share reaches alpha
-        r = min(len(s_K), int((share_K < self.alpha).sum()) + 1)
+        r = min(len(s_K), int((share_K < self.alpha).sum()) + 1) if self.alpha else 0
         v_NR, s_R = v_NK[:, :r], s_K[:r]
         diagonal_KK[:r, :r] = 0
         columns_NN = v_NR @ v_NR.T

@@ -1,0 +1,5 @@
+"""`python -m daemon` is `mainstem`."""
+
+from daemon.cli import main
+
+main()

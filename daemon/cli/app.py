@@ -1,0 +1,46 @@
+"""Puts the verbs together and turns every known error into one message, one hint and an exit status.
+
+Exit status: 0 done, 1 refused or found something wrong, 2 wrong use.
+"""
+
+import sys
+
+import typer
+
+from daemon.cli import config, demo, init, inspect, log, methods, run, serve, show, status, verify
+from daemon.cli.common import complain
+from daemon.errors import DaemonError
+from daemon.metrics import software_version
+from projector.errors import ProjectorError
+from registry.errors import RegistryError
+
+app = typer.Typer(
+    name="mainstem",
+    help="Keeps ONE merged model up to date while fine-tuned experts keep arriving.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (init, run, serve, status, log, show, inspect, verify, methods, demo):
+    app.command(command.__name__.rpartition(".")[2])(command.command)
+app.add_typer(config.app, name="config")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        typer.echo(f"mainstem {software_version()}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        app()
+    except (DaemonError, ProjectorError, RegistryError) as error:
+        complain(str(error), error.hint)
+        sys.exit(1)
+    except OSError as error:
+        complain(str(error), "see the message; what was already published is safe")
+        sys.exit(1)

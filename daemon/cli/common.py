@@ -1,0 +1,100 @@
+"""What the verbs share: options, finding the home, printing tables or JSON."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from daemon.config import Settings, load
+from daemon.errors import BadHome
+from daemon.home import Home
+from registry.store import Reader
+
+HomeOption = Annotated[
+    Path | None, typer.Option("--home", envvar="MAINSTEM_HOME", help="The home; by default the current folder.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PathArgument = Annotated[Path, typer.Argument(show_default=False)]
+
+
+def complain(message: str, hint: str) -> None:
+    """Prints what is wrong and what to do on standard error."""
+    typer.echo(f"mainstem: {message}", err=True)
+    if hint:
+        typer.echo(f"    hint: {hint}", err=True)
+
+
+def find_home(option: Path | None) -> Home:
+    """The home that --home, MAINSTEM_HOME or the current folder names. Raises BadHome where it is none."""
+    home = Home((option or Path.cwd()).resolve())
+    if not home.exists():
+        raise BadHome(
+            f"{home.root} is not a mainstem home", "name one with --home, or make one: mainstem init HOME --base PATH"
+        )
+    return home
+
+
+def open_reader(option: Path | None) -> tuple[Home, Reader]:
+    """The home and its registry, read-only."""
+    home = find_home(option)
+    return home, Reader.open(home.registry)
+
+
+def settings_of(home: Home, flags: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+    """The settings in force for a home."""
+    return load(home.config, flags)
+
+
+def print_json(value: Any) -> None:
+    """Prints a value, dataclasses and all, as JSON."""
+    typer.echo(json.dumps(value, indent=2, default=_plain))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints a table for people; wide where the output is not a terminal."""
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "200"))
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+def ago(then: datetime | None) -> str:
+    """A moment as people read it, in local time."""
+    return then.astimezone().strftime("%Y-%m-%d %H:%M:%S") if then else "-"
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes with a decimal unit.
+
+    >>> size(350_000_000)
+    '350.0 MB'
+    """
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value)

@@ -1,0 +1,5 @@
+"""`mainstem demo`."""
+
+
+def command() -> None:
+    """Not yet."""

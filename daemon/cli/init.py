@@ -1,0 +1,65 @@
+"""`mainstem init`: make a home."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from daemon.cli.common import size
+from daemon.errors import BadConfig
+from daemon.home import Home
+
+
+def command(
+    home: Annotated[Path, typer.Argument(help="The folder to make, new or empty.", show_default=False)],
+    base: Annotated[
+        Path, typer.Option(help="The base: a Hugging Face folder or a .safetensors file.", show_default=False)
+    ],
+    method: Annotated[str, typer.Option(help="The method of the head `main`; see `mainstem methods`.")] = "opcm",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A parameter: KEY=VALUE for main, HEAD.KEY=VALUE for another head.", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option("--head", help="A further head over the same experts.", metavar="NAME=METHOD")
+    ] = None,
+) -> None:
+    """Make a home: copy the base into it and publish it as version 0 of every head."""
+    # imported here: these bring torch
+    from daemon.founding import found
+    from projector.methods import make
+
+    chosen = {"main": method, **_heads(heads or [])}
+    params = _params(settings or [], chosen)
+    made = [(name, make(method, params[name])) for name, method in chosen.items()]
+    target = Home(home.resolve())
+    record = found(target, base, made, lambda step: typer.echo(f"{step} ...", err=True))
+    typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
+    typer.echo(f"next: mainstem run --home {home}    then drop experts into {home / 'inbox'}")
+
+
+def _heads(words: list[str]) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    for word in words:
+        name, given, method = word.partition("=")
+        if not given or not name.isidentifier() or not name.isascii() or name in chosen or name == "main":
+            raise BadConfig(
+                f"--head {word}: expected NAME=METHOD with a new name of letters, digits and underscores",
+                "for example --head init=ema; the method of main is given by --method",
+            )
+        chosen[name] = method
+    return chosen
+
+
+def _params(words: list[str], heads: dict[str, str]) -> dict[str, dict[str, str]]:
+    params: dict[str, dict[str, str]] = {name: {} for name in heads}
+    for word in words:
+        key, given, value = word.partition("=")
+        head, dotted, parameter = key.rpartition(".")
+        head = head if dotted else "main"
+        if not given or not parameter or head not in heads:
+            raise BadConfig(f"--set {word}: expected KEY=VALUE or HEAD.KEY=VALUE", f"the heads are {', '.join(heads)}")
+        params[head][parameter] = value
+    return params

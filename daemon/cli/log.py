@@ -1,0 +1,31 @@
+"""`mainstem log`: the lineage."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from daemon.cli.common import HomeOption, JsonOption, ago, open_reader, print_json, print_table
+from registry.records import Status
+
+
+def command(
+    home: HomeOption = None,
+    limit: Annotated[int, typer.Option(help="How many experts, newest first.", min=1)] = 20,
+    status: Annotated[Status | None, typer.Option(help="Only experts of this status.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the experts, newest first: what became of each, and in which version it is."""
+    _, reader = open_reader(home)
+    with reader:
+        experts = reader.experts(status, limit)
+    if as_json:
+        print_json([asdict(expert) for expert in experts])
+        return
+    print_table(
+        ("id", "finished", "status", "version", "norm", "sha256", "name", "reason"),
+        (
+            (e.id, ago(e.finished_at), e.status, e.version, e.norm, (e.sha256 or "-")[:12], e.name, e.reason)
+            for e in experts
+        ),
+    )

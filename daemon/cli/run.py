@@ -1,0 +1,50 @@
+"""`mainstem run`: the daemon."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from daemon.cli.common import HomeOption, find_home, settings_of
+from daemon.inbox import Drop
+
+
+def command(
+    home: HomeOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Drain the inbox, then exit.")] = False,
+    no_http: Annotated[bool, typer.Option("--no-http", help="Do not serve HTTP.")] = False,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (http.host).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (http.port).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N (compute.device).")] = None,
+) -> None:
+    """Watch the inbox, merge, publish and serve, until SIGTERM or Ctrl-C."""
+    from daemon.logs import configure
+    from daemon.service import Service
+
+    where = find_home(home)
+    flags: dict[str, dict[str, Any]] = {"http": {"host": host, "port": port}, "compute": {"device": device}}
+    given = {table: {k: v for k, v in keys.items() if v is not None} for table, keys in flags.items()}
+    settings = settings_of(where, {table: keys for table, keys in given.items() if keys})
+    configure(settings.log)
+    service = Service(where, settings, _bar if sys.stderr.isatty() else None)
+    service.run(once=once, http=settings.http.enabled and not no_http)
+
+
+@contextmanager
+def _bar(drop: Drop) -> Iterator[Callable[[float], None]]:
+    """A progress bar per expert, for a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(Path(drop.name).name, total=1.0)
+        yield lambda share: progress.update(task, completed=share)

@@ -1,0 +1,29 @@
+"""`mainstem serve`: read-only HTTP over an existing home, without torch."""
+
+from typing import Annotated, Any
+
+import typer
+
+from daemon.cli.common import HomeOption, open_reader, settings_of
+from daemon.http import HttpServer, create_app
+from daemon.metrics import Metrics
+
+
+def command(
+    home: HomeOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (http.host).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (http.port).")] = None,
+) -> None:
+    """Serve the versions of an existing home over HTTP; reads only, needs no daemon."""
+    where, reader = open_reader(home)
+    flags: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    settings = settings_of(where, {"http": flags} if flags else None)
+    with reader:
+        metrics = Metrics()
+        metrics.follow(reader)
+        server = HttpServer(
+            create_app(where, reader, metrics.registry, lambda: None), settings.http.host, settings.http.port
+        )
+        bound, number = server.start()
+        typer.echo(f"serving {where.root} on http://{bound}:{number}/")
+        server.wait_for_signal()

@@ -1,0 +1,57 @@
+"""`mainstem show`: one expert or one version."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json
+from daemon.errors import DaemonError, Reason
+
+
+def command(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="An expert: its id, sha256 or name. A version: vN or HEAD/vN.", show_default=False
+        ),
+    ],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one expert, or one version with its manifest."""
+    where, reader = open_reader(home)
+    head, _, number = what.rpartition("/")
+    with reader:
+        if number[:1] == "v" and number[1:].isdigit():
+            version = reader.version(head or reader.heads()[0].name, int(number[1:]))
+            if version is None:
+                raise DaemonError(Reason.UNKNOWN, f"there is no version {what}", "see `mainstem status` for the heads")
+            path = where.manifest(version.head, version.number)
+            found = [{**asdict(version), "manifest": json.loads(path.read_bytes()) if path.exists() else None}]
+        else:
+            found = [asdict(expert) for expert in reader.find_experts(what)]
+    if not found:
+        raise DaemonError(Reason.UNKNOWN, f"no expert is called {what!r}", "see `mainstem log`; versions are named v12")
+    if as_json:
+        print_json(found[0] if len(found) == 1 else found)
+        return
+    typer.echo("\n\n".join(_lines(record) for record in found))
+
+
+def _lines(record: Mapping[str, Any], indent: str = "") -> str:
+    lines = []
+    for key, value in record.items():
+        if isinstance(value, dict) and value:
+            lines.append(f"{indent}{key}\n{_lines(value, indent + '  ')}")
+        elif isinstance(value, list):
+            lines.append(f"{indent}{key}" + "".join(f"\n{indent}  {_one_line(item)}" for item in value))
+        else:
+            lines.append(f"{indent}{key:<16} {'-' if value is None else value}")
+    return "\n".join(lines)
+
+
+def _one_line(item: Any) -> str:
+    return "  ".join(str(value) for value in item.values()) if isinstance(item, dict) else str(item)

@@ -1,0 +1,167 @@
+"""The settings. Later ones win: defaults, mainstem.toml, the environment (MAINSTEM_HTTP__PORT), flags.
+
+Unknown keys are refused.
+
+Heads and their methods are not settings: they are fixed when a home is made and live in the registry.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from daemon.errors import BadConfig
+
+
+class Section(BaseModel):
+    """One table of mainstem.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Http(Section):
+    """The read-only HTTP service."""
+
+    enabled: bool = Field(True, description="serve HTTP while merging")
+    host: str = Field("127.0.0.1", description="address to listen on; there is no authentication, so mind where")
+    port: int = Field(8765, ge=0, le=65535, description="port; 0 takes a free one")
+
+
+class Inbox(Section):
+    """When a dropped file counts as complete."""
+
+    settle_seconds: float = Field(2.0, ge=0, description="size, time and inode unchanged for so long")
+    patience_seconds: float = Field(
+        60.0, ge=0, description="how long an incomplete expert may stand still before refusal"
+    )
+    scan_seconds: float = Field(5.0, gt=0, description="how often the inbox is listed, whatever events say")
+    watch: Literal["auto", "poll"] = Field(
+        "auto", description="auto also listens to file system events; poll only lists"
+    )
+
+
+class Compute(Section):
+    """Where and how to compute."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    threads: int = Field(
+        0, ge=0, description="threads for the arithmetic; 0 leaves it to torch. Other numbers, other last bits"
+    )
+    block_bytes: ByteSize = Field(
+        ByteSize(16 << 20), ge=1 << 16, description="how much of a large tensor is in memory at a time, as float32"
+    )
+
+
+class Publish(Section):
+    """What a version looks like."""
+
+    dtype: Literal["base", "float32", "float16", "bfloat16"] = Field(
+        "base", description="dtype of the published weights"
+    )
+    shard_bytes: ByteSize = Field(ByteSize(5_000_000_000), gt=0, description="largest weights file before it is split")
+
+
+class Retention(Section):
+    """What is kept on disk."""
+
+    versions: int = Field(5, ge=1, description="newest versions kept per head, beside the base and the live one")
+    grace_seconds: float = Field(3600.0, ge=0, description="no version younger than this is removed")
+
+
+class Admission(Section):
+    """Limits an expert must keep."""
+
+    max_base_ratio: float = Field(
+        1.0, gt=0, description="refuse a task vector this many times as long as the base itself"
+    )
+    max_norm_ratio: float = Field(
+        100.0, gt=1, description="refuse a task vector this many times the mean length so far"
+    )
+
+
+class Log(Section):
+    """The log on standard error."""
+
+    format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: console on a terminal, json lines otherwise"
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least that is logged")
+
+
+class Settings(BaseSettings):
+    """All settings, by table."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MAINSTEM_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
+    )
+
+    http: Http = Http()
+    inbox: Inbox = Inbox()
+    compute: Compute = Compute()
+    publish: Publish = Publish()
+    retention: Retention = Retention()
+    admission: Admission = Admission()
+    log: Log = Log()
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted name, in order."""
+        return {
+            f"{table}.{key}": value
+            for table, section in self.model_dump(mode="json").items()
+            for key, value in section.items()
+        }
+
+
+def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+    """The settings in force for the file at `path` (it may be missing) and these flags. Raises BadConfig."""
+
+    class Bound(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            toml = TomlConfigSettingsSource(settings_cls, toml_file=path)
+            return init_settings, env_settings, toml
+
+    _check_environment()
+    try:
+        return Bound(**(flags or {}))  # type: ignore[arg-type]
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BadConfig(problems, "`mainstem config show` lists every setting with its value") from None
+    except ValueError as error:
+        raise BadConfig(f"{path}: {error}", "mend the file: it is TOML") from None
+
+
+def _check_environment() -> None:
+    """Refuses a table that does not exist; keys inside a table are checked like those of the file."""
+    for name in os.environ:
+        table, nested, _ = name.removeprefix("MAINSTEM_").partition("__")
+        if name.startswith("MAINSTEM_") and nested and table.lower() not in Settings.model_fields:
+            raise BadConfig(f"{name} in the environment names no table of settings", "see `mainstem config show`")
+
+
+def described() -> list[tuple[str, str, str]]:
+    """(name, default, description) of every setting, for listings and the README."""
+    defaults = Settings.model_construct()
+    return [
+        (f"{table}.{key}", _shown(getattr(getattr(defaults, table), key)), field.description or "")
+        for table in Settings.model_fields
+        for key, field in type(getattr(defaults, table)).model_fields.items()
+    ]
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,1 @@
+"""What `mainstem demo` merges: a small network and its experts, trained on the spot on real images."""

@@ -1,0 +1,180 @@
+"""A base, eight tasks and an expert for each: seconds of training on scikit-learn's handwritten digits.
+
+The network looks at a field of 24 x 24 pixels, in which an 8 x 8 digit lies in one of nine places:
+
+    top_left     top     top_right
+    left        centre   right            the base has only ever seen digits in the centre
+    bottom_left bottom   bottom_right     each expert learns one of the other eight places
+
+The base reads the digits of the centre and guesses elsewhere. An expert reads its own place. Whether ONE network reads
+all places is then up to the merge: the first layer's changes lie in different columns, but everything behind it is
+shared, and the experts pull it in different directions. It is a small and friendly problem, chosen because its figures
+can be checked in a minute, not a benchmark.
+
+All figures are of images that no training has seen. Training is seeded and runs on one thread, so it does not depend on
+the number of cores (another CPU model may still round differently).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from daemon.errors import BadConfig
+
+DIGIT = 8  # pixels, the side of one image
+FIELD = 24  # pixels, the side of what the network sees
+WIDTH = 512  # units of each hidden layer
+TRAINING_IMAGES = 1200  # of 1797; the others are held out
+EPOCHS = 6  # enough to read one place well; more makes the experts harder to merge
+BATCH = 64
+LEARNING_RATE = 2e-3  # falls to zero along a cosine
+SEED = 0
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Reading digits in one place of the field. `transform` takes images (n, 8, 8) to inputs (n, 24, 24)."""
+
+    name: str
+    description: str
+    transform: Callable[[Tensor], Tensor]
+
+
+def _place(images: Tensor, row: int, column: int) -> Tensor:
+    """An empty field with the image's upper left corner at (row, column)."""
+    field = images.new_zeros(len(images), FIELD, FIELD)
+    field[:, row : row + DIGIT, column : column + DIGIT] = images
+    return field
+
+
+def _task(name: str, row: int, column: int) -> Task:
+    place = name.replace("_", " ")
+    return Task(name, f"digits at the {place} of the field", partial(_place, row=row * DIGIT, column=column * DIGIT))
+
+
+CENTRE = _task("centre", 1, 1)
+"""What the base was trained on: measure it too, to see what merging costs the base's own skill."""
+
+TASKS: tuple[Task, ...] = (
+    _task("top_left", 0, 0),
+    _task("right", 1, 2),
+    _task("bottom", 2, 1),
+    _task("top_right", 0, 2),
+    _task("left", 1, 0),
+    _task("bottom_left", 2, 0),
+    _task("top", 0, 1),
+    _task("bottom_right", 2, 2),
+)
+"""What the experts are trained on, in the order of their arrival."""
+
+
+@dataclass(frozen=True)
+class _Digits:
+    """Images (n, 8, 8) in 0..1 and their labels (n,), split once and for all."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    held_out_images: Tensor
+    held_out_labels: Tensor
+
+
+@lru_cache(maxsize=1)
+def _digits() -> _Digits:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise BadConfig(
+            "the demo trains on scikit-learn's digits, and scikit-learn is not installed",
+            "pip install 'mainstem[demo]'",
+        ) from error
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(SEED))
+    images = torch.tensor(found.images / 16, dtype=torch.float32)[order]  # grey levels are 0..16
+    labels = torch.tensor(found.target, dtype=torch.int64)[order]
+    n = TRAINING_IMAGES
+    return _Digits(images[:n], labels[:n], images[n:], labels[n:])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The order of additions, and with it the last bits of the weights, depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def network() -> nn.Module:
+    """The untrained network: (n, 24, 24) to ten logits (n, 10). The same weights on every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return nn.Sequential(
+            OrderedDict(
+                flatten=nn.Flatten(),
+                hidden1=nn.Linear(FIELD * FIELD, WIDTH),
+                norm1=nn.LayerNorm(WIDTH),
+                relu1=nn.ReLU(),
+                hidden2=nn.Linear(WIDTH, WIDTH),
+                norm2=nn.LayerNorm(WIDTH),
+                relu2=nn.ReLU(),
+                head=nn.Linear(WIDTH, 10),
+            )
+        )
+
+
+@_one_thread()
+def _train(model: nn.Module, task: Task, progress: Progress) -> dict[str, Tensor]:
+    """Train in place on `task` and return the float32 weights. `progress` hears one line per epoch."""
+    digits = _digits()
+    inputs, labels = task.transform(digits.train_images), digits.train_labels
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * (len(labels) // BATCH))
+    shuffle = torch.Generator().manual_seed(SEED)
+    for epoch in range(1, EPOCHS + 1):
+        batches = torch.randperm(len(labels), generator=shuffle).split(BATCH)
+        total = 0.0
+        full = [batch for batch in batches if len(batch) == BATCH]
+        for batch in full:
+            loss = functional.cross_entropy(model(inputs[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        progress(f"{task.name}: epoch {epoch} of {EPOCHS}, loss {total / len(full):.4f}")
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def pretrain(progress: Progress) -> dict[str, Tensor]:
+    """The base: trained from nothing on digits in the centre. Raises BadConfig without scikit-learn."""
+    return _train(network(), CENTRE, progress)
+
+
+def finetune(base: Mapping[str, Tensor], task: Task, progress: Progress) -> dict[str, Tensor]:
+    """An expert: `base` (left as it is) trained further on one task. Raises BadConfig without scikit-learn."""
+    return _train(_loaded(base), task, progress)
+
+
+@_one_thread()
+def accuracy(weights: Mapping[str, Tensor], task: Task) -> float:
+    """The share, 0..1, of held-out digits that `weights` reads correctly. Raises BadConfig without scikit-learn."""
+    digits = _digits()
+    with torch.inference_mode():
+        guesses = _loaded(weights)(task.transform(digits.held_out_images)).argmax(dim=1)
+    return (guesses == digits.held_out_labels).double().mean().item()
+
+
+def _loaded(weights: Mapping[str, Tensor]) -> nn.Module:
+    model = network()
+    model.load_state_dict(dict(weights))
+    return model

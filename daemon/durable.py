@@ -1,0 +1,144 @@
+"""The only place that makes bytes durable, and the only one that renames, links, locks or removes.
+
+Nothing here is retried: after a failed fsync the kernel may have dropped the pages, so a second call would lie
+(SyncFailed ends the process; recovery decides). A full disk is another matter: `is_full` tells it apart.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from daemon.failpoints import hit
+
+FILE_MODE = 0o644
+FOLDER_MODE = 0o755
+COPY_BYTES = 8 << 20
+
+
+class SyncFailed(OSError):
+    """fsync failed: what is on the disk is unknown, and only a restart finds out."""
+
+
+def is_full(error: OSError) -> bool:
+    """True where the disk, or the quota on it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def lock(path: Path) -> int:
+    """Takes the exclusive lock on `path`; the descriptor returned holds it. Raises BlockingIOError if it is held."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents; no error where it is there already."""
+    path.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+
+
+@contextmanager
+def new_file(path: Path, size: int | None = None) -> Iterator[int]:
+    """A new file, its space reserved, as a descriptor to read and write; synced and closed at the end of the block."""
+    hit("file.create")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+    try:
+        os.fchmod(fd, FILE_MODE)
+        if size:
+            os.posix_fallocate(fd, 0, size)
+        hit("file.write")
+        yield fd
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a new file, durably (its folder is the caller's to sync)."""
+    with new_file(path) as fd:
+        written = 0
+        while written < len(data):
+            written += os.write(fd, data[written:])
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Puts a file with these bytes in place of the one at `path`, if any, at once and durably."""
+    new = path.with_name(f".{path.name}.tmp")
+    remove(new)
+    write_file(new, data)
+    rename(new, path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's bytes, durably."""
+    with source.open("rb") as file, new_file(target, source.stat().st_size) as fd:
+        while chunk := file.read(COPY_BYTES):
+            os.write(fd, chunk)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file that is never written again; a copy where the file system has no hard links."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
+            raise
+        copy_file(source, target)
+
+
+def sync(fd: int) -> None:
+    """fsync of a file or folder's descriptor. Raises SyncFailed, or OSError where the disk is full."""
+    try:
+        hit("file.sync")
+        os.fsync(fd)
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise SyncFailed(error.errno, f"fsync failed: {error.strerror}") from error
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    hit("folder.sync")
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames at once and durably, over a file at `target` if there is one."""
+    hit("rename")
+    source.rename(target)
+    sync_folder(target.parent)
+    if source.parent != target.parent:
+        sync_folder(source.parent)
+
+
+def point(link: Path, target: str) -> None:
+    """Lets the symbolic link `link` name `target`, at once and durably."""
+    new = link.with_name(f".{link.name}.tmp")
+    remove(new)
+    new.symlink_to(target)
+    hit("link.swap")
+    rename(new, link)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder; no error where there is none."""
+    hit("remove")
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        with suppress(FileNotFoundError):
+            path.unlink()

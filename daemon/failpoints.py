@@ -1,0 +1,65 @@
+"""Named points where a test makes the daemon die or the disk fail. In production `hit` looks up one variable.
+
+MAINSTEM_FAILPOINT=commit.before=kill        at the first pass
+MAINSTEM_FAILPOINT=file.sync=eio:3           at the third
+"""
+
+import errno
+import os
+import signal
+
+POINTS = (
+    "take.opened",
+    "file.create",
+    "file.write",
+    "file.sync",
+    "folder.sync",
+    "fold.before",
+    "fold.after",
+    "read_out.after",
+    "manifest.written",
+    "publish.before",
+    "rename",
+    "publish.after",
+    "commit.before",
+    "commit.after",
+    "link.swap",
+    "latest.after",
+    "archive.before",
+    "archive.after",
+    "remove",
+    "refuse.recorded",
+    "refuse.reason_written",
+    "refuse.after",
+    "recover.begin",
+    "recover.swept",
+    "recover.end",
+)
+
+_passes: dict[str, int] = {}
+
+
+class Injected(Exception):
+    """What the action `raise` raises."""
+
+
+def hit(point: str) -> None:
+    """Does what MAINSTEM_FAILPOINT asks for at `point`: kill, eio, enospc or raise; nothing by default."""
+    wanted = os.environ.get("MAINSTEM_FAILPOINT")
+    if not wanted:
+        return
+    name, _, action = wanted.partition("=")
+    action, _, nth = action.partition(":")
+    if name != point:
+        return
+    _passes[point] = _passes.get(point, 0) + 1
+    if _passes[point] != int(nth or 1):
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action in ("eio", "enospc"):
+        number = errno.EIO if action == "eio" else errno.ENOSPC
+        raise OSError(number, f"{os.strerror(number)} (failpoint {point})")
+    if action == "raise":
+        raise Injected(point)
+    raise ValueError(f"unknown failpoint action {action!r}")

@@ -1,0 +1,146 @@
+"""Makes a home: copies the base into it, publishes it as version 0 of every head, and writes the registry last."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+
+from daemon import durable
+from daemon.checkpoint import INDEX, WEIGHTS, OpenCheckpoint, open_path
+from daemon.errors import BadHome, DaemonError
+from daemon.generations import companions, entry, manifest
+from daemon.home import MANIFEST, Home
+from daemon.latest import point_latest
+from projector.errors import BadValues, ProjectorError, Reason
+from projector.linalg import energy
+from projector.method import Method
+from projector.text import shown
+from registry.records import BaseModel, Head, NewVersion
+from registry.store import Store
+
+CONFIG_TEXT = """\
+# Settings of this mainstem home. `mainstem config show` lists every one with its value; unknown keys are refused.
+# Heads and their methods are not set here: they were fixed by `mainstem init` and live in the registry.
+"""
+
+
+def found(home: Home, base: Path, heads: Sequence[tuple[str, Method]], progress: Callable[[str], None]) -> BaseModel:
+    """Makes the home. Raises BadHome, and BadFile or BadValues where the base is no sound checkpoint.
+
+    Interrupted, it leaves no registry, hence no home; the next `init` starts over.
+    """
+    _clear(home)
+    try:
+        with open_path(base) as checkpoint:
+            progress("checking the base")
+            parameters = _check_values(checkpoint)
+            for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.base, home.tmp):
+                durable.make_folder(folder)
+            progress("copying the base")
+            _copy_base(base, checkpoint, home)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadHome(f"the base {base}: {error.strerror}", "give --base a .safetensors file or a folder") from None
+    except (DaemonError, ProjectorError) as error:
+        error.args = (f"the base {base}: {error}",)
+        raise
+    with open_path(home.base) as checkpoint:
+        record = BaseModel(
+            shown(base.resolve().name), checkpoint.identity(), parameters, checkpoint.size_bytes, datetime.now(UTC)
+        )
+    progress("publishing version 0")
+    records = [Head(name, method.name, method.params(), live=0, newest=0) for name, method in heads]
+    versions = [_publish_base(home, head, record) for head in records]
+    if not home.config.exists():
+        durable.replace_file(home.config, CONFIG_TEXT.encode())
+    durable.replace_file(home.clean, b"")
+    unfinished = home.registry.with_name("registry.new")
+    Store.create(unfinished, record, records, versions)
+    durable.sync_folder(home.root)
+    durable.rename(unfinished, home.registry)
+    return record
+
+
+def _clear(home: Home) -> None:
+    """Makes room: refuses a folder that holds anything but an unfinished home, removes what that one left."""
+    if home.exists():
+        raise BadHome(f"{home.root} is a mainstem home already", "choose another folder")
+    ours = {"state", "published", "inbox", "quarantine", "archive", home.config.name, "lost+found"}
+    if home.root.exists() and (others := set(os.listdir(home.root)) - ours):
+        raise BadHome(f"{home.root} is not empty: it holds {shown(min(others))}", "choose a new or empty folder")
+    durable.remove(home.state)
+    durable.remove(home.published)
+
+
+def _check_values(checkpoint: OpenCheckpoint) -> int:
+    """The number of parameters, once every one of them was seen to be finite."""
+    parameters = 0
+    for name, spec in checkpoint.tensors.schema.items():
+        if spec.floating:
+            parameters += spec.numel
+            if not isfinite(energy(checkpoint.tensors.read(name))):
+                raise BadValues(
+                    Reason.NOT_FINITE,
+                    f"{shown(name)} holds NaN or infinite values",
+                    "use a sound checkpoint as the base",
+                )
+    if not parameters:
+        raise BadHome("it has no floating tensor", "give --base the weights of a model")
+    return parameters
+
+
+def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home) -> None:
+    source = base.resolve()
+    size = sum(file.reader.header.size for file in checkpoint.files)
+    free = shutil.disk_usage(home.root).free
+    if size > free:
+        raise BadHome(f"it has {size} bytes, {home.root} has {free} free", "make room, or choose another disk")
+    if source.is_file():
+        durable.copy_file(source, home.base / WEIGHTS)
+        return
+    sharded = checkpoint.kind == "sharded"
+    for file in checkpoint.files:
+        durable.copy_file(source / file.name, home.base / (file.name if sharded else WEIGHTS))
+    for path in [*companions(source), *([source / INDEX] if sharded else [])]:
+        durable.copy_file(path, home.base / path.name)
+
+
+def _publish_base(home: Home, head: Head, base: BaseModel) -> NewVersion:
+    folder = home.version(head.name, 0)
+    durable.make_folder(folder)
+    files = sorted(home.base.iterdir())
+    for path in files:
+        durable.link_or_copy(path, folder / path.name)
+    with ExitStack() as closing, open_path(home.base) as checkpoint:
+        dtypes = {str(s.dtype).removeprefix("torch.") for s in checkpoint.tensors.schema.values() if s.floating}
+        closing.callback(checkpoint.close)
+    text = manifest(
+        head=head,
+        number=0,
+        base_sha256=base.sha256,
+        parent=None,
+        experts=0,
+        expert=None,
+        figures={},
+        dtype="/".join(sorted(dtypes)),
+        created_at=base.created_at,
+        files=[entry(path) for path in files],
+        state=None,
+    )
+    durable.write_file(folder / MANIFEST, text)
+    durable.make_folder(home.states(head.name))
+    for path in (folder, folder.parent, home.published, home.base, home.state):
+        durable.sync_folder(path)
+    point_latest(home, head)
+    return NewVersion(
+        head=head.name,
+        number=0,
+        parent=None,
+        manifest_sha256=hashlib.sha256(text).hexdigest(),
+        size_bytes=base.size_bytes,
+        totals={"experts": 0.0},
+        figures={},
+    )

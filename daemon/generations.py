@@ -1,0 +1,161 @@
+"""A version as it lies on the disk: which files it has, what its manifest says, and whether both still agree."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+
+from daemon.home import MANIFEST, STATE_FILE, Home
+from daemon.metrics import software_version
+from projector.spec import TensorSpec
+from registry.records import Head, NewExpert, Version
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+)
+HASH_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of a version as its manifest lists it."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One weights file to be written: its name and its tensors, in the dtype they are published in."""
+
+    name: str
+    specs: Sequence[TensorSpec]
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files beside the weights that loaders need: configuration, tokenizer, processor. Sorted by name."""
+    return sorted(
+        path for path in folder.iterdir() if path.is_file() and any(fnmatchcase(path.name, glob) for glob in COMPANIONS)
+    )
+
+
+def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int) -> tuple[list[WeightFile], bytes | None]:
+    """The weights files of a version, and the bytes of its index where there is more than one file."""
+    by_name = {spec.name: spec for spec in specs}
+    meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in by_name.items()}
+    plan = split_torch_state_dict_into_shards(meta, max_shard_size=shard_bytes)
+    files = [
+        WeightFile(name, [by_name[tensor] for tensor in tensors]) for name, tensors in plan.filename_to_tensors.items()
+    ]
+    if not plan.is_sharded:
+        return files, None
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    return files, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def manifest(
+    *,
+    head: Head,
+    number: int,
+    base_sha256: str,
+    parent: Version | None,
+    experts: int,
+    expert: NewExpert | None,
+    figures: Mapping[str, float],
+    dtype: str,
+    created_at: datetime,
+    files: Sequence[FileEntry],
+    state: FileEntry | None,
+) -> bytes:
+    """The bytes of a version's manifest.json: what it is, what it came from, and the sha256 of all it consists of."""
+    content = {
+        "format": 1,
+        "head": head.name,
+        "version": number,
+        "method": head.method,
+        "params": head.params,
+        "base_sha256": base_sha256,
+        "parent": {"version": parent.number, "manifest_sha256": parent.manifest_sha256} if parent else None,
+        "experts": experts,
+        "expert": {"sha256": expert.sha256, "name": expert.name} if expert else None,
+        "figures": figures,
+        "dtype": dtype,
+        "created_at": created_at.isoformat(),
+        "software": {"mainstem": software_version(), "torch": torch.__version__},
+        "files": [asdict(file) for file in files],
+        "state": asdict(state) if state else None,
+    }
+    return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def entry(path: Path) -> FileEntry:
+    """Hashes a file as it is on the disk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_BYTES):
+            digest.update(chunk)
+    return FileEntry(path.name, path.stat().st_size, digest.hexdigest())
+
+
+def problems(home: Home, version: Version, *, hashes: bool) -> list[str]:
+    """What is wrong with a version's files, in words; nothing where they are as they were committed.
+
+    Sizes are always compared; `hashes` reads every byte. The manifest itself is held against the registry.
+    """
+    folder = home.version(version.head, version.number)
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        return [f"{_relative(home, path)}: {error.strerror}"]
+    if hashlib.sha256(text).hexdigest() != version.manifest_sha256:
+        return [f"{_relative(home, path)}: its sha256 is not the registry's"]
+    content: dict[str, Any] = json.loads(text)
+    expected = [(folder / file["name"], file) for file in content["files"]]
+    if content["state"]:
+        expected.append((home.head_state(version.head, version.number) / STATE_FILE, content["state"]))
+    found = [_problem(home, path, file, hashes) for path, file in expected]
+    listed = {MANIFEST, *(file["name"] for file in content["files"])}
+    extra = [
+        f"{_relative(home, folder / name)}: not in the manifest" for name in sorted(set(os.listdir(folder)) - listed)
+    ]
+    return [problem for problem in found if problem] + extra
+
+
+def _problem(home: Home, path: Path, file: Mapping[str, Any], hashes: bool) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != file["size"]:
+            return f"{_relative(home, path)}: {size} bytes, the manifest says {file['size']}"
+        if hashes and entry(path).sha256 != file["sha256"]:
+            return f"{_relative(home, path)}: its sha256 is not the manifest's"
+    except OSError as error:
+        return f"{_relative(home, path)}: {error.strerror}"
+    return None
+
+
+def _relative(home: Home, path: Path) -> str:
+    return str(path.relative_to(home.root))

@@ -1,0 +1,200 @@
+"""The routes. Every one answers GET and HEAD and none changes anything."""
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from daemon.home import Home
+from daemon.http import page
+from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, not_modified
+from daemon.http.files import PinnedFile, Published
+from daemon.http.rows import base_row, expert_row, head_row, version_row
+from registry.errors import RegistryError
+from registry.records import Status
+from registry.store import Reader
+
+PAGE_LIMIT = 1000  # rows in one answer, at the most
+
+
+def create_app(home: Home, reader: Reader, metrics: CollectorRegistry, ready: Callable[[], str | None]) -> Starlette:
+    """The application over one home. `ready` returns None when merging goes on as it should, else why it does not."""
+    api = _Api(home, reader, metrics, ready)
+    version = "/v1/heads/{head}/versions/{n}"
+    app = Starlette(
+        routes=[
+            Route("/", api.status_page),
+            Route("/livez", api.livez),
+            Route("/readyz", api.readyz),
+            Route("/metrics", api.scrape),
+            Route("/v1/heads", api.heads),
+            Route("/v1/heads/{head}/latest", api.latest),
+            Route("/v1/heads/{head}/versions", api.versions),
+            Route(version, api.version),
+            Route(version + "/files/{name}", api.file),
+            Route("/v1/experts", api.experts),
+            Route("/v1/experts/{sha256}", api.expert),
+            Route("/v1/lineage", api.lineage),
+        ],
+        middleware=[Middleware(SecurityHeaders)],
+        exception_handlers={
+            Problem: _on_problem,
+            HTTPException: _on_http_exception,
+            RegistryError: _on_registry_error,
+            Exception: _on_fault,
+        },
+    )
+    app.router.redirect_slashes = False  # it would build an absolute address from the Host header
+    return app
+
+
+class _Api:
+    """The endpoints. Plain methods run in a worker thread, since they read the registry and the disk."""
+
+    def __init__(self, home: Home, reader: Reader, metrics: CollectorRegistry, ready: Callable[[], str | None]) -> None:
+        self.home = home
+        self.reader = reader
+        self.metrics = metrics
+        self.ready = ready
+        self.published = Published(home, reader)
+
+    def status_page(self, request: Request) -> Response:
+        return page.render(self.published, self.ready(), request.headers.get("host", ""), datetime.now(UTC))
+
+    async def livez(self, _: Request) -> Response:
+        return JSONResponse({"live": True}, headers=NO_CACHE)
+
+    def readyz(self, _: Request) -> Response:
+        why_not = self.ready()
+        if why_not is not None:
+            raise Problem(503, "not_ready", why_not, "the status page and the daemon's log say more")
+        return JSONResponse({"ready": True}, headers=NO_CACHE)
+
+    def scrape(self, request: Request) -> Response:
+        try:
+            encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        except (ValueError, TypeError):  # its version parameter is no version
+            encode, content_type = choose_encoder("")
+        return Response(encode(self.metrics), headers={**NO_CACHE, "Content-Type": content_type})
+
+    def heads(self, _: Request) -> Response:
+        return JSONResponse({"heads": [head_row(head) for head in self.reader.heads()]}, headers=NO_CACHE)
+
+    def latest(self, request: Request) -> Response:
+        head = self.published.head(request.path_params["head"])
+        return RedirectResponse(f"versions/{head.live}", 307, headers=NO_CACHE)
+
+    def versions(self, request: Request) -> Response:
+        head = self.published.head(request.path_params["head"])
+        rows = self.reader.versions(head.name, limit=_limit(request))
+        return JSONResponse(
+            {"head": head.name, "live": head.live, "versions": [version_row(row, head) for row in rows]},
+            headers=NO_CACHE,
+        )
+
+    def version(self, request: Request) -> Response:
+        head = self.published.head(request.path_params["head"])
+        row = self.published.version(head, _number(request))
+        unchanged = not_modified(request.headers, row.manifest_sha256)
+        if unchanged is not None:
+            return unchanged
+        manifest = self.published.manifest(head, row)
+        return Response(manifest.raw, headers=immutable(row.manifest_sha256), media_type="application/json")
+
+    def file(self, request: Request) -> Response:
+        head = self.published.head(request.path_params["head"])
+        row = self.published.version(head, _number(request))
+        entry = self.published.manifest(head, row).files.get(request.path_params["name"])
+        if entry is None:
+            raise Problem(
+                404,
+                "unknown_file",
+                f"version {row.number} of head {head.name} has no such file",
+                f"GET /v1/heads/{head.name}/versions/{row.number} lists its files",
+            )
+        return not_modified(request.headers, entry.sha256) or PinnedFile(self.published.open(head, row, entry), entry)
+
+    def experts(self, request: Request) -> Response:
+        wanted = request.query_params.get("status")
+        if wanted is not None and wanted not in list(Status):
+            raise Problem(400, "bad_query", "no expert has that status", f"one of: {', '.join(Status)}")
+        limit = _limit(request)
+        before = _query_number(request, "before", None)
+        rows = self.reader.experts(status=Status(wanted) if wanted else None, limit=limit, before=before)
+        body = {
+            "experts": [expert_row(row) for row in rows],
+            "next_before": rows[-1].id if len(rows) == limit else None,
+        }
+        return JSONResponse(body, headers=NO_CACHE)
+
+    def expert(self, request: Request) -> Response:
+        prefix = request.path_params["sha256"].lower()
+        if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
+            raise Problem(400, "bad_sha256", "not a sha256", "give 4 to 64 hexadecimal digits")
+        # The registry also searches by id and by name: keep what was found by its digest.
+        found = [row for row in self.reader.find_experts(prefix) if (row.sha256 or "").startswith(prefix)]
+        if not found:
+            raise Problem(404, "unknown_expert", "no expert has that sha256", "GET /v1/experts lists the experts")
+        if len({row.sha256 for row in found}) > 1:
+            raise Problem(409, "ambiguous", "several experts begin with that", "give more digits")
+        # The same bytes may have arrived often: the one that was merged speaks for all, else the newest.
+        chosen = max(found, key=lambda row: (row.status is Status.MERGED, row.id))
+        body = {**expert_row(chosen), "arrivals": sorted(row.id for row in found)}
+        return JSONResponse(body, headers=NO_CACHE)
+
+    def lineage(self, _: Request) -> Response:
+        body = {"base": base_row(self.reader.base()), "experts": [expert_row(row) for row in self.reader.lineage()]}
+        return JSONResponse(body, headers=NO_CACHE)
+
+
+def _number(request: Request) -> int:
+    text = request.path_params["n"]
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise Problem(404, "unknown_version", "a version is a number", "GET the head's versions for a list")
+    return int(text)
+
+
+def _query_number(request: Request, name: str, default: int | None) -> int | None:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) == 0:
+        raise Problem(400, "bad_query", f"{name} must be a positive whole number", f"for example ?{name}=100")
+    return int(text)
+
+
+def _limit(request: Request) -> int:
+    return min(_query_number(request, "limit", None) or 100, PAGE_LIMIT)
+
+
+def _on_problem(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return error.response()
+
+
+def _on_http_exception(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reason, hint = {
+        404: ("not_found", "GET / shows the status and lists the addresses"),
+        405: ("method_not_allowed", "everything here is read with GET or HEAD"),
+    }.get(error.status_code, ("http", "check the request"))
+    return Problem(error.status_code, reason, error.detail, hint).response(error.headers)
+
+
+def _on_registry_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RegistryError)
+    return Problem(503, "registry", "the registry cannot be read", error.hint).response()
+
+
+def _on_fault(_: Request, __: Exception) -> Response:
+    return Problem(500, "fault", "the server failed", "the server's log has the traceback").response(
+        {"Connection": "close"}
+    )

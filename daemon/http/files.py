@@ -1,0 +1,175 @@
+"""The manifest and the files of one published version.
+
+Two rules make every body the bytes of exactly one committed version:
+
+- a version exists when the REGISTRY has its row: a folder without a row is not there, and manifest.json must have the
+  digest that the row names;
+- a file exists when that MANIFEST lists it: a name from the network is looked up, never joined to a path.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.responses import FileResponse
+from starlette.types import Receive, Scope, Send
+
+from daemon.home import MANIFEST, Home
+from daemon.http.answers import Problem, etag, immutable
+from registry.records import Head, Version
+from registry.store import Reader
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # NONBLOCK: a FIFO must not hang us
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file of a version, as its manifest lists it. `size` in bytes, `sha256` in hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest.json whose digest was checked: its bytes, and the files it lists by name."""
+
+    raw: bytes
+    files: Mapping[str, Entry]
+
+
+class Published:
+    """The published versions of one home."""
+
+    def __init__(self, home: Home, reader: Reader) -> None:
+        self.home = home
+        self.reader = reader
+
+    def head(self, name: str) -> Head:
+        """The head with that name. Problem 404."""
+        head = self.reader.head(name)
+        if head is None:
+            raise Problem(404, "unknown_head", "there is no such head", "GET /v1/heads lists the heads")
+        return head
+
+    def version(self, head: Head, n: int) -> Version:
+        """The row of a version whose files should be there. Problem 404, or 410 when retention removed it."""
+        version = self.reader.version(head.name, n)
+        if version is None:
+            raise Problem(
+                404, "unknown_version", f"head {head.name} has no version {n}", f"its live version is {head.live}"
+            )
+        if version.collected:
+            raise _gone(head, n)
+        return version
+
+    def manifest(self, head: Head, version: Version) -> Manifest:
+        """The checked manifest. Problem 410 when it was just collected, 500 when it is damaged."""
+        try:
+            return _manifest(self.home.version(head.name, version.number), version.manifest_sha256)
+        except FileNotFoundError:
+            raise self._missing(head, version.number) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(head, version.number, MANIFEST) from error
+
+    def open(self, head: Head, version: Version, entry: Entry) -> int:
+        """A descriptor of one listed file; the caller closes it. Problem 410 or 500 as for `manifest`."""
+        try:
+            descriptor = _open(self.home.version(head.name, version.number), entry.name)
+        except FileNotFoundError:
+            raise self._missing(head, version.number) from None
+        except OSError as error:  # among them ELOOP: someone put a symbolic link there
+            raise _damaged(head, version.number, entry.name) from error
+        if os.fstat(descriptor).st_size != entry.size:
+            os.close(descriptor)
+            raise _damaged(head, version.number, entry.name)
+        return descriptor
+
+    def _missing(self, head: Head, n: int) -> Problem:
+        # Retention never touches the live version. For any other one, files that vanished after the row was read
+        # mean that it is being collected right now. The head is read again: it may have moved on meanwhile.
+        now = self.head(head.name)
+        return _damaged(now, n, "a file") if n == now.live else _gone(now, n)
+
+
+class PinnedFile(FileResponse):
+    """A file sent from a descriptor that is open already: removing the version meanwhile cannot cut the answer."""
+
+    def __init__(self, descriptor: int, entry: Entry) -> None:
+        self.descriptor = descriptor
+        self.tag = etag(entry.sha256)
+        super().__init__(
+            f"/dev/fd/{descriptor}",
+            headers=immutable(entry.sha256),
+            media_type="application/json" if entry.name.endswith(".json") else "application/octet-stream",
+            stat_result=os.fstat(descriptor),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(_with_sound_range(scope, self.tag), receive, send)
+        finally:
+            os.close(self.descriptor)
+
+
+def _with_sound_range(scope: Scope, tag: str) -> Scope:
+    """The request without a Range that must be ignored.
+
+    If-Range counts only with our entity tag: a date cannot tell two versions of the same second apart. A unit other
+    than bytes is to be ignored as well (RFC 9110, 14.2).
+    """
+    headers = Headers(scope=scope)
+    unit = headers.get("range", "").partition("=")[0].strip().lower()
+    if unit == "bytes" and headers.get("if-range", tag) == tag:
+        return scope
+    return {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
+
+
+@lru_cache(maxsize=256)
+def _manifest(folder: Path, sha256: str) -> Manifest:
+    """Reads, checks and remembers a manifest. OSError; ValueError, KeyError or TypeError when it is damaged."""
+    with open(_open(folder, MANIFEST), "rb") as file:
+        raw = file.read()
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise ValueError("the manifest is not the one that was committed")
+    entries = [Entry(str(f["name"]), int(f["size"]), str(f["sha256"])) for f in json.loads(raw)["files"]]
+    return Manifest(raw, {entry.name: entry for entry in entries if entry.name == Path(entry.name).name})
+
+
+def _open(folder: Path, name: str) -> int:
+    """Opens a regular file directly inside `folder`, following no symbolic link. OSError."""
+    directory = os.open(folder, _FOLDER)
+    try:
+        descriptor = os.open(name, _FILE, dir_fd=directory)
+    finally:
+        os.close(directory)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{name} is not a regular file")
+    return descriptor
+
+
+def _gone(head: Head, n: int) -> Problem:
+    return Problem(
+        410,
+        "collected",
+        f"version {n} of head {head.name} was removed by retention",
+        f"the live version is {head.live}: GET /v1/heads/{head.name}/latest",
+    )
+
+
+def _damaged(head: Head, n: int, what: str) -> Problem:
+    return Problem(
+        500,
+        "damaged",
+        f"version {n} of head {head.name}: {what} is missing or not what was published",
+        "run `mainstem verify` on the server",
+    )

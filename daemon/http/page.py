@@ -1,0 +1,150 @@
+"""The status page: one document without script and without a single outside request."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from starlette.responses import HTMLResponse, Response
+
+from daemon.http.answers import NO_CACHE, Problem
+from daemon.http.files import Published
+from registry.records import Expert, Head, Status, Version
+
+ARRIVALS = 12  # rows shown
+VERSIONS = 10  # rows shown
+REFRESH_SECONDS = 5
+
+_TEMPLATES = Path(__file__).parent.parent / "templates"
+_STYLE = (_TEMPLATES / "status.css").read_text(encoding="utf-8")
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_HEADERS = {
+    **NO_CACHE,
+    "Content-Security-Policy": (
+        f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One head as the page shows it: `version` is the live one."""
+
+    head: Head
+    version: Version | None
+    params: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One version of the first head in the lineage, and the expert that made it (None: the base)."""
+
+    version: Version
+    expert: Expert | None
+
+
+def render(published: Published, why_not: str | None, host: str, now: datetime) -> Response:
+    """The page as of `now`. `why_not`: None when ready. `host`: the Host header, as the visitor sent it."""
+    reader = published.reader
+    heads = reader.heads()
+    lineage = _lineage(published, heads[0])
+    counts = reader.counts()
+    html = _ENVIRONMENT.get_template("status.html").render(
+        style=Markup(_STYLE),
+        refresh=REFRESH_SECONDS,
+        now=now,
+        why_not=why_not,
+        base=reader.base(),
+        cards=[_card(published, head) for head in heads],
+        first=heads[0],
+        counts={status: counts.get(status, 0) for status in Status},
+        arrivals=reader.experts(limit=ARRIVALS),
+        lineage=lineage,
+        commands=_commands(published, heads[0], _origin(host)),
+    )
+    return HTMLResponse(html, headers=_HEADERS)
+
+
+def _card(published: Published, head: Head) -> Card:
+    params = ", ".join(f"{name} {value}" for name, value in head.params.items())
+    return Card(head, published.reader.version(head.name, head.live), params)
+
+
+def _lineage(published: Published, head: Head) -> Sequence[Step]:
+    reader = published.reader
+    versions = reader.versions(head.name, limit=VERSIONS)
+    return [
+        Step(version, reader.expert(version.expert_id) if version.expert_id is not None else None)
+        for version in versions
+    ]
+
+
+def _commands(published: Published, head: Head, origin: str) -> Sequence[tuple[str, str]]:
+    """What to copy to get the live version: (where it works, the command)."""
+    try:
+        manifest = published.manifest(head, published.version(head, head.live))
+    except Problem:
+        return []  # the page must come up on a damaged home too; readiness says what is wrong
+    # Percent-encoded, hence without a character that a shell or curl would take as its own.
+    names = [quote(name, safe="") for name in manifest.files]
+    listed = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+    address = f"{origin}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}/files/{listed}"
+    commands = [("Download this version from anywhere", f"curl -fL --remote-name-all '{address}'")]
+    latest = str(published.home.latest(head.name).absolute())
+    if "config.json" in manifest.files:
+        commands.insert(0, ("Load the newest on this machine", f"AutoModel.from_pretrained({latest!r})"))
+    return commands
+
+
+def _origin(host: str) -> str:
+    """The address the visitor came by, unless the header is not a plain host and port."""
+    return f"http://{host}" if re.fullmatch(r"[A-Za-z0-9.\-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host) else ""
+
+
+def human_bytes(size: int) -> str:
+    """1_500_000 -> "1.5 MB" (powers of 1000)."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.5 else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def human_count(count: int) -> str:
+    """22_713_216 -> "22.7 million"."""
+    for unit, name in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return str(count)
+
+
+def human_ago(moment: datetime, now: datetime) -> str:
+    """How long ago: "just now", "5 min ago", "3 h ago", "2 days ago"."""
+    seconds = (now - moment).total_seconds()
+    if seconds < 10:
+        return "just now"
+    if seconds < 60:
+        return f"{seconds:.0f} s ago"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min ago"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600:.0f} h ago"
+    return f"{seconds // 86400:.0f} days ago"
+
+
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(_TEMPLATES),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {"bytes": human_bytes, "count": human_count, "ago": human_ago}

@@ -1,0 +1,78 @@
+"""The registry's records as JSON. What only the daemon itself needs (places on the disk, inodes) stays out."""
+
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from urllib.parse import quote
+
+from registry.records import BaseModel, Expert, Head, Version
+
+Row = dict[str, object]
+
+
+def head_row(head: Head) -> Row:
+    """A head, with the address of its live manifest."""
+    return {
+        "name": head.name,
+        "method": head.method,
+        "params": dict(head.params),
+        "live": head.live,
+        "newest": head.newest,
+        "manifest": f"/v1/heads/{quote(head.name, safe='')}/versions/{head.live}",
+    }
+
+
+def version_row(version: Version, head: Head) -> Row:
+    """One version of `head`; size in bytes, seconds spent on it."""
+    return {
+        "version": version.number,
+        "parent": version.parent,
+        "live": version.number == head.live,
+        "collected": version.collected,
+        "manifest_sha256": version.manifest_sha256,
+        "size_bytes": version.size_bytes,
+        "expert_id": version.expert_id,
+        "figures": _finite(version.figures),
+        "seconds": version.seconds,
+        "created_at": _time(version.created_at),
+    }
+
+
+def expert_row(expert: Expert) -> Row:
+    """One arrival, merged or not."""
+    return {
+        "id": expert.id,
+        "name": expert.name,
+        "kind": expert.kind,
+        "sha256": expert.sha256,
+        "size_bytes": expert.size_bytes,
+        "status": expert.status,
+        "version": expert.version,
+        "norm": _finite({"norm": expert.norm})["norm"],
+        "duplicate_of": expert.duplicate_of,
+        "reason": expert.reason,
+        "detail": expert.detail,
+        "hint": expert.hint,
+        "received_at": _time(expert.received_at),
+        "finished_at": _time(expert.finished_at),
+    }
+
+
+def base_row(base: BaseModel) -> Row:
+    """The base model."""
+    return {
+        "name": base.name,
+        "sha256": base.sha256,
+        "parameters": base.parameters,
+        "size_bytes": base.size_bytes,
+        "created_at": _time(base.created_at),
+    }
+
+
+def _finite(figures: Mapping[str, float | None]) -> dict[str, float | None]:
+    """JSON has no infinity and no NaN: they become null."""
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
+
+
+def _time(moment: datetime | None) -> str | None:
+    return moment.isoformat() if moment is not None else None

@@ -1,0 +1,106 @@
+"""The socket and the thread: uvicorn beside the merge loop, without signal handlers of its own."""
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+import time
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from daemon.errors import BadConfig, DaemonError, Reason
+
+GRACE_SECONDS = 5  # how long downloads may go on once we stop
+TICK_SECONDS = 0.02  # between looks at whether the server has started
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, except that after the grace it drops the connections it has waited for in vain."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(TICK_SECONDS)  # an aborted transport closes its socket in a later turn of the loop
+
+
+class HttpServer:
+    """Serves an application in a daemon thread. Starts once.
+
+    Use it beside a loop (`start`, later `stop`), as a context manager, or alone:
+    `server.start()` and then `server.wait_for_signal()`.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+        """`port` 0 asks the system for a free one."""
+        self.host = host
+        self.port = port
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                access_log=False,
+                log_config=None,  # what it has to say goes through the daemon's own logging
+                log_level=logging.WARNING,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> tuple[str, int]:
+        """Listens, and returns the host and port that were bound. BadConfig when the address cannot be used."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            listener = socket.create_server((self.host, self.port), family=family)
+        except OSError as error:
+            raise BadConfig(
+                f"cannot listen on {self.host}:{self.port}: {error.strerror or error}",
+                "another program, or another mainstem, may be using it: choose another http.port (0 for any free one)",
+            ) from error
+        # Bound here and not in the thread: a port in use must fail the start, not a thread that nobody watches.
+        host, port = listener.getsockname()[:2]
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), name="http", daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                listener.close()
+                raise DaemonError(Reason.CONFIG, "the HTTP server did not start", "the log has the traceback")
+            time.sleep(TICK_SECONDS)
+        return str(host), int(port)
+
+    def stop(self) -> None:
+        """Refuses new connections, lets running answers finish for GRACE_SECONDS, and returns when all is closed."""
+        self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join()
+
+    def wait_for_signal(self) -> None:
+        """Blocks until SIGINT or SIGTERM, then stops. Call it from the main thread, after `start`."""
+        assert self._thread is not None, "start first"
+        asked = threading.Event()
+
+        def ask(_: int, __: FrameType | None) -> None:
+            asked.set()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while not asked.wait(timeout=1) and self._thread.is_alive():
+                pass
+            self.stop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def __enter__(self) -> tuple[str, int]:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

@@ -1,0 +1,137 @@
+"""What lies in the inbox, and which of it has come to rest.
+
+Events are hints, the scan is the truth: an entry counts as settled when its fingerprint (size, time and inode of every
+file in it) has not changed for `settle_seconds`, or at once where a folder brings the marker file _READY.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
+
+READY_MARKER = "_READY"
+TEMPORARY = re.compile(
+    r"""
+      \..*                                                    # hidden files, rsync's .name.XXXXXX, Syncthing's
+    | .*(\.tmp|\.part|\.partial|\.incomplete|\.crdownload|\.download|\.lock|\.swp|~)
+    | .*\.tmp[A-Za-z0-9_]{6,8}                                # safetensors' and tempfile's
+    | .*\.safetensors\.[A-Za-z0-9]{8}                         # boto's
+    | .*_\.gstmp
+    | \~syncthing\~.*
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+Fingerprint = tuple[object, ...]
+Stamp = tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """One settled entry of the inbox. `rest_seconds`: how long it has been standing still."""
+
+    name: str
+    entry: str  # "device:inode:mtime", which finds it again after a crash, under whatever name
+    mtime_ns: int
+    size_bytes: int
+    rest_seconds: float
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The inbox at one moment: what is settled, oldest first, and how many entries still move."""
+
+    settled: list[Drop]
+    moving: int
+
+
+class Inbox:
+    """Lists the inbox and remembers since when each entry has been standing still."""
+
+    def __init__(self, path: Path, settle_seconds: float, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._settle = settle_seconds
+        self._clock = clock
+        self._since: dict[str, tuple[Fingerprint, float]] = {}
+
+    def scan(self) -> Scan:
+        """Lists the inbox. Entries with temporary names do not count."""
+        now = self._clock()
+        settled: list[Drop] = []
+        since: dict[str, tuple[Fingerprint, float]] = {}
+        for entry in os.scandir(self._path):
+            if TEMPORARY.fullmatch(entry.name):
+                continue
+            try:
+                status = entry.stat(follow_symlinks=False)
+                fingerprint, size, ready = _fingerprint(Path(entry.path), status)
+            except FileNotFoundError:
+                continue
+            before = self._since.get(entry.name)
+            since[entry.name] = before if before and before[0] == fingerprint else (fingerprint, now)
+            rest = now - since[entry.name][1]
+            if ready or rest >= self._settle:
+                settled.append(Drop(entry.name, entry_id(status), status.st_mtime_ns, size, rest))
+        self._since = since
+        settled.sort(key=lambda drop: (drop.mtime_ns, drop.name))
+        return Scan(settled, len(since) - len(settled))
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """What changes when a file is written to or replaced: device, inode, size, mtime, ctime."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def entry_id(status: os.stat_result) -> str:
+    """What stays the same when an entry is moved, and hardly ever comes again."""
+    return f"{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
+
+
+class Watcher:
+    """Sets `wake` when something in the inbox changes. Where events do not come, the caller's rescans must do."""
+
+    def __init__(self, path: Path, wake: Event) -> None:
+        self._observer: BaseObserver = Observer()
+        self._observer.schedule(_Waker(wake), str(path), recursive=True)
+
+    def start(self) -> None:
+        """Starts listening. Raises OSError where the system offers no (more) watches."""
+        self._observer.start()
+
+    def stop(self) -> None:
+        self._observer.stop()
+        self._observer.join()
+
+
+class _Waker(FileSystemEventHandler):
+    def __init__(self, wake: Event) -> None:
+        self._wake = wake
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        if event.event_type not in ("opened", "closed_no_write"):  # our own reading must not wake us
+            self._wake.set()
+
+
+def _fingerprint(path: Path, status: os.stat_result) -> tuple[Fingerprint, int, bool]:
+    """(what changes while the entry is written, its size in bytes, whether it carries the ready marker)."""
+    if not stat.S_ISDIR(status.st_mode):
+        return stamp(status)[:4], status.st_size, False
+    try:
+        files = sorted(_files(path))
+    except PermissionError:
+        return stamp(status)[:4], 0, False
+    names = {name for name, _ in files}
+    return tuple(files), sum(size for _, (_, _, size, _) in files), READY_MARKER in names
+
+
+def _files(path: Path) -> Iterable[tuple[str, tuple[int, int, int, int]]]:
+    for entry in os.scandir(path):
+        status = entry.stat(follow_symlinks=False)
+        yield entry.name, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

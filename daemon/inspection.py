@@ -1,0 +1,58 @@
+"""The dry run behind `mainstem inspect`: everything that merging would check and measure, and nothing written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from threading import Event
+from typing import Any
+
+from daemon.admission import check_norm
+from daemon.checkpoint import open_path
+from daemon.config import load
+from daemon.errors import DaemonError, Reason
+from daemon.home import Home
+from daemon.progress import Progress
+from projector.fold import Driver, Folded
+from projector.spec import check_schema
+from registry.store import Reader
+
+
+def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Mapping[str, Any]:
+    """What `mainstem inspect` prints of an expert that would be accepted. Raises what merging would raise.
+
+    overlap: the cosine between its task vector and the head's merged one, in [-1, 1].
+    """
+    head = reader.head(head_name) if head_name else reader.heads()[0]
+    if head is None:
+        raise DaemonError(Reason.UNKNOWN, f"there is no head {head_name!r}", "see `mainstem status` for the heads")
+    if not path.exists():
+        raise DaemonError(Reason.UNKNOWN, f"{path} does not exist", "give the path of a checkpoint")
+    driver = Driver(watch=Progress(Event(), lambda _: None))
+    with (
+        open_path(home.base) as base,
+        open_path(path) as expert,
+        open_path(home.version(head.name, head.live)) as merged,
+    ):
+        check_schema(base.tensors.schema, expert.tensors.schema)
+        overlap = driver.overlap(base.tensors, expert.tensors, merged.tensors)
+        folded = Folded(overlap.norm, overlap.base_norm, ())
+        check_norm(folded, reader.merged_norm_mean(), load(home.config).admission)
+        sha256 = expert.identity()
+        twin = reader.merged(sha256)
+        writes = sum(2 * spec.nbytes if spec.floating else spec.nbytes for spec in base.tensors.schema.values()) * len(
+            reader.heads()
+        )
+        seconds = [v.seconds for v in reader.versions(head.name, limit=5) if v.seconds is not None]
+        return {
+            "kind": expert.kind,
+            "sha256": sha256,
+            "duplicate_of": twin.id if twin else None,
+            "norm": overlap.norm,
+            "norm_over_base": overlap.norm / overlap.base_norm,
+            "norm_over_mean": overlap.norm / mean if (mean := reader.merged_norm_mean()) else None,
+            "compared_with": f"{head.name}/v{head.live}",
+            "overlap": overlap.cosine,
+            "reads_bytes": expert.size_bytes + base.size_bytes,
+            "writes_bytes": writes,
+            "usual_seconds": median(seconds) if seconds else None,
+        }

@@ -1,0 +1,261 @@
+"""The publish protocol, top to bottom: from a settled drop to a version that everyone sees.
+
+1 take        open the expert; from here on its descriptors count, not its name
+2 reserve     check it against the base; reserve space for all that will be written
+3 fold        read each tensor once, hash it on the way, write every head's new state
+4 identify    its digest is its identity: a duplicate is set aside, one that changed meanwhile is tried again
+5 read out    write every head's published weights
+6 seal        sync every file; write the manifests; sync the folders
+7 publish     rename everything into place
+8 commit      ONE transaction in the registry: before it nothing happened, after it everything did
+9 tidy        latest, archive, retention: derived, repeatable, finished by recovery after a crash
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+from daemon import durable
+from daemon.admission import check_norm
+from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
+from daemon.config import Settings
+from daemon.errors import DaemonError, NotYet, Reason, Refused
+from daemon.failpoints import hit
+from daemon.generations import companions, entry, manifest
+from daemon.home import MANIFEST, STATE_FILE, Home
+from daemon.inbox import Drop
+from daemon.latest import point_latest
+from daemon.outputs import Outputs
+from daemon.placing import place
+from daemon.progress import Progress
+from daemon.retention import collect
+from projector.errors import ProjectorError
+from projector.fold import Driver, Folded, HeadFold
+from projector.method import Expert as View
+from projector.method import Method, Totals
+from projector.methods import make
+from projector.spec import check_schema
+from projector.tensorfile import TensorReader
+from projector.text import shown
+from registry.records import Expert, Head, NewExpert, NewVersion, Status, Version
+from registry.store import Store
+
+
+@dataclass(frozen=True)
+class Line:
+    """One head as it stands: its row, its live version, its method and the method's totals."""
+
+    head: Head
+    version: Version
+    method: Method
+    totals: Totals
+
+
+class Merger:
+    """Merges one drop after another into every head of a home. The caller holds the home's lock."""
+
+    def __init__(self, home: Home, store: Store, settings: Settings, progress: Progress) -> None:
+        self._home = home
+        self._store = store
+        self._settings = settings
+        self._progress = progress
+        self._driver = Driver(device(settings.compute.device), settings.compute.block_bytes, progress)
+        self._methods = {head.name: make(head.method, head.params) for head in store.heads()}
+        self._needs = sorted({need for method in self._methods.values() for need in method.needs})
+        self._base_sha256 = store.base().sha256
+        self._base = open_path(home.base, progress)
+        self._inbox = os.open(home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Lets go of the base and the inbox."""
+        self._base.close()
+        os.close(self._inbox)
+
+    def take(self, drop: Drop) -> Expert:
+        """Merges, recognises or refuses one drop; returns what the registry says of it.
+
+        Raises NotYet where it must be looked at again later, OSError where the disk fails (see durable.is_full), and
+        Abandoned where the daemon is stopping; the drop is then still in the inbox and nothing else has changed.
+        """
+        try:
+            with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=self._progress) as expert:
+                hit("take.opened")
+                check_schema(self._base.tensors.schema, expert.tensors.schema)
+                recorded = self._merge(drop, expert)
+        except NotYet as error:
+            if error.reason is Reason.CHANGED or drop.rest_seconds < self._settings.inbox.patience_seconds:
+                raise
+            recorded = self._refuse(drop, error)
+        except (Refused, ProjectorError) as error:
+            recorded = self._refuse(drop, error)
+        self._tidy(recorded)
+        return recorded
+
+    def _merge(self, drop: Drop, expert: OpenCheckpoint) -> Expert:
+        started = time.monotonic()
+        lines = [self._line(head) for head in self._store.heads()]
+        number = max(line.head.newest for line in lines) + 1
+        self._progress.begin(self._work_bytes(len(lines)))
+        folder = self._home.tmp / uuid4().hex
+        try:
+            with ExitStack() as files:
+                outputs = [self._outputs(line, folder, files) for line in lines]
+                folded = self._fold(expert, lines, outputs, files)
+                new = self._identify(drop, expert, folded)
+                if new.status is Status.DUPLICATE:
+                    return self._store.record(new)
+                self._read_out(lines, folded.totals, outputs)
+                with self._progress.phase("fsync"):
+                    files.close()
+            versions = [
+                self._seal(line, totals, output, number, new)
+                for line, totals, output in zip(lines, folded.totals, outputs, strict=True)
+            ]
+            self._publish(lines, outputs, number)
+            hit("commit.before")
+            seconds = time.monotonic() - started
+            merged = self._store.commit(new, [replace(version, seconds=seconds) for version in versions])
+            hit("commit.after")
+            return merged
+        finally:
+            durable.remove(folder)
+
+    def _line(self, head: Head) -> Line:
+        version = self._store.version(head.name, head.live)
+        if version is None:
+            raise AssertionError(f"the registry has no version {head.live} of {head.name}")
+        scalars = dict(version.totals)
+        totals = Totals(int(scalars.pop("experts")), scalars)
+        return Line(head, version, self._methods[head.name], totals)
+
+    def _work_bytes(self, heads: int) -> int:
+        """What the driver will have reported at the end: the floating tensors once, every tensor once per head."""
+        specs = self._base.tensors.schema.values()
+        sweeps = heads + 1 + sum(method.rounds for method in self._methods.values())
+        return sum(spec.nbytes * (sweeps if spec.floating else heads) for spec in specs)
+
+    def _outputs(self, line: Line, folder: Path, files: ExitStack) -> Outputs:
+        schema = self._base.tensors.schema
+        return Outputs(folder / line.head.name, schema, line.method, self._settings.publish, files, self._progress)
+
+    def _fold(
+        self, expert: OpenCheckpoint, lines: Sequence[Line], outputs: Sequence[Outputs], files: ExitStack
+    ) -> Folded:
+        hit("fold.before")
+        heads = []
+        for line, output in zip(lines, outputs, strict=True):
+            view = View(index=line.totals.experts + 1)
+            if line.method.rounds:
+                view = self._driver.survey(self._base.tensors, expert.tensors, line.method, view)
+                view = replace(view, sha256=expert.identity())
+            heads.append(HeadFold(line.method, line.totals, view, self._state(line, files), output.state))
+        folded = self._driver.fold(self._base.tensors, expert.tensors, heads)
+        hit("fold.after")
+        return folded
+
+    def _state(self, line: Line, files: ExitStack) -> TensorReader | None:
+        if not line.totals.experts:
+            return None
+        path = self._home.head_state(line.head.name, line.version.number) / STATE_FILE
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        files.callback(os.close, fd)
+        return TensorReader(fd, watch=self._progress)
+
+    def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded) -> NewExpert:
+        sha256 = expert.identity()
+        if not expert.unchanged():
+            raise NotYet(Reason.CHANGED, f"{shown(drop.name)} changed while it was read", "leave it alone until merged")
+        new = replace(_arrived(drop, Status.MERGED), kind=expert.kind, sha256=sha256, norm=folded.norm)
+        if twin := self._store.merged(sha256):
+            return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
+        check_norm(folded, self._store.merged_norm_mean(), self._settings.admission)
+        return new
+
+    def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
+        for line, after, output in zip(lines, totals, outputs, strict=True):
+            self._driver.read_out(self._base.tensors, line.method, after, output.written_state(), output.weights)
+            output.finish()
+        hit("read_out.after")
+
+    def _seal(self, line: Line, totals: Totals, output: Outputs, number: int, expert: NewExpert) -> NewVersion:
+        """Puts companions and the manifest beside the weights, all durable."""
+        written = {file.name for file in output.entries}
+        for path in companions(self._home.base):
+            durable.copy_file(path, output.published / path.name)
+        beside = [entry(path) for path in sorted(output.published.iterdir()) if path.name not in written]
+        files = sorted([*output.entries, *beside], key=lambda file: file.name)
+        figures = dict(line.method.figures(totals))
+        text = manifest(
+            head=line.head,
+            number=number,
+            base_sha256=self._base_sha256,
+            parent=line.version,
+            experts=totals.experts,
+            expert=expert,
+            figures=figures,
+            dtype=self._settings.publish.dtype,
+            created_at=datetime.now(UTC),
+            files=files,
+            state=output.state_entry,
+        )
+        durable.write_file(output.published / MANIFEST, text)
+        hit("manifest.written")
+        with self._progress.phase("fsync"):
+            durable.sync_folder(output.published)
+            durable.sync_folder(output.state_folder)
+        return NewVersion(
+            head=line.head.name,
+            number=number,
+            parent=line.version.number,
+            manifest_sha256=hashlib.sha256(text).hexdigest(),
+            size_bytes=sum(file.size for file in files),
+            totals={"experts": float(totals.experts), **totals.scalars},
+            figures=figures,
+        )
+
+    def _publish(self, lines: Sequence[Line], outputs: Sequence[Outputs], number: int) -> None:
+        hit("publish.before")
+        for line, output in zip(lines, outputs, strict=True):
+            for source, target in (
+                (output.state_folder, self._home.head_state(line.head.name, number)),
+                (output.published, self._home.version(line.head.name, number)),
+            ):
+                durable.remove(target)  # left by a commit that failed; no row names it
+                durable.rename(source, target)
+        hit("publish.after")
+
+    def _refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
+        refused = replace(
+            _arrived(drop, Status.QUARANTINED), reason=str(error.reason), detail=str(error), hint=error.hint
+        )
+        recorded = self._store.record(refused)
+        hit("refuse.recorded")
+        return recorded
+
+    def _tidy(self, expert: Expert) -> None:
+        if expert.status is Status.MERGED:
+            for head in self._store.heads():
+                point_latest(self._home, head)
+            hit("latest.after")
+        place(self._home, self._store, expert)
+        collect(self._home, self._store, self._settings.retention)
+
+
+def device(name: str) -> torch.device:
+    """The device a setting means; "auto" is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _arrived(drop: Drop, status: Status) -> NewExpert:
+    received = datetime.now(UTC) - timedelta(seconds=drop.rest_seconds)
+    return NewExpert(shown(drop.name), "unknown", None, drop.size_bytes, status, received, drop.entry)

@@ -1,0 +1,106 @@
+"""Every Prometheus metric of mainstem. Labels are closed sets: never an expert's, a file's or a tensor's name."""
+
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, ProcessCollector
+from prometheus_client.registry import Collector
+
+from daemon.errors import Reason
+from daemon.progress import PHASES
+from projector.errors import Reason as ProjectorReason
+from registry.store import Reader
+
+OUTCOMES = ("merged", "duplicate", "quarantined", "requeued", "abandoned")
+REASONS = tuple(dict.fromkeys([*(str(r) for r in Reason), *(str(r) for r in ProjectorReason)]))
+SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+
+
+def software_version() -> str:
+    """The installed mainstem's version; "0" where it runs from a bare checkout."""
+    try:
+        return version("mainstem")
+    except PackageNotFoundError:
+        return "0"
+
+
+class Metrics:
+    """One process's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        Info("mainstem_build", "The software.", registry=registry).info({"version": software_version()})
+        self.head_version = Gauge(
+            "mainstem_head_version", "The version that a head's latest names.", ["head"], registry=registry
+        )
+        self.head_figure = Gauge(
+            "mainstem_head_figure",
+            "What a head's method reports (lambda, norms, ...).",
+            ["head", "figure"],
+            registry=registry,
+        )
+        self.experts = Counter(
+            "mainstem_experts", "Experts taken from the inbox, by what became of them.", ["outcome"], registry=registry
+        )
+        self.refused = Counter(
+            "mainstem_refused", "Experts put into quarantine, by reason.", ["reason"], registry=registry
+        )
+        self.inbox_settled = Gauge(
+            "mainstem_inbox_settled", "Complete entries waiting in the inbox.", registry=registry
+        )
+        self.inbox_moving = Gauge(
+            "mainstem_inbox_moving", "Entries of the inbox still being written.", registry=registry
+        )
+        self.oldest_seconds = Gauge(
+            "mainstem_inbox_oldest_seconds", "How long the oldest settled entry has been waiting.", registry=registry
+        )
+        self.progress = Gauge(
+            "mainstem_merge_progress_ratio", "How far the expert in hand is, 0 to 1.", registry=registry
+        )
+        self.merge_seconds = Histogram(
+            "mainstem_merge_seconds", "From taking an expert to its commit.", buckets=SECONDS, registry=registry
+        )
+        self.arrival_seconds = Histogram(
+            "mainstem_arrival_seconds", "From an upload's last change to its version being visible.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self.phase_seconds = Counter(
+            "mainstem_merge_phase_seconds", "Where the time of merging went.", ["phase"], registry=registry
+        )
+        self.last_success = Gauge(
+            "mainstem_last_success_timestamp_seconds", "When the last version was committed.", registry=registry
+        )
+        self.disk_free = Gauge("mainstem_disk_free_bytes", "Free bytes on the file system of HOME.", registry=registry)
+        self.disk_full = Gauge("mainstem_disk_full", "1 while merging waits for disk space.", registry=registry)
+        self.block_bytes = Gauge(
+            "mainstem_block_bytes", "How much of a large tensor is in memory at a time.", registry=registry
+        )
+        for outcome in OUTCOMES:
+            self.experts.labels(outcome)
+        for reason in REASONS:
+            self.refused.labels(reason)
+        for phase in PHASES:
+            self.phase_seconds.labels(phase)
+
+    def show_heads(self, reader: Reader) -> None:
+        """Sets what the registry says of the heads."""
+        for head in reader.heads():
+            self.head_version.labels(head.name).set(head.live)
+            version = reader.version(head.name, head.live)
+            for figure, value in (version.figures if version else {}).items():
+                self.head_figure.labels(head.name, figure).set(value)
+
+    def follow(self, reader: Reader) -> None:
+        """Reads the heads from the registry at every scrape: for a process that does not merge itself."""
+        self.registry.register(_Heads(self, reader))
+
+
+class _Heads(Collector):
+    def __init__(self, metrics: Metrics, reader: Reader) -> None:
+        self._metrics = metrics
+        self._reader = reader
+
+    def collect(self) -> Iterable[Metric]:
+        self._metrics.show_heads(self._reader)
+        return ()

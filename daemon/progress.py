@@ -1,0 +1,43 @@
+"""Watches the driver: how far it is, how long each kind of work took, and whether it should stop."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+from time import perf_counter
+
+from projector.watch import Watch
+
+PHASES = ("read", "hash", "project", "write", "fsync")
+
+
+class Abandoned(Exception):
+    """The daemon was told to stop, and the expert in hand is let go; it is still in the inbox."""
+
+
+class Progress(Watch):
+    """The progress of one expert: seconds by phase, and the share done, from 0 to 1."""
+
+    def __init__(self, stopping: Event, report: Callable[[float], None]) -> None:
+        self._stopping = stopping
+        self._report = report
+        self.begin(0)
+
+    def begin(self, total_bytes: int) -> None:
+        """Starts over, for work on `total_bytes` of published model."""
+        self._total, self._done = total_bytes, 0
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._report(0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += perf_counter() - started
+
+    def advance(self, nbytes: int) -> None:
+        if self._stopping.is_set():
+            raise Abandoned
+        self._done += nbytes
+        self._report(min(1.0, self._done / self._total) if self._total else 0.0)

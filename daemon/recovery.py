@@ -1,0 +1,91 @@
+"""Brings a home back to where its registry says it is. Runs at every start; running it twice equals running it once.
+
+Whatever was not committed is removed, whatever was committed is finished. A live version whose files are damaged stops
+the start: going back is the person's decision, never ours.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from daemon import durable
+from daemon.errors import BadHome
+from daemon.failpoints import hit
+from daemon.generations import problems
+from daemon.home import Home
+from daemon.latest import point_latest
+from daemon.placing import place_all
+from daemon.retention import remove_files
+from registry.errors import Busy
+from registry.store import Store
+
+
+def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
+    """Makes the home sound. `say(event, **fields)` hears what was done. Raises BadHome where a live version is
+    damaged.
+    """
+    hit("recover.begin")
+    _check_file_system(home)
+    store.check()
+    try:
+        store.checkpoint()
+    except Busy:
+        say("the registry's log was not shortened: something is reading it")
+    unclean = not home.clean.exists()
+    if unclean:
+        say("the last stop was not clean: hashing the live versions")
+    _check_live(home, store, hashes=unclean)
+    durable.remove(home.clean)
+    durable.sync_folder(home.state)
+    for path in _strays(home, store):
+        durable.remove(path)
+        say("removed what was never committed", path=str(path.relative_to(home.root)))
+    for head in store.heads():
+        for version in store.versions(head.name):
+            if version.collected:
+                remove_files(home, version)
+        point_latest(home, head)
+    hit("recover.swept")
+    place_all(home, store)
+    hit("recover.end")
+
+
+def mark_clean(home: Home) -> None:
+    """Notes that this process stops with everything in its place."""
+    durable.replace_file(home.clean, b"")
+
+
+def _check_file_system(home: Home) -> None:
+    """Renames are only atomic within one file system."""
+    for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.tmp):
+        durable.make_folder(folder)
+    device = home.state.stat().st_dev
+    for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.published, home.tmp):
+        if folder.stat().st_dev != device:
+            raise BadHome(
+                f"{folder} is on another file system than {home.state}", "keep all of HOME on one file system"
+            )
+
+
+def _check_live(home: Home, store: Store, *, hashes: bool) -> None:
+    for head in store.heads():
+        version = store.version(head.name, head.live)
+        found = problems(home, version, hashes=hashes) if version else [f"version {head.live} is not in the registry"]
+        if found:
+            raise BadHome(
+                f"head {head.name}, version {head.live} is damaged: {'; '.join(found)}",
+                "restore these files from a backup; `mainstem verify` lists everything that differs",
+            )
+
+
+def _strays(home: Home, store: Store) -> list[Path]:
+    """Everything that no row of the registry names: temporary folders and versions that were never committed."""
+    strays = list(home.tmp.iterdir())
+    strays += [path for path in home.state.iterdir() if path.name.startswith(".") or path.name == "registry.new"]
+    for head in store.heads():
+        known = {f"{version.number:06d}" for version in store.versions(head.name)}
+        for folder in (home.versions(head.name), home.states(head.name)):
+            for path in folder.iterdir():
+                unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
+                if unfinished or (path.is_dir() and not path.is_symlink() and path.name not in known):
+                    strays.append(path)
+    return strays

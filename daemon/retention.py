@@ -1,0 +1,37 @@
+"""Removes old versions' files. Their rows stay, so that lineage and numbers live on; experts are never touched."""
+
+from datetime import UTC, datetime, timedelta
+
+from daemon import durable
+from daemon.config import Retention
+from daemon.home import Home
+from registry.records import Head, Version
+from registry.store import Store
+
+
+def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
+    """Removes what retention no longer keeps and returns it.
+
+    Kept: version 0, the live version, the newest `settings.versions`, and whatever is younger than the grace time.
+    The row is marked first: a version whose files are going is no longer offered.
+    """
+    gone = [version for head in store.heads() for version in _expired(store, head, settings)]
+    for version in gone:
+        store.collected(version.head, version.number)
+        remove_files(home, version)
+    return gone
+
+
+def remove_files(home: Home, version: Version) -> None:
+    """Removes a collected version's folders; no error where they are gone already."""
+    durable.remove(home.version(version.head, version.number))
+    durable.remove(home.head_state(version.head, version.number))
+
+
+def _expired(store: Store, head: Head, settings: Retention) -> list[Version]:
+    oldest = datetime.now(UTC) - timedelta(seconds=settings.grace_seconds)
+    return [
+        version
+        for version in store.versions(head.name, include_collected=False)[settings.versions :]
+        if version.number not in (0, head.live) and version.created_at and version.created_at < oldest
+    ]

@@ -1,0 +1,214 @@
+"""The daemon: recovers, watches the inbox, merges what has settled, serves HTTP, and stops when it is told to."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from threading import Event
+from types import FrameType
+
+import structlog
+import torch
+
+from daemon import durable
+from daemon.config import Settings
+from daemon.errors import BadHome, NotYet
+from daemon.home import Home
+from daemon.http import HttpServer, create_app
+from daemon.inbox import Drop, Inbox, Scan, Watcher
+from daemon.merger import Merger
+from daemon.metrics import Metrics
+from daemon.progress import Abandoned, Progress
+from daemon.recovery import mark_clean, recover
+from projector.text import shown
+from registry.errors import DiskFull
+from registry.records import Expert, Status
+from registry.store import Reader, Store
+
+Display = Callable[[Drop], AbstractContextManager[Callable[[float], None]]]
+
+DISK_FULL_WAIT_SECONDS = 15.0
+LOG_EVERY_SHARE = 0.25
+
+
+class Service:
+    """One run of the daemon over one home."""
+
+    def __init__(self, home: Home, settings: Settings, display: Display | None = None) -> None:
+        if not home.exists():
+            raise BadHome(f"{home.root} is not a mainstem home", "make one: mainstem init HOME --base PATH")
+        self._home = home
+        self._settings = settings
+        self._display = display or self._log_progress
+        self._log = structlog.get_logger()
+        self._metrics = Metrics()
+        self._wake = Event()
+        self._stopping = Event()
+        self._not_ready: str | None = "recovering"
+        self._show: Callable[[float], None] = lambda _: None
+
+    def run(self, *, once: bool = False, http: bool = True) -> None:
+        """Runs until SIGTERM or SIGINT; with `once`, until the inbox is drained.
+
+        Raises BadHome where the home is in use or damaged, SyncFailed where the disk failed; then only a restart helps.
+        """
+        if self._settings.compute.threads:
+            torch.set_num_threads(self._settings.compute.threads)
+        self._metrics.block_bytes.set(self._settings.compute.block_bytes)
+        with ExitStack() as closing:
+            closing.callback(os.close, self._lock())
+            closing.enter_context(self._signals())
+            store = closing.enter_context(Store.open(self._home.registry))
+            if http:
+                self._serve(closing)
+            recover(self._home, store, self._log.info)
+            progress = Progress(self._stopping, self._report)
+            merger = Merger(self._home, store, self._settings, progress)
+            closing.callback(merger.close)
+            self._metrics.show_heads(store)
+            self._watch(closing)
+            self._not_ready = None
+            self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
+            self._drain(store, merger, progress, once)
+            mark_clean(self._home)
+            self._log.info("stopped")
+
+    def _drain(self, store: Store, merger: Merger, progress: Progress, once: bool) -> None:
+        inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
+        while not self._stopping.is_set():
+            self._wake.clear()
+            scan = inbox.scan()
+            self._show_inbox(scan)
+            waiting = scan.moving
+            for drop in scan.settled:
+                if self._stopping.is_set():
+                    return
+                waiting += not self._take(store, merger, progress, drop)
+            if once and not waiting and not scan.settled:
+                return
+            if not scan.settled or waiting:
+                self._wake.wait(self._pause(bool(waiting)))
+
+    def _take(self, store: Store, merger: Merger, progress: Progress, drop: Drop) -> bool:
+        """Takes one drop; False where it must be looked at again."""
+        log = self._log.bind(drop=shown(drop.name))
+        started = time.monotonic()
+        try:
+            with self._display(drop) as self._show:
+                expert = merger.take(drop)
+        except NotYet as error:
+            log.debug("not complete yet", reason=str(error.reason), detail=str(error))
+            self._metrics.experts.labels("requeued").inc()
+            return False
+        except Abandoned:
+            self._metrics.experts.labels("abandoned").inc()
+            log.info("abandoned: it will be taken again at the next start")
+            return False
+        except (OSError, DiskFull) as error:
+            if isinstance(error, OSError) and not durable.is_full(error):
+                raise
+            self._wait_for_space(log)
+            return False
+        finally:
+            self._metrics.progress.set(0)
+        self._metrics.disk_full.set(0)
+        self._count(expert, drop, progress, started)
+        self._tell(expert, store, log)
+        return True
+
+    def _report(self, share: float) -> None:
+        self._metrics.progress.set(share)
+        self._show(share)
+
+    def _count(self, expert: Expert, drop: Drop, progress: Progress, started: float) -> None:
+        metrics = self._metrics
+        metrics.experts.labels(str(expert.status)).inc()
+        if expert.reason:
+            metrics.refused.labels(expert.reason).inc()
+        if expert.status is Status.MERGED:
+            seconds = time.monotonic() - started
+            metrics.merge_seconds.observe(seconds)
+            metrics.arrival_seconds.observe(seconds + drop.rest_seconds)
+            metrics.last_success.set_to_current_time()
+            for phase, spent in progress.seconds.items():
+                metrics.phase_seconds.labels(phase).inc(spent)
+
+    def _tell(self, expert: Expert, store: Store, log: structlog.typing.FilteringBoundLogger) -> None:
+        if expert.status is Status.MERGED:
+            self._metrics.show_heads(store)
+            log.info("merged", id=expert.id, version=expert.version, norm=expert.norm, sha256=expert.sha256)
+        elif expert.status is Status.DUPLICATE:
+            log.info("a duplicate: merged before", id=expert.id, of=expert.duplicate_of)
+        else:
+            log.warning("refused", id=expert.id, reason=expert.reason, detail=expert.detail, hint=expert.hint)
+
+    def _show_inbox(self, scan: Scan) -> None:
+        self._metrics.inbox_settled.set(len(scan.settled))
+        self._metrics.inbox_moving.set(scan.moving)
+        self._metrics.oldest_seconds.set(max((drop.rest_seconds for drop in scan.settled), default=0.0))
+        self._metrics.disk_free.set(shutil.disk_usage(self._home.root).free)
+
+    def _pause(self, waiting: bool) -> float:
+        settings = self._settings.inbox
+        return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
+
+    def _wait_for_space(self, log: structlog.typing.FilteringBoundLogger) -> None:
+        self._metrics.disk_full.set(1)
+        log.error("the disk is full: waiting for space", hint="make room on the disk of HOME; nothing is lost")
+        self._stopping.wait(DISK_FULL_WAIT_SECONDS)
+
+    def _lock(self) -> int:
+        try:
+            return durable.lock(self._home.lock)
+        except BlockingIOError:
+            raise BadHome(
+                f"another mainstem is running on {self._home.root}", "stop it first; `mainstem serve` runs beside it"
+            ) from None
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(_: int, __: FrameType | None) -> None:
+            self._stopping.set()
+            self._wake.set()
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _serve(self, closing: ExitStack) -> None:
+        reader = closing.enter_context(Reader.open(self._home.registry))
+        app = create_app(self._home, reader, self._metrics.registry, lambda: self._not_ready)
+        server = HttpServer(app, self._settings.http.host, self._settings.http.port)
+        host, port = server.start()
+        closing.callback(server.stop)
+        self._log.info("listening", url=f"http://{host}:{port}/")
+
+    def _watch(self, closing: ExitStack) -> None:
+        if self._settings.inbox.watch == "poll":
+            return
+        watcher = Watcher(self._home.inbox, self._wake)
+        try:
+            watcher.start()
+        except OSError as error:
+            self._log.warning("no file system events: the inbox is only listed", error=str(error))
+        else:
+            closing.callback(watcher.stop)
+
+    @contextmanager
+    def _log_progress(self, drop: Drop) -> Iterator[Callable[[float], None]]:
+        """Where there is no terminal: a line at every quarter of a long merge."""
+        said = 0.0
+        started = time.monotonic()
+
+        def show(share: float) -> None:
+            nonlocal said
+            if share >= said + LOG_EVERY_SHARE and time.monotonic() - started > 2:
+                said = share
+                self._log.info("merging", drop=shown(drop.name), share=round(share, 2))
+
+        yield show

@@ -1,0 +1,71 @@
+"""Re-hashes a whole home against its manifests and its registry; changes nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from daemon.checkpoint import open_path
+from daemon.errors import DaemonError
+from daemon.generations import problems
+from daemon.home import Home
+from daemon.placing import REASON_FILE
+from projector.errors import ProjectorError
+from registry.errors import Damaged
+from registry.records import Expert, Status, Version
+from registry.store import Reader
+
+
+def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[int, list[str]]:
+    """(how many things were checked, what is wrong with them in words)."""
+    say("the registry")
+    found = _registry(reader)
+    say("the base")
+    if _identity(home.base) != reader.base().sha256:
+        found.append("state/base: its sha256 is not the registry's")
+    checked = 2
+    for head in reader.heads():
+        for version in reader.versions(head.name, newest_first=False, include_collected=False):
+            say(f"{head.name} version {version.number}")
+            found += problems(home, version, hashes=True) or _chain(home, reader, version)
+            checked += 1
+        latest = home.latest(head.name)
+        if not latest.is_symlink() or latest.readlink().name != f"{head.live:06d}":
+            found.append(f"published/{head.name}/latest does not name version {head.live}")
+    for expert in reader.experts(limit=-1):
+        if expert.status is not Status.QUARANTINED and expert.place:
+            say(expert.place)
+            found += _archived(home, expert)
+            checked += 1
+    return checked, found
+
+
+def _registry(reader: Reader) -> list[str]:
+    try:
+        reader.check()
+    except Damaged as error:
+        return [str(error)]
+    return []
+
+
+def _chain(home: Home, reader: Reader, version: Version) -> list[str]:
+    """A version's manifest names the manifest of the version before it."""
+    named = json.loads(home.manifest(version.head, version.number).read_bytes())["parent"]
+    parent = reader.version(version.head, version.parent) if version.parent is not None else None
+    expected = {"version": parent.number, "manifest_sha256": parent.manifest_sha256} if parent else None
+    return [] if named == expected else [f"{version.head} version {version.number}: its parent is not the registry's"]
+
+
+def _archived(home: Home, expert: Expert) -> list[str]:
+    folder = home.root / str(expert.place)
+    entries = [path for path in folder.iterdir() if path.name != REASON_FILE] if folder.is_dir() else []
+    if not entries:
+        return [f"{expert.place}: the expert is gone"]
+    return [] if _identity(entries[0]) == expert.sha256 else [f"{expert.place}: its sha256 is not the registry's"]
+
+
+def _identity(path: Path) -> str | None:
+    try:
+        with open_path(path) as checkpoint:
+            return checkpoint.identity()
+    except (DaemonError, ProjectorError, OSError):
+        return None

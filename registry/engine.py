@@ -1,0 +1,161 @@
+"""How the database file is opened, and what SQLite's complaints mean.
+
+One process writes, through one connection: `writing`. Everybody else opens the file read-only: `reading`. The journal
+is a WAL, so readers never wait for the writer and see the state as of their own first read. A reader still needs to
+write to the `-shm` file beside the database, unless a writer that is running keeps it there; and one that closes after
+the writer leaves that file and an empty log behind, which is harmless.
+
+Nothing may open the database file by any other way than SQLite while it is in use: closing such a descriptor drops
+the locks that SQLite holds on the file for the whole process.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
+from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from registry.errors import (
+    BadRecord,
+    Busy,
+    Damaged,
+    DiskFull,
+    Missing,
+    NoAccess,
+    NotOurs,
+    RegistryError,
+    StorageFailed,
+)
+
+APPLICATION_ID = 0x6D61696E  # "main": written into the file's header, tells our databases from all others
+BUSY_TIMEOUT_S = 5.0
+REBUILD_HINT = "restore the registry from a backup, or make a new home and merge the archive into it again"
+
+
+def connect(path: Path, mode: str) -> sqlite3.Connection:
+    """A raw connection: mode "ro", "rw" (the file must exist) or "rwc". Transactions are the caller's to begin."""
+    uri = f"file://{quote(os.fsencode(path.absolute()))}?mode={mode}"
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )  # the pools hand a connection from thread to thread, never to two at once
+    try:
+        connection.execute("PRAGMA foreign_keys = ON")
+        if mode != "ro":
+            (journal,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            connection.execute("PRAGMA synchronous = FULL")
+            if journal != "wal":
+                raise NoAccess(
+                    f"{path}: SQLite cannot keep a write-ahead log here (journal mode {journal})",
+                    "put the home on a local disk: network file systems lack the shared memory this needs",
+                )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def reading(path: Path) -> Engine:
+    """A read-only engine, safe to share between threads."""
+    return _engine(path, "ro", connections=8)
+
+
+def writing(path: Path, *, create: bool = False) -> Engine:
+    """The writer's engine: one connection, for which threads wait in turn."""
+    return _engine(path, "rwc" if create else "rw", connections=1)
+
+
+def _engine(path: Path, mode: str, connections: int) -> Engine:
+    engine = create_engine(
+        "sqlite://",
+        creator=lambda: connect(path, mode),
+        poolclass=QueuePool,
+        pool_size=connections,
+        max_overflow=0,
+    )
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # Python's sqlite3 would begin only before the first INSERT, and deferred: two reads would see two states, and
+        # a transaction that reads first could fail when it comes to write.
+        write = connection.get_execution_options().get("write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def examine(path: Path) -> str:
+    """The migration revision of the registry at `path`, after a check that it is one and is sound. Changes nothing.
+
+    Raises Missing, NotOurs, NoAccess or Damaged.
+    """
+    with translated(path):
+        if not path.exists():
+            raise Missing(f"{path}: there is no registry", "make a home with `mainstem init`, or point --home at one")
+        if not path.is_file():
+            raise NotOurs(f"{path}: not a file", "point --home at a home made by `mainstem init`")
+        with closing(connect(path, "ro")) as connection:
+            if connection.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+                raise NotOurs(
+                    f"{path}: an SQLite file, but not a registry of mainstem",
+                    "point --home at a home made by `mainstem init`",
+                )
+            check(connection, path)
+            rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    if len(rows) != 1:
+        raise Damaged(f"{path}: it has {len(rows)} migration revisions instead of one", REBUILD_HINT)
+    return str(rows[0][0])
+
+
+def check(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises Damaged when SQLite finds a fault in the file's structure, a constraint or a reference."""
+    faults = [str(row[0]) for row in connection.execute("PRAGMA quick_check") if row[0] != "ok"]
+    for table, row, target, _ in connection.execute("PRAGMA foreign_key_check"):
+        faults.append(f"row {row} of {table} points to nothing in {target}")
+    if faults:
+        raise Damaged(f"{path}: {'; '.join(faults[:5])}", REBUILD_HINT)
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turns what sqlite3, SQLAlchemy and the operating system raise into a RegistryError about `path`."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _meaning(path, error) from error
+    except DBAPIError as error:
+        raise _meaning(path, error.orig) from error
+    except StatementError as error:  # a value that a column type refused
+        raise BadRecord(f"{path}: {error.orig}", "this is a fault in the program: please report it") from error
+    except PoolTimeout as error:
+        raise Busy(f"{path}: all connections are taken", "ask again when fewer requests are running") from error
+    except OSError as error:
+        raise NoAccess(f"{path}: {error.strerror}", "check the owner and the permissions of the home") from error
+
+
+def _meaning(path: Path, error: BaseException | None) -> RegistryError:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the upper bits only refine it
+    detail = f"{path}: {error}"
+    match code:
+        case sqlite3.SQLITE_NOTADB:
+            return NotOurs(detail, "point --home at a home made by `mainstem init`; if it was one, " + REBUILD_HINT)
+        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
+            return NoAccess(
+                detail,
+                "the registry's folder must be writable, even to read it while no daemon runs (SQLite keeps its shared "
+                "memory there): check its owner and permissions, and that its disk is not mounted read-only",
+            )
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return Busy(detail, "another program has the registry open: close it (only one may write), then try again")
+        case sqlite3.SQLITE_FULL:
+            return DiskFull(detail, "make room on the disk of the home")
+        case sqlite3.SQLITE_CORRUPT:
+            return Damaged(detail, REBUILD_HINT)
+        case sqlite3.SQLITE_CONSTRAINT | sqlite3.SQLITE_MISMATCH | sqlite3.SQLITE_TOOBIG:
+            return BadRecord(detail, "this is a fault in the program: please report it")
+        case _:
+            return StorageFailed(detail, "look for disk errors in the system's log, then start the daemon again")

@@ -1,0 +1,70 @@
+"""Brings a registry to the layout of `registry.tables`, by alembic and inside the daemon: there is no alembic.ini.
+
+A new layout is one more file in `versions/`. All steps of an upgrade run in ONE transaction, so a crash leaves the old
+layout or the new one.
+"""
+
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine
+
+from registry.engine import connect, translated
+from registry.errors import WrongRevision
+
+SCRIPTS = Path(__file__).parent
+
+
+def newest() -> str:
+    """The revision that this mainstem writes."""
+    revision = ScriptDirectory(str(SCRIPTS)).get_current_head()
+    assert revision is not None, "a wheel without registry/migrations/versions"
+    return revision
+
+
+def refuse_unknown(path: Path, revision: str) -> None:
+    """Raises WrongRevision when no migration here leads to or from `revision`: a newer mainstem made it."""
+    known = {script.revision for script in ScriptDirectory(str(SCRIPTS)).walk_revisions()}
+    if revision not in known:
+        raise WrongRevision(
+            f"{path}: its layout is {revision}, this mainstem knows up to {newest()}",
+            "use the mainstem that wrote it, or a newer one",
+        )
+
+
+def upgrade(engine: Engine) -> None:
+    """Runs what is missing up to `newest`, in one transaction. `engine` is the writer's."""
+    config = Config()
+    config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
+    with engine.execution_options(write=True).begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def back_up(path: Path, revision: str) -> Path:
+    """Copies the registry, before its upgrade to `revision`, to `<name>.before-<revision>` beside it, and syncs that.
+
+    A copy left by an upgrade that was cut short is replaced. Raises RegistryError.
+    """
+    copy = path.with_name(f"{path.name}.before-{revision}")
+    with translated(copy):
+        # Not `connect`: a copy that nobody opens again should be one file, without a write-ahead log.
+        with closing(connect(path, "ro")) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+            target.execute("PRAGMA journal_mode = DELETE")
+        _sync(copy)
+        _sync(copy.parent)
+    return copy
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

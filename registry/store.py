@@ -1,0 +1,300 @@
+"""The registry as the daemon uses it, and the only place with transactions.
+
+`Reader` answers questions, from any number of threads and processes. `Store` is the one writer; it answers the same
+questions. Every method is one transaction: it sees one state of the database, and changes it wholly or not at all.
+After `StorageFailed` a writer must be closed and not be asked again: only a new start tells what the disk holds.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from sqlalchemy import Connection, Engine, Select, func, insert, or_, select, update
+
+from registry import migrations
+from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
+from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, Damaged, StaleHead, WrongRevision
+from registry.records import BaseModel, Expert, Head, NewExpert, NewVersion, Status, Version
+from registry.tables import ExpertRow, HeadRow, HomeRow, VersionRow
+
+Record = TypeVar("Record", BaseModel, Head, Expert, Version)
+
+SHORTEST_PREFIX = 4  # hexadecimal digits of a sha256
+PROGRAM_HINT = "this is a fault in the program: please report it"
+
+
+class Reader:
+    """Questions to a registry, read-only and safe to share between threads. Close it, or use it in `with`."""
+
+    def __init__(self, path: Path, engine: Engine) -> None:
+        self.path = path
+        self._engine = engine
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Opens the registry at `path`. Raises RegistryError when it is missing, not ours, damaged or not migrated."""
+        revision = examine(path)
+        migrations.refuse_unknown(path, revision)
+        if revision != migrations.newest():
+            raise WrongRevision(
+                f"{path}: its layout is {revision}, this mainstem reads {migrations.newest()}",
+                "start `mainstem run` on this home once: it upgrades the registry",
+            )
+        return cls(path, reading(path))
+
+    def close(self) -> None:
+        """Closes every connection."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def base(self) -> BaseModel:
+        """The base of this home."""
+        found = self._one(BaseModel, select(HomeRow))
+        if found is None:
+            raise Damaged(f"{self.path}: it names no base", REBUILD_HINT)
+        return found
+
+    def heads(self) -> list[Head]:
+        """All heads, in the order in which they were made."""
+        return self._all(Head, select(HeadRow).order_by(HeadRow.position))
+
+    def head(self, name: str) -> Head | None:
+        """The head of that name."""
+        return self._one(Head, select(HeadRow).where(HeadRow.name == name))
+
+    def version(self, head: str, number: int) -> Version | None:
+        """One version of one head; also one whose files were collected."""
+        return self._one(Version, select(VersionRow).where(VersionRow.head == head, VersionRow.number == number))
+
+    def versions(
+        self, head: str, limit: int | None = None, newest_first: bool = True, include_collected: bool = True
+    ) -> list[Version]:
+        """The versions of one head, `limit` of them at the most."""
+        query = select(VersionRow).where(VersionRow.head == head).limit(limit)
+        if not include_collected:
+            query = query.where(VersionRow.collected.is_(False))
+        number = VersionRow.number
+        return self._all(Version, query.order_by(number.desc() if newest_first else number))
+
+    def expert(self, expert_id: int) -> Expert | None:
+        """The expert with that arrival id."""
+        return self._one(Expert, select(ExpertRow).where(ExpertRow.id == expert_id))
+
+    def experts(self, status: Status | None = None, limit: int = 100, before: int | None = None) -> list[Expert]:
+        """The newest experts first. The next page is what lies `before` the last id of this one."""
+        query = select(ExpertRow).order_by(ExpertRow.id.desc()).limit(limit)
+        if status is not None:
+            query = query.where(ExpertRow.status == status)
+        if before is not None:
+            query = query.where(ExpertRow.id < before)
+        return self._all(Expert, query)
+
+    def find_experts(self, text: str) -> list[Expert]:
+        """The expert with that id; if there is none, all with that sha256 prefix or exactly that name, newest first."""
+        # SQLite's integers end at 19 digits.
+        if text.isascii() and text.isdigit() and len(text) < 19 and (expert := self.expert(int(text))):
+            return [expert]
+        wanted = ExpertRow.name == text
+        if SHORTEST_PREFIX <= len(text) <= 64 and set(text.lower()) <= set("0123456789abcdef"):
+            wanted = or_(wanted, ExpertRow.sha256.startswith(text.lower()))
+        return self._all(Expert, select(ExpertRow).where(wanted).order_by(ExpertRow.id.desc()))
+
+    def merged(self, sha256: str) -> Expert | None:
+        """The merged expert with those bytes."""
+        return self._one(Expert, _merged(sha256))
+
+    def lineage(self) -> list[Expert]:
+        """Every merged expert, in the order of merging."""
+        return self._all(Expert, select(ExpertRow).where(ExpertRow.version.is_not(None)).order_by(ExpertRow.version))
+
+    def unplaced(self) -> list[Expert]:
+        """The experts whose file has not been moved out of the inbox for certain, oldest first."""
+        return self._all(Expert, select(ExpertRow).where(ExpertRow.place.is_(None)).order_by(ExpertRow.id))
+
+    def counts(self) -> dict[Status, int]:
+        """How many experts have each status; every status is there."""
+        query = select(ExpertRow.status, func.count()).group_by(ExpertRow.status)
+        with self._read() as connection:
+            found = {row[0]: row[1] for row in connection.execute(query)}
+        return {status: found.get(status, 0) for status in Status}
+
+    def merged_norm_mean(self) -> float | None:
+        """The mean norm of all merged experts that have one; None if none has."""
+        with self._read() as connection:
+            return connection.scalar(select(func.avg(ExpertRow.norm)).where(ExpertRow.status == Status.MERGED))
+
+    def check(self) -> None:
+        """Raises Damaged, and says why, when the file, a reference or a head's live version is not sound."""
+        with translated(self.path), closing(connect(self.path, "ro")) as raw:
+            check(raw, self.path)
+        there = VersionRow.head == HeadRow.name, VersionRow.number == HeadRow.live, VersionRow.collected.is_(False)
+        for head in self._all(Head, select(HeadRow).where(~select(VersionRow.head).where(*there).exists())):
+            raise Damaged(f"{self.path}: head {head.name} has lost its live version {head.live}", REBUILD_HINT)
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with translated(self.path), self._engine.begin() as connection:
+            yield connection
+
+    def _all(self, kind: type[Record], query: Select[Any]) -> list[Record]:
+        with self._read() as connection:
+            return _records(connection, kind, query)
+
+    def _one(self, kind: type[Record], query: Select[Any]) -> Record | None:
+        return next(iter(self._all(kind, query)), None)
+
+
+class Store(Reader):
+    """The single writer. Opening it upgrades an older layout, after a backup beside it."""
+
+    @classmethod
+    def create(cls, path: Path, base: BaseModel, heads: Sequence[Head], versions: Sequence[NewVersion]) -> None:
+        """Makes a new registry at `path`: one file, complete and synced, with version 0 of every head.
+
+        After an error an unfinished file may be left, which nothing accepts as a registry. Raises RegistryError.
+        """
+        if path.exists() or path.is_symlink():
+            raise AlreadyThere(f"{path}: something is there already", "remove it, or choose another home")
+        _require_one_each(heads, versions)
+        if any((head.live, head.newest) != (0, 0) for head in heads) or any(version.number for version in versions):
+            raise BadRecord("a new registry must begin with version 0 of every head", PROGRAM_HINT)
+        store = cls(path, writing(path, create=True))
+        with store, translated(path):
+            migrations.upgrade(store._engine)
+            with store._write() as connection:
+                connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")  # last: now it is a registry
+                connection.execute(insert(HomeRow).values(id=1, **_values(BaseModel, base)))
+                for position, head in enumerate(heads):
+                    connection.execute(insert(HeadRow).values(position=position, **_values(Head, head)))
+                _insert_versions(connection, versions, expert_id=None, now=datetime.now(UTC))
+            store.checkpoint()
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Opens the registry at `path` to write. RegistryError when it is missing, not ours, damaged or newer."""
+        revision = examine(path)
+        migrations.refuse_unknown(path, revision)
+        store = cls(path, writing(path))
+        try:
+            with translated(path):
+                if revision != migrations.newest():
+                    migrations.back_up(path, migrations.newest())
+                    migrations.upgrade(store._engine)
+                with store._write():
+                    pass  # shows here, and not at the first commit, that nobody else is writing
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def commit(self, expert: NewExpert, versions: Sequence[NewVersion]) -> Expert:
+        """THE COMMIT POINT: the expert is merged, and every head is at its new version, when this returns.
+
+        `versions` holds one version for each head, all with the same number. Raises StaleHead unless every head's
+        live version is the new one's parent and its newest is one below; AlreadyMerged when these bytes are in the
+        lineage; BadRecord; or an error of the disk.
+        """
+        if expert.status is not Status.MERGED or expert.sha256 is None:
+            raise BadRecord(f"{expert.name}: only a merged expert with its sha256 can be committed", PROGRAM_HINT)
+        now = datetime.now(UTC)
+        with self._write() as connection:
+            heads = _records(connection, Head, select(HeadRow))
+            _require_one_each(heads, versions)
+            for earlier in _records(connection, Expert, _merged(expert.sha256)):
+                raise AlreadyMerged(
+                    f"{expert.name}: the same bytes were merged as expert {earlier.id} ({earlier.name})",
+                    "nothing needs to be done: an expert counts once",
+                )
+            for version in versions:
+                _advance(connection, version)
+            merged = _insert_expert(connection, expert, versions[0].number, now)
+            _insert_versions(connection, versions, merged.id, now)
+        return merged
+
+    def record(self, expert: NewExpert) -> Expert:
+        """Keeps an expert that was refused or is a duplicate. Raises RegistryError."""
+        if expert.status is Status.MERGED:
+            raise BadRecord(f"{expert.name}: a merged expert must be committed with its versions", PROGRAM_HINT)
+        with self._write() as connection:
+            return _insert_expert(connection, expert, None, datetime.now(UTC))
+
+    def placed(self, expert_id: int, place: str) -> None:
+        """Notes that the expert's file has left the inbox for `place`, relative to HOME."""
+        with self._write() as connection:
+            done = connection.execute(update(ExpertRow).where(ExpertRow.id == expert_id).values(place=place))
+            if done.rowcount != 1:
+                raise BadRecord(f"there is no expert {expert_id}", PROGRAM_HINT)
+
+    def collected(self, head: str, number: int) -> None:
+        """Notes that the version's files were removed. Raises BadRecord for an unknown version or a live one."""
+        live = select(HeadRow.live).where(HeadRow.name == head).scalar_subquery()
+        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number, VersionRow.number != live)
+        with self._write() as connection:
+            if connection.execute(row.values(collected=True)).rowcount != 1:
+                raise BadRecord(f"head {head} has no version {number}, or it is the live one", PROGRAM_HINT)
+
+    def checkpoint(self) -> None:
+        """Moves the whole write-ahead log into the database file, synced. Raises Busy when a reader is in the way."""
+        with translated(self.path), closing(self._engine.raw_connection()) as raw:
+            busy, _, _ = raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise Busy(f"{self.path}: the write-ahead log is in use", "close what reads the registry, then try again")
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        with translated(self.path), self._engine.execution_options(write=True).begin() as connection:
+            yield connection
+
+
+def _merged(sha256: str) -> Select[Any]:
+    return select(ExpertRow).where(ExpertRow.sha256 == sha256, ExpertRow.status == Status.MERGED)
+
+
+def _values(kind: type, record: object) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(kind)}
+
+
+def _records(connection: Connection, kind: type[Record], query: Select[Any]) -> list[Record]:
+    names = [field.name for field in fields(kind)]
+    return [kind(**{name: row[name] for name in names}) for row in connection.execute(query).mappings()]
+
+
+def _require_one_each(heads: Sequence[Head], versions: Sequence[NewVersion]) -> None:
+    names = sorted(head.name for head in heads)
+    if not names or names != sorted(version.head for version in versions) or len({v.number for v in versions}) != 1:
+        raise BadRecord(f"there must be one version, of the same number, for each of the heads {names}", PROGRAM_HINT)
+
+
+def _advance(connection: Connection, version: NewVersion) -> None:
+    at_parent = HeadRow.name == version.head, HeadRow.live == version.parent, HeadRow.newest == version.number - 1
+    moved = connection.execute(update(HeadRow).where(*at_parent).values(live=version.number, newest=version.number))
+    if moved.rowcount != 1:
+        raise StaleHead(
+            f"head {version.head} is no longer at version {version.parent}: version {version.number} cannot follow",
+            "fold the expert again, onto the version that is live now",
+        )
+
+
+def _insert_expert(connection: Connection, expert: NewExpert, version: int | None, now: datetime) -> Expert:
+    row = insert(ExpertRow).values(**_values(NewExpert, expert), version=version, finished_at=now, place=None)
+    key = connection.execute(row.returning(ExpertRow.id)).scalar_one()  # RETURNING can give an integer for a float
+    return _records(connection, Expert, select(ExpertRow).where(ExpertRow.id == key))[0]
+
+
+def _insert_versions(
+    connection: Connection, versions: Sequence[NewVersion], expert_id: int | None, now: datetime
+) -> None:
+    for version in versions:
+        values = _values(NewVersion, version)
+        connection.execute(insert(VersionRow).values(**values, expert_id=expert_id, created_at=now, collected=False))

@@ -1,0 +1,171 @@
+"""The tables. The columns that a record has carry the record's own field names, so that a row becomes one directly.
+
+    home        one row: the base
+    heads       the lines of merged models, and where each stands
+    experts     everything that ever arrived; `id` is the arrival number
+    versions    every version of every head; rows are never deleted, only marked as collected
+
+What is written here must equal what the migrations build (a test compares them): a change is a new migration too.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, ClassVar, cast
+
+from sqlalchemy import CheckConstraint, DateTime, Dialect, Double, ForeignKey, ForeignKeyConstraint, Index, Text, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+from registry.records import Status
+
+
+class AnyText(TypeDecorator[str]):
+    """Text. Lone surrogates, which a hostile tensor name can hold and UTF-8 cannot, are kept as escapes."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """A time with a zone, kept in UTC to the microsecond. One without a zone is a ValueError."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"the time {value} has no time zone")
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class JsonObject(TypeDecorator[Mapping[str, Any]]):
+    """A JSON object as text. Every finite float comes back bit for bit; NaN and infinity are a ValueError."""
+
+    impl = Text  # SQLite would give a column declared JSON a numeric affinity
+    cache_ok = True
+
+    def process_bind_param(self, value: Mapping[str, Any] | None, dialect: Dialect) -> str | None:
+        return None if value is None else json.dumps(dict(value), allow_nan=False)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> dict[str, Any] | None:
+        return None if value is None else cast(dict[str, Any], json.loads(value))
+
+
+class StatusText(TypeDecorator[Status]):
+    """A status as its word."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Status | None, dialect: Dialect) -> str | None:
+        return None if value is None else Status(value).value
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Status | None:
+        return None if value is None else Status(value)
+
+
+class Base(DeclarativeBase):
+    """Holds the metadata of all tables."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        str: AnyText,
+        float: Double,
+        datetime: UtcTime,
+        Mapping[str, Any]: JsonObject,
+        Status: StatusText,
+    }
+
+
+class HomeRow(Base):
+    """The one base of this home."""
+
+    __tablename__ = "home"
+    __table_args__ = (CheckConstraint("id = 1", name="home_is_one_row"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    sha256: Mapped[str]
+    parameters: Mapped[int]
+    size_bytes: Mapped[int]
+    created_at: Mapped[datetime]
+
+
+class HeadRow(Base):
+    """One head. `position` keeps the order of creation."""
+
+    __tablename__ = "heads"
+    __table_args__ = (CheckConstraint("live >= 0 AND live <= newest", name="head_live_exists"),)
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    position: Mapped[int] = mapped_column(unique=True)
+    method: Mapped[str]
+    params: Mapped[Mapping[str, Any]]
+    live: Mapped[int]
+    newest: Mapped[int]
+
+
+class ExpertRow(Base):
+    """One arrival and what became of it. Ids are never reused (AUTOINCREMENT): folders are named after them."""
+
+    __tablename__ = "experts"
+    __table_args__ = (
+        CheckConstraint("status IN ('merged', 'duplicate', 'quarantined')", name="expert_status_known"),
+        CheckConstraint("(status = 'merged') = (version IS NOT NULL)", name="expert_merged_has_version"),
+        CheckConstraint("status != 'merged' OR sha256 IS NOT NULL", name="expert_merged_has_sha256"),
+        Index("experts_merged_once", "sha256", unique=True, sqlite_where=text("status = 'merged'")),
+        Index("experts_one_a_version", "version", unique=True),
+        Index("experts_by_status", "status", "id"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    kind: Mapped[str]
+    sha256: Mapped[str | None]
+    size_bytes: Mapped[int]
+    status: Mapped[Status]
+    received_at: Mapped[datetime]
+    entry: Mapped[str]
+    norm: Mapped[float | None]
+    duplicate_of: Mapped[int | None] = mapped_column(ForeignKey("experts.id"))
+    reason: Mapped[str | None]
+    detail: Mapped[str | None]
+    hint: Mapped[str | None]
+    version: Mapped[int | None]
+    finished_at: Mapped[datetime]
+    place: Mapped[str | None]
+
+
+class VersionRow(Base):
+    """One version of one head. Version 0 is the base: no parent, no expert."""
+
+    __tablename__ = "versions"
+    __table_args__ = (
+        ForeignKeyConstraint(["head", "parent"], ["versions.head", "versions.number"]),
+        CheckConstraint(
+            "(number = 0 AND parent IS NULL AND expert_id IS NULL)"
+            " OR (number > parent AND parent >= 0 AND expert_id IS NOT NULL)",
+            name="version_has_parent_and_expert",
+        ),
+    )
+
+    head: Mapped[str] = mapped_column(ForeignKey("heads.name"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    parent: Mapped[int | None]
+    manifest_sha256: Mapped[str]
+    size_bytes: Mapped[int]
+    totals: Mapped[Mapping[str, Any]]
+    figures: Mapped[Mapping[str, Any]]
+    expert_id: Mapped[int | None] = mapped_column(ForeignKey("experts.id"))
+    seconds: Mapped[float | None]
+    created_at: Mapped[datetime]
+    collected: Mapped[bool]

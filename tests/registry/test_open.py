@@ -1,0 +1,210 @@
+"""Opening: what is refused, and under what conditions a reader gets in."""
+
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from registry import migrations
+from registry.engine import connect, translated
+from registry.errors import Busy, Damaged, Missing, NoAccess, NotOurs, RegistryError
+from registry.store import Reader, Store
+from tests.registry.samples import BASE, HEADS, expert, make, versions
+
+# Children are forked, and only use what this thread holds: other tests' threads (torch, a server) do not matter.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+NOBODY = 65534
+SKIP = 77
+both = pytest.mark.parametrize("kind", [Reader, Store])
+
+
+@both
+def test_nothing_there(tmp_path: Path, kind: type[Reader]) -> None:
+    with pytest.raises(Missing) as caught:
+        kind.open(tmp_path / "registry.sqlite")
+    assert "mainstem init" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+@both
+@pytest.mark.parametrize("content", [b"", b"garbage" * 1000, b"SQLite format 3\0", b"SQLite format 3\0" + bytes(5000)])
+def test_garbage_is_refused_and_left_alone(tmp_path: Path, kind: type[Reader], content: bytes) -> None:
+    path = tmp_path / "registry.sqlite"
+    path.write_bytes(content)
+    with pytest.raises((NotOurs, Damaged)):
+        kind.open(path)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@both
+def test_a_folder_is_refused(tmp_path: Path, kind: type[Reader]) -> None:
+    with pytest.raises(NotOurs):
+        kind.open(tmp_path)
+
+
+@both
+def test_a_database_of_somebody_else_is_refused_and_left_alone(tmp_path: Path, kind: type[Reader]) -> None:
+    path = tmp_path / "registry.sqlite"
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE heads (name TEXT)")
+    content = path.read_bytes()
+    with pytest.raises(NotOurs, match="not a registry of mainstem"):
+        kind.open(path)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@both
+def test_a_registry_whose_making_was_cut_short_is_refused(
+    tmp_path: Path, kind: type[Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    path = tmp_path / "registry.sqlite"
+    with monkeypatch.context() as patch, pytest.raises(RegistryError):
+        patch.setattr("registry.store._insert_versions", fail)
+        Store.create(path, BASE, HEADS, versions(0))
+    with pytest.raises(NotOurs):
+        kind.open(path)
+
+
+@both
+def test_a_damaged_page_is_found_at_the_door(tmp_path: Path, kind: type[Reader]) -> None:
+    path = make(tmp_path / "registry.sqlite", merged=3)
+    content = bytearray(path.read_bytes())
+    with closing(connect(path, "ro")) as raw:
+        (page,) = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'versions'").fetchone()
+        (size,) = raw.execute("PRAGMA page_size").fetchone()
+    content[(page - 1) * size : (page - 1) * size + 200] = b"\xff" * 200
+    path.write_bytes(content)
+    with pytest.raises(Damaged) as caught:
+        kind.open(path)
+    assert "backup" in caught.value.hint
+
+
+@both
+def test_a_truncated_registry_is_refused(tmp_path: Path, kind: type[Reader]) -> None:
+    path = make(tmp_path / "registry.sqlite")
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(RegistryError):
+        kind.open(path)
+
+
+def test_a_lost_base_is_named(tmp_path: Path) -> None:
+    path = make(tmp_path / "registry.sqlite")
+    with closing(connect(path, "rw")) as raw:
+        raw.execute("DELETE FROM home")
+    with Reader.open(path) as reader, pytest.raises(Damaged):
+        reader.base()
+
+
+@pytest.mark.parametrize("folder", ["a b", "50% off?", "x#y&mode=rwc", "ü\u2028", os.fsdecode(b"\xff\xfe")])
+def test_any_path_will_do(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    path = make(tmp_path / folder / "registry.sqlite", merged=1)
+    with Reader.open(path) as reader:
+        assert len(reader.lineage()) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == [folder]
+
+
+def test_every_connection_of_the_writer_is_durable(tmp_path: Path) -> None:
+    with Store.open(make(tmp_path / "registry.sqlite")) as store, store._engine.connect() as connection:
+        settings = ["journal_mode", "synchronous", "foreign_keys", "busy_timeout"]
+        found = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in settings]
+    assert found == ["wal", 2, 1, 5000]
+
+
+def test_a_reader_cannot_write(tmp_path: Path) -> None:
+    path = make(tmp_path / "registry.sqlite")
+    with Reader.open(path) as reader, pytest.raises(NoAccess), translated(path), reader._engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM versions")
+
+
+def test_a_reader_gets_in_beside_a_writer_and_without_one(tmp_path: Path) -> None:
+    path = make(tmp_path / "registry.sqlite")
+    with Reader.open(path) as before:
+        with Store.open(path) as store:
+            store.commit(expert(1), versions(1))
+            with Reader.open(path) as beside:
+                assert before.heads() == beside.heads() == store.heads()
+        assert before.heads()[0].live == 1
+    with Reader.open(path) as after:
+        assert after.heads()[0].live == 1
+
+
+def test_a_second_writer_is_told_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("registry.engine.BUSY_TIMEOUT_S", 0.05)
+    path = make(tmp_path / "registry.sqlite")
+    with Store.open(path) as first, first._write():
+        with pytest.raises(Busy):
+            Store.open(path)
+        with Reader.open(path) as reader:
+            assert reader.heads() == HEADS
+
+
+@pytest.fixture
+def sealed() -> Iterator[Path]:
+    """A cleanly closed registry that everybody may read, in a folder where only root may write."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = make(Path(folder) / "registry.sqlite")
+        path.chmod(0o444)
+        Path(folder).chmod(0o555)
+        yield path
+        Path(folder).chmod(0o755)
+
+
+def as_nobody(path: Path, kind: type[Reader]) -> str:
+    """What an unprivileged process gets when it opens `path`."""
+    read, write = os.pipe()
+    child = os.fork()  # a fork has everything imported: the interpreter's own files may be closed to that user
+    if child == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+            if not os.access(migrations.SCRIPTS, os.R_OK | os.X_OK):
+                os._exit(SKIP)
+            with kind.open(path) as opened:
+                answer = f"live {opened.heads()[0].live}"
+        except RegistryError as error:
+            answer = f"{type(error).__name__}: {error.hint}"
+        except BaseException as error:
+            answer = f"other {error!r}"
+        os.write(write, answer.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read().decode()
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == SKIP:
+        pytest.skip("this source tree is closed to other users")
+    return said
+
+
+@both
+def test_a_folder_that_cannot_be_written_gives_a_hint(sealed: Path, kind: type[Reader]) -> None:
+    said = as_nobody(sealed, kind)
+    assert said.startswith("NoAccess:")
+    assert "must be writable" in said
+    assert list(sealed.parent.iterdir()) == [sealed]
+
+
+def test_beside_a_running_writer_such_a_folder_can_be_read(sealed: Path) -> None:
+    sealed.parent.chmod(0o755)
+    sealed.chmod(0o644)
+    with Store.open(sealed) as store:
+        store.commit(expert(1), versions(1))
+        sealed.parent.chmod(0o555)
+        assert as_nobody(sealed, Reader) == "live 1"
+
+
+def test_a_folder_that_cannot_be_entered_gives_a_hint(sealed: Path) -> None:
+    sealed.parent.chmod(0o700 if os.geteuid() == 0 else 0o000)
+    assert as_nobody(sealed, Reader).startswith("NoAccess:")

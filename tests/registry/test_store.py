@@ -1,0 +1,320 @@
+"""What goes in comes out, and what must not go in does not."""
+
+import ast
+import dataclasses
+import math
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.engine import connect
+from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, Damaged, RegistryError, StaleHead
+from registry.records import Head, NewVersion, Status
+from registry.store import Reader, Store
+from registry.tables import JsonObject
+from tests.registry.samples import BASE, HEADS, WHEN, digest, expert, make, versions
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(make(tmp_path / "registry.sqlite")) as opened:
+        yield opened
+
+
+def everything(store: Reader) -> list[object]:
+    """All that a failed write must leave as it was."""
+    heads = store.heads()
+    return [heads, store.experts(limit=1000), [store.versions(head.name) for head in heads], store.counts()]
+
+
+def test_a_new_registry_is_one_file_with_version_0_of_every_head(tmp_path: Path) -> None:
+    path = make(tmp_path / "registry.sqlite")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["registry.sqlite"]
+    with Reader.open(path) as reader:
+        assert reader.base() == BASE
+        assert reader.heads() == HEADS
+        assert reader.head("init") == HEADS[1]
+        assert reader.head("nobody") is None
+        assert reader.lineage() == []
+        assert reader.merged_norm_mean() is None
+        zero = reader.version("main", 0)
+        assert zero is not None
+        assert (zero.parent, zero.expert_id, zero.collected) == (None, None, False)
+        assert zero.created_at is not None
+        assert abs(datetime.now(UTC) - zero.created_at) < timedelta(minutes=1)
+
+
+def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    path.write_text("precious")
+    with pytest.raises(AlreadyThere):
+        Store.create(path, BASE, HEADS, versions(0))
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("heads", "first"),
+    [
+        ([], []),
+        (HEADS, versions(0)[:1]),
+        (HEADS[:1], versions(0)),
+        (HEADS, versions(1)),
+        ([Head("main", "opcm", {}, 1, 1)], versions(0)[:1]),
+    ],
+)
+def test_a_registry_cannot_begin_otherwise(tmp_path: Path, heads: list[Head], first: list[NewVersion]) -> None:
+    with pytest.raises(BadRecord):
+        Store.create(tmp_path / "registry.sqlite", BASE, heads, first)
+
+
+def test_a_commit_moves_every_head_and_extends_the_lineage(store: Store) -> None:
+    first = store.commit(expert(1), versions(1))
+    second = store.commit(expert(2), versions(2))
+    assert (first.id, first.version, first.place) == (1, 1, None)
+    assert first.received_at == WHEN
+    assert first.finished_at is not None
+    assert first.finished_at.tzinfo is UTC
+    assert store.lineage() == [first, second]
+    assert store.merged(digest(2)) == second
+    assert store.merged(digest(3)) is None
+    assert [(head.live, head.newest) for head in store.heads()] == [(2, 2), (2, 2)]
+    assert [version.number for version in store.versions("main")] == [2, 1, 0]
+    assert [version.number for version in store.versions("init", limit=2, newest_first=False)] == [0, 1]
+    newest = store.version("init", 2)
+    assert newest is not None
+    assert {f.name: getattr(newest, f.name) for f in dataclasses.fields(NewVersion)} == {
+        f.name: getattr(versions(2)[1], f.name) for f in dataclasses.fields(NewVersion)
+    }
+    assert newest.expert_id == second.id
+    assert store.merged_norm_mean() == 1.5
+    store.check()
+
+
+@pytest.mark.parametrize(("number", "parent"), [(3, 2), (2, 0), (1, 0), (3, 1)])
+def test_a_stale_head_changes_nothing(store: Store, number: int, parent: int) -> None:
+    store.commit(expert(1), versions(1))
+    before = everything(store)
+    with pytest.raises(StaleHead) as caught:
+        store.commit(expert(2), versions(number, parent))
+    assert caught.value.reason == "stale_head"
+    assert everything(store) == before
+
+
+def test_one_stale_head_of_two_holds_both_back(store: Store) -> None:
+    store.commit(expert(1), versions(1))
+    before = everything(store)
+    main, init = versions(2)
+    with pytest.raises(StaleHead, match="init"):
+        store.commit(expert(2), [main, dataclasses.replace(init, parent=0)])
+    assert everything(store) == before
+
+
+def test_the_same_bytes_are_merged_only_once(store: Store) -> None:
+    store.commit(expert(1), versions(1))
+    before = everything(store)
+    with pytest.raises(AlreadyMerged, match=r"expert 1 \(expert-1"):
+        store.commit(expert(2, sha256=digest(1)), versions(2))
+    assert everything(store) == before
+    again = store.record(expert(2, Status.DUPLICATE, sha256=digest(1), duplicate_of=1))
+    assert (again.id, again.version, again.duplicate_of) == (2, None, 1)
+
+
+def test_bytes_that_were_refused_can_be_merged_later(store: Store) -> None:
+    store.record(expert(1, Status.QUARANTINED))
+    assert store.merged(digest(1)) is None
+    assert store.commit(expert(1), versions(1)).id == 2
+
+
+@pytest.mark.parametrize(
+    "following",
+    [
+        [],
+        versions(1)[:1],
+        [*versions(1), versions(1)[0]],
+        [versions(1)[0], dataclasses.replace(versions(1)[1], head="other")],
+        [versions(1)[0], dataclasses.replace(versions(1)[1], number=2)],
+        [versions(1)[0], dataclasses.replace(versions(1)[1], totals={"n": math.nan})],
+    ],
+)
+def test_a_commit_must_bring_one_sound_version_for_each_head(store: Store, following: list[NewVersion]) -> None:
+    before = everything(store)
+    with pytest.raises(BadRecord):
+        store.commit(expert(1), following)
+    assert everything(store) == before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sha256": None}, {"status": Status.QUARANTINED}, {"received_at": datetime(2026, 1, 1)}]
+)
+def test_a_commit_needs_a_merged_expert_with_digest_and_zone(store: Store, changes: dict[str, object]) -> None:
+    before = everything(store)
+    with pytest.raises(BadRecord):
+        store.commit(expert(1, **changes), versions(1))
+    assert everything(store) == before
+
+
+def test_a_merged_expert_cannot_be_slipped_in_without_versions(store: Store) -> None:
+    with pytest.raises(BadRecord):
+        store.record(expert(1))
+    with pytest.raises(BadRecord):
+        store.record(expert(1, Status.DUPLICATE, duplicate_of=99))
+    assert store.experts() == []
+
+
+def test_times_come_back_in_utc(store: Store) -> None:
+    east = datetime(2026, 3, 1, 14, 30, 15, 123456, tzinfo=timezone(timedelta(hours=2)))
+    kept = store.record(expert(1, Status.QUARANTINED, received_at=east))
+    assert kept.received_at == WHEN
+    assert kept.received_at.tzinfo is UTC
+
+
+def test_a_hostile_name_is_kept_and_kept_harmless(store: Store) -> None:
+    name = "a'; DROP TABLE heads; --\n\x00\x1b[31m\ud800 %_"
+    kept = store.record(expert(1, Status.QUARANTINED, name=name, detail=name))
+    assert kept.name == kept.detail == name.replace("\ud800", "\\ud800")
+    assert store.find_experts(kept.name) == [kept]
+    assert store.heads() == HEADS
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=8))
+def test_floats_in_json_come_back_bit_for_bit(numbers: list[float]) -> None:
+    column = JsonObject()
+    text = column.process_bind_param({str(i): x for i, x in enumerate(numbers)}, None)
+    back = column.process_result_value(text, None)
+    assert [x.hex() for x in back.values()] == [float(x).hex() for x in numbers]
+
+
+def test_floats_in_the_database_come_back_bit_for_bit(store: Store) -> None:
+    numbers = [0.1 + 0.2, 5e-324, 1.7976931348623157e308, 0.0, 1 / 3, 2.0**53 + 2, 1e22]
+    totals = {f"x{i}": x for i, x in enumerate([*numbers, -0.0])}
+    for i, norm in enumerate(numbers, start=1):
+        following = [dataclasses.replace(v, totals=totals, figures=totals, seconds=norm) for v in versions(i)]
+        merged = store.commit(expert(i, norm=norm), following)
+        assert merged.norm is not None
+        assert merged.norm.hex() == norm.hex()
+        found = store.version("main", i)
+        assert found is not None
+        assert found.seconds is not None
+        assert found.seconds.hex() == norm.hex()
+        assert [x.hex() for x in found.totals.values()] == [x.hex() for x in totals.values()]
+        assert [x.hex() for x in found.figures.values()] == [x.hex() for x in totals.values()]
+
+
+def test_experts_come_newest_first_in_pages(store: Store) -> None:
+    for number in range(1, 8):
+        store.record(expert(number, Status.QUARANTINED if number % 2 else Status.DUPLICATE))
+    assert [e.id for e in store.experts(limit=3)] == [7, 6, 5]
+    assert [e.id for e in store.experts(limit=3, before=5)] == [4, 3, 2]
+    assert [e.id for e in store.experts(Status.DUPLICATE, before=6)] == [4, 2]
+    assert store.experts(Status.MERGED) == []
+    assert store.counts() == {Status.MERGED: 0, Status.DUPLICATE: 3, Status.QUARANTINED: 4}
+    assert store.expert(4) == store.experts(limit=1, before=5)[0]
+    assert store.expert(8) is None
+
+
+def test_experts_are_found_by_id_prefix_or_name(store: Store) -> None:
+    for number, sha256 in enumerate(["feed" + "0" * 60, "feed" + "1" * 60, None, "12" * 32], start=1):
+        store.record(expert(number, Status.QUARANTINED, sha256=sha256, name="same" if number < 4 else "feed"))
+
+    def ids(text: str) -> list[int]:
+        return [e.id for e in store.find_experts(text)]
+
+    assert ids("2") == [2]
+    assert ids("feed") == [4, 2, 1]
+    assert ids("FEED1") == [2]
+    assert ids("same") == [3, 2, 1]
+    assert ids("1212") == [4]  # no such id, so it is a prefix
+    assert ids("fee") == ids("") == ids("sam") == ids("%") == ids("____") == ids("9" * 400) == ids("²") == []
+
+
+def test_what_left_the_inbox_is_no_longer_unplaced(store: Store) -> None:
+    merged = store.commit(expert(1), versions(1))
+    refused = store.record(expert(2, Status.QUARANTINED))
+    assert store.unplaced() == [merged, refused]
+    store.placed(merged.id, "archive/000001")
+    assert store.unplaced() == [refused]
+    assert store.expert(1) == dataclasses.replace(merged, place="archive/000001")
+    with pytest.raises(BadRecord):
+        store.placed(3, "archive/000003")
+
+
+def test_collected_versions_stay_on_record(store: Store) -> None:
+    store.commit(expert(1), versions(1))
+    store.collected("main", 0)
+    assert [(v.number, v.collected) for v in store.versions("main")] == [(1, False), (0, True)]
+    assert [v.number for v in store.versions("main", include_collected=False)] == [1]
+    assert [v.number for v in store.versions("init", include_collected=False)] == [1, 0]
+    for head, number in [("main", 1), ("main", 7), ("nobody", 0)]:
+        with pytest.raises(BadRecord):
+            store.collected(head, number)
+    store.check()
+
+
+def test_after_a_rollback_the_next_version_follows_the_live_one(store: Store) -> None:
+    for number in (1, 2):
+        store.commit(expert(number), versions(number))
+    with connect(store.path, "rw") as other:
+        other.execute("UPDATE heads SET live = 1")
+    other.close()
+    with pytest.raises(StaleHead):
+        store.commit(expert(3), versions(3))
+    with pytest.raises(StaleHead):
+        store.commit(expert(3), versions(2, parent=1))  # the number 2 is taken for ever
+    store.commit(expert(3), versions(3, parent=1))
+    assert [v.parent for v in store.versions("main")] == [1, 1, 0, None]
+
+
+def test_a_checkpoint_empties_the_log_or_says_that_it_could_not(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = store.path.with_name(store.path.name + "-wal")
+    store.commit(expert(1), versions(1))
+    assert log.stat().st_size > 0
+    store.checkpoint()
+    assert log.stat().st_size == 0
+    monkeypatch.setattr("registry.engine.BUSY_TIMEOUT_S", 0.05)
+    with Store.open(store.path) as impatient:
+        reader = connect(store.path, "ro")
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM heads").fetchall()
+        impatient.commit(expert(2), versions(2))
+        with pytest.raises(Busy):
+            impatient.checkpoint()
+        reader.close()
+        impatient.checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        ("DELETE FROM heads WHERE name = 'init'", "versions points to nothing in heads"),
+        ("DELETE FROM experts", "versions points to nothing in experts"),
+        ("UPDATE versions SET collected = 1 WHERE number = 1", "head main has lost its live version 1"),
+        ("UPDATE heads SET newest = 9, live = 9", "head main has lost its live version 9"),
+    ],
+)
+def test_check_names_what_is_broken(store: Store, damage: str, found: str) -> None:
+    store.commit(expert(1), versions(1))
+    store.check()
+    other = connect(store.path, "rw")
+    other.execute("PRAGMA foreign_keys = OFF")
+    other.execute(damage)
+    other.close()
+    with pytest.raises(Damaged, match=found):
+        store.check()
+
+
+def test_every_error_has_a_reason_of_its_own_and_a_hint() -> None:
+    reasons = [kind.reason for kind in RegistryError.__subclasses__()]
+    assert len(set(reasons)) == len(reasons) > 0
+    assert StaleHead("what", "do this").hint == "do this"
+
+
+def test_the_registry_imports_no_other_room_of_the_house() -> None:
+    for file in Path(__file__).parents[2].joinpath("registry").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"torch", "numpy", "daemon", "projector"}, file
