@@ -35,6 +35,7 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 demo: $(READY)  ## train a base and experts on real data, run the daemon, show the table
+	rm -rf $(DEMO_HOME)
 	$(BIN)/mainstem demo --home $(DEMO_HOME)
 
 system:  ## Debian's Prometheus and Chromium for the tests that use them (as root)

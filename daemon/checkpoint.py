@@ -148,7 +148,9 @@ def _shards(weight_map: dict[str, str], names: set[str], opened: Callable[[str],
     missing = [shard for shard in wanted if shard not in names]
     if missing:
         raise NotYet(
-            Reason.INCOMPLETE, f"shard {missing[0]} is missing ({len(missing)} of {len(wanted)})", "copy every shard"
+            Reason.INCOMPLETE,
+            f"shard {shown(missing[0])} is missing ({len(missing)} of {len(wanted)})",
+            "copy every shard",
         )
     files = [opened(shard) for shard in wanted]
     found = {name: file.name for file in files for name in file.reader.specs}
@@ -159,6 +161,8 @@ def _shards(weight_map: dict[str, str], names: set[str], opened: Callable[[str],
 
 
 def _read_index(fd: int) -> dict[str, str]:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise _not_a_file(INDEX)
     size = os.fstat(fd).st_size
     if size > MAX_INDEX_BYTES:
         raise _bad_index(f"it has {size} bytes")

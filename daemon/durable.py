@@ -65,9 +65,7 @@ def new_file(path: Path, size: int | None = None) -> Iterator[int]:
 def write_file(path: Path, data: bytes) -> None:
     """Writes a new file, durably (its folder is the caller's to sync)."""
     with new_file(path) as fd:
-        written = 0
-        while written < len(data):
-            written += os.write(fd, data[written:])
+        _write(fd, data)
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -82,7 +80,7 @@ def copy_file(source: Path, target: Path) -> None:
     """Copies a file's bytes, durably."""
     with source.open("rb") as file, new_file(target, source.stat().st_size) as fd:
         while chunk := file.read(COPY_BYTES):
-            os.write(fd, chunk)
+            _write(fd, chunk)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -142,3 +140,10 @@ def remove(path: Path) -> None:
     else:
         with suppress(FileNotFoundError):
             path.unlink()
+
+
+def _write(fd: int, data: bytes) -> None:
+    """Writes all of it: one call may take less, and says so only by what it returns."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

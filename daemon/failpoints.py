@@ -30,7 +30,6 @@ POINTS = (
     "remove",
     "refuse.recorded",
     "refuse.reason_written",
-    "refuse.after",
     "recover.begin",
     "recover.swept",
     "recover.end",

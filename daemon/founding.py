@@ -33,6 +33,8 @@ def found(home: Home, base: Path, heads: Sequence[tuple[str, Method]], progress:
 
     Interrupted, it leaves no registry, hence no home; the next `init` starts over.
     """
+    if not base.exists():
+        raise BadHome(f"the base {base} does not exist", "give --base a .safetensors file or a folder")
     _clear(home)
     try:
         with open_path(base) as checkpoint:
@@ -60,6 +62,7 @@ def found(home: Home, base: Path, heads: Sequence[tuple[str, Method]], progress:
     unfinished = home.registry.with_name("registry.new")
     Store.create(unfinished, record, records, versions)
     durable.sync_folder(home.root)
+    durable.sync_folder(home.root.parent)
     durable.rename(unfinished, home.registry)
     return record
 
@@ -68,7 +71,8 @@ def _clear(home: Home) -> None:
     """Makes room: refuses a folder that holds anything but an unfinished home, removes what that one left."""
     if home.exists():
         raise BadHome(f"{home.root} is a mainstem home already", "choose another folder")
-    ours = {"state", "published", "inbox", "quarantine", "archive", home.config.name, "lost+found"}
+    ours = {"state", "published", "inbox", "quarantine", "archive", "lost+found"}
+    ours |= {home.config.name, f".{home.config.name}.tmp"}
     if home.root.exists() and (others := set(os.listdir(home.root)) - ours):
         raise BadHome(f"{home.root} is not empty: it holds {shown(min(others))}", "choose a new or empty folder")
     durable.remove(home.state)
@@ -132,7 +136,7 @@ def _publish_base(home: Home, head: Head, base: BaseModel) -> NewVersion:
     )
     durable.write_file(folder / MANIFEST, text)
     durable.make_folder(home.states(head.name))
-    for path in (folder, folder.parent, home.published, home.base, home.state):
+    for path in (folder, folder.parent, home.published, home.base, home.states(head.name).parent, home.state):
         durable.sync_folder(path)
     point_latest(home, head)
     return NewVersion(

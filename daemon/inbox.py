@@ -7,7 +7,7 @@ file in it) has not changed for `settle_seconds`, or at once where a folder brin
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -61,8 +61,8 @@ class Inbox:
         self._clock = clock
         self._since: dict[str, tuple[Fingerprint, float]] = {}
 
-    def scan(self) -> Scan:
-        """Lists the inbox. Entries with temporary names do not count."""
+    def scan(self, skip: Container[str] = ()) -> Scan:
+        """Lists the inbox. Entries with temporary names, and those whose `entry` is to be skipped, do not count."""
         now = self._clock()
         settled: list[Drop] = []
         since: dict[str, tuple[Fingerprint, float]] = {}
@@ -72,7 +72,9 @@ class Inbox:
             try:
                 status = entry.stat(follow_symlinks=False)
                 fingerprint, size, ready = _fingerprint(Path(entry.path), status)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):  # it went, or a file took its place, just now
+                continue
+            if entry_id(status) in skip:
                 continue
             before = self._since.get(entry.name)
             since[entry.name] = before if before and before[0] == fingerprint else (fingerprint, now)

@@ -89,7 +89,12 @@ class Merger:
             with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=self._progress) as expert:
                 hit("take.opened")
                 check_schema(self._base.tensors.schema, expert.tensors.schema)
-                recorded = self._merge(drop, expert)
+                try:
+                    recorded = self._merge(drop, expert)
+                except ProjectorError:
+                    if expert.unchanged():
+                        raise
+                    raise _changed(drop) from None  # what it found may be half of the old and half of the new
         except NotYet as error:
             if error.reason is Reason.CHANGED or drop.rest_seconds < self._settings.inbox.patience_seconds:
                 raise
@@ -99,10 +104,22 @@ class Merger:
         self._tidy(recorded)
         return recorded
 
+    def finish(self) -> list[Expert]:
+        """Tidies up after recorded experts where a full disk was in the way; returns those that are placed now.
+
+        Raises OSError or DiskFull where it still is.
+        """
+        placed = [expert for expert in self._store.unplaced() if self._tidy(expert)]
+        collect(self._home, self._store, self._settings.retention)  # time may have made room
+        return placed
+
     def _merge(self, drop: Drop, expert: OpenCheckpoint) -> Expert:
         started = time.monotonic()
         lines = [self._line(head) for head in self._store.heads()]
         number = max(line.head.newest for line in lines) + 1
+        for line in lines:  # left by a commit that failed; no row names it, and its space may be what is missing
+            durable.remove(self._home.head_state(line.head.name, number))
+            durable.remove(self._home.version(line.head.name, number))
         self._progress.begin(self._work_bytes(len(lines)))
         folder = self._home.tmp / uuid4().hex
         try:
@@ -172,7 +189,7 @@ class Merger:
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded) -> NewExpert:
         sha256 = expert.identity()
         if not expert.unchanged():
-            raise NotYet(Reason.CHANGED, f"{shown(drop.name)} changed while it was read", "leave it alone until merged")
+            raise _changed(drop)
         new = replace(_arrived(drop, Status.MERGED), kind=expert.kind, sha256=sha256, norm=folded.norm)
         if twin := self._store.merged(sha256):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
@@ -228,7 +245,6 @@ class Merger:
                 (output.state_folder, self._home.head_state(line.head.name, number)),
                 (output.published, self._home.version(line.head.name, number)),
             ):
-                durable.remove(target)  # left by a commit that failed; no row names it
                 durable.rename(source, target)
         hit("publish.after")
 
@@ -240,13 +256,15 @@ class Merger:
         hit("refuse.recorded")
         return recorded
 
-    def _tidy(self, expert: Expert) -> None:
+    def _tidy(self, expert: Expert) -> bool:
+        """Finishes an expert whose fate is recorded; False where it cannot be moved out of the inbox."""
         if expert.status is Status.MERGED:
             for head in self._store.heads():
                 point_latest(self._home, head)
             hit("latest.after")
-        place(self._home, self._store, expert)
+        placed = place(self._home, self._store, expert)
         collect(self._home, self._store, self._settings.retention)
+        return placed
 
 
 def device(name: str) -> torch.device:
@@ -254,6 +272,10 @@ def device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _changed(drop: Drop) -> NotYet:
+    return NotYet(Reason.CHANGED, f"{shown(drop.name)} changed while it was read", "leave it alone until merged")
 
 
 def _arrived(drop: Drop, status: Status) -> NewExpert:

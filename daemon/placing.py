@@ -1,11 +1,16 @@
 """Moves an expert out of the inbox once its fate is in the registry; recovery finishes what a crash cut short.
 
 Merged experts and duplicates go to archive/<id>/, refused ones to quarantine/<id>/ with a reason.json. The entry is
-found by what it is (device, inode, time), not by its name: if it was replaced meanwhile, the newcomer stays.
+found by what it is (device, inode, time), not by its name: if it was replaced meanwhile, the newcomer stays. What
+cannot be moved (a folder of another owner, a mount point) stays too, and is tried again at the next start.
 """
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 from daemon import durable
 from daemon.failpoints import hit
@@ -15,32 +20,53 @@ from registry.records import Expert, Status
 from registry.store import Store
 
 REASON_FILE = "reason.json"
+IMMOVABLE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)
 
 
-def place(home: Home, store: Store, expert: Expert) -> None:
-    """Moves one expert to where its status says, and notes it in the registry."""
+def place(home: Home, store: Store, expert: Expert) -> bool:
+    """Moves one expert to where its status says, and notes it in the registry; False where it cannot be moved."""
     refused = expert.status is Status.QUARANTINED
     folder = home.quarantine(expert.id) if refused else home.archive(expert.id)
     durable.make_folder(folder)
+    durable.sync_folder(folder.parent)  # first: what is moved into a folder could be lost together with its name
     if refused and not (folder / REASON_FILE).exists():
         durable.replace_file(folder / REASON_FILE, _reason(expert))
         hit("refuse.reason_written")
     hit("archive.before")
-    for entry in os.scandir(home.inbox):
-        if entry_id(entry.stat(follow_symlinks=False)) == expert.entry:
-            # a drop that is itself called reason.json must not hide ours
-            name = f"{entry.name}.dropped" if entry.name == REASON_FILE else entry.name
-            durable.rename(home.inbox / entry.name, folder / name)
-            break
-    durable.sync_folder(folder.parent)
+    if path := _find(home, expert):
+        # a drop that is itself called reason.json must not hide ours
+        name = f"{path.name}.dropped" if path.name == REASON_FILE else path.name
+        try:
+            durable.rename(path, folder / name)
+        except OSError as error:
+            if error.errno not in IMMOVABLE:
+                raise
+            return False
+    else:  # moved before a crash, but perhaps not yet durably
+        durable.sync_folder(folder)
+        durable.sync_folder(home.inbox)
     hit("archive.after")
     store.placed(expert.id, f"{folder.parent.name}/{number(expert.id)}")
+    return True
 
 
 def place_all(home: Home, store: Store) -> None:
     """Finishes every move that a crash left undone."""
     for expert in store.unplaced():
         place(home, store, expert)
+
+
+def _find(home: Home, expert: Expert) -> Path | None:
+    for name in _names(home, expert):
+        with suppress(OSError):  # an upload renamed or withdrawn just now, or an escaped name that is too long
+            if entry_id((home.inbox / name).lstat()) == expert.entry:
+                return home.inbox / name
+    return None
+
+
+def _names(home: Home, expert: Expert) -> Iterator[str]:
+    yield expert.name  # nearly always: to look through a full inbox for every expert takes quadratic time
+    yield from os.listdir(home.inbox)
 
 
 def _reason(expert: Expert) -> bytes:

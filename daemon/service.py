@@ -22,6 +22,7 @@ from daemon.merger import Merger
 from daemon.metrics import Metrics
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
+from daemon.retention import collect
 from projector.text import shown
 from registry.errors import DiskFull
 from registry.records import Expert, Status
@@ -64,6 +65,7 @@ class Service:
             if http:
                 self._serve(closing)
             recover(self._home, store, self._log.info)
+            collect(self._home, store, self._settings.retention)
             progress = Progress(self._stopping, self._report)
             merger = Merger(self._home, store, self._settings, progress)
             closing.callback(merger.close)
@@ -79,13 +81,17 @@ class Service:
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
         while not self._stopping.is_set():
             self._wake.clear()
-            scan = inbox.scan()
+            scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
             self._show_inbox(scan)
             waiting = scan.moving
-            for drop in scan.settled:
-                if self._stopping.is_set():
-                    return
-                waiting += not self._take(store, merger, progress, drop)
+            try:
+                for drop in scan.settled:
+                    if self._stopping.is_set():
+                        return
+                    waiting += not self._take(store, merger, progress, drop)
+            except (OSError, DiskFull) as error:
+                self._wait_for_space(error, store, merger)
+                continue  # with the oldest drop again: the order of merging does not change
             if once and not waiting and not scan.settled:
                 return
             if not scan.settled or waiting:
@@ -106,15 +112,10 @@ class Service:
             self._metrics.experts.labels("abandoned").inc()
             log.info("abandoned: it will be taken again at the next start")
             return False
-        except (OSError, DiskFull) as error:
-            if isinstance(error, OSError) and not durable.is_full(error):
-                raise
-            self._wait_for_space(log)
-            return False
         finally:
             self._metrics.progress.set(0)
         self._metrics.disk_full.set(0)
-        self._count(expert, drop, progress, started)
+        self._time(expert, drop, progress, started)
         self._tell(expert, store, log)
         return True
 
@@ -122,11 +123,8 @@ class Service:
         self._metrics.progress.set(share)
         self._show(share)
 
-    def _count(self, expert: Expert, drop: Drop, progress: Progress, started: float) -> None:
+    def _time(self, expert: Expert, drop: Drop, progress: Progress, started: float) -> None:
         metrics = self._metrics
-        metrics.experts.labels(str(expert.status)).inc()
-        if expert.reason:
-            metrics.refused.labels(expert.reason).inc()
         if expert.status is Status.MERGED:
             seconds = time.monotonic() - started
             metrics.merge_seconds.observe(seconds)
@@ -136,6 +134,9 @@ class Service:
                 metrics.phase_seconds.labels(phase).inc(spent)
 
     def _tell(self, expert: Expert, store: Store, log: structlog.typing.FilteringBoundLogger) -> None:
+        self._metrics.experts.labels(str(expert.status)).inc()
+        if expert.reason:
+            self._metrics.refused.labels(expert.reason).inc()
         if expert.status is Status.MERGED:
             self._metrics.show_heads(store)
             log.info("merged", id=expert.id, version=expert.version, norm=expert.norm, sha256=expert.sha256)
@@ -143,6 +144,8 @@ class Service:
             log.info("a duplicate: merged before", id=expert.id, of=expert.duplicate_of)
         else:
             log.warning("refused", id=expert.id, reason=expert.reason, detail=expert.detail, hint=expert.hint)
+        if any(unplaced.id == expert.id for unplaced in store.unplaced()):
+            log.warning("it cannot be moved out of the inbox", id=expert.id, hint="look at its owner, then remove it")
 
     def _show_inbox(self, scan: Scan) -> None:
         self._metrics.inbox_settled.set(len(scan.settled))
@@ -154,10 +157,23 @@ class Service:
         settings = self._settings.inbox
         return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
 
-    def _wait_for_space(self, log: structlog.typing.FilteringBoundLogger) -> None:
-        self._metrics.disk_full.set(1)
-        log.error("the disk is full: waiting for space", hint="make room on the disk of HOME; nothing is lost")
-        self._stopping.wait(DISK_FULL_WAIT_SECONDS)
+    def _wait_for_space(self, error: OSError | DiskFull, store: Store, merger: Merger) -> None:
+        """Waits, and goes on waiting while there is no room to finish what was cut short.
+
+        Raises `error` itself where it means anything but a full disk.
+        """
+        while not self._stopping.is_set():
+            if isinstance(error, OSError) and not durable.is_full(error):
+                raise error
+            self._metrics.disk_full.set(1)
+            self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
+            self._stopping.wait(DISK_FULL_WAIT_SECONDS)
+            try:
+                for expert in merger.finish():
+                    self._tell(expert, store, self._log.bind(drop=expert.name))
+                return
+            except (OSError, DiskFull) as again:
+                error = again
 
     def _lock(self) -> int:
         try:

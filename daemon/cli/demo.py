@@ -1,5 +1,97 @@
-"""`mainstem demo`."""
+"""`mainstem demo`: real data, real training, the real daemon."""
+
+import signal
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from daemon.errors import BadHome
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from daemon.demo.live import Live
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
 
-def command() -> None:
-    """Not yet."""
+def command(
+    home: Annotated[
+        Path | None, typer.Option(help="Where to make the demo's home; by default a temporary folder.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port of the demo's daemon, 0 for a free one.")] = 0,
+    stay: Annotated[bool, typer.Option("--stay", help="Leave the daemon running at the end, until Ctrl-C.")] = False,
+) -> None:
+    """Train a base and eight experts on handwritten digits, let the daemon merge them, and show what came out."""
+    if home is None:
+        with tempfile.TemporaryDirectory(prefix="mainstem-demo-") as folder:
+            _demo(Path(folder) / "home", port, stay)
+            console.print("\nthe daemon and its home are gone; `mainstem demo --home FOLDER --stay` leaves both")
+    elif home.exists() and any(home.iterdir()):
+        raise BadHome(f"{home} is not empty", "choose another folder for the demo, or remove it")
+    else:
+        _demo(home, port, stay)
+        console.print(f"\nthe daemon has stopped; this starts it again: mainstem run --home {home}")
+
+
+def _demo(home: Path, port: int, stay: bool) -> None:
+    from safetensors.torch import save_file
+
+    from daemon.demo.digits import CENTRE, TASKS, accuracy, finetune, pretrain
+    from daemon.demo.live import daemon
+    from daemon.founding import found
+    from daemon.home import Home
+    from projector.methods import make
+
+    tasks = (CENTRE, *TASKS)
+    table = Table("", *(task.name.replace("_", " ") for task in tasks), "merged tasks", title="held-out accuracy, %")
+
+    def row(label: str, weights: "dict[str, Tensor]", merged: int) -> None:
+        scores = [100 * accuracy(weights, task) for task in tasks]
+        mean = f"{sum(scores[1 : merged + 1]) / merged:.1f}" if merged else ""
+        cells = [f"[bold]{s:.1f}[/bold]" if 0 < i <= merged else f"{s:.1f}" for i, s in enumerate(scores)]
+        table.add_row(label, *cells, mean)
+
+    with console.status("training") as status:
+        base = pretrain(status.update)
+        experts = [finetune(base, task, status.update) for task in TASKS]
+    console.print(f"trained a base on digits in the centre of the field, and {len(TASKS)} experts on other places")
+    row("base", base, 0)
+    for task, expert in zip(TASKS, experts, strict=True):
+        row(f"expert {task.name.replace('_', ' ')}", expert, 0)
+    table.add_section()
+
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "digits.safetensors"
+        save_file(base, weights)
+        found(Home(home.resolve()), weights, [("main", make("opcm"))], lambda step: console.print(f"{step} ..."))
+    with daemon(home, port) as live:
+        console.print(f"the daemon is live: [bold]{live.url}/[/bold]   home: {home}")
+        for number, (task, expert) in enumerate(zip(TASKS, experts, strict=True), start=1):
+            live.drop(f"{task.name}.safetensors", expert)
+            live.wait_for(number)
+            row(f"merged v{number}", live.fetch(), number)
+            console.print(f"dropped {task.name}.safetensors into the inbox: version {number} is out")
+        console.print(table)
+        _epilogue(live, home, stay)
+
+
+def _epilogue(live: "Live", home: Path, stay: bool) -> None:
+    console.print(
+        "The base reads one place, an expert one other; the merged model reads every place merged so far (bold)."
+    )
+    console.print(f"\nstatus page      {live.url}/")
+    console.print(f"a scraped metric {live.metric('mainstem_head_version')[0]}")
+    console.print(f"fetch the weights\n  curl -L {live.url}/v1/heads/main/latest        # the manifest")
+    console.print(f"  curl -LO {live.url}/v1/heads/main/versions/8/files/model.safetensors")
+    if stay:
+        console.print("\nthe daemon runs on: drop more experts, open the page. Ctrl-C ends the demo")
+        with suppress(KeyboardInterrupt):
+            signal.pause()

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from daemon.cli.common import HomeOption, find_home, settings_of
 from daemon.inbox import Drop
+from projector.text import shown
 
 
 def command(
@@ -39,12 +39,12 @@ def command(
 def _bar(drop: Drop) -> Iterator[Callable[[float], None]]:
     """A progress bar per expert, for a terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a drop may be called [red]
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(Path(drop.name).name, total=1.0)
+        task = progress.add_task(shown(drop.name), total=1.0)
         yield lambda share: progress.update(task, completed=share)

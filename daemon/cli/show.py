@@ -25,7 +25,7 @@ def command(
     where, reader = open_reader(home)
     head, _, number = what.rpartition("/")
     with reader:
-        if number[:1] == "v" and number[1:].isdigit():
+        if number[:1] == "v" and number[1:].isdecimal() and len(number) < 19:
             version = reader.version(head or reader.heads()[0].name, int(number[1:]))
             if version is None:
                 raise DaemonError(Reason.UNKNOWN, f"there is no version {what}", "see `mainstem status` for the heads")

@@ -1,0 +1,139 @@
+"""The command line in processes that can be killed.
+
+`Zygote` imports everything once and never computes; every run is a fork of it, which costs milliseconds where a fresh
+interpreter needs seconds for torch. What runs in the fork is `daemon.cli.main` itself.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {
+    "MAINSTEM_INBOX__WATCH": "poll",
+    "MAINSTEM_INBOX__SETTLE_SECONDS": "0",
+    "MAINSTEM_INBOX__SCAN_SECONDS": "0.05",
+    "MAINSTEM_COMPUTE__THREADS": "1",
+    "MAINSTEM_RETENTION__VERSIONS": "2",
+    "MAINSTEM_RETENTION__GRACE_SECONDS": "0",
+    "MAINSTEM_LOG__FORMAT": "json",
+}
+LIMIT_SECONDS = 60  # after which a run that hangs is ended
+DISK_FULL_WAIT_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: the exit status, negative for a signal, and what it printed."""
+
+    code: int
+    log: str
+
+
+class Zygote:
+    """Starts runs of the command line, one at a time. Use it as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = folder / "run.log"
+        environment = os.environ | SETTINGS | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.crash.daemons"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            cwd=ROOT,
+        )
+
+    def run(self, *args: str | Path, trace: Path | None = None, **environment: str) -> Ended:
+        """Runs `mainstem ARGS`. `trace` is a file that gets the name of every failpoint passed."""
+        request = {
+            "args": [str(arg) for arg in args],
+            "environment": environment,
+            "log": str(self._log),
+            "trace": str(trace) if trace else None,
+        }
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        return Ended(int(self._process.stdout.readline()), self._log.read_text())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+def _serve() -> None:
+    # The verbs, and the planning of shards, import these late; here they must come before the fork.
+    import torch.distributed.tensor
+
+    import daemon.cli.app
+    import daemon.founding
+    import daemon.logs
+    import daemon.service  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if not child:
+            _work(request)
+        _, status = os.waitpid(child, 0)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        sys.stdout.flush()
+
+
+def _work(request: dict[str, Any]) -> None:
+    from daemon import service
+    from daemon.cli import main
+
+    signal.alarm(LIMIT_SECONDS)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(request["environment"])
+    service.DISK_FULL_WAIT_SECONDS = DISK_FULL_WAIT_SECONDS
+    if request["trace"]:
+        _trace(request["trace"])
+    sys.argv = ["mainstem", *request["args"]]
+    try:
+        main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _trace(path: str) -> None:
+    """Lets every module that passes failpoints write their names to the file instead."""
+    from daemon.failpoints import hit
+
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def record(point: str) -> None:
+        os.write(file, f"{point}\n".encode())
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("daemon.") and getattr(module, "hit", None) is hit:
+            module.hit = record  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,139 @@
+"""The daemon dies, or its disk fails, at every named point; afterwards it is as if that had never happened."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from daemon.failpoints import POINTS
+from daemon.home import Home
+from tests.crash.worlds import World, drain, fill_inbox, outcome
+
+FOUNDING_POINTS = ("file.create", "file.write", "file.sync", "folder.sync", "rename", "link.swap", "remove")
+Trace = list[str]
+
+
+@pytest.fixture(scope="session")
+def trace(undisturbed: tuple[Home, Trace]) -> Trace:
+    return undisturbed[1]
+
+
+def passes(trace: Trace, point: str) -> list[int]:
+    """Where in the trace the point is passed."""
+    return [place for place, passed in enumerate(trace) if passed == point]
+
+
+def merging(trace: Trace) -> range:
+    """The part of the trace in which drops are taken: after recovery, and before the clean stop is noted."""
+    stopping = ["remove", "file.create", "file.write", "file.sync", "rename", "folder.sync", "file.sync"]
+    assert trace[-len(stopping) :] == stopping
+    return range(trace.index("recover.end") + 1, len(trace) - len(stopping))
+
+
+def chosen(trace: Trace, point: str) -> list[int]:
+    """Which passes to fail at: the first two ever, the first two while merging, the last while merging, the last."""
+    places = passes(trace, point)
+    inside = [nth for nth, place in enumerate(places, start=1) if place in merging(trace)]
+    return sorted({*range(1, len(places) + 1)[:2], *inside[:2], *inside[-1:], len(places)})
+
+
+def test_ordinary_work_passes_every_point(trace: Trace) -> None:
+    assert set(trace) == set(POINTS)
+
+
+def test_founding_passes_the_points_of_the_disk(founding: Trace) -> None:
+    assert set(founding) == set(FOUNDING_POINTS)
+
+
+def killed(world: World, root: Path, point: str, nth: int, expected: dict[str, object]) -> None:
+    home = world.home(root)
+    ended = world.zygote.run(*drain(home), MAINSTEM_FAILPOINT=f"{point}=kill:{nth}")
+    assert ended.code == -signal.SIGKILL, ended.log
+    world.finish(home, {})
+    assert outcome(home) == expected
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed(point: str, world: World, trace: Trace, expected: dict[str, object], tmp_path: Path) -> None:
+    for nth in chosen(trace, point):
+        killed(world, tmp_path / f"{nth}", point, nth, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_every_pass(
+    point: str, world: World, trace: Trace, expected: dict[str, object], tmp_path: Path
+) -> None:
+    for nth in range(1, len(passes(trace, point)) + 1):
+        killed(world, tmp_path / f"{nth}", point, nth, expected)
+
+
+@pytest.mark.parametrize("point", ["recover.begin", "recover.swept", "recover.end", "rename", "remove", "folder.sync"])
+def test_killed_while_recovering_from_a_kill(
+    point: str, world: World, expected: dict[str, object], tmp_path: Path
+) -> None:
+    for first in ("publish.after", "commit.after", "refuse.recorded"):
+        home = world.home(tmp_path / first)
+        assert world.zygote.run(*drain(home), MAINSTEM_FAILPOINT=f"{first}=kill").code == -signal.SIGKILL
+        assert world.zygote.run(*drain(home), MAINSTEM_FAILPOINT=f"{point}=kill").code == -signal.SIGKILL
+        world.finish(home, {})
+        assert outcome(home) == expected
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_failing_disk_ends_the_process(
+    point: str, world: World, trace: Trace, expected: dict[str, object], tmp_path: Path
+) -> None:
+    for nth in chosen(trace, point)[-2:]:
+        home = world.home(tmp_path / f"{nth}")
+        ended = world.zygote.run(*drain(home), MAINSTEM_FAILPOINT=f"{point}=eio:{nth}")
+        assert ended.code == 1
+        message = "fsync failed" if point == "file.sync" else f"Input/output error (failpoint {point})"
+        assert message in ended.log and "hint:" in ended.log and "Traceback" not in ended.log
+        assert not home.clean.exists()
+        world.finish(home, {})
+        assert outcome(home) == expected
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_full_disk_is_waited_for(
+    point: str, world: World, trace: Trace, expected: dict[str, object], tmp_path: Path
+) -> None:
+    for nth in chosen(trace, point):
+        home = world.home(tmp_path / f"{nth}")
+        ended = world.zygote.run(*drain(home), MAINSTEM_FAILPOINT=f"{point}=enospc:{nth}")
+        waits = passes(trace, point)[nth - 1] in merging(trace)
+        assert (ended.code, "the disk is full" in ended.log) == ((0, True) if waits else (1, False)), ended.log
+        assert not os.listdir(home.tmp) or not waits
+        world.finish(home, {})
+        assert outcome(home) == expected
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_an_unforeseen_error_ends_the_process(
+    point: str, world: World, trace: Trace, expected: dict[str, object], tmp_path: Path
+) -> None:
+    home = world.home(tmp_path / "home")
+    ended = world.zygote.run(*drain(home), MAINSTEM_FAILPOINT=f"{point}=raise:{chosen(trace, point)[-1]}")
+    assert ended.code == 1 and f"Injected: {point}" in ended.log
+    assert not home.clean.exists()
+    world.finish(home, {})
+    assert outcome(home) == expected
+
+
+@pytest.mark.parametrize("point", FOUNDING_POINTS)
+def test_killed_while_founding(
+    point: str, world: World, founding: Trace, expected: dict[str, object], tmp_path: Path
+) -> None:
+    count = len(passes(founding, point))
+    for nth in sorted({1, 2, count // 2 + 1, count}):
+        home = Home(tmp_path / f"{nth}")
+        ended = world.zygote.run(*world.init(home.root), MAINSTEM_FAILPOINT=f"{point}=kill:{nth}")
+        assert ended.code == -signal.SIGKILL, ended.log
+        if not home.exists():
+            ended = world.zygote.run(*world.init(home.root))
+            assert ended.code == 0, ended.log
+        fill_inbox(home, world.drops)
+        world.finish(home, {})
+        assert outcome(home) == expected

@@ -1,0 +1,103 @@
+"""What the crash tests merge: a small base, three experts, one refused drop and one duplicate, in a fixed order."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from daemon.home import MANIFEST, STATE_FILE, Home
+from registry.records import Status
+from registry.store import Reader
+from tests.crash.daemons import Zygote
+from tests.crash.invariants import History, check, sha256
+from tests.models import read_weights, write_base, write_expert
+
+HEADS = ("--method", "opcm", "--head", "init=ema")
+VERSIONS_KEPT = 2  # as daemons.SETTINGS says
+FIRST_MTIME = 1_700_000_000
+
+
+class World:
+    """A base, drops in their order, and a fresh home over them to be copied."""
+
+    def __init__(self, root: Path, zygote: Zygote) -> None:
+        self.zygote = zygote
+        self.base = write_base(root / "base", seed=0)
+        self.drops = write_drops(root / "drops", self.base)
+        self.dropped = [sha256(path) for path in self.drops]
+        self._fresh = root / "fresh"
+        assert zygote.run(*self.init(self._fresh)).code == 0
+
+    def init(self, home: Path) -> list[str | Path]:
+        """The arguments that found a home."""
+        return ["init", home, "--base", self.base, *HEADS]
+
+    def home(self, root: Path, *, fill: bool = True) -> Home:
+        """A new home, with every drop in its inbox or none."""
+        shutil.copytree(self._fresh, root, symlinks=True)
+        if fill:
+            fill_inbox(Home(root), self.drops)
+        return Home(root)
+
+    def finish(self, home: Home, history: History) -> None:
+        """Recovers, runs until the inbox is drained, and asserts that all is as if nothing had ever gone wrong."""
+        check(home, self.dropped, history)
+        ended = self.zygote.run(*drain(home))
+        assert ended.code == 0, ended.log
+        assert home.clean.exists()
+        assert not os.listdir(home.inbox)
+        check(home, self.dropped, history, VERSIONS_KEPT)
+        with Reader.open(home.registry) as reader:
+            assert reader.counts() == {Status.MERGED: 3, Status.DUPLICATE: 1, Status.QUARANTINED: 1}
+
+
+def drain(home: Home) -> list[str | Path]:
+    """The arguments that merge all that is in the inbox."""
+    return ["run", "--once", "--no-http", "--home", home.root]
+
+
+def write_drops(root: Path, base: Path) -> list[Path]:
+    """Experts as a file and as folders, one of them twice, and one with a NaN in its last tensor."""
+    root.mkdir()
+    first = write_expert(root / "a.safetensors", base, seed=1)
+    second = write_expert(root / "b", base, seed=2)
+    spoilt = read_weights(second)
+    spoilt["layers.1.up.weight"][-1, -1] = torch.nan
+    save_file(spoilt, root / "c.safetensors")
+    shutil.copy(first, root / "d.safetensors")
+    write_expert(root / "e", base, seed=3, scale=0.02)
+    return sorted(root.iterdir())
+
+
+def fill_inbox(home: Home, drops: Sequence[Path]) -> None:
+    """Puts copies into the inbox, to be merged in this order."""
+    for place, path in enumerate(drops):
+        target = home.inbox / path.name
+        if path.is_dir():
+            shutil.copytree(path, target)
+        else:
+            shutil.copy(path, target)
+        os.utime(target, (FIRST_MTIME + place, FIRST_MTIME + place))
+
+
+def outcome(home: Home) -> dict[str, object]:
+    """Weights, state and totals of every head's live version: what must not depend on what went wrong on the way."""
+    found: dict[str, object] = {}
+    with Reader.open(home.registry) as reader:
+        for head in reader.heads():
+            version = reader.version(head.name, head.live)
+            assert version
+            found[head.name] = [
+                head.live,
+                version.totals,
+                sha256(home.head_state(head.name, head.live) / STATE_FILE),
+                {
+                    path.name: sha256(path)
+                    for path in home.version(head.name, head.live).iterdir()
+                    if path.name != MANIFEST  # it holds the time
+                },
+            ]
+    return found

@@ -1,0 +1,27 @@
+"""A base and a home over it, made once and copied: founding one takes longer than most tests here."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from daemon.home import Home
+from tests.daemon.homes import make_home
+from tests.models import write_base
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base as one file."""
+    return write_base(tmp_path_factory.mktemp("base") / "base.safetensors", seed=1)
+
+
+@pytest.fixture(scope="session")
+def fresh_home(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    return make_home(tmp_path_factory.mktemp("fresh") / "home", base).root
+
+
+@pytest.fixture
+def home(fresh_home: Path, tmp_path: Path) -> Home:
+    """A new home with the one head `main`, OPCM."""
+    return Home(shutil.copytree(fresh_home, tmp_path / "home", symlinks=True))

@@ -1,0 +1,126 @@
+"""The status page: what it says, that hostile names are harmless, and that a real browser shows it."""
+
+import base64
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from daemon.http.page import human_ago, human_bytes, human_count
+from registry.records import Status
+
+if TYPE_CHECKING:
+    from tests.daemon.http.conftest import Line, Readiness
+
+HOSTILE = "<script>document.title='owned'</script>\"'><img src=x onerror=alert(1)>{{7*7}}"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def test_an_empty_home_has_a_page(client: httpx.Client) -> None:
+    page = client.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "Nothing has arrived yet" in page.text
+    assert "tiny-base" in page.text
+    assert "1.5 million parameters" in page.text
+
+
+def test_it_tells_what_happened(line: "Line", client: httpx.Client, readiness: "Readiness") -> None:
+    merged = line.publish(b"one", name="french.safetensors")
+    line.store.record(line.expert("again", Status.DUPLICATE, merged.sha256, duplicate_of=merged.id))
+    line.store.record(
+        line.expert("bad.bin", Status.QUARANTINED, None, reason="pickle", detail="it is a pickle", hint="convert it")
+    )
+    text = client.get("/").text
+    for expected in ("v1", "opcm", "alpha 0.5", "ema", "french.safetensors", "pickle", "it is a pickle", "convert it",
+                     f"the same bytes as #{merged.id}", "lambda 1.5", ">ready<"):  # fmt: skip
+        assert expected in text
+    readiness.why_not = "the disk is <full>"
+    text = client.get("/").text
+    assert "not ready" in text
+    assert "the disk is &lt;full&gt;" in text
+
+
+def test_its_commands_work(line: "Line", client: httpx.Client, tmp_path: Path) -> None:
+    line.publish(b"one")
+    commands = re.findall(r"<pre[^>]*>(.*?)</pre>", client.get("/").text)
+    assert str(line.home.latest("main")) in commands[0]
+    curl = commands[1].replace("&#39;", "'")
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    subprocess.run(curl.replace("curl ", "curl -sS --noproxy '*' "), shell=True, cwd=tmp_path, check=True, timeout=30)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"one"
+    assert (tmp_path / "config.json").exists()
+
+
+def test_it_comes_up_on_a_damaged_home(line: "Line", client: httpx.Client, readiness: "Readiness") -> None:
+    line.home.manifest("main", 0).unlink()
+    readiness.why_not = "version 0 is damaged"
+    page = client.get("/")
+    assert page.status_code == 200
+    assert "version 0 is damaged" in page.text
+    assert "<pre" not in page.text
+
+
+def test_hostile_names_are_text(line: "Line", client: httpx.Client) -> None:
+    line.publish(b"one", name=HOSTILE)
+    line.store.record(line.expert(HOSTILE, Status.QUARANTINED, None, reason="bad_header", detail=HOSTILE, hint=HOSTILE))
+    text = client.get("/").text
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "{{7*7}}" in text
+    assert text.count("&lt;script&gt;") >= 4
+
+
+def test_a_hostile_host_header_stays_out(raw: Callable[..., tuple[int, bytes]]) -> None:
+    for host in (b"evil';$(id)", b'"><script>', b"a b", b""):
+        status, body = raw(b"/", b"Host: " + host)
+        assert status in (200, 400)
+        assert b"<script" not in body
+        assert b"$(id)" not in body
+
+
+def test_the_policy_allows_exactly_its_own_style(client: httpx.Client) -> None:
+    page = client.get("/")
+    policy = page.headers["content-security-policy"]
+    style = re.findall(r"<style>(.*?)</style>", page.text, flags=re.DOTALL)
+    assert len(style) == 1
+    digest = base64.b64encode(hashlib.sha256(style[0].encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in policy
+    assert "script-src" not in policy
+    assert "unsafe" not in policy
+    assert "style=" not in page.text
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page.text)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_real_browser_shows_it(line: "Line", origin: str, tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    line.publish(b"one", name="french.safetensors")
+    line.publish(b"two", name=HOSTILE)
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --no-proxy-server --enable-logging=stderr --dump-dom"
+    )
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", origin + "/"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "<title>main v2 · mainstem</title>" in shown.stdout, shown.stderr
+    assert "french.safetensors" in shown.stdout
+    assert "<script" not in shown.stdout
+    assert "Content Security Policy" not in shown.stderr, "the browser blocked a part of the page"
+
+
+def test_sizes_counts_and_ages() -> None:
+    assert [human_bytes(n) for n in (0, 999, 1000, 1_540_000, 250_000_000, 999_999_999, 10**12)] == [
+        "0 B", "999 B", "1.0 kB", "1.5 MB", "250 MB", "1.0 GB", "1.0 TB",
+    ]  # fmt: skip
+    assert [human_count(n) for n in (12, 22_713_216, 7_000_000_000)] == ["12", "22.7 million", "7.0 billion"]
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    ages = [human_ago(now - timedelta(seconds=s), now) for s in (0, 30, 90, 7200, 3 * 86400)]
+    assert ages == ["just now", "30 s ago", "1 min ago", "2 h ago", "3 days ago"]

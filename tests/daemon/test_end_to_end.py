@@ -1,0 +1,320 @@
+"""The whole of it through the real command line: make a home, run the daemon, drop experts, load what it publishes."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from daemon.home import Home
+from tests.daemon.homes import assert_close
+from tests.daemon.processes import mainstem, running, until
+from tests.models import CONFIG, WEIGHTS, read_weights, write_base, write_expert
+from tests.oracles import ema, mean, opcm
+
+INDEX = "model.safetensors.index.json"
+
+
+def ok(*words: str | Path, **variables: str) -> str:
+    """Runs a command that must succeed; what it printed."""
+    done = mainstem(*words, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shard(source: Path, target: Path) -> Path:
+    """Rewrites a folder's weights as two shards with their index."""
+    weights = load_file(source / WEIGHTS)
+    target.mkdir()
+    names = sorted(weights)
+    parts = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
+    for part, mine in parts.items():
+        save_file({name: weights[name] for name in mine}, target / part)
+    weight_map = {name: part for part, mine in parts.items() for name in mine}
+    (target / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copy(source / CONFIG, target)
+    return target
+
+
+def load_sharded(folder: Path) -> dict[str, object]:
+    """Loads a published folder by its index alone."""
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    weights = {}
+    for part in set(weight_map.values()):
+        weights |= load_file(folder / part)
+    assert weights.keys() == weight_map.keys()
+    return weights
+
+
+def test_a_daemon_from_the_first_drop_to_the_last_reader(tmp_path: Path) -> None:
+    """One read of each expert feeds three heads; file, folder and shards arrive; everything is asked for in every way."""
+    base = write_base(tmp_path / "base", seed=1)
+    home = Home(tmp_path / "home")
+    made = ok(
+        "init", home.root, "--base", base, "--head", "init=ema", "--set", "init.weight=0.3", "--head", "soup=mean"
+    )
+    assert str(home.root) in made and "mainstem run" in made
+    given = [
+        write_expert(tmp_path / "one.safetensors", base, 2),
+        write_expert(tmp_path / "two", base, 3),
+        shard(write_expert(tmp_path / "plain", base, 4), tmp_path / "three"),
+    ]
+    weights = [read_weights(given[0]), read_weights(given[1]), read_weights(tmp_path / "plain")]
+    with running("run", "--home", home.root, "--port", "0") as daemon:
+        assert daemon.live() == 0
+        for n, path in enumerate(given, start=1):
+            shutil.move(path, home.inbox / path.name)
+            daemon.wait_for(n)
+        assert_heads(home, base, weights)
+        assert home.latest("main").readlink() == Path("000003")
+        assert (home.versions("main") / "LATEST").read_text() == "000003\n"
+        assert (home.latest("main") / CONFIG).read_bytes() == (base / CONFIG).read_bytes()
+        body = daemon.get(f"/v1/heads/soup/versions/3/files/{WEIGHTS}")
+        assert body.content == (home.latest("soup") / WEIGHTS).read_bytes()
+        scraped = daemon.get("/metrics").text
+        assert 'mainstem_head_version{head="main"} 3.0' in scraped
+        assert 'mainstem_experts_total{outcome="merged"} 3.0' in scraped
+        again = tmp_path / "again.safetensors"
+        save_file(weights[0], again)
+        shutil.copy(home.archive(1) / "one.safetensors", again)
+        shutil.move(again, home.inbox / "again.safetensors")
+        assert until(lambda: 'mainstem_experts_total{outcome="duplicate"} 1.0' in daemon.get("/metrics").text, 20)
+        assert daemon.live() == 3
+        assert daemon.get("/readyz").status_code == 200
+        second = mainstem("run", "--home", home.root, "--no-http")
+        assert second.returncode == 1 and "another mainstem is running" in second.stderr and "hint:" in second.stderr
+        check_listings(home, tmp_path, base)
+        assert daemon.stop() == 0
+    lines = [json.loads(line) for line in daemon.lines]
+    assert [line["event"] for line in lines if line["event"] in ("ready", "merged", "stopped")] == [
+        *("ready", "merged", "merged", "merged", "stopped")
+    ]
+
+
+def assert_heads(home: Home, base: Path, experts: list[dict[str, object]]) -> None:
+    """Every head's published weights equal its formula's, in float64 with everything in memory."""
+    origin = read_weights(base)
+    for head, wanted in (
+        ("main", opcm(origin, experts)),
+        ("init", ema(origin, experts, 0.3)),
+        ("soup", mean(origin, experts)),
+    ):
+        assert_close(read_weights(home.latest(head)), wanted)
+
+
+def check_listings(home: Home, tmp_path: Path, base: Path) -> None:
+    """status, log, show, inspect and verify, for people and for programs, while the daemon runs."""
+    at = ("--home", home.root)
+    status = json.loads(ok("status", *at, "--json"))
+    assert {head["name"]: head["live"] for head in status["heads"]} == {"main": 3, "init": 3, "soup": 3}
+    assert status["experts"] == {"merged": 3, "duplicate": 1, "quarantined": 0} and status["inbox"] == []
+    assert "3 merged, 1 duplicate" in ok("status", *at)
+    log = json.loads(ok("log", *at, "--json"))
+    assert [(row["name"], row["status"], row["version"]) for row in log] == [
+        ("again.safetensors", "duplicate", None),
+        ("three", "merged", 3),
+        ("two", "merged", 2),
+        ("one.safetensors", "merged", 1),
+    ]
+    assert "one.safetensors" in ok("log", *at, "--status", "merged")
+    shown = json.loads(ok("show", log[3]["sha256"][:12], "--json", *at))
+    assert shown["id"] if isinstance(shown, dict) else {row["id"] for row in shown} == {1, 4}
+    assert json.loads(ok("show", "init/v2", "--json", *at))["manifest"]["params"] == {"weight": 0.3}
+    assert "manifest" in ok("show", "v3", *at)
+    new = write_expert(tmp_path / "new.safetensors", base, 9)
+    found = json.loads(ok("inspect", new, "--json", *at))
+    assert found["accepted"] and found["duplicate_of"] is None and -1 <= found["overlap"] <= 1
+    assert found["reads_bytes"] > new.stat().st_size
+    twin = json.loads(ok("inspect", home.archive(2) / "two", "--json", *at))
+    assert twin["duplicate_of"] == 2
+    assert "accepted" in ok("inspect", new, *at)
+    assert json.loads(ok("verify", "--json", *at))["problems"] == []
+
+
+def test_once_drains_the_inbox_and_exits(tmp_path: Path) -> None:
+    """`--once` through a sharded base, small published shards and another dtype; then `serve`, without torch."""
+    plain = write_base(tmp_path / "plain", seed=1)
+    base = shard(plain, tmp_path / "base")
+    home = Home(tmp_path / "home")
+    ok("init", home.root, "--base", base, "--method", "mean")
+    assert load_sharded(home.latest("main")).keys() == load_file(plain / WEIGHTS).keys()
+    weights = []
+    for seed in (2, 3):
+        expert = write_expert(home.inbox / f"{seed}.safetensors", plain, seed)
+        weights.append(read_weights(expert))
+    out = {"MAINSTEM_PUBLISH__SHARD_BYTES": "2kB", "MAINSTEM_PUBLISH__DTYPE": "float16"}
+    ok("run", "--once", "--no-http", "--home", home.root, **out)
+    assert home.latest("main").readlink() == Path("000002") and os.listdir(home.inbox) == []
+    merged = load_sharded(home.latest("main"))
+    assert {str(tensor.dtype) for tensor in merged.values()} == {"torch.float16", "torch.int64"}
+    assert_close(merged, mean(load_file(plain / WEIGHTS), weights), tolerance=1e-3)
+    assert len(list(home.latest("main").glob("*.safetensors"))) > 2
+    ok("verify", "--home", home.root)
+    with running("serve", "--home", home.root, "--port", "0") as server:
+        assert server.live() == 2
+        assert "mainstem_head_version" in server.get("/metrics").text
+        maps = Path(f"/proc/{server.process.pid}/maps")
+        if maps.exists():
+            assert "libtorch" not in maps.read_text()
+        assert server.stop() == 0
+
+
+def test_a_home_can_be_named_in_three_ways(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.safetensors", seed=1)
+    ok("init", tmp_path / "home", "--base", base, "--set", "alpha=0.7")
+    assert json.loads(ok("config", "show", "--json", "--home", tmp_path / "home"))["http.port"] == 8765
+    changed = json.loads(ok("config", "show", "--json", MAINSTEM_HOME=str(tmp_path / "home"), MAINSTEM_HTTP__PORT="99"))
+    assert changed["http.port"] == 99
+    here = mainstem("status", "--json", cwd=tmp_path / "home")
+    assert json.loads(here.stdout)["heads"][0]["params"]["alpha"] == 0.7
+    assert "http.port" in ok("config", "show", "--home", tmp_path / "home")
+    assert "is fine" in ok("config", "check", "--home", tmp_path / "home")
+
+
+def test_methods_are_listed_with_what_can_be_set() -> None:
+    listed = {method["name"]: method for method in json.loads(ok("methods", "--json"))}
+    assert {"opcm", "ema", "mean", "task_arithmetic"} <= listed.keys()
+    assert listed["opcm"]["parameters"]["alpha"]["default"] == 0.5
+    assert "alpha = 0.5" in ok("methods")
+
+
+def test_the_version_is_told() -> None:
+    assert ok("--version").startswith("mainstem ")
+
+
+@pytest.fixture(scope="module")
+def someone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, an expert, a home, and things that are neither."""
+    root = tmp_path_factory.mktemp("wrong")
+    base = write_base(root / "base.safetensors", seed=1)
+    write_expert(root / "expert.safetensors", base, 2)
+    (root / "text.safetensors").write_text("hello, this is not a checkpoint")
+    (root / "empty").mkdir()
+    (root / "full").mkdir()
+    (root / "full" / "thesis.tex").write_text("years of work")
+    ok("init", root / "home", "--base", base)
+    shutil.copytree(root / "home", root / "ill", symlinks=True)
+    (root / "ill" / "mainstem.toml").write_text("[http]\nprot = 1\n")
+    return root
+
+
+WRONG = {
+    "no home": ["status", "--home", "empty"],
+    "no such home": ["run", "--home", "nowhere"],
+    "base missing": ["init", "new", "--base", "nowhere.safetensors"],
+    "base in no folder": ["init", "new", "--base", "nowhere/base.safetensors"],
+    "base is text": ["init", "new", "--base", "text.safetensors"],
+    "base is empty": ["init", "new", "--base", "empty"],
+    "no base given": ["init", "new"],
+    "home is full": ["init", "full", "--base", "base.safetensors"],
+    "home is a home": ["init", "home", "--base", "base.safetensors"],
+    "home is a file": ["init", "base.safetensors", "--base", "base.safetensors"],
+    "unknown method": ["init", "new", "--base", "base.safetensors", "--method", "magic"],
+    "unknown parameter": ["init", "new", "--base", "base.safetensors", "--set", "beta=1"],
+    "parameter out of range": ["init", "new", "--base", "base.safetensors", "--set", "alpha=7"],
+    "parameter is no number": ["init", "new", "--base", "base.safetensors", "--set", "alpha=much"],
+    "set without value": ["init", "new", "--base", "base.safetensors", "--set", "alpha"],
+    "set for no head": ["init", "new", "--base", "base.safetensors", "--set", "other.weight=1"],
+    "head without method": ["init", "new", "--base", "base.safetensors", "--head", "other"],
+    "head with a path": ["init", "new", "--base", "base.safetensors", "--head", "../x=mean"],
+    "head twice": ["init", "new", "--base", "base.safetensors", "--head", "a=mean", "--head", "a=ema"],
+    "unknown setting": ["config", "check", "--home", "ill"],
+    "unknown setting at start": ["run", "--once", "--home", "ill"],
+    "unknown expert": ["show", "nobody", "--home", "home"],
+    "unknown version": ["show", "v7", "--home", "home"],
+    "huge version": ["show", "v" + "9" * 40, "--home", "home"],
+    "odd digits": ["show", "v²", "--home", "home"],
+    "huge id": ["show", "9" * 40, "--home", "home"],
+    "unknown head": ["inspect", "expert.safetensors", "--head", "nobody", "--home", "home"],
+    "inspect nothing": ["inspect", "nowhere.safetensors", "--home", "home"],
+    "inspect text": ["inspect", "text.safetensors", "--home", "home"],
+    "port too high": ["serve", "--port", "70000", "--home", "home"],
+    "host unknown": ["serve", "--host", "256.0.0.1", "--home", "home"],
+    "limit of nothing": ["log", "--limit", "0", "--home", "home"],
+    "limit beyond integers": ["log", "--limit", "9" * 30, "--home", "home"],
+    "status unknown": ["log", "--status", "lost", "--home", "home"],
+    "device unknown": ["run", "--once", "--device", "abacus", "--home", "home"],
+    "unknown verb": ["merge"],
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_use_ends_with_a_hint(someone: Path, what: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a forked child, which is the real entry point without the seconds that importing torch takes."""
+    status = _forked(WRONG[what], someone)
+    out, err = capfd.readouterr()
+    assert status in (1, 2), out + err
+    assert "Traceback" not in err
+    assert "hint" in out + err if status == 1 else "Try" in err
+    assert not (someone / "new").exists() or not Home(someone / "new").exists()
+
+
+def _forked(words: list[str], cwd: Path) -> int:
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 99
+    try:
+        os.chdir(cwd)
+        sys.argv = ["mainstem", *words]
+        from daemon.cli import main
+
+        main()
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else 98
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise AssertionError("unreachable")
+
+
+def test_settings_from_the_environment_are_checked(someone: Path) -> None:
+    done = mainstem("config", "check", "--home", someone / "home", MAINSTEM_HTPP__PORT="1")
+    assert done.returncode == 1 and "MAINSTEM_HTPP__PORT" in done.stderr and "hint:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_damage_is_named_and_stops_the_start(someone: Path, tmp_path: Path) -> None:
+    home = Home(shutil.copytree(someone / "home", tmp_path / "home", symlinks=True))
+    weights = home.version("main", 0) / WEIGHTS
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.unlink()
+    weights.write_bytes(data)
+    home.clean.unlink()
+    verified = mainstem("verify", "--home", home.root)
+    assert verified.returncode == 1 and "published/main/000000/model.safetensors" in verified.stdout
+    started = mainstem("run", "--once", "--no-http", "--home", home.root)
+    assert started.returncode == 1 and "damaged" in started.stderr and "hint:" in started.stderr
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_three_heads_read_an_expert_once(tmp_path: Path) -> None:
+    """Counted by the kernel: the bytes that the daemon reads of the expert are the bytes it has."""
+    base = write_base(tmp_path / "base.safetensors", seed=1, hidden=64)
+    home = tmp_path / "home"
+    ok("init", home, "--base", base, "--head", "init=ema", "--head", "soup=mean")
+    expert = write_expert(home / "inbox" / "e.safetensors", base, 2)
+    size = expert.stat().st_size
+    log = tmp_path / "strace"
+    trace = ["strace", "-f", "-y", "-s", "0", "-e", "trace=pread64,preadv,preadv2,read,mmap", "-o", str(log)]
+    run = [sys.executable, "-m", "daemon", "run", "--once", "--no-http", "--home", str(home)]
+    import subprocess
+
+    from tests.daemon.processes import environment
+
+    done = subprocess.run([*trace, *run], env=environment(), capture_output=True, text=True, timeout=240)
+    if "ptrace" in done.stderr.lower():
+        pytest.skip(f"strace may not trace here: {done.stderr.splitlines()[0]}")
+    assert done.returncode == 0, done.stderr
+    mine = [line for line in log.read_text().splitlines() if "/inbox/e.safetensors>" in line]
+    assert not [line for line in mine if "mmap(" in line]
+    read = sum(int(line.rpartition("= ")[2].split()[0]) for line in mine)
+    assert size <= read <= size + 64  # the opening is looked at for pickles and git-lfs pointers

@@ -1,0 +1,332 @@
+"""Every method, ours and a stranger's, through the laws; and proof that each law catches what it is there for."""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from projector.checks import LAWS, Law
+from projector.method import Expert, Method, State, Sums, Survey, Totals, method_params, param
+from projector.methods import make, methods
+from projector.spec import TensorSpec
+
+ROOT = Path(__file__).parents[2]
+
+
+def variants(name: str) -> Iterator[dict[str, Any]]:
+    """The defaults, then each choice and each end of a range of each parameter."""
+    yield {}
+    for key, about in method_params(methods()[name]).items():
+        for value in (*(about["choices"] or ()), about["low"], about["high"]):
+            if value is not None and value != about["default"]:
+                yield {key: value}
+
+
+def cases() -> Iterator[Any]:
+    for name in methods():
+        for params in variants(name):
+            words = ", ".join(f"{key}={value}" for key, value in params.items())
+            for law in LAWS:
+                yield pytest.param(name, params, law, id=f"{name}({words}):{law.__name__}")
+
+
+@pytest.mark.parametrize(("name", "params", "law"), [*cases()])
+def test_law(name: str, params: dict[str, Any], law: Law) -> None:
+    law(make(name, params))
+
+
+@dataclass(frozen=True)
+class Honest(Method):
+    """A weighted mean that keeps every law. The broken methods below differ from it in one thing each."""
+
+    name = "honest"
+    formula = "base + weight * S / T"
+    paper = "none"
+
+    weight: float = param(1.0, "a factor", low=0, high=1)
+
+    def elementwise(self, spec: TensorSpec) -> bool:
+        return True
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + delta}, {}
+
+    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
+        return torch.add(base, state["A"], alpha=self.weight / max(1, totals.experts))
+
+
+class MovesTheBase(Honest):
+    """Reads something else than the base before the first expert."""
+
+    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
+        return super().read(base, state, totals, spec) + (0.0 if totals.experts else 1.0)
+
+
+class NeverStill(Honest):
+    """An expert equal to the base moves it."""
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + delta + 0.01}, {}
+
+
+class Normalises(Honest):
+    """Divides by the expert's norm, which may be zero."""
+
+    def elementwise(self, spec: TensorSpec) -> bool:
+        return False
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + delta / delta.norm()}, {}
+
+
+class AddsInPlace(Honest):
+    """Updates the state that it was given."""
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"].add_(delta)}, {}
+
+
+class ReadsInPlace(Honest):
+    """Adds to the base that it was given."""
+
+    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
+        return base.add_(super().read(base, state, totals, spec) - base)
+
+
+class Rolls(Honest):
+    """Draws from torch's global generator."""
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + delta * torch.rand(())}, {}
+
+
+class Hoards(Honest):
+    """Keeps one more accumulator from the eleventh expert on."""
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        extra = {"newest": delta} if expert.index > 10 else {}
+        return {"A": state["A"] + delta, **extra}, {}
+
+
+class HoardsScalars(Honest):
+    """Keeps one scalar per expert."""
+
+    def tally(self, totals: Totals, sums: Sums) -> Totals:
+        return Totals(totals.experts + 1, {**totals.scalars, f"expert_{totals.experts}": 1.0})
+
+
+class Explodes(Honest):
+    """Overflows float32 where a task vector is large."""
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + delta * delta.square().square().square()}, {}
+
+
+class LosesFigures(Honest):
+    """A scalar becomes infinite where a task vector is large; the weights stay finite."""
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + delta}, {"large": float(delta.abs().sum() > 1e3)}
+
+    def tally(self, totals: Totals, sums: Sums) -> Totals:
+        return Totals(totals.experts + 1, {"figure": float("inf") if sums["large"] else 0.0})
+
+
+class NeedsFullRank(Honest):
+    """Cannot take a task vector of low rank."""
+
+    def elementwise(self, spec: TensorSpec) -> bool:
+        return False
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        low = delta.ndim == 2 and delta.any() and int(torch.linalg.matrix_rank(delta)) < min(delta.shape)
+        return {"A": state["A"] + delta * (float("nan") if low else 1.0)}, {}
+
+
+class LooksAtTheBlock(Honest):
+    """Declares itself elementwise, and depends on the largest value of the block at hand."""
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + delta * delta.abs().max() if delta.numel() else state["A"]}, {}
+
+
+class ForgetsParams(Honest):
+    """Does not list its parameters."""
+
+    def params(self) -> dict[str, Any]:
+        return {}
+
+
+class RoundsItsSurvey(Honest):
+    """Adds up numbers in a survey whose float32 sum depends on the order of the tensors."""
+
+    rounds: ClassVar[int] = 1
+
+    def elementwise(self, spec: TensorSpec) -> bool:
+        return False
+
+    def survey(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+        share = {"bias": 2.0**25, "wide.weight": -(2.0**25)}.get(spec.name, 1.0)
+        return {"sum": torch.tensor(share, dtype=torch.float32)}
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + delta / (1 + expert.surveys[0]["sum"].abs())}, {}
+
+
+class PrefersTheNewest(Honest):
+    """Says that the order of the experts does not matter, while the newest counts most."""
+
+    order_independent = True
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": torch.lerp(state["A"], delta, 0.5)}, {}
+
+
+# One broken method (or two) per law, and every law that sees what is wrong with it.
+BROKEN: Mapping[Method, set[str]] = {
+    MovesTheBase(): {"no_expert_reads_the_base"},
+    NeverStill(): {"zero_delta_is_harmless"},
+    Normalises(): {"zero_delta_is_harmless", "finite_in_finite_out"},
+    AddsInPlace(): {"arguments_are_never_mutated"},
+    ReadsInPlace(): {"arguments_are_never_mutated"},
+    Rolls(): {"same_input_same_bits", "blocks_equal_the_whole", "order_of_tensors_does_not_matter"},
+    Hoards(): {"state_has_constant_size"},
+    HoardsScalars(): {"state_has_constant_size"},
+    Explodes(): {"finite_in_finite_out"},
+    LosesFigures(): {"finite_in_finite_out"},
+    NeedsFullRank(): {"every_shape_is_taken"},
+    LooksAtTheBlock(): {"blocks_equal_the_whole"},
+    ForgetsParams(weight=0.25): {"params_round_trip"},
+    RoundsItsSurvey(): {"order_of_tensors_does_not_matter"},
+    PrefersTheNewest(): {"order_of_experts_does_not_matter"},
+}
+
+
+def breaks(method: Method) -> set[str]:
+    """The laws that `method` does not pass."""
+    caught = set()
+    for law in LAWS:
+        try:
+            law(method)
+        except Exception:
+            caught.add(law.__name__)
+    return caught
+
+
+def test_an_honest_method_breaks_no_law() -> None:
+    assert breaks(Honest()) == set()
+
+
+@pytest.mark.parametrize(("method", "laws"), [*BROKEN.items()], ids=lambda value: type(value).__name__)
+def test_a_broken_method_is_caught(method: Method, laws: set[str]) -> None:
+    assert breaks(method) == laws
+
+
+def test_every_law_catches_something() -> None:
+    assert set().union(*BROKEN.values()) == {law.__name__ for law in LAWS}
+
+
+STRANGER = '''
+from dataclasses import dataclass
+
+import torch
+
+from projector.method import Method, Totals, param
+from projector.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class LoudFisher(Method):
+    """Fisher-weighted mean of the task vectors; an expert that is loud (by a survey) counts for less."""
+
+    name = "loud_fisher"
+    formula = "base + sum(c F tau) / sum(c F)"
+    paper = "none"
+    needs = ("fisher",)
+    rounds = 2
+
+    floor: float = param(1e-6, "the least Fisher", low=0, high=1)
+
+    def slots(self, spec):
+        return {key: TensorSpec(spec.name, spec.shape, torch.float32) for key in ("num", "den")}
+
+    def elementwise(self, spec):
+        return True
+
+    def survey(self, delta, spec, expert):
+        assert expert.sidecars["fisher"].shape == delta.shape
+        if not delta.numel():
+            return {}
+        if not expert.surveys:
+            return {"size": torch.tensor(delta.numel())}
+        assert int(expert.surveys[0]["size"]) > 0
+        return {"loud": (delta.abs() > 0.1).sum()}
+
+    def update(self, state, delta, spec, expert):
+        first, second = expert.surveys
+        assert first.get("size", torch.tensor(1)) >= second.get("loud", torch.tensor(0))
+        weight = (expert.sidecars["fisher"] + self.floor) / (1 + second.get("loud", torch.tensor(0)))
+        return {"num": state["num"] + weight * delta, "den": state["den"] + weight}, {}
+
+    def read(self, base, state, totals, spec):
+        return base + state["num"] / state["den"].clamp_min(1e-30)
+
+
+@dataclass(frozen=True)
+class GramMean(Method):
+    """Folds each layer's Gram matrix beside the task vectors."""
+
+    name = "gram_mean"
+    formula = "base + S / T"
+    paper = "none"
+    needs = ("gram",)
+
+    def slots(self, spec):
+        slots = {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
+        if len(spec.shape) == 2:
+            slots["G"] = TensorSpec(spec.name, (spec.shape[1], spec.shape[1]), torch.float32)
+        return slots
+
+    def update(self, state, delta, spec, expert):
+        grams = {"G": state["G"] + expert.sidecars["gram"]} if "G" in state else {}
+        return {"S": state["S"] + delta, **grams}, {}
+
+    def read(self, base, state, totals, spec):
+        return base + state["S"] / max(1, totals.experts)
+'''
+
+LAWS_FOR_THE_STRANGER = """
+from projector.checks import LAWS
+from projector.methods import make, methods
+
+for name in ("loud_fisher", "gram_mean"):
+    for law in LAWS:
+        law(make(name))
+print(*methods())
+"""
+
+
+def test_a_method_of_another_package_is_found_and_held_to_the_laws(tmp_path: Path) -> None:
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    info = tmp_path / "stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[mainstem.methods]\nloud_fisher = stranger:LoudFisher\ngram_mean = stranger:GramMean\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", LAWS_FOR_THE_STRANGER],
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == sorted([*methods(), "loud_fisher", "gram_mean"])
+    assert "loud_fisher" not in methods()
