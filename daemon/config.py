@@ -47,9 +47,7 @@ class Compute(Section):
     """Where and how to compute."""
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    threads: int = Field(
-        0, ge=0, description="threads for the arithmetic; 0 leaves it to torch. Other numbers, other last bits"
-    )
+    threads: int = Field(0, ge=0, description="worker threads; 0 takes a thread per core, 4 at the most")
     block_bytes: ByteSize = Field(
         ByteSize(16 << 20), ge=1 << 16, description="how much of a large tensor is in memory at a time, as float32"
     )

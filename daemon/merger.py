@@ -67,7 +67,8 @@ class Merger:
         self._store = store
         self._settings = settings
         self._progress = progress
-        self._driver = Driver(device(settings.compute.device), settings.compute.block_bytes, progress)
+        compute = settings.compute
+        self._driver = Driver(device(compute.device), compute.block_bytes, _workers(compute.threads), progress)
         self._methods = {head.name: make(head.method, head.params) for head in store.heads()}
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
         self._base_sha256 = store.base().sha256
@@ -276,6 +277,11 @@ def device(name: str) -> torch.device:
 
 def _changed(drop: Drop) -> NotYet:
     return NotYet(Reason.CHANGED, f"{shown(drop.name)} changed while it was read", "leave it alone until merged")
+
+
+def _workers(threads: int) -> int:
+    """Each worker holds a tensor or two in memory, hence not one for each of many cores."""
+    return threads or min(4, os.cpu_count() or 1)
 
 
 def _arrived(drop: Drop, status: Status) -> NewExpert:

@@ -66,7 +66,10 @@ class Metrics:
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self.phase_seconds = Counter(
-            "mainstem_merge_phase_seconds", "Where the time of merging went.", ["phase"], registry=registry
+            "mainstem_merge_phase_seconds",
+            "Where merging spent its time, over all threads.",
+            ["phase"],
+            registry=registry,
         )
         self.last_success = Gauge(
             "mainstem_last_success_timestamp_seconds", "When the last version was committed.", registry=registry

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event
+from threading import Event, Lock
 from time import perf_counter
 
 from projector.watch import Watch
@@ -15,11 +15,12 @@ class Abandoned(Exception):
 
 
 class Progress(Watch):
-    """The progress of one expert: seconds by phase, and the share done, from 0 to 1."""
+    """The progress of one expert: seconds by phase, summed over threads, and the share done, from 0 to 1."""
 
     def __init__(self, stopping: Event, report: Callable[[float], None]) -> None:
         self._stopping = stopping
         self._report = report
+        self._adding = Lock()
         self.begin(0)
 
     def begin(self, total_bytes: int) -> None:
@@ -34,7 +35,8 @@ class Progress(Watch):
         try:
             yield
         finally:
-            self.seconds[name] += perf_counter() - started
+            with self._adding:  # workers time themselves too
+                self.seconds[name] += perf_counter() - started
 
     def advance(self, nbytes: int) -> None:
         if self._stopping.is_set():

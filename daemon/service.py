@@ -10,7 +10,6 @@ from threading import Event
 from types import FrameType
 
 import structlog
-import torch
 
 from daemon import durable
 from daemon.config import Settings
@@ -18,6 +17,7 @@ from daemon.errors import BadHome, NotYet
 from daemon.home import Home
 from daemon.http import HttpServer, create_app
 from daemon.inbox import Drop, Inbox, Scan, Watcher
+from daemon.memory import return_freed_memory
 from daemon.merger import Merger
 from daemon.metrics import Metrics
 from daemon.progress import Abandoned, Progress
@@ -55,8 +55,7 @@ class Service:
 
         Raises BadHome where the home is in use or damaged, SyncFailed where the disk failed; then only a restart helps.
         """
-        if self._settings.compute.threads:
-            torch.set_num_threads(self._settings.compute.threads)
+        return_freed_memory()
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
         with ExitStack() as closing:
             closing.callback(os.close, self._lock())

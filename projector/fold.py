@@ -1,13 +1,18 @@
 """The driver: streams one expert through every head, and a head's state out to its published weights.
 
-Each tensor of the expert is read once and folded into all heads before the next is touched; a tensor that every head
-takes elementwise goes through in blocks of rows. At any time no more is in memory than one tensor (or block) of the
-base, of the expert and of each head's accumulators.
+Each tensor of the expert is read once and folded into all heads; one that every head takes elementwise goes through in
+blocks of rows. The calling thread reads, hashes and writes, in order; worker threads compute on a few tensors at a
+time, each with single-threaded linear algebra, so that the bits do not depend on their number. What is in memory is
+that many tensors (or blocks) of the base, of the expert and of each head's accumulators, however large the model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import fsum, isfinite, sqrt
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -57,12 +62,30 @@ class Overlap:
     cosine: float
 
 
+_Part = tuple[TensorSpec, slice | None, Tensor, Tensor, Sequence[Expert]]
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True)
+class _FoldedPart:
+    """What a worker made of one tensor or block: each head's new state and sums, and the squared norms."""
+
+    spec: TensorSpec
+    states: Sequence[State]
+    sums: Sequence[Sums]
+    energy: float
+    base_energy: float
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class Driver:
-    """How to run: the device, the size of a block in bytes of float32, and who watches."""
+    """How to run: the device, the size of a block in bytes of float32, how many worker threads, and who watches."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     block_bytes: int = BLOCK_BYTES
+    workers: int = 1
     watch: Watch = SILENT
 
     def survey(self, base: Checkpoint, source: Source, method: Method, expert: Expert) -> Expert:
@@ -82,25 +105,19 @@ class Driver:
         Raises BadValues at the first tensor whose delta is not finite; nothing but the heads' new files has then been
         touched.
         """
-        energies: list[float] = []
-        base_energies: list[float] = []
-        sums: list[list[Sums]] = [[] for _ in heads]
-        for spec, rows, theta0, delta in self._deltas(base, source, [head.method for head in heads]):
-            with self.watch.phase("project"):
-                energies.append(_finite_energy(delta, spec))
-                base_energies.append(energy(theta0))
-            del theta0
-            part = _part(spec, rows)
-            for head, share in zip(heads, sums, strict=True):
-                state = self._state(head.method, head.before, spec, rows)
-                with self.watch.phase("project"):
-                    state, found = head.method.update(state, delta, part, _at(head.expert, source, spec, rows))
-                share.append(found)
+        done: list[_FoldedPart] = []
+        for part in self._in_order(partial(self._fold_part, heads), self._parts(base, source, heads)):
+            for head, state in zip(heads, part.states, strict=True):
                 for key, value in state.items():
-                    head.after.write(slot_name(key, spec.name), value, part.start)
-            self.watch.advance(delta.numel() * spec.dtype.itemsize)
-        totals = [head.method.tally(head.totals, _add(share)) for head, share in zip(heads, sums, strict=True)]
-        return Folded(sqrt(fsum(energies)), sqrt(fsum(base_energies)), totals)
+                    head.after.write(slot_name(key, part.spec.name), value, part.spec.start)
+            self.watch.advance(part.nbytes)
+            done.append(replace(part, states=()))
+        totals = [head.method.tally(head.totals, _add([part.sums[i] for part in done])) for i, head in enumerate(heads)]
+        return Folded(
+            norm=sqrt(fsum(part.energy for part in done)),
+            base_norm=sqrt(fsum(part.base_energy for part in done)),
+            totals=totals,
+        )
 
     def read_out(
         self,
@@ -114,14 +131,15 @@ class Driver:
 
         Raises BadValues where a value does not fit into it.
         """
-        for writer in writers:
-            for spec in writer.specs.values():
-                for rows in _blocks(spec, [method], self.block_bytes):
-                    weights = base.read(spec.name, rows)
-                    if spec.floating:
-                        weights = self._merged(weights, method, totals, state, spec, rows)
-                    writer.write(spec.name, weights, rows.start if rows else 0)
-                    self.watch.advance(weights.numel() * spec.dtype.itemsize)
+        parts = (
+            (writer, spec, rows, base.read(spec.name, rows))
+            for writer in writers
+            for spec in writer.specs.values()
+            for rows in _blocks(spec, [method], self.block_bytes)
+        )
+        for writer, spec, weights in self._in_order(partial(self._merged, method, totals, state), parts):
+            writer.write(spec.name, weights, spec.start)
+            self.watch.advance(weights.numel() * spec.dtype.itemsize)
 
     def overlap(self, base: Checkpoint, source: Source, merged: Checkpoint) -> Overlap:
         """Measures an expert against merged weights, for a dry run."""
@@ -156,15 +174,36 @@ class Driver:
             for key, slot in method.slots(spec).items()
         }
 
+    def _parts(self, base: Checkpoint, source: Source, heads: Sequence[HeadFold]) -> Iterator[_Part]:
+        for spec, rows, theta0, delta in self._deltas(base, source, [head.method for head in heads]):
+            yield spec, rows, theta0, delta, [_at(head.expert, source, spec, rows) for head in heads]
+
+    def _fold_part(self, heads: Sequence[HeadFold], part: _Part) -> _FoldedPart:
+        """One tensor, or block of one, through every head; runs in a worker."""
+        spec, rows, theta0, delta, experts = part
+        states, sums = [], []
+        with self.watch.phase("project"):
+            delta_energy, base_energy = _finite_energy(delta, spec), energy(theta0)
+        for head, expert in zip(heads, experts, strict=True):
+            before = self._state(head.method, head.before, spec, rows)
+            with self.watch.phase("project"):
+                state, found = head.method.update(before, delta, _part(spec, rows), expert)
+            states.append(state)
+            sums.append(found)
+        nbytes = delta.numel() * spec.dtype.itemsize
+        return _FoldedPart(_part(spec, rows), states, sums, delta_energy, base_energy, nbytes)
+
     def _merged(
         self,
-        theta0: Tensor,
         method: Method,
         totals: Totals,
         file: TensorReader | None,
-        spec: TensorSpec,
-        rows: slice | None,
-    ) -> Tensor:
+        part: tuple[TensorWriter, TensorSpec, slice | None, Tensor],
+    ) -> tuple[TensorWriter, TensorSpec, Tensor]:
+        """The merged weights of one tensor, or block of one; runs in a worker. What does not float is the base's."""
+        writer, spec, rows, theta0 = part
+        if not spec.floating:
+            return writer, _part(spec, rows), theta0
         state = self._state(method, file, spec, rows)
         with self.watch.phase("project"):
             merged = method.read(theta0.to(self.device), state, totals, _part(spec, rows)).to(spec.dtype)
@@ -174,7 +213,18 @@ class Driver:
                     f"the merged {shown(spec.name)} does not fit into {spec.dtype}".replace("torch.", ""),
                     "publish in a wider dtype, or leave this expert out",
                 )
-        return merged
+        return writer, _part(spec, rows), merged
+
+    def _in_order(self, work: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
+        """Maps `work` over `items` in the workers, a few ahead, and gives the results in order."""
+        with ThreadPoolExecutor(self.workers, "fold", torch.set_num_threads, (1,)) as pool:
+            ahead: deque[Future[Out]] = deque()
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > self.workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
 
 def slot_name(slot: str, tensor: str) -> str:

@@ -80,10 +80,10 @@ def _demo(home: Path, port: int, stay: bool) -> None:
             row(f"merged v{number}", live.fetch(), number)
             console.print(f"dropped {task.name}.safetensors into the inbox: version {number} is out")
         console.print(table)
-        _epilogue(live, home, stay)
+        _epilogue(live, stay)
 
 
-def _epilogue(live: "Live", home: Path, stay: bool) -> None:
+def _epilogue(live: "Live", stay: bool) -> None:
     console.print(
         "The base reads one place, an expert one other; the merged model reads every place merged so far (bold)."
     )

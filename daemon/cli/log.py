@@ -11,7 +11,7 @@ from registry.records import Status
 
 def command(
     home: HomeOption = None,
-    limit: Annotated[int, typer.Option(help="How many experts, newest first.", min=1)] = 20,
+    limit: Annotated[int, typer.Option(help="How many experts, newest first.", min=1, max=1_000_000)] = 20,
     status: Annotated[Status | None, typer.Option(help="Only experts of this status.")] = None,
     as_json: JsonOption = False,
 ) -> None:
