@@ -28,7 +28,6 @@ PAGE_LIMIT = 1000  # rows in one answer, at the most
 def create_app(home: Home, reader: Reader, metrics: CollectorRegistry, ready: Callable[[], str | None]) -> Starlette:
     """The application over one home. `ready` returns None when merging goes on as it should, else why it does not."""
     api = _Api(home, reader, metrics, ready)
-    version = "/v1/heads/{head}/versions/{n}"
     app = Starlette(
         routes=[
             Route("/", api.status_page),
@@ -38,8 +37,8 @@ def create_app(home: Home, reader: Reader, metrics: CollectorRegistry, ready: Ca
             Route("/v1/heads", api.heads),
             Route("/v1/heads/{head}/latest", api.latest),
             Route("/v1/heads/{head}/versions", api.versions),
-            Route(version, api.version),
-            Route(version + "/files/{name}", api.file),
+            Route("/v1/heads/{head}/versions/{n}", api.version),
+            Route("/v1/heads/{head}/versions/{n}/files/{name}", api.file),
             Route("/v1/experts", api.experts),
             Route("/v1/experts/{sha256}", api.expert),
             Route("/v1/lineage", api.lineage),

@@ -22,6 +22,7 @@ from daemon.home import Home
 from daemon.inbox import entry_id
 from daemon.verification import verify
 from registry.records import Expert, Status
+from tests.attacks import content_drops  # noqa: F401 - importing it registers its drops
 from tests.attacks.drops import DROPS, Payload
 from tests.daemon.homes import count, drain, experts, lineage, live, make_home, put, quick, reason_of, tree
 from tests.models import write_base, write_expert
@@ -145,7 +146,7 @@ def test_a_good_expert_among_attacks_merges_in_the_same_run(raid: Raid, tmp_path
     for n, title in enumerate(titles):
         DROPS[title].lay(raid.home.inbox / f"{n}-{DROPS[title].name}", good)
         if n == 2:
-            put(raid.home, shutil.copy(good, tmp_path / "copy.safetensors"), "2-good.safetensors")
+            shutil.copy(good, raid.home.inbox / "2-good.safetensors")
     drain(raid.home)
     assert live(raid.home) == version + 1
     assert os.listdir(raid.home.inbox) == []

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,11 +38,39 @@ class Ended:
     log: str
 
 
+class Running:
+    """A run that has been started and not waited for."""
+
+    def __init__(self, zygote: "Zygote", pid: int, log: Path) -> None:
+        self._zygote = zygote
+        self.pid = pid
+        self._log = log
+
+    @property
+    def log(self) -> str:
+        """What it has printed so far."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def wait(self) -> Ended:
+        """Waits for its end; to be asked once."""
+        return Ended(int(self._zygote.ask({"wait": self.pid})), self.log)
+
+    @property
+    def running(self) -> bool:
+        """False once it has ended, waited for or not."""
+        try:
+            status = Path(f"/proc/{self.pid}/stat").read_text()
+        except FileNotFoundError:
+            return False
+        return status.rpartition(")")[2].split()[0] != "Z"
+
+
 class Zygote:
-    """Starts runs of the command line, one at a time. Use it as a context manager."""
+    """Starts runs of the command line. Use it as a context manager."""
 
     def __init__(self, folder: Path) -> None:
-        self._log = folder / "run.log"
+        self._folder = folder
+        self._count = count()
         environment = os.environ | SETTINGS | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.crash.daemons"],
@@ -52,17 +81,26 @@ class Zygote:
         )
 
     def run(self, *args: str | Path, trace: Path | None = None, **environment: str) -> Ended:
-        """Runs `mainstem ARGS`. `trace` is a file that gets the name of every failpoint passed."""
+        """Runs `mainstem ARGS` to its end. `trace` is a file that gets the name of every failpoint passed."""
+        return self.start(*args, trace=trace, **environment).wait()
+
+    def start(self, *args: str | Path, trace: Path | None = None, **environment: str) -> "Running":
+        """Starts `mainstem ARGS`."""
+        log = self._folder / f"{next(self._count)}.log"
         request = {
             "args": [str(arg) for arg in args],
             "environment": environment,
-            "log": str(self._log),
+            "log": str(log),
             "trace": str(trace) if trace else None,
         }
+        return Running(self, int(self.ask(request)), log)
+
+    def ask(self, request: object) -> bytes:
+        """One line to the process and its answer."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
-        return Ended(int(self._process.stdout.readline()), self._log.read_text())
+        return self._process.stdout.readline()
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +116,6 @@ class Zygote:
 
 def _serve() -> None:
     # The verbs, and the planning of shards, import these late; here they must come before the fork.
-    import torch.distributed.tensor
 
     import daemon.cli.app
     import daemon.founding
@@ -87,11 +124,14 @@ def _serve() -> None:
 
     for line in sys.stdin:
         request = json.loads(line)
-        child = os.fork()
-        if not child:
-            _work(request)
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            answer = os.waitstatus_to_exitcode(status)
+        else:
+            answer = os.fork()
+            if not answer:
+                _work(request)
+        sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
 
 

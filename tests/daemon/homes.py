@@ -35,7 +35,7 @@ def make_home(root: Path, base: Path, heads: Heads = MAIN) -> Home:
 def quick(**tables: Mapping[str, Any]) -> Settings:
     """Settings under which every drop counts as complete at once and every refusal is final; `tables` come on top."""
     inbox = {"settle_seconds": 0, "patience_seconds": 0, "watch": "poll", "scan_seconds": 0.05}
-    return Settings(**{**tables, "inbox": {**inbox, **tables.get("inbox", {})}})
+    return Settings.model_validate({**tables, "inbox": {**inbox, **tables.get("inbox", {})}})
 
 
 def drain(home: Home, settings: Settings | None = None) -> CollectorRegistry:

@@ -3,15 +3,17 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from daemon.home import Home
 from tests.daemon.homes import assert_close
-from tests.daemon.processes import mainstem, running, until
+from tests.daemon.processes import environment, forked, mainstem, running, until
 from tests.models import CONFIG, WEIGHTS, read_weights, write_base, write_expert
 from tests.oracles import ema, mean, opcm
 
@@ -20,7 +22,14 @@ INDEX = "model.safetensors.index.json"
 
 def ok(*words: str | Path, **variables: str) -> str:
     """Runs a command that must succeed; what it printed."""
-    done = mainstem(*words, **variables)
+    done = mainstem(*words, cwd=None, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def asked(*words: str | Path) -> str:
+    """Runs a command that only asks, in a fork; what it printed."""
+    done = forked(*words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,10 +48,10 @@ def shard(source: Path, target: Path) -> Path:
     return target
 
 
-def load_sharded(folder: Path) -> dict[str, object]:
+def load_sharded(folder: Path) -> dict[str, Tensor]:
     """Loads a published folder by its index alone."""
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for part in set(weight_map.values()):
         weights |= load_file(folder / part)
     assert weights.keys() == weight_map.keys()
@@ -50,7 +59,7 @@ def load_sharded(folder: Path) -> dict[str, object]:
 
 
 def test_a_daemon_from_the_first_drop_to_the_last_reader(tmp_path: Path) -> None:
-    """One read of each expert feeds three heads; file, folder and shards arrive; everything is asked for in every way."""
+    """File, folder and shards arrive and feed three heads; everything is asked for in every way."""
     base = write_base(tmp_path / "base", seed=1)
     home = Home(tmp_path / "home")
     made = ok(
@@ -84,7 +93,7 @@ def test_a_daemon_from_the_first_drop_to_the_last_reader(tmp_path: Path) -> None
         assert until(lambda: 'mainstem_experts_total{outcome="duplicate"} 1.0' in daemon.get("/metrics").text, 20)
         assert daemon.live() == 3
         assert daemon.get("/readyz").status_code == 200
-        second = mainstem("run", "--home", home.root, "--no-http")
+        second = forked("run", "--home", home.root, "--no-http")
         assert second.returncode == 1 and "another mainstem is running" in second.stderr and "hint:" in second.stderr
         check_listings(home, tmp_path, base)
         assert daemon.stop() == 0
@@ -94,7 +103,7 @@ def test_a_daemon_from_the_first_drop_to_the_last_reader(tmp_path: Path) -> None
     ]
 
 
-def assert_heads(home: Home, base: Path, experts: list[dict[str, object]]) -> None:
+def assert_heads(home: Home, base: Path, experts: list[dict[str, Tensor]]) -> None:
     """Every head's published weights equal its formula's, in float64 with everything in memory."""
     origin = read_weights(base)
     for head, wanted in (
@@ -108,30 +117,30 @@ def assert_heads(home: Home, base: Path, experts: list[dict[str, object]]) -> No
 def check_listings(home: Home, tmp_path: Path, base: Path) -> None:
     """status, log, show, inspect and verify, for people and for programs, while the daemon runs."""
     at = ("--home", home.root)
-    status = json.loads(ok("status", *at, "--json"))
+    status = json.loads(asked("status", *at, "--json"))
     assert {head["name"]: head["live"] for head in status["heads"]} == {"main": 3, "init": 3, "soup": 3}
     assert status["experts"] == {"merged": 3, "duplicate": 1, "quarantined": 0} and status["inbox"] == []
-    assert "3 merged, 1 duplicate" in ok("status", *at)
-    log = json.loads(ok("log", *at, "--json"))
+    assert "3 merged, 1 duplicate" in asked("status", *at)
+    log = json.loads(asked("log", *at, "--json"))
     assert [(row["name"], row["status"], row["version"]) for row in log] == [
         ("again.safetensors", "duplicate", None),
         ("three", "merged", 3),
         ("two", "merged", 2),
         ("one.safetensors", "merged", 1),
     ]
-    assert "one.safetensors" in ok("log", *at, "--status", "merged")
-    shown = json.loads(ok("show", log[3]["sha256"][:12], "--json", *at))
+    assert "one.safetensors" in asked("log", *at, "--status", "merged")
+    shown = json.loads(asked("show", log[3]["sha256"][:12], "--json", *at))
     assert shown["id"] if isinstance(shown, dict) else {row["id"] for row in shown} == {1, 4}
-    assert json.loads(ok("show", "init/v2", "--json", *at))["manifest"]["params"] == {"weight": 0.3}
-    assert "manifest" in ok("show", "v3", *at)
+    assert json.loads(asked("show", "init/v2", "--json", *at))["manifest"]["params"] == {"weight": 0.3}
+    assert "manifest" in asked("show", "v3", *at)
     new = write_expert(tmp_path / "new.safetensors", base, 9)
-    found = json.loads(ok("inspect", new, "--json", *at))
+    found = json.loads(asked("inspect", new, "--json", *at))
     assert found["accepted"] and found["duplicate_of"] is None and -1 <= found["overlap"] <= 1
     assert found["reads_bytes"] > new.stat().st_size
-    twin = json.loads(ok("inspect", home.archive(2) / "two", "--json", *at))
+    twin = json.loads(asked("inspect", home.archive(2) / "two", "--json", *at))
     assert twin["duplicate_of"] == 2
-    assert "accepted" in ok("inspect", new, *at)
-    assert json.loads(ok("verify", "--json", *at))["problems"] == []
+    assert "accepted" in asked("inspect", new, *at)
+    assert json.loads(asked("verify", "--json", *at))["problems"] == []
 
 
 def test_once_drains_the_inbox_and_exits(tmp_path: Path) -> None:
@@ -139,7 +148,7 @@ def test_once_drains_the_inbox_and_exits(tmp_path: Path) -> None:
     plain = write_base(tmp_path / "plain", seed=1)
     base = shard(plain, tmp_path / "base")
     home = Home(tmp_path / "home")
-    ok("init", home.root, "--base", base, "--method", "mean")
+    asked("init", home.root, "--base", base, "--method", "mean")
     assert load_sharded(home.latest("main")).keys() == load_file(plain / WEIGHTS).keys()
     weights = []
     for seed in (2, 3):
@@ -152,7 +161,7 @@ def test_once_drains_the_inbox_and_exits(tmp_path: Path) -> None:
     assert {str(tensor.dtype) for tensor in merged.values()} == {"torch.float16", "torch.int64"}
     assert_close(merged, mean(load_file(plain / WEIGHTS), weights), tolerance=1e-3)
     assert len(list(home.latest("main").glob("*.safetensors"))) > 2
-    ok("verify", "--home", home.root)
+    asked("verify", "--home", home.root)
     with running("serve", "--home", home.root, "--port", "0") as server:
         assert server.live() == 2
         assert "mainstem_head_version" in server.get("/metrics").text
@@ -162,27 +171,25 @@ def test_once_drains_the_inbox_and_exits(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-def test_a_home_can_be_named_in_three_ways(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base.safetensors", seed=1)
-    ok("init", tmp_path / "home", "--base", base, "--set", "alpha=0.7")
-    assert json.loads(ok("config", "show", "--json", "--home", tmp_path / "home"))["http.port"] == 8765
-    changed = json.loads(ok("config", "show", "--json", MAINSTEM_HOME=str(tmp_path / "home"), MAINSTEM_HTTP__PORT="99"))
-    assert changed["http.port"] == 99
-    here = mainstem("status", "--json", cwd=tmp_path / "home")
+def test_a_home_can_be_named_in_three_ways(someone: Path) -> None:
+    assert json.loads(asked("config", "show", "--json", "--home", someone / "home"))["http.port"] == 8765
+    changed = ok("config", "show", "--json", MAINSTEM_HOME=str(someone / "home"), MAINSTEM_HTTP__PORT="99")
+    assert json.loads(changed)["http.port"] == 99
+    here = forked("status", "--json", cwd=someone / "home")
     assert json.loads(here.stdout)["heads"][0]["params"]["alpha"] == 0.7
-    assert "http.port" in ok("config", "show", "--home", tmp_path / "home")
-    assert "is fine" in ok("config", "check", "--home", tmp_path / "home")
+    assert "http.port" in asked("config", "show", "--home", someone / "home")
+    assert "is fine" in asked("config", "check", "--home", someone / "home")
 
 
 def test_methods_are_listed_with_what_can_be_set() -> None:
-    listed = {method["name"]: method for method in json.loads(ok("methods", "--json"))}
+    listed = {method["name"]: method for method in json.loads(asked("methods", "--json"))}
     assert {"opcm", "ema", "mean", "task_arithmetic"} <= listed.keys()
     assert listed["opcm"]["parameters"]["alpha"]["default"] == 0.5
-    assert "alpha = 0.5" in ok("methods")
+    assert "alpha = 0.5" in asked("methods")
 
 
 def test_the_version_is_told() -> None:
-    assert ok("--version").startswith("mainstem ")
+    assert asked("--version").startswith("mainstem ")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +202,7 @@ def someone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty").mkdir()
     (root / "full").mkdir()
     (root / "full" / "thesis.tex").write_text("years of work")
-    ok("init", root / "home", "--base", base)
+    asked("init", root / "home", "--base", base, "--set", "alpha=0.7")
     shutil.copytree(root / "home", root / "ill", symlinks=True)
     (root / "ill" / "mainstem.toml").write_text("[http]\nprot = 1\n")
     return root
@@ -242,41 +249,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_use_ends_with_a_hint(someone: Path, what: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """In a forked child, which is the real entry point without the seconds that importing torch takes."""
-    status = _forked(WRONG[what], someone)
-    out, err = capfd.readouterr()
-    assert status in (1, 2), out + err
-    assert "Traceback" not in err
-    assert "hint" in out + err if status == 1 else "Try" in err
-    assert not (someone / "new").exists() or not Home(someone / "new").exists()
+def test_wrong_use_ends_with_a_hint(someone: Path, what: str) -> None:
+    done = forked(*WRONG[what], cwd=someone)
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "hint" in done.stdout + done.stderr if done.returncode == 1 else "Try" in done.stderr
+    assert not Home(someone / "new").exists()
 
 
-def _forked(words: list[str], cwd: Path) -> int:
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 99
-    try:
-        os.chdir(cwd)
-        sys.argv = ["mainstem", *words]
-        from daemon.cli import main
-
-        main()
-        status = 0
-    except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else 98
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    raise AssertionError("unreachable")
-
-
-def test_settings_from_the_environment_are_checked(someone: Path) -> None:
-    done = mainstem("config", "check", "--home", someone / "home", MAINSTEM_HTPP__PORT="1")
+def test_settings_from_the_environment_are_checked(someone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAINSTEM_HTPP__PORT", "1")
+    done = forked("config", "check", "--home", someone / "home")
     assert done.returncode == 1 and "MAINSTEM_HTPP__PORT" in done.stderr and "hint:" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -289,9 +272,9 @@ def test_damage_is_named_and_stops_the_start(someone: Path, tmp_path: Path) -> N
     weights.unlink()
     weights.write_bytes(data)
     home.clean.unlink()
-    verified = mainstem("verify", "--home", home.root)
+    verified = forked("verify", "--home", home.root)
     assert verified.returncode == 1 and "published/main/000000/model.safetensors" in verified.stdout
-    started = mainstem("run", "--once", "--no-http", "--home", home.root)
+    started = forked("run", "--once", "--no-http", "--home", home.root)
     assert started.returncode == 1 and "damaged" in started.stderr and "hint:" in started.stderr
 
 
@@ -300,16 +283,12 @@ def test_three_heads_read_an_expert_once(tmp_path: Path) -> None:
     """Counted by the kernel: the bytes that the daemon reads of the expert are the bytes it has."""
     base = write_base(tmp_path / "base.safetensors", seed=1, hidden=64)
     home = tmp_path / "home"
-    ok("init", home, "--base", base, "--head", "init=ema", "--head", "soup=mean")
+    asked("init", home, "--base", base, "--head", "init=ema", "--head", "soup=mean")
     expert = write_expert(home / "inbox" / "e.safetensors", base, 2)
     size = expert.stat().st_size
     log = tmp_path / "strace"
-    trace = ["strace", "-f", "-y", "-s", "0", "-e", "trace=pread64,preadv,preadv2,read,mmap", "-o", str(log)]
+    trace = ["strace", "-y", "-s", "0", "-e", "trace=pread64,preadv,preadv2,read,mmap", "-o", str(log)]
     run = [sys.executable, "-m", "daemon", "run", "--once", "--no-http", "--home", str(home)]
-    import subprocess
-
-    from tests.daemon.processes import environment
-
     done = subprocess.run([*trace, *run], env=environment(), capture_output=True, text=True, timeout=240)
     if "ptrace" in done.stderr.lower():
         pytest.skip(f"strace may not trace here: {done.stderr.splitlines()[0]}")

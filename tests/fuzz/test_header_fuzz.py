@@ -23,7 +23,7 @@ from projector.header import DTYPES
 from projector.tensorfile import TensorReader
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
-QUICK, LONG = 400, 20_000
+QUICK, LONG = 400, 8_000
 
 seen: Counter[str] = Counter()
 

@@ -1,9 +1,8 @@
 """OPCM as it streams, against the full singular value decomposition in float64, and that against the paper's recursion.
 
-How far two computations drift apart over many arrivals is the method's own affair: it removes the diagonal in the basis
-of single singular vectors, and those turn by (rounding / gap) where singular values stand close. So there are two
-yardsticks. One step, from the very state that is on disk, must be right to 1e-6 whatever the spectrum; ten arrivals
-must be right to 1e-5, or as right as the exact computation is that only stores A in float32.
+The method amplifies rounding: it removes the diagonal in the basis of single singular vectors, and those turn by
+(rounding / gap) where singular values stand close, up to tenfold per arrival. So there are two yardsticks. One step,
+from the very state that is on disk, must be right to 1e-6 whatever the spectrum; ten arrivals must be right to 1e-5.
 """
 
 import math
@@ -95,31 +94,32 @@ def gap(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
 
 
 @settings
-def test_ten_arrivals_match_the_oracle(alpha: float, projection: str) -> None:
-    base, experts = stream()
+@pytest.mark.parametrize("base_dtype", DTYPES, ids=str)
+def test_ten_arrivals_match_the_oracle(base_dtype: torch.dtype, alpha: float, projection: str) -> None:
+    base, experts = stream(base_dtype)
     weights, state, totals = merge(Opcm(alpha=alpha, projection=projection), base, experts)
     truth = oracles.opcm(base, experts, alpha=alpha, projection=projection)
     ours, theirs = deployed(state, totals), {name: truth[name] - base[name].double() for name in base}
-    stored = stored_in_float32(Opcm(alpha=alpha, projection=projection), base, experts)
+    error = gap(ours, theirs)
+    print(f"{base_dtype} alpha {alpha} {projection}: {error:.1e}")
+    assert error <= 1e-5
     for name, tensor in weights.items():
-        drift = gap({name: stored[name]}, {name: theirs[name]})
-        error = gap({name: ours[name]}, {name: theirs[name]})
-        print(f"alpha {alpha} {projection} {name}: {error:.1e}, stored in float32 {drift:.1e}")
-        assert error <= max(1e-5, 10 * drift) and error <= 1e-3
-        assert gap({name: tensor.double() - base[name]}, {name: theirs[name]}) <= error + 1e-5
+        assert gap({name: ours[name]}, {name: theirs[name]}) <= 3e-5, name
+        assert torch.allclose(tensor.double(), truth[name], rtol=torch.finfo(base_dtype).eps, atol=1e-5), name
 
 
-def stored_in_float32(method: Opcm, base: Tensors, experts: list[Tensors]) -> Tensors:
-    """The oracle's merged task vector, computed in float64 with A rounded to float32 after each arrival."""
-    total = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in base.items()}
-    norms = []
-    for expert in experts:
-        task = oracles.task_vector(base, expert)
-        norms.append(oracles.norm(task))
-        for name, tau in task.items():
-            total[name] = (total[name] + oracle_step(method, name, tau, total[name])).float().double()
-    scale = sum(norms) / len(norms) / oracles.norm(total)
-    return {name: tensor * scale for name, tensor in total.items()}
+def test_float32_accumulators_are_half_the_size_and_drift() -> None:
+    """Low-rank experts in bfloat16 leave a floor of close singular values, the worst there is."""
+    base, experts = stream(torch.bfloat16)
+    truth = oracles.opcm(base, experts)
+    theirs = {name: truth[name] - base[name].double() for name in base}
+    errors, sizes = [], []
+    for accumulator in ("float64", "float32"):
+        _, state, totals = merge(Opcm(accumulator=accumulator), base, experts)
+        errors.append(gap(deployed(state, totals), theirs))
+        sizes.append(state["A/lora.weight"].nbytes)
+    assert sizes[0] == 2 * sizes[1]
+    assert errors[0] <= 1e-5 < errors[1] <= 0.2
 
 
 @pytest.mark.parametrize("projection", ["code", "paper"])
@@ -144,7 +144,7 @@ def worst_step(method: Opcm, base: Tensors, experts: list[Tensors]) -> float:
     worst = 0.0
     for name, theta0 in base.items():
         spec = TensorSpec(name, tuple(theta0.shape), theta0.dtype)
-        old = torch.zeros(spec.shape)
+        old = torch.zeros(spec.shape, dtype=method.slots(spec)["A"].dtype)
         for index, expert in enumerate(experts, start=1):
             tau = expert[name].double() - theta0.double()
             state, _ = method.update({"A": old}, tau.float(), spec, Expert(index))
@@ -191,7 +191,7 @@ def test_the_first_expert_is_taken_whole() -> None:
     base, experts = stream(count=1)
     weights, state, totals = merge(Opcm(alpha=1.0), base, experts)
     for name, tensor in experts[0].items():
-        assert torch.equal(state[f"A/{name}"], tensor - base[name])
+        assert torch.equal(state[f"A/{name}"].float(), tensor - base[name])
         assert torch.allclose(weights[name], tensor, rtol=2e-7, atol=1e-7)
     assert Opcm().figures(totals)["lambda"] == pytest.approx(1.0, rel=1e-9)
 
@@ -203,7 +203,7 @@ def test_a_tensor_that_no_expert_trained_stays_and_is_whole_when_one_does() -> N
     weights, _, _ = merge(Opcm(), base, experts[:2])
     assert torch.equal(weights["square.weight"], base["square.weight"])
     _, state, _ = merge(Opcm(), base, experts)
-    assert torch.equal(state["A/square.weight"], experts[2]["square.weight"] - base["square.weight"])
+    assert torch.equal(state["A/square.weight"].float(), experts[2]["square.weight"] - base["square.weight"])
 
 
 def test_what_is_excluded_and_what_is_no_matrix_is_summed() -> None:

@@ -1,0 +1,100 @@
+"""Settings: defaults < mainstem.toml < environment < flags; whatever is unknown or out of range is refused."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from daemon.config import Settings, described, load
+from daemon.errors import BadConfig, Reason
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    return tmp_path / "mainstem.toml"
+
+
+def test_without_anything_the_defaults_hold(toml: Path) -> None:
+    settings = load(toml)
+    assert settings.flat() == Settings().flat()
+    assert (settings.http.host, settings.http.port) == ("127.0.0.1", 8765)
+    assert settings.publish.shard_bytes == 5_000_000_000 and settings.retention.versions == 5
+
+
+def test_later_sources_win_key_by_key(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml.write_text('[http]\nport = 1\nhost = "::1"\nenabled = false\n[publish]\nshard_bytes = "2GiB"\n')
+    monkeypatch.setenv("MAINSTEM_HTTP__PORT", "2")
+    monkeypatch.setenv("MAINSTEM_HTTP__HOST", "0.0.0.0")
+    settings = load(toml, {"http": {"port": 3}})
+    assert (settings.http.enabled, settings.http.host, settings.http.port) == (False, "0.0.0.0", 3)
+    assert settings.publish.shard_bytes == 2 << 30
+    assert load(toml).http.port == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[http]\nprot = 1\n", "http.prot"),
+        ("[htpp]\nport = 1\n", "htpp"),
+        ("port = 1\n", "port"),
+        ("[http]\nport = 65536\n", "http.port"),
+        ('[http]\nport = "many"\n', "http.port"),
+        ("[inbox]\nsettle_seconds = -1\n", "inbox.settle_seconds"),
+        ("[inbox]\nscan_seconds = 0\n", "inbox.scan_seconds"),
+        ('[compute]\ndevice = "tpu"\n', "compute.device"),
+        ('[compute]\ndevice = "cuda:x"\n', "compute.device"),
+        ("[compute]\nblock_bytes = 1\n", "compute.block_bytes"),
+        ('[publish]\ndtype = "int8"\n', "publish.dtype"),
+        ("[publish]\nshard_bytes = 0\n", "publish.shard_bytes"),
+        ("[retention]\nversions = 0\n", "retention.versions"),
+        ("[admission]\nmax_norm_ratio = 1\n", "admission.max_norm_ratio"),
+        ("http = 1\n", "http"),
+        ("[http\n", "mainstem.toml"),
+        ("[http]\nport = 1\nport = 2\n", "mainstem.toml"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(toml: Path, text: str, named: str) -> None:
+    toml.write_text(text)
+    with pytest.raises(BadConfig, match=named.replace(".", r"\.")) as refused:
+        load(toml)
+    assert refused.value.reason is Reason.CONFIG and refused.value.hint
+
+
+def test_a_file_that_is_no_text_is_refused(toml: Path) -> None:
+    toml.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadConfig, match=r"mainstem\.toml"):
+        load(toml)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MAINSTEM_HTTP__PROT", "1"),
+        ("MAINSTEM_HTTP__PORT", "many"),
+        ("MAINSTEM_HTPP__PORT", "1"),
+        ("MAINSTEM_HTTP", "1"),
+        ("MAINSTEM_COMPUTE__DEVICE", "abacus"),
+    ],
+)
+def test_what_is_wrong_in_the_environment_is_refused(
+    toml: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BadConfig):
+        load(toml)
+
+
+def test_the_home_in_the_environment_is_no_setting(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAINSTEM_HOME", "/somewhere")
+    assert load(toml).flat() == Settings().flat()
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        setattr(Settings().http, "port", 1)  # noqa: B010 - mypy knows already that it may not be set
+
+
+def test_every_setting_is_described_once() -> None:
+    listed = [name for name, _, _ in described()]
+    assert listed == list(Settings().flat())
+    assert all(text for _, _, text in described())

@@ -1,0 +1,140 @@
+"""The one place that makes bytes durable: modes, atomic replacement, the lock, and what it never does."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from daemon import durable
+
+
+def test_a_new_file_is_whole_private_to_nobody_and_never_overwrites(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    before = os.umask(0o077)
+    try:
+        durable.write_file(path, b"abc")
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"abc"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    with pytest.raises(FileExistsError):
+        durable.write_file(path, b"other")
+    assert path.read_bytes() == b"abc"
+
+
+def test_a_new_file_does_not_go_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(FileExistsError):
+        durable.write_file(tmp_path / "link", b"abc")
+    assert not (tmp_path / "target").exists()
+
+
+def test_space_is_reserved_before_anything_is_written(tmp_path: Path) -> None:
+    with durable.new_file(tmp_path / "x", 1 << 20):
+        assert (tmp_path / "x").stat().st_blocks * 512 >= 1 << 20
+    with pytest.raises(OSError) as full, durable.new_file(tmp_path / "huge", 1 << 60):
+        pass
+    assert durable.is_full(full.value) or full.value.errno == errno.EFBIG
+
+
+def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    (tmp_path / ".x.tmp").write_bytes(b"left by a crash")
+    durable.replace_file(path, b"one")
+    durable.replace_file(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_link_is_swapped_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = tmp_path / "latest"
+    durable.point(link, "000001")
+    seen = []
+    rename = Path.rename
+
+    def watching(source: Path, target: Path) -> Path:
+        seen.append(os.readlink(target))
+        moved = rename(source, target)
+        seen.append(os.readlink(target))
+        return moved
+
+    monkeypatch.setattr(Path, "rename", watching)
+    durable.point(link, "000002")
+    assert seen == ["000001", "000002"]
+    assert os.listdir(tmp_path) == ["latest"]
+
+
+def test_a_second_name_shares_the_bytes_or_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"abc")
+    durable.link_or_copy(source, tmp_path / "linked")
+    assert (tmp_path / "linked").samefile(source)
+
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    durable.link_or_copy(source, tmp_path / "copied")
+    assert (tmp_path / "copied").read_bytes() == b"abc" and not (tmp_path / "copied").samefile(source)
+
+
+def test_a_copy_is_exact_across_its_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "COPY_BYTES", 1000)
+    data = os.urandom(12_345)
+    (tmp_path / "a").write_bytes(data)
+    durable.copy_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == data
+
+
+def test_the_lock_is_held_once_and_dies_with_its_descriptor(tmp_path: Path) -> None:
+    fd = durable.lock(tmp_path / "lock")
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+    with pytest.raises(BlockingIOError):
+        durable.lock(tmp_path / "lock")
+    os.close(fd)
+    os.close(durable.lock(tmp_path / "lock"))
+
+
+def test_a_failed_sync_is_not_retried_and_a_full_disk_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def failing(number: int) -> None:
+        def fsync(fd: int) -> None:
+            calls.append(fd)
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    failing(errno.EIO)
+    with pytest.raises(durable.SyncFailed):
+        durable.sync_folder(tmp_path)
+    assert len(calls) == 1
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        failing(number)
+        with pytest.raises(OSError) as full:
+            durable.sync_folder(tmp_path)
+        assert durable.is_full(full.value) and not isinstance(full.value, durable.SyncFailed)
+
+
+def test_removing_takes_links_and_never_what_they_point_to(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "x").touch()
+    (tmp_path / "link").symlink_to("outside")
+    (tmp_path / "tree" / "deep").mkdir(parents=True)
+    (tmp_path / "tree" / "link").symlink_to("../outside")
+    for name in ("link", "tree", "nothing"):
+        durable.remove(tmp_path / name)
+    assert os.listdir(tmp_path) == ["outside"] and os.listdir(tmp_path / "outside") == ["x"]
+
+
+def test_renaming_between_folders_moves_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "x").write_bytes(b"new")
+    (tmp_path / "b" / "x").write_bytes(b"old")
+    durable.rename(tmp_path / "a" / "x", tmp_path / "b" / "x")
+    assert (tmp_path / "b" / "x").read_bytes() == b"new" and os.listdir(tmp_path / "a") == []

@@ -1,0 +1,180 @@
+"""The inbox: what counts as an entry, when it has come to rest, and in which order."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from daemon.inbox import TEMPORARY, Inbox, Watcher, entry_id, stamp
+
+
+class Clock:
+    """A clock that a test moves on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def inbox(tmp_path: Path, clock: Clock) -> Inbox:
+    return Inbox(tmp_path, 2.0, clock)
+
+
+def names(inbox: Inbox) -> list[str]:
+    return [drop.name for drop in inbox.scan().settled]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".hidden", ".x.safetensors.Ab12Cd", ".~tmp~", "x.tmp", "x.part", "x.partial", "x.incomplete", "x.crdownload"),
+        *("x.download", "x.lock", "x.swp", "x.safetensors~", "x.safetensors.tmpAb12cd", "x.tmpa1b2c3d4"),
+        *("x.safetensors.6eF4bA2c", "x_.gstmp", "~syncthing~x.tmp", ".line\nbreak", "line\nbreak.part"),
+    ],
+)
+def test_uploaders_temporary_names_do_not_count(inbox: Inbox, tmp_path: Path, clock: Clock, name: str) -> None:
+    (tmp_path / name).touch()
+    inbox.scan()
+    clock.now = 100
+    scan = inbox.scan()
+    assert scan.settled == [] and scan.moving == 0
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "tmp", "part", "x.tmp.safetensors", "x~y", "lock", "x.tmp-folder"])
+def test_other_names_count(name: str) -> None:
+    assert not TEMPORARY.fullmatch(name)
+
+
+def test_an_entry_settles_once_nothing_has_changed_for_long_enough(inbox: Inbox, tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"1")
+    scan = inbox.scan()
+    assert (scan.settled, scan.moving) == ([], 1)
+    clock.now = 1.9
+    assert names(inbox) == []
+    path.write_bytes(b"12")
+    clock.now = 2.1
+    assert names(inbox) == []
+    clock.now = 4.0
+    assert names(inbox) == []
+    clock.now = 4.2
+    (drop,) = inbox.scan().settled
+    assert (drop.name, drop.size_bytes) == ("x", 2) and drop.rest_seconds == pytest.approx(2.1)
+    assert drop.entry == entry_id(path.stat()) and drop.mtime_ns == path.stat().st_mtime_ns
+
+
+def test_a_new_file_under_an_old_name_starts_over(inbox: Inbox, tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / "x").write_bytes(b"1")
+    before = (tmp_path / "x").stat()
+    inbox.scan()
+    clock.now = 3
+    (tmp_path / "y").write_bytes(b"2")
+    os.utime(tmp_path / "y", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "y").rename(tmp_path / "x")  # same size, same time, another inode
+    assert names(inbox) == []
+
+
+def test_a_folder_moves_while_any_file_in_it_does(inbox: Inbox, tmp_path: Path, clock: Clock) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"123")
+    inbox.scan()
+    clock.now = 3
+    (folder / "b").write_bytes(b"4")
+    assert names(inbox) == []
+    clock.now = 4
+    with (folder / "a").open("ab") as file:
+        file.write(b"5")
+    clock.now = 5.5
+    assert names(inbox) == []
+    clock.now = 7.6
+    assert [drop.size_bytes for drop in inbox.scan().settled] == [5]
+
+
+def test_the_ready_marker_ends_the_wait(inbox: Inbox, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    assert names(inbox) == []
+    (tmp_path / "x" / "_READY").touch()
+    assert names(inbox) == ["x"]
+
+
+def test_the_oldest_comes_first_and_names_decide_between_equals(tmp_path: Path, clock: Clock) -> None:
+    inbox = Inbox(tmp_path, 0, clock)
+    for name, seconds in (("c", 5), ("b", 9), ("a", 9), ("z", 1)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (seconds, seconds))
+    assert names(inbox) == ["z", "c", "a", "b"]
+
+
+def test_links_are_not_followed_and_odd_things_do_not_disturb(tmp_path: Path, clock: Clock) -> None:
+    inbox = Inbox(tmp_path, 0, clock)
+    (tmp_path / "loop").symlink_to(".")
+    (tmp_path / "nowhere").symlink_to("missing")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "loop").symlink_to("..")
+    assert set(names(inbox)) == {"loop", "nowhere", "fifo", "folder"}
+
+
+def test_what_is_to_be_skipped_neither_settles_nor_moves(tmp_path: Path, clock: Clock) -> None:
+    inbox = Inbox(tmp_path, 0, clock)
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
+    scan = inbox.scan(skip={entry_id((tmp_path / "a").stat())})
+    assert [drop.name for drop in scan.settled] == ["b"] and scan.moving == 0
+
+
+def test_a_scan_survives_entries_that_come_and_go(tmp_path: Path, clock: Clock) -> None:
+    inbox = Inbox(tmp_path, 0, clock)
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            (tmp_path / "x").mkdir()
+            (tmp_path / "x" / "y").touch()
+            (tmp_path / "x" / "y").unlink()
+            (tmp_path / "x").rmdir()
+            (tmp_path / "x").touch()
+            (tmp_path / "x").unlink()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(2000):
+            inbox.scan()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_stamp_sees_a_write_that_restores_the_time(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"1")
+    before = path.stat()
+    path.write_bytes(b"2")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert stamp(before)[:4] == stamp(path.stat())[:4]
+    assert stamp(before) != stamp(path.stat())
+
+
+def test_the_watcher_wakes_for_changes_and_not_for_reading(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"1")
+    wake = threading.Event()
+    watcher = Watcher(tmp_path, wake)
+    watcher.start()
+    try:
+        (tmp_path / "old").read_bytes()
+        assert not wake.wait(0.3)
+        (tmp_path / "new").write_bytes(b"2")
+        assert wake.wait(10)
+    finally:
+        watcher.stop()

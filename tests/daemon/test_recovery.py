@@ -1,0 +1,173 @@
+"""Recovery, step by step on homes left in known states. The crash tests find the states by crashing."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from daemon.errors import BadHome
+from daemon.home import Home
+from daemon.inbox import entry_id
+from daemon.placing import place_all
+from daemon.recovery import mark_clean, recover
+from registry.records import NewExpert, Status
+from registry.store import Store
+from tests.daemon.homes import drain, experts, live, put, tree
+from tests.models import write_expert
+
+
+@pytest.fixture
+def merged(home: Home, base: Path, tmp_path: Path) -> Home:
+    """A home at version 2."""
+    for seed in (2, 3):
+        put(home, write_expert(tmp_path / f"{seed}.safetensors", base, seed))
+    drain(home)
+    return home
+
+
+@pytest.fixture
+def store(merged: Home) -> Iterator[Store]:
+    with Store.open(merged.registry) as store:
+        yield store
+
+
+def quiet(event: str, **fields: object) -> None:
+    """Nobody listens."""
+
+
+def sound(home: Home) -> dict[str, bytes | str]:
+    """The tree less what SQLite keeps for itself."""
+    return {name: content for name, content in tree(home.root).items() if not name.startswith("state/registry.sqlite")}
+
+
+def test_a_sound_home_is_left_as_it_is_but_for_the_clean_mark(merged: Home, store: Store) -> None:
+    before = sound(merged)
+    recover(merged, store, quiet)
+    assert before.pop("state/clean") == b""
+    assert sound(merged) == before
+    mark_clean(merged)
+    assert merged.clean.exists()
+
+
+def test_what_was_never_committed_goes(merged: Home, store: Store) -> None:
+    before = sound(merged)
+    (merged.tmp / "ab12" / "main").mkdir(parents=True)
+    (merged.tmp / "ab12" / "main" / "model.safetensors").write_bytes(b"half")
+    shutil.copytree(merged.version("main", 2), merged.version("main", 3))
+    shutil.copytree(merged.head_state("main", 2), merged.head_state("main", 3))
+    (merged.versions("main") / ".latest.tmp").symlink_to("000003")
+    (merged.versions("main") / ".LATEST.tmp").write_bytes(b"0000")
+    (merged.state / ".clean.tmp").touch()
+    said: list[str] = []
+    recover(merged, store, lambda event, **fields: said.append(str(fields.get("path"))))
+    assert sound(merged) == {name: content for name, content in before.items() if name != "state/clean"}
+    assert {"published/main/000003", "state/heads/main/000003", "state/tmp/ab12"} <= set(said)
+    again = sound(merged)
+    recover(merged, store, quiet)
+    assert sound(merged) == again
+
+
+def test_what_an_operator_keeps_beside_the_heads_stays(merged: Home, store: Store) -> None:
+    (merged.published / "README").write_text("mine")
+    (merged.root / "notes").mkdir()
+    recover(merged, store, quiet)
+    assert (merged.published / "README").exists() and (merged.root / "notes").exists()
+
+
+@pytest.mark.parametrize("target", ["000001", "000009", None])
+def test_latest_is_put_right(merged: Home, store: Store, target: str | None) -> None:
+    merged.latest("main").unlink()
+    if target:
+        merged.latest("main").symlink_to(target)
+    (merged.versions("main") / "LATEST").unlink()
+    recover(merged, store, quiet)
+    assert merged.latest("main").readlink() == Path("000002")
+    assert (merged.versions("main") / "LATEST").read_text() == "000002\n"
+
+
+def test_missing_folders_are_made_again(merged: Home, store: Store) -> None:
+    """As a backup or a git checkout without empty folders leaves them."""
+    merged.inbox.rmdir()
+    merged.tmp.rmdir()
+    recover(merged, store, quiet)
+    assert merged.inbox.is_dir() and merged.tmp.is_dir()
+
+
+def _recorded(merged: Home, store: Store, name: str, status: Status) -> None:
+    """An expert whose fate is in the registry while it is still in the inbox, as a crash leaves it."""
+    path = merged.inbox / name
+    path.write_bytes(b"whatever")
+    row = NewExpert(
+        name=name,
+        kind="unknown",
+        sha256=None,
+        size_bytes=8,
+        status=status,
+        received_at=experts(merged)[0].received_at,
+        entry=entry_id(path.stat()),
+        reason="pickle" if status is Status.QUARANTINED else None,
+        detail="it is a pickle",
+        hint="do not",
+    )
+    store.record(row)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_an_unfinished_move_is_finished_whatever_the_drop_is_called_now(
+    merged: Home, store: Store, renamed: bool
+) -> None:
+    _recorded(merged, store, "bad.pt", Status.QUARANTINED)
+    (merged.inbox / "bystander").write_bytes(b"another")
+    name = "worse.pt" if renamed else "bad.pt"
+    (merged.inbox / "bad.pt").rename(merged.inbox / name)
+    recover(merged, store, quiet)
+    assert os.listdir(merged.inbox) == ["bystander"]
+    expert = experts(merged)[-1]
+    assert (merged.quarantine(expert.id) / name).read_bytes() == b"whatever"
+    assert json.loads((merged.quarantine(expert.id) / "reason.json").read_bytes())["reason"] == "pickle"
+    assert expert.place == "quarantine/000003" and store.unplaced() == []
+
+
+def test_a_newcomer_under_the_old_name_is_not_taken_for_it(merged: Home, store: Store) -> None:
+    _recorded(merged, store, "bad.pt", Status.QUARANTINED)
+    (merged.inbox / "new").write_bytes(b"another")
+    (merged.inbox / "new").rename(merged.inbox / "bad.pt")
+    place_all(merged, store)
+    assert (merged.inbox / "bad.pt").read_bytes() == b"another"
+    assert store.unplaced() == []
+
+
+def _spoil(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda home: _spoil(home.version("main", 2) / "model.safetensors"), "model.safetensors"),
+        (lambda home: _spoil(home.head_state("main", 2) / "state.safetensors"), "state.safetensors"),
+        (lambda home: _spoil(home.manifest("main", 2)), "manifest.json"),
+        (lambda home: shutil.rmtree(home.version("main", 2)), "manifest.json"),
+    ],
+)
+def test_a_damaged_live_version_stops_the_start_and_nothing_is_rolled_back(
+    merged: Home, store: Store, damage: Callable[[Home], object], named: str
+) -> None:
+    damage(merged)
+    merged.clean.unlink()
+    before = sound(merged)
+    with pytest.raises(BadHome, match=f"head main, version 2 is damaged.*{named}") as refused:
+        recover(merged, store, quiet)
+    assert "backup" in refused.value.hint
+    assert sound(merged) == before and live(merged) == 2
+
+
+def test_after_a_clean_stop_the_hashing_is_left_out(merged: Home, store: Store) -> None:
+    """The price of a quick start: `mainstem verify` still finds it."""
+    _spoil(merged.version("main", 2) / "model.safetensors")
+    recover(merged, store, quiet)
