@@ -4,7 +4,6 @@ A new layout is one more file in `versions/`. All steps of an upgrade run in ONE
 layout or the new one.
 """
 
-import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -47,24 +46,15 @@ def upgrade(engine: Engine) -> None:
 
 
 def back_up(path: Path, revision: str) -> Path:
-    """Copies the registry, before its upgrade to `revision`, to `<name>.before-<revision>` beside it, and syncs that.
+    """Copies the registry, before its upgrade to `revision`, to `<name>.before-<revision>` beside it.
 
     A copy left by an upgrade that was cut short is replaced. Raises RegistryError.
     """
     copy = path.with_name(f"{path.name}.before-{revision}")
     with translated(copy):
-        # Not `connect`: a copy that nobody opens again should be one file, without a write-ahead log.
+        # Not `connect`: a copy that nobody opens again should be one file, without a write-ahead log. SQLite syncs it,
+        # and its folder with the journal, by its own default (synchronous = FULL).
         with closing(connect(path, "ro")) as source, closing(sqlite3.connect(copy)) as target:
             source.backup(target)
             target.execute("PRAGMA journal_mode = DELETE")
-        _sync(copy)
-        _sync(copy.parent)
     return copy
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -69,7 +69,7 @@ def index_that_lies(path: Path, good: Path) -> None:
 @drop("index-forgets", "bad_index")
 def index_that_forgets_a_tensor(path: Path, good: Path) -> None:
     sharded(path, good, {})
-    weight_map = json.loads((path / INDEX).readgiven())["weight_map"]
+    weight_map = json.loads((path / INDEX).read_bytes())["weight_map"]
     weight_map.popitem()
     write_index(path, {"weight_map": weight_map})
 

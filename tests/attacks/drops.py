@@ -48,12 +48,13 @@ def drop(name: str, *reasons: str) -> Callable[[Lay], Lay]:
 
 
 def given(title: str, name: str, reason: str, data: bytes) -> None:
+    """Registers a file with these bytes."""
     _built(title, name, frozenset({reason}), lambda: data)
 
 
 def _built(title: str, name: str, reasons: frozenset[str], build: Callable[[], bytes]) -> None:
     def lay(path: Path, good: Path) -> None:
-        path.writegiven(build())
+        path.write_bytes(build())
 
     DROPS[title] = Drop(name, lay, reasons)
 
@@ -77,7 +78,7 @@ def sharded(path: Path, good: Path, replace: dict[str, str]) -> None:
 def write_index(path: Path, content: object) -> None:
     path.mkdir(exist_ok=True)
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
-    (path / INDEX).writegiven(text)
+    (path / INDEX).write_bytes(text)
 
 
 # Files that are no safetensors
@@ -99,7 +100,7 @@ def pickle_pt(path: Path, good: Path) -> None:
 
 @drop("rce.bin", "pickle")
 def pickle_bin(path: Path, good: Path) -> None:
-    path.writegiven(pickle.dumps(Payload()))
+    path.write_bytes(pickle.dumps(Payload()))
 
 
 @drop("rce.safetensors", "pickle")
@@ -134,13 +135,13 @@ given("own_reason", "reason.json", "no_weights", b'{"reason": "all is well", "hi
 @drop("lfs-folder", "lfs_pointer")
 def lfs_pointer_in_a_folder(path: Path, good: Path) -> None:
     path.mkdir()
-    (path / WEIGHTS).writegiven(LFS)
+    (path / WEIGHTS).write_bytes(LFS)
 
 
 @drop("half.safetensors", "truncated")
 def half_a_file(path: Path, good: Path) -> None:
-    data = good.readgiven()
-    path.writegiven(data[: len(data) // 2])
+    data = good.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
 
 
 # Names
@@ -197,7 +198,7 @@ def link_in_a_folder(path: Path, good: Path) -> None:
 @drop("link-shard", "symlink")
 def link_as_a_shard(path: Path, good: Path) -> None:
     sharded(path, good, {})
-    (path / "outside.safetensors").writegiven((path / "b.safetensors").readgiven())
+    (path / "outside.safetensors").write_bytes((path / "b.safetensors").read_bytes())
     (path / "b.safetensors").unlink()
     (path / "b.safetensors").symlink_to("outside.safetensors")
 

@@ -19,9 +19,9 @@ SAMPLE = 3  # fsyncs that the default run lets fail
 
 def traced(home: Home, report: Path, *injection: str) -> subprocess.CompletedProcess[str]:
     """`python -m daemon run --once` under strace; `report` gets its fsyncs."""
-    command = ["strace", "-f", "--seccomp-bpf", "-y", "-o", report, "-e", "trace=fsync,fdatasync", *injection]
+    command = ["strace", "-f", "--seccomp-bpf", "-y", "-o", str(report), "-e", "trace=fsync,fdatasync", *injection]
     return subprocess.run(
-        [*command, sys.executable, "-m", "daemon", *drain(home)],
+        [*command, sys.executable, "-m", "daemon", *map(str, drain(home))],
         env=os.environ | SETTINGS | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
