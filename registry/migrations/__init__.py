@@ -51,10 +51,9 @@ def back_up(path: Path, revision: str) -> Path:
     A copy left by an upgrade that was cut short is replaced. Raises RegistryError.
     """
     copy = path.with_name(f"{path.name}.before-{revision}")
-    with translated(copy):
-        # Not `connect`: a copy that nobody opens again should be one file, without a write-ahead log. SQLite syncs it,
-        # and its folder with the journal, by its own default (synchronous = FULL).
-        with closing(connect(path, "ro")) as source, closing(sqlite3.connect(copy)) as target:
-            source.backup(target)
-            target.execute("PRAGMA journal_mode = DELETE")
+    # Not `connect`: a copy that nobody opens again should be one file, without a write-ahead log. SQLite syncs it, and
+    # its folder with the journal, by its own default (synchronous = FULL).
+    with translated(copy), closing(connect(path, "ro")) as source, closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+        target.execute("PRAGMA journal_mode = DELETE")
     return copy
