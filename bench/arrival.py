@@ -3,7 +3,7 @@
     python -m bench.clip_shapes W --experts 12
     python -m bench.arrival --base W/base W/expert-0*
 
-Each expert is hard-linked into the inbox (complete at once) and waited for over HTTP. `arrival` runs from that moment to
+Each expert is hard-linked into the inbox (whole at once) and waited for over HTTP. `arrival` runs from that moment to
 the version being visible, `settle` of which the daemon only waits to see the upload at rest; the phases are its own
 metric, summed over threads, so that `project` may exceed the time that passed.
 """

@@ -97,6 +97,9 @@ class Metrics:
     def follow(self, reader: Reader) -> None:
         """Reads the heads from the registry at every scrape: for a process that does not merge itself."""
         self.registry.register(_Heads(self, reader))
+        for gauge in (self.head_version, self.head_figure):  # collectors are asked in the order they came
+            self.registry.unregister(gauge)
+            self.registry.register(gauge)
 
 
 class _Heads(Collector):

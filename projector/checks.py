@@ -61,10 +61,12 @@ def stream(count: int, rank: int | None = None, seed: int = 0) -> tuple[Tensors,
 
 
 def merge(
-    method: Method, base: Tensors, experts: Iterable[Tensors], block_bytes: int = 1 << 20
+    method: Method,
+    base: Tensors,
+    experts: Iterable[Tensors],
+    driver: Driver = Driver(block_bytes=1 << 20),  # noqa: B008
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Totals]:
     """(merged weights, state, totals) after a stream of experts, through real files and the real driver."""
-    driver = Driver(block_bytes=block_bytes)
     totals = Totals()
     with _Files() as files:
         origin = Checkpoint([files.written(base)])
@@ -164,7 +166,7 @@ def every_shape_is_taken(method: Method) -> None:
 def blocks_equal_the_whole(method: Method) -> None:
     """What a method declares elementwise is the same in blocks of rows as whole, bit for bit (sums up to rounding)."""
     base, experts = stream(3)
-    whole, split = merge(method, base, experts), merge(method, base, experts, block_bytes=64)
+    whole, split = merge(method, base, experts), merge(method, base, experts, Driver(block_bytes=64))
     _assert_same(whole[1], split[1])
     for name, tensor in whole[0].items():
         assert torch.allclose(tensor, split[0][name], rtol=1e-6, atol=1e-7), f"{name} differs in blocks"

@@ -73,7 +73,10 @@ def render(published: Published, why_not: str | None, host: str, now: datetime) 
 
 
 def _card(published: Published, head: Head) -> Card:
-    params = ", ".join(f"{name} {value}" for name, value in head.params.items())
+    short = {
+        name: value for name, value in head.params.items() if not isinstance(value, list)
+    }  # lists are in /v1/heads
+    params = ", ".join(f"{name} {value}" for name, value in short.items())
     return Card(head, published.reader.version(head.name, head.live), params)
 
 
