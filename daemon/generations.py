@@ -32,8 +32,6 @@ COMPANIONS = (
     "processor_config.json",
     "image_processor_config.json",
     "video_preprocessor_config.json",
-    "modules.json",
-    "sentence_bert_config.json",
 )
 HASH_BYTES = 8 << 20
 

@@ -164,7 +164,7 @@ def test_once_drains_the_inbox_and_exits(tmp_path: Path) -> None:
     asked("verify", "--home", home.root)
     with running("serve", "--home", home.root, "--port", "0") as server:
         assert server.live() == 2
-        assert "mainstem_head_version" in server.get("/metrics").text
+        assert 'mainstem_head_version{head="main"} 2.0' in server.get("/metrics").text
         maps = Path(f"/proc/{server.process.pid}/maps")
         if maps.exists():
             assert "libtorch" not in maps.read_text()
