@@ -1,32 +1,40 @@
 """What an expert's numbers must be like to be merged. Its form was checked when it was opened."""
 
+from collections.abc import Sequence
+from statistics import median
+
 from daemon.config import Admission
 from daemon.errors import Reason, Refused
 from projector.fold import Folded
 
+NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
+ENOUGH = 3  # experts, before there is such a thing as a usual norm
 
-def check_norm(folded: Folded, mean_norm: float | None, limits: Admission) -> None:
-    """Refuses a task vector that is nothing, longer than the base, or far longer than those before (Refused).
 
-    mean_norm: of the experts merged so far, None where there is none.
+def check_norm(folded: Folded, norms: Sequence[float], limits: Admission) -> None:
+    """Refuses a task vector that is nothing, longer than the base, or far from the usual length (Refused).
+
+    norms: of the experts merged so far. Their median is the usual length, which no single expert can move.
     """
-    if not folded.norm:
+    if folded.norm <= NEGLIGIBLE * folded.base_norm:
         raise Refused(
             Reason.EQUALS_BASE,
-            "every weight equals the base's: there is nothing to merge",
+            f"its weights are the base's (the task vector has norm {folded.norm:.3g}): there is nothing to merge",
             "drop the fine-tuned model, not the base",
         )
     if folded.norm >= limits.max_base_ratio * folded.base_norm:
+        times = f"{folded.norm / folded.base_norm:.3g} times" if folded.base_norm else "infinitely"
         raise Refused(
             Reason.FOREIGN_BASE,
-            f"its task vector is {folded.norm / folded.base_norm:.3g} times as long as the base itself"
-            if folded.base_norm
-            else "the base is zero everywhere",
-            "fine-tune from this home's base; if that is what you did, raise admission.max_base_ratio and retry",
+            f"its task vector is {times} as long as the base itself",
+            "fine-tune from this home's base; if you did, raise admission.max_base_ratio and drop it again",
         )
-    if mean_norm and folded.norm > limits.max_norm_ratio * mean_norm:
+    if len(norms) < ENOUGH:
+        return
+    ratio = folded.norm / median(norms)
+    if not 1 / limits.max_norm_ratio <= ratio <= limits.max_norm_ratio:
         raise Refused(
             Reason.NORM_OUTLIER,
-            f"its task vector is {folded.norm / mean_norm:.3g} times as long as those merged so far",
-            "look at its training; if it is sound, raise admission.max_norm_ratio and retry",
+            f"its task vector is {ratio:.3g} times as long as is usual here",
+            "look at its training; if it is sound, raise admission.max_norm_ratio and drop it again",
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from daemon import durable
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from projector.errors import BadFile
@@ -30,8 +31,10 @@ ADAPTER = "adapter_config.json"
 MAX_INDEX_BYTES = 16 << 20
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLE_OPENINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLE_HINT = "save it as safetensors: safetensors.torch.save_file(weights, path)"
 LFS_OPENING = b"version https://git-lfs"
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+")
+SHARD_OF_MANY = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ class OpenCheckpoint:
         """The sha256 that stands for this checkpoint; reads what has not been read yet."""
         return identity({file.name: file.reader.sha256() for file in (*self.files, *self._sidecars)})
 
+    def sync(self) -> None:
+        """Makes the checkpoint's own bytes durable: whoever dropped it may not have."""
+        for file in (*self.files, *self._sidecars):
+            durable.sync(file.fd)
+
     def unchanged(self) -> bool:
         """True while no file has been written to, renamed or replaced since it was opened."""
         return all(stamp(os.fstat(file.fd)) == file.stamp for file in (*self.files, *self._sidecars))
@@ -99,9 +107,10 @@ def open_checkpoint(
 
 def open_path(path: Path, watch: Watch = SILENT) -> OpenCheckpoint:
     """Opens a checkpoint that the person names: links are followed. Raises Refused or NotYet."""
-    parent = os.open(path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    named = Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps its own name: in a hub's cache its target has none
+    parent = os.open(named.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return open_checkpoint(parent, path.resolve().name, follow=True, watch=watch)
+        return open_checkpoint(parent, named.name, follow=True, watch=watch)
     finally:
         os.close(parent)
 
@@ -124,10 +133,11 @@ def _open_folder(fd: int, follow: bool, needs: Sequence[str], watch: Watch, clos
             "this is a LoRA adapter, not a whole model",
             "merge it into the base first (peft: model.merge_and_unload()) and drop the result",
         )
-    elif len(plain) == 1:
+    elif len(plain) == 1 and not SHARD_OF_MANY.search(plain[0]):
         files, kind = [opened(plain[0])], "folder"
-    elif any(name.endswith(PICKLE_SUFFIXES) for name in names):
-        raise _pickle("the folder holds pickled weights only")
+    elif not plain and any(name.endswith(PICKLE_SUFFIXES) for name in names):
+        # not yet: what trainers save beside the weights is pickled too, and may come first
+        raise NotYet(Reason.PICKLE, "the folder holds pickled weights only", PICKLE_HINT)
     else:
         raise NotYet(
             Reason.NO_WEIGHTS,
@@ -253,7 +263,7 @@ def _not_a_file(name: str) -> Refused:
 
 
 def _pickle(detail: str) -> Refused:
-    return Refused(Reason.PICKLE, detail, "save it as safetensors: safetensors.torch.save_file(weights, path)")
+    return Refused(Reason.PICKLE, detail, PICKLE_HINT)
 
 
 def _bad_index(detail: str) -> Refused:

@@ -19,7 +19,7 @@ from daemon.errors import BadConfig
 class Section(BaseModel):
     """One table of mainstem.toml."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Http(Section):
@@ -33,11 +33,11 @@ class Http(Section):
 class Inbox(Section):
     """When a dropped file counts as complete."""
 
-    settle_seconds: float = Field(2.0, ge=0, description="size, time and inode unchanged for so long")
+    settle_seconds: float = Field(2.0, ge=0, le=86400, description="size, time and inode unchanged for so long")
     patience_seconds: float = Field(
-        60.0, ge=0, description="how long an incomplete expert may stand still before refusal"
+        60.0, ge=0, le=86400, description="how long an incomplete expert may stand still before refusal"
     )
-    scan_seconds: float = Field(5.0, gt=0, description="how often the inbox is listed, whatever events say")
+    scan_seconds: float = Field(5.0, gt=0, le=86400, description="how often the inbox is listed, whatever events say")
     watch: Literal["auto", "poll"] = Field(
         "auto", description="auto also listens to file system events; poll only lists"
     )
@@ -66,7 +66,7 @@ class Retention(Section):
     """What is kept on disk."""
 
     versions: int = Field(5, ge=1, description="newest versions kept per head, beside the base and the live one")
-    grace_seconds: float = Field(3600.0, ge=0, description="no version younger than this is removed")
+    grace_seconds: float = Field(3600.0, ge=0, le=1e9, description="no version younger than this is removed")
 
 
 class Admission(Section):
@@ -140,15 +140,21 @@ def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise BadConfig(problems, "`mainstem config show` lists every setting with its value") from None
     except ValueError as error:
-        raise BadConfig(f"{path}: {error}", "mend the file: it is TOML") from None
+        raise BadConfig(f"{path} or the environment: {error}", "the file is TOML; see `mainstem config show`") from None
 
 
 def _check_environment() -> None:
-    """Refuses a table that does not exist; keys inside a table are checked like those of the file."""
+    """Refuses a table that does not exist, and a setting with one underscore for two."""
+    single = {f"MAINSTEM_{name.replace('.', '_')}".upper(): name for name, _, _ in described()}
     for name in os.environ:
         table, nested, _ = name.removeprefix("MAINSTEM_").partition("__")
         if name.startswith("MAINSTEM_") and nested and table.lower() not in Settings.model_fields:
             raise BadConfig(f"{name} in the environment names no table of settings", "see `mainstem config show`")
+        if name in single:
+            raise BadConfig(
+                f"{name} in the environment is no setting",
+                f"two underscores: {single[name].replace('.', '__').upper()}",
+            )
 
 
 def described() -> list[tuple[str, str, str]]:

@@ -30,6 +30,7 @@ class Reason(StrEnum):
     EQUALS_BASE = "equals_base"
     FOREIGN_BASE = "foreign_base"
     NORM_OUTLIER = "norm_outlier"
+    FAULT = "fault"
     INCOMPLETE = "incomplete"
     CHANGED = "changed"
     UNKNOWN = "unknown"

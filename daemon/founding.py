@@ -4,9 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from datetime import UTC, datetime
-from math import isfinite
 from pathlib import Path
 
 from daemon import durable
@@ -15,8 +13,8 @@ from daemon.errors import BadHome, DaemonError
 from daemon.generations import companions, entry, manifest
 from daemon.home import MANIFEST, Home
 from daemon.latest import point_latest
-from projector.errors import BadValues, ProjectorError, Reason
-from projector.linalg import energy
+from projector.errors import ProjectorError
+from projector.fold import Driver
 from projector.method import Method
 from projector.text import shown
 from registry.records import BaseModel, Head, NewVersion
@@ -35,11 +33,14 @@ def found(home: Home, base: Path, heads: Sequence[tuple[str, Method]], progress:
     """
     if not base.exists():
         raise BadHome(f"the base {base} does not exist", "give --base a .safetensors file or a folder")
-    _clear(home)
+    _refuse_occupied(home)
     try:
         with open_path(base) as checkpoint:
             progress("checking the base")
-            parameters = _check_values(checkpoint)
+            parameters = Driver().count_finite(checkpoint.tensors)
+            if not parameters:
+                raise BadHome("it has no floating tensor", "give --base the weights of a model")
+            _make_room(home)
             for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.base, home.tmp):
                 durable.make_folder(folder)
             progress("copying the base")
@@ -64,36 +65,32 @@ def found(home: Home, base: Path, heads: Sequence[tuple[str, Method]], progress:
     durable.sync_folder(home.root)
     durable.sync_folder(home.root.parent)
     durable.rename(unfinished, home.registry)
+    durable.remove(home.founding)
     return record
 
 
-def _clear(home: Home) -> None:
-    """Makes room: refuses a folder that holds anything but an unfinished home, removes what that one left."""
+def _refuse_occupied(home: Home) -> None:
+    """Raises BadHome where the folder holds more than a configuration, an inbox, or a home that was never finished."""
     if home.exists():
         raise BadHome(f"{home.root} is a mainstem home already", "choose another folder")
-    ours = {"state", "published", "inbox", "quarantine", "archive", "lost+found"}
-    ours |= {home.config.name, f".{home.config.name}.tmp"}
+    ours = {"inbox", "lost+found", home.config.name, f".{home.config.name}.tmp"}
+    if home.founding.exists():
+        ours |= {"state", "published", "quarantine", "archive"}
+    elif home.state.is_dir() and all(path.name.startswith(".") for path in home.state.iterdir()):
+        ours |= {"state"}
     if home.root.exists() and (others := set(os.listdir(home.root)) - ours):
         raise BadHome(f"{home.root} is not empty: it holds {shown(min(others))}", "choose a new or empty folder")
-    durable.remove(home.state)
+
+
+def _make_room(home: Home) -> None:
+    """Marks the home as being made, and removes what an earlier try left."""
+    durable.make_folder(home.state)
+    durable.replace_file(home.founding, b"")
+    durable.sync_folder(home.root)
     durable.remove(home.published)
-
-
-def _check_values(checkpoint: OpenCheckpoint) -> int:
-    """The number of parameters, once every one of them was seen to be finite."""
-    parameters = 0
-    for name, spec in checkpoint.tensors.schema.items():
-        if spec.floating:
-            parameters += spec.numel
-            if not isfinite(energy(checkpoint.tensors.read(name))):
-                raise BadValues(
-                    Reason.NOT_FINITE,
-                    f"{shown(name)} holds NaN or infinite values",
-                    "use a sound checkpoint as the base",
-                )
-    if not parameters:
-        raise BadHome("it has no floating tensor", "give --base the weights of a model")
-    return parameters
+    for path in home.state.iterdir():
+        if path != home.founding:
+            durable.remove(path)
 
 
 def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home) -> None:
@@ -118,9 +115,8 @@ def _publish_base(home: Home, head: Head, base: BaseModel) -> NewVersion:
     files = sorted(home.base.iterdir())
     for path in files:
         durable.link_or_copy(path, folder / path.name)
-    with ExitStack() as closing, open_path(home.base) as checkpoint:
+    with open_path(home.base) as checkpoint:
         dtypes = {str(s.dtype).removeprefix("torch.") for s in checkpoint.tensors.schema.values() if s.floating}
-        closing.callback(checkpoint.close)
     text = manifest(
         head=head,
         number=0,

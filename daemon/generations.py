@@ -118,10 +118,11 @@ def entry(path: Path) -> FileEntry:
     return FileEntry(path.name, path.stat().st_size, digest.hexdigest())
 
 
-def problems(home: Home, version: Version, *, hashes: bool) -> list[str]:
+def problems(home: Home, version: Version, *, hashes: bool, extras: bool = True) -> list[str]:
     """What is wrong with a version's files, in words; nothing where they are as they were committed.
 
-    Sizes are always compared; `hashes` reads every byte. The manifest itself is held against the registry.
+    Sizes are always compared; `hashes` reads every byte; `extras` also names files that do not belong. The manifest
+    itself is held against the registry.
     """
     folder = home.version(version.head, version.number)
     path = folder / MANIFEST
@@ -140,7 +141,7 @@ def problems(home: Home, version: Version, *, hashes: bool) -> list[str]:
     extra = [
         f"{_relative(home, folder / name)}: not in the manifest" for name in sorted(set(os.listdir(folder)) - listed)
     ]
-    return [problem for problem in found if problem] + extra
+    return [problem for problem in found if problem] + (extra if extras else [])
 
 
 def _problem(home: Home, path: Path, file: Mapping[str, Any], hashes: bool) -> str | None:

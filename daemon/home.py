@@ -58,6 +58,11 @@ class Home:
         return self.state / "clean"
 
     @property
+    def founding(self) -> Path:
+        """Present while the home is being made: only then may `init` start over in its folder."""
+        return self.state / ".founding"
+
+    @property
     def base(self) -> Path:
         return self.state / "base"
 

@@ -7,7 +7,8 @@ file in it) has not changed for `settle_seconds`, or at once where a folder brin
 import os
 import re
 import stat
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -66,21 +67,24 @@ class Inbox:
         now = self._clock()
         settled: list[Drop] = []
         since: dict[str, tuple[Fingerprint, float]] = {}
-        for entry in os.scandir(self._path):
+        with os.scandir(self._path) as listing:
+            entries = list(listing)
+        for entry in entries:
             if TEMPORARY.fullmatch(entry.name):
                 continue
             try:
                 status = entry.stat(follow_symlinks=False)
                 fingerprint, size, ready = _fingerprint(Path(entry.path), status)
+                identity = entry_id(Path(entry.path))
             except (FileNotFoundError, NotADirectoryError):  # it went, or a file took its place, just now
                 continue
-            if entry_id(status) in skip:
+            if identity in skip:
                 continue
             before = self._since.get(entry.name)
             since[entry.name] = before if before and before[0] == fingerprint else (fingerprint, now)
             rest = now - since[entry.name][1]
             if ready or rest >= self._settle:
-                settled.append(Drop(entry.name, entry_id(status), status.st_mtime_ns, size, rest))
+                settled.append(Drop(entry.name, identity, status.st_mtime_ns, size, rest))
         self._since = since
         settled.sort(key=lambda drop: (drop.mtime_ns, drop.name))
         return Scan(settled, len(since) - len(settled))
@@ -91,9 +95,14 @@ def stamp(status: os.stat_result) -> Stamp:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def entry_id(status: os.stat_result) -> str:
-    """What stays the same when an entry is moved, and hardly ever comes again."""
-    return f"{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
+def entry_id(path: Path) -> str:
+    """What stays the same when an entry is moved, or a note is laid beside the weights, and hardly ever comes again.
+
+    Device, inode and the time of the last change to the weights. Raises OSError where there is no such entry.
+    """
+    status = path.lstat()
+    changed = _weights_changed(path) if stat.S_ISDIR(status.st_mode) else status.st_mtime_ns
+    return f"{status.st_dev}:{status.st_ino}:{changed}"
 
 
 class Watcher:
@@ -117,7 +126,8 @@ class _Waker(FileSystemEventHandler):
         self._wake = wake
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        if event.event_type not in ("opened", "closed_no_write"):  # our own reading must not wake us
+        # neither our own reading nor every single write of an upload; its end is seen when it closes or at a rescan
+        if event.event_type in ("created", "moved", "closed", "deleted"):
             self._wake.set()
 
 
@@ -133,7 +143,12 @@ def _fingerprint(path: Path, status: os.stat_result) -> tuple[Fingerprint, int, 
     return tuple(files), sum(size for _, (_, _, size, _) in files), READY_MARKER in names
 
 
-def _files(path: Path) -> Iterable[tuple[str, tuple[int, int, int, int]]]:
-    for entry in os.scandir(path):
-        status = entry.stat(follow_symlinks=False)
-        yield entry.name, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+def _weights_changed(folder: Path) -> int:
+    with suppress(PermissionError):
+        return max((mtime for name, (*_, mtime) in _files(folder) if name.endswith(".safetensors")), default=0)
+    return 0
+
+
+def _files(path: Path) -> list[tuple[str, tuple[int, int, int, int]]]:
+    with os.scandir(path) as entries:
+        return [(entry.name, stamp(entry.stat(follow_symlinks=False))[:4]) for entry in entries]

@@ -12,7 +12,8 @@ from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.home import Home
 from daemon.progress import Progress
-from projector.fold import Driver, Folded
+from projector.fold import Driver, Folded, state_specs
+from projector.methods import make
 from projector.spec import check_schema
 from registry.store import Reader
 
@@ -36,12 +37,14 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         check_schema(base.tensors.schema, expert.tensors.schema)
         overlap = driver.overlap(base.tensors, expert.tensors, merged.tensors)
         folded = Folded(overlap.norm, overlap.base_norm, ())
-        check_norm(folded, reader.merged_norm_mean(), load(home.config).admission)
+        norms = reader.merged_norms()
+        check_norm(folded, norms, load(home.config).admission)
         sha256 = expert.identity()
         twin = reader.merged(sha256)
-        writes = sum(2 * spec.nbytes if spec.floating else spec.nbytes for spec in base.tensors.schema.values()) * len(
-            reader.heads()
-        )
+        schema = base.tensors.schema
+        published = sum(spec.nbytes for spec in schema.values())
+        states = [state_specs(make(row.method, row.params), schema) for row in reader.heads()]
+        writes = sum(published + sum(spec.nbytes for spec in specs) for specs in states)
         seconds = [v.seconds for v in reader.versions(head.name, limit=5) if v.seconds is not None]
         return {
             "kind": expert.kind,
@@ -49,7 +52,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "duplicate_of": twin.id if twin else None,
             "norm": overlap.norm,
             "norm_over_base": overlap.norm / overlap.base_norm,
-            "norm_over_mean": overlap.norm / mean if (mean := reader.merged_norm_mean()) else None,
+            "norm_over_usual": overlap.norm / median(norms) if norms else None,
             "compared_with": f"{head.name}/v{head.live}",
             "overlap": overlap.cosine,
             "reads_bytes": expert.size_bytes + base.size_bytes,

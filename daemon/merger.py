@@ -26,12 +26,13 @@ import torch
 from daemon import durable
 from daemon.admission import check_norm
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
+from daemon.compute import device, workers
 from daemon.config import Settings
-from daemon.errors import DaemonError, NotYet, Reason, Refused
+from daemon.errors import BadHome, DaemonError, NotYet, Reason, Refused
 from daemon.failpoints import hit
 from daemon.generations import companions, entry, manifest
 from daemon.home import MANIFEST, STATE_FILE, Home
-from daemon.inbox import Drop
+from daemon.inbox import Drop, entry_id
 from daemon.latest import point_latest
 from daemon.outputs import Outputs
 from daemon.placing import place
@@ -68,7 +69,7 @@ class Merger:
         self._settings = settings
         self._progress = progress
         compute = settings.compute
-        self._driver = Driver(device(compute.device), compute.block_bytes, _workers(compute.threads), progress)
+        self._driver = Driver(device(compute.device), compute.block_bytes, workers(compute.threads), progress)
         self._methods = {head.name: make(head.method, head.params) for head in store.heads()}
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
         self._base_sha256 = store.base().sha256
@@ -89,6 +90,7 @@ class Merger:
         try:
             with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=self._progress) as expert:
                 hit("take.opened")
+                self._check_entry(drop)
                 check_schema(self._base.tensors.schema, expert.tensors.schema)
                 try:
                     recorded = self._merge(drop, expert)
@@ -96,6 +98,10 @@ class Merger:
                     if expert.unchanged():
                         raise
                     raise _changed(drop) from None  # what it found may be half of the old and half of the new
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                    raise Refused(
+                        Reason.FAULT, f"the arithmetic failed: {error}", "please report this, with the file"
+                    ) from error
         except NotYet as error:
             if error.reason is Reason.CHANGED or drop.rest_seconds < self._settings.inbox.patience_seconds:
                 raise
@@ -128,7 +134,7 @@ class Merger:
                 outputs = [self._outputs(line, folder, files) for line in lines]
                 folded = self._fold(expert, lines, outputs, files)
                 new = self._identify(drop, expert, folded)
-                if new.status is Status.DUPLICATE:
+                if new.status is not Status.MERGED:
                     return self._store.record(new)
                 self._read_out(lines, folded.totals, outputs)
                 with self._progress.phase("fsync"):
@@ -138,6 +144,8 @@ class Merger:
                 for line, totals, output in zip(lines, folded.totals, outputs, strict=True)
             ]
             self._publish(lines, outputs, number)
+            with self._progress.phase("fsync"):
+                expert.sync()
             hit("commit.before")
             seconds = time.monotonic() - started
             merged = self._store.commit(new, [replace(version, seconds=seconds) for version in versions])
@@ -188,13 +196,18 @@ class Merger:
         return TensorReader(fd, watch=self._progress)
 
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded) -> NewExpert:
+        if self._base.identity() != self._base_sha256:  # known once the first expert has been folded
+            raise BadHome("the base in state/base is damaged", "restore it from a backup; nothing was merged onto it")
         sha256 = expert.identity()
         if not expert.unchanged():
             raise _changed(drop)
         new = replace(_arrived(drop, Status.MERGED), kind=expert.kind, sha256=sha256, norm=folded.norm)
         if twin := self._store.merged(sha256):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
-        check_norm(folded, self._store.merged_norm_mean(), self._settings.admission)
+        try:
+            check_norm(folded, self._store.merged_norms(), self._settings.admission)
+        except Refused as error:
+            return _refused(new, error)
         return new
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
@@ -250,12 +263,18 @@ class Merger:
         hit("publish.after")
 
     def _refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
-        refused = replace(
-            _arrived(drop, Status.QUARANTINED), reason=str(error.reason), detail=str(error), hint=error.hint
-        )
-        recorded = self._store.record(refused)
+        recorded = self._store.record(_refused(_arrived(drop, Status.QUARANTINED), error))
         hit("refuse.recorded")
         return recorded
+
+    def _check_entry(self, drop: Drop) -> None:
+        """What was opened is what was seen at rest: it may have been replaced while it waited for its turn."""
+        try:
+            same = entry_id(self._home.inbox / drop.name) == drop.entry
+        except OSError:
+            same = False
+        if not same:
+            raise _changed(drop)
 
     def _tidy(self, expert: Expert) -> bool:
         """Finishes an expert whose fate is recorded; False where it cannot be moved out of the inbox."""
@@ -268,20 +287,12 @@ class Merger:
         return placed
 
 
-def device(name: str) -> torch.device:
-    """The device a setting means; "auto" is CUDA where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def _refused(expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
+    return replace(expert, status=Status.QUARANTINED, reason=str(error.reason), detail=str(error), hint=error.hint)
 
 
 def _changed(drop: Drop) -> NotYet:
     return NotYet(Reason.CHANGED, f"{shown(drop.name)} changed while it was read", "leave it alone until merged")
-
-
-def _workers(threads: int) -> int:
-    """Each worker holds a tensor or two in memory, hence not one for each of many cores."""
-    return threads or min(4, os.cpu_count() or 1)
 
 
 def _arrived(drop: Drop, status: Status) -> NewExpert:

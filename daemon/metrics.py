@@ -12,7 +12,8 @@ from projector.errors import Reason as ProjectorReason
 from registry.store import Reader
 
 OUTCOMES = ("merged", "duplicate", "quarantined", "requeued", "abandoned")
-REASONS = tuple(dict.fromkeys([*(str(r) for r in Reason), *(str(r) for r in ProjectorReason)]))
+NOT_OF_EXPERTS = {"unknown", "home", "config", "changed", "bad_parameter", "unknown_method"}
+REASONS = tuple(dict.fromkeys(str(r) for r in (*Reason, *ProjectorReason) if r not in NOT_OF_EXPERTS))
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 
 
@@ -91,6 +92,8 @@ class Metrics:
         for head in reader.heads():
             self.head_version.labels(head.name).set(head.live)
             version = reader.version(head.name, head.live)
+            if version and version.number and version.created_at:
+                self.last_success.set(version.created_at.timestamp())
             for figure, value in (version.figures if version else {}).items():
                 self.head_figure.labels(head.name, figure).set(value)
 

@@ -38,6 +38,8 @@ def place(home: Home, store: Store, expert: Expert) -> bool:
         name = f"{path.name}.dropped" if path.name == REASON_FILE else path.name
         try:
             durable.rename(path, folder / name)
+        except FileNotFoundError:
+            pass  # withdrawn just now
         except OSError as error:
             if error.errno not in IMMOVABLE:
                 raise
@@ -59,7 +61,7 @@ def place_all(home: Home, store: Store) -> None:
 def _find(home: Home, expert: Expert) -> Path | None:
     for name in _names(home, expert):
         with suppress(OSError):  # an upload renamed or withdrawn just now, or an escaped name that is too long
-            if entry_id((home.inbox / name).lstat()) == expert.entry:
+            if entry_id(home.inbox / name) == expert.entry:
                 return home.inbox / name
     return None
 

@@ -69,7 +69,11 @@ def _check_file_system(home: Home) -> None:
 def _check_live(home: Home, store: Store, *, hashes: bool) -> None:
     for head in store.heads():
         version = store.version(head.name, head.live)
-        found = problems(home, version, hashes=hashes) if version else [f"version {head.live} is not in the registry"]
+        found = (
+            problems(home, version, hashes=hashes, extras=False)
+            if version
+            else [f"version {head.live} is not in the registry"]
+        )
         if found:
             raise BadHome(
                 f"head {head.name}, version {head.live} is damaged: {'; '.join(found)}",
@@ -82,10 +86,9 @@ def _strays(home: Home, store: Store) -> list[Path]:
     strays = list(home.tmp.iterdir())
     strays += [path for path in home.state.iterdir() if path.name.startswith(".") or path.name == "registry.new"]
     for head in store.heads():
-        known = {f"{version.number:06d}" for version in store.versions(head.name)}
         for folder in (home.versions(head.name), home.states(head.name)):
             for path in folder.iterdir():
                 unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
-                if unfinished or (path.is_dir() and not path.is_symlink() and path.name not in known):
-                    strays.append(path)
+                if unfinished or (path.name.isdecimal() and path.is_dir() and int(path.name) > head.newest):
+                    strays.append(path)  # and nothing that a person may have put there
     return strays

@@ -1,6 +1,7 @@
 """Removes old versions' files. Their rows stay, so that lineage and numbers live on; experts are never touched."""
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 from daemon import durable
 from daemon.config import Retention
@@ -12,7 +13,8 @@ from registry.store import Store
 def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
     """Removes what retention no longer keeps and returns it.
 
-    Kept: version 0, the live version, the newest `settings.versions`, and whatever is younger than the grace time.
+    Kept: version 0, the live version, the newest `settings.versions`, and whatever was followed by another version less
+    than the grace time ago: a reader may just have resolved `latest` to it.
     The row is marked first: a version whose files are going is no longer offered.
     """
     gone = [version for head in store.heads() for version in _expired(store, head, settings)]
@@ -30,8 +32,10 @@ def remove_files(home: Home, version: Version) -> None:
 
 def _expired(store: Store, head: Head, settings: Retention) -> list[Version]:
     oldest = datetime.now(UTC) - timedelta(seconds=settings.grace_seconds)
+    newest_first = store.versions(head.name, include_collected=False)
+    followed = list(pairwise(newest_first))[settings.versions - 1 :]
     return [
         version
-        for version in store.versions(head.name, include_collected=False)[settings.versions :]
-        if version.number not in (0, head.live) and version.created_at and version.created_at < oldest
+        for successor, version in followed
+        if version.number not in (0, head.live) and successor.created_at and successor.created_at < oldest
     ]

@@ -1,6 +1,7 @@
 """The daemon: recovers, watches the inbox, merges what has settled, serves HTTP, and stops when it is told to."""
 
 import os
+import resource
 import shutil
 import signal
 import time
@@ -32,6 +33,7 @@ Display = Callable[[Drop], AbstractContextManager[Callable[[float], None]]]
 
 DISK_FULL_WAIT_SECONDS = 15.0
 LOG_EVERY_SHARE = 0.25
+WAKE_SECONDS = 0.05
 
 
 class Service:
@@ -56,6 +58,7 @@ class Service:
         Raises BadHome where the home is in use or damaged, SyncFailed where the disk failed; then only a restart helps.
         """
         return_freed_memory()
+        _raise_file_limit()
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
         with ExitStack() as closing:
             closing.callback(os.close, self._lock())
@@ -79,6 +82,7 @@ class Service:
     def _drain(self, store: Store, merger: Merger, progress: Progress, once: bool) -> None:
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
         while not self._stopping.is_set():
+            self._stopping.wait(WAKE_SECONDS)  # many events come at once
             self._wake.clear()
             scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
             self._show_inbox(scan)
@@ -89,6 +93,8 @@ class Service:
                         return
                     waiting += not self._take(store, merger, progress, drop)
             except (OSError, DiskFull) as error:
+                if once:
+                    raise
                 self._wait_for_space(error, store, merger)
                 continue  # with the oldest drop again: the order of merging does not change
             if once and not waiting and not scan.settled:
@@ -128,7 +134,6 @@ class Service:
             seconds = time.monotonic() - started
             metrics.merge_seconds.observe(seconds)
             metrics.arrival_seconds.observe(seconds + drop.rest_seconds)
-            metrics.last_success.set_to_current_time()
             for phase, spent in progress.seconds.items():
                 metrics.phase_seconds.labels(phase).inc(spent)
 
@@ -227,3 +232,9 @@ class Service:
                 self._log.info("merging", drop=shown(drop.name), share=round(share, 2))
 
         yield show
+
+
+def _raise_file_limit() -> None:
+    """Every open connection is a descriptor, and the usual soft limit of 1024 is soon spent."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

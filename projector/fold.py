@@ -141,6 +141,16 @@ class Driver:
             writer.write(spec.name, weights, spec.start)
             self.watch.advance(weights.numel() * spec.dtype.itemsize)
 
+    def count_finite(self, checkpoint: Checkpoint) -> int:
+        """The number of floating values in a checkpoint. Raises BadValues where one is NaN or infinite."""
+        count = 0
+        for spec in checkpoint.schema.values():
+            for rows in _blocks(spec, [], self.block_bytes) if spec.floating else ():
+                values = checkpoint.read(spec.name, rows)
+                _finite_energy(values, spec)
+                count += values.numel()
+        return count
+
     def overlap(self, base: Checkpoint, source: Source, merged: Checkpoint) -> Overlap:
         """Measures an expert against merged weights, for a dry run."""
         mine, theirs, products, origin = [], [], [], []

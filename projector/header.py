@@ -50,6 +50,8 @@ def header_length(prefix: bytes, file_size: int) -> int:
     if len(prefix) < PREFIX_BYTES:
         raise _truncated(f"the file has {file_size} bytes, a safetensors file at least {PREFIX_BYTES + 2}")
     length = int.from_bytes(prefix, "little")
+    if not length:
+        raise _truncated("the file begins with zeros: its space is reserved, but nothing is written yet")
     if length > MAX_HEADER_BYTES:
         raise _bad(f"the header would have {length} bytes, more than {MAX_HEADER_BYTES}")
     if length < 2:

@@ -12,8 +12,11 @@ SMALL_ROTATION = 1e-3  # radians; its square is what one improvement leaves
 
 def energy(x: Tensor) -> float:
     """The squared Frobenius norm of `x` in float64: NaN or infinite exactly where some element is."""
-    norm = float(torch.linalg.vector_norm(x, dtype=torch.float64))
-    return norm * norm  # where `**` would raise, this is infinite
+    total = 0.0
+    for piece in torch.split(x.reshape(-1), BLOCK_NUMEL):  # vector_norm widens all that it is given at once
+        norm = float(torch.linalg.vector_norm(piece, dtype=torch.float64))
+        total += norm * norm  # where `**` would raise, this is infinite
+    return total
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
@@ -23,7 +26,7 @@ def row_blocks(x: Tensor) -> Iterator[slice]:
 
 
 def gram(d_MN: Tensor, t_MN: Tensor) -> Tensor:
-    """D'T in float64, (n, n), for float32 (m, n) operands."""
+    """D'T in float64, (n, n), for (m, n) operands."""
     total_NN = torch.zeros(d_MN.shape[1], t_MN.shape[1], dtype=torch.float64, device=d_MN.device)
     for rows in row_blocks(d_MN):
         total_NN.addmm_(d_MN[rows].double().T, t_MN[rows].double())

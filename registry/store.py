@@ -129,10 +129,11 @@ class Reader:
             found = {row[0]: row[1] for row in connection.execute(query)}
         return {status: found.get(status, 0) for status in Status}
 
-    def merged_norm_mean(self) -> float | None:
-        """The mean norm of all merged experts that have one; None if none has."""
+    def merged_norms(self) -> list[float]:
+        """The norms of all merged experts that have one."""
+        norms = select(ExpertRow.norm).where(ExpertRow.status == Status.MERGED, ExpertRow.norm.is_not(None))
         with self._read() as connection:
-            return connection.scalar(select(func.avg(ExpertRow.norm)).where(ExpertRow.status == Status.MERGED))
+            return list(connection.scalars(norms))
 
     def check(self) -> None:
         """Raises Damaged, and says why, when the file, a reference or a head's live version is not sound."""

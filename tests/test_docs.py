@@ -14,12 +14,11 @@ from prometheus_client.metrics_core import Metric
 from daemon.cli.app import app
 from daemon.config import described
 from daemon.errors import Reason as DaemonReason
-from daemon.metrics import Metrics
+from daemon.metrics import NOT_OF_EXPERTS, Metrics
 from projector.errors import Reason as ProjectorReason
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-NOT_FOR_EXPERTS = {"bad_parameter", "unknown_method", "unknown", "home", "config"}
 
 
 def between(text: str, name: str) -> str:
@@ -53,7 +52,7 @@ def test_the_metrics_in_the_docs_are_the_codes() -> None:
 
 def test_every_reason_is_documented_and_no_other() -> None:
     documented = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/refusals.md").read_text(), re.MULTILINE))
-    assert documented == {*map(str, DaemonReason), *map(str, ProjectorReason)} - NOT_FOR_EXPERTS
+    assert documented == {*map(str, DaemonReason), *map(str, ProjectorReason)} - NOT_OF_EXPERTS
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -61,7 +61,9 @@ class Opcm(Method):
         if not self._projects(spec):
             merged = a + delta
         elif delta.ndim == 3:  # a stack of matrices, as mixtures of experts keep them
-            merged = torch.stack([self._add_projected(x, tau) for x, tau in zip(a, delta, strict=True)])
+            merged = torch.empty_like(a)
+            for i in range(len(a)):
+                merged[i] = self._add_projected(a[i], delta[i])
         else:
             merged = self._add_projected(a, delta)
         return {"A": merged}, {"task_vector": energy(delta), "merged": energy(merged)}

@@ -86,7 +86,7 @@ def seven_bytes() -> bytes:
     return bytes(7)
 
 
-@attack(BAD_HEADER)
+@attack(TRUNCATED)
 def all_zero() -> bytes:
     return bytes(4096)
 
@@ -127,7 +127,7 @@ def header_length_short() -> bytes:
     return framed(text, bytes(8), length=len(text) - 1)
 
 
-@attack(BAD_HEADER)
+@attack(TRUNCATED)
 def header_length_0() -> bytes:
     return framed(b"", bytes(8))
 

@@ -15,12 +15,11 @@ import pytest
 from daemon.home import Home
 from tests.crash.daemons import Running
 from tests.crash.invariants import check
-from tests.crash.worlds import World, drain, fill_inbox, outcome
+from tests.crash.worlds import FULL, World, fill_inbox, outcome, settle, watch
 
 PLENTY = 64 << 20
 PAGE = 4096
 ENOUGH_PAGES = 400  # more than a whole run needs
-FULL = "the disk is full"
 PATIENCE_SECONDS = 30.0
 
 
@@ -57,12 +56,12 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     disk.close()
 
 
-def until(daemon: Running, event: str) -> bool:
-    """Waits until the event is in the log; False where the daemon ends without it."""
+def until(daemon: Running, event: str, home: Home | None = None) -> bool:
+    """Waits until the event is in the log; False where the daemon ends without it, or empties the inbox of `home`."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while event not in daemon.log:
         assert time.monotonic() < deadline, daemon.log
-        if not daemon.running:
+        if not daemon.running or (home and not os.listdir(home.inbox)):
             return event in daemon.log
         time.sleep(0.005)
     return True
@@ -72,22 +71,16 @@ def fill_up(world: World, disk: Disk, expected: dict[str, object], free: int) ->
     """One run that starts with so many free bytes and gets plenty when it is stuck; True where it was."""
     home = world.home(disk.path / f"{free}")
     disk.leave(free)
-    daemon = world.zygote.start(*drain(home))
-    stuck = until(daemon, FULL)
-    if not stuck and not daemon.running:
-        ended = daemon.wait()
-        if ended.code:  # it was too full even to start: with a word, and with a hint
-            assert ended.code == 1 and "hint:" in ended.log and "Traceback" not in ended.log, ended.log
-        disk.grow()
-        stuck = ended.code != 0
-    else:
-        disk.grow()
-        ended = daemon.wait()
-        assert ended.code == 0, ended.log
+    daemon = world.zygote.start(*watch(home))
+    stuck = until(daemon, FULL, home)
+    disk.grow()
+    ended = settle(home, daemon, len(world.drops))
+    if ended.code:  # it was too full even to start: with a word, and with a hint
+        assert ended.code == 1 and "hint:" in ended.log and "Traceback" not in ended.log, ended.log
     world.finish(home, {})
     assert outcome(home) == expected
     shutil.rmtree(home.root)
-    return stuck
+    return stuck or ended.code != 0
 
 
 def test_wherever_the_disk_runs_full_nothing_is_lost(disk: Disk, world: World, expected: dict[str, object]) -> None:

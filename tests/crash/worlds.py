@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +13,15 @@ from safetensors.torch import save_file
 from daemon.home import MANIFEST, STATE_FILE, Home
 from registry.records import Status
 from registry.store import Reader
-from tests.crash.daemons import Zygote
+from tests.crash.daemons import LIMIT_SECONDS, Ended, Running, Zygote
 from tests.crash.invariants import History, check, sha256
 from tests.models import read_weights, write_base, write_expert
 
 HEADS = ("--method", "opcm", "--head", "init=ema")
 VERSIONS_KEPT = 2  # as daemons.SETTINGS says
 FIRST_MTIME = 1_700_000_000
+TAKEN = ("merged", "a duplicate: merged before", "refused")  # what the log says of a drop that is done
+FULL = "the disk is full"
 
 
 class World:
@@ -54,9 +58,27 @@ class World:
             assert reader.counts() == {Status.MERGED: 3, Status.DUPLICATE: 1, Status.QUARANTINED: 1}
 
 
+def watch(home: Home) -> list[str | Path]:
+    """The arguments that merge whatever comes, until it is stopped."""
+    return ["run", "--no-http", "--home", home.root]
+
+
 def drain(home: Home) -> list[str | Path]:
     """The arguments that merge all that is in the inbox."""
     return ["run", "--once", "--no-http", "--home", home.root]
+
+
+def settle(home: Home, daemon: Running, drops: int) -> Ended:
+    """Lets a daemon go on until it has taken so many drops, or has met a full disk and then taken all; stops it."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while daemon.running:
+        taken = sum(f'"{event}"' in line for line in daemon.log.splitlines() for event in TAKEN)
+        if not os.listdir(home.inbox) and (taken >= drops or FULL in daemon.log):
+            os.kill(daemon.pid, signal.SIGTERM)
+            break
+        assert time.monotonic() < deadline, daemon.log
+        time.sleep(0.01)
+    return daemon.wait()
 
 
 def write_drops(root: Path, base: Path) -> list[Path]:

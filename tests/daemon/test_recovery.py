@@ -107,7 +107,7 @@ def _recorded(merged: Home, store: Store, name: str, status: Status) -> None:
         size_bytes=8,
         status=status,
         received_at=experts(merged)[0].received_at,
-        entry=entry_id(path.stat()),
+        entry=entry_id(path),
         reason="pickle" if status is Status.QUARANTINED else None,
         detail="it is a pickle",
         hint="do not",
