@@ -1,6 +1,7 @@
 """Which versions are kept, and that their numbers and the experts outlive their files."""
 
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,13 @@ def test_the_daemon_collects_as_it_goes_and_merging_goes_on(six: Home, base: Pat
     put(six, write_expert(tmp_path / "e.safetensors", base, 51))
     drain(six, quick(retention={"versions": 1, "grace_seconds": 0}))
     assert kept(six, "soup") == ["000000", "000008"]
+
+
+def test_the_grace_runs_from_the_successor_not_from_the_version_itself(six: Home) -> None:
+    """A version may have been live for a week: its readers get the grace time once it is followed."""
+    with sqlite3.connect(six.registry) as raw:
+        raw.execute("UPDATE versions SET created_at = datetime('now', '-7 days') WHERE number <= 3")
+    raw.close()
+    with Store.open(six.registry) as store:
+        gone = collect(six, store, quick(retention={"versions": 1, "grace_seconds": 3600}).retention)
+    assert {version.number for version in gone} == {1, 2}  # version 3 was followed just now
