@@ -34,7 +34,7 @@ PICKLE_OPENINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\
 PICKLE_HINT = "save it as safetensors: safetensors.torch.save_file(weights, path)"
 LFS_OPENING = b"version https://git-lfs"
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+")
-SHARD_OF_MANY = re.compile(r"-\d+-of-\d+\.safetensors$")
+SHARD_OF_MANY = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,12 @@ def open_checkpoint(
     with ExitStack() as closing:
         fd = _open(folder_fd, name, follow, closing)
         if stat.S_ISREG(os.fstat(fd).st_mode):
+            if SHARD_OF_MANY.search(name):
+                raise Refused(
+                    Reason.INCOMPLETE,
+                    f"{shown(name)} is one shard of several",
+                    f"drop the folder that holds all shards and {INDEX}",
+                )
             opened = OpenCheckpoint("file", [_weights(fd, name, watch)], _no_sidecars(needs), closing)
         else:
             opened = _open_folder(fd, follow, needs, watch, closing)
@@ -105,12 +111,12 @@ def open_checkpoint(
         return opened
 
 
-def open_path(path: Path, watch: Watch = SILENT) -> OpenCheckpoint:
-    """Opens a checkpoint that the person names: links are followed. Raises Refused or NotYet."""
+def open_path(path: Path, watch: Watch = SILENT, *, follow: bool = True) -> OpenCheckpoint:
+    """Opens a checkpoint that the person names; `follow`: through symbolic links. Raises Refused or NotYet."""
     named = Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps its own name: in a hub's cache its target has none
     parent = os.open(named.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return open_checkpoint(parent, named.name, follow=True, watch=watch)
+        return open_checkpoint(parent, named.name, follow=follow, watch=watch)
     finally:
         os.close(parent)
 

@@ -6,7 +6,8 @@ Heads and their methods are not settings: they are fixed when a home is made and
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,10 +138,27 @@ def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None
     try:
         return Bound(**(flags or {}))  # type: ignore[arg-type]
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise BadConfig(problems, "`mainstem config show` lists every setting with its value") from None
+        raise BadConfig("; ".join(map(_problem, error.errors())), _advice(error.errors())) from None
     except ValueError as error:
         raise BadConfig(f"{path} or the environment: {error}", "the file is TOML; see `mainstem config show`") from None
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"there is no setting {name}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{name} cannot be {error['input']!r}"
+    return f"{name}: {error['msg']}"
+
+
+def _advice(errors: Sequence[Mapping[str, Any]]) -> str:
+    known = {name: text for name, _, text in described()}
+    names = [".".join(map(str, error["loc"])) for error in errors]
+    close = [match for name in names for match in get_close_matches(name, known, n=1)]
+    if close:
+        return f"{close[0]}: {known[close[0]]}"
+    return "look in mainstem.toml, the environment and the flags; the README lists every setting"
 
 
 def _check_environment() -> None:
@@ -153,7 +171,7 @@ def _check_environment() -> None:
         if name in single:
             raise BadConfig(
                 f"{name} in the environment is no setting",
-                f"two underscores: {single[name].replace('.', '__').upper()}",
+                f"two underscores: MAINSTEM_{single[name].replace('.', '__').upper()}",
             )
 
 

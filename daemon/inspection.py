@@ -31,7 +31,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
     driver = Driver(watch=Progress(Event(), lambda _: None))
     with (
         open_path(home.base) as base,
-        open_path(path) as expert,
+        open_path(path, follow=False) as expert,  # as the inbox would
         open_path(home.version(head.name, head.live)) as merged,
     ):
         check_schema(base.tensors.schema, expert.tensors.schema)

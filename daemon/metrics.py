@@ -48,7 +48,9 @@ class Metrics:
             "mainstem_refused", "Experts put into quarantine, by reason.", ["reason"], registry=registry
         )
         self.inbox_settled = Gauge(
-            "mainstem_inbox_settled", "Complete entries waiting in the inbox.", registry=registry
+            "mainstem_inbox_settled",
+            "Entries at rest in the inbox: waiting for their turn or incomplete.",
+            registry=registry,
         )
         self.inbox_moving = Gauge(
             "mainstem_inbox_moving", "Entries of the inbox still being written.", registry=registry

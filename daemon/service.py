@@ -14,7 +14,7 @@ import structlog
 
 from daemon import durable
 from daemon.config import Settings
-from daemon.errors import BadHome, NotYet
+from daemon.errors import BadHome, NotYet, Reason
 from daemon.home import Home
 from daemon.http import HttpServer, create_app
 from daemon.inbox import Drop, Inbox, Scan, Watcher
@@ -111,7 +111,8 @@ class Service:
                 expert = merger.take(drop)
         except NotYet as error:
             log.debug("not complete yet", reason=str(error.reason), detail=str(error))
-            self._metrics.experts.labels("requeued").inc()
+            if error.reason is Reason.CHANGED:
+                self._metrics.experts.labels("requeued").inc()
             return False
         except Abandoned:
             self._metrics.experts.labels("abandoned").inc()

@@ -75,11 +75,13 @@ def check_schema(base: Schema, expert: Schema) -> None:
 
 def _check_tensor(base: TensorSpec, expert: TensorSpec) -> None:
     if expert.shape != base.shape:
-        transposed = " (it is the transpose)" if expert.shape == base.shape[::-1] else ""
+        transposed = expert.shape == base.shape[::-1]
         raise BadSchema(
             Reason.WRONG_SHAPE,
-            f"{shown(base.name)} has shape {list(expert.shape)}, the base {list(base.shape)}{transposed}",
-            "fine-tune from this home's base; a resized vocabulary cannot be merged",
+            f"{shown(base.name)} has shape {list(expert.shape)}, the base {list(base.shape)}",
+            "it is the transpose: save it as the base has it"
+            if transposed
+            else "fine-tune from this home's base; a resized vocabulary cannot be merged",
         )
     if expert.floating != base.floating:
         raise BadSchema(

@@ -16,7 +16,11 @@ def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
         print_json(values)
         return
     print_table(
-        ("setting", "value", "default", "meaning"), ((n, values[n], default, text) for n, default, text in described())
+        ("setting", "value", "default", "meaning"),
+        (
+            (n, str(values[n]).lower() if isinstance(values[n], bool) else values[n], default, text)
+            for n, default, text in described()
+        ),
     )
 
 

@@ -25,7 +25,16 @@ def command(
     print_table(
         ("id", "finished", "status", "version", "norm", "sha256", "name", "reason"),
         (
-            (e.id, ago(e.finished_at), e.status, e.version, e.norm, (e.sha256 or "-")[:12], e.name, e.reason)
+            (
+                e.id,
+                ago(e.finished_at),
+                e.status,
+                e.version,
+                e.norm,
+                (e.sha256 or "-")[:12],
+                e.name,
+                e.reason or (e.duplicate_of and f"of {e.duplicate_of}"),
+            )
             for e in experts
         ),
     )

@@ -94,7 +94,7 @@ def _digits() -> _Digits:
     except ImportError as error:
         raise BadConfig(
             "the demo trains on scikit-learn's digits, and scikit-learn is not installed",
-            "pip install 'mainstem[demo]'",
+            "pip install scikit-learn",
         ) from error
     found = load_digits()
     order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(SEED))

@@ -99,7 +99,7 @@ def _commands(published: Published, head: Head, origin: str) -> Sequence[tuple[s
     names = [quote(name, safe="") for name in manifest.files]
     listed = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
     address = f"{origin}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}/files/{listed}"
-    commands = [("Download this version from anywhere", f"curl -fL --remote-name-all '{address}'")]
+    commands = [("Download this version", f"curl -fL --remote-name-all '{address}'")]
     latest = str(published.home.latest(head.name).absolute())
     if "config.json" in manifest.files:
         commands.insert(0, ("Load the newest on this machine", f"AutoModel.from_pretrained({latest!r})"))

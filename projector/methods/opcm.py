@@ -93,11 +93,11 @@ class Opcm(Method):
 
     def _add_projected(self, a: Tensor, tau: Tensor) -> Tensor:
         """A + P(tau; A) for one matrix, (m, n) float32, m < n through the transpose."""
+        if not a.any():  # the first expert that trained this matrix is taken whole
+            return a + tau
         if a.shape[0] < a.shape[1]:
             return self._add_projected(a.T, tau.T).T
         v_NK, s_K = right_singular(a, self.tol)
-        if not len(s_K):
-            return a + tau
         c_NN = gram(a, tau)
         keep_NN, remove_NN = self._projector(v_NK, s_K, c_NN)
         merged = torch.empty_like(a, memory_format=torch.contiguous_format)

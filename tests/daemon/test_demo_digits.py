@@ -113,4 +113,4 @@ def test_without_scikit_learn_the_hint_says_what_to_install(monkeypatch: pytest.
     digits._digits.cache_clear()
     with pytest.raises(BadConfig, match="scikit-learn is not installed") as caught:
         pretrain(silent)
-    assert caught.value.hint == "pip install 'mainstem[demo]'"
+    assert caught.value.hint == "pip install scikit-learn"
