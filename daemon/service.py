@@ -16,7 +16,7 @@ from daemon import durable
 from daemon.config import Settings
 from daemon.errors import BadHome, NotYet, Reason
 from daemon.home import Home
-from daemon.http import HttpServer, create_app
+from daemon.http import HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan, Watcher
 from daemon.memory import return_freed_memory
 from daemon.merger import Merger
@@ -207,7 +207,7 @@ class Service:
         server = HttpServer(app, self._settings.http.host, self._settings.http.port)
         host, port = server.start()
         closing.callback(server.stop)
-        self._log.info("listening", url=f"http://{host}:{port}/")
+        self._log.info("listening", url=base_url(host, port))
 
     def _watch(self, closing: ExitStack) -> None:
         if self._settings.inbox.watch == "poll":

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from daemon.cli.common import HomeOption, open_reader, settings_of
-from daemon.http import HttpServer, create_app
+from daemon.http import HttpServer, base_url, create_app
 from daemon.metrics import Metrics
 
 
@@ -25,5 +25,5 @@ def command(
             create_app(where, reader, metrics.registry, lambda: None), settings.http.host, settings.http.port
         )
         bound, number = server.start()
-        typer.echo(f"serving {where.root} on http://{bound}:{number}/")
+        typer.echo(f"serving {where.root} on {base_url(bound, number)}")
         server.wait_for_signal()

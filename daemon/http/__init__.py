@@ -10,6 +10,6 @@ Nothing here loads a tensor: `mainstem serve` starts without torch.
 """
 
 from daemon.http.app import create_app
-from daemon.http.server import HttpServer
+from daemon.http.server import HttpServer, base_url
 
-__all__ = ["HttpServer", "create_app"]
+__all__ = ["HttpServer", "base_url", "create_app"]

@@ -17,6 +17,11 @@ GRACE_SECONDS = 5  # how long downloads may go on once we stop
 TICK_SECONDS = 0.02  # between looks at whether the server has started
 
 
+def base_url(host: str, port: int) -> str:
+    """The address as it is typed: an IPv6 host goes into brackets."""
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
 class _Server(uvicorn.Server):
     """uvicorn, except that after the grace it drops the connections it has waited for in vain."""
 

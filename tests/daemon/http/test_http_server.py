@@ -113,3 +113,8 @@ def test_a_fault_is_logged_and_the_server_goes_on(caplog: pytest.LogCaptureFixtu
 def test_importing_it_loads_no_torch() -> None:
     code = "import sys, daemon.http; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_an_ipv6_address_is_written_as_it_is_typed() -> None:
+    assert base_url("::1", 8765) == "http://[::1]:8765/"
+    assert base_url("127.0.0.1", 80) == "http://127.0.0.1:80/"
