@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from daemon.errors import BadConfig
-from daemon.http import HttpServer, server
+from daemon.http import HttpServer, base_url, server
 
 if TYPE_CHECKING:
     from tests.daemon.http.conftest import Line
