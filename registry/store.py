@@ -23,7 +23,6 @@ from registry.tables import ExpertRow, HeadRow, HomeRow, VersionRow
 
 Record = TypeVar("Record", BaseModel, Head, Expert, Version)
 
-SHORTEST_PREFIX = 4  # hexadecimal digits of a sha256
 PROGRAM_HINT = "this is a fault in the program: please report it"
 
 
@@ -106,7 +105,7 @@ class Reader:
         if text.isascii() and text.isdigit() and len(text) < 19 and (expert := self.expert(int(text))):
             return [expert]
         wanted = ExpertRow.name == text
-        if SHORTEST_PREFIX <= len(text) <= 64 and set(text.lower()) <= set("0123456789abcdef"):
+        if 4 <= len(text) <= 64 and set(text.lower()) <= set("0123456789abcdef"):  # a sha256, or enough of one
             wanted = or_(wanted, ExpertRow.sha256.startswith(text.lower()))
         return self._all(Expert, select(ExpertRow).where(wanted).order_by(ExpertRow.id.desc()))
 
