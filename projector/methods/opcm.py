@@ -92,7 +92,7 @@ class Opcm(Method):
         )
 
     def _add_projected(self, a: Tensor, tau: Tensor) -> Tensor:
-        """A + P(tau; A) for one matrix, (m, n) float32, m < n through the transpose."""
+        """A + P(tau; A) for one matrix, (m, n); m < n through the transpose."""
         if not a.any():  # the first expert that trained this matrix is taken whole
             return a + tau
         if a.shape[0] < a.shape[1]:
@@ -110,23 +110,26 @@ class Opcm(Method):
     def _projector(self, v_NK: Tensor, s_K: Tensor, c_NN: Tensor) -> tuple[Tensor | None, Tensor]:
         """(Q, W) with P(tau) = tau Q - A W; Q is None for the identity.
 
-        M = U' tau V = diag(1/s) V' C V in the directions that are kept; whatever is to go from M goes from tau as
-        U (M masked) V' = A V diag(1/s) (M masked) V'.
+        M = U' tau V = diag(1/s) V' C V in the directions that are kept; an entry M_ij goes from tau as
+        u_i M_ij v_j' = A v_i (V' C V)_ij / s_i^2 v_j'. The leading r directions go as a block ("code") or as whole rows
+        and columns of M ("paper"), the others by their diagonal.
+        """
+        r = self._rank(s_K)
+        v_NR, s_R, v_NT, s_T = v_NK[:, :r], s_K[:r], v_NK[:, r:], s_K[r:]
+        diagonal_T = (v_NT * (c_NN @ v_NT)).sum(0) / s_T.square()
+        tail_NN = (v_NT * diagonal_T) @ v_NT.T
+        rows_RN = (v_NR.T @ c_NN) / s_R.square()[:, None]
+        if self.projection == "code":
+            return None, v_NR @ (rows_RN @ v_NR) @ v_NR.T + tail_NN
+        q_NN = torch.eye(len(c_NN), dtype=torch.float64, device=c_NN.device) - v_NR @ v_NR.T
+        return q_NN, v_NR @ rows_RN @ q_NN + tail_NN
+
+    def _rank(self, s_K: Tensor) -> int:
+        """How many directions lead, by their cumulative share of the nuclear norm.
+
+        "code": as many as do not exceed alpha. "paper": the fewest that reach it.
         """
         share_K = s_K.cumsum(0) / s_K.sum()
-        m_KK = (v_NK.T @ c_NN @ v_NK) / s_K[:, None]
-        diagonal_KK = m_KK.diagonal().diag()
         if self.projection == "code":
-            # the diagonal and the top-left r x r block; r = leading values whose share does not exceed alpha
-            r = len(s_K) if self.alpha == 1 else int((share_K <= self.alpha).sum())
-            removed_KK = diagonal_KK
-            removed_KK[:r, :r] = m_KK[:r, :r]
-            return None, v_NK @ (removed_KK / s_K[:, None]) @ v_NK.T
-        # the top r rows and columns and the diagonal; r = fewest leading values whose share reaches alpha
-        r = min(len(s_K), int((share_K < self.alpha).sum()) + 1) if self.alpha else 0
-        v_NR, s_R = v_NK[:, :r], s_K[:r]
-        diagonal_KK[:r, :r] = 0
-        columns_NN = v_NR @ v_NR.T
-        q_NN = torch.eye(len(c_NN), dtype=torch.float64, device=c_NN.device) - columns_NN
-        rows_NN = (v_NR / s_R.square()) @ (v_NR.T @ c_NN) @ q_NN
-        return q_NN, rows_NN + v_NK @ (diagonal_KK / s_K[:, None]) @ v_NK.T
+            return len(s_K) if self.alpha == 1 else int((share_K <= self.alpha).sum())
+        return min(len(s_K), int((share_K < self.alpha).sum()) + 1) if self.alpha else 0
