@@ -10,7 +10,7 @@ from pathlib import Path
 from daemon import durable
 from daemon.checkpoint import INDEX, WEIGHTS, OpenCheckpoint, open_path
 from daemon.errors import BadHome, DaemonError
-from daemon.generations import companions, entry, manifest
+from daemon.generations import FileEntry, companions, entry, manifest
 from daemon.home import MANIFEST, Home
 from daemon.latest import point_latest
 from projector.errors import ProjectorError
@@ -54,9 +54,11 @@ def found(home: Home, base: Path, heads: Sequence[tuple[str, Method]], progress:
         record = BaseModel(
             shown(base.resolve().name), checkpoint.identity(), parameters, checkpoint.size_bytes, datetime.now(UTC)
         )
+        dtypes = {str(s.dtype).removeprefix("torch.") for s in checkpoint.tensors.schema.values() if s.floating}
     progress("publishing version 0")
     records = [Head(name, method.name, method.params(), live=0, newest=0) for name, method in heads]
-    versions = [_publish_base(home, head, record) for head in records]
+    files = [entry(path) for path in sorted(home.base.iterdir())]
+    versions = [_publish_base(home, head, record, files, "/".join(sorted(dtypes))) for head in records]
     if not home.config.exists():
         durable.replace_file(home.config, CONFIG_TEXT.encode())
     durable.replace_file(home.clean, b"")
@@ -109,14 +111,11 @@ def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home) -> None:
         durable.copy_file(path, home.base / path.name)
 
 
-def _publish_base(home: Home, head: Head, base: BaseModel) -> NewVersion:
+def _publish_base(home: Home, head: Head, base: BaseModel, files: Sequence[FileEntry], dtype: str) -> NewVersion:
     folder = home.version(head.name, 0)
     durable.make_folder(folder)
-    files = sorted(home.base.iterdir())
-    for path in files:
-        durable.link_or_copy(path, folder / path.name)
-    with open_path(home.base) as checkpoint:
-        dtypes = {str(s.dtype).removeprefix("torch.") for s in checkpoint.tensors.schema.values() if s.floating}
+    for file in files:
+        durable.link_or_copy(home.base / file.name, folder / file.name)
     text = manifest(
         head=head,
         number=0,
@@ -125,9 +124,9 @@ def _publish_base(home: Home, head: Head, base: BaseModel) -> NewVersion:
         experts=0,
         expert=None,
         figures={},
-        dtype="/".join(sorted(dtypes)),
+        dtype=dtype,
         created_at=base.created_at,
-        files=[entry(path) for path in files],
+        files=files,
         state=None,
     )
     durable.write_file(folder / MANIFEST, text)

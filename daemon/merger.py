@@ -212,7 +212,7 @@ class Merger:
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
         for line, after, output in zip(lines, totals, outputs, strict=True):
-            self._driver.read_out(self._base.tensors, line.method, after, output.written_state(), output.weights)
+            self._driver.read_out(self._base.tensors, line.method, after, output.state.reader(), output.weights)
             output.finish()
         hit("read_out.after")
 

@@ -15,7 +15,7 @@ from projector.fold import state_specs
 from projector.header import build_header
 from projector.method import Method
 from projector.spec import Schema, TensorSpec
-from projector.tensorfile import TensorReader, TensorWriter
+from projector.tensorfile import TensorWriter
 from projector.watch import Watch
 
 METADATA = {"format": "pt"}  # what the stock loaders ask of a file
@@ -40,10 +40,6 @@ class Outputs:
         self.entries: list[FileEntry] = []
         self.state_entry: FileEntry | None = None
 
-    def written_state(self) -> TensorReader:
-        """The state as it was just written, for reading."""
-        return TensorReader(self._state_fd, watch=self._watch)
-
     def finish(self) -> None:
         """Takes the digests, once everything is written and while the files are still open."""
         self.state_entry = FileEntry(STATE_FILE, self.state.header.size, self.state.finish())
@@ -57,8 +53,6 @@ class Outputs:
     def _writer(self, path: Path, specs: list[TensorSpec]) -> TensorWriter:
         size = build_header(specs, METADATA)[1].size
         fd = self._files.enter_context(durable.new_file(path, size))
-        if path.name == STATE_FILE:
-            self._state_fd = fd
         return TensorWriter(fd, specs, METADATA, self._watch)
 
 

@@ -149,7 +149,7 @@ class Service:
             log.info("a duplicate: merged before", id=expert.id, of=expert.duplicate_of)
         else:
             log.warning("refused", id=expert.id, reason=expert.reason, detail=expert.detail, hint=expert.hint)
-        if any(unplaced.id == expert.id for unplaced in store.unplaced()):
+        if (now := store.expert(expert.id)) and now.place is None:
             log.warning("it cannot be moved out of the inbox", id=expert.id, hint="look at its owner, then remove it")
 
     def _show_inbox(self, scan: Scan) -> None:

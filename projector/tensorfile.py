@@ -132,6 +132,10 @@ class TensorWriter:
         offset = self.header.offsets[name] + start * spec.row_numel * spec.dtype.itemsize
         self._put(offset, _bytes(tensor.detach().cpu()))
 
+    def reader(self) -> TensorReader:
+        """The file as it was just written, for reading."""
+        return TensorReader(self._fd, watch=self._watch)
+
     def finish(self) -> str:
         """The whole file's sha256 in hex. The bytes are written, not yet durable."""
         return self._digest.finish(self.header.size)
