@@ -1,10 +1,28 @@
-"""Where and how wide to compute: what the settings of [compute] mean on this machine."""
+"""Where, how wide and in how much memory to compute: what the settings of [compute] mean on this machine."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from daemon.config import Compute
 from daemon.errors import BadConfig
+from projector.fold import Driver
+from projector.method import Method
+from projector.spec import Schema
+from projector.steps import largest_step
+from projector.text import shown
+from projector.watch import SILENT, Watch
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def driver(settings: Compute, watch: Watch = SILENT) -> Driver:
+    """The driver that the settings ask for. Raises BadConfig where the device is not there."""
+    return Driver(
+        device(settings.device), settings.block_bytes, workers(settings.threads), memory_budget(settings), watch
+    )
 
 
 def device(name: str) -> torch.device:
@@ -23,3 +41,36 @@ def device(name: str) -> torch.device:
 def workers(threads: int) -> int:
     """How many workers a setting means. Each holds a tensor or two in memory, hence not one for each of many cores."""
     return threads or min(4, os.cpu_count() or 1)
+
+
+def memory_budget(settings: Compute) -> int:
+    """The bytes that all tensors in hand may take; by default half of the memory that this process may use."""
+    if settings.memory_budget != "auto":
+        return settings.memory_budget
+    return _usable_memory() // 2
+
+
+def check_budget(schema: Schema, methods: Sequence[Method], settings: Compute) -> None:
+    """Raises BadConfig where one tensor alone does not fit into the memory budget, with both numbers."""
+    budget = memory_budget(settings)
+    step, need = largest_step(schema, methods, settings.block_bytes)
+    if need > budget:
+        raise BadConfig(
+            f"{shown(step.spec.name)} {list(step.spec.shape)} needs {need} bytes of memory to be merged, "
+            f"the memory budget is {budget}",
+            f"set compute.memory_budget to {need} or more (MAINSTEM_COMPUTE__MEMORY_BUDGET={need}), "
+            "or use a machine with more memory",
+        )
+
+
+def _usable_memory() -> int:
+    """Bytes of physical memory, or of the control group's limit where that is lower."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in CGROUP_LIMITS:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text.isdecimal():  # "max" where there is none
+            limits.append(int(text))
+    return min(limits)

@@ -49,17 +49,28 @@ def make_folder(path: Path) -> None:
 @contextmanager
 def new_file(path: Path, size: int | None = None) -> Iterator[int]:
     """A new file, its space reserved, as a descriptor to read and write; synced and closed at the end of the block."""
+    fd = create(path, size)
+    try:
+        hit("file.write")
+        yield fd
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def create(path: Path, size: int | None = None) -> int:
+    """A new file, its space reserved, as a descriptor to read and write; the caller closes it, and syncs what is to
+    stay."""
     hit("file.create")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
     try:
         os.fchmod(fd, FILE_MODE)
         if size:
             os.posix_fallocate(fd, 0, size)
-        hit("file.write")
-        yield fd
-        sync(fd)
-    finally:
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -28,6 +28,8 @@ POINTS = (
     "archive.before",
     "archive.after",
     "remove",
+    "prepared.before",
+    "prepared.after",
     "refuse.recorded",
     "refuse.reason_written",
     "recover.begin",

@@ -14,7 +14,7 @@ from daemon.generations import FileEntry, companions, entry, manifest
 from daemon.home import MANIFEST, Home
 from daemon.latest import point_latest
 from projector.errors import ProjectorError
-from projector.fold import Driver
+from projector.measure import count_finite
 from projector.method import Method
 from projector.text import shown
 from registry.records import BaseModel, Head, NewVersion
@@ -37,7 +37,7 @@ def found(home: Home, base: Path, heads: Sequence[tuple[str, Method]], progress:
     try:
         with open_path(base) as checkpoint:
             progress("checking the base")
-            parameters = Driver().count_finite(checkpoint.tensors)
+            parameters = count_finite(checkpoint.tensors)
             if not parameters:
                 raise BadHome("it has no floating tensor", "give --base the weights of a model")
             _make_room(home)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 STATE_FILE = "state.safetensors"
+PREPARED_FILE = "prepared.safetensors"
 
 
 def number(n: int) -> str:
@@ -98,6 +99,10 @@ class Home:
     def head_state(self, head: str, n: int) -> Path:
         """The folder with the accumulators of one version (none for version 0)."""
         return self.states(head) / number(n)
+
+    def prepared(self, head: str, n: int) -> Path:
+        """What a head's method prepared from version n for the next expert: derived, may be missing."""
+        return self.head_state(head, n) / PREPARED_FILE
 
     def exists(self) -> bool:
         return self.registry.is_file()

@@ -12,9 +12,11 @@ from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.home import Home
 from daemon.progress import Progress
-from projector.fold import Driver, Folded, state_specs
+from projector.fold import Folded
+from projector.measure import overlap
 from projector.methods import make
 from projector.spec import check_schema
+from projector.steps import state_specs
 from registry.store import Reader
 
 
@@ -28,15 +30,15 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         raise DaemonError(Reason.UNKNOWN, f"there is no head {head_name!r}", "see `mainstem status` for the heads")
     if not path.exists():
         raise DaemonError(Reason.UNKNOWN, f"{path} does not exist", "give the path of a checkpoint")
-    driver = Driver(watch=Progress(Event(), lambda _: None))
     with (
         open_path(home.base) as base,
         open_path(path, follow=False) as expert,  # as the inbox would
         open_path(home.version(head.name, head.live)) as merged,
     ):
         check_schema(base.tensors.schema, expert.tensors.schema)
-        overlap = driver.overlap(base.tensors, expert.tensors, merged.tensors)
-        folded = Folded(overlap.norm, overlap.base_norm, ())
+        watch = Progress(Event(), lambda _: None)
+        found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
+        folded = Folded(found.norm, found.base_norm, ())
         norms = reader.merged_norms()
         check_norm(folded, norms, load(home.config).admission)
         sha256 = expert.identity()
@@ -50,11 +52,11 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "kind": expert.kind,
             "sha256": sha256,
             "duplicate_of": twin.id if twin else None,
-            "norm": overlap.norm,
-            "norm_over_base": overlap.norm / overlap.base_norm,
-            "norm_over_usual": overlap.norm / median(norms) if norms else None,
+            "norm": found.norm,
+            "norm_over_base": found.norm / found.base_norm,
+            "norm_over_usual": found.norm / median(norms) if norms else None,
             "compared_with": f"{head.name}/v{head.live}",
-            "overlap": overlap.cosine,
+            "overlap": found.cosine,
             "reads_bytes": expert.size_bytes + base.size_bytes,
             "writes_bytes": writes,
             "usual_seconds": median(seconds) if seconds else None,

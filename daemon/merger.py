@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -26,7 +26,7 @@ import torch
 from daemon import durable
 from daemon.admission import check_norm
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
-from daemon.compute import device, workers
+from daemon.compute import check_budget, driver
 from daemon.config import Settings
 from daemon.errors import BadHome, DaemonError, NotYet, Reason, Refused
 from daemon.failpoints import hit
@@ -34,30 +34,22 @@ from daemon.generations import companions, entry, manifest
 from daemon.home import MANIFEST, STATE_FILE, Home
 from daemon.inbox import Drop, entry_id
 from daemon.latest import point_latest
+from daemon.lines import Line, read_lines
 from daemon.outputs import Outputs
 from daemon.placing import place
+from daemon.preparing import Preparations
 from daemon.progress import Progress
 from daemon.retention import collect
 from projector.errors import ProjectorError
-from projector.fold import Driver, Folded, HeadFold
+from projector.fold import Folded, HeadFold
 from projector.method import Expert as View
-from projector.method import Method, Totals
+from projector.method import Totals
 from projector.methods import make
 from projector.spec import check_schema
 from projector.tensorfile import TensorReader
 from projector.text import shown
-from registry.records import Expert, Head, NewExpert, NewVersion, Status, Version
+from registry.records import Expert, NewExpert, NewVersion, Status
 from registry.store import Store
-
-
-@dataclass(frozen=True)
-class Line:
-    """One head as it stands: its row, its live version, its method and the method's totals."""
-
-    head: Head
-    version: Version
-    method: Method
-    totals: Totals
 
 
 class Merger:
@@ -68,16 +60,19 @@ class Merger:
         self._store = store
         self._settings = settings
         self._progress = progress
-        compute = settings.compute
-        self._driver = Driver(device(compute.device), compute.block_bytes, workers(compute.threads), progress)
+        self._driver = driver(settings.compute, progress)
         self._methods = {head.name: make(head.method, head.params) for head in store.heads()}
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
         self._base_sha256 = store.base().sha256
         self._base = open_path(home.base, progress)
+        check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute)
         self._inbox = os.open(home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.preparations = Preparations(home, self._driver, self._base.tensors)
+        self.preparations.follow(read_lines(store, self._methods))
 
     def close(self) -> None:
-        """Lets go of the base and the inbox."""
+        """Lets go of the base, the inbox and what is being prepared."""
+        self.preparations.close()
         self._base.close()
         os.close(self._inbox)
 
@@ -116,18 +111,19 @@ class Merger:
 
         Raises OSError or DiskFull where it still is.
         """
+        self.preparations.discard()
         placed = [expert for expert in self._store.unplaced() if self._tidy(expert)]
         collect(self._home, self._store, self._settings.retention)  # time may have made room
         return placed
 
     def _merge(self, drop: Drop, expert: OpenCheckpoint) -> Expert:
         started = time.monotonic()
-        lines = [self._line(head) for head in self._store.heads()]
+        lines = read_lines(self._store, self._methods)
         number = max(line.head.newest for line in lines) + 1
         for line in lines:  # left by a commit that failed; no row names it, and its space may be what is missing
             durable.remove(self._home.head_state(line.head.name, number))
             durable.remove(self._home.version(line.head.name, number))
-        self._progress.begin(self._work_bytes(len(lines)))
+        self._progress.begin(self._work_bytes())
         folder = self._home.tmp / uuid4().hex
         try:
             with ExitStack() as files:
@@ -150,23 +146,16 @@ class Merger:
             seconds = time.monotonic() - started
             merged = self._store.commit(new, [replace(version, seconds=seconds) for version in versions])
             hit("commit.after")
+            self.preparations.follow(read_lines(self._store, self._methods))
             return merged
         finally:
             durable.remove(folder)
 
-    def _line(self, head: Head) -> Line:
-        version = self._store.version(head.name, head.live)
-        if version is None:
-            raise AssertionError(f"the registry has no version {head.live} of {head.name}")
-        scalars = dict(version.totals)
-        totals = Totals(int(scalars.pop("experts")), scalars)
-        return Line(head, version, self._methods[head.name], totals)
-
-    def _work_bytes(self, heads: int) -> int:
-        """What the driver will have reported at the end: the floating tensors once, every tensor once per head."""
+    def _work_bytes(self) -> int:
+        """What the driver will have reported at the end: the floating tensors once for each sweep over them."""
         specs = self._base.tensors.schema.values()
-        sweeps = heads + 1 + sum(method.rounds for method in self._methods.values())
-        return sum(spec.nbytes * (sweeps if spec.floating else heads) for spec in specs)
+        sweeps = 1 + sum(method.rounds + (not method.one_sweep) for method in self._methods.values())
+        return sweeps * sum(spec.nbytes for spec in specs if spec.floating)
 
     def _outputs(self, line: Line, folder: Path, files: ExitStack) -> Outputs:
         schema = self._base.tensors.schema
@@ -182,7 +171,10 @@ class Merger:
             if line.method.rounds:
                 view = self._driver.survey(self._base.tensors, expert.tensors, line.method, view)
                 view = replace(view, sha256=expert.identity())
-            heads.append(HeadFold(line.method, line.totals, view, self._state(line, files), output.state))
+            ready = self.preparations.ready(line.head.name)
+            now = output.weights if line.method.one_sweep else ()
+            state = self._state(line, files)
+            heads.append(HeadFold(line.method, line.totals, view, state, output.state, ready, now))
         folded = self._driver.fold(self._base.tensors, expert.tensors, heads)
         hit("fold.after")
         return folded
@@ -212,7 +204,8 @@ class Merger:
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
         for line, after, output in zip(lines, totals, outputs, strict=True):
-            self._driver.read_out(self._base.tensors, line.method, after, output.state.reader(), output.weights)
+            if not line.method.one_sweep:
+                self._driver.read_out(self._base.tensors, line.method, after, output.state.reader(), output.weights)
             output.finish()
         hit("read_out.after")
 

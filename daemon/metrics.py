@@ -12,7 +12,7 @@ from projector.errors import Reason as ProjectorReason
 from registry.store import Reader
 
 OUTCOMES = ("merged", "duplicate", "quarantined", "requeued", "abandoned")
-NOT_OF_EXPERTS = {"unknown", "home", "config", "changed", "bad_parameter", "unknown_method"}
+NOT_OF_EXPERTS = {"unknown", "home", "config", "changed", "bad_parameter", "unknown_method", "over_budget"}
 REASONS = tuple(dict.fromkeys(str(r) for r in (*Reason, *ProjectorReason) if r not in NOT_OF_EXPERTS))
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 
@@ -81,6 +81,20 @@ class Metrics:
         self.disk_full = Gauge("mainstem_disk_full", "1 while merging waits for disk space.", registry=registry)
         self.block_bytes = Gauge(
             "mainstem_block_bytes", "How much of a large tensor is in memory at a time.", registry=registry
+        )
+        self.memory_budget = Gauge(
+            "mainstem_memory_budget_bytes", "What all tensors in hand may take together.", registry=registry
+        )
+        self.fallbacks = Counter(
+            "mainstem_device_fallbacks",
+            "Tensors computed on the CPU because the device was out of memory.",
+            registry=registry,
+        )
+        self.prepared = Gauge(
+            "mainstem_prepared_ratio",
+            "How much of what the next expert needs of a head's state is ready, 0 to 1.",
+            ["head"],
+            registry=registry,
         )
         for outcome in OUTCOMES:
             self.experts.labels(outcome)

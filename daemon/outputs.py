@@ -11,10 +11,10 @@ from daemon.checkpoint import INDEX
 from daemon.config import Publish
 from daemon.generations import FileEntry, plan_weights
 from daemon.home import STATE_FILE
-from projector.fold import state_specs
 from projector.header import build_header
 from projector.method import Method
 from projector.spec import Schema, TensorSpec
+from projector.steps import state_specs
 from projector.tensorfile import TensorWriter
 from projector.watch import Watch
 

@@ -17,9 +17,15 @@ class Abandoned(Exception):
 class Progress(Watch):
     """The progress of one expert: seconds by phase, summed over threads, and the share done, from 0 to 1."""
 
-    def __init__(self, stopping: Event, report: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        stopping: Event,
+        report: Callable[[float], None],
+        fell_back: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._stopping = stopping
         self._report = report
+        self._fell_back = fell_back
         self._adding = Lock()
         self.begin(0)
 
@@ -43,3 +49,6 @@ class Progress(Watch):
             raise Abandoned
         self._done += nbytes
         self._report(min(1.0, self._done / self._total) if self._total else 0.0)
+
+    def fell_back(self, name: str) -> None:
+        self._fell_back(name)

@@ -7,12 +7,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from threading import Event
 from types import FrameType
 
 import structlog
 
 from daemon import durable
+from daemon.compute import memory_budget
 from daemon.config import Settings
 from daemon.errors import BadHome, NotYet, Reason
 from daemon.home import Home
@@ -60,6 +62,7 @@ class Service:
         return_freed_memory()
         _raise_file_limit()
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
+        self._metrics.memory_budget.set(memory_budget(self._settings.compute))
         with ExitStack() as closing:
             closing.callback(os.close, self._lock())
             closing.enter_context(self._signals())
@@ -68,10 +71,13 @@ class Service:
                 self._serve(closing)
             recover(self._home, store, self._log.info)
             collect(self._home, store, self._settings.retention)
-            progress = Progress(self._stopping, self._report)
+            progress = Progress(self._stopping, self._report, self._fell_back)
             merger = Merger(self._home, store, self._settings, progress)
             closing.callback(merger.close)
             self._metrics.show_heads(store)
+            for head in store.heads():
+                share = partial(merger.preparations.share, head.name)
+                self._metrics.prepared.labels(head.name).set_function(share)
             self._watch(closing)
             self._not_ready = None
             self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
@@ -99,8 +105,32 @@ class Service:
                 continue  # with the oldest drop again: the order of merging does not change
             if once and not waiting and not scan.settled:
                 return
-            if not scan.settled or waiting:
-                self._wake.wait(self._pause(bool(waiting)))
+            if scan.settled and not waiting:
+                continue
+            if self._settings.compute.prepare and not once:
+                merger.preparations.work(self._newly_settled(store, inbox, scan))
+            self._wake.wait(self._pause(bool(waiting)))
+
+    def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
+        """A question to be asked between two pieces of idle work: is there something else to do?"""
+        known = {drop.entry for drop in scan.settled}
+        skip = {expert.entry for expert in store.unplaced()}
+        again = time.monotonic() + self._pause(bool(scan.moving))
+
+        def stop() -> bool:
+            nonlocal again
+            if self._stopping.is_set():
+                return True
+            if self._wake.is_set() or time.monotonic() >= again:
+                self._wake.clear()
+                now = inbox.scan(skip)
+                self._show_inbox(now)
+                again = time.monotonic() + self._pause(bool(now.moving))
+                if any(drop.entry not in known for drop in now.settled):
+                    self._wake.set()
+            return self._wake.is_set()
+
+        return stop
 
     def _take(self, store: Store, merger: Merger, progress: Progress, drop: Drop) -> bool:
         """Takes one drop; False where it must be looked at again."""
@@ -128,6 +158,10 @@ class Service:
     def _report(self, share: float) -> None:
         self._metrics.progress.set(share)
         self._show(share)
+
+    def _fell_back(self, name: str) -> None:
+        self._metrics.fallbacks.inc()
+        self._log.warning("out of device memory: computed on the CPU", tensor=shown(name))
 
     def _time(self, expert: Expert, drop: Drop, progress: Progress, started: float) -> None:
         metrics = self._metrics

@@ -11,79 +11,18 @@ runs the method as the driver does, on small seeded tensors.
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
-from typing import IO
 
 import torch
 from torch import Tensor
 
-from projector.fold import Driver, HeadFold, state_specs
+from projector.fold import Driver
 from projector.method import Expert, Method, Totals
-from projector.source import Checkpoint
 from projector.spec import TensorSpec
-from projector.tensorfile import TensorReader, TensorWriter
+from projector.trial import Tensors, merge, sidecar, stream
 
 Law = Callable[[Method], None]
-Tensors = Mapping[str, Tensor]
-
-SHAPES = {
-    "scalar": (),
-    "empty": (0, 4),
-    "bias": (7,),
-    "square.weight": (8, 8),
-    "tall.weight": (12, 5),
-    "wide.weight": (5, 12),
-    "column.weight": (6, 1),
-    "word_embeddings.weight": (40, 4),
-    "experts.weight": (2, 4, 6),
-    "conv.weight": (4, 3, 2, 2),
-}
-
-
-def stream(count: int, rank: int | None = None, seed: int = 0) -> tuple[Tensors, list[Tensors]]:
-    """A base and `count` experts of every shape that matters; `rank` limits that of the matrices' task vectors."""
-    generator = torch.Generator().manual_seed(seed)
-    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    experts: list[Tensors] = []
-    for _ in range(count):
-        deltas = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-        for name, shape in SHAPES.items():
-            if rank is not None and len(shape) == 2:
-                left, right = (
-                    torch.randn(shape[0], rank, generator=generator),
-                    torch.randn(rank, shape[1], generator=generator),
-                )
-                deltas[name] = 0.1 * left @ right
-        experts.append({name: base[name] + delta for name, delta in deltas.items()})
-    return base, experts
-
-
-def merge(
-    method: Method,
-    base: Tensors,
-    experts: Iterable[Tensors],
-    driver: Driver = Driver(block_bytes=1 << 20),  # noqa: B008
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Totals]:
-    """(merged weights, state, totals) after a stream of experts, through real files and the real driver."""
-    totals = Totals()
-    with _Files() as files:
-        origin = Checkpoint([files.written(base)])
-        state = None
-        for index, weights in enumerate(experts, start=1):
-            source = Checkpoint(
-                [files.written(weights)], {kind: files.written(_sidecar(kind, weights)) for kind in method.needs}
-            )
-            expert = driver.survey(origin, source, method, Expert(index, sha256=f"{index:064x}"))
-            fd = files.new()
-            after = TensorWriter(fd, state_specs(method, origin.schema), {})
-            totals = driver.fold(origin, source, [HeadFold(method, totals, expert, state, after)]).totals[0]
-            state = TensorReader(fd)
-        fd = files.new()
-        out = TensorWriter(fd, list(origin.schema.values()), {})
-        driver.read_out(origin, method, totals, state, [out])
-        return _all(TensorReader(fd)), _all(state) if state else {}, totals
 
 
 def no_expert_reads_the_base(method: Method) -> None:
@@ -101,14 +40,14 @@ def zero_delta_is_harmless(method: Method) -> None:
 
 
 def arguments_are_never_mutated(method: Method) -> None:
-    """Neither update nor read changes a tensor it was given."""
+    """Neither prepare, update nor read changes a tensor it was given."""
     for spec, base, deltas in _tensors():
         state = _zeros(method, spec)
         for index, delta in enumerate(deltas, start=1):
             expert = _surveyed(method, spec, delta, index)
-            given = {"delta": delta, **state}
+            given = {"delta": delta, **_ready(method, state, spec)}
             before = {key: value.clone() for key, value in given.items()}
-            state, sums = method.update(state, delta, spec, expert)
+            state, sums = method.update(given, delta, spec, expert)
             _assert_same(given, before)
         totals = method.tally(Totals(), sums)
         given = {"base": base, **state}
@@ -133,7 +72,7 @@ def state_has_constant_size(method: Method) -> None:
     state, totals, sizes = _zeros(method, spec), Totals(), set()
     for index in range(1, 51):
         delta = torch.randn(spec.shape, generator=generator)
-        state, sums = method.update(state, delta, spec, _surveyed(method, spec, delta, index))
+        state, sums = method.update(_ready(method, state, spec), delta, spec, _surveyed(method, spec, delta, index))
         totals = method.tally(totals, sums)
         sizes.add(len(totals.scalars))
         for key, slot in method.slots(spec).items():
@@ -172,6 +111,27 @@ def blocks_equal_the_whole(method: Method) -> None:
         assert torch.allclose(tensor, split[0][name], rtol=1e-6, atol=1e-7), f"{name} differs in blocks"
 
 
+def prepared_or_not_gives_the_same_bits(method: Method) -> None:
+    """What was prepared ahead and went through a file gives the bits of what is worked out on arrival."""
+    if not any(method.prepares(spec) for spec, _, _ in _tensors()):
+        return
+    for rank in (None, 1):
+        base, experts = stream(4, rank=rank)
+        fresh, ahead = merge(method, base, experts), merge(method, base, experts, prepare=True)
+        _assert_same(fresh[1], ahead[1])
+        assert fresh[2] == ahead[2], "totals differ"
+
+
+def one_sweep_equals_two(method: Method) -> None:
+    """Weights written while an expert is folded are those of a read-out afterwards, bit for bit."""
+    if not method.one_sweep:
+        return
+    base, experts = stream(3)
+    for count in (1, 3):
+        two, one = merge(method, base, experts[:count]), merge(method, base, experts[:count], one_sweep=True)
+        _assert_same(two[0], one[0])
+
+
 def params_round_trip(method: Method) -> None:
     """Parameters go through JSON and give an equal method."""
     again = type(method).from_params(json.loads(json.dumps(method.params())))
@@ -206,37 +166,12 @@ LAWS: Sequence[Law] = (
     finite_in_finite_out,
     every_shape_is_taken,
     blocks_equal_the_whole,
+    prepared_or_not_gives_the_same_bits,
+    one_sweep_equals_two,
     params_round_trip,
     order_of_tensors_does_not_matter,
     order_of_experts_does_not_matter,
 )
-
-
-class _Files:
-    """Unnamed temporary files that live as long as the block."""
-
-    def __enter__(self) -> "_Files":
-        self._open: list[IO[bytes]] = []
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open:
-            file.close()
-
-    def new(self) -> int:
-        self._open.append(tempfile.TemporaryFile())  # noqa: SIM115
-        return self._open[-1].fileno()
-
-    def written(self, tensors: Tensors) -> TensorReader:
-        fd = self.new()
-        writer = TensorWriter(fd, [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in tensors.items()], {})
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        return TensorReader(fd)
-
-
-def _all(reader: TensorReader) -> dict[str, Tensor]:
-    return {name: reader.read(name) for name in reader.specs}
 
 
 def _tensors() -> Iterable[tuple[TensorSpec, Tensor, list[Tensor]]]:
@@ -249,15 +184,13 @@ def _zeros(method: Method, spec: TensorSpec) -> Mapping[str, Tensor]:
     return {key: torch.zeros(slot.shape, dtype=slot.dtype) for key, slot in method.slots(spec).items()}
 
 
-def _sidecar(kind: str, tensors: Tensors) -> dict[str, Tensor]:
-    """A made-up sidecar: a diagonal Fisher is never negative, a Gram matrix is that of a layer's inputs."""
-    if kind == "gram":
-        return {name.removesuffix(".weight"): x.T @ x for name, x in tensors.items() if x.ndim == 2}
-    return {name: x.square() for name, x in tensors.items()}
+def _ready(method: Method, state: Tensors, spec: TensorSpec) -> dict[str, Tensor]:
+    """The accumulators and what the method prepares of them, as `update` takes them."""
+    return {**state, **method.prepare(state, spec)}
 
 
 def _surveyed(method: Method, spec: TensorSpec, delta: Tensor, index: int) -> Expert:
-    sidecars = {kind: one for kind in method.needs for one in _sidecar(kind, {spec.name: delta}).values()}
+    sidecars = {kind: one for kind in method.needs for one in sidecar(kind, {spec.name: delta}).values()}
     expert = Expert(index, sha256=f"{index:064x}", sidecars=sidecars)
     for _ in range(method.rounds):
         expert = Expert(index, expert.sha256, (*expert.surveys, method.survey(delta, spec, expert)), sidecars)

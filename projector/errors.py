@@ -5,7 +5,8 @@
     ├── BadSchema          the tensors are not those of the base
     ├── BadValues          the numbers cannot be merged
     ├── BadParameter       a method was asked for with a parameter outside its range
-    └── UnknownMethod      no method has that name
+    ├── UnknownMethod      no method has that name
+    └── OverBudget         one tensor alone needs more memory than the budget
 
 Every error carries `.reason`, a word from a closed list that serves as metric label and registry value, and `.hint`,
 what the person should do next. `str(error)` says what is wrong and where.
@@ -27,6 +28,7 @@ class Reason(StrEnum):
     NOT_FINITE = "not_finite"
     BAD_PARAMETER = "bad_parameter"
     UNKNOWN_METHOD = "unknown_method"
+    OVER_BUDGET = "over_budget"
 
 
 class ProjectorError(Exception):
@@ -62,3 +64,10 @@ class UnknownMethod(ProjectorError):
 
     def __init__(self, detail: str, hint: str) -> None:
         super().__init__(Reason.UNKNOWN_METHOD, detail, hint)
+
+
+class OverBudget(ProjectorError):
+    """One step of the work needs more memory than the budget allows for all of them."""
+
+    def __init__(self, detail: str, hint: str) -> None:
+        super().__init__(Reason.OVER_BUDGET, detail, hint)

@@ -1,22 +1,28 @@
-"""The few pieces of linear algebra that methods share. Norms and Gram matrices are float64; large operands stay float32
-and are widened block by block."""
+"""The few pieces of linear algebra that methods share. Norms and Gram matrices are float64; large operands keep their
+dtype and are widened block by block."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-BLOCK_NUMEL = 1 << 20  # elements widened to float64 at a time: 8 MiB
+BLOCK_NUMEL = 1 << 20  # elements of a block of rows: 8 MiB as float64
+ENERGY_NUMEL = 1 << 16  # elements widened at a time for a norm: they stay in the cache
+ENERGY_NUMEL_CUDA = 1 << 24
+STRIPS = 4  # of a Gram matrix's columns: products of 5/8 of it give it whole
 SMALL_ROTATION = 1e-3  # radians; its square is what one improvement leaves
 
 
 def energy(x: Tensor) -> float:
     """The squared Frobenius norm of `x` in float64: NaN or infinite exactly where some element is."""
-    total = 0.0
-    for piece in torch.split(x.reshape(-1), BLOCK_NUMEL):  # vector_norm widens all that it is given at once
-        norm = float(torch.linalg.vector_norm(piece, dtype=torch.float64))
-        total += norm * norm  # where `**` would raise, this is infinite
-    return total
+    flat = x.reshape(-1)
+    numel = ENERGY_NUMEL_CUDA if x.is_cuda else ENERGY_NUMEL
+    wide = torch.empty(min(numel, len(flat)), dtype=torch.float64, device=x.device)  # reused: fresh memory costs more
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for piece in torch.split(flat, numel):
+        same = wide[: len(piece)].copy_(piece)
+        total += torch.dot(same, same)
+    return float(total)
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
@@ -25,38 +31,66 @@ def row_blocks(x: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows))
 
 
-def gram(d_MN: Tensor, t_MN: Tensor) -> Tensor:
-    """D'T in float64, (n, n), for (m, n) operands."""
-    total_NN = torch.zeros(d_MN.shape[1], t_MN.shape[1], dtype=torch.float64, device=d_MN.device)
+def gram(d_MN: Tensor) -> Tensor:
+    """D'D in float64, (n, n), for (m, n)."""
+    n = d_MN.shape[1]
+    total_NN = torch.zeros(n, n, dtype=torch.float64, device=d_MN.device)
     for rows in row_blocks(d_MN):
-        total_NN.addmm_(d_MN[rows].double().T, t_MN[rows].double())
-    return total_NN
+        _add_gram(total_NN, d_MN[rows].double())
+    return _mirrored(total_NN)
 
 
-def right_singular(d_MN: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """Right singular vectors V (n, k) and singular values s (k), descending, of D, in float64, without U.
+def _add_gram(total_NN: Tensor, d_BN: Tensor) -> None:
+    """Adds D'D to the upper triangle of `total`, strip by strip; what is below it is left unsaid."""
+    n = len(total_NN)
+    width = -(-n // STRIPS)
+    for start in range(0, n, width):
+        strip = slice(start, start + width)
+        total_NN[strip, start:].addmm_(d_BN[:, strip].T, d_BN[:, start:])
 
-    They are the eigenvectors of D'D, improved once: squaring loses what lies (s_i / s_0)^2 below, while D V keeps each
-    direction at its own scale. Directions with s_i <= tol * s_0 are left out: they carry nothing, and rounding alone
-    decides where they point. k is 0 where D is zero.
+
+def _mirrored(upper_NN: Tensor) -> Tensor:
+    return upper_NN.triu_().add_(upper_NN.triu(1).T)
+
+
+def thin_svd(d_MN: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(L (m, p), R (n, p), s (p)) with D = L diag(s) R', s descending, p = min(m, n).
+
+    L and R have the dtype of D, s is float64. R diagonalises D'D and L = D R / s, so that no full-size decomposition
+    is needed. Directions with s_i <= tol * s_0 are left out, their s and their columns are zero: they carry nothing,
+    and rounding alone decides where they point. Where D is float64, R is improved once; where it is narrower, its own
+    rounding outweighs what that mends.
     """
-    v_NN = torch.linalg.eigh(gram(d_MN, d_MN)).eigenvectors.flip(1)
-    v_NN, s_N = _improved(d_MN, v_NN)
-    keep_N = s_N > tol * s_N[:1]
-    return v_NN[:, keep_N], s_N[keep_N]
-
-
-def _improved(d_MN: Tensor, v_NN: Tensor) -> tuple[Tensor, Tensor]:
-    """(V (I + E), singular values): one step of first-order perturbation theory, as in one-sided Jacobi methods.
-
-    H = (D V)'(D V) is almost diagonal, and E_ij = H_ij / (H_jj - H_ii) diagonalises it up to E^2. Where two values are
-    too close together for that the choice of vectors is free, and they stay as they are.
-    """
-    h_NN = torch.zeros_like(v_NN)
+    if d_MN.shape[0] < d_MN.shape[1]:
+        right_NP, left_MP, s_P = thin_svd(d_MN.T, tol)
+        return left_MP, right_NP, s_P
+    v_NP = torch.linalg.eigh(gram(d_MN)).eigenvectors.flip(1)
+    if d_MN.dtype == torch.float64:
+        v_NP = _improved(d_MN, v_NP)
+    left_MP = torch.empty_like(d_MN, memory_format=torch.contiguous_format)
+    squares_P = torch.zeros_like(v_NP[0])
     for rows in row_blocks(d_MN):
-        u_BN = d_MN[rows].double() @ v_NN
-        h_NN.addmm_(u_BN.T, u_BN)
-    squares_N = h_NN.diagonal().clone()
-    e_NN = h_NN / (squares_N - squares_N[:, None])
-    free = (e_NN.abs() < SMALL_ROTATION).logical_not()  # the diagonal's 0 / 0 among them
-    return v_NN + v_NN @ e_NN.masked_fill_(free, 0.0), squares_N.sqrt()
+        us_BP = d_MN[rows].double() @ v_NP
+        squares_P += us_BP.square().sum(0)
+        left_MP[rows] = us_BP.to(d_MN.dtype)
+    s_P = squares_P.sqrt()
+    carries_P = s_P > tol * s_P.max()
+    left_MP *= torch.where(carries_P, 1 / s_P, 0.0).to(d_MN.dtype)
+    right_NP = torch.where(carries_P, v_NP, 0.0).to(d_MN.dtype)
+    return left_MP, right_NP.contiguous(), torch.where(carries_P, s_P, 0.0)
+
+
+def _improved(d_MN: Tensor, v_NP: Tensor) -> Tensor:
+    """V (I + E): one step of first-order perturbation theory, as in one-sided Jacobi methods.
+
+    Squaring D loses what lies (s_i / s_0)^2 below, while D V keeps each direction at its own scale: H = (D V)'(D V) is
+    almost diagonal, and E_ij = H_ij / (H_jj - H_ii) diagonalises it up to E^2. Where two values are too close together
+    for that the choice of vectors is free, and they stay as they are.
+    """
+    h_PP = torch.zeros_like(v_NP)
+    for rows in row_blocks(d_MN):
+        _add_gram(h_PP, d_MN[rows] @ v_NP)
+    squares_P = _mirrored(h_PP).diagonal()
+    e_PP = h_PP / (squares_P - squares_P[:, None])
+    free = (e_PP.abs() < SMALL_ROTATION).logical_not()  # the diagonal's 0 / 0 among them
+    return v_NP + v_NP @ e_PP.masked_fill_(free, 0.0)

@@ -1,7 +1,8 @@
 """The contract of a merging method: a fold over task vectors.
 
     state = zeros                                              model-sized accumulators, tensor by tensor
-    state, sums = update(state, delta, spec, expert)           once per expert and tensor
+    prepared = prepare(state, spec)                            any time before the next expert; may be nothing
+    state, sums = update(state + prepared, delta, spec, expert)  once per expert and tensor
     totals = tally(totals, sums over the model)                once per expert
     weights = read(base, state, totals, spec)                  any time
 
@@ -68,6 +69,14 @@ class Method(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     rounds: ClassVar[int] = 0  # survey sweeps over the expert before the fold
 
+    @property
+    def one_sweep(self) -> bool:
+        """True where `tally` needs no sums, so that the totals after an expert are known before it is read.
+
+        The merged weights are then written in the sweep that folds the expert, instead of in a second one.
+        """
+        return False
+
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         """The accumulators of one tensor by key. Default: one, "A", of the tensor's shape, in float32."""
         return {"A": TensorSpec(spec.name, spec.shape, ACCUMULATOR_DTYPE)}
@@ -80,9 +89,28 @@ class Method(ABC):
         """One tensor's share of a survey round; shares are added up. `expert.surveys` holds the rounds before."""
         raise NotImplementedError(f"{self.name} declares rounds but no survey")
 
+    def prepares(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """What `prepare` makes of one tensor's accumulators, by key. Default: nothing."""
+        return {}
+
+    def prepare(self, state: State, spec: TensorSpec) -> State:
+        """What `update` needs of the accumulators alone, as `prepares` lists it.
+
+        It is worked out while nothing arrives and kept on disk; an expert that comes before it is ready waits for it.
+        Only for tensors that are not elementwise.
+        """
+        return {}
+
+    def workspace(self, spec: TensorSpec) -> int:
+        """Bytes that `prepare`, `update` and `read` take at their peak beside their arguments and results."""
+        return 2 * spec.numel * 4
+
     @abstractmethod
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
-        """Folds one tensor of one expert. delta: float32, theta - theta_0. Sums: float64, added up over the model."""
+        """Folds one tensor of one expert and returns its accumulators and sums (float64, added up over the model).
+
+        state: the accumulators, and beside them what `prepare` made of them. delta: float32, theta - theta_0.
+        """
 
     def tally(self, totals: Totals, sums: Sums) -> Totals:
         """Closes one expert: `sums` over all its tensors. Default: counts it."""

@@ -21,8 +21,14 @@ class Source(Protocol):
 
     order: Sequence[str]  # names of the floating tensors, in the order that reads the expert front to back
 
-    def delta(self, spec: TensorSpec, base: Tensor, rows: slice | None) -> Tensor:
-        """theta - theta_0 of the tensor `spec`, or of its `rows`, in float32; `base` holds the same part of theta_0."""
+    def fetch(self, spec: TensorSpec, rows: slice | None) -> Sequence[Tensor]:
+        """What the expert has for the tensor `spec`, or for its `rows`, read from the disk."""
+
+    def delta(self, spec: TensorSpec, base: Tensor, fetched: Sequence[Tensor]) -> Tensor:
+        """theta - theta_0 in float32, on base's device, from what was fetched there; `base` is that part of theta_0.
+
+        Reads nothing, and may use up `fetched`.
+        """
 
     def sidecars(self, spec: TensorSpec, rows: slice | None) -> Mapping[str, Tensor]:
         """What the expert brought for this tensor or these rows beside its weights, by kind ("fisher", "gram")."""
@@ -54,10 +60,13 @@ class Checkpoint:
         """The tensor `name` or its rows, in the file's dtype."""
         return self._reader[name].read(name, rows)
 
-    def delta(self, spec: TensorSpec, base: Tensor, rows: slice | None) -> Tensor:
-        theta = self.read(spec.name, rows).to(base.device)
+    def fetch(self, spec: TensorSpec, rows: slice | None) -> Sequence[Tensor]:
+        return [self.read(spec.name, rows)]
+
+    def delta(self, spec: TensorSpec, base: Tensor, fetched: Sequence[Tensor]) -> Tensor:
+        (theta,) = fetched
         wide = torch.float64 if torch.float64 in (theta.dtype, base.dtype) else torch.float32
-        return (theta.to(wide) - base.to(wide)).to(torch.float32)
+        return theta.to(wide).sub_(base).to(torch.float32)
 
     def sidecars(self, spec: TensorSpec, rows: slice | None) -> Mapping[str, Tensor]:
         """A sidecar names a tensor as the base does, or its layer: the tensor's name less ".weight".

@@ -29,6 +29,10 @@ class Ema(Method):
 
     weight: float = param(0.5, "how far each new expert pulls the running model towards itself", low=0, high=1)
 
+    @property
+    def one_sweep(self) -> bool:
+        return True
+
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 

@@ -34,6 +34,10 @@ class Mean(Method):
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
 
+    @property
+    def one_sweep(self) -> bool:
+        return True
+
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 

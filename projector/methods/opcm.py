@@ -6,15 +6,17 @@ scalars, which is the same in exact arithmetic and better in float32:
     A_t = A_{t-1} + P(tau_t; A_{t-1})          P depends on the singular subspaces of A only, so A's scale is irrelevant
     deployed = base + A_t * n_t / ||A_t||      n_t = mean of ||tau_i||, i <= t; lambda_t = ||A_t|| / n_t
 
-The rule amplifies rounding: where singular values of A stand close, rounding turns their vectors by (rounding / gap),
-the diagonal that is removed is another one, and so on, up to tenfold per arrival. Hence A is float64 where it is
-projected, and V is improved once (`linalg.right_singular`): ten arrivals of low-rank experts in bfloat16 then end 1e-6
-from the exact result, against 3e-2 with A in float32.
+With A = L diag(s) R', the projection removes entries of M = L' tau R. The basis (L, R, s) depends on A alone, so it is
+prepared while nothing arrives; an arrival is then two products of tau's size: tau R, and what is removed times R'.
 
-With A = U diag(s) V', the projection removes entries of M = U' tau V. Nothing of U is ever formed: U = A V diag(1/s),
-so that all it takes is the Gram matrix A'A, its eigenvectors V, and C = A' tau (n x n, float64).
+The rule amplifies rounding: where singular values of A stand close, rounding turns their vectors by (rounding / gap),
+the diagonal that is removed is another one, and so on, up to tenfold per arrival. Where base and experts are of half
+precision, task vectors rest on a floor of close singular values, and are exact in float32; A is then float64: ten
+arrivals of low-rank experts end 1e-6 from the exact result, against 3e-2 with A in float32. Task vectors of a float32
+base are rounded themselves, and with projection "code" float64 brings them no nearer: 1e-6 either way.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import sqrt
@@ -22,7 +24,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from projector.linalg import energy, gram, right_singular, row_blocks
+from projector.linalg import BLOCK_NUMEL, energy, row_blocks, thin_svd
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
@@ -45,27 +47,56 @@ class Opcm(Method):
     projection: str = param("code", "which entries of U' tau V are removed", choices=("code", "paper"))
     tol: float = param(1e-6, "singular values up to tol times the largest are left out", low=0, high=0.1)
     accumulator: str = param(
-        "float64", "dtype of a projected A; float32 halves the state", choices=("float64", "float32")
+        "auto",
+        "dtype of a projected A and its products; auto: float32 for a float32 base and projection code, else float64",
+        choices=("auto", "float64", "float32"),
     )
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are summed, not projected")
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        projected = self._projects(spec) and self.accumulator == "float64"
-        return {"A": TensorSpec(spec.name, spec.shape, torch.float64 if projected else torch.float32)}
+        return {"A": TensorSpec(spec.name, spec.shape, self._dtype(spec))}
 
     def elementwise(self, spec: TensorSpec) -> bool:
         return not self._projects(spec)
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
-        a = state["A"]
+    def prepares(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         if not self._projects(spec):
-            merged = a + delta
-        elif delta.ndim == 3:  # a stack of matrices, as mixtures of experts keep them
-            merged = torch.empty_like(a)
-            for i in range(len(a)):
-                merged[i] = self._add_projected(a[i], delta[i])
+            return {}
+        *stack, m, n = spec.shape
+        p, dtype = min(m, n), self._dtype(spec)
+        return {
+            "left": TensorSpec(spec.name, (*stack, m, p), dtype),
+            "right": TensorSpec(spec.name, (*stack, n, p), dtype),
+            "values": TensorSpec(spec.name, (*stack, p), torch.float64),
+        }
+
+    def prepare(self, state: State, spec: TensorSpec) -> State:
+        if not self._projects(spec):
+            return {}
+        prepared = {
+            key: torch.zeros(slot.shape, dtype=slot.dtype, device=state["A"].device)
+            for key, slot in self.prepares(spec).items()
+        }
+        for a_MN, *basis in zip(*_matrices(state["A"], *prepared.values()), strict=True):
+            if energy(a_MN):
+                for whole, part in zip(basis, thin_svd(a_MN, self.tol), strict=True):
+                    whole.copy_(part)
+        return prepared
+
+    def workspace(self, spec: TensorSpec) -> int:
+        if not self._projects(spec):
+            return super().workspace(spec)
+        p, block = min(spec.shape[-2:]), min(spec.shape[-2] * spec.shape[-1], BLOCK_NUMEL)
+        return 8 * (8 * p * p + 6 * block)  # the eigensolver's squares; blocks of rows widened to float64
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        if not self._projects(spec):
+            merged = state["A"] + delta
         else:
-            merged = self._add_projected(a, delta)
+            merged = torch.empty_like(state["A"])
+            operands = (merged, state["A"], delta, state["left"], state["right"], state["values"])
+            for matrix in zip(*_matrices(*operands), strict=True):
+                self._add_projected(*matrix)
         return {"A": merged}, {"task_vector": energy(delta), "merged": energy(merged)}
 
     def tally(self, totals: Totals, sums: Sums) -> Totals:
@@ -91,45 +122,59 @@ class Opcm(Method):
             and not any(fnmatchcase(spec.name, glob) for glob in self.exclude)
         )
 
-    def _add_projected(self, a: Tensor, tau: Tensor) -> Tensor:
-        """A + P(tau; A) for one matrix, (m, n); m < n through the transpose."""
-        if not a.any():  # the first expert that trained this matrix is taken whole
-            return a + tau
-        if a.shape[0] < a.shape[1]:
-            return self._add_projected(a.T, tau.T).T
-        v_NK, s_K = right_singular(a, self.tol)
-        c_NN = gram(a, tau)
-        keep_NN, remove_NN = self._projector(v_NK, s_K, c_NN)
-        merged = torch.empty_like(a, memory_format=torch.contiguous_format)
-        for rows in row_blocks(a):
-            a_BN, tau_BN = a[rows].double(), tau[rows].double()
-            kept_BN = tau_BN if keep_NN is None else tau_BN @ keep_NN
-            merged[rows] = a_BN + kept_BN - a_BN @ remove_NN
-        return merged
+    def _dtype(self, spec: TensorSpec) -> torch.dtype:
+        if not self._projects(spec):
+            return torch.float32
+        if self.accumulator == "auto":
+            rounded = spec.dtype == torch.float32 and self.projection == "code"
+            return torch.float32 if rounded else torch.float64
+        return torch.float32 if self.accumulator == "float32" else torch.float64
 
-    def _projector(self, v_NK: Tensor, s_K: Tensor, c_NN: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(Q, W) with P(tau) = tau Q - A W; Q is None for the identity.
+    def _add_projected(
+        self, merged_MN: Tensor, a_MN: Tensor, tau_MN: Tensor, left_MP: Tensor, right_NP: Tensor, s_P: Tensor
+    ) -> None:
+        """merged = A + P(tau; A) for one matrix, of which `left`, `right` and `s` are the singular vectors and values.
 
-        M = U' tau V = diag(1/s) V' C V in the directions that are kept; an entry M_ij goes from tau as
-        u_i M_ij v_j' = A v_i (V' C V)_ij / s_i^2 v_j'. The leading r directions go as a block ("code") or as whole rows
-        and columns of M ("paper"), the others by their diagonal.
+        The directions that lead go as a block of M ("code") or as its rows and columns ("paper"), the others by its
+        diagonal.
         """
-        r = self._rank(s_K)
-        v_NR, s_R, v_NT, s_T = v_NK[:, :r], s_K[:r], v_NK[:, r:], s_K[r:]
-        diagonal_T = (v_NT * (c_NN @ v_NT)).sum(0) / s_T.square()
-        tail_NN = (v_NT * diagonal_T) @ v_NT.T
-        rows_RN = (v_NR.T @ c_NN) / s_R.square()[:, None]
-        if self.projection == "code":
-            return None, v_NR @ (rows_RN @ v_NR) @ v_NR.T + tail_NN
-        q_NN = torch.eye(len(c_NN), dtype=torch.float64, device=c_NN.device) - v_NR @ v_NR.T
-        return q_NN, v_NR @ rows_RN @ q_NN + tail_NN
+        if not s_P.any():  # the first expert that trained this matrix is taken whole
+            torch.add(a_MN, tau_MN, out=merged_MN)
+            return
+        r = self._rank(s_P)
+        lead_MR, lead_NR = left_MP[:, :r], right_NP[:, :r]
+        core_RR = a_MN.new_zeros(r, r)
+        diagonal_P = torch.zeros_like(s_P)
+        across_RN = a_MN.new_zeros(r if self.projection == "paper" else 0, len(right_NP))
+        for rows in row_blocks(tau_MN):
+            tau_BN = tau_MN[rows].to(a_MN.dtype)
+            right_BP = tau_BN @ right_NP
+            core_RR.addmm_(lead_MR[rows].T, right_BP[:, :r])
+            diagonal_P += (left_MP[rows] * right_BP).sum(0)
+            if self.projection == "paper":
+                across_RN.addmm_(lead_MR[rows].T, tau_BN)
+        across_RN -= core_RR[: len(across_RN)] @ lead_NR.T
+        for rows in row_blocks(tau_MN):
+            tau_BN = tau_MN[rows].to(a_MN.dtype)
+            gone_BP = left_MP[rows] * diagonal_P.to(a_MN.dtype)
+            gone_BP[:, :r] = lead_MR[rows] @ core_RR if self.projection == "code" else tau_BN @ lead_NR
+            kept_BN = torch.addmm(tau_BN, gone_BP, right_NP.T, alpha=-1)
+            if self.projection == "paper":
+                kept_BN.addmm_(lead_MR[rows], across_RN, alpha=-1)
+            torch.add(a_MN[rows], kept_BN, out=merged_MN[rows])
 
-    def _rank(self, s_K: Tensor) -> int:
+    def _rank(self, s_P: Tensor) -> int:
         """How many directions lead, by their cumulative share of the nuclear norm.
 
         "code": as many as do not exceed alpha. "paper": the fewest that reach it.
         """
-        share_K = s_K.cumsum(0) / s_K.sum()
+        share_P = s_P.cumsum(0) / s_P.sum()
         if self.projection == "code":
-            return len(s_K) if self.alpha == 1 else int((share_K <= self.alpha).sum())
-        return min(len(s_K), int((share_K < self.alpha).sum()) + 1) if self.alpha else 0
+            return len(s_P) if self.alpha == 1 else int((share_P <= self.alpha).sum())
+        return min(len(s_P), int((share_P < self.alpha).sum()) + 1) if self.alpha else 0
+
+
+def _matrices(*operands: Tensor) -> Iterator[Sequence[Tensor]]:
+    """Each operand as a sequence of matrices (or of rows, for singular values): a stack of them, or a single one."""
+    stacked = operands[0].ndim == 3  # as mixtures of experts keep them
+    return ([*operand] if stacked else [operand] for operand in operands)

@@ -32,6 +32,10 @@ class TaskArithmetic(Method):
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
 
+    @property
+    def one_sweep(self) -> bool:
+        return self.scale != "norm"
+
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 

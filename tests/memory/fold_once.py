@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from projector.fold import Driver, HeadFold, state_specs
+from projector.fold import Driver, HeadFold
 from projector.header import build_header
 from projector.method import Expert, Totals
 from projector.methods import make
 from projector.source import Checkpoint
 from projector.spec import TensorSpec
+from projector.steps import state_specs
 from projector.tensorfile import RunningDigest, TensorReader, TensorWriter
 
 WIDTH = 256

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from projector.checks import merge, stream
 from projector.fold import Driver
 from projector.methods import make, methods
+from projector.trial import merge, stream
 from tests import oracles
 
 pytestmark = [

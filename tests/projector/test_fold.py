@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from projector.checks import stream
 from projector.errors import BadValues, Reason
-from projector.fold import Driver, Folded, HeadFold, state_specs
+from projector.fold import Driver, Folded, HeadFold
 from projector.method import Expert, Totals
 from projector.methods import make
 from projector.source import Checkpoint
 from projector.spec import TensorSpec
+from projector.steps import state_specs
 from projector.tensorfile import TensorReader, TensorWriter
+from projector.trial import stream
 from projector.watch import Watch
 from tests import oracles
 

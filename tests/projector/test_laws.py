@@ -188,6 +188,41 @@ class PrefersTheNewest(Honest):
         return {"A": torch.lerp(state["A"], delta, 0.5)}, {}
 
 
+class PreparesInSecret(Honest):
+    """What it prepares depends on more than the state: on how often it was asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def elementwise(self, spec: TensorSpec) -> bool:
+        return False
+
+    def prepares(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        return {"half": TensorSpec(spec.name, (), torch.float64)}
+
+    def prepare(self, state: State, spec: TensorSpec) -> State:
+        if spec.name == "bias":
+            self.asked.append(spec.name)
+        return {"half": torch.tensor(float(len(self.asked)), dtype=torch.float64)}
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + delta * (0.5 + state["half"].float() * (spec.name == "bias"))}, {}
+
+
+class SweepsTooEarly(Honest):
+    """Says that its weights may be written while the expert is folded, and scales them by a sum over the model."""
+
+    one_sweep = True
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + delta}, {"count": 1.0}
+
+    def tally(self, totals: Totals, sums: Sums) -> Totals:
+        return Totals(totals.experts + 1, {"count": sums.get("count", 0.0)})
+
+    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
+        return torch.add(base, state["A"], alpha=totals.scalars.get("count", 0.0))
+
+
 # One broken method (or two) per law, and every law that sees what is wrong with it.
 BROKEN: Mapping[Method, set[str]] = {
     MovesTheBase(): {"no_expert_reads_the_base"},
@@ -202,6 +237,13 @@ BROKEN: Mapping[Method, set[str]] = {
     LosesFigures(): {"finite_in_finite_out"},
     NeedsFullRank(): {"every_shape_is_taken"},
     LooksAtTheBlock(): {"blocks_equal_the_whole"},
+    PreparesInSecret(): {
+        "same_input_same_bits",
+        "blocks_equal_the_whole",
+        "order_of_tensors_does_not_matter",
+        "prepared_or_not_gives_the_same_bits",
+    },
+    SweepsTooEarly(): {"one_sweep_equals_two", "blocks_equal_the_whole"},
     ForgetsParams(weight=0.25): {"params_round_trip"},
     RoundsItsSurvey(): {"order_of_tensors_does_not_matter"},
     PrefersTheNewest(): {"order_of_experts_does_not_matter"},

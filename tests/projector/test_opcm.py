@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from projector.checks import merge
 from projector.method import Expert, Totals
 from projector.methods.opcm import EXCLUDED, Opcm
 from projector.spec import TensorSpec
+from projector.trial import merge
 from tests import oracles
 
 Tensors = dict[str, Tensor]
@@ -147,7 +147,8 @@ def worst_step(method: Opcm, base: Tensors, experts: list[Tensors]) -> float:
         old = torch.zeros(spec.shape, dtype=method.slots(spec)["A"].dtype)
         for index, expert in enumerate(experts, start=1):
             tau = expert[name].double() - theta0.double()
-            state, _ = method.update({"A": old}, tau.float(), spec, Expert(index))
+            before = {"A": old}
+            state, _ = method.update({**before, **method.prepare(before, spec)}, tau.float(), spec, Expert(index))
             new, truth = state["A"], old.double() + oracle_step(method, name, tau, old.double())
             worst = max(worst, gap({name: new}, {name: truth}))
             old = new

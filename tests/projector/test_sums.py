@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from projector.checks import merge, stream
 from projector.method import Method
 from projector.methods import make
+from projector.trial import merge, stream
 from tests import oracles
 
 CASES = {

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from projector.errors import BadFile, Reason
-from projector.fold import Driver, HeadFold, state_specs
+from projector.fold import Driver, HeadFold
 from projector.header import DTYPES
 from projector.method import Expert, Totals
 from projector.methods import make
 from projector.source import Checkpoint
 from projector.spec import TensorSpec
+from projector.steps import state_specs
 from projector.tensorfile import RunningDigest, TensorReader, TensorWriter
 
 

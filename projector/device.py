@@ -1,0 +1,54 @@
+"""Where a worker computes: the CPU, or a CUDA device with a stream for each worker.
+
+On CUDA tensors travel through pinned memory, which torch keeps and reuses, and without waiting: while one worker's
+tensor is on its way, another's is computed on. What does not fit into the device's memory is computed on the CPU.
+"""
+
+from collections.abc import Callable
+from threading import local
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from projector.watch import Watch
+
+CPU = torch.device("cpu")
+_own = local()  # each worker thread's stream
+Out = TypeVar("Out")
+
+
+def compute_on(device: torch.device, work: Callable[[torch.device], Out], name: str, watch: Watch) -> Out:
+    """work(device) in this thread's stream. Out of device memory, work(CPU): `watch` hears of it, with the name."""
+    if device.type != "cuda":
+        return work(device)
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+            return work(device)
+    except torch.OutOfMemoryError:
+        pass  # outside of the handler, the traceback no longer holds on to what was allocated
+    torch.cuda.empty_cache()
+    watch.fell_back(name)
+    return work(CPU)
+
+
+def load(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, in this thread's stream."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
+def unload(x: Tensor) -> Tensor:
+    """A tensor on the CPU, complete."""
+    if x.device.type == "cpu":
+        return x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return host
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    streams: dict[torch.device, torch.cuda.Stream] = _own.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return streams[device]

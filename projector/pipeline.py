@@ -1,0 +1,77 @@
+"""Reads ahead, computes in workers, and hands the results over in order, in bounded memory."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from projector.errors import OverBudget
+
+SPARE = 2  # steps in hand beside one for each worker: one being read, one being written
+Step = TypeVar("Step")
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How wide and how deep: worker threads, and the bytes that all steps in hand may need together."""
+
+    workers: int
+    budget_bytes: int
+
+    def run(
+        self,
+        steps: Iterable[Step],
+        cost: Callable[[Step], int],
+        read: Callable[[Step], In],
+        work: Callable[[In], Out],
+        stop: Callable[[], bool] = never,
+    ) -> Iterator[Out]:
+        """work(read(step)) of every step, in order.
+
+        One thread reads, `workers` threads work, the caller's has the results. A step is taken in hand once its cost,
+        in bytes, fits beside what is there, and in hand it is until the next result is asked for. Workers use
+        single-threaded linear algebra, so that the bits do not depend on their number. Once `stop` says so no further
+        step is begun. Raises OverBudget where one step alone does not fit.
+        """
+        hand: deque[tuple[Future[Out], int]] = deque()
+        with (
+            ThreadPoolExecutor(1, "read") as reader,
+            ThreadPoolExecutor(self.workers, "work", torch.set_num_threads, (1,)) as pool,
+        ):
+            try:
+                for step in steps:
+                    if stop():
+                        break
+                    need = cost(step)
+                    if need > self.budget_bytes:
+                        raise OverBudget(
+                            f"one tensor needs {need} bytes of memory, the budget is {self.budget_bytes}",
+                            "raise the memory budget",
+                        )
+                    while hand and (len(hand) >= self.workers + SPARE or _sum(hand) + need > self.budget_bytes):
+                        yield hand[0][0].result()
+                        hand.popleft()
+                    hand.append((pool.submit(_then, reader.submit(read, step), work), need))
+                while hand:
+                    yield hand[0][0].result()
+                    hand.popleft()
+            finally:
+                for future, _ in hand:
+                    future.cancel()
+
+
+def _then(read: Future[In], work: Callable[[In], Out]) -> Out:
+    return work(read.result())
+
+
+def _sum(hand: Iterable[tuple[object, int]]) -> int:
+    return sum(need for _, need in hand)

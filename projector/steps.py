@@ -1,0 +1,111 @@
+"""The steps of a sweep over a model, each a tensor or a block of its rows, and the memory that each takes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from projector.method import Method
+from projector.spec import Schema, TensorSpec
+
+BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One floating tensor of the base, or its `rows`; None is the whole of it."""
+
+    spec: TensorSpec
+    rows: slice | None = None
+
+    @property
+    def part(self) -> TensorSpec:
+        """The spec as a method sees it, which says where a block starts."""
+        return replace(self.spec, start=self.rows.start) if self.rows else self.spec
+
+    @property
+    def numel(self) -> int:
+        return (self.rows.stop - self.rows.start) * self.spec.row_numel if self.rows else self.spec.numel
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the base."""
+        return self.numel * self.spec.dtype.itemsize
+
+
+def steps(schema: Schema, names: Iterable[str], methods: Sequence[Method], block_bytes: int) -> Iterator[Step]:
+    """The steps through these tensors: in blocks of rows where every method takes the tensor elementwise."""
+    for name in names:
+        spec = schema[name]
+        rows = max(1, block_bytes // max(1, spec.row_numel * 4))
+        if not spec.shape or rows >= spec.shape[0] or not all(method.elementwise(spec) for method in methods):
+            yield Step(spec)
+            continue
+        for start in range(0, spec.shape[0], rows):
+            yield Step(spec, slice(start, min(start + rows, spec.shape[0])))
+
+
+def slot_name(slot: str, tensor: str) -> str:
+    """The name of an accumulator, or of what was prepared, in its file: "A/layer.0.weight"."""
+    return f"{slot}/{tensor}"
+
+
+def state_specs(method: Method, schema: Schema) -> list[TensorSpec]:
+    """The tensors of a method's state file over a base's schema."""
+    return [
+        replace(slot, name=slot_name(key, name))
+        for name, spec in schema.items()
+        if spec.floating
+        for key, slot in method.slots(spec).items()
+    ]
+
+
+def prepared_specs(method: Method, schema: Schema) -> list[TensorSpec]:
+    """The tensors of the file that holds what a method prepares; none where it prepares nothing."""
+    return [
+        replace(slot, name=slot_name(key, name))
+        for name, spec in schema.items()
+        if spec.floating
+        for key, slot in method.prepares(spec).items()
+    ]
+
+
+def fold_bytes(methods: Sequence[Method], step: Step) -> int:
+    """The memory that a step of a fold takes at its peak: what is read, the delta, and each head's states, old and new.
+
+    Counts the expert at the base's width or float32, and what is published at the base's.
+    """
+    spec = step.spec
+    operands = step.numel * (spec.dtype.itemsize + max(4, spec.dtype.itemsize) + 4)
+    states = sum(2 * _slots_bytes(method, step) + _prepared_bytes(method, spec) + step.nbytes for method in methods)
+    return operands + states + max(_workspace(method, step) for method in methods)
+
+
+def prepare_bytes(method: Method, step: Step) -> int:
+    """The memory that preparing one tensor takes at its peak."""
+    return _slots_bytes(method, step) + _prepared_bytes(method, step.spec) + _workspace(method, step)
+
+
+def read_bytes(method: Method, step: Step) -> int:
+    """The memory that a step of a read-out takes at its peak: base, state, merged values and weights."""
+    return _slots_bytes(method, step) + 2 * step.nbytes + step.numel * 8
+
+
+def largest_step(schema: Schema, methods: Sequence[Method], block_bytes: int) -> tuple[Step, int]:
+    """The step of a fold that takes the most memory, and how many bytes. `schema` has a floating tensor."""
+    names = [name for name, spec in schema.items() if spec.floating]
+    costs = ((step, fold_bytes(methods, step)) for step in steps(schema, names, methods, block_bytes))
+    return max(costs, key=lambda cost: cost[1])
+
+
+def _slots_bytes(method: Method, step: Step) -> int:
+    """A method's accumulators for one step; in a block, that share of them."""
+    whole = sum(slot.nbytes for slot in method.slots(step.spec).values())
+    return -(-whole * step.numel // step.spec.numel) if step.rows else whole
+
+
+def _prepared_bytes(method: Method, spec: TensorSpec) -> int:
+    return sum(slot.nbytes for slot in method.prepares(spec).values())
+
+
+def _workspace(method: Method, step: Step) -> int:
+    whole = method.workspace(step.spec)
+    return -(-whole * step.numel // step.spec.numel) if step.rows else whole

@@ -1,0 +1,124 @@
+"""A small stream of experts through real files and the real driver: what the laws run a method on."""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from projector.fold import Driver, HeadFold, Prepared
+from projector.method import Expert, Method, Totals
+from projector.source import Checkpoint
+from projector.spec import TensorSpec
+from projector.steps import prepared_specs, state_specs
+from projector.tensorfile import TensorReader, TensorWriter
+
+Tensors = Mapping[str, Tensor]
+
+SHAPES = {
+    "scalar": (),
+    "empty": (0, 4),
+    "bias": (7,),
+    "square.weight": (8, 8),
+    "tall.weight": (12, 5),
+    "wide.weight": (5, 12),
+    "column.weight": (6, 1),
+    "word_embeddings.weight": (40, 4),
+    "experts.weight": (2, 4, 6),
+    "conv.weight": (4, 3, 2, 2),
+}
+
+
+def stream(count: int, rank: int | None = None, seed: int = 0) -> tuple[Tensors, list[Tensors]]:
+    """A base and `count` experts of every shape that matters; `rank` limits that of the matrices' task vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    experts: list[Tensors] = []
+    for _ in range(count):
+        deltas = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        for name, shape in SHAPES.items():
+            if rank is not None and len(shape) == 2:
+                left, right = (
+                    torch.randn(shape[0], rank, generator=generator),
+                    torch.randn(rank, shape[1], generator=generator),
+                )
+                deltas[name] = 0.1 * left @ right
+        experts.append({name: base[name] + delta for name, delta in deltas.items()})
+    return base, experts
+
+
+def merge(
+    method: Method,
+    base: Tensors,
+    experts: Iterable[Tensors],
+    driver: Driver = Driver(block_bytes=1 << 20),  # noqa: B008
+    *,
+    prepare: bool = False,
+    one_sweep: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Totals]:
+    """(merged weights, state, totals) after a stream of experts, through real files and the real driver.
+
+    prepare: what the method prepares is worked out between experts and read from a file. one_sweep: the weights are
+    those that the last fold wrote itself.
+    """
+    totals = Totals()
+    with _Files() as files:
+        origin = Checkpoint([files.written(base)])
+        state, fd = None, files.new()
+        out = TensorWriter(fd, list(origin.schema.values()), {})
+        for index, weights in enumerate(experts, start=1):
+            source = Checkpoint(
+                [files.written(weights)], {kind: files.written(sidecar(kind, weights)) for kind in method.needs}
+            )
+            expert = driver.survey(origin, source, method, Expert(index, sha256=f"{index:064x}"))
+            state_fd = files.new()
+            after = TensorWriter(state_fd, state_specs(method, origin.schema), {})
+            prepared = _prepared(driver, origin, method, state, files.new()) if prepare and state else None
+            head = HeadFold(method, totals, expert, state, after, prepared, [out] if one_sweep else [])
+            totals = driver.fold(origin, source, [head]).totals[0]
+            state = TensorReader(state_fd)
+        if not one_sweep or state is None:
+            driver.read_out(origin, method, totals, state, [out])
+        return _all(TensorReader(fd)), _all(state) if state else {}, totals
+
+
+def _prepared(driver: Driver, base: Checkpoint, method: Method, state: TensorReader, fd: int) -> Prepared:
+    writer = TensorWriter(fd, prepared_specs(method, base.schema), {})
+    names = [name for name, spec in base.schema.items() if method.prepares(spec)]
+    ready = set(driver.prepare(base, method, state, writer, names))
+    return Prepared(TensorReader(fd), ready)
+
+
+class _Files:
+    """Unnamed temporary files that live as long as the block."""
+
+    def __enter__(self) -> "_Files":
+        self._open: list[IO[bytes]] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open:
+            file.close()
+
+    def new(self) -> int:
+        self._open.append(tempfile.TemporaryFile())  # noqa: SIM115
+        return self._open[-1].fileno()
+
+    def written(self, tensors: Tensors) -> TensorReader:
+        fd = self.new()
+        writer = TensorWriter(fd, [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in tensors.items()], {})
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        return TensorReader(fd)
+
+
+def _all(reader: TensorReader) -> dict[str, Tensor]:
+    return {name: reader.read(name) for name in reader.specs}
+
+
+def sidecar(kind: str, tensors: Tensors) -> dict[str, Tensor]:
+    """A made-up sidecar: a diagonal Fisher is never negative, a Gram matrix is that of a layer's inputs."""
+    if kind == "gram":
+        return {name.removesuffix(".weight"): x.T @ x for name, x in tensors.items() if x.ndim == 2}
+    return {name: x.square() for name, x in tensors.items()}
