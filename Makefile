@@ -41,5 +41,27 @@ demo: $(READY)  ## train a base and experts on real data, run the daemon, show t
 system:  ## Debian's Prometheus and Chromium for the tests that use them (as root)
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus chromium
 
+# W: a folder on the disk to measure, with 15 GB free; the checkpoints made there stay, to be used again.
+# FUSIONBENCH_PYTHON, MERGEKIT_PYTHON: the other tools' pythons (bench/README.md); without one its rows say so.
+W ?= bench-work
+CLIP ?= $(W)/clip
+LLAMA ?= $(W)/llama
+
+bench: $(READY) $(CLIP)/expert-005/model.safetensors $(LLAMA)/expert-003/model.safetensors  ## measure (needs W=FOLDER)
+	$(BIN)/python -m bench.opcm $(CLIP) --experts 6
+	$(BIN)/python -m bench.mean $(CLIP) --experts 6
+	$(BIN)/python -m bench.llama $(LLAMA)
+	mkdir -p $(W)
+	$(BIN)/python -m bench.growth_experts $(W)
+	$(BIN)/python -m bench.growth_size $(W)
+	$(BIN)/python -m bench.gpu
+	$(BIN)/python -m bench.report
+
+$(CLIP)/expert-005/model.safetensors: | $(READY)
+	$(BIN)/python -m bench.clip_shapes $(CLIP) --experts 6
+
+$(LLAMA)/expert-003/model.safetensors: | $(READY)
+	$(BIN)/python -m bench.llama_shapes $(LLAMA) --experts 4
+
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache $(DEMO_HOME)

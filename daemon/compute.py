@@ -45,9 +45,7 @@ def workers(threads: int) -> int:
 
 def memory_budget(settings: Compute) -> int:
     """The bytes that all tensors in hand may take; by default half of the memory that this process may use."""
-    if settings.memory_budget != "auto":
-        return settings.memory_budget
-    return _usable_memory() // 2
+    return settings.memory_budget or _usable_memory() // 2
 
 
 def check_budget(schema: Schema, methods: Sequence[Method], settings: Compute) -> None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -52,8 +52,8 @@ class Compute(Section):
     block_bytes: ByteSize = Field(
         ByteSize(16 << 20), ge=1 << 16, description="how much of a large tensor is in memory at a time, as float32"
     )
-    memory_budget: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = Field(
-        "auto", description="what all tensors in hand may take together; auto: half of the usable memory"
+    memory_budget: ByteSize = Field(
+        ByteSize(0), ge=0, description="what all tensors in hand may take together; 0 takes half of the usable memory"
     )
     prepare: bool = Field(True, description="prepare for the next expert while nothing arrives; takes disk space")
 

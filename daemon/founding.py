@@ -9,6 +9,8 @@ from pathlib import Path
 
 from daemon import durable
 from daemon.checkpoint import INDEX, WEIGHTS, OpenCheckpoint, open_path
+from daemon.compute import check_budget
+from daemon.config import Compute
 from daemon.errors import BadHome, DaemonError
 from daemon.generations import FileEntry, companions, entry, manifest
 from daemon.home import MANIFEST, Home
@@ -26,8 +28,15 @@ CONFIG_TEXT = """\
 """
 
 
-def found(home: Home, base: Path, heads: Sequence[tuple[str, Method]], progress: Callable[[str], None]) -> BaseModel:
-    """Makes the home. Raises BadHome, and BadFile or BadValues where the base is no sound checkpoint.
+def found(
+    home: Home,
+    base: Path,
+    heads: Sequence[tuple[str, Method]],
+    progress: Callable[[str], None],
+    compute: Compute = Compute(),  # noqa: B008
+) -> BaseModel:
+    """Makes the home. Raises BadHome, BadConfig where the base's largest tensor does not fit into the memory budget,
+    and BadFile or BadValues where the base is no sound checkpoint.
 
     Interrupted, it leaves no registry, hence no home; the next `init` starts over.
     """
@@ -40,6 +49,7 @@ def found(home: Home, base: Path, heads: Sequence[tuple[str, Method]], progress:
             parameters = count_finite(checkpoint.tensors)
             if not parameters:
                 raise BadHome("it has no floating tensor", "give --base the weights of a model")
+            check_budget(checkpoint.tensors.schema, [method for _, method in heads], compute)
             _make_room(home)
             for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.base, home.tmp):
                 durable.make_folder(folder)

@@ -1,17 +1,27 @@
-"""Keeps the resident size at what is in use."""
+"""Keeps the resident size near what is in use, without paying for fresh pages again and again."""
 
 import ctypes
 
-M_MMAP_THRESHOLD = -3  # <malloc.h>
-LARGE_BYTES = 1 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
+MMAP_BYTES = 4 << 20
+KEEP_BYTES = 1 << 30
+
+_library = ctypes.CDLL(None)
+
+
+def reuse_freed_memory() -> None:
+    """Lets all threads share one pool of freed blocks that stays resident, where the C library is glibc.
+
+    By default each thread has a pool of its own, which on an 87M-parameter model holds 60 MB more at the peak; and what
+    goes back to the system comes back as fresh pages, whose zeroing cost a fifth of an arrival's time.
+    """
+    if hasattr(_library, "mallopt"):
+        _library.mallopt(M_ARENA_MAX, 1)
+        _library.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+        _library.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
 
 
 def return_freed_memory() -> None:
-    """Lets every freed block of 1 MiB or more go back to the system at once, where the C library is glibc.
-
-    By default glibc raises this threshold with the blocks it sees, up to 32 MiB, and keeps what is freed below it for
-    reuse, a pool per thread: on an 87M-parameter model that held 200 MB more than the work needs. Measured no slower.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+    """Gives the pool back to the system: nothing is in hand."""
+    if hasattr(_library, "malloc_trim"):
+        _library.malloc_trim(0)

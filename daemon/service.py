@@ -20,7 +20,7 @@ from daemon.errors import BadHome, NotYet, Reason
 from daemon.home import Home
 from daemon.http import HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan, Watcher
-from daemon.memory import return_freed_memory
+from daemon.memory import return_freed_memory, reuse_freed_memory
 from daemon.merger import Merger
 from daemon.metrics import Metrics
 from daemon.progress import Abandoned, Progress
@@ -59,7 +59,7 @@ class Service:
 
         Raises BadHome where the home is in use or damaged, SyncFailed where the disk failed; then only a restart helps.
         """
-        return_freed_memory()
+        reuse_freed_memory()
         _raise_file_limit()
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
         self._metrics.memory_budget.set(memory_budget(self._settings.compute))
@@ -150,6 +150,7 @@ class Service:
             return False
         finally:
             self._metrics.progress.set(0)
+            return_freed_memory()
         self._metrics.disk_full.set(0)
         self._time(expert, drop, progress, started)
         self._tell(expert, store, log)

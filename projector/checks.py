@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from projector.fold import Driver
+from projector.linalg import energy
 from projector.method import Expert, Method, Totals
 from projector.spec import TensorSpec
 from projector.trial import Tensors, merge, sidecar, stream
@@ -49,7 +50,7 @@ def arguments_are_never_mutated(method: Method) -> None:
             before = {key: value.clone() for key, value in given.items()}
             state, sums = method.update(given, delta, spec, expert)
             _assert_same(given, before)
-        totals = method.tally(Totals(), sums)
+        totals = method.tally(Totals(), {**sums, "task_vector": energy(delta)})
         given = {"base": base, **state}
         before = {key: value.clone() for key, value in given.items()}
         method.read(base, state, totals, spec)
@@ -73,7 +74,7 @@ def state_has_constant_size(method: Method) -> None:
     for index in range(1, 51):
         delta = torch.randn(spec.shape, generator=generator)
         state, sums = method.update(_ready(method, state, spec), delta, spec, _surveyed(method, spec, delta, index))
-        totals = method.tally(totals, sums)
+        totals = method.tally(totals, {**sums, "task_vector": energy(delta)})
         sizes.add(len(totals.scalars))
         for key, slot in method.slots(spec).items():
             assert state[key].shape == slot.shape and state[key].dtype == slot.dtype, f"slot {key} changed"

@@ -231,7 +231,7 @@ class Driver:
                 view = replace(view, sidecars={kind: load(x, device) for kind, x in view.sidecars.items()})
                 state, found = head.method.update({**before, **prepared}, delta, step.part, view)
                 states.append(_unloaded(state))
-                sums.append(found)
+                sums.append({**found, "task_vector": delta_energy})
                 writer = next((writer for writer in head.weights if step.spec.name in writer.specs), None)
                 if writer is None:
                     merged.append(None)

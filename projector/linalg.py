@@ -71,13 +71,13 @@ def thin_svd(d_MN: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     squares_P = torch.zeros_like(v_NP[0])
     for rows in row_blocks(d_MN):
         us_BP = d_MN[rows].double() @ v_NP
-        squares_P += us_BP.square().sum(0)
-        left_MP[rows] = us_BP.to(d_MN.dtype)
+        left_MP[rows] = us_BP
+        squares_P += us_BP.square_().sum(0)
     s_P = squares_P.sqrt()
     carries_P = s_P > tol * s_P.max()
-    left_MP *= torch.where(carries_P, 1 / s_P, 0.0).to(d_MN.dtype)
-    right_NP = torch.where(carries_P, v_NP, 0.0).to(d_MN.dtype)
-    return left_MP, right_NP.contiguous(), torch.where(carries_P, s_P, 0.0)
+    left_MP *= torch.where(carries_P, 1 / s_P, 0.0)
+    right_NP = v_NP.mul_(carries_P).to(d_MN.dtype, memory_format=torch.contiguous_format)
+    return left_MP, right_NP, s_P * carries_P
 
 
 def _improved(d_MN: Tensor, v_NP: Tensor) -> Tensor:

@@ -113,7 +113,10 @@ class Method(ABC):
         """
 
     def tally(self, totals: Totals, sums: Sums) -> Totals:
-        """Closes one expert: `sums` over all its tensors. Default: counts it."""
+        """Closes one expert: `sums` over all its tensors, and beside them "task_vector", the squared norm of all deltas.
+
+        Default: counts it.
+        """
         return Totals(totals.experts + 1, dict(totals.scalars))
 
     @abstractmethod

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from daemon.cli.common import size
+from daemon.cli.common import settings_of, size
 from daemon.errors import BadConfig
 from daemon.home import Home
 
@@ -35,7 +35,8 @@ def command(
     params = _params(settings or [], chosen)
     made = [(name, make(method, params[name])) for name, method in chosen.items()]
     target = Home(home.resolve())
-    record = found(target, base, made, lambda step: typer.echo(f"{step} ...", err=True))
+    compute = settings_of(target).compute
+    record = found(target, base, made, lambda step: typer.echo(f"{step} ...", err=True), compute)
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
     typer.echo(f"next: mainstem run --home {home}    then drop experts into {home / 'inbox'}")
 

@@ -97,7 +97,7 @@ class Opcm(Method):
             operands = (merged, state["A"], delta, state["left"], state["right"], state["values"])
             for matrix in zip(*_matrices(*operands), strict=True):
                 self._add_projected(*matrix)
-        return {"A": merged}, {"task_vector": energy(delta), "merged": energy(merged)}
+        return {"A": merged}, {"merged": energy(merged)}
 
     def tally(self, totals: Totals, sums: Sums) -> Totals:
         experts = totals.experts + 1

@@ -41,7 +41,7 @@ class TaskArithmetic(Method):
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         total = state["S"] + delta
-        sums = {"task_vector": energy(delta), "sum": energy(total)} if self.scale == "norm" else {}
+        sums = {"sum": energy(total)} if self.scale == "norm" else {}
         return {"S": total}, sums
 
     def tally(self, totals: Totals, sums: Sums) -> Totals:

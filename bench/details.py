@@ -1,0 +1,210 @@
+"""The sections of docs/performance.md: the numbers behind each ratio, as lines of Markdown."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import wrap
+from typing import Any
+
+Figures = Mapping[str, Any]
+PHASES = "Phases per arrival, seconds summed over threads, so that they may exceed the time that passed:"
+
+
+def text(*parts: str) -> list[str]:
+    """A paragraph as lines of at most 120 characters."""
+    return wrap(" ".join(parts), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def machine(result: Mapping[str, Any]) -> list[str]:
+    """Where, when and by which command a result came about."""
+    facts = result["machine"]
+    gpu = f"{facts['gpu']}, " if "gpu" in facts else ""
+    where = f"{gpu}{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 1e9:.0f} GB, {facts['system']}"
+    with_what = f"torch {facts['torch']}, Python {facts['python']}, {facts['date']}"
+    return text(f"{where}; {with_what}; other programs took {facts['others']:.1%} of its time. `{result['command']}`")
+
+
+def opcm(figures: Figures) -> list[str]:
+    ours, ready, peer = figures["backlog"], figures["ready"], figures["fusionbench"]
+    rows = [
+        ("mainstem, backlog: commit to commit", ours["median"], _range(ours["seconds"]), ours["peak_bytes"]),
+        ("mainstem, ready: drop to visible", ready["median"], _range(ready["seconds"]), ready["peak_bytes"]),
+    ]
+    if peer:
+        name = f"FusionBench {peer['versions']['fusion-bench']}, {peer['threads']} threads: merge + load"
+        rows.append((name, peer["median"], f"merges {_range(peer['merge'])}", peer["peak_bytes"]))
+    preparing = sum(ready["preparing"]) / len(ready["preparing"])
+    return [
+        *text(
+            f"A model of {_size(figures['model_bytes'])}. mainstem's times include reading, hashing, writing and",
+            "syncing the model and its state, and serving HTTP; FusionBench's include no saving.",
+        ),
+        "",
+        *_table(
+            ("per expert", "median s", "range s", "peak resident"),
+            ((name, _short(middle), spread, _size(peak)) for name, middle, spread, peak in rows),
+        ),
+        "",
+        *text(
+            f"Of the {ready['median']:.2f} s from drop to visible, {ready['settle']} s are waiting for the upload to",
+            f"settle. Getting ready for the next expert took {preparing:.1f} s of idle time each.",
+        ),
+        "",
+        *_phases({"backlog": ours["phases"], "ready": ready["phases"]}),
+    ]
+
+
+def mean(figures: Figures) -> list[str]:
+    rows = [
+        ("the floor", figures["floor_median"], figures["floor"]),
+        ("the daemon: taken to merged", figures["merge_median"], figures["merge"]),
+        ("the daemon: drop to visible", figures["arrival_median"], figures["arrival"]),
+    ]
+    return [
+        *text(
+            f"A model of {_size(figures['model_bytes'])}, a state of {_size(figures['state_bytes'])}. The floor is one",
+            "pass of plain Python file calls: read base, expert and state, write a state and a model and sync them,",
+            f"hash expert, new state and new model. Drop to visible includes {figures['settle']} s of settling. Peak",
+            f"resident memory of the daemon: {_size(figures['peak_bytes'])}.",
+        ),
+        "",
+        *_table(("", "median s", "range s"), ((name, _short(mid), _range(all_)) for name, mid, all_ in rows)),
+        "",
+        *_phases({"mean": figures["phases"]}),
+    ]
+
+
+def llama(figures: Figures) -> list[str]:
+    rows, phases = [], {}
+    for method in ("task_arithmetic", "ties"):
+        ours, theirs = figures[method]["mainstem"], figures[method]["mergekit"]
+        if ours:
+            phases[method] = ours["phases"]
+            row = (_short(ours["median"]), _range(ours["seconds"]), _size(ours["peak_bytes"]))
+            rows.append((f"{method}: mainstem, the 4th expert", *row))
+        if theirs:
+            start = f"all four, after {theirs['start']:.1f} s of starting"
+            row = (_short(theirs["net"]), _range(theirs["seconds"]), _size(theirs["peak_bytes"]))
+            rows.append((f"{method}: mergekit {theirs['version']}, {start}", *row))
+    return [
+        *text(
+            f"Checkpoints of {_size(figures['model_bytes'])}. mainstem: drop to visible, settling included. mergekit:",
+            "wall seconds of its command; its median is less those of the same command on a tiny model, that is,",
+            "without its start.",
+        ),
+        "",
+        *_table(("", "median s", "range s", "peak resident"), rows),
+        "",
+        *_phases(phases),
+    ]
+
+
+def growth_experts(figures: Figures) -> list[str]:
+    seconds, slope = figures["seconds"], figures["time"]["slope"]
+    rows = (
+        (f"{mark['since']} to {mark['experts']}", _short(mark["seconds"]), _size(mark["peak_bytes"]))
+        for mark in figures["marks"]
+    )
+    return [
+        *text(
+            f"A model of {_size(figures['model_bytes'])}, OPCM, all experts waiting in the inbox. Time is the daemon's",
+            "own for one arrival, memory its highest resident size so far.",
+        ),
+        "",
+        *_table(("arrivals", "median s", "peak resident"), rows),
+        "",
+        *text(
+            f"Least squares over all {len(seconds)} arrivals: {slope * 1e3:+.3f} ms per expert,",
+            f"{figures['time']['moves']:+.1%} of the mean over the range; single arrivals took {_range(seconds)} s.",
+            f"Memory: {_slope(figures)} per expert.",
+        ),
+    ]
+
+
+def growth_size(figures: Figures) -> list[str]:
+    rows = (
+        (
+            f"{size['layers']}",
+            _size(size["model_bytes"]),
+            _short(size["seconds"]),
+            f"{size['seconds'] / size['layers'] * 1e3:.1f}",
+            _size(size["peak_bytes"]),
+        )
+        for size in figures["sizes"]
+    )
+    time = figures["time"]
+    return [
+        "OPCM, all experts waiting in the inbox. Time is the daemon's own for one arrival.",
+        "",
+        *_table(("layers", "model", "median s", "ms per layer", "peak resident"), rows),
+        "",
+        *text(
+            f"Least squares: {time['slope'] * 1e3:.1f} ms per layer (R² {time['fit']:.4f}),",
+            f"memory {_slope(figures)} per layer.",
+        ),
+    ]
+
+
+def gpu(figures: Figures) -> list[str]:
+    peers: Sequence[Mapping[str, Any]] = figures["fusionbench"] or [{}] * len(figures["layers"])
+    rows = (
+        (
+            "x".join(map(str, layer["shape"])),
+            f"{layer['prepare'] * 1e3:.1f}",
+            f"{layer['update'] * 1e3:.2f}",
+            f"{layer['floor_bytes'] * 1e3:.2f}",
+            f"{layer['floor_flops'] * 1e3:.2f}",
+            f"{peer['seconds'] * 1e3:.0f}" if peer else "-",
+        )
+        for layer, peer in zip(figures["layers"], peers, strict=True)
+    )
+    return [
+        *text(
+            "Milliseconds per layer, everything on the device. FusionBench decomposes at every arrival: beside it",
+            "stands prepare + update. The floor of an update is the larger of its bytes over the card's bandwidth",
+            f"({figures['bytes_per_second'] / 1e9:.0f} GB/s, measured) and its products over the card's rate",
+            "(measured, too).",
+        ),
+        "",
+        *_table(("layer", "prepare", "update", "floor: bytes", "floor: products", "merge_linear_weights"), rows),
+    ]
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Figures], list[str]]]] = {
+    "opcm": ("OPCM beside FusionBench", opcm),
+    "mean": ("`mean` beside a plain pass", mean),
+    "llama": ("Elementwise methods beside mergekit", llama),
+    "growth_experts": ("Growth with the experts before", growth_experts),
+    "growth_size": ("Growth with the model", growth_size),
+    "gpu": ("On a GPU", gpu),
+}
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [_row(head), "|" + "---|" * len(head), *map(_row, rows)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _phases(by: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if not by:
+        return []
+    names = list(next(iter(by.values())))
+    rows = ([name, *(_short(spent[phase]) for phase in names)] for name, spent in by.items())
+    return [*text(PHASES), "", *_table(["", *names], rows)]
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.3g}"
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{_short(min(values))} to {_short(max(values))}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def _slope(figures: Figures) -> str:
+    return f"{figures['memory']['slope'] / 1e6:+.3f} MB"
