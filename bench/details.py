@@ -44,8 +44,7 @@ def opcm(figures: Figures) -> list[str]:
         ),
         "",
         *text(
-            f"Of the {ready['median']:.2f} s from drop to visible, {ready['settle']} s are waiting for the upload to",
-            f"settle. Getting ready for the next expert took {preparing:.1f} s of idle time each.",
+            f"Getting ready for the next expert took {preparing:.1f} s of idle time each.",
         ),
         "",
         *_phases({"backlog": ours["phases"], "ready": ready["phases"]}),
@@ -62,8 +61,8 @@ def mean(figures: Figures) -> list[str]:
         *text(
             f"A model of {_size(figures['model_bytes'])}, a state of {_size(figures['state_bytes'])}. The floor is one",
             "pass of plain Python file calls: read base, expert and state, write a state and a model and sync them,",
-            f"hash expert, new state and new model. Drop to visible includes {figures['settle']} s of settling. Peak",
-            f"resident memory of the daemon: {_size(figures['peak_bytes'])}.",
+            "hash expert, new state and new model. Peak resident memory of the daemon:",
+            f"{_size(figures['peak_bytes'])}.",
         ),
         "",
         *_table(("", "median s", "range s"), ((name, _short(mid), _range(all_)) for name, mid, all_ in rows)),
@@ -86,7 +85,7 @@ def llama(figures: Figures) -> list[str]:
             rows.append((f"{method}: mergekit {theirs['version']}, {start}", *row))
     return [
         *text(
-            f"Checkpoints of {_size(figures['model_bytes'])}. mainstem: drop to visible, settling included. mergekit:",
+            f"Checkpoints of {_size(figures['model_bytes'])}. mainstem: drop to visible. mergekit:",
             "wall seconds of its command; its median is less those of the same command on a tiny model, that is,",
             "without its start.",
         ),

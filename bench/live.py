@@ -17,13 +17,13 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.request import urlopen
 
-from daemon.demo.live import ENVIRONMENT, Live, daemon
+from daemon.demo.live import Live, daemon
 from daemon.founding import found
 from daemon.home import Home
+from daemon.inbox import READY_MARKER
 from projector.methods import make
 from registry.store import Reader
 
-SETTLE_SECONDS = float(ENVIRONMENT["MAINSTEM_INBOX__SETTLE_SECONDS"])
 SETTINGS = "[retention]\nversions = 2\ngrace_seconds = 0\n"
 """Every arrival removes an old version, as it does in a daemon that has run for long; and the disk stays small."""
 PATIENCE_SECONDS = 1800.0
@@ -147,9 +147,10 @@ def make_home(folder: Path, base: Path, method: str) -> Home:
 
 
 def drop(home: Home, expert: Path) -> None:
-    """Puts a whole expert into the inbox at once."""
+    """Puts a whole expert into the inbox at once, marked as complete, so that the daemon does not watch it settle."""
     beside = home.root / f"{expert.name}.part"
     shutil.copytree(expert, beside, copy_function=os.link)
+    (beside / READY_MARKER).touch()
     beside.rename(home.inbox / expert.name)
 
 

@@ -3,7 +3,7 @@
     MERGEKIT_PYTHON=mk/bin/python python -m bench.llama FOLDER --repeats 3
 
 FOLDER as bench.llama_shapes writes it. mainstem: a daemon that holds three experts and has prepared for a fourth;
-seconds from the drop to the version being visible over HTTP, settling included. mergekit: `mergekit-yaml` on the base
+seconds from the drop to the version being visible over HTTP. mergekit: `mergekit-yaml` on the base
 and all four, less the same command on a tiny model, which is what starting Python and its imports takes. Each is done
 REPEATS times, from nothing; medians.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from bench.live import SETTLE_SECONDS, drop, make_home, per_expert, running, scratch, warm
+from bench.live import drop, make_home, per_expert, running, scratch, warm
 from bench.llama_shapes import SMALL
 from bench.record import Finished, checkpoints, parser, peer, run, save
 from bench.shapes import write
@@ -65,7 +65,6 @@ def mainstem(base: Path, experts: Sequence[Path], method: str, repeats: int) -> 
     return {
         "seconds": seconds,
         "median": median(seconds),
-        "settle": SETTLE_SECONDS,
         "phases": {phase: median(spent[phase] for spent in phases) for phase in phases[0]},
         "peak_bytes": max(peaks),
     }

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bench.live import SETTLE_SECONDS, drop, make_home, per_expert, running, scratch, warm
+from bench.live import drop, make_home, per_expert, running, scratch, warm
 from bench.record import checkpoints, parser, save
 from daemon.home import STATE_FILE, Home
 
@@ -53,7 +53,6 @@ def main() -> None:
                 "floor_median": median(floors),
                 "merge_median": median(merges),
                 "arrival_median": median(arrivals),
-                "settle": SETTLE_SECONDS,
                 "phases": per_expert(start, before),
                 "peak_bytes": daemon.peak(),
             }

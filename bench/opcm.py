@@ -8,7 +8,7 @@ FOLDER as bench.clip_shapes writes it. Three parts, one after the other, on the 
                  one commit to the next
     FusionBench  its own profiler's seconds for one merge and one load (bench/fusionbench_opcm.py)
     ready        one expert at a time, each dropped once the daemon says that everything is prepared; seconds from the
-                 drop to the version being visible over HTTP, settling included
+                 drop to the version being visible over HTTP
 
 mainstem's seconds include reading, hashing, writing and syncing the model and its state; FusionBench's include neither
 saving nor, as its loading is mapped lazily, most of the reading.
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from bench.live import SETTLE_SECONDS, backlog, drop, make_home, per_expert, running, scratch, warm
+from bench.live import backlog, drop, make_home, per_expert, running, scratch, warm
 from bench.record import checkpoints, parser, peer, run, save
 
 
@@ -71,7 +71,6 @@ def prepared(base: Path, experts: Sequence[Path]) -> dict[str, object]:
     return {
         "seconds": seconds[2:],
         "median": median(seconds[2:]),
-        "settle": SETTLE_SECONDS,
         "preparing": preparing,
         "phases": phases,
         "peak_bytes": peak,

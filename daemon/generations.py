@@ -53,6 +53,10 @@ class WeightFile:
     specs: Sequence[TensorSpec]
 
 
+WeightsPlan = tuple[Sequence[WeightFile], bytes | None]
+"""The weights files of a version, and the bytes of their index where there is more than one."""
+
+
 def companions(folder: Path) -> list[Path]:
     """The files beside the weights that loaders need: configuration, tokenizer, processor. Sorted by name."""
     return sorted(
@@ -60,8 +64,8 @@ def companions(folder: Path) -> list[Path]:
     )
 
 
-def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int) -> tuple[list[WeightFile], bytes | None]:
-    """The weights files of a version, and the bytes of its index where there is more than one file."""
+def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int) -> WeightsPlan:
+    """How a version's weights are spread over files."""
     by_name = {spec.name: spec for spec in specs}
     meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in by_name.items()}
     plan = split_torch_state_dict_into_shards(meta, max_shard_size=shard_bytes)

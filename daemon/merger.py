@@ -35,7 +35,7 @@ from daemon.home import MANIFEST, STATE_FILE, Home
 from daemon.inbox import Drop, entry_id
 from daemon.latest import point_latest
 from daemon.lines import Line, read_lines
-from daemon.outputs import Outputs
+from daemon.outputs import Outputs, planned
 from daemon.placing import place
 from daemon.preparing import Preparations
 from daemon.progress import Progress
@@ -65,6 +65,8 @@ class Merger:
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
         self._base_sha256 = store.base().sha256
         self._base = open_path(home.base, progress)
+        self._plan = planned(self._base.tensors.schema, settings.publish)
+        self._base_norm: float | None = None
         check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute)
         self._inbox = os.open(home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
@@ -104,6 +106,8 @@ class Merger:
         except (Refused, ProjectorError) as error:
             recorded = self._refuse(drop, error)
         self._tidy(recorded)
+        if recorded.status is Status.MERGED:
+            self.preparations.follow(read_lines(self._store, self._methods))
         return recorded
 
     def finish(self) -> list[Expert]:
@@ -128,11 +132,12 @@ class Merger:
         try:
             with ExitStack() as files:
                 outputs = [self._outputs(line, folder, files) for line in lines]
-                folded = self._fold(expert, lines, outputs, files)
-                new = self._identify(drop, expert, folded)
-                if new.status is not Status.MERGED:
-                    return self._store.record(new)
-                self._read_out(lines, folded.totals, outputs)
+                with durable.flushing([fd for output in outputs for fd in output.descriptors]):
+                    folded = self._fold(expert, lines, outputs, files)
+                    new = self._identify(drop, expert, folded)
+                    if new.status is not Status.MERGED:
+                        return self._store.record(new)
+                    self._read_out(lines, folded.totals, outputs)
                 with self._progress.phase("fsync"):
                     files.close()
             versions = [
@@ -146,7 +151,6 @@ class Merger:
             seconds = time.monotonic() - started
             merged = self._store.commit(new, [replace(version, seconds=seconds) for version in versions])
             hit("commit.after")
-            self.preparations.follow(read_lines(self._store, self._methods))
             return merged
         finally:
             durable.remove(folder)
@@ -159,7 +163,7 @@ class Merger:
 
     def _outputs(self, line: Line, folder: Path, files: ExitStack) -> Outputs:
         schema = self._base.tensors.schema
-        return Outputs(folder / line.head.name, schema, line.method, self._settings.publish, files, self._progress)
+        return Outputs(folder / line.head.name, schema, line.method, self._plan, files, self._progress)
 
     def _fold(
         self, expert: OpenCheckpoint, lines: Sequence[Line], outputs: Sequence[Outputs], files: ExitStack
@@ -175,7 +179,8 @@ class Merger:
             now = output.weights if line.method.one_sweep else ()
             state = self._state(line, files)
             heads.append(HeadFold(line.method, line.totals, view, state, output.state, ready, now))
-        folded = self._driver.fold(self._base.tensors, expert.tensors, heads)
+        folded = self._driver.fold(self._base.tensors, expert.tensors, heads, self._base_norm)
+        self._base_norm = folded.base_norm
         hit("fold.after")
         return folded
 

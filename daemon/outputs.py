@@ -9,7 +9,7 @@ import torch
 from daemon import durable
 from daemon.checkpoint import INDEX
 from daemon.config import Publish
-from daemon.generations import FileEntry, plan_weights
+from daemon.generations import FileEntry, WeightsPlan, plan_weights
 from daemon.home import STATE_FILE
 from projector.header import build_header
 from projector.method import Method
@@ -25,18 +25,19 @@ class Outputs:
     """Opens every file and reserves its space at once; `files` closes and syncs them."""
 
     def __init__(
-        self, folder: Path, base: Schema, method: Method, settings: Publish, files: ExitStack, watch: Watch
+        self, folder: Path, base: Schema, method: Method, plan: WeightsPlan, files: ExitStack, watch: Watch
     ) -> None:
         self._files = files
         self._watch = watch
+        self.descriptors: list[int] = []
         self.published = folder / "published"
         self.state_folder = folder / "state"
         durable.make_folder(self.published)
         durable.make_folder(self.state_folder)
         self.state = self._writer(self.state_folder / STATE_FILE, state_specs(method, base))
-        plan, self._index = plan_weights(_published(base, settings.dtype), settings.shard_bytes)
-        self._names = [file.name for file in plan]
-        self.weights = [self._writer(self.published / file.name, list(file.specs)) for file in plan]
+        files_planned, self._index = plan
+        self._names = [file.name for file in files_planned]
+        self.weights = [self._writer(self.published / file.name, list(file.specs)) for file in files_planned]
         self.entries: list[FileEntry] = []
         self.state_entry: FileEntry | None = None
 
@@ -53,12 +54,14 @@ class Outputs:
     def _writer(self, path: Path, specs: list[TensorSpec]) -> TensorWriter:
         size = build_header(specs, METADATA)[1].size
         fd = self._files.enter_context(durable.new_file(path, size))
+        self.descriptors.append(fd)
         return TensorWriter(fd, specs, METADATA, self._watch)
 
 
-def _published(base: Schema, dtype: str) -> list[TensorSpec]:
-    """The base's tensors in the dtype they are published in."""
-    if dtype == "base":
-        return list(base.values())
-    wanted: torch.dtype = getattr(torch, dtype)
-    return [replace(spec, dtype=wanted) if spec.floating else spec for spec in base.values()]
+def planned(base: Schema, settings: Publish) -> WeightsPlan:
+    """The files that every version's weights are published in, with the base's tensors in the dtype wanted."""
+    specs = list(base.values())
+    if settings.dtype != "base":
+        wanted: torch.dtype = getattr(torch, settings.dtype)
+        specs = [replace(spec, dtype=wanted) if spec.floating else spec for spec in specs]
+    return plan_weights(specs, settings.shard_bytes)

@@ -60,7 +60,7 @@ class Folded:
     """What a fold found: the norms of the expert's task vector and of the base (float64), each head's totals after."""
 
     norm: float
-    base_norm: float
+    base_norm: float  # as it was given, or else measured
     totals: Sequence[Totals]
 
 
@@ -109,9 +109,12 @@ class Driver:
             expert = replace(expert, surveys=(*expert.surveys, shares))
         return expert
 
-    def fold(self, base: Checkpoint, source: Source, heads: Sequence[HeadFold]) -> Folded:
+    def fold(
+        self, base: Checkpoint, source: Source, heads: Sequence[HeadFold], base_norm: float | None = None
+    ) -> Folded:
         """Folds one expert into every head and writes each head's new state, and its weights where it gives them now.
 
+        The norm of the base is measured on the way where it is not given.
         Raises BadValues at a tensor whose delta is not finite; nothing but the heads' new files has then been touched.
         """
         done: list[_FoldedPart] = []
@@ -120,7 +123,7 @@ class Driver:
             steps(base.schema, source.order, methods, self.block_bytes),
             partial(fold_bytes, methods),
             partial(self._read, base, source, views),
-            partial(self._fold_part, source, heads),
+            partial(self._fold_part, source, heads, base_norm is None),
         ):
             name, start = part.step.spec.name, part.step.part.start
             for head, state, merged in zip(heads, part.states, part.merged, strict=True):
@@ -136,7 +139,7 @@ class Driver:
         totals = [head.method.tally(head.totals, _add([part.sums[i] for part in done])) for i, head in enumerate(heads)]
         return Folded(
             norm=sqrt(fsum(part.energy for part in done)),
-            base_norm=sqrt(fsum(part.base_energy for part in done)),
+            base_norm=sqrt(fsum(part.base_energy for part in done)) if base_norm is None else base_norm,
             totals=totals,
         )
 
@@ -211,18 +214,20 @@ class Driver:
             [replace(view, sidecars=sidecars) if sidecars else view for view in views],
         )
 
-    def _fold_part(self, source: Source, heads: Sequence[HeadFold], read: _Read) -> _FoldedPart:
-        work = partial(self._fold_on, source, heads, read)
+    def _fold_part(self, source: Source, heads: Sequence[HeadFold], measure: bool, read: _Read) -> _FoldedPart:
+        work = partial(self._fold_on, source, heads, measure, read)
         return compute_on(self.device, work, read.step.spec.name, self.watch)
 
-    def _fold_on(self, source: Source, heads: Sequence[HeadFold], read: _Read, device: torch.device) -> _FoldedPart:
-        """One step through every head; runs in a worker."""
+    def _fold_on(
+        self, source: Source, heads: Sequence[HeadFold], measure: bool, read: _Read, device: torch.device
+    ) -> _FoldedPart:
+        """One step through every head; runs in a worker. `measure`: the base's norm too."""
         step, states, sums = read.step, [], []
         merged: list[Tensor | None] = []
         with self.watch.phase("project"):
             theta0 = load(read.base, device)
             delta = source.delta(step.spec, theta0, [load(tensor, device) for tensor in read.expert])
-            delta_energy, base_energy = finite_energy(delta, step.spec), energy(theta0)
+            delta_energy, base_energy = finite_energy(delta, step.spec), energy(theta0) if measure else 0.0
         for head, view in zip(heads, read.views, strict=True):
             before = self._state(head.method, head.before, step, device)
             ready = self._prepared(head, step, device)

@@ -113,7 +113,7 @@ class Method(ABC):
         """
 
     def tally(self, totals: Totals, sums: Sums) -> Totals:
-        """Closes one expert: `sums` over all its tensors, and beside them "task_vector", the squared norm of all deltas.
+        """Closes one expert: `sums` over all its tensors, and "task_vector", the squared norm of all its deltas.
 
         Default: counts it.
         """

@@ -57,7 +57,7 @@ class Pipeline:
                             f"one tensor needs {need} bytes of memory, the budget is {self.budget_bytes}",
                             "raise the memory budget",
                         )
-                    while hand and (len(hand) >= self.workers + SPARE or _sum(hand) + need > self.budget_bytes):
+                    while hand and _sum(hand) + need > self._limit(max(need, *(need for _, need in hand))):
                         yield hand[0][0].result()
                         hand.popleft()
                     hand.append((pool.submit(_then, reader.submit(read, step), work), need))
@@ -67,6 +67,10 @@ class Pipeline:
             finally:
                 for future, _ in hand:
                     future.cancel()
+
+    def _limit(self, largest: int) -> int:
+        """What may be in hand: a step for each worker and the spare ones, where all are as large as the largest."""
+        return min(self.budget_bytes, largest * (self.workers + SPARE))
 
 
 def _then(read: Future[In], work: Callable[[In], Out]) -> Out:

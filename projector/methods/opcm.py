@@ -142,26 +142,28 @@ class Opcm(Method):
             torch.add(a_MN, tau_MN, out=merged_MN)
             return
         r = self._rank(s_P)
-        lead_MR, lead_NR = left_MP[:, :r], right_NP[:, :r]
+        lead_NR = right_NP[:, :r]
         core_RR = a_MN.new_zeros(r, r)
         diagonal_P = torch.zeros_like(s_P)
         across_RN = a_MN.new_zeros(r if self.projection == "paper" else 0, len(right_NP))
+        work_MP = torch.empty_like(left_MP[next(row_blocks(tau_MN))])  # for a block at a time
         for rows in row_blocks(tau_MN):
-            tau_BN = tau_MN[rows].to(a_MN.dtype)
-            right_BP = tau_BN @ right_NP
-            core_RR.addmm_(lead_MR[rows].T, right_BP[:, :r])
-            diagonal_P += (left_MP[rows] * right_BP).sum(0)
+            tau_BN, left_BP = tau_MN[rows].to(a_MN.dtype), left_MP[rows]
+            right_BP = torch.mm(tau_BN, right_NP, out=work_MP[: len(tau_BN)])
+            core_RR.addmm_(left_BP[:, :r].T, right_BP[:, :r])
+            diagonal_P += right_BP.mul_(left_BP).sum(0)
             if self.projection == "paper":
-                across_RN.addmm_(lead_MR[rows].T, tau_BN)
+                across_RN.addmm_(left_BP[:, :r].T, tau_BN)
         across_RN -= core_RR[: len(across_RN)] @ lead_NR.T
+        narrow_P = diagonal_P.to(a_MN.dtype)
         for rows in row_blocks(tau_MN):
-            tau_BN = tau_MN[rows].to(a_MN.dtype)
-            gone_BP = left_MP[rows] * diagonal_P.to(a_MN.dtype)
-            gone_BP[:, :r] = lead_MR[rows] @ core_RR if self.projection == "code" else tau_BN @ lead_NR
-            kept_BN = torch.addmm(tau_BN, gone_BP, right_NP.T, alpha=-1)
+            tau_BN, left_BP, merged_BN = tau_MN[rows].to(a_MN.dtype), left_MP[rows], merged_MN[rows]
+            gone_BP = torch.mul(left_BP, narrow_P, out=work_MP[: len(tau_BN)])
+            gone_BP[:, :r] = left_BP[:, :r] @ core_RR if self.projection == "code" else tau_BN @ lead_NR
+            torch.addmm(tau_BN, gone_BP, right_NP.T, alpha=-1, out=merged_BN)
             if self.projection == "paper":
-                kept_BN.addmm_(lead_MR[rows], across_RN, alpha=-1)
-            torch.add(a_MN[rows], kept_BN, out=merged_MN[rows])
+                merged_BN.addmm_(left_BP[:, :r], across_RN, alpha=-1)
+            merged_BN += a_MN[rows]
 
     def _rank(self, s_P: Tensor) -> int:
         """How many directions lead, by their cumulative share of the nuclear norm.

@@ -1,0 +1,78 @@
+"""What the settings of [compute] mean on this machine."""
+
+import os
+from pathlib import Path
+from shutil import copytree
+from threading import Event
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from daemon import compute
+from daemon.compute import check_budget, driver, memory_budget
+from daemon.config import Compute
+from daemon.errors import BadConfig
+from daemon.home import Home
+from daemon.merger import Merger
+from daemon.progress import Progress
+from projector.methods import make
+from projector.spec import TensorSpec
+from projector.steps import Step, fold_bytes
+from registry.store import Store
+from tests.daemon.homes import drain, live, put, quick
+from tests.daemon.processes import forked
+from tests.models import write_expert
+
+PHYSICAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_by_default_half_of_the_usable_memory_may_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(compute, "CGROUP_LIMITS", (limit,))
+    assert memory_budget(Compute()) == PHYSICAL // 2
+    limit.write_text("max\n")
+    assert memory_budget(Compute()) == PHYSICAL // 2
+    limit.write_text("1000000000\n")
+    assert memory_budget(Compute()) == 500_000_000
+    assert memory_budget(Compute.model_validate({"memory_budget": "64MB"})) == 64_000_000
+
+
+def test_the_driver_gets_what_the_settings_say() -> None:
+    made = driver(Compute.model_validate({"threads": 3, "memory_budget": "1GiB", "device": "cpu"}))
+    assert (made.workers, made.budget_bytes, made.device.type) == (3, 1 << 30, "cpu")
+
+
+def test_a_base_whose_largest_matrix_does_not_fit_is_refused_at_init(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base.safetensors"
+    save_file({"small.weight": torch.zeros(4, 4), "large.weight": torch.zeros(600, 500)}, base)
+    spec = TensorSpec("large.weight", (600, 500), torch.float32)
+    need = fold_bytes([make("opcm")], Step(spec))
+    monkeypatch.setenv("MAINSTEM_COMPUTE__MEMORY_BUDGET", str(need - 1))
+    refused = forked("init", tmp_path / "home", "--base", base)
+    assert refused.returncode == 1 and not (tmp_path / "home").exists()
+    for part in ("large.weight", "[600, 500]", str(need), str(need - 1), "compute.memory_budget"):
+        assert part in refused.stderr
+    monkeypatch.setenv("MAINSTEM_COMPUTE__MEMORY_BUDGET", str(need))
+    assert forked("init", tmp_path / "home", "--base", base).returncode == 0
+
+
+def test_a_budget_lowered_later_stops_the_start(home: Home) -> None:
+    low = quick(compute={"memory_budget": 1000})
+    with Store.open(home.registry) as store, pytest.raises(BadConfig, match="1000"):
+        Merger(home, store, low, Progress(Event(), lambda share: None))
+
+
+def test_a_budget_for_one_matrix_at_a_time_gives_the_same_bits(home: Home, base: Path, tmp_path: Path) -> None:
+    tight = Home(copytree(home.root, tmp_path / "tight", symlinks=True))
+    schema = {"layers.0.down.weight": TensorSpec("layers.0.down.weight", (16, 32), torch.float32)}  # its largest
+    need = fold_bytes([make("opcm")], Step(schema["layers.0.down.weight"]))
+    check_budget(schema, [make("opcm")], Compute.model_validate({"memory_budget": need}))
+    for seed in (2, 3):
+        for one, settings in ((home, quick()), (tight, quick(compute={"memory_budget": need, "threads": 4}))):
+            put(one, write_expert(tmp_path / f"{seed}.safetensors", base, seed))
+            drain(one, settings)
+    weights = [(one.version("main", 2) / "model.safetensors").read_bytes() for one in (home, tight)]
+    assert live(home) == live(tight) == 2 and weights[0] == weights[1]

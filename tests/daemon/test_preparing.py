@@ -1,0 +1,187 @@
+"""What is prepared between experts: it changes no bit, it can be lost, and an arrival does not wait for it."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+from torch import equal
+
+from daemon import durable
+from daemon.home import Home
+from daemon.merger import Merger
+from daemon.progress import Progress
+from daemon.service import Service
+from registry.store import Store
+from tests.daemon.homes import MAIN, count, drain, latest, live, make_home, put, quick, tree
+from tests.daemon.test_queue import scan
+from tests.models import write_base, write_expert
+
+
+def never() -> bool:
+    return False
+
+
+@contextmanager
+def merging(home: Home) -> Iterator[Callable[[Path], Merger]]:
+    """A merger over the home; called with an expert it merges it, and gives itself."""
+    with ExitStack() as stack:
+        store = stack.enter_context(Store.open(home.registry))
+        merger = Merger(home, store, quick(), Progress(Event(), lambda share: None))
+        stack.callback(merger.close)
+
+        def take(path: Path) -> Merger:
+            put(home, path)
+            (drop,) = scan(home).settled
+            merger.take(drop)
+            return merger
+
+        yield take
+
+
+def write(tmp_path: Path, base: Path, seed: int) -> Path:
+    return write_expert(tmp_path / f"{seed}.safetensors", base, seed)
+
+
+def same_weights(first: Home, second: Home) -> bool:
+    ours, theirs = latest(first), latest(second)
+    return ours.keys() == theirs.keys() and all(equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_prepared_half_prepared_and_unprepared_give_the_same_bits(home: Home, base: Path, tmp_path: Path) -> None:
+    homes = {"none": home} | {
+        name: Home(shutil.copytree(home.root, tmp_path / name, symlinks=True)) for name in ("half", "all")
+    }
+    for name, one in homes.items():
+        with merging(one) as take:
+            for seed in (2, 3, 4):
+                merger = take(write(tmp_path, base, seed))
+                share = merger.preparations.share("main")
+                assert share == 0
+                if name == "all":
+                    merger.preparations.work(never)
+                    assert merger.preparations.share("main") == 1
+                if name == "half":
+                    asked = iter([False, False, False])
+                    merger.preparations.work(lambda asked=asked: next(asked, True))  # type: ignore[misc]
+                    assert 0 < merger.preparations.share("main") < 1
+    assert same_weights(homes["none"], homes["all"]) and same_weights(homes["none"], homes["half"])
+
+
+def test_what_is_finished_is_kept_with_its_version_and_taken_up_at_the_next_start(
+    home: Home, base: Path, tmp_path: Path
+) -> None:
+    with merging(home) as take:
+        take(write(tmp_path, base, 2)).preparations.work(never)
+    assert home.prepared("main", 1).exists()
+    with merging(home) as take:
+        merger = take(write(tmp_path, base, 3))  # it was ready for this one
+        assert not home.prepared("main", 1).exists()
+        merger.preparations.work(never)
+        assert merger.preparations.share("main") == 1
+    written = home.prepared("main", 2).read_bytes()
+    with Store.open(home.registry) as store:
+        again = Merger(home, store, quick(), Progress(Event(), lambda share: None))
+        assert again.preparations.share("main") == 1
+        again.close()
+    assert home.prepared("main", 2).read_bytes() == written
+    assert not list(home.tmp.iterdir())
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: data.replace(b"torch ", b"Torch ", 1)])
+def test_a_file_that_is_cut_short_or_made_elsewhere_is_thrown_away(
+    home: Home, base: Path, tmp_path: Path, spoil: Callable[[bytes], bytes]
+) -> None:
+    with merging(home) as take:
+        take(write(tmp_path, base, 2)).preparations.work(never)
+    path = home.prepared("main", 1)
+    path.write_bytes(spoil(path.read_bytes()))
+    with Store.open(home.registry) as store:
+        again = Merger(home, store, quick(), Progress(Event(), lambda share: None))
+        assert again.preparations.share("main") == 0 and not path.exists()
+        again.close()
+
+
+def test_a_full_disk_ends_preparing_and_nothing_else(
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = durable.create
+
+    def full(path: Path, size: int | None = None) -> int:
+        if path.name.startswith("prepared"):
+            raise OSError(28, "No space left on device")
+        return create(path, size)
+
+    monkeypatch.setattr(durable, "create", full)
+    with merging(home) as take:
+        merger = take(write(tmp_path, base, 2))
+        merger.preparations.work(never)
+        assert merger.preparations.share("main") == 0
+        take(write(tmp_path, base, 3))
+    assert live(home) == 2
+
+
+def test_a_head_that_prepares_nothing_is_always_ready(base: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", base, [("main", "mean", {})])
+    with merging(home) as take:
+        merger = take(write(tmp_path, base, 2))
+        assert merger.preparations.share("main") == 1
+        merger.preparations.work(never)
+    assert not home.prepared("main", 1).exists()
+
+
+def test_the_daemon_prepares_while_idle_and_says_how_far_it_is(home: Home, base: Path, tmp_path: Path) -> None:
+    service = Service(home, quick())
+    thread = Thread(target=service.run, kwargs={"http": False})
+
+    def ready() -> float:
+        return count(service._metrics.registry, "mainstem_prepared_ratio", head="main")
+
+    # signals can only be handled in the main thread: here the service is told to stop by its own event
+    service._signals = lambda: ExitStack()  # type: ignore[method-assign, assignment]
+    thread.start()
+    try:
+        put(home, write(tmp_path, base, 2))
+        wait(lambda: live(home) == 1 and ready() == 1)
+        assert home.prepared("main", 1).exists()
+        put(home, write(tmp_path, base, 3))
+        wait(lambda: live(home) == 2 and home.prepared("main", 2).exists())
+    finally:
+        service._stopping.set()
+        service._wake.set()
+        thread.join(60)
+    assert count(service._metrics.registry, "mainstem_memory_budget_bytes") > 0
+
+
+def test_an_arrival_stops_the_preparation_at_the_next_tensor(tmp_path: Path) -> None:
+    """A model of many matrices: the expert is merged long before all of them could have been prepared."""
+    base = write_base(tmp_path / "base.safetensors", seed=1, hidden=32)
+    home = make_home(tmp_path / "home", base, MAIN)
+    asked: list[float] = []
+    with merging(home) as take:
+        merger = take(write(tmp_path, base, 2))
+
+        def stop() -> bool:
+            asked.append(merger.preparations.share("main"))
+            return len(asked) > 3
+
+        merger.preparations.work(stop)
+        assert len(asked) == 4, "it is asked before each tensor, and not again once it has said yes"
+        take(write(tmp_path, base, 3))
+    assert live(home) == 2
+
+
+def test_once_prepares_nothing(home: Home, base: Path, tmp_path: Path) -> None:
+    put(home, write(tmp_path, base, 2))
+    drain(home)
+    assert not any("prepared" in name for name in tree(home.state))
+
+
+def wait(true: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.02)
