@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from daemon.home import MANIFEST, STATE_FILE, Home
 from daemon.metrics import software_version
@@ -67,8 +67,12 @@ def companions(folder: Path) -> list[Path]:
 def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int) -> WeightsPlan:
     """How a version's weights are spread over files."""
     by_name = {spec.name: spec for spec in specs}
-    meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in by_name.items()}
-    plan = split_torch_state_dict_into_shards(meta, max_shard_size=shard_bytes)
+    plan = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda spec: spec.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     files = [
         WeightFile(name, [by_name[tensor] for tensor in tensors]) for name, tensors in plan.filename_to_tensors.items()
     ]

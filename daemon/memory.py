@@ -3,7 +3,7 @@
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
-MMAP_BYTES = 4 << 20
+MMAP_BYTES = 4_000_000  # just below a block of rows in float64
 KEEP_BYTES = 1 << 30
 
 _library = ctypes.CDLL(None)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_NUMEL = 1 << 20  # elements of a block of rows: 8 MiB as float64
+BLOCK_NUMEL = 1 << 19  # elements of a block of rows: 4 MiB as float64
 ENERGY_NUMEL = 1 << 16  # elements widened at a time for a norm: they stay in the cache
 ENERGY_NUMEL_CUDA = 1 << 24
 STRIPS = 4  # of a Gram matrix's columns: products of 5/8 of it give it whole
@@ -64,7 +64,10 @@ def thin_svd(d_MN: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     if d_MN.shape[0] < d_MN.shape[1]:
         right_NP, left_MP, s_P = thin_svd(d_MN.T, tol)
         return left_MP, right_NP, s_P
-    v_NP = torch.linalg.eigh(gram(d_MN)).eigenvectors.flip(1)
+    gram_NN = gram(d_MN)
+    if not gram_NN.diagonal().any():
+        return torch.zeros_like(d_MN), torch.zeros_like(gram_NN, dtype=d_MN.dtype), torch.zeros_like(gram_NN[0])
+    v_NP = torch.linalg.eigh(gram_NN).eigenvectors.flip(1)
     if d_MN.dtype == torch.float64:
         v_NP = _improved(d_MN, v_NP)
     left_MP = torch.empty_like(d_MN, memory_format=torch.contiguous_format)
@@ -76,7 +79,7 @@ def thin_svd(d_MN: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     s_P = squares_P.sqrt()
     carries_P = s_P > tol * s_P.max()
     left_MP *= torch.where(carries_P, 1 / s_P, 0.0)
-    right_NP = v_NP.mul_(carries_P).to(d_MN.dtype, memory_format=torch.contiguous_format)
+    right_NP = v_NP.mul_(carries_P).to(d_MN.dtype).contiguous()
     return left_MP, right_NP, s_P * carries_P
 
 

@@ -73,15 +73,10 @@ class Opcm(Method):
     def prepare(self, state: State, spec: TensorSpec) -> State:
         if not self._projects(spec):
             return {}
-        prepared = {
-            key: torch.zeros(slot.shape, dtype=slot.dtype, device=state["A"].device)
-            for key, slot in self.prepares(spec).items()
-        }
-        for a_MN, *basis in zip(*_matrices(state["A"], *prepared.values()), strict=True):
-            if energy(a_MN):
-                for whole, part in zip(basis, thin_svd(a_MN, self.tol), strict=True):
-                    whole.copy_(part)
-        return prepared
+        if state["A"].ndim == 2:
+            return dict(zip(self.prepares(spec), thin_svd(state["A"], self.tol), strict=True))
+        bases = [thin_svd(a_MN, self.tol) for a_MN in state["A"]]
+        return {key: torch.stack(parts) for key, parts in zip(self.prepares(spec), zip(*bases), strict=True)}
 
     def workspace(self, spec: TensorSpec) -> int:
         if not self._projects(spec):
