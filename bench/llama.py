@@ -3,9 +3,9 @@
     MERGEKIT_PYTHON=mk/bin/python python -m bench.llama FOLDER --repeats 3
 
 FOLDER as bench.llama_shapes writes it. mainstem: a daemon that holds three experts and has prepared for a fourth;
-seconds from the drop to the version being visible over HTTP. mergekit: `mergekit-yaml` on the base
-and all four, less the same command on a tiny model, which is what starting Python and its imports takes. Each is done
-REPEATS times, from nothing; medians.
+seconds from the drop to the version being visible over HTTP. mergekit: the command `mergekit-yaml` on the base and all
+four, which is what a person without a daemon runs again; how much of it is Python starting and importing is found out
+on a tiny model and said beside it. Each is done REPEATS times, from nothing; medians.
 """
 
 import json
@@ -82,8 +82,8 @@ def mergekit(base: Path, experts: Sequence[Path], method: str, repeats: int) -> 
     seconds = [merge.seconds for merge in merges]
     return {
         "seconds": seconds,
+        "median": median(seconds),
         "start": median(starts),
-        "net": median(seconds) - median(starts),
         "peak_bytes": max(merge.peak for merge in merges),
         "version": _version(python),
     }

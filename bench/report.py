@@ -94,8 +94,8 @@ def llama(method: str, target: float) -> Callable[[Figures], Outcome]:
         if not theirs:
             return _alone("MERGEKIT_PYTHON")
         if not ours:
-            return Outcome(f"mergekit: {theirs['net']:.1f} s", "not built yet")
-        return at_least(target, ours["median"], theirs["net"])
+            return Outcome(f"mergekit: {theirs['median']:.1f} s", "not built yet")
+        return at_least(target, ours["median"], theirs["median"])
 
     return read
 

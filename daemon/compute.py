@@ -30,6 +30,8 @@ def device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = torch.device(name)
+    if wanted.type == "cuda":  # several streams give the same bits each time only with this; read at cuBLAS's first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise BadConfig(
             f"compute.device is {name}, but torch sees {torch.cuda.device_count()} CUDA devices",

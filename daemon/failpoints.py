@@ -28,14 +28,14 @@ POINTS = (
     "archive.before",
     "archive.after",
     "remove",
-    "prepared.before",
-    "prepared.after",
     "refuse.recorded",
     "refuse.reason_written",
     "recover.begin",
     "recover.swept",
     "recover.end",
 )
+
+IDLE_POINTS = ("prepared.before", "prepared.after")  # passed while nothing arrives
 
 _passes: dict[str, int] = {}
 

@@ -175,7 +175,7 @@ class Merger:
             if line.method.rounds:
                 view = self._driver.survey(self._base.tensors, expert.tensors, line.method, view)
                 view = replace(view, sha256=expert.identity())
-            ready = self.preparations.ready(line.head.name)
+            ready = self.preparations.ready(line)
             now = output.weights if line.method.one_sweep else ()
             state = self._state(line, files)
             heads.append(HeadFold(line.method, line.totals, view, state, output.state, ready, now))

@@ -41,19 +41,24 @@ class Preparations:
                     durable.remove(path)
         self._heads = {line.head.name: _Preparation(self._home, self._driver, self._base, line) for line in lines}
 
-    def ready(self, head: str) -> Prepared | None:
-        """What the next expert finds ready."""
-        return self._heads[head].view()
+    def ready(self, line: Line) -> Prepared | None:
+        """What the next expert finds ready; nothing where another version is live than the one prepared from."""
+        found = self._heads.get(line.head.name)
+        return found.view() if found and found.made_from(line) else None
 
     def share(self, head: str) -> float:
         """How much of a head's preparation is ready, by bytes, 0 to 1; 1 where there is nothing to prepare."""
-        return self._heads[head].share if head in self._heads else 0.0
+        found = self._heads.get(head)
+        return found.share if found else 0.0
 
     def work(self, stop: Callable[[], bool]) -> None:
-        """Prepares until all is ready or `stop` says so; a full disk ends it without an error."""
+        """Prepares until all is ready or `stop` says so. A full disk or arithmetic that fails end it without an error:
+        the next expert will work out what it needs."""
         for preparation in self._heads.values():
             try:
                 preparation.work(stop)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                preparation.give_up()
             except OSError as error:
                 if not durable.is_full(error):
                     raise
@@ -96,6 +101,9 @@ class _Preparation:
     def share(self) -> float:
         total = sum(self._bytes.values())
         return sum(self._bytes[name] for name in tuple(self._ready)) / total if total else 1.0
+
+    def made_from(self, line: Line) -> bool:
+        return self._key["version"] == line.version.manifest_sha256
 
     def view(self) -> Prepared | None:
         reader = self._writer.reader() if self._writer else self._reader

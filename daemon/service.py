@@ -35,7 +35,7 @@ Display = Callable[[Drop], AbstractContextManager[Callable[[float], None]]]
 
 DISK_FULL_WAIT_SECONDS = 15.0
 LOG_EVERY_SHARE = 0.25
-WAKE_SECONDS = 0.05
+WAKE_SECONDS = 0.01
 
 
 class Service:
@@ -109,13 +109,16 @@ class Service:
                 continue
             if self._settings.compute.prepare and not once:
                 merger.preparations.work(self._newly_settled(store, inbox, scan))
-            self._wake.wait(self._pause(bool(waiting)))
+            if not self._wake.wait(self._pause(bool(waiting))):
+                return_freed_memory()  # all is quiet
 
     def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
-        """A question to be asked between two pieces of idle work: is there something else to do?"""
-        known = {drop.entry for drop in scan.settled}
+        """A question to be asked between two pieces of idle work: is there something else to do?
+
+        What was settled already is incomplete: it is looked at again with the next listing.
+        """
         skip = {expert.entry for expert in store.unplaced()}
-        again = time.monotonic() + self._pause(bool(scan.moving))
+        again = time.monotonic() + self._pause(scan.moving > 0)
 
         def stop() -> bool:
             nonlocal again
@@ -125,8 +128,8 @@ class Service:
                 self._wake.clear()
                 now = inbox.scan(skip)
                 self._show_inbox(now)
-                again = time.monotonic() + self._pause(bool(now.moving))
-                if any(drop.entry not in known for drop in now.settled):
+                again = time.monotonic() + self._pause(now.moving > 0)
+                if now.settled:
                     self._wake.set()
             return self._wake.is_set()
 
@@ -150,7 +153,6 @@ class Service:
             return False
         finally:
             self._metrics.progress.set(0)
-            return_freed_memory()
         self._metrics.disk_full.set(0)
         self._time(expert, drop, progress, started)
         self._tell(expert, store, log)

@@ -22,7 +22,7 @@ from projector.pipeline import Pipeline, never
 from projector.source import Checkpoint, Source
 from projector.spec import TensorSpec
 from projector.steps import BLOCK_BYTES, Step, fold_bytes, prepare_bytes, read_bytes, slot_name, steps
-from projector.tensorfile import TensorReader, TensorWriter
+from projector.tensorfile import Piece, TensorReader, TensorWriter
 from projector.text import shown
 from projector.watch import SILENT, Watch
 
@@ -76,12 +76,11 @@ class _Read:
 
 @dataclass(frozen=True)
 class _FoldedPart:
-    """What a worker made of one step: each head's new state, sums and merged weights, and the squared norms."""
+    """What a worker made of one step: what it wrote for the heads, to be hashed, their sums, and the squared norms."""
 
     step: Step
-    states: Sequence[State]
+    written: Sequence[tuple[TensorWriter, Piece]]
     sums: Sequence[Sums]
-    merged: Sequence[Tensor | None]
     energy: float
     base_energy: float
 
@@ -125,15 +124,10 @@ class Driver:
             partial(self._read, base, source, views),
             partial(self._fold_part, source, heads, base_norm is None),
         ):
-            name, start = part.step.spec.name, part.step.part.start
-            for head, state, merged in zip(heads, part.states, part.merged, strict=True):
-                for key, value in state.items():
-                    head.after.write(slot_name(key, name), value, start)
-                for writer in head.weights:
-                    if merged is not None and name in writer.specs:
-                        writer.write(name, merged, start)
+            for writer, piece in part.written:
+                writer.hash(piece)
             self.watch.advance(part.step.nbytes)
-            done.append(replace(part, states=(), merged=()))
+            done.append(replace(part, written=()))
         for head in heads:
             _copy_buffers(base, head.weights)
         totals = [head.method.tally(head.totals, _add([part.sums[i] for part in done])) for i, head in enumerate(heads)]
@@ -184,21 +178,23 @@ class Driver:
         Raises BadValues where a value does not fit into it.
         """
 
-        def work(read: tuple[TensorWriter, Step, Tensor], device: torch.device) -> tuple[TensorWriter, Step, Tensor]:
-            writer, step, theta0 = read
+        def work(writer: TensorWriter, step: Step, theta0: Tensor, device: torch.device) -> tuple[Step, Piece]:
             before = self._state(method, state, step, device)
-            with self.watch.phase("project"):
-                return writer, step, self._merged(method, totals, before, load(theta0, device), step, writer.specs)
+            merged = self._merged(method, totals, before, load(theta0, device), step, writer.specs)
+            return step, writer.put(step.spec.name, merged, step.part.start)
+
+        def compute(writer: TensorWriter, read: tuple[Step, Tensor]) -> tuple[Step, Piece]:
+            return compute_on(self.device, partial(work, writer, *read), read[0].spec.name, self.watch)
 
         for writer in writers:
             names = [name for name, spec in writer.specs.items() if spec.floating]
-            for _, step, weights in self._pipeline().run(
+            for step, piece in self._pipeline().run(
                 steps(base.schema, names, [method], self.block_bytes),
                 partial(read_bytes, method),
-                lambda step, writer=writer: (writer, step, base.read(step.spec.name, step.rows)),  # type: ignore[misc]
-                lambda read: compute_on(self.device, partial(work, read), read[1].spec.name, self.watch),
+                lambda step: (step, base.read(step.spec.name, step.rows)),
+                partial(compute, writer),
             ):
-                writer.write(step.spec.name, weights, step.part.start)
+                writer.hash(piece)
                 self.watch.advance(step.nbytes)
         _copy_buffers(base, writers)
 
@@ -222,8 +218,8 @@ class Driver:
         self, source: Source, heads: Sequence[HeadFold], measure: bool, read: _Read, device: torch.device
     ) -> _FoldedPart:
         """One step through every head; runs in a worker. `measure`: the base's norm too."""
-        step, states, sums = read.step, [], []
-        merged: list[Tensor | None] = []
+        step, sums = read.step, []
+        written: list[tuple[TensorWriter, Piece]] = []
         with self.watch.phase("project"):
             theta0 = load(read.base, device)
             delta = source.delta(step.spec, theta0, [load(tensor, device) for tensor in read.expert])
@@ -235,15 +231,16 @@ class Driver:
                 prepared = ready if ready is not None else head.method.prepare(before, step.spec)
                 view = replace(view, sidecars={kind: load(x, device) for kind, x in view.sidecars.items()})
                 state, found = head.method.update({**before, **prepared}, delta, step.part, view)
-                states.append(_unloaded(state))
                 sums.append({**found, "task_vector": delta_energy})
-                writer = next((writer for writer in head.weights if step.spec.name in writer.specs), None)
-                if writer is None:
-                    merged.append(None)
-                else:
+            for key, value in state.items():
+                piece = head.after.put(slot_name(key, step.spec.name), unload(value), step.part.start)
+                written.append((head.after, piece))
+            for writer in head.weights:
+                if step.spec.name in writer.specs:
                     after = head.method.tally(head.totals, {})
-                    merged.append(self._merged(head.method, after, state, theta0, step, writer.specs))
-        return _FoldedPart(step, states, sums, merged, delta_energy, base_energy)
+                    merged = self._merged(head.method, after, state, theta0, step, writer.specs)
+                    written.append((writer, writer.put(step.spec.name, merged, step.part.start)))
+        return _FoldedPart(step, written, sums, delta_energy, base_energy)
 
     def _state(self, method: Method, file: TensorReader | None, step: Step, device: torch.device) -> State:
         slots = method.slots(step.spec)
@@ -266,8 +263,10 @@ class Driver:
     ) -> Tensor:
         """The merged weights of one step, in the dtype they are published in."""
         dtype = specs[step.spec.name].dtype
-        merged = method.read(theta0, state, totals, step.part).to(dtype)
-        if not isfinite(energy(merged)):
+        with self.watch.phase("project"):
+            merged = method.read(_wide(theta0), state, totals, step.part).to(dtype)
+            finite = isfinite(energy(merged))
+        if not finite:
             raise BadValues(
                 Reason.NOT_FINITE,
                 f"the merged {shown(step.spec.name)} does not fit into {dtype}".replace("torch.", ""),
@@ -282,6 +281,11 @@ def _copy_buffers(base: Checkpoint, writers: Sequence[TensorWriter]) -> None:
         for name, spec in writer.specs.items():
             if not spec.floating:
                 writer.write(name, base.read(name))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: arithmetic in mixed dtypes is several times slower."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _unloaded(state: State) -> State:

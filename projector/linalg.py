@@ -8,7 +8,7 @@ from torch import Tensor
 
 BLOCK_NUMEL = 1 << 19  # elements of a block of rows: 4 MiB as float64
 ENERGY_NUMEL = 1 << 16  # elements widened at a time for a norm: they stay in the cache
-ENERGY_NUMEL_CUDA = 1 << 24
+CUDA_NUMEL = 1 << 24  # in either case on a device, which wants few large pieces: 128 MiB as float64
 STRIPS = 4  # of a Gram matrix's columns: products of 5/8 of it give it whole
 SMALL_ROTATION = 1e-3  # radians; its square is what one improvement leaves
 
@@ -16,7 +16,7 @@ SMALL_ROTATION = 1e-3  # radians; its square is what one improvement leaves
 def energy(x: Tensor) -> float:
     """The squared Frobenius norm of `x` in float64: NaN or infinite exactly where some element is."""
     flat = x.reshape(-1)
-    numel = ENERGY_NUMEL_CUDA if x.is_cuda else ENERGY_NUMEL
+    numel = CUDA_NUMEL if x.is_cuda else ENERGY_NUMEL
     wide = torch.empty(min(numel, len(flat)), dtype=torch.float64, device=x.device)  # reused: fresh memory costs more
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for piece in torch.split(flat, numel):
@@ -26,8 +26,8 @@ def energy(x: Tensor) -> float:
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
-    """Slices of rows of a matrix that hold about BLOCK_NUMEL elements each."""
-    rows = max(1, BLOCK_NUMEL // max(1, x.shape[1]))
+    """Slices of rows of a matrix that hold about BLOCK_NUMEL elements each, CUDA_NUMEL on a device."""
+    rows = max(1, (CUDA_NUMEL if x.is_cuda else BLOCK_NUMEL) // max(1, x.shape[1]))
     return (slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from projector.method import Method
 from projector.spec import Schema, TensorSpec
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)

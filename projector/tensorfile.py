@@ -17,6 +17,8 @@ from projector.spec import TensorSpec
 from projector.watch import SILENT, Watch
 
 CHUNK_BYTES = 4 << 20
+Piece = tuple[int, memoryview]
+"""Bytes that were written, and where."""
 
 
 class RunningDigest:
@@ -115,14 +117,21 @@ class TensorWriter:
         self._watch = watch
         self._digest = RunningDigest(fd, watch)
         opening, self.header = build_header(specs, metadata)
-        self._put(0, memoryview(opening))
+        self.hash(self._put(0, memoryview(opening)))
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         return self.header.specs
 
     def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
-        """Writes rows [start, start + len) of `name`, or all of it. Raises ValueError where its spec says otherwise."""
+        """Writes rows [start, start + len) of `name`, or all of it, and hashes them. Raises what `put` raises."""
+        self.hash(self.put(name, tensor, start))
+
+    def put(self, name: str, tensor: Tensor, start: int = 0) -> Piece:
+        """Only writes them, from any thread: what it returns must be hashed, by one thread at a time.
+
+        Raises ValueError where the spec of `name` says otherwise.
+        """
         spec = self.header.specs[name]
         same_rows = tensor.ndim == len(spec.shape) and tensor.shape[1:] == spec.shape[1:]
         if not same_rows or (spec.shape and start + len(tensor) > spec.shape[0]):
@@ -130,7 +139,13 @@ class TensorWriter:
         if tensor.dtype != spec.dtype:
             raise ValueError(f"{name} is written as {tensor.dtype}, its spec says {spec.dtype}")
         offset = self.header.offsets[name] + start * spec.row_numel * spec.dtype.itemsize
-        self._put(offset, _bytes(tensor.detach().cpu()))
+        return self._put(offset, _bytes(tensor.detach().cpu()))
+
+    def hash(self, piece: Piece) -> None:
+        """Takes what was put into the digest; cheapest in the order of the file."""
+        offset, data = piece
+        if offset <= self._digest.frontier:  # a gap may not be written yet: `finish` reads back what follows it
+            self._digest.feed(offset, data)
 
     def reader(self) -> TensorReader:
         """The file as it was just written, for reading."""
@@ -140,13 +155,12 @@ class TensorWriter:
         """The whole file's sha256 in hex. The bytes are written, not yet durable."""
         return self._digest.finish(self.header.size)
 
-    def _put(self, offset: int, data: memoryview) -> None:
+    def _put(self, offset: int, data: memoryview) -> Piece:
         with self._watch.phase("write"):
             written = 0
             while written < len(data):
                 written += os.pwrite(self._fd, data[written:], offset + written)
-        if offset <= self._digest.frontier:  # a gap may not be written yet: `finish` reads back what follows it
-            self._digest.feed(offset, data)
+        return offset, data
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -76,7 +76,9 @@ class Opcm(Method):
         if state["A"].ndim == 2:
             return dict(zip(self.prepares(spec), thin_svd(state["A"], self.tol), strict=True))
         bases = [thin_svd(a_MN, self.tol) for a_MN in state["A"]]
-        return {key: torch.stack(parts) for key, parts in zip(self.prepares(spec), zip(*bases), strict=True)}
+        return {
+            key: torch.stack(parts) for key, parts in zip(self.prepares(spec), zip(*bases, strict=True), strict=True)
+        }
 
     def workspace(self, spec: TensorSpec) -> int:
         if not self._projects(spec):

@@ -145,8 +145,7 @@ def test_the_daemon_prepares_while_idle_and_says_how_far_it_is(home: Home, base:
     thread.start()
     try:
         put(home, write(tmp_path, base, 2))
-        wait(lambda: live(home) == 1 and ready() == 1)
-        assert home.prepared("main", 1).exists()
+        wait(lambda: live(home) == 1 and ready() == 1 and home.prepared("main", 1).exists())
         put(home, write(tmp_path, base, 3))
         wait(lambda: live(home) == 2 and home.prepared("main", 2).exists())
     finally:
