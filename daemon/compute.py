@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from projector.steps import largest_step
 from projector.text import shown
 from projector.watch import SILENT, Watch
 
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+MY_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_LIMITS = ("memory.max", "memory.limit_in_bytes")  # of version 2, and of version 1
 
 
 def driver(settings: Compute, watch: Watch = SILENT) -> Driver:
@@ -66,11 +69,22 @@ def check_budget(schema: Schema, methods: Sequence[Method], settings: Compute) -
 def _usable_memory() -> int:
     """Bytes of physical memory, or of the control group's limit where that is lower."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in CGROUP_LIMITS:
-        try:
-            text = path.read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal():  # "max" where there is none
-            limits.append(int(text))
+    for path in _cgroup_folders():
+        for name in CGROUP_LIMITS:
+            with suppress(OSError):
+                text = (path / name).read_text().strip()
+                if text.isdecimal():  # "max" where there is none
+                    limits.append(int(text))
     return min(limits)
+
+
+def _cgroup_folders() -> list[Path]:
+    """This process's control groups and all above them, each of which may set a limit."""
+    folders = [CGROUPS, CGROUPS / "memory"]
+    with suppress(OSError):
+        for line in MY_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = CGROUPS / "memory" if "memory" in controllers.split(",") else CGROUPS
+            below = root / path.strip("/")
+            folders += [below, *(above for above in below.parents if above.is_relative_to(root))]
+    return folders

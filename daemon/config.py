@@ -50,7 +50,7 @@ class Compute(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(0, ge=0, description="worker threads; 0 takes a thread per core, 4 at the most")
     block_bytes: ByteSize = Field(
-        ByteSize(4 << 20), ge=1 << 16, description="how much of a large tensor is in memory at a time, as float32"
+        ByteSize(3 << 20), ge=1 << 16, description="how much of a large tensor is in memory at a time, as float32"
     )
     memory_budget: ByteSize = Field(
         ByteSize(0), ge=0, description="what all tensors in hand may take together; 0 takes half of the usable memory"

@@ -20,6 +20,7 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 STATE_FILE = "state.safetensors"
 PREPARED_FILE = "prepared.safetensors"
+PREPARED_DIGEST = "prepared.sha256"
 
 
 def number(n: int) -> str:

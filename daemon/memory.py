@@ -3,7 +3,7 @@
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
-MMAP_BYTES = 4_500_000  # above a block of rows in float64, below a matrix of 768 x 768
+MMAP_BYTES = 4_000_000  # above a block of a tensor that streams, below most matrices
 KEEP_BYTES = 1 << 30
 
 _library = ctypes.CDLL(None)

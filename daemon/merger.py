@@ -118,6 +118,7 @@ class Merger:
         self.preparations.discard()
         placed = [expert for expert in self._store.unplaced() if self._tidy(expert)]
         collect(self._home, self._store, self._settings.retention)  # time may have made room
+        self.preparations.follow(read_lines(self._store, self._methods))
         return placed
 
     def _merge(self, drop: Drop, expert: OpenCheckpoint) -> Expert:

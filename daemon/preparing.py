@@ -1,10 +1,13 @@
 """What each head's method prepares from its state while nothing arrives, kept on disk beside the state.
 
 It is derived: it may be thrown away at any time, and the next expert comes to the same bits with it or without it. A
-file is only trusted where it says that it was made from the live version, by this software on this kind of device.
+file is only taken up where it says that it was made from the live version, by this software on this kind of device, and
+where its sha256 is the one that was noted when it was finished.
 """
 
+import errno
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from uuid import uuid4
 
@@ -12,13 +15,15 @@ import torch
 
 from daemon import durable
 from daemon.failpoints import hit
-from daemon.home import PREPARED_FILE, STATE_FILE, Home
+from daemon.generations import entry
+from daemon.home import PREPARED_DIGEST, STATE_FILE, Home
 from daemon.lines import Line
+from daemon.metrics import software_version
 from projector.errors import BadFile
 from projector.fold import Driver, Prepared
 from projector.header import build_header
 from projector.source import Checkpoint
-from projector.steps import prepared_specs
+from projector.steps import prepared_specs, state_specs
 from projector.tensorfile import TensorReader, TensorWriter
 
 
@@ -35,11 +40,14 @@ class Preparations:
         """Turns to these live versions: forgets what was prepared from others, takes up what is on disk."""
         self.close()
         for line in lines:
-            live = self._home.prepared(line.head.name, line.version.number)
-            for path in self._home.states(line.head.name).glob(f"*/{PREPARED_FILE}"):
-                if path != live:
+            live = self._home.head_state(line.head.name, line.version.number)
+            for path in self._home.states(line.head.name).glob("*/prepared.*"):
+                if path.parent != live:
                     durable.remove(path)
-        self._heads = {line.head.name: _Preparation(self._home, self._driver, self._base, line) for line in lines}
+        reserve = _next_version_bytes(lines, self._base)
+        self._heads = {
+            line.head.name: _Preparation(self._home, self._driver, self._base, line, reserve) for line in lines
+        }
 
     def ready(self, line: Line) -> Prepared | None:
         """What the next expert finds ready; nothing where another version is live than the one prepared from."""
@@ -51,23 +59,36 @@ class Preparations:
         found = self._heads.get(head)
         return found.share if found else 0.0
 
-    def work(self, stop: Callable[[], bool]) -> None:
-        """Prepares until all is ready or `stop` says so. A full disk or arithmetic that fails end it without an error:
-        the next expert will work out what it needs."""
+    def work(self, stop: Callable[[], bool]) -> str | None:
+        """Prepares until all is ready or `stop` says so; returns why it gave up, if it did.
+
+        A full disk or arithmetic that fails do no harm: the next expert works out what it needs.
+        """
+        gave_up = None
         for preparation in self._heads.values():
             try:
                 preparation.work(stop)
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                preparation.give_up()
             except OSError as error:
-                if not durable.is_full(error):
+                if not (durable.is_full(error) or error.errno == errno.EFBIG):
                     raise
+                gave_up = str(error)
                 preparation.give_up()
+            except RuntimeError as error:  # torch's: the eigensolver, or no memory on the device or off it
+                gave_up = str(error)
+                preparation.give_up()
+        return gave_up
 
-    def discard(self) -> None:
-        """Gives its disk space back; nothing is prepared again before the next version."""
+    @property
+    def missing(self) -> bool:
+        """True where there is something left to prepare."""
+        return any(preparation.missing for preparation in self._heads.values())
+
+    def discard(self) -> bool:
+        """Gives its disk space back, and says whether it had any; nothing is prepared again before the next version."""
+        had = any(preparation.has_file for preparation in self._heads.values())
         for preparation in self._heads.values():
             preparation.give_up()
+        return had
 
     def close(self) -> None:
         """Lets go of the files; an unfinished one is removed."""
@@ -79,17 +100,19 @@ class Preparations:
 class _Preparation:
     """One head's, for one version."""
 
-    def __init__(self, home: Home, driver: Driver, base: Checkpoint, line: Line) -> None:
+    def __init__(self, home: Home, driver: Driver, base: Checkpoint, line: Line, reserve: int) -> None:
         self._driver = driver
         self._base = base
         self._method = line.method
         self._state = home.head_state(line.head.name, line.version.number) / STATE_FILE
         self._path = home.prepared(line.head.name, line.version.number)
+        self._digest = self._path.with_name(PREPARED_DIGEST)
         self._unfinished = home.tmp / f"prepared-{uuid4().hex}"
         specs = prepared_specs(line.method, base.schema) if line.totals.experts else []
         self._specs = {spec.name: spec for spec in specs}
         self._bytes = _bytes_by_tensor(line, base) if specs else {}
         self._key = {"version": line.version.manifest_sha256, "made_by": _maker(driver.device)}
+        self._reserve = reserve
         self._files: list[int] = []
         self._writer: TensorWriter | None = None
         self._reader: TensorReader | None = None
@@ -109,10 +132,18 @@ class _Preparation:
         reader = self._writer.reader() if self._writer else self._reader
         return Prepared(reader, frozenset(self._ready)) if reader else None
 
+    @property
+    def missing(self) -> bool:
+        return not self._given_up and len(self._ready) < len(self._bytes)
+
+    @property
+    def has_file(self) -> bool:
+        return bool(self._writer or self._reader)
+
     def work(self, stop: Callable[[], bool]) -> None:
-        missing = [name for name in self._bytes if name not in self._ready]
-        if not missing or self._given_up or stop():
+        if not self.missing or stop():
             return
+        missing = [name for name in self._bytes if name not in self._ready]
         writer = self._writer = self._writer or self._begin()
         state = TensorReader(self._open(os.open(self._state, os.O_RDONLY | os.O_CLOEXEC)), watch=self._driver.watch)
         for name in self._driver.prepare(self._base, self._method, state, writer, missing, stop):
@@ -123,7 +154,7 @@ class _Preparation:
 
     def give_up(self) -> None:
         self.close()
-        durable.remove(self._path)
+        self._remove()
         self._ready, self._reader, self._given_up = set(), None, True
 
     def close(self) -> None:
@@ -140,28 +171,45 @@ class _Preparation:
             reader = TensorReader(self._open(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)), watch=self._driver.watch)
         except BadFile:
             reader = None
-        if reader and reader.header.metadata == self._key and dict(reader.specs) == self._specs:
+        made_here = reader and reader.header.metadata == self._key and dict(reader.specs) == self._specs
+        if reader and made_here and self._digest.exists() and entry(self._path).sha256 == self._digest.read_text():
             self._reader, self._ready = reader, set(self._bytes)
         else:
             self.close()
-            durable.remove(self._path)
+            self._remove()
 
     def _begin(self) -> TensorWriter:
+        """Raises OSError where the disk would be left without room for the next version."""
         specs = list(self._specs.values())
         size = build_header(specs, self._key)[1].size
+        if shutil.disk_usage(self._unfinished.parent).free < size + self._reserve:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fd = self._open(durable.create(self._unfinished, size))
         return TensorWriter(fd, specs, self._key, self._driver.watch)
 
     def _keep(self) -> None:
         """Gives the finished file its name; it stays open."""
+        assert self._writer
         hit("prepared.before")
         durable.sync(self._files[0])
+        durable.replace_file(self._digest, self._writer.finish().encode())
         durable.rename(self._unfinished, self._path)
         hit("prepared.after")
+
+    def _remove(self) -> None:
+        durable.remove(self._path)
+        durable.remove(self._digest)
 
     def _open(self, fd: int) -> int:
         self._files.append(fd)
         return fd
+
+
+def _next_version_bytes(lines: Sequence[Line], base: Checkpoint) -> int:
+    """What the next version of every head will take on the disk: its state and its weights."""
+    schema = base.schema
+    weights = sum(spec.nbytes for spec in schema.values())
+    return sum(weights + sum(spec.nbytes for spec in state_specs(line.method, schema)) for line in lines)
 
 
 def _bytes_by_tensor(line: Line, base: Checkpoint) -> Mapping[str, int]:
@@ -174,4 +222,4 @@ def _bytes_by_tensor(line: Line, base: Checkpoint) -> Mapping[str, int]:
 def _maker(device: torch.device) -> str:
     """What the bits depend on beside the state."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__}, {where}"
+    return f"mainstem {software_version()}, torch {torch.__version__}, {where}"

@@ -90,6 +90,8 @@ class Service:
         while not self._stopping.is_set():
             self._stopping.wait(WAKE_SECONDS)  # many events come at once
             self._wake.clear()
+            if self._stopping.is_set():
+                return
             scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
             self._show_inbox(scan)
             waiting = scan.moving
@@ -99,6 +101,8 @@ class Service:
                         return
                     waiting += not self._take(store, merger, progress, drop)
             except (OSError, DiskFull) as error:
+                if merger.preparations.discard():
+                    continue  # that may be room enough
                 if once:
                     raise
                 self._wait_for_space(error, store, merger)
@@ -107,10 +111,12 @@ class Service:
                 return
             if scan.settled and not waiting:
                 continue
-            if self._settings.compute.prepare and not once:
-                merger.preparations.work(self._newly_settled(store, inbox, scan))
-            if not self._wake.wait(self._pause(bool(waiting))):
-                return_freed_memory()  # all is quiet
+            if self._settings.compute.prepare and not once and merger.preparations.missing:
+                if why := merger.preparations.work(self._newly_settled(store, inbox, scan)):
+                    self._log.warning("gave up preparing for the next expert: it will take longer", error=why)
+                return_freed_memory()
+                continue  # with a new listing: what came meanwhile may have settled
+            self._wake.wait(self._pause(bool(waiting)))
 
     def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
         """A question to be asked between two pieces of idle work: is there something else to do?
@@ -126,6 +132,8 @@ class Service:
                 return True
             if self._wake.is_set() or time.monotonic() >= again:
                 self._wake.clear()
+                if self._stopping.is_set():
+                    return True
                 now = inbox.scan(skip)
                 self._show_inbox(now)
                 again = time.monotonic() + self._pause(now.moving > 0)
@@ -153,6 +161,7 @@ class Service:
             return False
         finally:
             self._metrics.progress.set(0)
+            return_freed_memory()
         self._metrics.disk_full.set(0)
         self._time(expert, drop, progress, started)
         self._tell(expert, store, log)

@@ -4,8 +4,8 @@ On CUDA tensors travel through pinned memory, which torch keeps and reuses, and 
 tensor is on its way, another's is computed on. What does not fit into the device's memory is computed on the CPU.
 """
 
-from collections.abc import Callable
-from threading import local
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from projector.watch import Watch
 
 CPU = torch.device("cpu")
-_own = local()  # each worker thread's stream
+_idle: dict[torch.device, list[torch.cuda.Stream]] = {}
+"""Streams that no worker uses now: torch caches memory for each stream, so there must be few of them."""
 Out = TypeVar("Out")
 
 
@@ -23,7 +24,7 @@ def compute_on(device: torch.device, work: Callable[[torch.device], Out], name: 
     if device.type != "cuda":
         return work(device)
     try:
-        with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+        with _stream(device):
             return work(device)
     except torch.OutOfMemoryError:
         pass  # outside of the handler, the traceback no longer holds on to what was allocated
@@ -37,6 +38,11 @@ def load(x: Tensor, device: torch.device) -> Tensor:
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
+def load_each(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors by key, loaded."""
+    return {key: load(tensor, device) for key, tensor in tensors.items()}
+
+
 def unload(x: Tensor) -> Tensor:
     """A tensor on the CPU, complete."""
     if x.device.type == "cpu":
@@ -47,8 +53,16 @@ def unload(x: Tensor) -> Tensor:
     return host
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    streams: dict[torch.device, torch.cuda.Stream] = _own.__dict__.setdefault("streams", {})
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return streams[device]
+@contextmanager
+def _stream(device: torch.device) -> Iterator[None]:
+    """A stream of this worker's own while the block lasts."""
+    idle = _idle.setdefault(device, [])
+    try:
+        stream = idle.pop()
+    except IndexError:
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            yield
+    finally:
+        idle.append(stream)

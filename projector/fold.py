@@ -13,9 +13,9 @@ from math import fsum, isfinite, sqrt
 import torch
 from torch import Tensor
 
-from projector.device import CPU, compute_on, load, unload
+from projector.device import CPU, compute_on, load, load_each, unload
 from projector.errors import BadValues, Reason
-from projector.linalg import energy
+from projector.linalg import energy, widened
 from projector.measure import finite_energy
 from projector.method import Expert, Method, State, Sums, Totals
 from projector.pipeline import Pipeline, never
@@ -102,8 +102,10 @@ class Driver:
             shares: dict[str, Tensor] = {}
             for step in steps(base.schema, source.order, [method], self.block_bytes):
                 read = self._read(base, source, [expert], step)
-                delta = source.delta(step.spec, load(read.base, self.device), read.expert)
-                for key, value in method.survey(delta, step.part, read.views[0]).items():
+                fetched = [load(tensor, self.device) for tensor in read.expert]
+                delta = source.delta(step.spec, load(read.base, self.device), fetched)
+                view = replace(read.views[0], sidecars=load_each(read.views[0].sidecars, self.device))
+                for key, value in method.survey(delta, step.part, view).items():
                     shares[key] = shares[key] + value if key in shares else value
             expert = replace(expert, surveys=(*expert.surveys, shares))
         return expert
@@ -128,6 +130,7 @@ class Driver:
                 writer.hash(piece)
             self.watch.advance(part.step.nbytes)
             done.append(replace(part, written=()))
+            part = piece = None  # type: ignore[assignment]  # frees it before the next step is taken in hand
         for head in heads:
             _copy_buffers(base, head.weights)
         totals = [head.method.tally(head.totals, _add([part.sums[i] for part in done])) for i, head in enumerate(heads)]
@@ -152,7 +155,7 @@ class Driver:
         def work(step: Step, device: torch.device) -> State:
             before = self._state(method, state, step, device)
             with self.watch.phase("project"):
-                return _unloaded(method.prepare(before, step.spec))
+                return {key: unload(value) for key, value in method.prepare(before, step.spec).items()}
 
         for step, prepared in self._pipeline().run(
             steps(base.schema, names, [method], self.block_bytes),
@@ -163,6 +166,7 @@ class Driver:
         ):
             for key, value in prepared.items():
                 writer.write(slot_name(key, step.spec.name), value)
+            prepared = value = None  # type: ignore[assignment]
             yield step.spec.name
 
     def read_out(
@@ -195,6 +199,7 @@ class Driver:
                 partial(compute, writer),
             ):
                 writer.hash(piece)
+                piece = None  # type: ignore[assignment]
                 self.watch.advance(step.nbytes)
         _copy_buffers(base, writers)
 
@@ -229,7 +234,7 @@ class Driver:
             ready = self._prepared(head, step, device)
             with self.watch.phase("project"):
                 prepared = ready if ready is not None else head.method.prepare(before, step.spec)
-                view = replace(view, sidecars={kind: load(x, device) for kind, x in view.sidecars.items()})
+                view = replace(view, sidecars=load_each(view.sidecars, device))
                 state, found = head.method.update({**before, **prepared}, delta, step.part, view)
                 sums.append({**found, "task_vector": delta_energy})
             for key, value in state.items():
@@ -264,7 +269,7 @@ class Driver:
         """The merged weights of one step, in the dtype they are published in."""
         dtype = specs[step.spec.name].dtype
         with self.watch.phase("project"):
-            merged = method.read(_wide(theta0), state, totals, step.part).to(dtype)
+            merged = method.read(widened(theta0), state, totals, step.part).to(dtype)
             finite = isfinite(energy(merged))
         if not finite:
             raise BadValues(
@@ -281,15 +286,6 @@ def _copy_buffers(base: Checkpoint, writers: Sequence[TensorWriter]) -> None:
         for name, spec in writer.specs.items():
             if not spec.floating:
                 writer.write(name, base.read(name))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least: arithmetic in mixed dtypes is several times slower."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _unloaded(state: State) -> State:
-    return {key: unload(value) for key, value in state.items()}
 
 
 def _shape(shape: tuple[int, ...], rows: slice | None) -> tuple[int, ...]:

@@ -25,6 +25,11 @@ def energy(x: Tensor) -> float:
     return float(total)
 
 
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least: arithmetic in mixed dtypes is several times slower."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def row_blocks(x: Tensor) -> Iterator[slice]:
     """Slices of rows of a matrix that hold about BLOCK_NUMEL elements each, CUDA_NUMEL on a device."""
     rows = max(1, (CUDA_NUMEL if x.is_cuda else BLOCK_NUMEL) // max(1, x.shape[1]))

@@ -39,8 +39,8 @@ class Pipeline:
 
         One thread reads, `workers` threads work, the caller's has the results. A step is taken in hand once its cost,
         in bytes, fits beside what is there, and in hand it is until the next result is asked for. Workers use
-        single-threaded linear algebra, so that the bits do not depend on their number. Once `stop` says so no further
-        step is begun. Raises OverBudget where one step alone does not fit.
+        single-threaded linear algebra, so that the bits do not depend on their number. Once `stop` says so, no further
+        step is worked on. Raises OverBudget where one step alone does not fit.
         """
         hand: deque[tuple[Future[Out], int]] = deque()
         with (
@@ -62,8 +62,11 @@ class Pipeline:
                         hand.popleft()
                     hand.append((pool.submit(_then, reader.submit(read, step), work), need))
                 while hand:
-                    yield hand[0][0].result()
-                    hand.popleft()
+                    if stop():
+                        hand = deque(one for one in hand if not one[0].cancel())
+                    if hand:
+                        yield hand[0][0].result()
+                        hand.popleft()
             finally:
                 for future, _ in hand:
                     future.cancel()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from projector.method import Method
 from projector.spec import Schema, TensorSpec
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 3 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def largest_step(schema: Schema, methods: Sequence[Method], block_bytes: int) ->
 def _slots_bytes(method: Method, step: Step) -> int:
     """A method's accumulators for one step; in a block, that share of them."""
     whole = sum(slot.nbytes for slot in method.slots(step.spec).values())
-    return -(-whole * step.numel // step.spec.numel) if step.rows else whole
+    return -(-whole * step.numel // max(1, step.spec.numel)) if step.rows else whole
 
 
 def _prepared_bytes(method: Method, spec: TensorSpec) -> int:
@@ -108,4 +108,4 @@ def _prepared_bytes(method: Method, spec: TensorSpec) -> int:
 
 def _workspace(method: Method, step: Step) -> int:
     whole = method.workspace(step.spec)
-    return -(-whole * step.numel // step.spec.numel) if step.rows else whole
+    return -(-whole * step.numel // max(1, step.spec.numel)) if step.rows else whole

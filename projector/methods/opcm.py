@@ -75,10 +75,14 @@ class Opcm(Method):
             return {}
         if state["A"].ndim == 2:
             return dict(zip(self.prepares(spec), thin_svd(state["A"], self.tol), strict=True))
-        bases = [thin_svd(a_MN, self.tol) for a_MN in state["A"]]
-        return {
-            key: torch.stack(parts) for key, parts in zip(self.prepares(spec), zip(*bases, strict=True), strict=True)
+        prepared = {
+            key: torch.empty(slot.shape, dtype=slot.dtype, device=state["A"].device)
+            for key, slot in self.prepares(spec).items()
         }
+        for a_MN, *basis in zip(state["A"], *prepared.values(), strict=True):
+            for whole, part in zip(basis, thin_svd(a_MN, self.tol), strict=True):
+                whole.copy_(part)
+        return prepared
 
     def workspace(self, spec: TensorSpec) -> int:
         if not self._projects(spec):
@@ -115,6 +119,7 @@ class Opcm(Method):
     def _projects(self, spec: TensorSpec) -> bool:
         return (
             len(spec.shape) in (2, 3)
+            and spec.numel > 0
             and min(spec.shape[-2:]) >= 2
             and not any(fnmatchcase(spec.name, glob) for glob in self.exclude)
         )

@@ -28,13 +28,19 @@ PHYSICAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_by_default_half_of_the_usable_memory_may_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(compute, "CGROUP_LIMITS", (limit,))
+    monkeypatch.setattr(compute, "CGROUPS", tmp_path)
+    monkeypatch.setattr(compute, "MY_CGROUPS", tmp_path / "mine")
+    (tmp_path / "mine").write_text("0::/system.slice/mainstem.service\n")
+    unit = tmp_path / "system.slice" / "mainstem.service"
+    unit.mkdir(parents=True)
+    limit = unit / "memory.max"
     assert memory_budget(Compute()) == PHYSICAL // 2
     limit.write_text("max\n")
     assert memory_budget(Compute()) == PHYSICAL // 2
     limit.write_text("1000000000\n")
     assert memory_budget(Compute()) == 500_000_000
+    (unit.parent / "memory.max").write_text("800000000\n")  # a limit above it counts as well
+    assert memory_budget(Compute()) == 400_000_000
     assert memory_budget(Compute.model_validate({"memory_budget": "64MB"})) == 64_000_000
 
 

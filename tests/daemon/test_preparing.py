@@ -91,8 +91,15 @@ def test_what_is_finished_is_kept_with_its_version_and_taken_up_at_the_next_star
     assert not list(home.tmp.iterdir())
 
 
-@pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: data.replace(b"torch ", b"Torch ", 1)])
-def test_a_file_that_is_cut_short_or_made_elsewhere_is_thrown_away(
+SPOILS: dict[str, Callable[[bytes], bytes]] = {
+    "cut short": lambda data: data[:-1],
+    "made elsewhere": lambda data: data.replace(b"torch ", b"Torch ", 1),
+    "rotten": lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
+def test_a_file_that_is_not_what_was_finished_is_thrown_away(
     home: Home, base: Path, tmp_path: Path, spoil: Callable[[bytes], bytes]
 ) -> None:
     with merging(home) as take:
