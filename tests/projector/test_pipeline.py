@@ -51,7 +51,7 @@ def test_a_step_beyond_the_budget_is_refused_by_both_numbers() -> None:
     assert caught.value.reason is Reason.OVER_BUDGET
 
 
-def test_stop_begins_no_further_step_and_finishes_those_in_hand() -> None:
+def test_stop_finishes_what_is_begun_and_lets_go_of_the_rest() -> None:
     read: list[int] = []
 
     def stop() -> bool:
@@ -62,8 +62,9 @@ def test_stop_begins_no_further_step_and_finishes_those_in_hand() -> None:
         return step
 
     pipeline = Pipeline(1, 10)  # one at a time
-    assert list(pipeline.run(range(100), lambda step: 10, reading, lambda step: step, stop)) == read
+    done = list(pipeline.run(range(100), lambda step: 10, reading, lambda step: step, stop))
     assert 2 <= len(read) <= 4
+    assert done and done == read[: len(done)], "what was read and not begun is let go of"
 
 
 @pytest.mark.parametrize("where", ["read", "work", "consumer"])
