@@ -161,7 +161,8 @@ class _Preparation:
         while self._files:
             os.close(self._files.pop())
         self._writer = None
-        durable.remove(self._unfinished)
+        if self._unfinished.exists():
+            durable.remove(self._unfinished)
 
     def _take_up(self) -> None:
         """Takes what an earlier run finished, if it is what this one would make."""
