@@ -1,8 +1,9 @@
 """The driver: streams one expert through every head, and a head's state out to its published weights.
 
 Each tensor of the expert is read once and folded into all heads; one that every head takes elementwise goes through in
-blocks of rows. The calling thread reads, hashes and writes; worker threads compute on a few tensors at a time, on the
-CPU or on a CUDA device. What is in memory is what those few need, within the budget, however large the model.
+blocks of rows. One thread reads ahead, workers compute on a few tensors at a time, on the CPU or on a CUDA device, and
+write; the calling thread hashes what they wrote. What is in memory is what those few need, within the budget, however
+large the model.
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -102,8 +103,7 @@ class Driver:
             shares: dict[str, Tensor] = {}
             for step in steps(base.schema, source.order, [method], self.block_bytes):
                 read = self._read(base, source, [expert], step)
-                fetched = [load(tensor, self.device) for tensor in read.expert]
-                delta = source.delta(step.spec, load(read.base, self.device), fetched)
+                _, delta = _delta(source, read, self.device)
                 view = replace(read.views[0], sidecars=load_each(read.views[0].sidecars, self.device))
                 for key, value in method.survey(delta, step.part, view).items():
                     shares[key] = shares[key] + value if key in shares else value
@@ -152,21 +152,22 @@ class Driver:
         """Writes what the method prepares from its state for each of these tensors, and gives the names as they are
         done. Once `stop` says so, no further tensor is begun."""
 
-        def work(step: Step, device: torch.device) -> State:
+        def work(step: Step, device: torch.device) -> list[Piece]:
             before = self._state(method, state, step, device)
             with self.watch.phase("project"):
-                return {key: unload(value) for key, value in method.prepare(before, step.spec).items()}
+                prepared = method.prepare(before, step.spec)
+            return [writer.put(slot_name(key, step.spec.name), unload(value)) for key, value in prepared.items()]
 
-        for step, prepared in self._pipeline().run(
+        for step, pieces in self._pipeline().run(
             steps(base.schema, names, [method], self.block_bytes),
             partial(prepare_bytes, method),
             lambda step: step,
             lambda step: (step, compute_on(self.device, partial(work, step), step.spec.name, self.watch)),
             stop,
         ):
-            for key, value in prepared.items():
-                writer.write(slot_name(key, step.spec.name), value)
-            prepared = value = None  # type: ignore[assignment]
+            for piece in pieces:
+                writer.hash(piece)
+            pieces = piece = None  # type: ignore[assignment]
             yield step.spec.name
 
     def read_out(
@@ -226,8 +227,7 @@ class Driver:
         step, sums = read.step, []
         written: list[tuple[TensorWriter, Piece]] = []
         with self.watch.phase("project"):
-            theta0 = load(read.base, device)
-            delta = source.delta(step.spec, theta0, [load(tensor, device) for tensor in read.expert])
+            theta0, delta = _delta(source, read, device)
             delta_energy, base_energy = finite_energy(delta, step.spec), energy(theta0) if measure else 0.0
         for head, view in zip(heads, read.views, strict=True):
             before = self._state(head.method, head.before, step, device)
@@ -251,10 +251,7 @@ class Driver:
         slots = method.slots(step.spec)
         if file is not None:
             return {key: load(file.read(slot_name(key, step.spec.name), step.rows), device) for key in slots}
-        return {
-            key: torch.zeros(_shape(slot.shape, step.rows), dtype=slot.dtype, device=device)
-            for key, slot in slots.items()
-        }
+        return {key: torch.zeros(step.shape_of(slot), dtype=slot.dtype, device=device) for key, slot in slots.items()}
 
     def _prepared(self, head: HeadFold, step: Step, device: torch.device) -> State | None:
         """What is ready for this step; None where it must be worked out now."""
@@ -280,16 +277,18 @@ class Driver:
         return unload(merged)
 
 
+def _delta(source: Source, read: _Read, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(theta_0, theta - theta_0) of one step, on the device."""
+    theta0 = load(read.base, device)
+    return theta0, source.delta(read.step.spec, theta0, [load(tensor, device) for tensor in read.expert])
+
+
 def _copy_buffers(base: Checkpoint, writers: Sequence[TensorWriter]) -> None:
     """What does not float is the base's."""
     for writer in writers:
         for name, spec in writer.specs.items():
             if not spec.floating:
                 writer.write(name, base.read(name))
-
-
-def _shape(shape: tuple[int, ...], rows: slice | None) -> tuple[int, ...]:
-    return (rows.stop - rows.start, *shape[1:]) if rows else shape
 
 
 def _add(shares: Sequence[Sums]) -> dict[str, float]:

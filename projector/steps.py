@@ -1,6 +1,6 @@
 """The steps of a sweep over a model, each a tensor or a block of its rows, and the memory that each takes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from projector.method import Method
@@ -20,6 +20,10 @@ class Step:
     def part(self) -> TensorSpec:
         """The spec as a method sees it, which says where a block starts."""
         return replace(self.spec, start=self.rows.start) if self.rows else self.spec
+
+    def shape_of(self, slot: TensorSpec) -> tuple[int, ...]:
+        """The shape of this step's part of an accumulator."""
+        return (self.rows.stop - self.rows.start, *slot.shape[1:]) if self.rows else slot.shape
 
     @property
     def numel(self) -> int:
@@ -50,22 +54,12 @@ def slot_name(slot: str, tensor: str) -> str:
 
 def state_specs(method: Method, schema: Schema) -> list[TensorSpec]:
     """The tensors of a method's state file over a base's schema."""
-    return [
-        replace(slot, name=slot_name(key, name))
-        for name, spec in schema.items()
-        if spec.floating
-        for key, slot in method.slots(spec).items()
-    ]
+    return _file_specs(method.slots, schema)
 
 
 def prepared_specs(method: Method, schema: Schema) -> list[TensorSpec]:
     """The tensors of the file that holds what a method prepares; none where it prepares nothing."""
-    return [
-        replace(slot, name=slot_name(key, name))
-        for name, spec in schema.items()
-        if spec.floating
-        for key, slot in method.prepares(spec).items()
-    ]
+    return _file_specs(method.prepares, schema)
 
 
 def fold_bytes(methods: Sequence[Method], step: Step) -> int:
@@ -96,10 +90,23 @@ def largest_step(schema: Schema, methods: Sequence[Method], block_bytes: int) ->
     return max(costs, key=lambda cost: cost[1])
 
 
-def _slots_bytes(method: Method, step: Step) -> int:
-    """A method's accumulators for one step; in a block, that share of them."""
-    whole = sum(slot.nbytes for slot in method.slots(step.spec).values())
+def _file_specs(slots: Callable[[TensorSpec], Mapping[str, TensorSpec]], schema: Schema) -> list[TensorSpec]:
+    """The tensors of a file with these slots of every floating tensor."""
+    return [
+        replace(slot, name=slot_name(key, name))
+        for name, spec in schema.items()
+        if spec.floating
+        for key, slot in slots(spec).items()
+    ]
+
+
+def _share(step: Step, whole: int) -> int:
+    """What of a whole tensor's bytes falls to one step; rounded up."""
     return -(-whole * step.numel // max(1, step.spec.numel)) if step.rows else whole
+
+
+def _slots_bytes(method: Method, step: Step) -> int:
+    return _share(step, sum(slot.nbytes for slot in method.slots(step.spec).values()))
 
 
 def _prepared_bytes(method: Method, spec: TensorSpec) -> int:
@@ -107,5 +114,4 @@ def _prepared_bytes(method: Method, spec: TensorSpec) -> int:
 
 
 def _workspace(method: Method, step: Step) -> int:
-    whole = method.workspace(step.spec)
-    return -(-whole * step.numel // max(1, step.spec.numel)) if step.rows else whole
+    return _share(step, method.workspace(step.spec))
