@@ -3,7 +3,7 @@
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
-MMAP_BYTES = 4_000_000  # above a block of a tensor that streams, below most matrices
+MMAP_BYTES = 10_000_000  # above most matrices of 100M parameters; what is larger comes and goes
 KEEP_BYTES = 1 << 30
 
 _library = ctypes.CDLL(None)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_NUMEL = 1 << 19  # elements of a block of rows: 4 MiB as float64
+BLOCK_NUMEL = 1 << 19  # elements of a block of rows
+WIDE_NUMEL = 1 << 18  # of one that is widened: 2 MiB as float64, which a core's cache holds
 ENERGY_NUMEL = 1 << 16  # elements widened at a time for a norm: they stay in the cache
-CUDA_NUMEL = 1 << 24  # in either case on a device, which wants few large pieces: 128 MiB as float64
+CUDA_NUMEL = 1 << 24  # in each case on a device, which wants few large pieces: 128 MiB as float64
 STRIPS = 4  # of a Gram matrix's columns: products of 5/8 of it give it whole
 SMALL_ROTATION = 1e-3  # radians; its square is what one improvement leaves
 
@@ -30,32 +31,49 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def row_blocks(x: Tensor) -> Iterator[slice]:
-    """Slices of rows of a matrix that hold about BLOCK_NUMEL elements each, CUDA_NUMEL on a device."""
-    rows = max(1, (CUDA_NUMEL if x.is_cuda else BLOCK_NUMEL) // max(1, x.shape[1]))
+def row_blocks(x: Tensor, numel: int = BLOCK_NUMEL) -> Iterator[slice]:
+    """Slices of rows of a matrix that hold about `numel` elements each, CUDA_NUMEL on a device."""
+    rows = max(1, (CUDA_NUMEL if x.is_cuda else numel) // max(1, x.shape[1]))
     return (slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows))
 
 
 def gram(d_MN: Tensor) -> Tensor:
     """D'D in float64, (n, n), for (m, n)."""
-    n = d_MN.shape[1]
-    total_NN = torch.zeros(n, n, dtype=torch.float64, device=d_MN.device)
-    for rows in row_blocks(d_MN):
-        _add_gram(total_NN, d_MN[rows].double())
-    return _mirrored(total_NN)
+    return _mirrored(_lower_gram(d_MN))
 
 
-def _add_gram(total_NN: Tensor, d_BN: Tensor) -> None:
-    """Adds D'D to the upper triangle of `total`, strip by strip; what is below it is left unsaid."""
+def _lower_gram(d_MN: Tensor, sign: float = 1.0) -> Tensor:
+    """The lower triangle of sign * D'D in float64, which is all that an eigensolver reads."""
+    total_NN = torch.zeros(d_MN.shape[1], d_MN.shape[1], dtype=torch.float64, device=d_MN.device)
+    for _, d_BN in _wide_blocks(d_MN):
+        _add_gram(total_NN, d_BN, sign)
+    return total_NN
+
+
+def _wide_blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows in float64, each in the place of the one before: fresh memory costs more than the widening."""
+    buffer = _wide_buffer(x)
+    for rows in row_blocks(x, WIDE_NUMEL):
+        yield rows, buffer[: rows.stop - rows.start].copy_(x[rows])
+
+
+def _wide_buffer(x: Tensor) -> Tensor:
+    """Room for the largest of these blocks; a matrix without rows has none."""
+    rows = max((rows.stop - rows.start for rows in row_blocks(x, WIDE_NUMEL)), default=0)
+    return torch.empty(rows, x.shape[1], dtype=torch.float64, device=x.device)
+
+
+def _add_gram(total_NN: Tensor, d_BN: Tensor, sign: float) -> None:
+    """Adds sign * D'D to the lower triangle of `total`, strip by strip; what is above it is left unsaid."""
     n = len(total_NN)
-    width = -(-n // STRIPS)
+    width = max(1, -(-n // STRIPS))
     for start in range(0, n, width):
         strip = slice(start, start + width)
-        total_NN[strip, start:].addmm_(d_BN[:, strip].T, d_BN[:, start:])
+        total_NN[start:, strip].addmm_(d_BN[:, start:].T, d_BN[:, strip], alpha=sign)
 
 
-def _mirrored(upper_NN: Tensor) -> Tensor:
-    return upper_NN.triu_().add_(upper_NN.triu(1).T)
+def _mirrored(lower_NN: Tensor) -> Tensor:
+    return lower_NN.tril_().add_(lower_NN.tril(-1).T)
 
 
 def thin_svd(d_MN: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,21 +87,22 @@ def thin_svd(d_MN: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     if d_MN.shape[0] < d_MN.shape[1]:
         right_NP, left_MP, s_P = thin_svd(d_MN.T, tol)
         return left_MP, right_NP, s_P
-    gram_NN = gram(d_MN)
-    if not gram_NN.diagonal().any():
-        return torch.zeros_like(d_MN), torch.zeros_like(gram_NN, dtype=d_MN.dtype), torch.zeros_like(gram_NN[0])
-    v_NP = torch.linalg.eigh(gram_NN).eigenvectors.flip(1)
+    negative_NN = _lower_gram(d_MN, sign=-1.0)  # whose eigenvalues ascend as the singular values of D descend
+    if not negative_NN.diagonal().any():
+        return torch.zeros_like(d_MN), torch.zeros_like(negative_NN, dtype=d_MN.dtype), negative_NN.diagonal().clone()
+    v_NP = torch.linalg.eigh(negative_NN).eigenvectors
     if d_MN.dtype == torch.float64:
         v_NP = _improved(d_MN, v_NP)
     left_MP = torch.empty_like(d_MN, memory_format=torch.contiguous_format)
     squares_P = torch.zeros_like(v_NP[0])
-    for rows in row_blocks(d_MN):
-        us_BP = d_MN[rows].double() @ v_NP
+    buffer = _wide_buffer(d_MN)
+    for rows, d_BN in _wide_blocks(d_MN):
+        us_BP = torch.mm(d_BN, v_NP, out=buffer[: len(d_BN)])
         left_MP[rows] = us_BP
         squares_P += us_BP.square_().sum(0)
     s_P = squares_P.sqrt()
     carries_P = s_P > tol * s_P.max()
-    left_MP *= torch.where(carries_P, 1 / s_P, 0.0)
+    left_MP *= torch.where(carries_P, 1 / s_P, 0.0).to(d_MN.dtype)
     right_NP = v_NP.mul_(carries_P).to(d_MN.dtype).contiguous()
     return left_MP, right_NP, s_P * carries_P
 
@@ -97,7 +116,7 @@ def _improved(d_MN: Tensor, v_NP: Tensor) -> Tensor:
     """
     h_PP = torch.zeros_like(v_NP)
     for rows in row_blocks(d_MN):
-        _add_gram(h_PP, d_MN[rows] @ v_NP)
+        _add_gram(h_PP, d_MN[rows] @ v_NP, 1.0)
     squares_P = _mirrored(h_PP).diagonal()
     e_PP = h_PP / (squares_P - squares_P[:, None])
     free = (e_PP.abs() < SMALL_ROTATION).logical_not()  # the diagonal's 0 / 0 among them
