@@ -5,7 +5,7 @@ from statistics import median
 
 from daemon.config import Admission
 from daemon.errors import Reason, Refused
-from projector.fold import Folded
+from projector.head import Folded
 
 NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
 ENOUGH = 3  # experts, before there is such a thing as a usual norm

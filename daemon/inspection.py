@@ -12,7 +12,7 @@ from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.home import Home
 from daemon.progress import Progress
-from projector.fold import Folded
+from projector.head import Folded
 from projector.measure import overlap
 from projector.methods import make
 from projector.spec import check_schema

@@ -41,7 +41,7 @@ from daemon.preparing import Preparations
 from daemon.progress import Progress
 from daemon.retention import collect
 from projector.errors import ProjectorError
-from projector.fold import Folded, HeadFold
+from projector.head import Folded, HeadFold
 from projector.method import Expert as View
 from projector.method import Totals
 from projector.methods import make
@@ -173,9 +173,9 @@ class Merger:
         heads = []
         for line, output in zip(lines, outputs, strict=True):
             view = View(index=line.totals.experts + 1)
-            if line.method.rounds:
-                view = self._driver.survey(self._base.tensors, expert.tensors, line.method, view)
+            if line.method.keyed:
                 view = replace(view, sha256=expert.identity())
+            view = self._driver.survey(self._base.tensors, expert.tensors, line.method, view)
             ready = self.preparations.ready(line)
             now = output.weights if line.method.one_sweep else ()
             state = self._state(line, files)

@@ -20,7 +20,8 @@ from daemon.home import PREPARED_DIGEST, STATE_FILE, Home
 from daemon.lines import Line
 from daemon.metrics import software_version
 from projector.errors import BadFile
-from projector.fold import Driver, Prepared
+from projector.fold import Driver
+from projector.head import Prepared
 from projector.header import build_header
 from projector.source import Checkpoint
 from projector.steps import prepared_specs, state_specs

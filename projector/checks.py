@@ -12,7 +12,8 @@ runs the method as the driver does, on small seeded tensors.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import isfinite
+from dataclasses import replace
+from math import isclose, isfinite
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def arguments_are_never_mutated(method: Method) -> None:
             before = {key: value.clone() for key, value in given.items()}
             state, sums = method.update(given, delta, spec, expert)
             _assert_same(given, before)
-        totals = method.tally(Totals(), {**sums, "task_vector": energy(delta)})
+        totals = method.tally(Totals(), {**sums, "task_vector": energy(delta)}, expert)
         given = {"base": base, **state}
         before = {key: value.clone() for key, value in given.items()}
         method.read(base, state, totals, spec)
@@ -73,8 +74,9 @@ def state_has_constant_size(method: Method) -> None:
     state, totals, sizes = _zeros(method, spec), Totals(), set()
     for index in range(1, 51):
         delta = torch.randn(spec.shape, generator=generator)
-        state, sums = method.update(_ready(method, state, spec), delta, spec, _surveyed(method, spec, delta, index))
-        totals = method.tally(totals, {**sums, "task_vector": energy(delta)})
+        expert = _surveyed(method, spec, delta, index)
+        state, sums = method.update(_ready(method, state, spec), delta, spec, expert)
+        totals = method.tally(totals, {**sums, "task_vector": energy(delta)}, expert)
         sizes.add(len(totals.scalars))
         for key, slot in method.slots(spec).items():
             assert state[key].shape == slot.shape and state[key].dtype == slot.dtype, f"slot {key} changed"
@@ -158,6 +160,20 @@ def order_of_experts_does_not_matter(method: Method) -> None:
         assert torch.allclose(tensor, backward[name], rtol=1e-6, atol=1e-6), f"{name} depends on the order"
 
 
+def an_expert_can_be_taken_out(method: Method) -> None:
+    """A method that declares itself subtractable forgets an expert that is folded again with minus its weight."""
+    if not method.subtractable:
+        return
+    base, experts = stream(4)
+    kept, _, totals = merge(method, base, experts[:3])
+    less, _, after = merge(method, base, [*experts, experts[3]], counting=[1.0, 1.0, 1.0, 1.0, -1.0])
+    for name, tensor in kept.items():
+        assert torch.allclose(tensor, less[name], rtol=1e-5, atol=1e-5), f"{name} remembers an expert taken out"
+    assert after.experts == totals.experts, f"{after.experts} experts are left of {totals.experts}"
+    for key, value in totals.scalars.items():
+        assert isclose(after.scalars[key], value, rel_tol=1e-5, abs_tol=1e-6), f"{key} remembers an expert taken out"
+
+
 LAWS: Sequence[Law] = (
     no_expert_reads_the_base,
     zero_delta_is_harmless,
@@ -172,6 +188,7 @@ LAWS: Sequence[Law] = (
     params_round_trip,
     order_of_tensors_does_not_matter,
     order_of_experts_does_not_matter,
+    an_expert_can_be_taken_out,
 )
 
 
@@ -194,7 +211,7 @@ def _surveyed(method: Method, spec: TensorSpec, delta: Tensor, index: int) -> Ex
     sidecars = {kind: one for kind in method.needs for one in sidecar(kind, {spec.name: delta}).values()}
     expert = Expert(index, sha256=f"{index:064x}", sidecars=sidecars)
     for _ in range(method.rounds):
-        expert = Expert(index, expert.sha256, (*expert.surveys, method.survey(delta, spec, expert)), sidecars)
+        expert = replace(expert, surveys=(*expert.surveys, method.survey(delta, spec, expert)))
     return expert
 
 

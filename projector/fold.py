@@ -6,7 +6,7 @@ write; the calling thread hashes what they wrote. What is in memory is what thos
 large the model.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import fsum, isfinite, sqrt
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from projector.device import CPU, compute_on, load, load_each, unload
 from projector.errors import BadValues, Reason
+from projector.head import Folded, HeadFold
 from projector.linalg import energy, widened
 from projector.measure import finite_energy
-from projector.method import Expert, Method, State, Sums, Totals
+from projector.method import Expert, Method, State, Sums, Survey, Totals
 from projector.pipeline import Pipeline, never
 from projector.source import Checkpoint, Source
 from projector.spec import TensorSpec
@@ -28,41 +29,6 @@ from projector.text import shown
 from projector.watch import SILENT, Watch
 
 BUDGET_BYTES = 2 << 30
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a head's method prepared from its state, as far as it is ready: a file, and the tensors that are in it."""
-
-    file: TensorReader
-    ready: Container[str]
-
-
-@dataclass(frozen=True)
-class HeadFold:
-    """One head in a fold.
-
-    expert: what its method may know of the arriving expert. before: its state's file, None where it has no expert yet.
-    after: the file for its new state. prepared: what is ready of its method's `prepare`. weights: the files for the
-    merged weights, where the method gives them in the same sweep (`one_sweep`).
-    """
-
-    method: Method
-    totals: Totals
-    expert: Expert
-    before: TensorReader | None
-    after: TensorWriter
-    prepared: Prepared | None = None
-    weights: Sequence[TensorWriter] = ()
-
-
-@dataclass(frozen=True)
-class Folded:
-    """What a fold found: the norms of the expert's task vector and of the base (float64), each head's totals after."""
-
-    norm: float
-    base_norm: float  # as it was given, or else measured
-    totals: Sequence[Totals]
 
 
 @dataclass(frozen=True)
@@ -101,12 +67,15 @@ class Driver:
         """Runs the method's survey rounds over the expert and returns `expert` with their sums."""
         for _ in range(method.rounds):
             shares: dict[str, Tensor] = {}
-            for step in steps(base.schema, source.order, [method], self.block_bytes):
-                read = self._read(base, source, [expert], step)
-                _, delta = _delta(source, read, self.device)
-                view = replace(read.views[0], sidecars=load_each(read.views[0].sidecars, self.device))
-                for key, value in method.survey(delta, step.part, view).items():
+            for step, found in self._pipeline().run(
+                steps(base.schema, source.order, [method], self.block_bytes),
+                partial(fold_bytes, [method]),
+                partial(self._read, base, source, [expert]),
+                partial(self._survey_part, source, method),
+            ):
+                for key, value in found.items():
                     shares[key] = shares[key] + value if key in shares else value
+                self.watch.advance(step.nbytes)
             expert = replace(expert, surveys=(*expert.surveys, shares))
         return expert
 
@@ -133,7 +102,10 @@ class Driver:
             part = piece = None  # type: ignore[assignment]  # frees it before the next step is taken in hand
         for head in heads:
             _copy_buffers(base, head.weights)
-        totals = [head.method.tally(head.totals, _add([part.sums[i] for part in done])) for i, head in enumerate(heads)]
+        totals = [
+            head.method.tally(head.totals, _add([part.sums[i] for part in done]), head.expert)
+            for i, head in enumerate(heads)
+        ]
         return Folded(
             norm=sqrt(fsum(part.energy for part in done)),
             base_norm=sqrt(fsum(part.base_energy for part in done)) if base_norm is None else base_norm,
@@ -216,6 +188,16 @@ class Driver:
             [replace(view, sidecars=sidecars) if sidecars else view for view in views],
         )
 
+    def _survey_part(self, source: Source, method: Method, read: _Read) -> tuple[Step, Survey]:
+        def work(device: torch.device) -> Survey:
+            with self.watch.phase("project"):
+                _, delta = _delta(source, read, device)
+                view = replace(read.views[0], sidecars=load_each(read.views[0].sidecars, device))
+                found = method.survey(delta, read.step.part, view)
+                return {key: unload(value) for key, value in found.items()}
+
+        return read.step, compute_on(self.device, work, read.step.spec.name, self.watch)
+
     def _fold_part(self, source: Source, heads: Sequence[HeadFold], measure: bool, read: _Read) -> _FoldedPart:
         work = partial(self._fold_on, source, heads, measure, read)
         return compute_on(self.device, work, read.step.spec.name, self.watch)
@@ -242,7 +224,7 @@ class Driver:
                 written.append((head.after, piece))
             for writer in head.weights:
                 if step.spec.name in writer.specs:
-                    after = head.method.tally(head.totals, {})
+                    after = head.method.tally(head.totals, {}, view)
                     merged = self._merged(head.method, after, state, theta0, step, writer.specs)
                     written.append((writer, writer.put(step.spec.name, merged, step.part.start)))
         return _FoldedPart(step, written, sums, delta_energy, base_energy)

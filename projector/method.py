@@ -3,7 +3,7 @@
     state = zeros                                              model-sized accumulators, tensor by tensor
     prepared = prepare(state, spec)                            any time before the next expert; may be nothing
     state, sums = update(state + prepared, delta, spec, expert)  once per expert and tensor
-    totals = tally(totals, sums over the model)                once per expert
+    totals = tally(totals, sums over the model, expert)        once per expert
     weights = read(base, state, totals, spec)                  any time
 
 A method is a frozen dataclass: its fields are its parameters, declared with `param`, which holds their help and range.
@@ -42,18 +42,25 @@ class Totals:
     experts: int = 0
     scalars: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def weight(self) -> float:
+        """The sum of the experts' weights."""
+        return self.scalars.get("weight", float(self.experts))
+
 
 @dataclass(frozen=True, slots=True)
 class Expert:
     """What a method may know about the arriving expert beside the delta at hand.
 
-    index: its place among the merged experts, from 1. sha256: its identity, only known to a method that surveys.
-    surveys: the sums over the model of each survey round. sidecars: the tensors it brought for this base tensor,
-    by kind ("fisher", "gram"), as listed in the method's `needs`.
+    index: its place among the merged experts, from 1. sha256: its identity, known where the method is `keyed`.
+    weight: how much it counts, for a method that is `weighted`; negative while a subtractable method takes it out
+    again. surveys: the sums over the model of each survey round. sidecars: the tensors it brought for this base
+    tensor, by kind ("fisher", "gram"), as listed in the method's `needs`.
     """
 
     index: int
     sha256: str = ""
+    weight: float = 1.0
     surveys: Sequence[Survey] = ()
     sidecars: Sidecars = field(default_factory=dict)
 
@@ -65,9 +72,16 @@ class Method(ABC):
     formula: ClassVar[str]
     paper: ClassVar[str]
     order_independent: ClassVar[bool] = False
-    subtractable: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ()
+    subtractable: ClassVar[bool] = False  # folding an expert with minus its weight takes it out again
+    weighted: ClassVar[bool] = False  # the formula has a weight for each expert
+    keyed: ClassVar[bool] = False  # it must know the expert's sha256, which costs a reading of it beforehand
+    approximate: ClassVar[bool] = False  # the fold only approximates the offline method
     rounds: ClassVar[int] = 0  # survey sweeps over the expert before the fold
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The sidecars that an expert must bring: "fisher", "gram"."""
+        return ()
 
     @property
     def one_sweep(self) -> bool:
@@ -112,12 +126,13 @@ class Method(ABC):
         state: the accumulators, and beside them what `prepare` made of them. delta: float32, theta - theta_0.
         """
 
-    def tally(self, totals: Totals, sums: Sums) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
         """Closes one expert: `sums` over all its tensors, and "task_vector", the squared norm of all its deltas.
 
-        Default: counts it.
+        Default: counts it, or one less where it is taken out, and adds its weight to the scalar "weight".
         """
-        return Totals(totals.experts + 1, dict(totals.scalars))
+        experts = totals.experts + (1 if expert.weight > 0 else -1)
+        return Totals(experts, {**totals.scalars, "weight": totals.weight + expert.weight})
 
     @abstractmethod
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:

@@ -1,13 +1,15 @@
 """A small stream of experts through real files and the real driver: what the laws run a method on."""
 
+import hashlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO
 
 import torch
 from torch import Tensor
 
-from projector.fold import Driver, HeadFold, Prepared
+from projector.fold import Driver
+from projector.head import HeadFold, Prepared
 from projector.method import Expert, Method, Totals
 from projector.source import Checkpoint
 from projector.spec import TensorSpec
@@ -54,13 +56,14 @@ def merge(
     experts: Iterable[Tensors],
     driver: Driver = Driver(block_bytes=1 << 20),  # noqa: B008
     *,
+    counting: Sequence[float] | None = None,
     prepare: bool = False,
     one_sweep: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Totals]:
     """(merged weights, state, totals) after a stream of experts, through real files and the real driver.
 
-    prepare: what the method prepares is worked out between experts and read from a file. one_sweep: the weights are
-    those that the last fold wrote itself.
+    counting: each expert's weight, 1 where it is not given. prepare: what the method prepares is worked out between
+    experts and read from a file. one_sweep: the weights are those that the last fold wrote itself.
     """
     totals = Totals()
     with _Files() as files:
@@ -71,7 +74,8 @@ def merge(
             source = Checkpoint(
                 [files.written(weights)], {kind: files.written(sidecar(kind, weights)) for kind in method.needs}
             )
-            expert = driver.survey(origin, source, method, Expert(index, sha256=f"{index:064x}"))
+            expert = Expert(index, sha256=_sha256(weights), weight=counting[index - 1] if counting else 1.0)
+            expert = driver.survey(origin, source, method, expert)
             state_fd = files.new()
             after = TensorWriter(state_fd, state_specs(method, origin.schema), {})
             prepared = _prepared(driver, origin, method, state, files.new()) if prepare and state else None
@@ -111,6 +115,12 @@ class _Files:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         return TensorReader(fd)
+
+
+def _sha256(tensors: Tensors) -> str:
+    """An identity that depends on the values alone."""
+    values = [(name, tensor.float().flatten().tolist()) for name, tensor in sorted(tensors.items())]
+    return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 def _all(reader: TensorReader) -> dict[str, Tensor]:

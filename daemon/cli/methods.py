@@ -46,7 +46,7 @@ def _described(cls: "type[Method]") -> dict[str, Any]:
         "bytes_per_parameter": kept / spec.numel,
         "order_independent": cls.order_independent,
         "subtractable": cls.subtractable,
-        "needs": list(cls.needs),
+        "needs": list(cls().needs),
         "parameters": {
             name: {"default": about["default"], "help": about["help"], "range": param_range(about)}
             for name, about in method_params(cls).items()

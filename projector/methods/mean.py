@@ -20,16 +20,17 @@ class Mean(Method):
     >>> state, totals = {"S": torch.zeros(1)}, Totals()
     >>> for t, delta in enumerate(stream, start=1):
     ...     state, sums = mean.update(state, delta, spec, Expert(t))
-    ...     totals = mean.tally(totals, sums)
+    ...     totals = mean.tally(totals, sums, Expert(t))
     >>> mean.read(torch.tensor([10.0]), state, totals, spec)
     tensor([13.])
     """
 
     name = "mean"
-    formula = "base + S / T"
+    formula = "base + sum w_i tau_i / sum w_i"
     paper = "Wortsman et al., Model soups, arXiv 2203.05482"
     order_independent = True
     subtractable = True
+    weighted = True
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
@@ -42,7 +43,7 @@ class Mean(Method):
         return True
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
-        return {"S": state["S"] + delta}, {}
+        return {"S": torch.add(state["S"], delta, alpha=expert.weight)}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
-        return torch.add(base, state["S"], alpha=1 / max(1, totals.experts))
+        return torch.add(base, state["S"], alpha=1 / totals.weight if totals.experts else 0.0)

@@ -100,7 +100,7 @@ class Opcm(Method):
                 self._add_projected(*matrix)
         return {"A": merged}, {"merged": energy(merged)}
 
-    def tally(self, totals: Totals, sums: Sums) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
         experts = totals.experts + 1
         before = totals.scalars.get("mean_norm", 0.0)
         mean_norm = before + (sqrt(sums["task_vector"]) - before) / experts

@@ -23,6 +23,7 @@ class TaskArithmetic(Method):
     paper = "Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089"
     order_independent = True
     subtractable = True
+    weighted = True
 
     scale: float | str = param(
         0.3, "the factor of the sum, or a rule for it", low=-10, high=10, choices=("norm", "per_sqrt")
@@ -40,19 +41,22 @@ class TaskArithmetic(Method):
         return True
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
-        total = state["S"] + delta
+        total = torch.add(state["S"], delta, alpha=expert.weight)
         sums = {"sum": energy(total)} if self.scale == "norm" else {}
         return {"S": total}, sums
 
-    def tally(self, totals: Totals, sums: Sums) -> Totals:
-        experts = totals.experts + 1
+    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
+        counted = super().tally(totals, sums, expert)
+        scalars = dict(counted.scalars)
         if self.scale == "per_sqrt":
-            return Totals(experts, {"scale": self.c / sqrt(experts)})
-        if self.scale == "norm":
-            norms = totals.scalars.get("norms", 0.0) + sqrt(sums["task_vector"])
+            scalars["scale"] = self.c / sqrt(counted.experts) if counted.experts else 0.0
+        elif self.scale == "norm":
             norm = sqrt(sums["sum"])
-            return Totals(experts, {"norms": norms, "scale": norms / experts / norm if norm else 0.0})
-        return Totals(experts, {"scale": float(self.scale)})
+            scalars["norms"] = totals.scalars.get("norms", 0.0) + expert.weight * sqrt(sums["task_vector"])
+            scalars["scale"] = scalars["norms"] / counted.weight / norm if norm and counted.experts else 0.0
+        else:
+            scalars["scale"] = float(self.scale)
+        return Totals(counted.experts, scalars)
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         return torch.add(base, state["S"], alpha=totals.scalars.get("scale", 0.0))

@@ -7,7 +7,7 @@ import pytest
 from daemon.admission import check_norm
 from daemon.config import Admission
 from daemon.errors import Reason, Refused
-from projector.fold import Folded
+from projector.head import Folded
 
 LIMITS = Admission(max_base_ratio=1.0, max_norm_ratio=100.0)
 

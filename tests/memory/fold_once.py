@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from projector.fold import Driver, HeadFold
+from projector.fold import Driver
+from projector.head import HeadFold
 from projector.header import build_header
 from projector.method import Expert, Totals
 from projector.methods import make

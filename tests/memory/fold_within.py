@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from daemon.memory import reuse_freed_memory
-from projector.fold import Driver, HeadFold
+from projector.fold import Driver
+from projector.head import HeadFold
 from projector.method import Expert, Totals
 from projector.methods import make
 from projector.source import Checkpoint

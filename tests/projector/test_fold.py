@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadValues, Reason
-from projector.fold import Driver, Folded, HeadFold
+from projector.fold import Driver
+from projector.head import Folded, HeadFold
 from projector.method import Expert, Totals
 from projector.methods import make
 from projector.source import Checkpoint

@@ -117,7 +117,7 @@ class Hoards(Honest):
 class HoardsScalars(Honest):
     """Keeps one scalar per expert."""
 
-    def tally(self, totals: Totals, sums: Sums) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
         return Totals(totals.experts + 1, {**totals.scalars, f"expert_{totals.experts}": 1.0})
 
 
@@ -134,7 +134,7 @@ class LosesFigures(Honest):
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         return {"A": state["A"] + delta}, {"large": float(delta.abs().sum() > 1e3)}
 
-    def tally(self, totals: Totals, sums: Sums) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
         return Totals(totals.experts + 1, {"figure": float("inf") if sums["large"] else 0.0})
 
 
@@ -216,11 +216,20 @@ class SweepsTooEarly(Honest):
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         return {"A": state["A"] + delta}, {"count": 1.0}
 
-    def tally(self, totals: Totals, sums: Sums) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
         return Totals(totals.experts + 1, {"count": sums.get("count", 0.0)})
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         return torch.add(base, state["A"], alpha=totals.scalars.get("count", 0.0))
+
+
+class NeverForgets(Honest):
+    """Says that an expert can be taken out again, and counts it a second time."""
+
+    subtractable = True
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        return {"A": state["A"] + abs(expert.weight) * delta}, {}
 
 
 # One broken method (or two) per law, and every law that sees what is wrong with it.
@@ -247,6 +256,7 @@ BROKEN: Mapping[Method, set[str]] = {
     ForgetsParams(weight=0.25): {"params_round_trip"},
     RoundsItsSurvey(): {"order_of_tensors_does_not_matter"},
     PrefersTheNewest(): {"order_of_experts_does_not_matter"},
+    NeverForgets(): {"an_expert_can_be_taken_out"},
 }
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from projector.errors import BadFile, Reason
-from projector.fold import Driver, HeadFold
+from projector.fold import Driver
+from projector.head import HeadFold
 from projector.header import DTYPES
 from projector.method import Expert, Totals
 from projector.methods import make
