@@ -175,10 +175,10 @@ class Merger:
             view = View(index=line.totals.experts + 1)
             if line.method.keyed:
                 view = replace(view, sha256=expert.identity())
-            view = self._driver.survey(self._base.tensors, expert.tensors, line.method, view)
+            state = self._state(line, files)
+            view = self._driver.survey(self._base.tensors, expert.tensors, line.method, view, state)
             ready = self.preparations.ready(line)
             now = output.weights if line.method.one_sweep else ()
-            state = self._state(line, files)
             heads.append(HeadFold(line.method, line.totals, view, state, output.state, ready, now))
         folded = self._driver.fold(self._base.tensors, expert.tensors, heads, self._base_norm)
         self._base_norm = folded.base_norm

@@ -46,7 +46,7 @@ def arguments_are_never_mutated(method: Method) -> None:
     for spec, base, deltas in _tensors():
         state = _zeros(method, spec)
         for index, delta in enumerate(deltas, start=1):
-            expert = _surveyed(method, spec, delta, index)
+            expert = _surveyed(method, state, spec, delta, index)
             given = {"delta": delta, **_ready(method, state, spec)}
             before = {key: value.clone() for key, value in given.items()}
             state, sums = method.update(given, delta, spec, expert)
@@ -74,7 +74,7 @@ def state_has_constant_size(method: Method) -> None:
     state, totals, sizes = _zeros(method, spec), Totals(), set()
     for index in range(1, 51):
         delta = torch.randn(spec.shape, generator=generator)
-        expert = _surveyed(method, spec, delta, index)
+        expert = _surveyed(method, state, spec, delta, index)
         state, sums = method.update(_ready(method, state, spec), delta, spec, expert)
         totals = method.tally(totals, {**sums, "task_vector": energy(delta)}, expert)
         sizes.add(len(totals.scalars))
@@ -207,11 +207,11 @@ def _ready(method: Method, state: Tensors, spec: TensorSpec) -> dict[str, Tensor
     return {**state, **method.prepare(state, spec)}
 
 
-def _surveyed(method: Method, spec: TensorSpec, delta: Tensor, index: int) -> Expert:
+def _surveyed(method: Method, state: Tensors, spec: TensorSpec, delta: Tensor, index: int) -> Expert:
     sidecars = {kind: one for kind in method.needs for one in sidecar(kind, {spec.name: delta}).values()}
     expert = Expert(index, sha256=f"{index:064x}", sidecars=sidecars)
     for _ in range(method.rounds):
-        expert = replace(expert, surveys=(*expert.surveys, method.survey(delta, spec, expert)))
+        expert = replace(expert, surveys=(*expert.surveys, method.survey(state, delta, spec, expert)))
     return expert
 
 

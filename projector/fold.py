@@ -63,15 +63,20 @@ class Driver:
     budget_bytes: int = BUDGET_BYTES
     watch: Watch = SILENT
 
-    def survey(self, base: Checkpoint, source: Source, method: Method, expert: Expert) -> Expert:
-        """Runs the method's survey rounds over the expert and returns `expert` with their sums."""
+    def survey(
+        self, base: Checkpoint, source: Source, method: Method, expert: Expert, before: TensorReader | None
+    ) -> Expert:
+        """Runs the method's survey rounds over the expert and returns `expert` with their sums.
+
+        before: the state's file, None where there is no expert yet.
+        """
         for _ in range(method.rounds):
             shares: dict[str, Tensor] = {}
             for step, found in self._pipeline().run(
                 steps(base.schema, source.order, [method], self.block_bytes),
                 partial(fold_bytes, [method]),
                 partial(self._read, base, source, [expert]),
-                partial(self._survey_part, source, method),
+                partial(self._survey_part, source, method, before),
             ):
                 for key, value in found.items():
                     shares[key] = shares[key] + value if key in shares else value
@@ -188,12 +193,15 @@ class Driver:
             [replace(view, sidecars=sidecars) if sidecars else view for view in views],
         )
 
-    def _survey_part(self, source: Source, method: Method, read: _Read) -> tuple[Step, Survey]:
+    def _survey_part(
+        self, source: Source, method: Method, before: TensorReader | None, read: _Read
+    ) -> tuple[Step, Survey]:
         def work(device: torch.device) -> Survey:
+            state = self._state(method, before, read.step, device)
             with self.watch.phase("project"):
                 _, delta = _delta(source, read, device)
                 view = replace(read.views[0], sidecars=load_each(read.views[0].sidecars, device))
-                found = method.survey(delta, read.step.part, view)
+                found = method.survey(state, delta, read.step.part, view)
                 return {key: unload(value) for key, value in found.items()}
 
         return read.step, compute_on(self.device, work, read.step.spec.name, self.watch)

@@ -99,7 +99,7 @@ class Method(ABC):
         """True where the driver may hand over this tensor in blocks of rows; each slot then has the tensor's shape."""
         return False
 
-    def survey(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
         """One tensor's share of a survey round; shares are added up. `expert.surveys` holds the rounds before."""
         raise NotImplementedError(f"{self.name} declares rounds but no survey")
 

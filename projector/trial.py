@@ -75,7 +75,7 @@ def merge(
                 [files.written(weights)], {kind: files.written(sidecar(kind, weights)) for kind in method.needs}
             )
             expert = Expert(index, sha256=_sha256(weights), weight=counting[index - 1] if counting else 1.0)
-            expert = driver.survey(origin, source, method, expert)
+            expert = driver.survey(origin, source, method, expert, state)
             state_fd = files.new()
             after = TensorWriter(state_fd, state_specs(method, origin.schema), {})
             prepared = _prepared(driver, origin, method, state, files.new()) if prepare and state else None

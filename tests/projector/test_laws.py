@@ -171,7 +171,7 @@ class RoundsItsSurvey(Honest):
     def elementwise(self, spec: TensorSpec) -> bool:
         return False
 
-    def survey(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
         share = {"bias": 2.0**25, "wide.weight": -(2.0**25)}.get(spec.name, 1.0)
         return {"sum": torch.tensor(share, dtype=torch.float32)}
 
