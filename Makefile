@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 DEMO_HOME ?= demo-home
 
-.PHONY: help install test test-slow check format demo bench system clean
+.PHONY: help install test test-slow check format demo docs bench system clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,10 @@ format: $(READY)  ## let ruff rewrite what it can
 demo: $(READY)  ## train a base and experts on real data, run the daemon, show the table
 	rm -rf $(DEMO_HOME)
 	$(BIN)/mainstem demo --home $(DEMO_HOME)
+
+docs: $(READY)  ## write the generated parts of docs/methods.md and docs/comparison.md
+	$(BIN)/python -m docs.generate
+	$(BIN)/python -m bench.side_by_side
 
 system:  ## Debian's Prometheus and Chromium for the tests that use them (as root)
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus chromium

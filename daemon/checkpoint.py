@@ -4,23 +4,25 @@ Everything is opened relative to a descriptor, by a single path component, and f
 the name. Raises Refused for what can never become good, NotYet for what may only be unfinished.
 """
 
-import errno
 import json
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from daemon import durable
+from daemon.about import ABOUT, About, read_about
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
+from daemon.opening import not_a_file, open_entry
 from projector.errors import BadFile
 from projector.errors import Reason as ProjectorReason
 from projector.source import Checkpoint, identity
+from projector.spec import Schema, check_schema, check_sidecar
 from projector.tensorfile import RunningDigest, TensorReader
 from projector.text import shown
 from projector.watch import SILENT, Watch
@@ -28,6 +30,7 @@ from projector.watch import SILENT, Watch
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+SIDECARS = ("fisher", "gram")
 MAX_INDEX_BYTES = 16 << 20
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLE_OPENINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -48,35 +51,69 @@ class OpenFile:
     digest: RunningDigest
 
 
-class OpenCheckpoint:
-    """A checkpoint held open. Close it, or use it as a context manager."""
+@dataclass(frozen=True)
+class OpenAbout:
+    """An expert's expert.json, held by descriptor, and what it says."""
 
-    def __init__(self, kind: str, files: Sequence[OpenFile], sidecars: Sequence[OpenFile], closing: ExitStack) -> None:
+    fd: int
+    stamp: Stamp
+    content: About
+
+
+class OpenCheckpoint:
+    """A checkpoint held open. Close it, or use it as a context manager.
+
+    sidecars: by kind ("fisher", "gram"). about: its expert.json, None where there is none.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        files: Sequence[OpenFile],
+        sidecars: Mapping[str, OpenFile],
+        about: OpenAbout | None,
+        closing: ExitStack,
+    ) -> None:
         self.kind = kind
         self.files = files
+        self.about = about.content if about else None
         self._sidecars = sidecars
+        held: list[OpenFile | OpenAbout] = [*files, *sidecars.values()]
+        if about:
+            held.append(about)
+        self._stamps = {one.fd: one.stamp for one in held}
         self._closing = closing
         self.tensors = Checkpoint(
-            [file.reader for file in files],
-            {file.name.removesuffix(".safetensors"): file.reader for file in sidecars},
+            [file.reader for file in files], {need: file.reader for need, file in sidecars.items()}
         )
 
     @property
+    def weight(self) -> float:
+        """How much it counts beside others: what its expert.json says, else 1."""
+        return self.about.weight if self.about else 1.0
+
+    @property
     def size_bytes(self) -> int:
-        return sum(file.reader.header.size for file in (*self.files, *self._sidecars))
+        return sum(file.reader.header.size for file in (*self.files, *self._sidecars.values()))
+
+    def check(self, base: Schema) -> None:
+        """Holds its tensors, and its sidecars', against the base's. Raises BadSchema."""
+        check_schema(base, self.tensors.schema)
+        for kind, file in self._sidecars.items():
+            check_sidecar(base, kind, file.reader.specs)
 
     def identity(self) -> str:
         """The sha256 that stands for this checkpoint; reads what has not been read yet."""
-        return identity({file.name: file.reader.sha256() for file in (*self.files, *self._sidecars)})
+        return identity({file.name: file.reader.sha256() for file in (*self.files, *self._sidecars.values())})
 
     def sync(self) -> None:
         """Makes the checkpoint's own bytes durable: whoever dropped it may not have."""
-        for file in (*self.files, *self._sidecars):
-            durable.sync(file.fd)
+        for fd in self._stamps:
+            durable.sync(fd)
 
     def unchanged(self) -> bool:
         """True while no file has been written to, renamed or replaced since it was opened."""
-        return all(stamp(os.fstat(file.fd)) == file.stamp for file in (*self.files, *self._sidecars))
+        return all(stamp(os.fstat(fd)) == before for fd, before in self._stamps.items())
 
     def close(self) -> None:
         self._closing.close()
@@ -96,7 +133,7 @@ def open_checkpoint(
     `follow`: symbolic links are followed; only for paths that the person names, never in the inbox.
     """
     with ExitStack() as closing:
-        fd = _open(folder_fd, name, follow, closing)
+        fd = open_entry(folder_fd, name, follow, closing)
         if stat.S_ISREG(os.fstat(fd).st_mode):
             if SHARD_OF_MANY.search(name):
                 raise Refused(
@@ -104,35 +141,37 @@ def open_checkpoint(
                     f"{shown(name)} is one shard of several",
                     f"drop the folder that holds all shards and {INDEX}",
                 )
-            opened = OpenCheckpoint("file", [_weights(fd, name, watch)], _no_sidecars(needs), closing)
+            if needs:
+                raise Refused(Reason.MISSING_SIDECAR, *_missing(needs[0]))
+            opened = OpenCheckpoint("file", [_weights(fd, name, watch)], {}, None, closing)
         else:
             opened = _open_folder(fd, follow, needs, watch, closing)
         opened._closing = closing.pop_all()
         return opened
 
 
-def open_path(path: Path, watch: Watch = SILENT, *, follow: bool = True) -> OpenCheckpoint:
+def open_path(path: Path, watch: Watch = SILENT, *, follow: bool = True, needs: Sequence[str] = ()) -> OpenCheckpoint:
     """Opens a checkpoint that the person names; `follow`: through symbolic links. Raises Refused or NotYet."""
     named = Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps its own name: in a hub's cache its target has none
     parent = os.open(named.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return open_checkpoint(parent, named.name, follow=follow, watch=watch)
+        return open_checkpoint(parent, named.name, follow=follow, needs=needs, watch=watch)
     finally:
         os.close(parent)
 
 
 def _open_folder(fd: int, follow: bool, needs: Sequence[str], watch: Watch, closing: ExitStack) -> OpenCheckpoint:
     names = set(os.listdir(fd))
-    sidecar_names = [f"{need}.safetensors" for need in needs]
-    plain = sorted(n for n in names if n.endswith(".safetensors") and n not in sidecar_names and not n.startswith("."))
+    beside = {f"{kind}.safetensors" for kind in (*SIDECARS, *needs)}
+    plain = sorted(n for n in names if n.endswith(".safetensors") and n not in beside and not n.startswith("."))
 
     def opened(name: str) -> OpenFile:
-        return _weights(_open(fd, name, follow, closing), name, watch)
+        return _weights(open_entry(fd, name, follow, closing), name, watch)
 
     if WEIGHTS in names:
         files, kind = [opened(WEIGHTS)], "folder"
     elif INDEX in names:
-        files, kind = _shards(_read_index(_open(fd, INDEX, follow, closing)), names, opened), "sharded"
+        files, kind = _shards(_read_index(open_entry(fd, INDEX, follow, closing)), names, opened), "sharded"
     elif ADAPTER in names:
         raise Refused(
             Reason.ADAPTER,
@@ -150,10 +189,17 @@ def _open_folder(fd: int, follow: bool, needs: Sequence[str], watch: Watch, clos
             f"the folder has neither {WEIGHTS} nor {INDEX}",
             "save the model with save_pretrained(..., safe_serialization=True)",
         )
-    for sidecar in sidecar_names:
-        if sidecar not in names:
-            raise NotYet(Reason.MISSING_SIDECAR, f"{sidecar} is missing", "this home's method needs it: see the docs")
-    return OpenCheckpoint(kind, files, [opened(sidecar) for sidecar in sidecar_names], closing)
+    for need in needs:
+        if f"{need}.safetensors" not in names:
+            raise NotYet(Reason.MISSING_SIDECAR, *_missing(need))
+    sidecars = {need: opened(f"{need}.safetensors") for need in needs}
+    about = _about(open_entry(fd, ABOUT, follow, closing)) if ABOUT in names else None
+    return OpenCheckpoint(kind, files, sidecars, about, closing)
+
+
+def _about(fd: int) -> OpenAbout:
+    before = stamp(os.fstat(fd))
+    return OpenAbout(fd, before, read_about(fd))
 
 
 def _shards(weight_map: dict[str, str], names: set[str], opened: Callable[[str], OpenFile]) -> list[OpenFile]:
@@ -178,7 +224,7 @@ def _shards(weight_map: dict[str, str], names: set[str], opened: Callable[[str],
 
 def _read_index(fd: int) -> dict[str, str]:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise _not_a_file(INDEX)
+        raise not_a_file(INDEX)
     size = os.fstat(fd).st_size
     if size > MAX_INDEX_BYTES:
         raise _bad_index(f"it has {size} bytes")
@@ -192,39 +238,10 @@ def _read_index(fd: int) -> dict[str, str]:
     return weight_map
 
 
-def _open(folder_fd: int, name: str, follow: bool, closing: ExitStack) -> int:
-    """Opens a regular file or a folder by one path component; anything else is refused without touching it."""
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-    try:
-        # looked at before it is opened: opening a device can have effects of its own
-        mode = os.stat(name, dir_fd=folder_fd, follow_symlinks=follow).st_mode
-        if stat.S_ISLNK(mode):
-            raise _symlink(name)
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise _not_a_file(name)
-        fd = os.open(name, flags, dir_fd=folder_fd)
-    except FileNotFoundError:
-        raise NotYet(Reason.CHANGED, f"{shown(name)} is no longer there", "nothing to do, if you moved it") from None
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise _symlink(name) from None
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise Refused(
-                Reason.UNREADABLE, f"{shown(name)} cannot be read: {error.strerror}", "make it readable for the daemon"
-            ) from None
-        if error.errno in (errno.ENXIO, errno.ENODEV):
-            raise _not_a_file(name) from None
-        raise
-    closing.callback(os.close, fd)
-    if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISDIR(os.fstat(fd).st_mode)):
-        raise _not_a_file(name)
-    return fd
-
-
 def _weights(fd: int, name: str, watch: Watch) -> OpenFile:
     """A .safetensors file by descriptor, its header checked."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise _not_a_file(name)
+        raise not_a_file(name)
     before = stamp(os.fstat(fd))
     opening = os.pread(fd, len(LFS_OPENING), 0)
     if opening == LFS_OPENING:
@@ -247,25 +264,15 @@ def _weights(fd: int, name: str, watch: Watch) -> OpenFile:
     except BadFile as error:
         if error.reason is ProjectorReason.TRUNCATED:
             raise NotYet(error.reason, f"{shown(name)}: {error}", error.hint) from error
-        raise
+        raise BadFile(error.reason, f"{shown(name)}: {error}", error.hint) from error
 
 
-def _no_sidecars(needs: Sequence[str]) -> list[OpenFile]:
-    if needs:
-        raise Refused(
-            Reason.MISSING_SIDECAR,
-            f"{needs[0]}.safetensors is missing, which this home's method needs",
-            "drop a folder with the weights and this file in it",
-        )
-    return []
-
-
-def _symlink(name: str) -> Refused:
-    return Refused(Reason.SYMLINK, f"{shown(name)} is a symbolic link", "drop the file itself (cp -L follows links)")
-
-
-def _not_a_file(name: str) -> Refused:
-    return Refused(Reason.NOT_A_FILE, f"{shown(name)} is neither a file nor a folder", "drop a .safetensors file")
+def _missing(need: str) -> tuple[str, str]:
+    """What is wrong where a sidecar is missing, and what to do."""
+    return (
+        f"{need}.safetensors is missing, which a method of this home needs",
+        "drop a folder with the weights and this file in it; docs/sidecars.md says how to make one",
+    )
 
 
 def _pickle(detail: str) -> Refused:

@@ -27,6 +27,7 @@ class Reason(StrEnum):
     BAD_INDEX = "bad_index"
     ADAPTER = "adapter"
     MISSING_SIDECAR = "missing_sidecar"
+    BAD_ABOUT = "bad_about"
     EQUALS_BASE = "equals_base"
     FOREIGN_BASE = "foreign_base"
     NORM_OUTLIER = "norm_outlier"
@@ -36,6 +37,7 @@ class Reason(StrEnum):
     UNKNOWN = "unknown"
     HOME = "home"
     CONFIG = "config"
+    PULL = "pull"
 
 
 class DaemonError(Exception):

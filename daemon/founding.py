@@ -34,9 +34,14 @@ def found(
     heads: Sequence[tuple[str, Method]],
     progress: Callable[[str], None],
     compute: Compute = Compute(),  # noqa: B008
+    *,
+    name: str | None = None,
+    config: bytes | None = None,
 ) -> BaseModel:
     """Makes the home. Raises BadHome, BadConfig where the base's largest tensor does not fit into the memory budget,
     and BadFile or BadValues where the base is no sound checkpoint.
+
+    name: the base's, where its path does not say it. config: the text of mainstem.toml, where there is none yet.
 
     Interrupted, it leaves no registry, hence no home; the next `init` starts over.
     """
@@ -61,16 +66,15 @@ def found(
         error.args = (f"the base {base}: {error}",)
         raise
     with open_path(home.base) as checkpoint:
-        record = BaseModel(
-            shown(base.resolve().name), checkpoint.identity(), parameters, checkpoint.size_bytes, datetime.now(UTC)
-        )
-        dtypes = {str(s.dtype).removeprefix("torch.") for s in checkpoint.tensors.schema.values() if s.floating}
+        named = name or shown(base.resolve().name)
+        record = BaseModel(named, checkpoint.identity(), parameters, checkpoint.size_bytes, datetime.now(UTC))
+        dtypes = floating_dtypes(checkpoint)
     progress("publishing version 0")
     records = [Head(name, method.name, method.params(), live=0, newest=0) for name, method in heads]
     files = [entry(path) for path in sorted(home.base.iterdir())]
-    versions = [_publish_base(home, head, record, files, "/".join(sorted(dtypes))) for head in records]
+    versions = [publish_base(home, head, record, files, dtypes) for head in records]
     if not home.config.exists():
-        durable.replace_file(home.config, CONFIG_TEXT.encode())
+        durable.replace_file(home.config, config or CONFIG_TEXT.encode())
     durable.replace_file(home.clean, b"")
     unfinished = home.registry.with_name("registry.new")
     Store.create(unfinished, record, records, versions)
@@ -79,6 +83,12 @@ def found(
     durable.rename(unfinished, home.registry)
     durable.remove(home.founding)
     return record
+
+
+def floating_dtypes(base: OpenCheckpoint) -> str:
+    """The dtypes of the floating tensors, in words: "bfloat16", or "bfloat16/float32"."""
+    found = {str(s.dtype).removeprefix("torch.") for s in base.tensors.schema.values() if s.floating}
+    return "/".join(sorted(found))
 
 
 def _refuse_occupied(home: Home) -> None:
@@ -121,7 +131,8 @@ def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home) -> None:
         durable.copy_file(path, home.base / path.name)
 
 
-def _publish_base(home: Home, head: Head, base: BaseModel, files: Sequence[FileEntry], dtype: str) -> NewVersion:
+def publish_base(home: Home, head: Head, base: BaseModel, files: Sequence[FileEntry], dtype: str) -> NewVersion:
+    """Publishes the base, whose files are those listed, as version 0 of a head; the head need not be registered."""
     folder = home.version(head.name, 0)
     durable.make_folder(folder)
     for file in files:

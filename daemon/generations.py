@@ -16,7 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from daemon.home import MANIFEST, STATE_FILE, Home
 from daemon.metrics import software_version
 from projector.spec import TensorSpec
-from registry.records import Head, NewExpert, Version
+from registry.records import Expert, Head, NewExpert, Version
 
 COMPANIONS = (
     "config.json",
@@ -51,6 +51,19 @@ class WeightFile:
 
     name: str
     specs: Sequence[TensorSpec]
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """The experts that a version no longer has, and how they were taken out: "subtracted" or "replayed"."""
+
+    experts: Sequence[Expert]
+    how: str
+
+    def described(self) -> dict[str, Any]:
+        """As the manifest says it."""
+        gone = [{"sha256": expert.sha256, "name": expert.name} for expert in self.experts]
+        return {"experts": gone, "how": self.how}
 
 
 WeightsPlan = tuple[Sequence[WeightFile], bytes | None]
@@ -95,8 +108,14 @@ def manifest(
     created_at: datetime,
     files: Sequence[FileEntry],
     state: FileEntry | None,
+    record: FileEntry | None = None,
+    approximate: bool = False,
+    withdrawal: Withdrawal | None = None,
 ) -> bytes:
-    """The bytes of a version's manifest.json: what it is, what it came from, and the sha256 of all it consists of."""
+    """The bytes of a version's manifest.json: what it is, what it came from, and the sha256 of all it consists of.
+
+    approximate: its method folded this expert with sums that the later ones still change.
+    """
     content = {
         "format": 1,
         "head": head.name,
@@ -106,15 +125,23 @@ def manifest(
         "base_sha256": base_sha256,
         "parent": {"version": parent.number, "manifest_sha256": parent.manifest_sha256} if parent else None,
         "experts": experts,
-        "expert": {"sha256": expert.sha256, "name": expert.name} if expert else None,
+        "expert": _expert(expert) if expert else None,
+        "withdrawn": withdrawal.described() if withdrawal else None,
+        "approximate": approximate,
         "figures": figures,
         "dtype": dtype,
         "created_at": created_at.isoformat(),
         "software": {"mainstem": software_version(), "torch": torch.__version__},
         "files": [asdict(file) for file in files],
         "state": asdict(state) if state else None,
+        "record": asdict(record) if record else None,
     }
     return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def _expert(expert: NewExpert) -> dict[str, Any]:
+    task = expert.about.get("task") if expert.about else None
+    return {"sha256": expert.sha256, "name": expert.name, "task": task, "weight": expert.weight}
 
 
 def entry(path: Path) -> FileEntry:
@@ -144,6 +171,8 @@ def problems(home: Home, version: Version, *, hashes: bool, extras: bool = True)
     expected = [(folder / file["name"], file) for file in content["files"]]
     if content["state"]:
         expected.append((home.head_state(version.head, version.number) / STATE_FILE, content["state"]))
+    if content.get("record"):
+        expected.append((home.view_record(version.head, version.number), content["record"]))
     found = [_problem(home, path, file, hashes) for path, file in expected]
     listed = {MANIFEST, *(file["name"] for file in content["files"])}
     extra = [

@@ -11,7 +11,9 @@ HOME/
     registry.sqlite  lock  clean
     base/                  the base itself, copied when the home was made
     heads/main/000012/state.safetensors
+    heads/main/views/000012.safetensors      what the method keeps of the expert that version 12 folded
     tmp/
+    rebuild-main/  without-000013/       homes in this home, while a rebuild is on its way
 """
 
 from dataclasses import dataclass
@@ -101,9 +103,25 @@ class Home:
         """The folder with the accumulators of one version (none for version 0)."""
         return self.states(head) / number(n)
 
+    def views(self, head: str) -> Path:
+        """The folder with what the head's method keeps of each expert; only methods that do have one."""
+        return self.states(head) / "views"
+
+    def view_record(self, head: str, n: int) -> Path:
+        """What is kept of the expert that version n folded; it outlives the version's own files."""
+        return self.views(head) / f"{number(n)}.safetensors"
+
     def prepared(self, head: str, n: int) -> Path:
         """What a head's method prepared from version n for the next expert: derived, may be missing."""
         return self.head_state(head, n) / PREPARED_FILE
+
+    def rebuilding(self, head: str) -> Path:
+        """A home of its own, in which a head that is to be added is rebuilt."""
+        return self.state / f"rebuild-{head}"
+
+    def withdrawing(self, n: int) -> Path:
+        """A home of its own, in which what version n needs is merged again without the experts that go with it."""
+        return self.state / f"without-{number(n)}"
 
     def exists(self) -> bool:
         return self.registry.is_file()

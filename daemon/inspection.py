@@ -15,7 +15,6 @@ from daemon.progress import Progress
 from projector.head import Folded
 from projector.measure import overlap
 from projector.methods import make
-from projector.spec import check_schema
 from projector.steps import state_specs
 from registry.store import Reader
 
@@ -30,12 +29,14 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         raise DaemonError(Reason.UNKNOWN, f"there is no head {head_name!r}", "see `mainstem status` for the heads")
     if not path.exists():
         raise DaemonError(Reason.UNKNOWN, f"{path} does not exist", "give the path of a checkpoint")
+    methods = [make(row.method, row.params) for row in reader.heads()]
+    needs = sorted({need for method in methods for need in method.needs})
     with (
         open_path(home.base) as base,
-        open_path(path, follow=False) as expert,  # as the inbox would
+        open_path(path, follow=False, needs=needs) as expert,  # as the inbox would
         open_path(home.version(head.name, head.live)) as merged,
     ):
-        check_schema(base.tensors.schema, expert.tensors.schema)
+        expert.check(base.tensors.schema)
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
         folded = Folded(found.norm, found.base_norm, ())
@@ -45,11 +46,12 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         twin = reader.merged(sha256)
         schema = base.tensors.schema
         published = sum(spec.nbytes for spec in schema.values())
-        states = [state_specs(make(row.method, row.params), schema) for row in reader.heads()]
+        states = [state_specs(method, schema) for method in methods]
         writes = sum(published + sum(spec.nbytes for spec in specs) for specs in states)
         seconds = [v.seconds for v in reader.versions(head.name, limit=5) if v.seconds is not None]
         return {
             "kind": expert.kind,
+            "weight": expert.weight,
             "sha256": sha256,
             "duplicate_of": twin.id if twin else None,
             "norm": found.norm,

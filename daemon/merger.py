@@ -11,7 +11,6 @@
 9 tidy        latest, archive, retention: derived, repeatable, finished by recovery after a crash
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -30,8 +29,7 @@ from daemon.compute import check_budget, driver
 from daemon.config import Settings
 from daemon.errors import BadHome, DaemonError, NotYet, Reason, Refused
 from daemon.failpoints import hit
-from daemon.generations import companions, entry, manifest
-from daemon.home import MANIFEST, STATE_FILE, Home
+from daemon.home import STATE_FILE, Home
 from daemon.inbox import Drop, entry_id
 from daemon.latest import point_latest
 from daemon.lines import Line, read_lines
@@ -40,12 +38,12 @@ from daemon.placing import place
 from daemon.preparing import Preparations
 from daemon.progress import Progress
 from daemon.retention import collect
+from daemon.sealing import seal
 from projector.errors import ProjectorError
 from projector.head import Folded, HeadFold
 from projector.method import Expert as View
 from projector.method import Totals
 from projector.methods import make
-from projector.spec import check_schema
 from projector.tensorfile import TensorReader
 from projector.text import shown
 from registry.records import Expert, NewExpert, NewVersion, Status
@@ -88,7 +86,7 @@ class Merger:
             with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=self._progress) as expert:
                 hit("take.opened")
                 self._check_entry(drop)
-                check_schema(self._base.tensors.schema, expert.tensors.schema)
+                expert.check(self._base.tensors.schema)
                 try:
                     recorded = self._merge(drop, expert)
                 except ProjectorError:
@@ -128,6 +126,7 @@ class Merger:
         for line in lines:  # left by a commit that failed; no row names it, and its space may be what is missing
             durable.remove(self._home.head_state(line.head.name, number))
             durable.remove(self._home.version(line.head.name, number))
+            durable.remove(self._home.view_record(line.head.name, number))
         self._progress.begin(self._work_bytes())
         folder = self._home.tmp / uuid4().hex
         try:
@@ -172,14 +171,14 @@ class Merger:
         hit("fold.before")
         heads = []
         for line, output in zip(lines, outputs, strict=True):
-            view = View(index=line.totals.experts + 1)
+            view = View(index=line.totals.experts + 1, weight=expert.weight)
             if line.method.keyed:
                 view = replace(view, sha256=expert.identity())
             state = self._state(line, files)
             view = self._driver.survey(self._base.tensors, expert.tensors, line.method, view, state)
             ready = self.preparations.ready(line)
             now = output.weights if line.method.one_sweep else ()
-            heads.append(HeadFold(line.method, line.totals, view, state, output.state, ready, now))
+            heads.append(HeadFold(line.method, line.totals, view, state, output.state, ready, now, output.record))
         folded = self._driver.fold(self._base.tensors, expert.tensors, heads, self._base_norm)
         self._base_norm = folded.base_norm
         hit("fold.after")
@@ -199,7 +198,8 @@ class Merger:
         sha256 = expert.identity()
         if not expert.unchanged():
             raise _changed(drop)
-        new = replace(_arrived(drop, Status.MERGED), kind=expert.kind, sha256=sha256, norm=folded.norm)
+        about = expert.about.given() if expert.about else None
+        new = replace(_arrived(drop, Status.MERGED), kind=expert.kind, sha256=sha256, norm=folded.norm, about=about)
         if twin := self._store.merged(sha256):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
         try:
@@ -217,43 +217,30 @@ class Merger:
 
     def _seal(self, line: Line, totals: Totals, output: Outputs, number: int, expert: NewExpert) -> NewVersion:
         """Puts companions and the manifest beside the weights, all durable."""
-        written = {file.name for file in output.entries}
-        for path in companions(self._home.base):
-            durable.copy_file(path, output.published / path.name)
-        beside = [entry(path) for path in sorted(output.published.iterdir()) if path.name not in written]
-        files = sorted([*output.entries, *beside], key=lambda file: file.name)
-        figures = dict(line.method.figures(totals))
-        text = manifest(
-            head=line.head,
-            number=number,
-            base_sha256=self._base_sha256,
-            parent=line.version,
-            experts=totals.experts,
-            expert=expert,
-            figures=figures,
-            dtype=self._settings.publish.dtype,
-            created_at=datetime.now(UTC),
-            files=files,
-            state=output.state_entry,
-        )
-        durable.write_file(output.published / MANIFEST, text)
-        hit("manifest.written")
         with self._progress.phase("fsync"):
-            durable.sync_folder(output.published)
+            sealed = seal(
+                self._home,
+                line,
+                number,
+                output.published,
+                output.entries,
+                output.state_entry,
+                totals,
+                base_sha256=self._base_sha256,
+                dtype=self._settings.publish.dtype,
+                expert=expert,
+                record=output.record_entry,
+                approximate=line.method.approximate,
+            )
             durable.sync_folder(output.state_folder)
-        return NewVersion(
-            head=line.head.name,
-            number=number,
-            parent=line.version.number,
-            manifest_sha256=hashlib.sha256(text).hexdigest(),
-            size_bytes=sum(file.size for file in files),
-            totals={"experts": float(totals.experts), **totals.scalars},
-            figures=figures,
-        )
+        return sealed
 
     def _publish(self, lines: Sequence[Line], outputs: Sequence[Outputs], number: int) -> None:
         hit("publish.before")
         for line, output in zip(lines, outputs, strict=True):
+            if output.record:
+                durable.make_folder(self._home.views(line.head.name))  # its name is durable with the state's
+                durable.rename(output.record_file, self._home.view_record(line.head.name, number))
             for source, target in (
                 (output.state_folder, self._home.head_state(line.head.name, number)),
                 (output.published, self._home.version(line.head.name, number)),

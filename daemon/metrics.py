@@ -12,7 +12,7 @@ from projector.errors import Reason as ProjectorReason
 from registry.store import Reader
 
 OUTCOMES = ("merged", "duplicate", "quarantined", "requeued", "abandoned")
-NOT_OF_EXPERTS = {"unknown", "home", "config", "changed", "bad_parameter", "unknown_method", "over_budget"}
+NOT_OF_EXPERTS = {"unknown", "home", "config", "pull", "changed", "bad_parameter", "unknown_method", "over_budget"}
 REASONS = tuple(dict.fromkeys(str(r) for r in (*Reason, *ProjectorReason) if r not in NOT_OF_EXPERTS))
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 

@@ -1,4 +1,4 @@
-"""One head's next version while it is being written, in a temporary folder: its state and its weights."""
+"""One head's next version while it is being written, in a temporary folder: its state, its weights, its record."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,7 +14,7 @@ from daemon.home import STATE_FILE
 from projector.header import build_header
 from projector.method import Method
 from projector.spec import Schema, TensorSpec
-from projector.steps import state_specs
+from projector.steps import record_specs, state_specs
 from projector.tensorfile import TensorWriter
 from projector.watch import Watch
 
@@ -35,15 +35,21 @@ class Outputs:
         durable.make_folder(self.published)
         durable.make_folder(self.state_folder)
         self.state = self._writer(self.state_folder / STATE_FILE, state_specs(method, base))
+        self.record_file = self.state_folder.with_name("record.safetensors")
+        kept = record_specs(method, base)
+        self.record = self._writer(self.record_file, kept) if kept else None
         files_planned, self._index = plan
         self._names = [file.name for file in files_planned]
         self.weights = [self._writer(self.published / file.name, list(file.specs)) for file in files_planned]
         self.entries: list[FileEntry] = []
         self.state_entry: FileEntry | None = None
+        self.record_entry: FileEntry | None = None
 
     def finish(self) -> None:
         """Takes the digests, once everything is written and while the files are still open."""
         self.state_entry = FileEntry(STATE_FILE, self.state.header.size, self.state.finish())
+        if self.record:
+            self.record_entry = FileEntry(self.record_file.name, self.record.header.size, self.record.finish())
         self.entries = [
             FileEntry(name, writer.header.size, writer.finish())
             for name, writer in zip(self._names, self.weights, strict=True)
@@ -60,8 +66,12 @@ class Outputs:
 
 def planned(base: Schema, settings: Publish) -> WeightsPlan:
     """The files that every version's weights are published in, with the base's tensors in the dtype wanted."""
-    specs = list(base.values())
-    if settings.dtype != "base":
-        wanted: torch.dtype = getattr(torch, settings.dtype)
-        specs = [replace(spec, dtype=wanted) if spec.floating else spec for spec in specs]
-    return plan_weights(specs, settings.shard_bytes)
+    return plan_weights(published_specs(base, settings.dtype), settings.shard_bytes)
+
+
+def published_specs(base: Schema, dtype: str) -> list[TensorSpec]:
+    """The base's tensors in the dtype that `publish.dtype` asks for: "base", or torch's name of one."""
+    if dtype == "base":
+        return list(base.values())
+    wanted: torch.dtype = getattr(torch, dtype)
+    return [replace(spec, dtype=wanted) if spec.floating else spec for spec in base.values()]

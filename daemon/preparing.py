@@ -24,7 +24,7 @@ from projector.fold import Driver
 from projector.head import Prepared
 from projector.header import build_header
 from projector.source import Checkpoint
-from projector.steps import prepared_specs, state_specs
+from projector.steps import prepared_specs, record_specs, state_specs
 from projector.tensorfile import TensorReader, TensorWriter
 
 
@@ -208,10 +208,11 @@ class _Preparation:
 
 
 def _next_version_bytes(lines: Sequence[Line], base: Checkpoint) -> int:
-    """What the next version of every head will take on the disk: its state and its weights."""
+    """What the next version of every head will take on the disk: its state, its record and its weights."""
     schema = base.schema
     weights = sum(spec.nbytes for spec in schema.values())
-    return sum(weights + sum(spec.nbytes for spec in state_specs(line.method, schema)) for line in lines)
+    kept = (spec for line in lines for of in (state_specs, record_specs) for spec in of(line.method, schema))
+    return len(lines) * weights + sum(spec.nbytes for spec in kept)
 
 
 def _bytes_by_tensor(line: Line, base: Checkpoint) -> Mapping[str, int]:

@@ -85,10 +85,25 @@ def _strays(home: Home, store: Store) -> list[Path]:
     """Everything that no row of the registry names: temporary folders and versions that were never committed."""
     strays = list(home.tmp.iterdir())
     strays += [path for path in home.state.iterdir() if path.name.startswith(".") or path.name == "registry.new"]
+    strays += _done_with(home, store)
     for head in store.heads():
         for folder in (home.versions(head.name), home.states(head.name)):
             for path in folder.iterdir():
                 unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
                 if unfinished or (path.name.isdecimal() and path.is_dir() and int(path.name) > head.newest):
                     strays.append(path)  # and nothing that a person may have put there
+        for path in home.views(head.name).glob("*.safetensors"):
+            if path.stem.isdecimal() and int(path.stem) > head.newest:
+                strays.append(path)
     return strays
+
+
+def _done_with(home: Home, store: Store) -> list[Path]:
+    """The homes of rebuilds that were committed, and what one that was not had begun to publish."""
+    heads = {head.name: head for head in store.heads()}
+    next_number = max(head.newest for head in heads.values()) + 1
+    done = [path for path in home.state.glob("without-*") if path != home.withdrawing(next_number)]
+    for path in home.state.glob("rebuild-*"):
+        name = path.name.removeprefix("rebuild-")
+        done += [path] if name in heads else [home.versions(name), home.states(name)]
+    return [path for path in done if path.exists()]

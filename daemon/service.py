@@ -26,6 +26,7 @@ from daemon.metrics import Metrics
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
 from daemon.retention import collect
+from projector.methods import methods
 from projector.text import shown
 from registry.errors import DiskFull
 from registry.records import Expert, Status
@@ -191,6 +192,11 @@ class Service:
         if expert.status is Status.MERGED:
             self._metrics.show_heads(store)
             log.info("merged", id=expert.id, version=expert.version, norm=expert.norm, sha256=expert.sha256)
+            even = [head.name for head in store.heads() if not methods()[head.method].weighted]
+            if expert.weight != 1 and even:
+                log.info(
+                    "it counts as any other in heads whose method has no weights", weight=expert.weight, heads=even
+                )
         elif expert.status is Status.DUPLICATE:
             log.info("a duplicate: merged before", id=expert.id, of=expert.duplicate_of)
         else:

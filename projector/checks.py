@@ -22,7 +22,7 @@ from projector.fold import Driver
 from projector.linalg import energy
 from projector.method import Expert, Method, Totals
 from projector.spec import TensorSpec
-from projector.trial import Tensors, merge, sidecar, stream
+from projector.trial import Tensors, merge, sidecar, stream, views
 
 Law = Callable[[Method], None]
 
@@ -47,7 +47,7 @@ def arguments_are_never_mutated(method: Method) -> None:
         state = _zeros(method, spec)
         for index, delta in enumerate(deltas, start=1):
             expert = _surveyed(method, state, spec, delta, index)
-            given = {"delta": delta, **_ready(method, state, spec)}
+            given = {"delta": delta, **_ready(method, state, spec, base)}
             before = {key: value.clone() for key, value in given.items()}
             state, sums = method.update(given, delta, spec, expert)
             _assert_same(given, before)
@@ -56,6 +56,12 @@ def arguments_are_never_mutated(method: Method) -> None:
         before = {key: value.clone() for key, value in given.items()}
         method.read(base, state, totals, spec)
         _assert_same(given, before)
+        if method.keeps(spec):
+            given = {"delta": delta, "base": base, **state}
+            before = {key: value.clone() for key, value in given.items()}
+            record = method.keep(delta, spec, expert)
+            method.view(base, state, record, method.view_sums(state, record, spec), spec)
+            _assert_same(given, before)
 
 
 def same_input_same_bits(method: Method) -> None:
@@ -71,11 +77,12 @@ def state_has_constant_size(method: Method) -> None:
     """Over 50 updates the state keeps its keys, shapes and dtypes, and the totals their number."""
     spec = TensorSpec("square.weight", (8, 8), torch.float32)
     generator = torch.Generator().manual_seed(0)
+    base = torch.randn(spec.shape, generator=generator)
     state, totals, sizes = _zeros(method, spec), Totals(), set()
     for index in range(1, 51):
         delta = torch.randn(spec.shape, generator=generator)
         expert = _surveyed(method, state, spec, delta, index)
-        state, sums = method.update(_ready(method, state, spec), delta, spec, expert)
+        state, sums = method.update(_ready(method, state, spec, base), delta, spec, expert)
         totals = method.tally(totals, {**sums, "task_vector": energy(delta)}, expert)
         sizes.add(len(totals.scalars))
         for key, slot in method.slots(spec).items():
@@ -174,6 +181,25 @@ def an_expert_can_be_taken_out(method: Method) -> None:
         assert isclose(after.scalars[key], value, rel_tol=1e-5, abs_tol=1e-6), f"{key} remembers an expert taken out"
 
 
+def every_expert_has_its_view(method: Method) -> None:
+    """What a method keeps of an expert is as it declared, and gives a finite view, the same in blocks as whole."""
+    base, experts = stream(3)
+    if not any(method.keeps(spec) for spec, _, _ in _tensors()):
+        return
+    for scale in (1e-12, 1.0, 1e6):
+        scaled = [{name: base[name] + scale * (w - base[name]) for name, w in expert.items()} for expert in experts]
+        whole, split = views(method, base, scaled), views(method, base, scaled, block_bytes=64)
+        for ours, theirs in zip(whole, split, strict=True):
+            assert ours.keys() == base.keys(), f"the view has {sorted(ours)}"
+            for name, tensor in ours.items():
+                assert tensor.shape == base[name].shape, f"the view of {name} became {tensor.shape}"
+                assert tensor.isfinite().all(), f"the view of {name} is not finite at scale {scale}"
+                assert torch.allclose(tensor, theirs[name], rtol=1e-6, atol=1e-7), (
+                    f"the view of {name} differs in blocks"
+                )
+    _assert_same(views(method, base, [base])[0], base)
+
+
 LAWS: Sequence[Law] = (
     no_expert_reads_the_base,
     zero_delta_is_harmless,
@@ -189,6 +215,7 @@ LAWS: Sequence[Law] = (
     order_of_tensors_does_not_matter,
     order_of_experts_does_not_matter,
     an_expert_can_be_taken_out,
+    every_expert_has_its_view,
 )
 
 
@@ -202,9 +229,9 @@ def _zeros(method: Method, spec: TensorSpec) -> Mapping[str, Tensor]:
     return {key: torch.zeros(slot.shape, dtype=slot.dtype) for key, slot in method.slots(spec).items()}
 
 
-def _ready(method: Method, state: Tensors, spec: TensorSpec) -> dict[str, Tensor]:
-    """The accumulators and what the method prepares of them, as `update` takes them."""
-    return {**state, **method.prepare(state, spec)}
+def _ready(method: Method, state: Tensors, spec: TensorSpec, base: Tensor) -> dict[str, Tensor]:
+    """The accumulators, what the method prepares of them, and the base where it wants it, as `update` takes them."""
+    return {**state, **method.prepare(state, spec), **({"base": base} if method.wants_base else {})}
 
 
 def _surveyed(method: Method, state: Tensors, spec: TensorSpec, delta: Tensor, index: int) -> Expert:

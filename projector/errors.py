@@ -26,6 +26,7 @@ class Reason(StrEnum):
     WRONG_SHAPE = "wrong_shape"
     WRONG_BASE = "wrong_base"
     NOT_FINITE = "not_finite"
+    BAD_SIDECAR = "bad_sidecar"
     BAD_PARAMETER = "bad_parameter"
     UNKNOWN_METHOD = "unknown_method"
     OVER_BUDGET = "over_budget"
@@ -49,7 +50,7 @@ class BadSchema(ProjectorError):
 
 
 class BadValues(ProjectorError):
-    """A value is NaN or infinite, or becomes so in the arithmetic."""
+    """A value is NaN or infinite, or becomes so in the arithmetic, or cannot be what it is given as."""
 
 
 class BadParameter(ProjectorError):

@@ -225,11 +225,16 @@ class Driver:
             with self.watch.phase("project"):
                 prepared = ready if ready is not None else head.method.prepare(before, step.spec)
                 view = replace(view, sidecars=load_each(view.sidecars, device))
-                state, found = head.method.update({**before, **prepared}, delta, step.part, view)
+                known = {"base": widened(theta0)} if head.method.wants_base else {}
+                state, found = head.method.update({**before, **prepared, **known}, delta, step.part, view)
+                outcome = [(head.after, state)]
+                if head.record:
+                    outcome.append((head.record, head.method.keep(delta, step.part, view)))
                 sums.append({**found, "task_vector": delta_energy})
-            for key, value in state.items():
-                piece = head.after.put(slot_name(key, step.spec.name), unload(value), step.part.start)
-                written.append((head.after, piece))
+            for file, tensors in outcome:
+                for key, value in tensors.items():
+                    piece = file.put(slot_name(key, step.spec.name), unload(value), step.part.start)
+                    written.append((file, piece))
             for writer in head.weights:
                 if step.spec.name in writer.specs:
                     after = head.method.tally(head.totals, {}, view)

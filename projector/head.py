@@ -21,7 +21,8 @@ class HeadFold:
 
     expert: what its method may know of the arriving expert. before: its state's file, None where it has no expert yet.
     after: the file for its new state. prepared: what is ready of its method's `prepare`. weights: the files for the
-    merged weights, where the method gives them in the same sweep (`one_sweep`).
+    merged weights, where the method gives them in the same sweep (`one_sweep`). record: the file for what its method
+    keeps of the expert, where it does.
     """
 
     method: Method
@@ -31,6 +32,7 @@ class HeadFold:
     after: TensorWriter
     prepared: Prepared | None = None
     weights: Sequence[TensorWriter] = ()
+    record: TensorWriter | None = None
 
 
 @dataclass(frozen=True)

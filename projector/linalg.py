@@ -1,7 +1,8 @@
 """The few pieces of linear algebra that methods share. Norms and Gram matrices are float64; large operands keep their
 dtype and are widened block by block."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -121,3 +122,27 @@ def _improved(d_MN: Tensor, v_NP: Tensor) -> Tensor:
     e_PP = h_PP / (squares_P - squares_P[:, None])
     free = (e_PP.abs() < SMALL_ROTATION).logical_not()  # the diagonal's 0 / 0 among them
     return v_NP + v_NP @ e_PP.masked_fill_(free, 0.0)
+
+
+def svd_bytes(shape: Sequence[int]) -> int:
+    """What `thin_svd` takes at its peak, beside its argument and results, for a matrix (m, n) or each of (k, m, n)."""
+    m, n = shape[-2:]
+    return 8 * (8 * min(m, n) ** 2 + 6 * min(m * n, BLOCK_NUMEL))  # the eigensolver's squares; widened blocks of rows
+
+
+def isotropic(d: Tensor, tol: float) -> Tensor:
+    """mean(s) U V' of D = U diag(s) V', (m, n), of the dtype of D; a stack of matrices (k, m, n) is taken one by one.
+
+    These are the singular vectors of D, and all its singular values are made their mean over min(m, n). Directions with
+    s_i <= tol * s_0 are left out of U V', and count as zero in the mean.
+    """
+    if d.ndim == 3:
+        return torch.stack([isotropic(d_MN, tol) for d_MN in d])
+    left_MP, right_NP, s_P = thin_svd(d, tol)
+    return left_MP.mul_(s_P.mean()) @ right_NP.T
+
+
+def isotropic_bytes(shape: Sequence[int], itemsize: int) -> int:
+    """What `isotropic` takes at its peak, beside its argument and result."""
+    m, n = shape[-2:]
+    return svd_bytes(shape) + itemsize * (min(m, n) * (m + n) + prod(shape))

@@ -1,5 +1,6 @@
 """Measures checkpoints without folding them."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite, sqrt
 
@@ -24,6 +25,45 @@ class Overlap:
     cosine: float
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two task vectors, a and b, over some tensors of one base: their squared norms and their product (float64)."""
+
+    tensors: int = 0
+    parameters: int = 0
+    a_energy: float = 0.0
+    b_energy: float = 0.0
+    product: float = 0.0
+
+    def __add__(self, other: "Pair") -> "Pair":
+        return Pair(
+            self.tensors + other.tensors,
+            self.parameters + other.parameters,
+            self.a_energy + other.a_energy,
+            self.b_energy + other.b_energy,
+            self.product + other.product,
+        )
+
+    @property
+    def a_norm(self) -> float:
+        return sqrt(self.a_energy)
+
+    @property
+    def b_norm(self) -> float:
+        return sqrt(self.b_energy)
+
+    @property
+    def cosine(self) -> float | None:
+        """In [-1, 1]; None where one of them is zero."""
+        both = self.a_norm * self.b_norm
+        return max(-1.0, min(1.0, self.product / both)) if both else None
+
+    @property
+    def kept(self) -> float | None:
+        """<a, b> / ||a||^2: how far b goes along a, in lengths of a. None where a is zero."""
+        return self.product / self.a_energy if self.a_energy else None
+
+
 def finite_energy(delta: Tensor, spec: TensorSpec) -> float:
     """Its squared norm. Raises BadValues where a value is NaN or infinite."""
     found = energy(delta)
@@ -36,6 +76,11 @@ def finite_energy(delta: Tensor, spec: TensorSpec) -> float:
     return found
 
 
+def product(x: Tensor, y: Tensor) -> float:
+    """Their inner product in float64."""
+    return float(torch.dot(x.flatten().double(), y.flatten().double()))
+
+
 def count_finite(checkpoint: Checkpoint) -> int:
     """The number of floating values in a checkpoint. Raises BadValues where one is NaN or infinite."""
     count = 0
@@ -43,6 +88,36 @@ def count_finite(checkpoint: Checkpoint) -> int:
         finite_energy(checkpoint.read(step.spec.name, step.rows), step.spec)
         count += step.numel
     return count
+
+
+def pairs(
+    base: Checkpoint,
+    a: Source,
+    others: Sequence[Checkpoint],
+    group: Callable[[str], str],
+    watch: Watch = SILENT,
+) -> Mapping[str, Sequence[Pair]]:
+    """a's task vector beside that of each of the others, by the group that a tensor's name falls into.
+
+    Reads `a` front to back, one block at a time. Raises BadValues as a fold would.
+    """
+    found: dict[str, list[Pair]] = {}
+    for step in steps(base.schema, a.order, [], BLOCK_BYTES):
+        theta0 = base.read(step.spec.name, step.rows)
+        delta = a.delta(step.spec, theta0, a.fetch(step.spec, step.rows))
+        sums = found.setdefault(group(step.spec.name), [Pair()] * len(others))
+        for i, other in enumerate(others):
+            delta_b = other.delta(step.spec, theta0, other.fetch(step.spec, step.rows))
+            with watch.phase("project"):
+                sums[i] += Pair(
+                    int(step.rows is None or step.rows.start == 0),
+                    step.numel,
+                    finite_energy(delta, step.spec),
+                    energy(delta_b),
+                    product(delta, delta_b),
+                )
+        watch.advance(step.nbytes)
+    return found
 
 
 def overlap(base: Checkpoint, source: Source, merged: Checkpoint, watch: Watch = SILENT) -> Overlap:
@@ -56,7 +131,7 @@ def overlap(base: Checkpoint, source: Source, merged: Checkpoint, watch: Watch =
             mine.append(finite_energy(delta, step.spec))
             theirs.append(energy(other))
             origin.append(energy(theta0))
-            products.append(float(torch.dot(delta.flatten().double(), other.flatten().double())))
+            products.append(product(delta, other))
         watch.advance(step.nbytes)
     norm, merged_norm = sqrt(fsum(mine)), sqrt(fsum(theirs))
     cosine = fsum(products) / (norm * merged_norm) if norm and merged_norm else 0.0

@@ -6,6 +6,12 @@
     totals = tally(totals, sums over the model, expert)        once per expert
     weights = read(base, state, totals, spec)                  any time
 
+Beside the merged model a method may offer a view of each expert, out of a record that it keeps of each (`keeps`):
+
+    record = keep(delta, spec, expert)                         once per expert and tensor
+    sums = view_sums(state, record, spec)                      added up over the model
+    weights = view(base, state, record, sums, spec)            any time
+
 A method is a frozen dataclass: its fields are its parameters, declared with `param`, which holds their help and range.
 State keys, shapes and dtypes depend on the base tensor's spec alone; arguments are never mutated; the same arguments
 give the same bits. `projector.checks` holds any method to this. A method of another package registers itself under the
@@ -77,6 +83,7 @@ class Method(ABC):
     keyed: ClassVar[bool] = False  # it must know the expert's sha256, which costs a reading of it beforehand
     approximate: ClassVar[bool] = False  # the fold only approximates the offline method
     rounds: ClassVar[int] = 0  # survey sweeps over the expert before the fold
+    wants_base: ClassVar[bool] = False  # `update` finds the base tensor in its state, as "base"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -123,7 +130,8 @@ class Method(ABC):
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         """Folds one tensor of one expert and returns its accumulators and sums (float64, added up over the model).
 
-        state: the accumulators, and beside them what `prepare` made of them. delta: float32, theta - theta_0.
+        state: the accumulators, and beside them what `prepare` made of them; with `wants_base` also "base", theta_0 in
+        float32 or better. delta: float32, theta - theta_0.
         """
 
     def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
@@ -137,6 +145,33 @@ class Method(ABC):
     @abstractmethod
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         """The merged tensor, in float32 or better. With no expert folded it equals `base`."""
+
+    def keeps(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """What is kept of one tensor of every expert, by key, so that the disk fills as experts come. Default: nothing.
+
+        Of an elementwise tensor (m, ...) in tensors (m, ...), which the driver hands over in the same blocks of rows.
+        """
+        return {}
+
+    def keep(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> State:
+        """One tensor's record of the arriving expert, as `keeps` lists it."""
+        return {}
+
+    def view_sums(self, state: State, record: State, spec: TensorSpec) -> Sums:
+        """One tensor's share of what `view` must know of the whole model (float64)."""
+        return {}
+
+    def view(self, base: Tensor, state: State, record: State, sums: Sums, spec: TensorSpec) -> Tensor:
+        """One tensor of an expert's own model out of the merged one, in float32 or better. For methods with records."""
+        raise NotImplementedError(f"{self.name} keeps no records of experts")
+
+    def second_pass(self, experts: int) -> "Method | None":
+        """What makes the result exact once all these experts are folded: folding them again, in the same order, by this
+        method, which starts from that state and from empty totals. None where one pass is exact, or nothing is.
+
+        It has the same slots, and reads out the same way.
+        """
+        return None
 
     def figures(self, totals: Totals) -> Mapping[str, float]:
         """What to report of a head: lambda, norms, ..."""

@@ -73,6 +73,30 @@ def check_schema(base: Schema, expert: Schema) -> None:
         _check_tensor(base[name], spec)
 
 
+def check_sidecar(base: Schema, kind: str, sidecar: Schema) -> None:
+    """Holds the header of a sidecar ("fisher", "gram") against the base's tensors.
+
+    Each of its tensors floats and bears the name of a floating tensor of the base, or of a layer: such a name less
+    ".weight". Shapes are the method's to check. Raises BadSchema.
+    """
+    floating = {name for name, spec in base.items() if spec.floating}
+    known = floating | {name.removesuffix(".weight") for name in floating}
+    unknown = [name for name in sidecar if name not in known]
+    if unknown:
+        raise BadSchema(
+            Reason.BAD_SIDECAR,
+            f"{kind}.safetensors has {len(unknown)} names that are not the base's: {listed(unknown)}",
+            'name each tensor as the weights do, or its layer: that name less ".weight"',
+        )
+    whole = [name for name, spec in sidecar.items() if not spec.floating]
+    if whole:
+        raise BadSchema(
+            Reason.BAD_SIDECAR,
+            f"{kind}.safetensors has {len(whole)} tensors of whole numbers: {listed(whole)}",
+            "save them as float32, or as float64",
+        )
+
+
 def _check_tensor(base: TensorSpec, expert: TensorSpec) -> None:
     if expert.shape != base.shape:
         transposed = expert.shape == base.shape[::-1]

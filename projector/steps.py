@@ -62,15 +62,23 @@ def prepared_specs(method: Method, schema: Schema) -> list[TensorSpec]:
     return _file_specs(method.prepares, schema)
 
 
+def record_specs(method: Method, schema: Schema) -> list[TensorSpec]:
+    """The tensors of the file that holds what a method keeps of one expert; none where it keeps nothing."""
+    return _file_specs(method.keeps, schema)
+
+
 def fold_bytes(methods: Sequence[Method], step: Step) -> int:
-    """The memory that a step of a fold takes at its peak: what is read, the delta, and each head's states, old and new.
+    """The memory that a step of a fold takes at its peak: what is read, the delta, and each head's states, old and new,
+    and its record of the expert.
 
     Counts the expert at the base's width or float32, and what is published at the base's.
     """
     spec = step.spec
     operands = step.numel * (spec.dtype.itemsize + max(4, spec.dtype.itemsize) + 4)
     states = sum(2 * _slots_bytes(method, step) + _prepared_bytes(method, spec) + step.nbytes for method in methods)
-    return operands + states + max(_workspace(method, step) for method in methods)
+    widened = 4 * step.numel if any(method.wants_base for method in methods) else 0
+    records = sum(_record_bytes(method, step) for method in methods)
+    return operands + states + records + widened + max(_workspace(method, step) for method in methods)
 
 
 def prepare_bytes(method: Method, step: Step) -> int:
@@ -80,7 +88,12 @@ def prepare_bytes(method: Method, step: Step) -> int:
 
 def read_bytes(method: Method, step: Step) -> int:
     """The memory that a step of a read-out takes at its peak: base, state, merged values and weights."""
-    return _slots_bytes(method, step) + 2 * step.nbytes + step.numel * 8
+    return _slots_bytes(method, step) + 2 * step.nbytes + step.numel * 8 + _workspace(method, step)
+
+
+def view_bytes(method: Method, step: Step) -> int:
+    """The memory that a step of a view takes at its peak: as a read-out, and the record."""
+    return read_bytes(method, step) + _record_bytes(method, step) + _workspace(method, step)
 
 
 def largest_step(schema: Schema, methods: Sequence[Method], block_bytes: int) -> tuple[Step, int]:
@@ -107,6 +120,10 @@ def _share(step: Step, whole: int) -> int:
 
 def _slots_bytes(method: Method, step: Step) -> int:
     return _share(step, sum(slot.nbytes for slot in method.slots(step.spec).values()))
+
+
+def _record_bytes(method: Method, step: Step) -> int:
+    return _share(step, sum(slot.nbytes for slot in method.keeps(step.spec).values()))
 
 
 def _prepared_bytes(method: Method, spec: TensorSpec) -> int:

@@ -13,8 +13,9 @@ from projector.head import HeadFold, Prepared
 from projector.method import Expert, Method, Totals
 from projector.source import Checkpoint
 from projector.spec import TensorSpec
-from projector.steps import prepared_specs, state_specs
+from projector.steps import prepared_specs, record_specs, state_specs
 from projector.tensorfile import TensorReader, TensorWriter
+from projector.views import View
 
 Tensors = Mapping[str, Tensor]
 
@@ -87,6 +88,37 @@ def merge(
         return _all(TensorReader(fd)), _all(state) if state else {}, totals
 
 
+def views(method: Method, base: Tensors, experts: Iterable[Tensors], block_bytes: int = 1 << 20) -> list[Tensors]:
+    """Every expert's view after all of them, through real files; of a method that keeps records of experts."""
+    totals, state = Totals(), None
+    records = []
+    with _Files() as files:
+        origin = Checkpoint([files.written(base)])
+        for index, weights in enumerate(experts, start=1):
+            after, record = files.new(), files.new()
+            head = HeadFold(
+                method,
+                totals,
+                Expert(index, sha256=_sha256(weights)),
+                state,
+                TensorWriter(after, state_specs(method, origin.schema), {}),
+                record=TensorWriter(record, record_specs(method, origin.schema), {}),
+            )
+            source = Checkpoint([files.written(weights)])
+            totals = Driver(block_bytes=block_bytes).fold(origin, source, [head]).totals[0]
+            state = TensorReader(after)
+            records.append(TensorReader(record))
+        return [_whole(View(origin, method, state, record, block_bytes)) for record in records if state]
+
+
+def _whole(view: View) -> dict[str, Tensor]:
+    """A view's blocks put together; a scalar, and an empty tensor, come in one."""
+    blocks: dict[str, list[Tensor]] = {}
+    for name, block in view.weights(view.base.schema, view.sums()):
+        blocks.setdefault(name, []).append(block)
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in blocks.items()}
+
+
 def _prepared(driver: Driver, base: Checkpoint, method: Method, state: TensorReader, fd: int) -> Prepared:
     writer = TensorWriter(fd, prepared_specs(method, base.schema), {})
     names = [name for name, spec in base.schema.items() if method.prepares(spec)]
@@ -128,7 +160,17 @@ def _all(reader: TensorReader) -> dict[str, Tensor]:
 
 
 def sidecar(kind: str, tensors: Tensors) -> dict[str, Tensor]:
-    """A made-up sidecar: a diagonal Fisher is never negative, a Gram matrix is that of a layer's inputs."""
-    if kind == "gram":
-        return {name.removesuffix(".weight"): x.T @ x for name, x in tensors.items() if x.ndim == 2}
-    return {name: x.square() for name, x in tensors.items()}
+    """A made-up sidecar of an expert with these weights.
+
+    A diagonal Fisher spans two decades. A Gram matrix is that of a layer's inputs, half as many as they are long, so
+    that one alone is rank-deficient.
+    """
+    made = {}
+    for name, x in tensors.items():
+        generator = torch.Generator().manual_seed(int(_sha256({name: x})[:15], 16))
+        if kind == "fisher":
+            made[name] = 10 ** (-2 * torch.rand(x.shape, generator=generator))
+        elif x.ndim == 2:
+            inputs = torch.randn(-(-x.shape[1] // 2), x.shape[1], generator=generator)
+            made[name.removesuffix(".weight")] = inputs.T @ inputs
+    return made

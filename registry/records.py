@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
 Figures = Mapping[str, float]
 
@@ -14,6 +15,7 @@ class Status(StrEnum):
     MERGED = "merged"
     DUPLICATE = "duplicate"
     QUARANTINED = "quarantined"
+    WITHDRAWN = "withdrawn"  # merged once, and taken out of the merged models again
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +60,26 @@ class NewExpert:
     reason: str | None = None
     detail: str | None = None
     hint: str | None = None
+    about: Mapping[str, Any] | None = None  # the fields of its expert.json; None where it brought none
+
+    @property
+    def weight(self) -> float:
+        """How much it counts beside others: what its expert.json says, else 1."""
+        return float(self.about.get("weight", 1.0)) if self.about else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Expert(NewExpert):
-    """An expert as the registry keeps it. `place` is relative to HOME, None until it left the inbox."""
+    """An expert as the registry keeps it. `place` is relative to HOME, None until it left the inbox.
+
+    version: the first that has it. withdrawn_in: the first after that which has it no more.
+    """
 
     id: int = 0
     version: int | None = None
     finished_at: datetime | None = None
     place: str | None = None
+    withdrawn_in: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,23 +7,31 @@ After `StorageFailed` a writer must be closed and not be asked again: only a new
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, Select, func, insert, or_, select, update
 
 from registry import migrations
 from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
-from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, Damaged, StaleHead, WrongRevision
+from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, Damaged, WrongRevision
 from registry.records import BaseModel, Expert, Head, NewExpert, NewVersion, Status, Version
+from registry.statements import (
+    PROGRAM_HINT,
+    Record,
+    advance,
+    columns,
+    fetch,
+    insert_expert,
+    insert_head,
+    insert_versions,
+    merged_as,
+    require_one_each,
+    withdraw,
+)
 from registry.tables import ExpertRow, HeadRow, HomeRow, VersionRow
-
-Record = TypeVar("Record", BaseModel, Head, Expert, Version)
-
-PROGRAM_HINT = "this is a fault in the program: please report it"
 
 
 class Reader:
@@ -111,11 +119,12 @@ class Reader:
 
     def merged(self, sha256: str) -> Expert | None:
         """The merged expert with those bytes."""
-        return self._one(Expert, _merged(sha256))
+        return self._one(Expert, merged_as(sha256))
 
     def lineage(self) -> list[Expert]:
-        """Every merged expert, in the order of merging."""
-        return self._all(Expert, select(ExpertRow).where(ExpertRow.version.is_not(None)).order_by(ExpertRow.version))
+        """Every expert that is in the merged models, in the order of merging."""
+        query = select(ExpertRow).where(ExpertRow.status == Status.MERGED)
+        return self._all(Expert, query.order_by(ExpertRow.version))
 
     def unplaced(self) -> list[Expert]:
         """The experts whose file has not been moved out of the inbox for certain, oldest first."""
@@ -149,7 +158,7 @@ class Reader:
 
     def _all(self, kind: type[Record], query: Select[Any]) -> list[Record]:
         with self._read() as connection:
-            return _records(connection, kind, query)
+            return fetch(connection, kind, query)
 
     def _one(self, kind: type[Record], query: Select[Any]) -> Record | None:
         return next(iter(self._all(kind, query)), None)
@@ -166,7 +175,7 @@ class Store(Reader):
         """
         if path.exists() or path.is_symlink():
             raise AlreadyThere(f"{path}: something is there already", "remove it, or choose another home")
-        _require_one_each(heads, versions)
+        require_one_each(heads, versions)
         if any((head.live, head.newest) != (0, 0) for head in heads) or any(version.number for version in versions):
             raise BadRecord("a new registry must begin with version 0 of every head", PROGRAM_HINT)
         store = cls(path, writing(path, create=True))
@@ -174,10 +183,10 @@ class Store(Reader):
             migrations.upgrade(store._engine)
             with store._write() as connection:
                 connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")  # last: now it is a registry
-                connection.execute(insert(HomeRow).values(id=1, **_values(BaseModel, base)))
-                for position, head in enumerate(heads):
-                    connection.execute(insert(HeadRow).values(position=position, **_values(Head, head)))
-                _insert_versions(connection, versions, expert_id=None, now=datetime.now(UTC))
+                connection.execute(insert(HomeRow).values(id=1, **columns(BaseModel, base)))
+                for head in heads:
+                    insert_head(connection, head)
+                insert_versions(connection, versions, expert_id=None, now=datetime.now(UTC))
             store.checkpoint()
 
     @classmethod
@@ -209,25 +218,49 @@ class Store(Reader):
             raise BadRecord(f"{expert.name}: only a merged expert with its sha256 can be committed", PROGRAM_HINT)
         now = datetime.now(UTC)
         with self._write() as connection:
-            heads = _records(connection, Head, select(HeadRow))
-            _require_one_each(heads, versions)
-            for earlier in _records(connection, Expert, _merged(expert.sha256)):
+            heads = fetch(connection, Head, select(HeadRow))
+            require_one_each(heads, versions)
+            for earlier in fetch(connection, Expert, merged_as(expert.sha256)):
                 raise AlreadyMerged(
                     f"{expert.name}: the same bytes were merged as expert {earlier.id} ({earlier.name})",
                     "nothing needs to be done: an expert counts once",
                 )
             for version in versions:
-                _advance(connection, version)
-            merged = _insert_expert(connection, expert, versions[0].number, now)
-            _insert_versions(connection, versions, merged.id, now)
+                advance(connection, version)
+            merged = insert_expert(connection, expert, versions[0].number, now)
+            insert_versions(connection, versions, merged.id, now)
         return merged
+
+    def restate(self, versions: Sequence[NewVersion], withdrawn: Sequence[int] = ()) -> None:
+        """Every head is at a new version that folds no new expert, and those withdrawn are in none of them any more.
+
+        THE COMMIT POINT of such a version. Raises as `commit` does, and BadRecord where an expert is not merged.
+        """
+        with self._write() as connection:
+            require_one_each(fetch(connection, Head, select(HeadRow)), versions)
+            for version in versions:
+                advance(connection, version)
+            insert_versions(connection, versions, None, datetime.now(UTC))
+            withdraw(connection, withdrawn, versions[0].number)
+
+    def adopt(self, head: Head, versions: Sequence[NewVersion]) -> None:
+        """A further head, with version 0 and the one it stands at. Raises BadRecord unless that is the others' newest.
+
+        THE COMMIT POINT of a head that is added to a home.
+        """
+        with self._write() as connection:
+            newest = {one.newest for one in fetch(connection, Head, select(HeadRow))}
+            if newest != {head.newest} or {version.number for version in versions} != {0, head.live, head.newest}:
+                raise BadRecord(f"head {head.name} stands at {head.newest}, the others at {newest}", PROGRAM_HINT)
+            insert_head(connection, head)
+            insert_versions(connection, versions, None, datetime.now(UTC))
 
     def record(self, expert: NewExpert) -> Expert:
         """Keeps an expert that was refused or is a duplicate. Raises RegistryError."""
         if expert.status is Status.MERGED:
             raise BadRecord(f"{expert.name}: a merged expert must be committed with its versions", PROGRAM_HINT)
         with self._write() as connection:
-            return _insert_expert(connection, expert, None, datetime.now(UTC))
+            return insert_expert(connection, expert, None, datetime.now(UTC))
 
     def placed(self, expert_id: int, place: str) -> None:
         """Notes that the expert's file has left the inbox for `place`, relative to HOME."""
@@ -255,46 +288,3 @@ class Store(Reader):
     def _write(self) -> Iterator[Connection]:
         with translated(self.path), self._engine.execution_options(write=True).begin() as connection:
             yield connection
-
-
-def _merged(sha256: str) -> Select[Any]:
-    return select(ExpertRow).where(ExpertRow.sha256 == sha256, ExpertRow.status == Status.MERGED)
-
-
-def _values(kind: type, record: object) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in fields(kind)}
-
-
-def _records(connection: Connection, kind: type[Record], query: Select[Any]) -> list[Record]:
-    names = [field.name for field in fields(kind)]
-    return [kind(**{name: row[name] for name in names}) for row in connection.execute(query).mappings()]
-
-
-def _require_one_each(heads: Sequence[Head], versions: Sequence[NewVersion]) -> None:
-    names = sorted(head.name for head in heads)
-    if not names or names != sorted(version.head for version in versions) or len({v.number for v in versions}) != 1:
-        raise BadRecord(f"there must be one version, of the same number, for each of the heads {names}", PROGRAM_HINT)
-
-
-def _advance(connection: Connection, version: NewVersion) -> None:
-    at_parent = HeadRow.name == version.head, HeadRow.live == version.parent, HeadRow.newest == version.number - 1
-    moved = connection.execute(update(HeadRow).where(*at_parent).values(live=version.number, newest=version.number))
-    if moved.rowcount != 1:
-        raise StaleHead(
-            f"head {version.head} is no longer at version {version.parent}: version {version.number} cannot follow",
-            "fold the expert again, onto the version that is live now",
-        )
-
-
-def _insert_expert(connection: Connection, expert: NewExpert, version: int | None, now: datetime) -> Expert:
-    row = insert(ExpertRow).values(**_values(NewExpert, expert), version=version, finished_at=now, place=None)
-    key = connection.execute(row.returning(ExpertRow.id)).scalar_one()  # RETURNING can give an integer for a float
-    return _records(connection, Expert, select(ExpertRow).where(ExpertRow.id == key))[0]
-
-
-def _insert_versions(
-    connection: Connection, versions: Sequence[NewVersion], expert_id: int | None, now: datetime
-) -> None:
-    for version in versions:
-        values = _values(NewVersion, version)
-        connection.execute(insert(VersionRow).values(**values, expert_id=expert_id, created_at=now, collected=False))

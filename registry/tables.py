@@ -118,9 +118,12 @@ class ExpertRow(Base):
 
     __tablename__ = "experts"
     __table_args__ = (
-        CheckConstraint("status IN ('merged', 'duplicate', 'quarantined')", name="expert_status_known"),
-        CheckConstraint("(status = 'merged') = (version IS NOT NULL)", name="expert_merged_has_version"),
-        CheckConstraint("status != 'merged' OR sha256 IS NOT NULL", name="expert_merged_has_sha256"),
+        CheckConstraint("status IN ('merged', 'duplicate', 'quarantined', 'withdrawn')", name="expert_status_known"),
+        CheckConstraint(
+            "(status IN ('merged', 'withdrawn')) = (version IS NOT NULL)", name="expert_merged_has_version"
+        ),
+        CheckConstraint("(status = 'withdrawn') = (withdrawn_in IS NOT NULL)", name="expert_withdrawn_has_version"),
+        CheckConstraint("version IS NULL OR sha256 IS NOT NULL", name="expert_merged_has_sha256"),
         Index("experts_merged_once", "sha256", unique=True, sqlite_where=text("status = 'merged'")),
         Index("experts_one_a_version", "version", unique=True),
         Index("experts_by_status", "status", "id"),
@@ -143,18 +146,19 @@ class ExpertRow(Base):
     version: Mapped[int | None]
     finished_at: Mapped[datetime]
     place: Mapped[str | None]
+    about: Mapped[Mapping[str, Any] | None]
+    withdrawn_in: Mapped[int | None]
 
 
 class VersionRow(Base):
-    """One version of one head. Version 0 is the base: no parent, no expert."""
+    """One version of one head. Version 0 is the base: no parent, no expert. One that was rebuilt has no expert."""
 
     __tablename__ = "versions"
     __table_args__ = (
         ForeignKeyConstraint(["head", "parent"], ["versions.head", "versions.number"]),
         CheckConstraint(
-            "(number = 0 AND parent IS NULL AND expert_id IS NULL)"
-            " OR (number > parent AND parent >= 0 AND expert_id IS NOT NULL)",
-            name="version_has_parent_and_expert",
+            "(number = 0 AND parent IS NULL AND expert_id IS NULL) OR (number > parent AND parent >= 0)",
+            name="version_has_parent",
         ),
     )
 

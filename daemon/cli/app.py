@@ -7,7 +7,22 @@ import sys
 
 import typer
 
-from daemon.cli import config, demo, init, inspect, log, methods, run, serve, show, status, verify
+from daemon.cli import (
+    compare,
+    config,
+    demo,
+    init,
+    inspect,
+    log,
+    methods,
+    pull,
+    rebuild,
+    run,
+    serve,
+    show,
+    status,
+    verify,
+)
 from daemon.cli.common import complain
 from daemon.errors import DaemonError
 from daemon.metrics import software_version
@@ -22,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (init, run, serve, status, log, show, inspect, verify, methods, demo):
+for command in (init, run, serve, status, log, show, compare, inspect, verify, methods, pull, rebuild, demo):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(config.app, name="config")
 

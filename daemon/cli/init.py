@@ -1,5 +1,6 @@
 """`mainstem init`: make a home."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +32,8 @@ def command(
     from daemon.founding import found
     from projector.methods import make
 
-    chosen = {"main": method, **_heads(heads or [])}
-    params = _params(settings or [], chosen)
+    chosen = {"main": method, **heads_of(heads or [])}
+    params = params_of(settings or [], chosen)
     made = [(name, make(method, params[name])) for name, method in chosen.items()]
     target = Home(home.resolve())
     compute = settings_of(target).compute
@@ -41,7 +42,8 @@ def command(
     typer.echo(f"next: mainstem run --home {home}    then drop experts into {home / 'inbox'}")
 
 
-def _heads(words: list[str]) -> dict[str, str]:
+def heads_of(words: Sequence[str]) -> dict[str, str]:
+    """The methods of further heads by name, from NAME=METHOD. Raises BadConfig."""
     chosen: dict[str, str] = {}
     for word in words:
         name, given, method = word.partition("=")
@@ -54,7 +56,8 @@ def _heads(words: list[str]) -> dict[str, str]:
     return chosen
 
 
-def _params(words: list[str], heads: dict[str, str]) -> dict[str, dict[str, str]]:
+def params_of(words: Sequence[str], heads: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Every head's parameters, from KEY=VALUE for main and HEAD.KEY=VALUE for any. Raises BadConfig."""
     params: dict[str, dict[str, str]] = {name: {} for name in heads}
     for word in words:
         key, given, value = word.partition("=")

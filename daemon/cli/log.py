@@ -23,7 +23,7 @@ def command(
         print_json([asdict(expert) for expert in experts])
         return
     print_table(
-        ("id", "finished", "status", "version", "norm", "sha256", "name", "reason"),
+        ("id", "finished", "status", "version", "norm", "weight", "sha256", "name", "task", "reason"),
         (
             (
                 e.id,
@@ -31,9 +31,13 @@ def command(
                 e.status,
                 e.version,
                 e.norm,
+                e.weight,
                 (e.sha256 or "-")[:12],
                 e.name,
-                e.reason or (e.duplicate_of and f"of {e.duplicate_of}"),
+                e.about and e.about.get("task"),
+                e.reason
+                or (e.duplicate_of and f"of {e.duplicate_of}")
+                or (e.withdrawn_in and f"with version {e.withdrawn_in}"),
             )
             for e in experts
         ),

@@ -18,8 +18,9 @@ from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, not_modified
 from daemon.http.files import PinnedFile, Published
 from daemon.http.rows import base_row, expert_row, head_row, version_row
+from daemon.http.views import WEIGHTS, Views
 from registry.errors import RegistryError
-from registry.records import Status
+from registry.records import Expert, Head, Status, Version
 from registry.store import Reader
 
 PAGE_LIMIT = 1000  # rows in one answer, at the most
@@ -39,6 +40,7 @@ def create_app(home: Home, reader: Reader, metrics: CollectorRegistry, ready: Ca
             Route("/v1/heads/{head}/versions", api.versions),
             Route("/v1/heads/{head}/versions/{n}", api.version),
             Route("/v1/heads/{head}/versions/{n}/files/{name}", api.file),
+            Route("/v1/heads/{head}/versions/{n}/views/{expert}/files/{name}", api.view),
             Route("/v1/experts", api.experts),
             Route("/v1/experts/{sha256}", api.expert),
             Route("/v1/lineage", api.lineage),
@@ -64,6 +66,7 @@ class _Api:
         self.metrics = metrics
         self.ready = ready
         self.published = Published(home, reader)
+        self.views = Views(self.published)
 
     def status_page(self, request: Request) -> Response:
         return page.render(self.published, self.ready(), request.headers.get("host", ""), datetime.now(UTC))
@@ -111,6 +114,20 @@ class _Api:
     def file(self, request: Request) -> Response:
         head = self.published.head(request.path_params["head"])
         row = self.published.version(head, _number(request))
+        return self._file(request, head, row)
+
+    def view(self, request: Request) -> Response:
+        head = self.published.head(request.path_params["head"])
+        row = self.published.version(head, _number(request))
+        expert = self._merged(request.path_params["expert"].lower())
+        name: str = request.path_params["name"]
+        if name == WEIGHTS:
+            return self.views.weights(request, head, row, expert)
+        if ".safetensors" in name:
+            raise Problem(404, "unknown_file", "a view has no such file", f"its weights are all in {WEIGHTS}")
+        return self._file(request, head, row)
+
+    def _file(self, request: Request, head: Head, row: Version) -> Response:
         entry = self.published.manifest(head, row).files.get(request.path_params["name"])
         if entry is None:
             raise Problem(
@@ -136,6 +153,14 @@ class _Api:
 
     def expert(self, request: Request) -> Response:
         prefix = request.path_params["sha256"].lower()
+        found = self._arrivals(prefix)
+        # The same bytes may have arrived often: the one that was merged speaks for all, else the newest.
+        chosen = max(found, key=lambda row: (row.status is Status.MERGED, row.id))
+        body = {**expert_row(chosen), "arrivals": sorted(row.id for row in found)}
+        return JSONResponse(body, headers=NO_CACHE)
+
+    def _arrivals(self, prefix: str) -> list[Expert]:
+        """Every arrival of the one expert whose sha256 begins with that. Problem 400, 404 or 409."""
         if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
             raise Problem(400, "bad_sha256", "not a sha256", "give 4 to 64 hexadecimal digits")
         # The registry also searches by id and by name: keep what was found by its digest.
@@ -144,10 +169,15 @@ class _Api:
             raise Problem(404, "unknown_expert", "no expert has that sha256", "GET /v1/experts lists the experts")
         if len({row.sha256 for row in found}) > 1:
             raise Problem(409, "ambiguous", "several experts begin with that", "give more digits")
-        # The same bytes may have arrived often: the one that was merged speaks for all, else the newest.
-        chosen = max(found, key=lambda row: (row.status is Status.MERGED, row.id))
-        body = {**expert_row(chosen), "arrivals": sorted(row.id for row in found)}
-        return JSONResponse(body, headers=NO_CACHE)
+        return found
+
+    def _merged(self, text: str) -> Expert:
+        """The merged expert with that id, or else with that sha256 or prefix of it. Problem 400, 404 or 409."""
+        by_id = self.reader.expert(int(text)) if re.fullmatch(r"[0-9]{1,12}", text) else None
+        found = [row for row in ([by_id] if by_id else self._arrivals(text)) if row.status is Status.MERGED]
+        if not found:
+            raise Problem(404, "not_merged", "this expert is not merged", "GET /v1/lineage lists those that are")
+        return found[0]
 
     def lineage(self, _: Request) -> Response:
         body = {"base": base_row(self.reader.base()), "experts": [expert_row(row) for row in self.reader.lineage()]}

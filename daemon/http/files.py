@@ -76,28 +76,29 @@ class Published:
         try:
             return _manifest(self.home.version(head.name, version.number), version.manifest_sha256)
         except FileNotFoundError:
-            raise self._missing(head, version.number) from None
+            raise self.missing(head, version.number) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _damaged(head, version.number, MANIFEST) from error
+            raise damaged(head, version.number, MANIFEST) from error
 
     def open(self, head: Head, version: Version, entry: Entry) -> int:
         """A descriptor of one listed file; the caller closes it. Problem 410 or 500 as for `manifest`."""
         try:
             descriptor = _open(self.home.version(head.name, version.number), entry.name)
         except FileNotFoundError:
-            raise self._missing(head, version.number) from None
+            raise self.missing(head, version.number) from None
         except OSError as error:  # among them ELOOP: someone put a symbolic link there
-            raise _damaged(head, version.number, entry.name) from error
+            raise damaged(head, version.number, entry.name) from error
         if os.fstat(descriptor).st_size != entry.size:
             os.close(descriptor)
-            raise _damaged(head, version.number, entry.name)
+            raise damaged(head, version.number, entry.name)
         return descriptor
 
-    def _missing(self, head: Head, n: int) -> Problem:
+    def missing(self, head: Head, n: int) -> Problem:
+        """What to answer where a file of a version that should be there is not."""
         # Retention never touches the live version. For any other one, files that vanished after the row was read
         # mean that it is being collected right now. The head is read again: it may have moved on meanwhile.
         now = self.head(head.name)
-        return _damaged(now, n, "a file") if n == now.live else _gone(now, n)
+        return damaged(now, n, "a file") if n == now.live else _gone(now, n)
 
 
 class PinnedFile(FileResponse):
@@ -166,7 +167,8 @@ def _gone(head: Head, n: int) -> Problem:
     )
 
 
-def _damaged(head: Head, n: int, what: str) -> Problem:
+def damaged(head: Head, n: int, what: str) -> Problem:
+    """What to answer where `what` of a version cannot be used."""
     return Problem(
         500,
         "damaged",

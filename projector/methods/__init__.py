@@ -29,4 +29,9 @@ def make(name: str, params: Mapping[str, Any] | None = None) -> Method:
 
 
 def _is_method(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Method) and hasattr(value, "name")
+    return (
+        isinstance(value, type)
+        and issubclass(value, Method)
+        and hasattr(value, "name")
+        and not value.__name__.startswith("_")  # what a method uses itself
+    )

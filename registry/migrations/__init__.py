@@ -13,8 +13,8 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine
 
-from registry.engine import connect, translated
-from registry.errors import WrongRevision
+from registry.engine import REBUILD_HINT, connect, translated
+from registry.errors import Damaged, WrongRevision
 
 SCRIPTS = Path(__file__).parent
 
@@ -37,12 +37,26 @@ def refuse_unknown(path: Path, revision: str) -> None:
 
 
 def upgrade(engine: Engine) -> None:
-    """Runs what is missing up to `newest`, in one transaction. `engine` is the writer's."""
+    """Runs what is missing up to `newest`, in one transaction. `engine` is the writer's.
+
+    References are checked at the end, as a whole: a table that is made anew goes for a moment, and SQLite would take
+    that for the loss of every row in it. Raises Damaged where one then points to nothing.
+    """
     config = Config()
     config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
+    _check_references(engine, False)
     with engine.execution_options(write=True).begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        if lost := connection.exec_driver_sql("PRAGMA foreign_key_check").all():
+            raise Damaged(f"rows that point to nothing after the upgrade: {lost[:5]}", REBUILD_HINT)
+    _check_references(engine, True)
+
+
+def _check_references(engine: Engine, wanted: bool) -> None:
+    """Of the writer's one connection, and outside of a transaction: inside of one the PRAGMA does nothing."""
+    with closing(engine.raw_connection()) as raw:
+        raw.cursor().execute(f"PRAGMA foreign_keys = {'ON' if wanted else 'OFF'}")
 
 
 def back_up(path: Path, revision: str) -> Path:

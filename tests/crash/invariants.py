@@ -16,8 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from daemon.home import MANIFEST, STATE_FILE, Home, number
 from daemon.recovery import recover
+from projector.methods import make
+from projector.spec import TensorSpec
 from registry.records import Expert, Head, Status, Version
 from registry.store import Store
 
@@ -83,7 +87,10 @@ def _check_head(
     assert versions is None or len(kept) <= versions + 1, f"I7: {len(kept)} versions are kept"
     folders = {number(row.number) for row in kept}
     assert set(os.listdir(home.versions(head.name))) == folders | {"latest", "LATEST"}, "I7"
-    assert set(os.listdir(home.states(head.name))) == folders - {number(0)}, "I7"
+    assert set(os.listdir(home.states(head.name))) - {"views"} == folders - {number(0)}, "I7"
+    records = {path.name for path in home.views(head.name).glob("*")}
+    keeps = any(make(head.method, head.params).keeps(TensorSpec("weight", (2, 2), torch.float32)))
+    assert records == {f"{number(n + 1)}.safetensors" for n in range(len(lineage) if keeps else 0)}, "I7"
     assert home.latest(head.name).readlink() == Path(number(head.live)), "I1"
     assert (home.versions(head.name) / "LATEST").read_text() == f"{number(head.live)}\n", "I1"
     for row in rows:
@@ -104,6 +111,8 @@ def _check_version(home: Home, row: Version, parent: str | None, expert: str | N
     assert set(folder.iterdir()) == {*listed, folder / MANIFEST}, f"I1: {folder}"
     if row.number:
         listed[home.head_state(row.head, row.number) / STATE_FILE] = manifest["state"]
+    if manifest["record"]:
+        listed[home.view_record(row.head, row.number)] = manifest["record"]
     for path, file in listed.items():
         assert (path.stat().st_size, sha256(path)) == (file["size"], file["sha256"]), f"I1: {path}"
 

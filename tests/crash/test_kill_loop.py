@@ -110,6 +110,7 @@ def test_killed_at_random_moments_while_experts_arrive(world: World, tmp_path: P
             Status.MERGED: trainer.merged,
             Status.DUPLICATE: trainer.duplicates,
             Status.QUARANTINED: trainer.refused,
+            Status.WITHDRAWN: 0,
         }
     verified = world.zygote.run("verify", "--home", home.root)
     assert verified.code == 0 and "no problem" in verified.log, verified.log

@@ -119,7 +119,8 @@ def check_listings(home: Home, tmp_path: Path, base: Path) -> None:
     at = ("--home", home.root)
     status = json.loads(asked("status", *at, "--json"))
     assert {head["name"]: head["live"] for head in status["heads"]} == {"main": 3, "init": 3, "soup": 3}
-    assert status["experts"] == {"merged": 3, "duplicate": 1, "quarantined": 0} and status["inbox"] == []
+    assert status["experts"] == {"merged": 3, "duplicate": 1, "quarantined": 0, "withdrawn": 0}
+    assert status["inbox"] == []
     assert "3 merged, 1 duplicate" in asked("status", *at)
     log = json.loads(asked("log", *at, "--json"))
     assert [(row["name"], row["status"], row["version"]) for row in log] == [

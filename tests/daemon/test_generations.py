@@ -60,7 +60,7 @@ def test_the_manifest_names_everything_a_version_came_from(merged: Home) -> None
     with lineage(merged) as reader:
         base, (expert,) = reader.base(), reader.lineage()
     assert manifest["base_sha256"] == base.sha256
-    assert manifest["expert"] == {"sha256": expert.sha256, "name": "e.safetensors"}
+    assert manifest["expert"] == {"sha256": expert.sha256, "name": "e.safetensors", "task": None, "weight": 1.0}
     assert manifest["parent"] == {"version": 0, "manifest_sha256": version_of(merged, 0).manifest_sha256}
     assert (manifest["method"], manifest["experts"]) == ("opcm", 1)
     assert manifest["params"]["alpha"] == 0.5

@@ -232,6 +232,20 @@ class NeverForgets(Honest):
         return {"A": state["A"] + abs(expert.weight) * delta}, {}
 
 
+class SeesTheBlock(Honest):
+    """What it keeps of an expert, and so its view, depends on the largest value of the block at hand."""
+
+    def keeps(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        return {"largest": TensorSpec(spec.name, (spec.shape or (1,))[:1], torch.float32)}
+
+    def keep(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> State:
+        largest = float(delta.abs().max()) if delta.numel() else 0.0
+        return {"largest": torch.full((delta.shape or (1,))[:1], largest)}
+
+    def view(self, base: Tensor, state: State, record: State, sums: Sums, spec: TensorSpec) -> Tensor:
+        return base + record["largest"].sum()
+
+
 # One broken method (or two) per law, and every law that sees what is wrong with it.
 BROKEN: Mapping[Method, set[str]] = {
     MovesTheBase(): {"no_expert_reads_the_base"},
@@ -257,6 +271,7 @@ BROKEN: Mapping[Method, set[str]] = {
     RoundsItsSurvey(): {"order_of_tensors_does_not_matter"},
     PrefersTheNewest(): {"order_of_experts_does_not_matter"},
     NeverForgets(): {"an_expert_can_be_taken_out"},
+    SeesTheBlock(): {"every_expert_has_its_view"},
 }
 
 
@@ -311,7 +326,7 @@ class LoudFisher(Method):
     def elementwise(self, spec):
         return True
 
-    def survey(self, delta, spec, expert):
+    def survey(self, state, delta, spec, expert):
         assert expert.sidecars["fisher"].shape == delta.shape
         if not delta.numel():
             return {}

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from projector.matrices import EXCLUDED
 from projector.method import Expert, Totals
-from projector.methods.opcm import EXCLUDED, Opcm
+from projector.methods.opcm import Opcm
 from projector.spec import TensorSpec
 from projector.trial import merge
 from tests import oracles

@@ -69,7 +69,7 @@ def test_a_registry_whose_making_was_cut_short_is_refused(
 
     path = tmp_path / "registry.sqlite"
     with monkeypatch.context() as patch, pytest.raises(RegistryError):
-        patch.setattr("registry.store._insert_versions", fail)
+        patch.setattr("registry.store.insert_versions", fail)
         Store.create(path, BASE, HEADS, versions(0))
     with pytest.raises(NotOurs):
         kind.open(path)

@@ -211,7 +211,7 @@ def test_experts_come_newest_first_in_pages(store: Store) -> None:
     assert [e.id for e in store.experts(limit=3, before=5)] == [4, 3, 2]
     assert [e.id for e in store.experts(Status.DUPLICATE, before=6)] == [4, 2]
     assert store.experts(Status.MERGED) == []
-    assert store.counts() == {Status.MERGED: 0, Status.DUPLICATE: 3, Status.QUARANTINED: 4}
+    assert store.counts() == {Status.MERGED: 0, Status.DUPLICATE: 3, Status.QUARANTINED: 4, Status.WITHDRAWN: 0}
     assert store.expert(4) == store.experts(limit=1, before=5)[0]
     assert store.expert(8) is None
 

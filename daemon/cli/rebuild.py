@@ -1,0 +1,128 @@
+"""`mainstem rebuild`: the archive merged again."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from daemon.cli.common import HomeOption, find_home, settings_of
+from daemon.cli.init import heads_of, params_of
+from daemon.errors import BadConfig
+from daemon.home import Home
+
+if TYPE_CHECKING:
+    from daemon.rebuilding import Plan
+    from daemon.replay import Console, Heads
+
+
+def command(
+    home: HomeOption = None,
+    target: Annotated[
+        Path | None, typer.Option("--into", help="Make a new home there, and merge the archive into it.")
+    ] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--head",
+            help="With --into: a further head of the new home, NAME=METHOD. Without: add the head NAME to this home.",
+            metavar="NAME[=METHOD]",
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="The method of the head; with --into, that of `main`.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A parameter, KEY=VALUE; with --into HEAD.KEY=VALUE for another head.", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave this merged expert out: its id, sha256 or name. May be repeated.", metavar="ID"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and how long it may take.")
+    ] = False,
+) -> None:
+    """Merge the archive again: into a new home (--into), as a new head (--head), or --without some of its experts.
+
+    Cut short, it goes on where it was when it is called again. Only --into runs beside the daemon.
+    """
+    from daemon import rebuilding
+    from projector.methods import make
+
+    where, gone = find_home(home), without or []
+    with _console() as to:
+        if target is not None:
+            new = Home(target.resolve())
+            in_force = settings_of(new if new.config.exists() else where)
+            wanted = _heads(method, heads or [], settings or [])
+            plan = rebuilding.into(where, new, in_force, wanted, gone, to, dry=dry_run)
+            done = f"made {new.root}: {len(plan.reads)} experts are merged"
+        elif heads:
+            if gone or len(heads) > 1:
+                raise BadConfig("--head adds one head, with every merged expert", "give --into for anything else")
+            chosen = heads_of(heads if method is None else [f"{heads[0]}={method}"])
+            ((name, named),) = chosen.items()
+            added = make(named, params_of([f"{name}.{word}" for word in settings or []], chosen)[name])
+            plan = rebuilding.add_head(where, settings_of(where), name, added, to, dry=dry_run)
+            done = f"{name}: {len(plan.reads)} experts are merged"
+        elif gone:
+            if method or settings:
+                raise BadConfig("--without keeps every head's method", "give --into for a home with other methods")
+            plan = rebuilding.withdraw(where, settings_of(where), gone, to, dry=dry_run)
+            done = "\n".join(f"{head}: {how}" for head, how in plan.how.items())
+        else:
+            raise BadConfig("there is nothing to rebuild", "give --into, --head or --without; see --help")
+    typer.echo(_planned(plan) if dry_run else done)
+
+
+def _heads(method: str | None, heads: Sequence[str], settings: Sequence[str]) -> "Heads | None":
+    """The heads of a new home; None, which stands for those of this one, where nothing is said of them."""
+    from projector.methods import make
+
+    if method is None and not heads and not settings:
+        return None
+    chosen = {"main": method or "opcm", **heads_of(heads)}
+    params = params_of(settings, chosen)
+    return {name: make(named, params[name]) for name, named in chosen.items()}
+
+
+def _planned(plan: "Plan") -> str:
+    lines = [f"{head}: to be {how}" for head, how in plan.how.items()]
+    took = f"; a merge took {plan.usual_seconds:.3g} s here lately" if plan.usual_seconds is not None else ""
+    return "\n".join([*lines, f"{len(plan.reads)} experts to be read{took}"])
+
+
+@contextmanager
+def _console() -> Iterator["Console"]:
+    """A progress bar for a terminal, otherwise a line for every expert; on standard error."""
+    from daemon.replay import Console
+
+    class Lines(Console):
+        def say(self, text: str) -> None:
+            typer.echo(text, err=True)
+
+    class Bar(Console):
+        def say(self, text: str) -> None:
+            bar.update(task, description=text, completed=0.0)
+
+        def show(self, share: float) -> None:
+            bar.update(task, completed=share)
+
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),  # an expert may be called [red]
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield Bar()

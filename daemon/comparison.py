@@ -1,0 +1,121 @@
+"""The measurements behind `mainstem compare`: two published versions, and what each keeps of the experts."""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from daemon.checkpoint import OpenCheckpoint, open_path
+from daemon.errors import DaemonError, Reason
+from daemon.home import Home
+from projector.measure import Pair, pairs
+from projector.source import Checkpoint
+from registry.records import Expert, Version
+from registry.store import Reader
+
+PARAMETER_NAMES = ("weight", "bias")
+
+
+def find_version(reader: Reader, words: str) -> Version:
+    """The version that HEAD (its live one), HEAD/N, or N of the first head names; N may be written vN.
+
+    Raises DaemonError where there is none, or where retention has removed its files.
+    """
+    heads = {head.name: head for head in reader.heads()}
+    name, _, number = words.rpartition("/")
+    if words in heads:
+        name, number = words, str(heads[words].live)
+    head = heads.get(name or next(iter(heads)))
+    digits = number.removeprefix("v")
+    if head is None or not (digits.isascii() and digits.isdecimal() and len(digits) < 19):
+        raise DaemonError(
+            Reason.UNKNOWN,
+            f"{words!r} names no version",
+            f"give a head ({', '.join(heads)}), HEAD/N, or N of {next(iter(heads))}",
+        )
+    version = reader.version(head.name, int(digits))
+    if version is None:
+        raise DaemonError(
+            Reason.UNKNOWN,
+            f"{head.name} has no version {digits}",
+            f"its newest is {head.newest}: see `mainstem status`",
+        )
+    if version.collected:
+        kept = ", ".join(str(one.number) for one in reader.versions(head.name, include_collected=False))
+        raise DaemonError(
+            Reason.UNKNOWN, f"the files of {head.name}/v{digits} were removed by retention", f"there are still {kept}"
+        )
+    return version
+
+
+def compare(home: Home, reader: Reader, a: Version, b: Version, *, experts: bool = False) -> dict[str, Any]:
+    """What `mainstem compare` prints: norms and cosines of both merged task vectors by layer group and in total.
+
+    experts: also each merged expert's norm, the share <tau, merged> / ||tau||^2 of it that each version keeps, and its
+    cosine with each; None for one that is no longer in the archive. Every archived expert is read for that.
+    """
+    with open_path(home.base) as base, ExitStack() as versions:
+        opened = [versions.enter_context(open_path(home.version(one.head, one.number))) for one in (a, b)]
+        groups = pairs(base.tensors, opened[0].tensors, [opened[1].tensors], layer_group)
+        found: dict[str, Any] = {
+            "a": _name(a),
+            "b": _name(b),
+            "groups": [{"group": group, **_described(pair)} for group, (pair,) in groups.items()],
+            "total": _described(sum((pair for (pair,) in groups.values()), Pair())),
+        }
+        if experts:
+            merged = [one.tensors for one in opened]
+            newest = max(a.number, b.number)
+            found["experts"] = [
+                _kept(home, base, merged, expert) for expert in reader.lineage() if (expert.version or 0) <= newest
+            ]
+        return found
+
+
+def layer_group(tensor: str) -> str:
+    """The layers that a tensor is listed with: its module's name with each number in it replaced by *.
+
+    >>> layer_group("encoder.layer.11.attention.self.query.weight")
+    'encoder.layer.*.attention.self.query'
+    """
+    parts = ["*" if part.isdecimal() else part for part in tensor.split(".")]
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] in PARAMETER_NAMES else parts)
+
+
+def _kept(home: Home, base: OpenCheckpoint, merged: Sequence[Checkpoint], expert: Expert) -> dict[str, Any]:
+    known = {"id": expert.id, "name": expert.name, "sha256": expert.sha256, "version": expert.version}
+    path = _archived(home, expert)
+    if path is None:
+        return {**known, "norm": expert.norm} | dict.fromkeys(("a_kept", "b_kept", "a_cosine", "b_cosine"))
+    with open_path(path, follow=False) as opened:
+        (both,) = pairs(base.tensors, opened.tensors, merged, lambda _: "").values()
+    a, b = both
+    return {
+        **known,
+        "norm": a.a_norm,
+        "a_kept": a.kept,
+        "b_kept": b.kept,
+        "a_cosine": a.cosine,
+        "b_cosine": b.cosine,
+    }
+
+
+def _archived(home: Home, expert: Expert) -> Path | None:
+    """The expert in its folder of the archive, whatever its name is there; None where somebody removed it."""
+    folder = home.archive(expert.id)
+    return next((folder / entry for entry in sorted(os.listdir(folder))), None) if folder.is_dir() else None
+
+
+def _described(pair: Pair) -> Mapping[str, Any]:
+    return {
+        "tensors": pair.tensors,
+        "parameters": pair.parameters,
+        "a_norm": pair.a_norm,
+        "b_norm": pair.b_norm,
+        "cosine": pair.cosine,
+    }
+
+
+def _name(version: Version) -> str:
+    return f"{version.head}/v{version.number}"

@@ -1,0 +1,50 @@
+"""Opens what lies in a folder that others write to: by descriptor, one path component at a time, never by surprise."""
+
+import errno
+import os
+import stat
+from contextlib import ExitStack
+
+from daemon.errors import NotYet, Reason, Refused
+from projector.text import shown
+
+
+def open_entry(folder_fd: int, name: str, follow: bool, closing: ExitStack) -> int:
+    """Opens a regular file or a folder by one path component; anything else is refused without touching it.
+
+    The descriptor is closed with `closing`. Raises Refused, NotYet where the name is gone, or OSError.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        # looked at before it is opened: opening a device can have effects of its own
+        mode = os.stat(name, dir_fd=folder_fd, follow_symlinks=follow).st_mode
+        if stat.S_ISLNK(mode):
+            raise _symlink(name)
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise not_a_file(name)
+        fd = os.open(name, flags, dir_fd=folder_fd)
+    except FileNotFoundError:
+        raise NotYet(Reason.CHANGED, f"{shown(name)} is no longer there", "nothing to do, if you moved it") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _symlink(name) from None
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise Refused(
+                Reason.UNREADABLE, f"{shown(name)} cannot be read: {error.strerror}", "make it readable for the daemon"
+            ) from None
+        if error.errno in (errno.ENXIO, errno.ENODEV):
+            raise not_a_file(name) from None
+        raise
+    closing.callback(os.close, fd)
+    if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISDIR(os.fstat(fd).st_mode)):
+        raise not_a_file(name)
+    return fd
+
+
+def not_a_file(name: str) -> Refused:
+    """What is neither a file nor a folder: a FIFO, a device, a socket."""
+    return Refused(Reason.NOT_A_FILE, f"{shown(name)} is neither a file nor a folder", "drop a .safetensors file")
+
+
+def _symlink(name: str) -> Refused:
+    return Refused(Reason.SYMLINK, f"{shown(name)} is a symbolic link", "drop the file itself (cp -L follows links)")

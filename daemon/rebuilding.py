@@ -1,0 +1,243 @@
+"""What `mainstem rebuild` does: replays the archive into a new home or a new head, and takes experts out again.
+
+The work is done beside what is live: in a new home, or in a home inside of this one that recovery leaves alone until
+one transaction takes over its result. Whatever cuts it short, the same command goes on where it was.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+
+from daemon import durable
+from daemon.checkpoint import open_path
+from daemon.config import Settings
+from daemon.errors import BadHome
+from daemon.failpoints import hit
+from daemon.founding import floating_dtypes, publish_base
+from daemon.generations import Withdrawal, entry
+from daemon.home import Home
+from daemon.latest import point_latest
+from daemon.lines import Line, read_lines
+from daemon.memory import reuse_freed_memory
+from daemon.recovery import mark_clean, recover
+from daemon.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
+from daemon.restating import Arrival, Made, Restating, next_number
+from projector.method import Expert as View
+from projector.method import Method, Totals
+from projector.methods import make
+from registry.records import Expert, Head, Version
+from registry.store import Reader, Store
+
+SUBTRACTED, REPLAYED = "subtracted", "replayed"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rebuild would do: per head how it comes about, the experts it reads, and the usual seconds for one."""
+
+    how: Mapping[str, str]
+    reads: Sequence[Expert]
+    usual_seconds: float | None
+
+
+def methods_of(reader: Reader) -> Heads:
+    """The heads of a home by name."""
+    return {head.name: make(head.method, head.params) for head in reader.heads()}
+
+
+def into(
+    home: Home,
+    target: Home,
+    settings: Settings,
+    heads: Heads | None,
+    without: Sequence[str],
+    to: Console,
+    *,
+    dry: bool = False,
+) -> Plan:
+    """Replays the archive of `home`, which may be in use, into the home `target`, less the experts `without`.
+
+    heads: of the new home; None takes the same ones. Raises BadHome where an expert is missing, or where `target` is
+    there and is no earlier part of the same.
+    """
+    with Reader.open(home.registry) as reader:
+        chosen = methods_of(reader) if heads is None else heads
+        gone = {expert.id for expert in merged_experts(reader, without)}
+        experts = [expert for expert in reader.lineage() if expert.id not in gone]
+        if target.root == home.root:
+            raise BadHome(f"{target.root} is the home to be replayed", "give --into another folder")
+        check_archive(home, experts, chosen)
+        if target.exists() and (why := misfit(target, reader, chosen, experts)):
+            raise BadHome(f"{target.root} cannot take this replay: {why}", "choose another folder, or remove it")
+        plan = Plan(dict.fromkeys(chosen, REPLAYED), experts, _usual_seconds(reader))
+        if not dry:
+            replay(home, reader, experts, target, chosen, settings, to)
+            _refine(target, home, experts, settings, to)
+        return plan
+
+
+def add_head(home: Home, settings: Settings, name: str, method: Method, to: Console, *, dry: bool = False) -> Plan:
+    """Adds a head that has folded every merged expert. Raises BadHome where the daemon runs, an expert is missing, or
+    there is such a head.
+    """
+    with _opened(home) as store:
+        if store.head(name):
+            raise BadHome(f"there is a head {name!r} already", "choose another name")
+        inner = Home(home.rebuilding(name))
+        if home.versions(name).exists() and not inner.root.exists():
+            raise BadHome(
+                f"{home.versions(name)} is there and belongs to no head", "move it away, or choose a new name"
+            )
+        heads, experts = {name: method}, store.lineage()
+        check_archive(home, experts, heads)
+        plan = Plan({name: REPLAYED}, experts, _usual_seconds(store))
+        if not dry:
+            _replay_inside(home, store, experts, inner, heads, settings, to)
+            with Restating(home, store.base().sha256, settings, to.progress()) as restating:
+                made = _from_inside(restating, inner, name, home, experts)
+                _link_records(home, inner, name, experts)
+                _adopt(home, store, name, method, made, restating)
+            durable.remove(inner.root)
+        return plan
+
+
+def withdraw(home: Home, settings: Settings, words: Sequence[str], to: Console, *, dry: bool = False) -> Plan:
+    """Takes merged experts out of every head: each gets a new version without them. Raises BadHome as `add_head`."""
+    with _opened(home) as store:
+        lines = read_lines(store, methods_of(store))
+        lineage, gone = store.lineage(), merged_experts(store, words)
+        rest = [expert for expert in lineage if expert not in gone]
+        how = {line.head.name: SUBTRACTED if line.method.subtractable and rest else REPLAYED for line in lines}
+        subtracted = {line.head.name: line.method for line in lines if how[line.head.name] == SUBTRACTED}
+        replayed = {line.head.name: line.method for line in lines if how[line.head.name] == REPLAYED}
+        if subtracted:
+            check_archive(home, gone, subtracted)
+        if replayed:
+            check_archive(home, rest, replayed)
+        reads = [*(gone if subtracted else []), *(rest if replayed else [])]
+        plan = Plan(how, reads, _usual_seconds(store))
+        if dry:
+            return plan
+        inner = Home(home.withdrawing(next_number(lines)))
+        if replayed:
+            _replay_inside(home, store, rest, inner, replayed, settings, to)
+        with Restating(home, store.base().sha256, settings, to.progress()) as restating:
+            made = {}
+            for line in lines:
+                name = line.head.name
+                if how[name] == SUBTRACTED:
+                    to.say(f"{name}: subtracting {len(gone)}")
+                    new = _subtract(restating, home, line, lineage, gone)
+                else:
+                    new = _from_inside(restating, inner, name, home, rest)
+                made[name] = replace(new, withdrawal=Withdrawal(gone, how[name]))
+            restating.commit(store, lines, made, gone)
+        durable.remove(inner.root)
+        return plan
+
+
+@contextmanager
+def _opened(home: Home) -> Iterator[Store]:
+    """The home's registry, to be written; locked and recovered first, as the daemon does it."""
+    reuse_freed_memory()
+    with ExitStack() as closing:
+        closing.callback(os.close, lock(home))
+        store = closing.enter_context(Store.open(home.registry))
+        recover(home, store, lambda *_, **__: None)
+        yield store
+        mark_clean(home)
+
+
+def _replay_inside(
+    home: Home, store: Store, experts: Sequence[Expert], inner: Home, heads: Heads, settings: Settings, to: Console
+) -> None:
+    if inner.exists() and misfit(inner, store, heads, experts):
+        durable.remove(inner.root)  # begun for something else
+    replay(home, store, experts, inner, heads, settings, to)
+
+
+def _from_inside(restating: Restating, inner: Home, name: str, home: Home, experts: Sequence[Expert]) -> Made:
+    """The version of a head that the inner home has come to; made exact where that takes a second pass."""
+    with Reader.open(inner.registry) as reader:
+        (line,) = [line for line in read_lines(reader, methods_of(reader)) if line.head.name == name]
+    return _exact(restating, inner, line, home, experts) or restating.linked(
+        name, inner, line.version.number, line.totals
+    )
+
+
+def _exact(restating: Restating, there: Home, line: Line, archive: Home, experts: Sequence[Expert]) -> Made | None:
+    """What a second pass over the experts makes of a head; None where one pass is all there is."""
+    second = line.method.second_pass(line.totals.experts) if line.totals.experts else None
+    if second is None:
+        return None
+    arrivals = [_arrival(archive, expert, place) for place, expert in enumerate(experts, start=1)]
+    state = there.head_state(line.head.name, line.version.number)
+    return restating.folded(line.head.name, second, state, Totals(), arrivals)
+
+
+def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Settings, to: Console) -> None:
+    """One more version of every head, where a second pass makes one of them exact: the others' stay what they are."""
+    with _opened(target) as store:
+        lines = read_lines(store, methods_of(store))
+        if not experts or all(line.method.second_pass(len(experts)) is None for line in lines):
+            return
+        if lines[0].version.expert_id is None:
+            return  # it was made before: the newest version folds no expert
+        with Restating(target, store.base().sha256, settings, to.progress()) as restating:
+            made = {}
+            for line in lines:
+                name = line.head.name
+                to.say(f"{name}: a second pass" if line.method.second_pass(len(experts)) else f"{name}: stays")
+                made[name] = _exact(restating, target, line, archive, experts) or restating.linked(
+                    name, target, line.version.number, line.totals
+                )
+            restating.commit(store, lines, made)
+
+
+def _subtract(restating: Restating, home: Home, line: Line, lineage: Sequence[Expert], gone: Sequence[Expert]) -> Made:
+    arrivals = [_arrival(home, expert, lineage.index(expert) + 1, sign=-1.0) for expert in gone]
+    state = home.head_state(line.head.name, line.version.number)
+    return restating.folded(line.head.name, line.method, state, line.totals, arrivals)
+
+
+def _arrival(archive: Home, expert: Expert, index: int, sign: float = 1.0) -> Arrival:
+    return archived(archive, expert), View(index, expert.sha256 or "", sign * expert.weight), expert.norm
+
+
+def _adopt(home: Home, store: Store, name: str, method: Method, made: Made, restating: Restating) -> None:
+    """Gives the home a further head: version 0, and the version that the other heads stand at."""
+    newest = max(head.newest for head in store.heads())
+    head = Head(name, method.name, method.params(), live=0, newest=0)
+    with open_path(home.base) as base:
+        dtypes = floating_dtypes(base)
+    files = [entry(path) for path in sorted(home.base.iterdir())]
+    versions = [publish_base(home, head, store.base(), files, dtypes)]
+    hit("publish.before")
+    if newest:
+        line = Line(head, Version(**asdict(versions[0])), method, Totals())
+        versions.append(restating.place(line, newest, made))
+    adopted = replace(head, live=newest, newest=newest)
+    hit("publish.after")
+    hit("commit.before")
+    store.adopt(adopted, versions)
+    hit("commit.after")
+    point_latest(home, adopted)
+
+
+def _link_records(home: Home, inner: Home, name: str, experts: Sequence[Expert]) -> None:
+    """What the head keeps of each expert, if anything: by the version that folded it, here and there."""
+    if not inner.views(name).exists():
+        return
+    durable.make_folder(home.views(name))
+    for place, expert in enumerate(experts, start=1):
+        assert expert.version
+        durable.link_or_copy(inner.view_record(name, place), home.view_record(name, expert.version))
+    durable.sync_folder(home.views(name))
+    durable.sync_folder(home.states(name))
+
+
+def _usual_seconds(reader: Reader) -> float | None:
+    seconds = [v.seconds for v in reader.versions(reader.heads()[0].name, limit=5) if v.seconds is not None]
+    return median(seconds) if seconds else None

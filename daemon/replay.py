@@ -1,0 +1,195 @@
+"""Merges the archived experts of one home into another, in their order and by the ordinary publish protocol.
+
+A replay may be cut short at any point: the next one goes on behind the last expert that was committed.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from math import isclose
+from pathlib import Path
+from threading import Event
+from uuid import uuid4
+
+from daemon import durable
+from daemon.checkpoint import open_path
+from daemon.config import Admission, Retention, Settings
+from daemon.errors import BadHome, DaemonError, NotYet
+from daemon.founding import found
+from daemon.home import Home
+from daemon.inbox import Drop, entry_id
+from daemon.memory import return_freed_memory
+from daemon.merger import Merger
+from daemon.placing import REASON_FILE
+from daemon.progress import Progress
+from daemon.recovery import mark_clean, recover
+from daemon.restating import SAME_NORM
+from projector.errors import ProjectorError
+from projector.method import Method
+from projector.text import shown
+from registry.records import Expert, Status
+from registry.store import Reader, Store
+
+Heads = Mapping[str, Method]
+NO_LIMIT = 1e30
+
+
+class Console:
+    """Hears what a rebuild does: what it begins (`say`), and the share of an expert that is done (`show`)."""
+
+    def say(self, text: str) -> None:
+        """One line, for whoever waits."""
+
+    def show(self, share: float) -> None:
+        """From 0 to 1."""
+
+    def progress(self) -> Progress:
+        """A watch for the driver that reports here."""
+        return Progress(Event(), self.show)
+
+
+def archived(home: Home, expert: Expert) -> Path:
+    """Where a merged expert's file or folder is. Raises BadHome where it is gone."""
+    folder = home.archive(expert.id)
+    entries = [path for path in folder.iterdir() if path.name != REASON_FILE] if folder.is_dir() else []
+    if not entries:
+        raise BadHome(
+            f"expert {expert.id} ({expert.name}) is not in {folder}",
+            "put its file back there, or leave the expert out with --without",
+        )
+    return entries[0]
+
+
+def check_archive(home: Home, experts: Sequence[Expert], heads: Heads) -> None:
+    """Raises BadHome where an expert, or a sidecar that a method needs, is not in the archive: before the long work."""
+    for expert in experts:
+        try:
+            open_path(archived(home, expert), follow=False, needs=needed(heads)).close()
+        except BadHome:
+            raise
+        except (DaemonError, ProjectorError) as error:
+            raise _not_again(expert, str(error), error.hint) from error
+
+
+def needed(heads: Heads) -> list[str]:
+    """The sidecars that these heads need."""
+    return sorted({need for method in heads.values() for need in method.needs})
+
+
+def misfit(target: Home, source: Reader, heads: Heads, experts: Sequence[Expert]) -> str | None:
+    """Why a replay cannot go on in this home, in words; None where it can."""
+    with Reader.open(target.registry) as there:
+        if there.base().sha256 != source.base().sha256:
+            return "it has another base"
+        if {head.name: (head.method, head.params) for head in there.heads()} != {
+            name: (method.name, method.params()) for name, method in heads.items()
+        }:
+            return "its heads are others"
+        done = there.lineage()
+        if len(done) > len(experts) or not all(map(_same, done, experts)):
+            return "other experts were merged there"
+    return None
+
+
+def replay(
+    source: Home, reader: Reader, experts: Sequence[Expert], target: Home, heads: Heads, settings: Settings, to: Console
+) -> None:
+    """Makes the home `target` where it is not there, and merges into it those of `experts` that it does not have yet.
+
+    settings: those of the new home; what limits an arrival is not asked again of experts that were merged once, and
+    only the newest versions stay, for nobody reads the others. Raises BadHome where an expert cannot be merged again,
+    and OSError where the disk fails.
+    """
+    settings = settings.model_copy(
+        update={
+            "admission": Admission(max_base_ratio=NO_LIMIT, max_norm_ratio=NO_LIMIT),
+            "retention": Retention(versions=settings.retention.versions, grace_seconds=0),
+        }
+    )
+    if not target.exists():
+        config = source.config.read_bytes() if source.config.exists() else None
+        name = reader.base().name
+        found(target, source.base, list(heads.items()), to.say, settings.compute, name=name, config=config)
+    with ExitStack() as closing:
+        closing.callback(os.close, lock(target))
+        store = closing.enter_context(Store.open(target.registry))
+        recover(target, store, lambda *_, **__: None)
+        merger = Merger(target, store, settings, to.progress())
+        closing.callback(merger.close)
+        done = len(store.lineage())
+        for place, expert in enumerate(experts[done:], start=done + 1):
+            to.say(f"merging {expert.name} ({place} of {len(experts)})")
+            _merge(merger, target, expert, archived(source, expert))
+            return_freed_memory()
+        mark_clean(target)
+
+
+def lock(home: Home) -> int:
+    """The home's lock, as a descriptor that holds it. Raises BadHome where a daemon holds it."""
+    try:
+        return durable.lock(home.lock)
+    except BlockingIOError:
+        raise BadHome(f"another mainstem is running on {home.root}", "stop it first") from None
+
+
+def _merge(merger: Merger, target: Home, expert: Expert, source: Path) -> None:
+    dropped = target.inbox / source.name
+    if not os.path.lexists(dropped):
+        _drop(source, target)
+    elif _identity(dropped) != _identity(source):
+        raise BadHome(f"{dropped} is in the way", "take it out of the inbox until the rebuild is done")
+    drop = Drop(source.name, entry_id(dropped), dropped.lstat().st_mtime_ns, expert.size_bytes, 0.0)
+    try:
+        recorded = merger.take(drop)
+    except NotYet as error:
+        raise _not_again(expert, str(error), error.hint) from error
+    if recorded.status is not Status.MERGED:
+        raise _not_again(expert, f"{recorded.status}: {recorded.detail}", recorded.hint or "")
+    if not _same(recorded, expert):
+        raise _not_again(expert, f"{source} is not what was merged", "restore it from a backup, and begin anew")
+
+
+def _drop(source: Path, target: Home) -> None:
+    """Puts an expert into the inbox, whole at once: as links where the file system allows it."""
+    new = target.tmp / uuid4().hex
+    if source.is_dir():
+        durable.make_folder(new)
+        for path in source.iterdir():
+            if path.is_file() and not path.is_symlink():
+                durable.link_or_copy(path, new / path.name)
+        durable.sync_folder(new)
+    else:
+        durable.link_or_copy(source, new)
+    durable.rename(new, target.inbox / source.name)
+
+
+def _identity(path: Path) -> str | None:
+    try:
+        with open_path(path, follow=False) as checkpoint:
+            return checkpoint.identity()
+    except (DaemonError, ProjectorError, OSError):
+        return None
+
+
+def _same(there: Expert, here: Expert) -> bool:
+    """Needed sidecars are part of the sha256, and the homes may need different ones: then the norm tells."""
+    if there.sha256 == here.sha256:
+        return True
+    norms = there.norm, here.norm
+    return there.name == here.name and None not in norms and isclose(*norms, rel_tol=SAME_NORM)  # type: ignore[arg-type]
+
+
+def _not_again(expert: Expert, why: str, hint: str) -> BadHome:
+    return BadHome(f"expert {expert.id} ({shown(expert.name)}) cannot be merged again: {why}", hint)
+
+
+def merged_experts(reader: Reader, words: Sequence[str]) -> list[Expert]:
+    """The merged experts that these words name: an id, a sha256 or enough of one, a name. Raises BadHome."""
+    found: set[int] = set()
+    for word in words:
+        named = [expert for expert in reader.find_experts(word) if expert.status is Status.MERGED]
+        if len(named) != 1:
+            many = f"{len(named)} merged experts are" if named else "no merged expert is"
+            raise BadHome(f"{many} called {word!r}", "see `mainstem log --status merged`; give the id")
+        found.add(named[0].id)
+    return [expert for expert in reader.lineage() if expert.id in found]

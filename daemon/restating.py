@@ -1,0 +1,176 @@
+"""A next version of a home's heads that folds no new expert: experts are taken out, or a head is refined.
+
+It is published as any other: files first, all durable, then renamed into place, then ONE transaction.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import isclose
+from pathlib import Path
+from uuid import uuid4
+
+from daemon import durable
+from daemon.checkpoint import open_path
+from daemon.compute import driver
+from daemon.config import Settings
+from daemon.errors import BadHome
+from daemon.failpoints import hit
+from daemon.generations import FileEntry, WeightsPlan, Withdrawal
+from daemon.home import STATE_FILE, Home
+from daemon.latest import point_latest
+from daemon.lines import Line
+from daemon.outputs import Outputs, planned
+from daemon.progress import Progress
+from daemon.retention import collect
+from daemon.sealing import seal
+from projector.head import HeadFold
+from projector.method import Expert as View
+from projector.method import Method, Totals
+from projector.tensorfile import TensorReader
+from registry.records import Expert, NewVersion
+from registry.store import Store
+
+SAME_NORM = 1e-9  # relative: float64 sums of the same numbers
+STATE_ONLY: WeightsPlan = ((), None)
+Arrival = tuple[Path, View, float | None]  # a file or folder, how it counts, and the norm it was merged with
+
+
+@dataclass(frozen=True)
+class Made:
+    """A version of one head, written but not published; its state's folder is missing where it has none."""
+
+    published: Path
+    weights: Sequence[FileEntry]
+    state_folder: Path
+    state: FileEntry | None
+    totals: Totals
+    approximate: bool = False
+    withdrawal: Withdrawal | None = None
+
+
+class Restating:
+    """One such version in the making. The caller holds the home's lock. Use it as a context manager."""
+
+    def __init__(self, home: Home, base_sha256: str, settings: Settings, progress: Progress) -> None:
+        self._home = home
+        self._base_sha256 = base_sha256
+        self._settings = settings
+        self._progress = progress
+        self._driver = driver(settings.compute, progress)
+        self._closing = ExitStack()
+        self._base = self._closing.enter_context(open_path(home.base, progress))
+        self._plan = planned(self._base.tensors.schema, settings.publish)
+        self._folder = home.tmp / uuid4().hex
+        self._closing.callback(durable.remove, self._folder)
+
+    def __enter__(self) -> "Restating":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def folded(self, head: str, method: Method, state: Path, totals: Totals, arrivals: Sequence[Arrival]) -> Made:
+        """Folds these experts, one or more, onto the state in the folder `state`, and reads out the weights."""
+        for place, (path, view, norm) in enumerate(arrivals, start=1):
+            folder = self._folder / head / str(place)
+            last = place == len(arrivals)
+            self._progress.begin(self._sweep_bytes() * (1 + method.rounds + last))
+            with ExitStack() as files:
+                before = _state(state, files)
+                output = Outputs(
+                    folder, self._base.tensors.schema, method, self._plan if last else STATE_ONLY, files, self._progress
+                )
+                source = files.enter_context(open_path(path, self._progress, follow=False, needs=method.needs))
+                source.check(self._base.tensors.schema)
+                view = self._driver.survey(self._base.tensors, source.tensors, method, view, before)
+                head_fold = HeadFold(method, totals, view, before, output.state, record=output.record)
+                folded = self._driver.fold(self._base.tensors, source.tensors, [head_fold])
+                (totals,) = folded.totals
+                self._check(path, folded.norm, norm)
+                self._driver.read_out(self._base.tensors, method, totals, output.state.reader(), output.weights)
+                output.finish()
+            if place > 1:
+                durable.remove(state)  # the one before, which only this one needed
+            state = output.state_folder
+        return Made(output.published, output.entries, output.state_folder, output.state_entry, totals)
+
+    def linked(self, head: str, source: Home, number: int, totals: Totals) -> Made:
+        """Version `number` of the head in `source`, this home or another on the same disk, under further names."""
+        folder = self._folder / head
+        content = json.loads(source.manifest(head, number).read_bytes())
+        published, state_folder = folder / "published", folder / "state"
+        durable.make_folder(published)
+        weights = [FileEntry(**file) for file in content["files"]]
+        for file in weights:
+            durable.link_or_copy(source.version(head, number) / file.name, published / file.name)
+        state = None
+        if content["state"]:
+            state = FileEntry(**content["state"])
+            durable.make_folder(state_folder)
+            durable.link_or_copy(source.head_state(head, number) / STATE_FILE, state_folder / STATE_FILE)
+        return Made(published, weights, state_folder, state, totals, content["approximate"])
+
+    def place(self, line: Line, number: int, made: Made) -> NewVersion:
+        """Seals a version and renames it into place; nothing names it yet."""
+        sealed = seal(
+            self._home,
+            line,
+            number,
+            made.published,
+            made.weights,
+            made.state,
+            made.totals,
+            base_sha256=self._base_sha256,
+            dtype=self._settings.publish.dtype,
+            approximate=made.approximate,
+            withdrawal=made.withdrawal,
+        )
+        targets = [(made.published, self._home.version(line.head.name, number))]
+        if made.state:
+            durable.sync_folder(made.state_folder)
+            targets.append((made.state_folder, self._home.head_state(line.head.name, number)))
+        for source, target in targets:
+            durable.remove(target)  # left by one that was cut short
+            durable.rename(source, target)
+        return sealed
+
+    def commit(self, store: Store, lines: Sequence[Line], made: Mapping[str, Made], gone: Sequence[Expert] = ()) -> int:
+        """Publishes a version of every head, in which the experts `gone` are no more; returns its number."""
+        number = next_number(lines)
+        hit("publish.before")
+        versions = [self.place(line, number, made[line.head.name]) for line in lines]
+        hit("publish.after")
+        hit("commit.before")
+        store.restate(versions, [expert.id for expert in gone])
+        hit("commit.after")
+        for head in store.heads():
+            point_latest(self._home, head)
+        collect(self._home, store, self._settings.retention)
+        return number
+
+    def _check(self, path: Path, found: float, norm: float | None) -> None:
+        """Once an expert has been folded: what was read must be what was merged."""
+        if self._base.identity() != self._base_sha256:
+            raise BadHome("the base in state/base is damaged", "restore it from a backup; nothing was published")
+        if norm is not None and not isclose(found, norm, rel_tol=SAME_NORM):
+            raise BadHome(
+                f"{path} is not what was merged: its task vector has norm {found:.6g}, it had {norm:.6g}",
+                "restore it from a backup; nothing was published",
+            )
+
+    def _sweep_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self._base.tensors.schema.values() if spec.floating)
+
+
+def next_number(lines: Sequence[Line]) -> int:
+    """The number of the next version, which is the same for every head."""
+    return max(line.head.newest for line in lines) + 1
+
+
+def _state(folder: Path, files: ExitStack) -> TensorReader:
+    fd = os.open(folder / STATE_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    files.callback(os.close, fd)
+    return TensorReader(fd)

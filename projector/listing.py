@@ -1,0 +1,232 @@
+"""What can be said of a method before it is chosen, read from its code: for `mainstem methods` and docs/methods.md."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from projector.errors import BadParameter
+from projector.method import Method, method_params, param_range
+from projector.spec import TensorSpec
+
+TALL = (1024, 512)  # m x n, so that each side of an accumulator can be told by its length
+WIDE = (512, 1024)
+SQUARE = (1024, 1024)
+VECTOR = (1024,)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter's default, its meaning, and its allowed values in words ("" where any of its type will do)."""
+
+    default: Any
+    help: str
+    range: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A method with its default parameters, and under `depends` which parameters change which of these facts.
+
+    keeps, prepares: accumulators of a matrix of m rows and n columns by their key, in words ("m x n float32"); k is the
+    smaller of both. What is prepared is derived from them while nothing arrives. bytes_per_parameter: of the
+    accumulators of a square matrix of 1024 x 1024, and vector_bytes_per_parameter of a vector, over a float32 base.
+    record_bytes_per_parameter: what is kept of every single expert beside that; 0 but for methods that grow with them.
+    reads: how often an expert is read, where it feeds this head alone.
+    """
+
+    name: str
+    summary: str
+    formula: str
+    paper: str
+    parameters: Mapping[str, Parameter]
+    keeps: Mapping[str, str]
+    prepares: Mapping[str, str]
+    bytes_per_parameter: float
+    vector_bytes_per_parameter: float
+    record_bytes_per_parameter: float
+    order_independent: bool
+    subtractable: bool
+    weighted: bool
+    needs: Sequence[str]
+    approximate: bool
+    reads: int
+    depends: Mapping[str, Sequence[str]]
+
+
+def listing(cls: type[Method]) -> Listing:
+    """Everything that is listed of one method."""
+    facts = _facts(cls())
+    changed: dict[str, set[str]] = {}
+    for before, parameter, after in _changes(cls):
+        old = _facts(before)
+        for fact, value in _facts(after).items():
+            if value != old[fact]:
+                changed.setdefault(fact, set()).add(parameter)
+    return Listing(
+        name=cls.name,
+        summary=" ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split()),
+        formula=cls.formula,
+        paper=cls.paper,
+        parameters={
+            key: Parameter(_plain(about["default"]), about["help"], _range(about))
+            for key, about in method_params(cls).items()
+        },
+        **facts,
+        depends={fact: sorted(parameters) for fact, parameters in changed.items()},
+    )
+
+
+def lines(listed: Listing) -> Iterator[tuple[str, str]]:
+    """The facts in words, as (what, answer), for people."""
+
+    def answer(words: str, *facts: str) -> str:
+        parameters = sorted({parameter for fact in facts for parameter in listed.depends.get(fact, ())})
+        return f"{words} (depends on {', '.join(parameters)})" if parameters else words
+
+    yield "keeps", answer(f"{_amount(listed)}: {_accumulators(listed.keeps)}", "keeps", "vector_bytes_per_parameter")
+    if listed.prepares:
+        yield "prepares", answer(_accumulators(listed.prepares), "prepares")
+    if listed.record_bytes_per_parameter:
+        yield "keeps of each expert", f"{listed.record_bytes_per_parameter:.2g} bytes per parameter: it grows with them"
+    yield "order of experts", answer("does not matter" if listed.order_independent else "matters", "order_independent")
+    yield "taking an expert out", answer("exact, by subtraction" if listed.subtractable else "replay", "subtractable")
+    yield "weights of experts", answer("counted" if listed.weighted else "ignored", "weighted")
+    needs = ", ".join(f"{need}.safetensors" for need in listed.needs)
+    yield "an expert must bring", answer(needs or "nothing but its weights", "needs")
+    yield "result", answer("approximate" if listed.approximate else "exact", "approximate")
+    yield "reads an expert", answer({1: "once", 2: "twice"}.get(listed.reads, f"{listed.reads} times"), "reads")
+
+
+def markdown(listings: Iterable[Listing]) -> str:
+    """The generated part of docs/methods.md: a table of all methods, then each with its facts and parameters."""
+    every = list(listings)
+    parts = [
+        "| method | bytes per parameter | order | taking out | weights | needs | reads | result |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    parts += [
+        f"| [`{one.name}`](#{one.name}) | {one.bytes_per_parameter:g}{_star(one, 'bytes_per_parameter')} "
+        f"| {_yes(one, 'order_independent', 'free', 'matters')} "
+        f"| {_yes(one, 'subtractable', 'exact', 'replay')} | {_yes(one, 'weighted', 'yes', 'no')} "
+        f"| {', '.join(one.needs) or '-'}{_star(one, 'needs')} | {one.reads}{_star(one, 'reads')} "
+        f"| {_yes(one, 'approximate', 'approximate', 'exact')} |"
+        for one in every
+    ]
+    parts += ["", "\\* depends on a parameter: see the method."]
+    for one in every:
+        parts += ["", f"### {one.name}", "", _escaped(one.summary), "", f"    {one.formula}", ""]
+        parts += [_escaped(one.paper), ""]
+        parts += [f"- {what}: {_escaped(words)}" for what, words in lines(one)]
+        if one.parameters:
+            parts += ["", "| parameter | default | allowed | meaning |", "|---|---|---|---|"]
+            parts += [
+                f"| `{key}` | `{worded(about.default)}` | {_cell(about.range) or 'any'} | {_cell(about.help)} |"
+                for key, about in one.parameters.items()
+            ]
+    return "\n".join(parts) + "\n"
+
+
+def worded(default: Any) -> str:
+    """A parameter's value as it is given on the command line."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return ",".join(default) if isinstance(default, list) else str(default)
+
+
+def _range(about: Mapping[str, Any]) -> str:
+    return "true, false" if isinstance(about["default"], bool) else param_range(about)
+
+
+def _facts(method: Method) -> dict[str, Any]:
+    return {
+        "keeps": _shapes(method, "slots"),
+        "prepares": _shapes(method, "prepares"),
+        "bytes_per_parameter": _bytes(method, SQUARE),
+        "vector_bytes_per_parameter": _bytes(method, VECTOR),
+        "record_bytes_per_parameter": _bytes(method, SQUARE, "keeps"),
+        "order_independent": method.order_independent,
+        "subtractable": method.subtractable,
+        "weighted": method.weighted,
+        "needs": list(method.needs),
+        "approximate": method.approximate,
+        "reads": 1 + method.rounds + (method.keyed and not method.rounds),
+    }
+
+
+def _changes(cls: type[Method]) -> Iterator[tuple[Method, str, Method]]:
+    """A method before and after one parameter is changed, from the defaults and from each choice of another parameter:
+    some parameters only matter beside a certain choice."""
+    starts = [cls(), *(varied for _, _, varied in _variants(cls(), words=True))]
+    for start in starts:
+        yield from _variants(start)
+
+
+def _variants(start: Method, words: bool = False) -> Iterator[tuple[Method, str, Method]]:
+    """One parameter at a time at each of its choices and, unless only words are asked for, at the ends of its range."""
+    for key, about in method_params(type(start)).items():
+        truths = (True, False) if isinstance(about["default"], bool) else ()
+        ends = () if words else (about["low"], about["high"])
+        for value in (*(about["choices"] or ()), *truths, *ends):
+            try:
+                if value is not None:
+                    yield start, key, type(start).from_params({**start.params(), key: value})
+            except BadParameter:  # not beside the others' values
+                continue
+
+
+def _shapes(method: Method, what: str) -> dict[str, str]:
+    """The tensors by key that a method keeps or prepares of a matrix, in words."""
+    tall, wide = (getattr(method, what)(_spec(shape)) for shape in (TALL, WIDE))
+    return {key: _shape(slot, wide.get(key, slot)) for key, slot in tall.items()}
+
+
+def _shape(tall: TensorSpec, wide: TensorSpec) -> str:
+    """ "m x n float32": a side as long as the rows of the tall and of the wide matrix is m, of the columns n, of the
+    shorter side k."""
+    letters = {(TALL[0], WIDE[0]): "m", (TALL[1], WIDE[1]): "n", (TALL[1], WIDE[0]): "k", (TALL[0], WIDE[1]): "l"}
+    sides = zip(tall.shape, wide.shape, strict=True)
+    shape = " x ".join(letters.get(pair, str(pair[0])) for pair in sides)
+    return f"{shape or 'one'} {tall.dtype}".replace("torch.", "")
+
+
+def _bytes(method: Method, shape: tuple[int, ...], what: str = "slots") -> float:
+    spec = _spec(shape)
+    slots: Mapping[str, TensorSpec] = getattr(method, what)(spec)
+    return sum(slot.nbytes for slot in slots.values()) / spec.numel
+
+
+def _spec(shape: tuple[int, ...]) -> TensorSpec:
+    return TensorSpec("layer.weight", shape, torch.float32)
+
+
+def _amount(listed: Listing) -> str:
+    matrix, vector = listed.bytes_per_parameter, listed.vector_bytes_per_parameter
+    other = "" if matrix == vector else f" of a square matrix, {vector:g} of a vector"
+    return f"{matrix:g} bytes per parameter{other}"
+
+
+def _accumulators(shapes: Mapping[str, str]) -> str:
+    return "; ".join(f"{key} {shape}" for key, shape in shapes.items())
+
+
+def _yes(listed: Listing, fact: str, true: str, false: str) -> str:
+    return (true if getattr(listed, fact) else false) + _star(listed, fact)
+
+
+def _star(listed: Listing, fact: str) -> str:
+    return " \\*" if fact in listed.depends else ""
+
+
+def _escaped(words: str) -> str:
+    return words.replace("*", "\\*").replace("_", "\\_").replace("<", "\\<")
+
+
+def _cell(words: str) -> str:
+    return _escaped(words).replace("|", "\\|")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,32 @@
+"""Model breadcrumbs, merged as TIES merges."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from projector.method import Expert, Method, param
+from projector.methods.breadcrumbs import crumbs
+from projector.methods.ties import Ties
+from projector.spec import TensorSpec
+from projector.thinning import Thinning
+
+
+@dataclass(frozen=True)
+class BreadcrumbsTies(Thinning):
+    """Thins out each task vector as breadcrumbs does; elects signs and merges what has them as ties does."""
+
+    name = "breadcrumbs_ties"
+    formula = "base + scale * (mean, sum or max of the w_i mask_i tau_i with the sign of their sum)"
+    paper = "Davari and Belilovsky, Model breadcrumbs, arXiv 2312.06795; Yadav et al., TIES-merging, arXiv 2306.01708"
+
+    gamma: float = param(0.01, "the share of a tensor's values that are outliers", low=0, high=1)
+    density: float = param(0.9, "the share of the other values that is kept, the largest", low=0, high=1)
+    combine: str = param("mean", "how the values with the elected sign are merged", choices=("mean", "sum", "max"))
+    scale: float = param(0.3, "the factor of the merged task vector", low=-10, high=10)
+
+    @property
+    def merging(self) -> Method:
+        return Ties(density=1.0, combine=self.combine, scale=self.scale)
+
+    def thin(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Tensor:
+        return crumbs(delta, self.gamma, self.density)

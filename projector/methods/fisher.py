@@ -1,0 +1,86 @@
+"""Fisher merging: each weight is averaged with the precision that each expert has for it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from projector import curvature
+from projector.linalg import energy
+from projector.method import Expert, Method, State, Sums, Survey, Totals, param
+from projector.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class Fisher(Method):
+    """The average of the experts, weight by weight in proportion to the diagonal Fisher information that they bring.
+
+    Each expert brings F_i, of the shapes of its weights, in fisher.safetensors; F is never estimated from the weights.
+    As in the authors' released code, F_i is floored and then divided by its Euclidean norm over the WHOLE model, so
+    that an expert whose gradients are large everywhere does not outvote the others; the norm takes a sweep over the
+    expert beforehand. It is the norm of the floored F_i here, which is never zero. FusionBench differs in rounding
+    only, where F is far above the floor: it adds the floor instead.
+
+    Both sums are float64: the experts' F for one weight may lie decades apart, and taking the largest out again must
+    leave the others'.
+
+    >>> spec, fisher = TensorSpec("w", (2,), torch.float32), Fisher(normalise=False)
+    >>> state, totals = {"num": torch.zeros(2).double(), "den": torch.zeros(2).double()}, Totals()
+    >>> stream = [([1.0, 1.0], [3.0, 1.0]), ([5.0, 5.0], [1.0, 1.0])]
+    >>> for t, (delta, f) in enumerate(stream, start=1):
+    ...     expert = Expert(t, sidecars={"fisher": torch.tensor(f)})
+    ...     state, sums = fisher.update(state, torch.tensor(delta), spec, expert)
+    ...     totals = fisher.tally(totals, sums, expert)
+    >>> fisher.read(torch.zeros(2), state, totals, spec)
+    tensor([2., 3.])
+    """
+
+    name = "fisher"
+    formula = "base + sum w_i F_i tau_i / sum w_i F_i"
+    paper = "Matena and Raffel, Merging models with Fisher-weighted averaging, arXiv 2111.09832"
+    order_independent = True
+    subtractable = True
+    weighted = True
+
+    floor: float = param(1e-6, "the least Fisher information of a weight, before it is normalised", low=1e-20, high=1)
+    normalise: bool = param(True, "divide each expert's Fisher by its norm over the whole model")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("fisher",)
+
+    @property
+    def rounds(self) -> int:  # type: ignore[override]
+        return 1 if self.normalise else 0
+
+    @property
+    def one_sweep(self) -> bool:
+        return True
+
+    def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        return {key: TensorSpec(spec.name, spec.shape, torch.float64) for key in ("num", "den")}
+
+    def elementwise(self, spec: TensorSpec) -> bool:
+        return True
+
+    def workspace(self, spec: TensorSpec) -> int:
+        return 4 * spec.numel * 8  # the Fisher, the weighted one, their product, what the checks compare
+
+    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+        return {"energy": torch.tensor(energy(self._floored(delta, spec, expert)), dtype=torch.float64)}
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        weight = self._floored(delta, spec, expert) * expert.weight / self._norm(expert)
+        return {"num": state["num"] + weight * delta.double(), "den": state["den"] + weight}, {}
+
+    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
+        if not totals.experts:
+            return base.clone()
+        return base + (state["num"] / state["den"]).to(base.dtype)
+
+    def _floored(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Tensor:
+        return curvature.fisher(expert, spec, delta).clamp_min(self.floor)
+
+    def _norm(self, expert: Expert) -> float:
+        """Rounded to float32, so that the order in which the squares were added up does not show."""
+        return float(expert.surveys[0]["energy"].sqrt().float()) if self.normalise else 1.0

@@ -1,0 +1,145 @@
+"""WUDI: the merged task vector that disturbs each expert least where its own task vector acts.
+
+A linear layer's task vector tau_i, (m, n) with n inputs, is made of outer products with inputs that the layer saw in
+training, so that tau_i tau_i' stands in for the data, and
+
+    loss(M) = sum_i w_i ||(M - tau_i) tau_i'||^2 / ||tau_i||^2
+
+measures how far M is off on each task. The offline method holds every tau_i. But ||X tau'||^2 = trace(X tau'tau X'), so
+
+    gradient = 2 sum_i w_i (M - tau_i) tau_i'tau_i / ||tau_i||^2 = 2 (M G - H)
+    G = sum_i w_i tau_i'tau_i / ||tau_i||^2             (n, n), the trace of which is sum w_i
+    H = sum_i w_i tau_i tau_i'tau_i / ||tau_i||^2       (m, n)
+
+and with M_0 = S = sum w_i tau_i the descent from the stream's sums is the offline one. With M = S + D the gradient is
+2 (D G + R), where R = S G - H is what S disturbs: R is taken in float64, because H almost cancels S G where experts
+hardly disturb each other, and the descent on D may then be float32.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from projector.linalg import BLOCK_NUMEL, gram, row_blocks
+from projector.matrices import EXCLUDED, is_projected, matrices
+from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.spec import TensorSpec
+
+MOMENTUM, SQUARES, EPS = 0.9, 0.999, 1e-8  # Adam's betas and epsilon
+UNTRAINED = 1e-9  # of G's trace, the sum of weights: less is the rounding left by experts that were taken out
+
+
+@dataclass(frozen=True)
+class Wudi(Method):
+    """Merges each linear layer so that it disturbs every expert least, judged by the experts' own task vectors.
+
+    M minimises sum w_i ||(M - tau_i) tau_i'||^2 / ||tau_i||^2 for tau_i of shape (m, n), n the inputs, as
+    torch.nn.Linear keeps them. Solver "adam" is the paper's: a number of steps from M = S. Their number and size are
+    part of the method, for the descent stops far from the minimum. Solver "ridge" is the exact minimum of the same loss
+    plus lambda ||M - S||^2, lambda being `ridge` times the mean diagonal element of G:
+
+        M = S - (S G - H) (G + lambda I)^-1
+
+    It is held at S rather than at zero, as the descent is by its start: a direction in which hardly any expert moved
+    keeps the sum, and a single expert comes out whole. An expert of weight 2 counts as two of its kind. A task vector
+    of zero disturbs nothing and is skipped. Embeddings, vectors and scalars are averaged.
+
+    A read-out with "adam" costs `steps` products (m, n) x (n, n); "ridge" costs about two.
+    """
+
+    name = "wudi"
+    formula = "base + argmin_M sum w_i ||(M - tau_i) tau_i'||^2 / ||tau_i||^2 from M = S; other tensors: mean"
+    paper = "Cheng et al., Whoever started the interference should end it, arXiv 2503.08099"
+    order_independent = True
+    subtractable = True
+    weighted = True
+
+    solver: str = param("adam", "how M is found from S, G and H", choices=("adam", "ridge"))
+    steps: int = param(300, "Adam's steps", low=0, high=1000)
+    lr: float = param(1e-5, "Adam's step size, in units of the weights", low=0, high=1e-3)
+    ridge: float = param(1e-2, "what holds M at S, in units of G's mean diagonal element", low=1e-6, high=1e3)
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are averaged")
+
+    @property
+    def one_sweep(self) -> bool:
+        return True
+
+    def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        slots = {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
+        if self._solves(spec):
+            *stack, _, n = spec.shape
+            slots["G"] = TensorSpec(spec.name, (*stack, n, n), torch.float64)
+            slots["H"] = TensorSpec(spec.name, spec.shape, torch.float64)
+        return slots
+
+    def elementwise(self, spec: TensorSpec) -> bool:
+        return not self._solves(spec)
+
+    def workspace(self, spec: TensorSpec) -> int:
+        if not self._solves(spec):
+            return super().workspace(spec)
+        m, n = spec.shape[-2:]
+        return 8 * (2 * n * n + 3 * min(m * n, BLOCK_NUMEL)) + 4 * 6 * m * n  # squares; blocks; the descent in float32
+
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+        total = torch.add(state["S"], delta, alpha=expert.weight)
+        if not self._solves(spec):
+            return {"S": total}, {}
+        g, h = state["G"].clone(), state["H"].clone()
+        for tau_MN, g_NN, h_MN in matrices(delta, g, h):
+            own_NN = gram(tau_MN)
+            squared_norm = float(own_NN.trace())
+            if not squared_norm:
+                continue
+            own_NN *= expert.weight / squared_norm
+            g_NN += own_NN
+            for rows in row_blocks(tau_MN):
+                h_MN[rows].addmm_(tau_MN[rows].double(), own_NN)
+        return {"S": total, "G": g, "H": h}, {}
+
+    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
+        if not totals.experts:
+            return base.clone()
+        if not self._solves(spec):
+            return torch.add(base, state["S"], alpha=1 / totals.weight)
+        merged = torch.add(base, state["S"])
+        solve = self._descended if self.solver == "adam" else self._solved
+        for merged_MN, s_MN, g_NN, h_MN in matrices(merged, state["S"], state["G"], state["H"]):
+            if g_NN.trace() > UNTRAINED:
+                merged_MN += solve(s_MN, g_NN, h_MN)
+        return merged
+
+    def _solves(self, spec: TensorSpec) -> bool:
+        return is_projected(spec, self.exclude)
+
+    def _descended(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor) -> Tensor:
+        """D after Adam's steps from D = 0, float32."""
+        r_MN = torch.empty_like(s_MN)
+        for rows in row_blocks(s_MN):
+            r_MN[rows] = _disturbed(s_MN[rows], g_NN, h_MN[rows])
+        narrow_NN = g_NN.to(s_MN.dtype)
+        d_MN, mean_MN, squares_MN = (torch.zeros_like(s_MN) for _ in range(3))
+        for t in range(1, self.steps + 1):
+            gradient_MN = torch.addmm(r_MN, d_MN, narrow_NN).mul_(2)
+            mean_MN.lerp_(gradient_MN, 1 - MOMENTUM)
+            squares_MN.mul_(SQUARES).addcmul_(gradient_MN, gradient_MN, value=1 - SQUARES)
+            size_MN = torch.sqrt(squares_MN, out=gradient_MN).div_(sqrt(1 - SQUARES**t)).add_(EPS)
+            d_MN.addcdiv_(mean_MN, size_MN, value=-self.lr / (1 - MOMENTUM**t))
+        return d_MN
+
+    def _solved(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor) -> Tensor:
+        """D = -R (G + lambda I)^-1, float32."""
+        ridged_NN = g_NN.clone()
+        ridged_NN.diagonal().add_(self.ridge * g_NN.diagonal().mean())
+        lower_NN = torch.linalg.cholesky(ridged_NN)
+        d_MN = torch.empty_like(s_MN)
+        for rows in row_blocks(s_MN):
+            d_MN[rows] = -torch.cholesky_solve(_disturbed(s_MN[rows], g_NN, h_MN[rows]).T, lower_NN).T
+        return d_MN
+
+
+def _disturbed(s_BN: Tensor, g_NN: Tensor, h_BN: Tensor) -> Tensor:
+    """Rows of R = S G - H, float64."""
+    return torch.addmm(h_BN, s_BN.double(), g_NN, beta=-1)

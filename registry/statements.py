@@ -1,0 +1,80 @@
+"""The statements of the store's transactions: each works on a connection whose transaction the store has begun."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Select, func, insert, select, update
+
+from registry.errors import BadRecord, StaleHead
+from registry.records import BaseModel, Expert, Head, NewExpert, NewVersion, Status, Version
+from registry.tables import ExpertRow, HeadRow, VersionRow
+
+Record = TypeVar("Record", BaseModel, Head, Expert, Version)
+
+PROGRAM_HINT = "this is a fault in the program: please report it"
+
+
+def merged_as(sha256: str) -> Select[Any]:
+    """The merged expert with those bytes."""
+    return select(ExpertRow).where(ExpertRow.sha256 == sha256, ExpertRow.status == Status.MERGED)
+
+
+def columns(kind: type, record: object) -> dict[str, Any]:
+    """The columns that a record of this kind has."""
+    return {field.name: getattr(record, field.name) for field in fields(kind)}
+
+
+def fetch(connection: Connection, kind: type[Record], query: Select[Any]) -> list[Record]:
+    """What the query finds, as records."""
+    names = [field.name for field in fields(kind)]
+    return [kind(**{name: row[name] for name in names}) for row in connection.execute(query).mappings()]
+
+
+def require_one_each(heads: Sequence[Head], versions: Sequence[NewVersion]) -> None:
+    """Raises BadRecord unless there is one version, all with the same number, for each head."""
+    names = sorted(head.name for head in heads)
+    if not names or names != sorted(version.head for version in versions) or len({v.number for v in versions}) != 1:
+        raise BadRecord(f"there must be one version, of the same number, for each of the heads {names}", PROGRAM_HINT)
+
+
+def advance(connection: Connection, version: NewVersion) -> None:
+    """Moves a head on to its new version. Raises StaleHead unless it stands where that one expects it."""
+    at_parent = HeadRow.name == version.head, HeadRow.live == version.parent, HeadRow.newest == version.number - 1
+    moved = connection.execute(update(HeadRow).where(*at_parent).values(live=version.number, newest=version.number))
+    if moved.rowcount != 1:
+        raise StaleHead(
+            f"head {version.head} is no longer at version {version.parent}: version {version.number} cannot follow",
+            "fold the expert again, onto the version that is live now",
+        )
+
+
+def insert_expert(connection: Connection, expert: NewExpert, version: int | None, now: datetime) -> Expert:
+    """A row for an arrival, and what became of it."""
+    row = insert(ExpertRow).values(**columns(NewExpert, expert), version=version, finished_at=now, place=None)
+    key = connection.execute(row.returning(ExpertRow.id)).scalar_one()  # RETURNING can give an integer for a float
+    return fetch(connection, Expert, select(ExpertRow).where(ExpertRow.id == key))[0]
+
+
+def insert_head(connection: Connection, head: Head) -> None:
+    """A row for a head, behind those that are there."""
+    position = connection.execute(select(func.count()).select_from(HeadRow)).scalar_one()
+    connection.execute(insert(HeadRow).values(position=position, **columns(Head, head)))
+
+
+def withdraw(connection: Connection, expert_ids: Sequence[int], number: int) -> None:
+    """Notes that these merged experts went with version `number`. Raises BadRecord where one of them is not merged."""
+    rows = update(ExpertRow).where(ExpertRow.id.in_(expert_ids), ExpertRow.status == Status.MERGED)
+    gone = connection.execute(rows.values(status=Status.WITHDRAWN, withdrawn_in=number))
+    if gone.rowcount != len(expert_ids):
+        raise BadRecord(f"of the experts {list(expert_ids)} only {gone.rowcount} are merged", PROGRAM_HINT)
+
+
+def insert_versions(
+    connection: Connection, versions: Sequence[NewVersion], expert_id: int | None, now: datetime
+) -> None:
+    """A row for each version; `expert_id` is the expert that they fold, None where they fold none."""
+    for version in versions:
+        row = columns(NewVersion, version)
+        connection.execute(insert(VersionRow).values(**row, expert_id=expert_id, created_at=now, collected=False))

@@ -1,0 +1,244 @@
+"""Fisher merging, RegMean and MaTS as they stream, against their formulas in float64; and the sidecars they refuse."""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from projector.checks import LAWS, Law
+from projector.errors import BadParameter, BadSchema, BadValues, ProjectorError, Reason
+from projector.method import Expert, Method, State, Totals
+from projector.methods import make
+from projector.methods.fisher import Fisher
+from projector.methods.mats import Mats
+from projector.methods.regmean import RegMean
+from projector.spec import TensorSpec
+from projector.trial import merge, sidecar, stream
+from tests import oracles, oracles_sidecars
+
+Tensors = Mapping[str, Tensor]
+
+COUNT = 12
+WEIGHTS = [1.0, 0.25, 3.0, 1.0, 2.5, 0.1, 1.0, 4.0, 0.7, 1.3, 1.0, 2.0]
+SQUARE = TensorSpec("layer.weight", (4, 4), torch.float32)
+ONE = torch.ones(4, 4)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fisher": ("fisher", {}),
+    "fisher as it is": ("fisher", {"normalise": False}),
+    "fisher floored": ("fisher", {"floor": 0.1}),
+    "regmean": ("regmean", {}),
+    "regmean undamped": ("regmean", {"off_diagonal": 1.0, "ridge": 1e-3}),
+    "regmean everywhere": ("regmean", {"exclude": ()}),
+    "mats": ("mats", {}),
+    "mats cut short": ("mats", {"iterations": 3}),
+    "mats fisher": ("mats", {"curvature": "fisher"}),
+    "mats fisher cut short": ("mats", {"curvature": "fisher", "iterations": 7}),
+}
+
+
+@pytest.mark.parametrize("counting", [[1.0] * COUNT, WEIGHTS], ids=["alike", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_twelve_arrivals_match_the_oracle(case: str, dtype: torch.dtype, counting: list[float]) -> None:
+    name, params = CASES[case]
+    method, base, experts = make(name, params), *in_dtype(dtype)
+    weights, state, totals = merge(method, base, experts, counting=counting)
+    sidecars = [sidecar(method.needs[0], expert) for expert in experts]
+    truth = getattr(oracles_sidecars, name)(base, experts, sidecars, counting, **params)
+    error = gap(merged_vector(method, base, state, totals), base, truth)
+    print(f"{case} {dtype}: {error:.1e}")
+    assert error <= 1e-5
+    for key, tensor in weights.items():
+        assert tensor.dtype == dtype
+        assert torch.allclose(tensor.double(), truth[key], rtol=torch.finfo(dtype).eps, atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    "case", ["fisher", "regmean", "mats", "mats cut short", "mats fisher", "mats fisher cut short"]
+)
+def test_the_order_of_the_experts_does_not_matter(case: str) -> None:
+    name, params = CASES[case]
+    method, base, experts = make(name, params), *in_dtype(torch.float32)
+    first, _, _ = merge(method, base, experts, counting=WEIGHTS)
+    for seed in range(10):
+        order = random.Random(seed).sample(range(COUNT), COUNT)
+        other, _, _ = merge(method, base, [experts[i] for i in order], counting=[WEIGHTS[i] for i in order])
+        for key, tensor in first.items():
+            assert torch.allclose(tensor, other[key], rtol=1e-6, atol=1e-6), key
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("case", ["fisher as it is", "regmean everywhere", "mats fisher cut short"])
+def test_laws_where_several_parameters_differ(case: str, law: Law) -> None:
+    law(make(*CASES[case]))
+
+
+def test_each_method_differs_from_the_mean() -> None:
+    """Otherwise the comparisons above would compare means."""
+    base, experts = in_dtype(torch.float32)
+    plain, _, _ = merge(make("mean"), base, experts)
+    for name in ("fisher", "regmean", "mats"):
+        weights, _, _ = merge(make(name), base, experts)
+        assert float((weights["square.weight"] - plain["square.weight"]).abs().max()) > 0.01, name
+
+
+def test_an_expert_with_large_gradients_everywhere_does_not_outvote_the_others() -> None:
+    experts = [(ONE, 1e6 * ONE), (-ONE, ONE)]
+    loud = folded(Fisher(normalise=False), SQUARE, experts)
+    assert torch.allclose(loud, ONE, rtol=1e-4)
+    level = folded(Fisher(), SQUARE, experts)
+    assert torch.allclose(level, torch.zeros(4, 4), atol=1e-6)
+
+
+def test_the_expert_that_is_sure_is_taken_out_again_without_a_trace() -> None:
+    """Its Fisher is nine decades above the others', which sums in float32 would not survive."""
+    generator = torch.Generator().manual_seed(0)
+    taus = [torch.randn(4, 4, generator=generator) for _ in range(3)]
+    fishers = [torch.rand(4, 4, generator=generator) * size for size in (1e-5, 1e-5, 1e4)]
+    method, stream = Fisher(normalise=False), [*zip(taus, fishers, strict=True)]
+    less = folded(method, SQUARE, [*stream, stream[2]], [1, 1, 1, -1])
+    assert torch.allclose(less, folded(method, SQUARE, stream[:2]), rtol=1e-5)
+
+
+def test_regmean_fits_the_outputs_on_every_experts_inputs() -> None:
+    """Against the least-squares problem itself: the stacked inputs and what each expert's layer makes of its own."""
+    generator = torch.Generator().manual_seed(0)
+    taus = [torch.randn(6, 4, generator=generator) for _ in range(3)]
+    inputs = [torch.randn(10, 4, generator=generator) for _ in range(3)]
+    weights = [1.0, 2.0, 0.5]
+    spec = TensorSpec("layer.weight", (6, 4), torch.float32)
+    method = RegMean(off_diagonal=1.0, ridge=1e-9)
+    ours = folded(method, spec, [(tau, x.T @ x) for tau, x in zip(taus, inputs, strict=True)], weights)
+    left = torch.cat([c**0.5 * x for c, x in zip(weights, inputs, strict=True)])
+    right = torch.cat([c**0.5 * x @ tau.T for c, tau, x in zip(weights, taus, inputs, strict=True)])
+    assert torch.allclose(ours, torch.linalg.lstsq(left, right).solution.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.95, 1.0])
+def test_regmean_stays_at_the_base_where_there_was_no_input(off_diagonal: float) -> None:
+    x = torch.tensor([[1.0, 2.0, 0.0, 0.0]])
+    method = RegMean(off_diagonal=off_diagonal)
+    moved = folded(method, SQUARE, [(ONE, x.T @ x)])
+    assert float(moved[:, 2:].abs().max()) == 0
+    assert float(moved[:, :2].abs().min()) > 0.1
+    assert torch.equal(folded(method, SQUARE, [(ONE, torch.zeros(4, 4))]), torch.zeros(4, 4))
+
+
+def test_regmean_raises_the_ridge_over_rounding_and_refuses_what_is_no_gram_matrix() -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    rounded = x.T @ x - 1e-4 * torch.eye(4)
+    assert folded(RegMean(off_diagonal=1.0), SQUARE, [(ONE, rounded)]).isfinite().all()
+    with pytest.raises(BadValues, match=r"layer\.weight .* not positive semidefinite") as caught:
+        folded(RegMean(off_diagonal=1.0), SQUARE, [(ONE, 5 * ONE - 4 * torch.eye(4))])
+    assert caught.value.reason is Reason.BAD_SIDECAR
+
+
+def test_mats_reaches_the_solution_and_keeps_the_sum_where_there_is_no_curvature() -> None:
+    taus, x = [ONE, 3 * ONE], torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]])
+    weights = [1.0, 3.0]
+    ours = folded(Mats(), SQUARE, [(tau, x.T @ x) for tau in taus], weights)
+    assert torch.allclose(ours[:, :2], torch.full((4, 2), 10 / 4))
+    assert torch.allclose(ours[:, 2:], torch.full((4, 2), 10.0))
+    f = torch.eye(4)
+    ours = folded(Mats(curvature="fisher"), SQUARE, [(tau, f) for tau in taus], weights)
+    assert torch.allclose(ours, torch.where(f > 0, 10 / 4, 10.0))
+
+
+def test_a_two_sided_kronecker_curvature_is_refused_by_name() -> None:
+    with pytest.raises(BadParameter, match=r"kronecker.*fixed size"):
+        make("mats", {"curvature": "kronecker"})
+
+
+NAN = torch.full((4, 4), float("nan"))
+BAD_FISHERS = {
+    "missing": None,
+    "shape": torch.ones(4, 5),
+    "vector": torch.ones(4),
+    "negative": torch.eye(4) - 1e-3,
+    "nan": NAN,
+    "infinite": ONE / 0,
+}
+BAD_GRAMS = {
+    "missing": None,
+    "shape": torch.ones(5, 5),
+    "vector": torch.ones(4),
+    "lopsided": ONE.triu(),
+    "negative": -torch.eye(4),
+    "nan": NAN,
+    "infinite": ONE / 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "brought"),
+    [
+        *(
+            (make(name, params), "fisher", bad)
+            for name, params in (("fisher", {}), ("fisher", {"normalise": False}), ("mats", {"curvature": "fisher"}))
+            for bad in BAD_FISHERS.items()
+        ),
+        *((make(name), "gram", bad) for name in ("regmean", "mats") for bad in BAD_GRAMS.items()),
+    ],
+    ids=lambda value: value.name if isinstance(value, Method) else value[0] if isinstance(value, tuple) else value,
+)
+def test_a_bad_sidecar_is_refused_by_the_tensors_name(
+    method: Method, kind: str, brought: tuple[str, Tensor | None]
+) -> None:
+    how, value = brought
+    with pytest.raises(ProjectorError, match=r"layer\.weight") as caught:
+        folded(method, SQUARE, [(ONE, value)])
+    assert isinstance(caught.value, BadSchema if how in ("missing", "shape", "vector") else BadValues)
+    assert caught.value.reason is Reason.BAD_SIDECAR
+    assert f"{kind}.safetensors" in caught.value.hint
+
+
+def test_a_half_precision_sidecar_is_taken() -> None:
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    g = (x.T @ x).to(torch.bfloat16)
+    for method in (RegMean(), Mats(), Mats(curvature="fisher"), Fisher()):
+        assert folded(method, SQUARE, [(ONE, g.abs())]).isfinite().all()
+
+
+def folded(
+    method: Method, spec: TensorSpec, stream: list[tuple[Tensor, Tensor | None]], weights: list[float] | None = None
+) -> Tensor:
+    """The merged task vector, float32, of one tensor after these deltas and what each expert brought for it."""
+    state: State = {key: torch.zeros(slot.shape, dtype=slot.dtype) for key, slot in method.slots(spec).items()}
+    totals = Totals()
+    for index, (delta, brought) in enumerate(stream, start=1):
+        sidecars = {} if brought is None else {method.needs[0]: brought}
+        expert = Expert(index, weight=weights[index - 1] if weights else 1.0, sidecars=sidecars)
+        for _ in range(method.rounds):
+            expert = Expert(index, "", expert.weight, [method.survey(state, delta, spec, expert)], sidecars)
+        state, sums = method.update(state, delta, spec, expert)
+        totals = method.tally(totals, sums, expert)
+    return method.read(torch.zeros(spec.shape), state, totals, spec)
+
+
+def in_dtype(dtype: torch.dtype) -> tuple[Tensors, list[Tensors]]:
+    base, experts = stream(COUNT)
+    cast = [{name: tensor.to(dtype) for name, tensor in weights.items()} for weights in (base, *experts)]
+    return cast[0], cast[1:]
+
+
+def merged_vector(method: Method, base: Tensors, state: Tensors, totals: Totals) -> dict[str, Tensor]:
+    """The merged task vector in float64, before it is added to the base and rounded."""
+    merged = {}
+    for name, theta0 in base.items():
+        spec = TensorSpec(name, tuple(theta0.shape), theta0.dtype)
+        slots = {key: state[f"{key}/{name}"] for key in method.slots(spec)}
+        merged[name] = method.read(torch.zeros(spec.shape).double(), slots, totals, spec)
+    return merged
+
+
+def gap(ours: Tensors, base: Tensors, truth: Tensors) -> float:
+    """The largest relative error of any tensor's merged task vector."""
+    theirs = {name: truth[name] - base[name].double() for name in base}
+    return max(
+        oracles.norm({name: ours[name] - theirs[name]}) / oracles.norm({name: theirs[name]})
+        for name in base
+        if base[name].numel()
+    )

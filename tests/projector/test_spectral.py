@@ -1,0 +1,330 @@
+"""iso_c, wudi and OPCM's isotropic read-out as they stream, against the offline methods in float64."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from projector.method import Expert, Method, Totals
+from projector.methods import make
+from projector.spec import TensorSpec
+from projector.trial import merge
+from tests import oracles, oracles_spectral
+
+Tensors = dict[str, Tensor]
+Oracle = Callable[..., Mapping[str, Tensor]]
+
+SHAPES = {
+    "square.weight": (24, 24),
+    "tall.weight": (40, 16),
+    "wide.weight": (12, 36),
+    "lora.weight": (48, 40),
+    "experts.weight": (3, 10, 14),
+    "word_embeddings.weight": (60, 8),
+    "row.weight": (1, 9),
+    "bias": (20,),
+    "scalar": (),
+}
+MATRICES = ("square.weight", "tall.weight", "wide.weight", "lora.weight", "experts.weight")
+COUNT = 12
+COUNTING = [0.5, 2.0, 1.0, 3.0, 1.0, 0.25, 1.0, 1.5, 1.0, 1.0, 0.75, 2.0]
+DTYPES = [torch.float32, torch.bfloat16]
+
+CASES: dict[str, tuple[str, dict[str, Any], Oracle, float]] = {
+    "iso_c": ("iso_c", {}, oracles_spectral.iso_c, 1e-5),
+    "iso_c 1.5": ("iso_c", {"scale": 1.5}, oracles_spectral.iso_c, 1e-5),
+    "wudi": ("wudi", {}, oracles_spectral.wudi_adam, 1e-3),
+    "wudi 1e-4": ("wudi", {"lr": 1e-4, "steps": 60}, oracles_spectral.wudi_adam, 1e-3),
+    "wudi ridge": ("wudi", {"solver": "ridge"}, oracles_spectral.wudi_ridge, 1e-5),
+    "wudi ridge 1e-4": ("wudi", {"solver": "ridge", "ridge": 1e-4}, oracles_spectral.wudi_ridge, 1e-5),
+}
+cases = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def stream(dtype: torch.dtype = torch.float32, count: int = COUNT, seed: int = 3) -> tuple[Tensors, list[Tensors]]:
+    """A base and experts that share a part of what they learnt; "lora.weight" moves by a matrix of rank 2."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    base = {name: (0.1 * draw(*shape)).to(dtype) for name, shape in SHAPES.items()}
+    common = {name: draw(*shape) for name, shape in SHAPES.items()}
+    experts = []
+    for _ in range(count):
+        tau = {name: 0.01 * draw(*shape) + 0.004 * common[name] for name, shape in SHAPES.items()}
+        m, n = SHAPES["lora.weight"]
+        tau["lora.weight"] = 0.01 * draw(m, 2) @ draw(2, n)
+        experts.append({name: (base[name].double() + tau[name]).to(dtype) for name in base})
+    return base, experts
+
+
+def method_of(case: str) -> tuple[Method, Callable[..., Mapping[str, Tensor]], float]:
+    """The method, its oracle with the same parameters, and the relative error it may make."""
+    name, params, oracle, tolerance = CASES[case]
+    known = {key: value for key, value in params.items() if key != "solver"}
+    return make(name, params), lambda *args: oracle(*args, **known), tolerance
+
+
+def task_vector_of(method: Method, base: Tensors, state: Mapping[str, Tensor], totals: Totals) -> Tensors:
+    """The merged task vector in float64, before it is added to the base and rounded."""
+    merged = {}
+    for name, theta0 in base.items():
+        spec = TensorSpec(name, tuple(theta0.shape), theta0.dtype)
+        slots = {key: state[f"{key}/{name}"] for key in method.slots(spec)}
+        merged[name] = method.read(torch.zeros(spec.shape, dtype=torch.float64), slots, totals, spec)
+    return merged
+
+
+def merged_task_vector(
+    method: Method, base: Tensors, experts: Sequence[Tensors], counting: Sequence[float] | None = None
+) -> Tensors:
+    _, state, totals = merge(method, base, experts, counting=counting)
+    return task_vector_of(method, base, state, totals)
+
+
+def gap(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """||ours - theirs|| / ||theirs|| over all tensors taken as one vector."""
+    assert ours.keys() == theirs.keys()
+    apart = {name: tensor.double() - theirs[name].double() for name, tensor in ours.items()}
+    return oracles.norm(apart) / oracles.norm(theirs)
+
+
+def worst(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest `gap` of any one tensor."""
+    return max(gap({name: tensor}, {name: theirs[name]}) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("counting", [None, COUNTING], ids=["equal", "weighted"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@cases
+def test_twelve_arrivals_match_the_oracle(case: str, dtype: torch.dtype, counting: list[float] | None) -> None:
+    method, oracle, tolerance = method_of(case)
+    base, experts = stream(dtype)
+    truth = oracle(base, experts, counting)
+    weights, state, totals = merge(method, base, experts, counting=counting)
+    error = worst(task_vector_of(method, base, state, totals), truth)
+    print(f"{case} {dtype}: {error:.1e}")
+    assert error <= tolerance
+    for name, tensor in weights.items():
+        exact = base[name].double() + truth[name]
+        assert tensor.dtype == dtype
+        assert torch.allclose(tensor.double(), exact, rtol=torch.finfo(dtype).eps, atol=tolerance * 0.01), name
+
+
+@pytest.mark.parametrize("case", ["wudi", "wudi 1e-4", "wudi ridge"])
+def test_what_wudi_adds_to_the_sum_matches_the_oracle(case: str) -> None:
+    """A descent moves by little: beside the sum that it starts from, an error in it would hardly show."""
+    method, oracle, tolerance = method_of(case)
+    base, experts = stream()
+    total, truth = oracles.task_sum(base, experts), oracle(base, experts)
+    ours = merged_task_vector(method, base, experts)
+    error = worst({name: ours[name] - total[name] for name in MATRICES}, {n: truth[n] - total[n] for n in MATRICES})
+    print(f"{case}: {error:.1e}")
+    assert error <= tolerance
+
+
+@cases
+def test_ten_orders_of_the_experts_give_the_same(case: str) -> None:
+    method, _, _ = method_of(case)
+    base, experts = stream()
+    first = merged_task_vector(method, base, experts, COUNTING)
+    shuffle, pairs, apart = random.Random(5), list(zip(experts, COUNTING, strict=True)), []
+    for _ in range(10):
+        shuffle.shuffle(pairs)
+        apart.append(worst(merged_task_vector(method, base, *zip(*pairs, strict=True)), first))
+    print(f"{case}: {max(apart):.1e}")
+    assert 0 < max(apart) <= 1e-6
+
+
+@cases
+def test_experts_that_are_taken_out_leave_nothing(case: str) -> None:
+    method, oracle, tolerance = method_of(case)
+    base, experts = stream()
+    gone = [2, 7, 11]
+    counting = [*COUNTING, *(-COUNTING[i] for i in gone)]
+    ours = merged_task_vector(method, base, [*experts, *(experts[i] for i in gone)], counting)
+    kept = [i for i in range(COUNT) if i not in gone]
+    truth = oracle(base, [experts[i] for i in kept], [COUNTING[i] for i in kept])
+    assert worst(ours, truth) <= tolerance
+
+
+@cases
+def test_with_every_expert_taken_out_the_base_is_left(case: str) -> None:
+    method, _, _ = method_of(case)
+    base, experts = stream(count=3)
+    weights, _, totals = merge(method, base, [*experts, *experts], counting=[1, 2, 3, -1, -2, -3])
+    assert totals.experts == 0
+    assert all(torch.equal(weights[name], base[name]) for name in base)
+
+
+@cases
+def test_a_matrix_whose_only_experts_were_taken_out_is_the_bases(case: str) -> None:
+    """What rounding leaves of them is no Gram matrix, and has directions of its own."""
+    method, _, _ = method_of(case)
+    base, experts = stream(count=4)
+    for expert in experts[3:]:
+        expert["square.weight"] = base["square.weight"]
+    counting = [0.3, 0.7, 1.1, 1, -0.3, -0.7, -1.1]
+    ours = merged_task_vector(method, base, [*experts, *experts[:3]], counting)
+    assert ours["square.weight"].abs().max() <= 1e-8
+    assert ours["tall.weight"].abs().max() > 1e-3
+
+
+@cases
+def test_what_is_excluded_and_what_is_no_matrix_is_averaged(case: str) -> None:
+    name, params, _, _ = CASES[case]
+    base, experts = stream(count=3)
+    ours = merged_task_vector(make(name, {**params, "exclude": "tall*"}), base, experts)
+    mean = {name: tensor / 3 for name, tensor in oracles.task_sum(base, experts).items()}
+    for tensor in ("tall.weight", "row.weight", "bias", "scalar"):
+        assert gap({tensor: ours[tensor]}, {tensor: mean[tensor]}) <= 1e-6, tensor
+    for tensor in (*(name for name in MATRICES if name != "tall.weight"), "word_embeddings.weight"):
+        assert gap({tensor: ours[tensor]}, {tensor: mean[tensor]}) > 0.1, tensor
+
+
+def test_iso_c_has_a_flat_spectrum_and_the_sums_singular_vectors() -> None:
+    base, experts = stream()
+    ours, total = merged_task_vector(make("iso_c"), base, experts), oracles.task_sum(base, experts)
+    for name in ("square.weight", "tall.weight", "wide.weight"):
+        values = torch.linalg.svdvals(total[name])
+        assert torch.allclose(torch.linalg.svdvals(ours[name]), values.mean().expand_as(values), rtol=1e-6), name
+        overlap = float((ours[name] * total[name]).sum() / values.mean())  # trace(V U' U S V')
+        assert overlap == pytest.approx(float(values.sum()), rel=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["iso_c", "opcm"])
+def test_directions_that_no_expert_moved_stay_empty(name: str) -> None:
+    """Two experts of rank 2 have moved 4 of 40 directions: the mean is over 40, and only 4 carry it."""
+    base, experts = stream(count=2)
+    params = {"readout": "isotropic", "scale": 1.0} if name == "opcm" else {}
+    method = make(name, {**params, "tol": 1e-4})  # above the rounding of the experts
+    ours = merged_task_vector(method, base, experts)["lora.weight"]
+    values = torch.linalg.svdvals(ours)
+    assert torch.allclose(values[:4], values[0].expand(4), rtol=1e-5)
+    assert (values[4:] <= 1e-5 * values[0]).all()
+    if name == "iso_c":
+        sums = torch.linalg.svdvals(oracles.task_sum(base, experts)["lora.weight"])
+        assert float(values[0]) == pytest.approx(float(sums.sum()) / 40, rel=1e-4)
+
+
+@pytest.mark.parametrize("projection", ["code", "paper"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcm_read_out_isotropic_matches_the_oracle(dtype: torch.dtype, projection: str) -> None:
+    """Without the low-rank matrix: twelve arrivals amplify the oracle's own rounding there, from 1e-15 to 4e-3.
+
+    For the same reason the oracle has the task vectors that the method is given, which are rounded to float32.
+    """
+    base, experts = stream(dtype)
+    for tensors in (base, *experts):
+        del tensors["lora.weight"]
+    method = make("opcm", {"readout": "isotropic", "scale": 1.5, "projection": projection})
+    given = [
+        {name: base[name] + (expert[name].float() - base[name].float()).double() for name in base} for expert in experts
+    ]
+    truth = oracles_spectral.opcm_isotropic(base, given, projection=projection, scale=1.5)
+    error = gap(merged_task_vector(method, base, experts), truth)
+    print(f"{dtype} {projection}: {error:.1e}")
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("accumulator", ["float32", "float64"])
+def test_opcm_read_out_isotropic_is_right_for_the_state_on_disk(accumulator: str) -> None:
+    base, experts = stream()
+    method = make("opcm", {"readout": "isotropic", "accumulator": accumulator})
+    _, state, totals = merge(method, base, experts)
+    ours = task_vector_of(method, base, state, totals)
+    lengthened = totals.scalars["mean_norm"] / totals.scalars["merged_norm"]
+    for name, tensor in ours.items():
+        a = state[f"A/{name}"].double()
+        truth = a * lengthened
+        if name in MATRICES:
+            parts = [2.0 * oracles_spectral.flat(part, 1e-6) for part in (a if a.ndim == 3 else [a])]
+            truth = torch.stack(parts).reshape(a.shape)
+        error = gap({name: tensor}, {name: truth})
+        print(f"{name} {accumulator}: {error:.1e}")
+        assert error <= (1e-6 if accumulator == "float32" else 1e-7), name
+
+
+def test_both_read_outs_of_opcm_share_a_state() -> None:
+    base, experts = stream(torch.bfloat16, count=4)
+    first, second = (merge(make("opcm", {"readout": word}), base, experts) for word in ("norm", "isotropic"))
+    assert all(torch.equal(tensor, second[1][name]) for name, tensor in first[1].items())
+    assert first[2] == second[2]
+    assert not torch.allclose(first[0]["square.weight"], second[0]["square.weight"], rtol=1e-2)
+    assert torch.equal(first[0]["bias"], second[0]["bias"])
+
+
+@pytest.mark.parametrize("solver", ["adam", "ridge"])
+def test_wudi_lessens_the_loss_of_the_sum(solver: str) -> None:
+    base, experts = stream()
+    ours = merged_task_vector(make("wudi", {"solver": solver}), base, experts)
+    total = oracles.task_sum(base, experts)
+    tasks = [oracles.task_vector(base, expert) for expert in experts]
+    weights = torch.ones(COUNT, dtype=torch.float64)
+    for name in ("square.weight", "tall.weight", "wide.weight", "lora.weight"):
+        taus = torch.stack([task[name] for task in tasks])
+        after, before = (float(oracles_spectral.wudi_loss(m, taus, weights)) for m in (ours[name], total[name]))
+        assert after < (0.95 if solver == "adam" else 0.5) * before, name
+
+
+@pytest.mark.parametrize("params", [{}, {"lr": 1e-3}, {"solver": "ridge", "ridge": 1e3}], ids=str)
+def test_wudi_takes_a_single_expert_whole(params: dict[str, Any]) -> None:
+    base, experts = stream(count=1)
+    ours = merged_task_vector(make("wudi", params), base, experts)
+    assert worst(ours, oracles.task_vector(base, experts[0])) <= 1e-6
+
+
+@pytest.mark.parametrize("solver", ["adam", "ridge"])
+def test_wudi_skips_a_task_vector_of_zero(solver: str) -> None:
+    base, experts = stream(count=4)
+    for expert in experts[1:3]:
+        expert["square.weight"] = base["square.weight"]
+    method = make("wudi", {"solver": solver})
+    four = merged_task_vector(method, base, experts)
+    two = merged_task_vector(method, base, [experts[0], experts[3]])
+    assert torch.equal(four["square.weight"], two["square.weight"])
+    assert not torch.equal(four["tall.weight"], two["tall.weight"])
+
+
+def test_wudi_keeps_its_sums_in_any_order() -> None:
+    """G and H are float64, so that the order shows in S, the float32 sum."""
+    base, experts = stream()
+    _, one, _ = merge(make("wudi"), base, experts, counting=COUNTING)
+    _, other, _ = merge(make("wudi"), base, experts[::-1], counting=COUNTING[::-1])
+    for name, tensor in one.items():
+        assert gap({name: tensor}, {name: other[name]}) <= (1e-6 if name.startswith("S/") else 1e-14), name
+
+
+def test_an_expert_of_weight_two_is_two_of_its_kind() -> None:
+    base, experts = stream(count=3)
+    for case in CASES:
+        method, _, _ = method_of(case)
+        doubled = merged_task_vector(method, base, experts, [1.0, 2.0, 1.0])
+        twice = merged_task_vector(method, base, [*experts, experts[1]])
+        assert worst(doubled, twice) <= 1e-6, case
+
+
+def test_wudi_merges_a_stack_matrix_by_matrix() -> None:
+    base, experts = stream(count=3)
+    method, name = make("wudi", {"solver": "ridge"}), "experts.weight"
+    stacked = merged_task_vector(method, base, experts)[name]
+    spec = TensorSpec("one.weight", SHAPES[name][1:], torch.float32)
+    for k in range(SHAPES[name][0]):
+        state = {key: torch.zeros(slot.shape, dtype=slot.dtype) for key, slot in method.slots(spec).items()}
+        for index, expert in enumerate(experts, start=1):
+            state = dict(method.update(state, (expert[name] - base[name])[k], spec, Expert(index))[0])
+        alone = method.read(torch.zeros(spec.shape, dtype=torch.float64), state, Totals(3), spec)
+        assert torch.equal(stacked[k], alone)
