@@ -103,8 +103,12 @@ class OpenCheckpoint:
             check_sidecar(base, kind, file.reader.specs)
 
     def identity(self) -> str:
-        """The sha256 that stands for this checkpoint; reads what has not been read yet."""
-        return identity({file.name: file.reader.sha256() for file in (*self.files, *self._sidecars.values())})
+        """The sha256 that stands for this checkpoint: that of its weights. Reads what has not been read yet."""
+        return identity({file.name: file.reader.sha256() for file in self.files})
+
+    def sidecar_digests(self) -> dict[str, str]:
+        """The sha256 of each sidecar that it was opened with, by kind; reads what has not been read yet."""
+        return {kind: file.reader.sha256() for kind, file in self._sidecars.items()}
 
     def sync(self) -> None:
         """Makes the checkpoint's own bytes durable: whoever dropped it may not have."""

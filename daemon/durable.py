@@ -186,6 +186,14 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """Writes all of it at that place of the file; not durable before the file is synced."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
 def _write(fd: int, data: bytes) -> None:
     """Writes all of it: one call may take less, and says so only by what it returns."""
     view = memoryview(data)

@@ -25,6 +25,11 @@ PREPARED_FILE = "prepared.safetensors"
 PREPARED_DIGEST = "prepared.sha256"
 
 
+def is_head_name(name: str) -> bool:
+    """True for what a head may be called: its folders are named after it."""
+    return name.isascii() and name.isidentifier()
+
+
 def number(n: int) -> str:
     """A version or an expert id as its folder is called: 12 -> "000012"."""
     return f"{n:06d}"

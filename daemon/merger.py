@@ -3,7 +3,7 @@
 1 take        open the expert; from here on its descriptors count, not its name
 2 reserve     check it against the base; reserve space for all that will be written
 3 fold        read each tensor once, hash it on the way, write every head's new state
-4 identify    its digest is its identity: a duplicate is set aside, one that changed meanwhile is tried again
+4 identify    its weights' digest is its identity: a duplicate is set aside, one that changed is tried again
 5 read out    write every head's published weights
 6 seal        sync every file; write the manifests; sync the folders
 7 publish     rename everything into place
@@ -195,11 +195,17 @@ class Merger:
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded) -> NewExpert:
         if self._base.identity() != self._base_sha256:  # known once the first expert has been folded
             raise BadHome("the base in state/base is damaged", "restore it from a backup; nothing was merged onto it")
-        sha256 = expert.identity()
+        sha256, sidecars = expert.identity(), expert.sidecar_digests()
         if not expert.unchanged():
             raise _changed(drop)
-        about = expert.about.given() if expert.about else None
-        new = replace(_arrived(drop, Status.MERGED), kind=expert.kind, sha256=sha256, norm=folded.norm, about=about)
+        new = replace(
+            _arrived(drop, Status.MERGED),
+            kind=expert.kind,
+            sha256=sha256,
+            norm=folded.norm,
+            about=expert.about.given() if expert.about else None,
+            sidecars=sidecars or None,
+        )
         if twin := self._store.merged(sha256):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
         try:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,14 +98,15 @@ class _Fetched:
     def file(self, url: str, name: str, size: int | None = None, sha256: str | None = None) -> None:
         """Fetches one file; `size` and `sha256` where they are known beforehand."""
         with _asked(url) as answer:
-            announced = int(answer.headers["Content-Length"] or -1)
+            length = answer.headers["Content-Length"] or ""
+            announced = int(length) if length.isdecimal() else -1
             if announced < 0 or size not in (None, announced):
                 raise _wrong(name, f"it has {announced} bytes there, the manifest says {size}")
             digest, done = hashlib.sha256(), 0
             with durable.new_file(self.folder / name, announced) as fd:
                 while chunk := answer.read(CHUNK_BYTES):
                     digest.update(chunk)
-                    os.pwrite(fd, chunk, done)
+                    durable.write_at(fd, chunk, done)
                     done += len(chunk)
                     self._report(name, done, announced)
         if done != announced:
@@ -134,7 +134,7 @@ def _listed(manifest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     """(size, sha256) of every file of a manifest. ValueError where a name could lead out of the folder."""
     files = {file["name"]: (int(file["size"]), str(file["sha256"])) for file in manifest["files"]}
     for name in files:
-        if Path(name).name != name or name.startswith(".") or not name.isprintable() or name == MANIFEST:
+        if not name or Path(name).name != name or name.startswith(".") or not name.isprintable() or name == MANIFEST:
             raise ValueError(f"{shown(name)} cannot be the name of a file")
     return files
 

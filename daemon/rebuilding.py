@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from statistics import median
+from uuid import uuid4
 
 from daemon import durable
 from daemon.checkpoint import open_path
@@ -27,10 +28,12 @@ from daemon.restating import Arrival, Made, Restating, next_number
 from projector.method import Expert as View
 from projector.method import Method, Totals
 from projector.methods import make
+from registry.errors import RegistryError
 from registry.records import Expert, Head, Version
 from registry.store import Reader, Store
 
 SUBTRACTED, REPLAYED = "subtracted", "replayed"
+MOST_SUBTRACTED = 100.0  # times the weight of what is left: beyond that its rounding shows in the fifth digit
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
     """Adds a head that has folded every merged expert. Raises BadHome where the daemon runs, an expert is missing, or
     there is such a head.
     """
-    with _opened(home) as store:
+    with _reading(home) if dry else _opened(home) as store:
         if store.head(name):
             raise BadHome(f"there is a head {name!r} already", "choose another name")
         inner = Home(home.rebuilding(name))
@@ -93,7 +96,7 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
         heads, experts = {name: method}, store.lineage()
         check_archive(home, experts, heads)
         plan = Plan({name: REPLAYED}, experts, _usual_seconds(store))
-        if not dry:
+        if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to)
             with Restating(home, store.base().sha256, settings, to.progress()) as restating:
                 made = _from_inside(restating, inner, name, home, experts)
@@ -103,22 +106,32 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
         return plan
 
 
-def withdraw(home: Home, settings: Settings, words: Sequence[str], to: Console, *, dry: bool = False) -> Plan:
-    """Takes merged experts out of every head: each gets a new version without them. Raises BadHome as `add_head`."""
-    with _opened(home) as store:
+def withdraw(
+    home: Home,
+    settings: Settings,
+    words: Sequence[str],
+    to: Console,
+    *,
+    always_replay: bool = False,
+    dry: bool = False,
+) -> Plan:
+    """Takes merged experts out of every head: each gets a new version without them. Raises BadHome as `add_head`.
+
+    always_replay: subtract in no head, even where the method allows it.
+    """
+    with _reading(home) if dry else _opened(home) as store:
         lines = read_lines(store, methods_of(store))
         lineage, gone = store.lineage(), merged_experts(store, words)
         rest = [expert for expert in lineage if expert not in gone]
-        how = {line.head.name: SUBTRACTED if line.method.subtractable and rest else REPLAYED for line in lines}
-        subtracted = {line.head.name: line.method for line in lines if how[line.head.name] == SUBTRACTED}
+        subtracts = not always_replay and _light(gone, rest) and _archived(home, gone, lines, to)
+        how = {line.head.name: SUBTRACTED if line.method.subtractable and subtracts else REPLAYED for line in lines}
+        subtracted = [line for line in lines if how[line.head.name] == SUBTRACTED]
         replayed = {line.head.name: line.method for line in lines if how[line.head.name] == REPLAYED}
-        if subtracted:
-            check_archive(home, gone, subtracted)
         if replayed:
             check_archive(home, rest, replayed)
         reads = [*(gone if subtracted else []), *(rest if replayed else [])]
         plan = Plan(how, reads, _usual_seconds(store))
-        if dry:
+        if not isinstance(store, Store):
             return plan
         inner = Home(home.withdrawing(next_number(lines)))
         if replayed:
@@ -138,6 +151,28 @@ def withdraw(home: Home, settings: Settings, words: Sequence[str], to: Console, 
         return plan
 
 
+def _archived(home: Home, gone: Sequence[Expert], lines: Sequence[Line], to: Console) -> bool:
+    """True where all that subtracting needs is in the archive; else it says what is not."""
+    heads = {line.head.name: line.method for line in lines if line.method.subtractable}
+    try:
+        check_archive(home, gone, heads)
+    except BadHome as error:
+        if heads:
+            to.say(f"cannot subtract: {error}")
+        return False
+    return True
+
+
+def _light(gone: Sequence[Expert], rest: Sequence[Expert]) -> bool:
+    """True where float32 keeps enough of what is left once these are subtracted: rounding is a share of the largest."""
+    return sum(expert.weight for expert in gone) <= MOST_SUBTRACTED * sum(expert.weight for expert in rest)
+
+
+def _reading(home: Home) -> Reader:
+    """The registry of a home that may be in use."""
+    return Reader.open(home.registry)
+
+
 @contextmanager
 def _opened(home: Home) -> Iterator[Store]:
     """The home's registry, to be written; locked and recovered first, as the daemon does it."""
@@ -146,16 +181,32 @@ def _opened(home: Home) -> Iterator[Store]:
         closing.callback(os.close, lock(home))
         store = closing.enter_context(Store.open(home.registry))
         recover(home, store, lambda *_, **__: None)
-        yield store
+        try:
+            yield store
+        except BadHome:  # refused: everything is in its place
+            mark_clean(home)
+            raise
         mark_clean(home)
 
 
 def _replay_inside(
     home: Home, store: Store, experts: Sequence[Expert], inner: Home, heads: Heads, settings: Settings, to: Console
 ) -> None:
-    if inner.exists() and misfit(inner, store, heads, experts):
-        durable.remove(inner.root)  # begun for something else
+    if inner.root.exists() and _unfit(inner, store, heads, experts):
+        begun = home.tmp / uuid4().hex  # recovery empties that: a removal cut short leaves no half of a home
+        durable.rename(inner.root, begun)
+        durable.remove(begun)
     replay(home, store, experts, inner, heads, settings, to)
+
+
+def _unfit(inner: Home, store: Store, heads: Heads, experts: Sequence[Expert]) -> bool:
+    """True where the home was begun for something else, or cannot be read."""
+    if not inner.exists():
+        return not inner.founding.exists()
+    try:
+        return misfit(inner, store, heads, experts) is not None
+    except RegistryError:
+        return True
 
 
 def _from_inside(restating: Restating, inner: Home, name: str, home: Home, experts: Sequence[Expert]) -> Made:
@@ -185,6 +236,8 @@ def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Se
             return
         if lines[0].version.expert_id is None:
             return  # it was made before: the newest version folds no expert
+        if len(store.lineage()) != len(experts):
+            raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
         with Restating(target, store.base().sha256, settings, to.progress()) as restating:
             made = {}
             for line in lines:
@@ -203,7 +256,7 @@ def _subtract(restating: Restating, home: Home, line: Line, lineage: Sequence[Ex
 
 
 def _arrival(archive: Home, expert: Expert, index: int, sign: float = 1.0) -> Arrival:
-    return archived(archive, expert), View(index, expert.sha256 or "", sign * expert.weight), expert.norm
+    return archived(archive, expert), View(index, weight=sign * expert.weight), expert
 
 
 def _adopt(home: Home, store: Store, name: str, method: Method, made: Made, restating: Restating) -> None:

@@ -11,7 +11,7 @@ from daemon import durable
 from daemon.errors import BadHome
 from daemon.failpoints import hit
 from daemon.generations import problems
-from daemon.home import Home
+from daemon.home import Home, is_head_name
 from daemon.latest import point_latest
 from daemon.placing import place_all
 from daemon.retention import remove_files
@@ -105,5 +105,7 @@ def _done_with(home: Home, store: Store) -> list[Path]:
     done = [path for path in home.state.glob("without-*") if path != home.withdrawing(next_number)]
     for path in home.state.glob("rebuild-*"):
         name = path.name.removeprefix("rebuild-")
+        if not is_head_name(name):
+            continue  # a person made it
         done += [path] if name in heads else [home.versions(name), home.states(name)]
     return [path for path in done if path.exists()]

@@ -6,13 +6,13 @@ A replay may be cut short at any point: the next one goes on behind the last exp
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from math import isclose
 from pathlib import Path
 from threading import Event
 from uuid import uuid4
 
 from daemon import durable
-from daemon.checkpoint import open_path
+from daemon.about import ABOUT
+from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import Admission, Retention, Settings
 from daemon.errors import BadHome, DaemonError, NotYet
 from daemon.founding import found
@@ -23,7 +23,7 @@ from daemon.merger import Merger
 from daemon.placing import REASON_FILE
 from daemon.progress import Progress
 from daemon.recovery import mark_clean, recover
-from daemon.restating import SAME_NORM
+from daemon.restating import changed
 from projector.errors import ProjectorError
 from projector.method import Method
 from projector.text import shown
@@ -52,6 +52,11 @@ def archived(home: Home, expert: Expert) -> Path:
     """Where a merged expert's file or folder is. Raises BadHome where it is gone."""
     folder = home.archive(expert.id)
     entries = [path for path in folder.iterdir() if path.name != REASON_FILE] if folder.is_dir() else []
+    if not entries and expert.place is None:
+        raise BadHome(
+            f"expert {expert.id} ({expert.name}) is merged, but the daemon has not archived it yet",
+            "try again in a moment",
+        )
     if not entries:
         raise BadHome(
             f"expert {expert.id} ({expert.name}) is not in {folder}",
@@ -63,12 +68,15 @@ def archived(home: Home, expert: Expert) -> Path:
 def check_archive(home: Home, experts: Sequence[Expert], heads: Heads) -> None:
     """Raises BadHome where an expert, or a sidecar that a method needs, is not in the archive: before the long work."""
     for expert in experts:
-        try:
-            open_path(archived(home, expert), follow=False, needs=needed(heads)).close()
-        except BadHome:
-            raise
-        except (DaemonError, ProjectorError) as error:
-            raise _not_again(expert, str(error), error.hint) from error
+        _open(home, expert, needed(heads)).close()
+
+
+def _open(home: Home, expert: Expert, needs: Sequence[str] = ()) -> OpenCheckpoint:
+    path = archived(home, expert)
+    try:
+        return open_path(path, follow=False, needs=needs)
+    except (DaemonError, ProjectorError) as error:
+        raise _not_again(expert, str(error), error.hint) from error
 
 
 def needed(heads: Heads) -> list[str]:
@@ -106,10 +114,17 @@ def replay(
             "retention": Retention(versions=settings.retention.versions, grace_seconds=0),
         }
     )
+    for expert in experts:
+        with _open(source, expert) as again:
+            _check_weight(expert, again.weight, archived(source, expert))
     if not target.exists():
+        fresh = not target.root.exists()
         config = source.config.read_bytes() if source.config.exists() else None
         name = reader.base().name
-        found(target, source.base, list(heads.items()), to.say, settings.compute, name=name, config=config)
+        base = found(target, source.base, list(heads.items()), to.say, settings.compute, name=name, config=config)
+        if base.sha256 != reader.base().sha256:
+            _unfound(target, wholly=fresh)
+            raise BadHome("the base in state/base is damaged", "restore it from a backup; nothing was made")
     with ExitStack() as closing:
         closing.callback(os.close, lock(target))
         store = closing.enter_context(Store.open(target.registry))
@@ -145,8 +160,27 @@ def _merge(merger: Merger, target: Home, expert: Expert, source: Path) -> None:
         raise _not_again(expert, str(error), error.hint) from error
     if recorded.status is not Status.MERGED:
         raise _not_again(expert, f"{recorded.status}: {recorded.detail}", recorded.hint or "")
-    if not _same(recorded, expert):
-        raise _not_again(expert, f"{source} is not what was merged", "restore it from a backup, and begin anew")
+    _check_weight(expert, recorded.weight, source)
+    if why := changed(expert, recorded.sha256, recorded.sidecars or {}):
+        raise _not_again(expert, f"{source} is not what was merged: {why}", "restore it from a backup, and begin anew")
+
+
+def _check_weight(expert: Expert, weight: float, path: Path) -> None:
+    """Its expert.json may have been edited, or be older than the daemon's interest in it."""
+    if weight != expert.weight:
+        raise _not_again(
+            expert,
+            f"it was merged with the weight {expert.weight}, by {path / ABOUT} it has {weight}",
+            f"let that file say {expert.weight}, or leave it out where that is 1",
+        )
+
+
+def _unfound(target: Home, *, wholly: bool) -> None:
+    """Makes a new home one that was never finished; `wholly` leaves nothing of it."""
+    durable.replace_file(target.founding, b"")
+    durable.remove(target.registry)
+    if wholly:
+        durable.remove(target.root)
 
 
 def _drop(source: Path, target: Home) -> None:
@@ -172,11 +206,7 @@ def _identity(path: Path) -> str | None:
 
 
 def _same(there: Expert, here: Expert) -> bool:
-    """Needed sidecars are part of the sha256, and the homes may need different ones: then the norm tells."""
-    if there.sha256 == here.sha256:
-        return True
-    norms = there.norm, here.norm
-    return there.name == here.name and None not in norms and isclose(*norms, rel_tol=SAME_NORM)  # type: ignore[arg-type]
+    return there.weight == here.weight and not changed(here, there.sha256, there.sidecars or {})
 
 
 def _not_again(expert: Expert, why: str, hint: str) -> BadHome:
@@ -188,6 +218,12 @@ def merged_experts(reader: Reader, words: Sequence[str]) -> list[Expert]:
     found: set[int] = set()
     for word in words:
         named = [expert for expert in reader.find_experts(word) if expert.status is Status.MERGED]
+        gone = [expert for expert in reader.find_experts(word) if expert.status is Status.WITHDRAWN]
+        if gone and not named:
+            raise BadHome(
+                f"expert {gone[0].id} ({gone[0].name}) went with version {gone[0].withdrawn_in} already",
+                "nothing is to be done",
+            )
         if len(named) != 1:
             many = f"{len(named)} merged experts are" if named else "no merged expert is"
             raise BadHome(f"{many} called {word!r}", "see `mainstem log --status merged`; give the id")

@@ -7,13 +7,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 from uuid import uuid4
 
 from daemon import durable
-from daemon.checkpoint import open_path
+from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.compute import driver
 from daemon.config import Settings
 from daemon.errors import BadHome
@@ -35,7 +35,7 @@ from registry.store import Store
 
 SAME_NORM = 1e-9  # relative: float64 sums of the same numbers
 STATE_ONLY: WeightsPlan = ((), None)
-Arrival = tuple[Path, View, float | None]  # a file or folder, how it counts, and the norm it was merged with
+Arrival = tuple[Path, View, Expert]  # a file or folder, how it counts, and as what it was merged
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Made:
     state_folder: Path
     state: FileEntry | None
     totals: Totals
+    dtype: str
     approximate: bool = False
     withdrawal: Withdrawal | None = None
 
@@ -74,7 +75,7 @@ class Restating:
 
     def folded(self, head: str, method: Method, state: Path, totals: Totals, arrivals: Sequence[Arrival]) -> Made:
         """Folds these experts, one or more, onto the state in the folder `state`, and reads out the weights."""
-        for place, (path, view, norm) in enumerate(arrivals, start=1):
+        for place, (path, view, expert) in enumerate(arrivals, start=1):
             folder = self._folder / head / str(place)
             last = place == len(arrivals)
             self._progress.begin(self._sweep_bytes() * (1 + method.rounds + last))
@@ -85,20 +86,31 @@ class Restating:
                 )
                 source = files.enter_context(open_path(path, self._progress, follow=False, needs=method.needs))
                 source.check(self._base.tensors.schema)
+                if method.keyed:
+                    view = replace(view, sha256=source.identity())
                 view = self._driver.survey(self._base.tensors, source.tensors, method, view, before)
                 head_fold = HeadFold(method, totals, view, before, output.state, record=output.record)
                 folded = self._driver.fold(self._base.tensors, source.tensors, [head_fold])
                 (totals,) = folded.totals
-                self._check(path, folded.norm, norm)
+                self._check_base()
+                _check(path, source, folded.norm, expert)
                 self._driver.read_out(self._base.tensors, method, totals, output.state.reader(), output.weights)
                 output.finish()
             if place > 1:
                 durable.remove(state)  # the one before, which only this one needed
             state = output.state_folder
-        return Made(output.published, output.entries, output.state_folder, output.state_entry, totals)
+        return Made(
+            output.published,
+            output.entries,
+            output.state_folder,
+            output.state_entry,
+            totals,
+            self._settings.publish.dtype,
+        )
 
     def linked(self, head: str, source: Home, number: int, totals: Totals) -> Made:
         """Version `number` of the head in `source`, this home or another on the same disk, under further names."""
+        self._check_base()  # nothing may have been folded
         folder = self._folder / head
         content = json.loads(source.manifest(head, number).read_bytes())
         published, state_folder = folder / "published", folder / "state"
@@ -111,7 +123,7 @@ class Restating:
             state = FileEntry(**content["state"])
             durable.make_folder(state_folder)
             durable.link_or_copy(source.head_state(head, number) / STATE_FILE, state_folder / STATE_FILE)
-        return Made(published, weights, state_folder, state, totals, content["approximate"])
+        return Made(published, weights, state_folder, state, totals, content["dtype"], content["approximate"])
 
     def place(self, line: Line, number: int, made: Made) -> NewVersion:
         """Seals a version and renames it into place; nothing names it yet."""
@@ -124,7 +136,7 @@ class Restating:
             made.state,
             made.totals,
             base_sha256=self._base_sha256,
-            dtype=self._settings.publish.dtype,
+            dtype=made.dtype,
             approximate=made.approximate,
             withdrawal=made.withdrawal,
         )
@@ -151,18 +163,34 @@ class Restating:
         collect(self._home, store, self._settings.retention)
         return number
 
-    def _check(self, path: Path, found: float, norm: float | None) -> None:
-        """Once an expert has been folded: what was read must be what was merged."""
+    def _check_base(self) -> None:
+        """Reads what has not been read of it yet."""
         if self._base.identity() != self._base_sha256:
             raise BadHome("the base in state/base is damaged", "restore it from a backup; nothing was published")
-        if norm is not None and not isclose(found, norm, rel_tol=SAME_NORM):
-            raise BadHome(
-                f"{path} is not what was merged: its task vector has norm {found:.6g}, it had {norm:.6g}",
-                "restore it from a backup; nothing was published",
-            )
 
     def _sweep_bytes(self) -> int:
         return sum(spec.nbytes for spec in self._base.tensors.schema.values() if spec.floating)
+
+
+def changed(expert: Expert, sha256: str | None, sidecars: Mapping[str, str]) -> str | None:
+    """How what was read now differs from what was merged, in words; None where it does not.
+
+    sidecars: the sha256 of each that was read now. One that nobody read when the expert was merged can be any.
+    """
+    if sha256 != expert.sha256:
+        return "its weights are others"
+    known = expert.sidecars or {}
+    others = [kind for kind, digest in sidecars.items() if known.get(kind, digest) != digest]
+    return f"its {others[0]}.safetensors is another" if others else None
+
+
+def _check(path: Path, source: OpenCheckpoint, norm: float, expert: Expert) -> None:
+    """Once it has been folded: what was read must be what was merged."""
+    why = changed(expert, source.identity(), source.sidecar_digests())
+    if not why and expert.norm is not None and not isclose(norm, expert.norm, rel_tol=SAME_NORM):
+        why = f"its task vector has norm {norm:.6g}, it had {expert.norm:.6g}"
+    if why:
+        raise BadHome(f"{path} is not what was merged: {why}", "restore it from a backup; nothing was published")
 
 
 def next_number(lines: Sequence[Line]) -> int:

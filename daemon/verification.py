@@ -60,7 +60,15 @@ def _archived(home: Home, expert: Expert) -> list[str]:
     entries = [path for path in folder.iterdir() if path.name != REASON_FILE] if folder.is_dir() else []
     if not entries:
         return []  # pruned: the archive is the operator's to thin out
-    return [] if _identity(entries[0]) == expert.sha256 else [f"{expert.place}: its sha256 is not the registry's"]
+    recorded = expert.sidecars or {}
+    try:
+        with open_path(entries[0], needs=list(recorded)) as checkpoint:
+            weights, sidecars = checkpoint.identity(), checkpoint.sidecar_digests()
+    except (DaemonError, ProjectorError, OSError) as error:
+        return [f"{expert.place}: {error}"]
+    found = ["its sha256"] if weights != expert.sha256 else []
+    found += [f"the sha256 of its {kind}.safetensors" for kind in recorded if sidecars[kind] != recorded[kind]]
+    return [f"{expert.place}: {what} is not the registry's" for what in found]
 
 
 def _identity(path: Path) -> str | None:

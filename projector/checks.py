@@ -168,17 +168,36 @@ def order_of_experts_does_not_matter(method: Method) -> None:
 
 
 def an_expert_can_be_taken_out(method: Method) -> None:
-    """A method that declares itself subtractable forgets an expert that is folded again with minus its weight."""
+    """A method that declares itself subtractable forgets experts that are folded again with minus their weights.
+
+    These are no binary fractions, so that rounding leaves something of them, and the Gram matrices of the one expert
+    that stays are rank-deficient.
+    """
     if not method.subtractable:
         return
-    base, experts = stream(4)
-    kept, _, totals = merge(method, base, experts[:3])
-    less, _, after = merge(method, base, [*experts, experts[3]], counting=[1.0, 1.0, 1.0, 1.0, -1.0])
+    base, experts = stream(3)
+    kept, _, totals = merge(method, base, experts[2:])
+    less, _, after = merge(method, base, [*experts, *experts[:2]], counting=[0.3, 0.7, 1.0, -0.3, -0.7])
     for name, tensor in kept.items():
         assert torch.allclose(tensor, less[name], rtol=1e-5, atol=1e-5), f"{name} remembers an expert taken out"
     assert after.experts == totals.experts, f"{after.experts} experts are left of {totals.experts}"
     for key, value in totals.scalars.items():
         assert isclose(after.scalars[key], value, rel_tol=1e-5, abs_tol=1e-6), f"{key} remembers an expert taken out"
+
+
+def weights_count(method: Method) -> None:
+    """A method that declares itself weighted gives something else for other weights, unless it keeps to the base.
+
+    The second expert goes twice as far as the first and the same way, so that both have a say in every weight.
+    """
+    if not method.weighted:
+        return
+    base, (expert,) = stream(1)
+    experts = [expert, {name: 2 * weight - base[name] for name, weight in expert.items()}]
+    alike, other = merge(method, base, experts)[0], merge(method, base, experts, counting=[0.3, 0.7])[0]
+    if any(not torch.equal(tensor, base[name]) for name, tensor in alike.items()):
+        same = all(torch.allclose(tensor, other[name], rtol=0, atol=1e-4) for name, tensor in alike.items())
+        assert not same, "the experts' weights change nothing"
 
 
 def every_expert_has_its_view(method: Method) -> None:
@@ -215,6 +234,7 @@ LAWS: Sequence[Law] = (
     order_of_tensors_does_not_matter,
     order_of_experts_does_not_matter,
     an_expert_can_be_taken_out,
+    weights_count,
     every_expert_has_its_view,
 )
 

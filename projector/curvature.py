@@ -5,6 +5,7 @@ Also the product that regressions over inputs accumulate.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from projector.errors import BadSchema, BadValues, Reason
@@ -14,7 +15,8 @@ from projector.method import Expert
 from projector.spec import TensorSpec
 from projector.text import shown
 
-SYMMETRY = 1e-3  # of the largest diagonal element; half precision keeps a Gram matrix to that
+SYMMETRY = 1e-3  # of the largest diagonal element; products in TF32 keep a Gram matrix to that
+RESIDUE = 1e-12  # of all that was ever added to a sum: what rounding may leave of experts that are taken out again
 
 FISHER_HINT = "compute fisher.safetensors again: one tensor for each of the base's, of its name and shape"
 GRAM_HINT = "compute gram.safetensors again: for each layer with n inputs the (n, n) matrix X'X, by the layer's name"
@@ -45,22 +47,29 @@ def fisher(expert: Expert, spec: TensorSpec, delta: Tensor) -> Tensor:
 
 
 def gram(expert: Expert, spec: TensorSpec) -> Tensor:
-    """X'X of the inputs X of this layer, (n, n) in float64, for a matrix (m, n).
+    """X'X of the inputs X of this layer, (n, n) in float64, for a matrix (m, n), made exactly symmetric.
 
-    Raises BadSchema where the expert brought none or one of another shape, BadValues where it is no Gram matrix.
+    Raises BadSchema where the expert brought none or one of another shape, BadValues where it is no Gram matrix, or one
+    in half precision.
     """
     hint = f'{GRAM_HINT}; or name this tensor in the method\'s "exclude", to have it averaged'
     g_NN = _brought(expert, "gram", spec, hint)
     n = spec.shape[1]
     if g_NN.shape != (n, n):
         raise _misshapen("Gram matrix", spec, g_NN, [n, n], GRAM_HINT)
+    if g_NN.dtype not in (torch.float32, torch.float64):
+        raise BadValues(
+            Reason.BAD_SIDECAR,
+            f"the Gram matrix of {shown(spec.name)} is too coarse to solve with: {g_NN.dtype}",
+            "save gram.safetensors in float32 or float64",
+        )
     g_NN = g_NN.double()
     diagonal_N = g_NN.diagonal()
     finite = bool(g_NN.isfinite().all())
     if not finite or bool((diagonal_N < 0).any()) or (g_NN - g_NN.T).abs().max() > SYMMETRY * diagonal_N.max():
         detail = "is not symmetric, or has a negative diagonal, NaN or infinite values"
         raise BadValues(Reason.BAD_SIDECAR, f"the Gram matrix of {shown(spec.name)} {detail}", GRAM_HINT)
-    return g_NN
+    return (g_NN + g_NN.T).div_(2)
 
 
 def plus_product(h_MN: Tensor, tau_MN: Tensor, g_NN: Tensor, weight: float) -> Tensor:

@@ -152,7 +152,7 @@ def _facts(method: Method) -> dict[str, Any]:
         "weighted": method.weighted,
         "needs": list(method.needs),
         "approximate": method.approximate,
-        "reads": 1 + method.rounds + (method.keyed and not method.rounds),
+        "reads": 1 + method.rounds + method.keyed,
     }
 
 

@@ -174,8 +174,8 @@ class Method(ABC):
         return None
 
     def figures(self, totals: Totals) -> Mapping[str, float]:
-        """What to report of a head: lambda, norms, ..."""
-        return totals.scalars
+        """What to report of a head: lambda, norms, ..., and the sum of the weights where they count."""
+        return {key: value for key, value in totals.scalars.items() if key != "weight" or self.weighted}
 
     def params(self) -> dict[str, Any]:
         """The parameters, ready for JSON: `make(name, method.params())` gives an equal method."""
@@ -195,8 +195,8 @@ class Method(ABC):
                     f"{cls.name} has no parameter {key!r}",
                     f"it has {', '.join(sorted(known))}" if known else f"{cls.name} has no parameters",
                 )
-        hints = get_type_hints(cls)
-        return cls(**{key: _parse(cls.name, key, value, hints[key]) for key, value in params.items()})
+        hints, about = get_type_hints(cls), method_params(cls)
+        return cls(**{key: _parse(cls.name, key, value, hints[key], about[key]) for key, value in params.items()})
 
 
 def param(
@@ -239,9 +239,12 @@ def _check(method: str, key: str, value: Any, metadata: Mapping[str, Any]) -> No
         raise BadParameter(f"{method}.{key} cannot be {value!r}", f"allowed: {param_range(metadata)}")
 
 
-def _parse(method: str, key: str, value: Any, hint: Any) -> Any:
+def _parse(method: str, key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     """A JSON value or a command line's word as the field's type."""
-    wrong = BadParameter(f"{method}.{key} cannot be {value!r}", f"it is a {getattr(hint, '__name__', hint)}")
+    allowed = "true, false" if hint is bool else param_range(metadata) or "words, separated by commas"
+    wrong = BadParameter(
+        f"{method}.{key} cannot be {value!r}", f"allowed: {'whole numbers, ' if hint is int else ''}{allowed}"
+    )
     if hint == tuple[str, ...]:
         words = value.split(",") if isinstance(value, str) else value
         if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):

@@ -93,7 +93,7 @@ def read_bytes(method: Method, step: Step) -> int:
 
 def view_bytes(method: Method, step: Step) -> int:
     """The memory that a step of a view takes at its peak: as a read-out, and the record."""
-    return read_bytes(method, step) + _record_bytes(method, step) + _workspace(method, step)
+    return read_bytes(method, step) + _record_bytes(method, step)
 
 
 def largest_step(schema: Schema, methods: Sequence[Method], block_bytes: int) -> tuple[Step, int]:

@@ -151,8 +151,10 @@ class _Files:
 
 def _sha256(tensors: Tensors) -> str:
     """An identity that depends on the values alone."""
-    values = [(name, tensor.float().flatten().tolist()) for name, tensor in sorted(tensors.items())]
-    return hashlib.sha256(repr(values).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.double().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _all(reader: TensorReader) -> dict[str, Tensor]:
@@ -162,8 +164,8 @@ def _all(reader: TensorReader) -> dict[str, Tensor]:
 def sidecar(kind: str, tensors: Tensors) -> dict[str, Tensor]:
     """A made-up sidecar of an expert with these weights.
 
-    A diagonal Fisher spans two decades. A Gram matrix is that of a layer's inputs, half as many as they are long, so
-    that one alone is rank-deficient.
+    A diagonal Fisher spans two decades. A Gram matrix is that of a layer's inputs, a quarter as many as they are long,
+    so that those of two experts together are rank-deficient still.
     """
     made = {}
     for name, x in tensors.items():
@@ -171,6 +173,6 @@ def sidecar(kind: str, tensors: Tensors) -> dict[str, Tensor]:
         if kind == "fisher":
             made[name] = 10 ** (-2 * torch.rand(x.shape, generator=generator))
         elif x.ndim == 2:
-            inputs = torch.randn(-(-x.shape[1] // 2), x.shape[1], generator=generator)
+            inputs = torch.randn(-(-x.shape[1] // 4), x.shape[1], generator=generator)
             made[name.removesuffix(".weight")] = inputs.T @ inputs
     return made

@@ -42,7 +42,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class NewExpert:
-    """An expert as it is reported to the registry.
+    """An expert as it is reported to the registry. `sha256` is that of its weights alone, by which it is known again.
 
     `name` is the drop name, printable (escaped where it was not). `entry` identifies the file system object in the
     inbox ("device:inode:mtime"), so that a move interrupted by a crash can be finished after it.
@@ -61,6 +61,7 @@ class NewExpert:
     detail: str | None = None
     hint: str | None = None
     about: Mapping[str, Any] | None = None  # the fields of its expert.json; None where it brought none
+    sidecars: Mapping[str, str] | None = None  # the sha256 of each sidecar that was read, by kind; None where none was
 
     @property
     def weight(self) -> float:

@@ -147,6 +147,7 @@ class ExpertRow(Base):
     finished_at: Mapped[datetime]
     place: Mapped[str | None]
     about: Mapped[Mapping[str, Any] | None]
+    sidecars: Mapped[Mapping[str, Any] | None]
     withdrawn_in: Mapped[int | None]
 
 

@@ -72,7 +72,8 @@ def mats(
     """
     merged = mean(base, experts, weights)
     for name, theta0 in base.items():
-        if not theta0.numel() or (curvature == "gram" and not is_linear(name, theta0, exclude)):
+        solved = is_linear(name, theta0, exclude) if curvature == "gram" else not is_named(name, exclude)
+        if not theta0.numel() or not solved:
             continue
         a, b, start = torch.zeros(()).double(), torch.zeros(()).double(), theta0.double().flatten()
         for c, expert, one in zip(weights, experts, sidecars, strict=True):
@@ -108,6 +109,17 @@ def galerkin(a: Tensor, b: Tensor, start: Tensor, steps: int) -> Tensor:
     return start + k @ torch.linalg.solve(k.T @ a @ k, k.T @ residual)
 
 
+def nearest_solution(
+    factors: Sequence[Tensor], taus: Sequence[Tensor], weights: Sequence[float], start: Tensor
+) -> Tensor:
+    """The solution X of X (sum c_i F_i'F_i) = sum c_i tau_i F_i'F_i that is nearest to `start`: where there is none of
+    the inputs F_i, it is `start`. By the pseudo-inverse of the stacked factors, which never squares them.
+    """
+    left = torch.cat([c**0.5 * f.double() for c, f in zip(weights, factors, strict=True)])
+    right = torch.cat([c**0.5 * f.double() @ tau.double().T for c, f, tau in zip(weights, factors, taus, strict=True)])
+    return start.double() + (torch.linalg.pinv(left) @ (right - left @ start.double().T)).T
+
+
 def mean(base: Weights, experts: Sequence[Weights], weights: Sequence[float]) -> dict[str, Tensor]:
     """sum c_i theta_i / sum c_i."""
     pairs = [*zip(weights, experts, strict=True)]
@@ -119,7 +131,12 @@ def mean(base: Weights, experts: Sequence[Weights], weights: Sequence[float]) ->
 
 def is_linear(name: str, tensor: Tensor, exclude: Sequence[str]) -> bool:
     """Whether a tensor is regressed: a matrix with both sides >= 2 and no excluded name."""
-    return tensor.ndim == 2 and min(tensor.shape) >= 2 and not any(fnmatchcase(name, glob) for glob in exclude)
+    return tensor.ndim == 2 and min(tensor.shape) >= 2 and not is_named(name, exclude)
+
+
+def is_named(name: str, globs: Sequence[str]) -> bool:
+    """Whether a name matches one of the globs."""
+    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def layer(name: str) -> str:

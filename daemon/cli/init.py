@@ -8,7 +8,7 @@ import typer
 
 from daemon.cli.common import settings_of, size
 from daemon.errors import BadConfig
-from daemon.home import Home
+from daemon.home import Home, is_head_name
 
 
 def command(
@@ -47,7 +47,7 @@ def heads_of(words: Sequence[str]) -> dict[str, str]:
     chosen: dict[str, str] = {}
     for word in words:
         name, given, method = word.partition("=")
-        if not given or not name.isidentifier() or not name.isascii() or name in chosen or name == "main":
+        if not given or not is_head_name(name) or name in chosen or name == "main":
             raise BadConfig(
                 f"--head {word}: expected NAME=METHOD with a new name of letters, digits and underscores",
                 "for example --head init=ema; the method of main is given by --method",

@@ -44,6 +44,9 @@ def command(
         list[str] | None,
         typer.Option(help="Leave this merged expert out: its id, sha256 or name. May be repeated.", metavar="ID"),
     ] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="With --without: merge the others again where one could subtract, too.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it may take.")
     ] = False,
@@ -66,6 +69,10 @@ def command(
         elif heads:
             if gone or len(heads) > 1:
                 raise BadConfig("--head adds one head, with every merged expert", "give --into for anything else")
+            if method is None and "=" not in heads[0]:
+                raise BadConfig(
+                    f"the method of the head {heads[0]!r} is missing", "give it with --method, or NAME=METHOD"
+                )
             chosen = heads_of(heads if method is None else [f"{heads[0]}={method}"])
             ((name, named),) = chosen.items()
             added = make(named, params_of([f"{name}.{word}" for word in settings or []], chosen)[name])
@@ -74,7 +81,7 @@ def command(
         elif gone:
             if method or settings:
                 raise BadConfig("--without keeps every head's method", "give --into for a home with other methods")
-            plan = rebuilding.withdraw(where, settings_of(where), gone, to, dry=dry_run)
+            plan = rebuilding.withdraw(where, settings_of(where), gone, to, always_replay=replay, dry=dry_run)
             done = "\n".join(f"{head}: {how}" for head, how in plan.how.items())
         else:
             raise BadConfig("there is nothing to rebuild", "give --into, --head or --without; see --help")

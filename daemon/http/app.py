@@ -18,7 +18,7 @@ from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, not_modified
 from daemon.http.files import PinnedFile, Published
 from daemon.http.rows import base_row, expert_row, head_row, version_row
-from daemon.http.views import WEIGHTS, Views
+from daemon.http.views import WEIGHTS, Views, merged_at
 from registry.errors import RegistryError
 from registry.records import Expert, Head, Status, Version
 from registry.store import Reader
@@ -119,7 +119,7 @@ class _Api:
     def view(self, request: Request) -> Response:
         head = self.published.head(request.path_params["head"])
         row = self.published.version(head, _number(request))
-        expert = self._merged(request.path_params["expert"].lower())
+        expert = self._merged(request.path_params["expert"].lower(), row.number)
         name: str = request.path_params["name"]
         if name == WEIGHTS:
             return self.views.weights(request, head, row, expert)
@@ -171,13 +171,18 @@ class _Api:
             raise Problem(409, "ambiguous", "several experts begin with that", "give more digits")
         return found
 
-    def _merged(self, text: str) -> Expert:
-        """The merged expert with that id, or else with that sha256 or prefix of it. Problem 400, 404 or 409."""
+    def _merged(self, text: str, n: int) -> Expert:
+        """The expert with that id, or else with that sha256 or prefix of it, as version n has it, if it was merged.
+
+        Problem 400, 404 or 409.
+        """
         by_id = self.reader.expert(int(text)) if re.fullmatch(r"[0-9]{1,12}", text) else None
-        found = [row for row in ([by_id] if by_id else self._arrivals(text)) if row.status is Status.MERGED]
+        if by_id is None and re.fullmatch(r"[0-9]{1,3}", text):  # too short for a sha256
+            raise Problem(404, "not_merged", "no expert has that id", "GET /v1/lineage lists those that are merged")
+        found = [row for row in ([by_id] if by_id else self._arrivals(text)) if row.version is not None]
         if not found:
             raise Problem(404, "not_merged", "this expert is not merged", "GET /v1/lineage lists those that are")
-        return found[0]
+        return next((row for row in found if merged_at(row, n)), found[0])
 
     def lineage(self, _: Request) -> Response:
         body = {"base": base_row(self.reader.base()), "experts": [expert_row(row) for row in self.reader.lineage()]}

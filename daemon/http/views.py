@@ -10,9 +10,10 @@ from functools import partial
 from threading import BoundedSemaphore, Lock
 from typing import TYPE_CHECKING
 
+import anyio
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from daemon.errors import DaemonError
 from daemon.http.answers import NO_CACHE, Problem
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 2  # views in the making: each keeps a core busy
 RETRY_SECONDS = 5
+STALL_SECONDS = 60
 SUMS_KEPT = 256
 WEIGHTS = "model.safetensors"
 HEADERS = {**NO_CACHE, "Accept-Ranges": "none"}
@@ -64,7 +66,7 @@ class Views:
         from daemon.views import OpenView
 
         home, n, came_with = self._published.home, version.number, expert.version
-        if came_with is None or came_with not in self._ancestors(head, n):
+        if came_with is None or not merged_at(expert, n) or came_with not in self._ancestors(head, n):
             raise Problem(
                 404,
                 "not_merged",
@@ -89,13 +91,17 @@ class Views:
             raise damaged(head, n, "the state") from error
 
     def _ancestors(self, head: Head, n: int) -> set[int]:
-        """Version n and all those it came from, but for version 0: it has their experts."""
-        parents = {row.number: row.parent for row in self._published.reader.versions(head.name)}
+        """Version n and all those it came from, but for version 0: it has their experts.
+
+        A head that was added later begins with one version in which all experts of that time are.
+        """
+        rows = {row.number: row for row in self._published.reader.versions(head.name)}
         found: set[int] = set()
         at: int | None = n
         while at:
-            found.add(at)
-            at = parents[at]
+            added = rows[at].parent == 0 and rows[at].expert_id is None
+            found.update(range(1, at + 1) if added else [at])
+            at = rows[at].parent
         return found
 
     def _known(self, key: tuple[str, int, int], view: "OpenView") -> Sums:
@@ -115,8 +121,17 @@ class Views:
         self._free.release()
 
 
+def merged_at(expert: Expert, n: int) -> bool:
+    """True where a version n that comes from this expert's still has it: it is merged, and not withdrawn by then."""
+    came, went = expert.version, expert.withdrawn_in
+    return came is not None and came <= n and (went is None or n < went)
+
+
 class _Computed(StreamingResponse):
-    """Sends what is computed on the way; `done` is called at the end, however the answer ends."""
+    """Sends what is computed on the way; `done` is called at the end, however the answer ends.
+
+    A client that takes nothing for STALL_SECONDS is dropped: it holds one of few places.
+    """
 
     def __init__(self, chunks: Iterator[bytes], size: int, done: Callable[[], None]) -> None:
         self._done = done
@@ -124,7 +139,11 @@ class _Computed(StreamingResponse):
         super().__init__(chunks, headers=headers, media_type="application/octet-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def prompt(message: Message) -> None:
+            with anyio.fail_after(STALL_SECONDS):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, prompt)
         finally:
             self._done()

@@ -18,7 +18,9 @@ class Breadcrumbs(Thinning):
 
     Of n values the int(gamma * n) of largest magnitude are outliers, n - 1 at the most; of the m others the
     round(density * m) largest are kept, 1 at the least. So a tensor of fewer than 1 / gamma values has no outliers, and
-    every tensor keeps something. A value equal to the largest or to the smallest one that is kept is kept too.
+    every tensor keeps something. A value equal to the largest or to the smallest one that is kept is kept too. A tensor
+    is taken whole, which for an embedding of 128256 x 4096 is about 18 GiB of memory; `init` refuses one that does not
+    fit, with both numbers.
     """
 
     name = "breadcrumbs"

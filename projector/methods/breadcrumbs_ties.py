@@ -13,7 +13,11 @@ from projector.thinning import Thinning
 
 @dataclass(frozen=True)
 class BreadcrumbsTies(Thinning):
-    """Thins out each task vector as breadcrumbs does; elects signs and merges what has them as ties does."""
+    """Thins out each task vector as breadcrumbs does; elects signs and merges what has them as ties does.
+
+    A tensor is taken whole, which for an embedding of 128256 x 4096 is up to 37 GiB of memory; `init` refuses one that
+    does not fit, with both numbers.
+    """
 
     name = "breadcrumbs_ties"
     formula = "base + scale * (mean, sum or max of the w_i mask_i tau_i with the sign of their sum)"

@@ -20,8 +20,10 @@ class Emr(Method):
     """The unified task vector has the sign of the experts' sum, and the largest magnitude of that sign among them.
 
     An expert's view masks the unified vector to where the expert agrees with its sign, and rescales it to the expert's
-    own sum of magnitudes. For that the signs of every expert are kept, in 2 bits for each weight, and each row's sum of
-    magnitudes: unlike the state, THESE RECORDS GROW WITH THE EXPERTS, by a sixteenth of a float32 model with each.
+    own sum of magnitudes. For that the signs of every expert are kept, in 2 bits for each weight of a matrix, and each
+    row's sum of magnitudes, 8 bytes: unlike the state, THESE RECORDS GROW WITH THE EXPERTS, by about a sixteenth of a
+    float32 model with each. Rows share no byte, so a vector, whose rows are single weights, takes 9 bytes for each.
+    Where the sum of the experts is zero, so is the unified vector.
 
     Two experts that pull a weight in opposite directions: the stronger one wins, and the other's view leaves it out.
 

@@ -22,10 +22,11 @@ class Fisher(Method):
     only, where F is far above the floor: it adds the floor instead.
 
     Both sums are float64: the experts' F for one weight may lie decades apart, and taking the largest out again must
-    leave the others'.
+    leave the others'. A weight whose sum of F is down to rounding after that, 1e-12 of all F that it ever got, is the
+    base's: those left are too unsure of it to tell.
 
     >>> spec, fisher = TensorSpec("w", (2,), torch.float32), Fisher(normalise=False)
-    >>> state, totals = {"num": torch.zeros(2).double(), "den": torch.zeros(2).double()}, Totals()
+    >>> state, totals = {key: torch.zeros(2, dtype=slot.dtype) for key, slot in fisher.slots(spec).items()}, Totals()
     >>> stream = [([1.0, 1.0], [3.0, 1.0]), ([5.0, 5.0], [1.0, 1.0])]
     >>> for t, (delta, f) in enumerate(stream, start=1):
     ...     expert = Expert(t, sidecars={"fisher": torch.tensor(f)})
@@ -42,7 +43,7 @@ class Fisher(Method):
     subtractable = True
     weighted = True
 
-    floor: float = param(1e-6, "the least Fisher information of a weight, before it is normalised", low=1e-20, high=1)
+    floor: float = param(1e-6, "the least Fisher information of a weight, before it is normalised", low=1e-8, high=1)
     normalise: bool = param(True, "divide each expert's Fisher by its norm over the whole model")
 
     @property
@@ -58,7 +59,11 @@ class Fisher(Method):
         return True
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        return {key: TensorSpec(spec.name, spec.shape, torch.float64) for key in ("num", "den")}
+        return {
+            "num": TensorSpec(spec.name, spec.shape, torch.float64),
+            "den": TensorSpec(spec.name, spec.shape, torch.float64),
+            "most": TensorSpec(spec.name, spec.shape, torch.float32),  # what den would be had no expert been taken out
+        }
 
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
@@ -71,12 +76,17 @@ class Fisher(Method):
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         weight = self._floored(delta, spec, expert) * expert.weight / self._norm(expert)
-        return {"num": state["num"] + weight * delta.double(), "den": state["den"] + weight}, {}
+        return {
+            "num": state["num"] + weight * delta.double(),
+            "den": state["den"] + weight,
+            "most": state["most"] + weight.abs().float(),
+        }, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         if not totals.experts:
             return base.clone()
-        return base + (state["num"] / state["den"]).to(base.dtype)
+        known = state["den"] > curvature.RESIDUE * state["most"]
+        return base + torch.where(known, state["num"] / state["den"], 0.0).to(base.dtype)
 
     def _floored(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Tensor:
         return curvature.fisher(expert, spec, delta).clamp_min(self.floor)

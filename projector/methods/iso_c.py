@@ -39,7 +39,7 @@ class IsoC(Method):
     weighted = True
 
     scale: float = param(1.0, "the factor of what is merged of matrices", low=0, high=10)
-    tol: float = param(1e-6, "singular values up to tol times the largest are left out", low=1e-7, high=0.1)
+    tol: float = param(1e-6, "singular values up to tol times the largest are left out", low=1e-6, high=0.1)
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are averaged")
 
     @property

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from projector.curvature import fisher, gram, plus_product, regresses
+from projector.curvature import RESIDUE, fisher, gram, plus_product, regresses
 from projector.errors import BadParameter
 from projector.matrices import EXCLUDED
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
+
+TOL = {"gram": 1e-6, "fisher": 32 * torch.finfo(torch.float64).eps}  # a Gram matrix may be rounded to float32
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,14 @@ class Mats(Method):
     """Matches the experts in their task subspaces: (sum C_i) w = sum C_i w_i, by conjugate gradients.
 
     C_i is the curvature of expert i's loss: "gram", X'X of each linear layer's inputs, or "fisher", the diagonal
-    Fisher of every weight. The descent starts at task arithmetic with scale 1, base + S, and stops after `iterations`
-    or once nothing is left but rounding; where no C_i has curvature it stays at its start. Seen from the base the
-    system is (sum C_i) x = sum C_i tau_i with x_0 = S, which takes the same steps. Each tensor is one system.
+    Fisher of every weight. The descent always starts at task arithmetic with scale 1.0, base + S, and stops after
+    `iterations` or once nothing is left but rounding, which is that of float32 with Gram matrices; where no C_i has
+    curvature it stays at its start. Seen from the base the system is (sum C_i) x = sum C_i tau_i with x_0 = S, which
+    takes the same steps. Curvature that is down to rounding after experts were taken out, 1e-12 of all that was ever
+    added (of a Gram matrix: its trace), counts as none.
+
+    With "gram", an expert whose weight times inputs lies three decades or more below another's is hardly fitted where
+    it alone has inputs: what it would change is no larger than the rounding of the other's Gram matrix.
 
     The Kronecker-factored Fisher of the paper has no such fold: a sum of Kronecker products is not one itself, and
     would have to be kept term by term.
@@ -29,9 +37,12 @@ class Mats(Method):
     converged: all is float64 here, and still a last bit may grow to 1e-4 of a task vector where the curvatures within a
     tensor span three decades or more and `iterations` ends the descent early.
 
-    With "gram", matrices of torch.nn.Linear are solved, (m, n) with n inputs, and each expert must bring all their Gram
-    matrices; other tensors, stacks of matrices and what `exclude` names are averaged. A weight that is kept transposed,
-    as GPT-2's Conv1D, must be excluded.
+    What `exclude` names is averaged. With "gram", matrices of torch.nn.Linear are solved, (m, n) with n inputs, and
+    each expert must bring all their Gram matrices; other tensors and stacks of matrices are averaged too. A weight that
+    is kept transposed, as GPT-2's Conv1D, must be excluded.
+
+    Each tensor is one system and is solved whole, in about 100 bytes per weight with "fisher": an embedding that
+    `exclude` does not name may not fit into memory, and such a base is refused at the start with both numbers.
     """
 
     name = "mats"
@@ -43,7 +54,7 @@ class Mats(Method):
 
     curvature: str = param("gram", "what each expert brings", choices=("gram", "fisher"))
     iterations: int = param(100, "steps of the descent at most", low=1, high=10000)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are averaged, with curvature gram")
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of tensors that are averaged")
 
     def __post_init__(self) -> None:
         if self.curvature == "kronecker":
@@ -64,11 +75,15 @@ class Mats(Method):
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         if not self._solves(spec):
             return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
-        shape = (spec.shape[1], spec.shape[1]) if self.curvature == "gram" else spec.shape
+        if self.curvature == "gram":
+            shape, mass = (spec.shape[1], spec.shape[1]), TensorSpec(spec.name, (), torch.float64)
+        else:
+            shape, mass = spec.shape, TensorSpec(spec.name, spec.shape, torch.float32)
         return {
             "C": TensorSpec(spec.name, shape, torch.float64),
             "H": TensorSpec(spec.name, spec.shape, torch.float64),
             "S": TensorSpec(spec.name, spec.shape, torch.float64),
+            "most": mass,  # what C, or its trace, would be had no expert been taken out
         }
 
     def elementwise(self, spec: TensorSpec) -> bool:
@@ -78,7 +93,7 @@ class Mats(Method):
         if not self._solves(spec):
             return super().workspace(spec)
         square = spec.shape[1] ** 2 if self.curvature == "gram" else spec.numel
-        return 8 * (3 * square + 7 * spec.numel)
+        return 8 * (4 * square + 8 * spec.numel)
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         total = torch.add(state["S"], delta.to(state["S"].dtype), alpha=expert.weight)
@@ -90,31 +105,44 @@ class Mats(Method):
         else:
             c = fisher(expert, spec, delta)
             h = torch.add(state["H"], c * delta.double(), alpha=expert.weight)
-        return {"C": torch.add(state["C"], c, alpha=expert.weight), "H": h, "S": total}, {}
+        most = state["most"] + (self._mass(c) * abs(expert.weight)).to(state["most"].dtype)
+        return {"C": torch.add(state["C"], c, alpha=expert.weight), "H": h, "S": total, "most": most}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         if not totals.experts:
             return base.clone()
         if not self._solves(spec):
             return torch.add(base, state["S"], alpha=1 / totals.weight)
+        gone = self._mass(state["C"]) <= RESIDUE * state["most"]
+        c, h = state["C"].masked_fill(gone, 0.0), state["H"].masked_fill(gone, 0.0)
 
         def curved(x: Tensor) -> Tensor:
-            return x @ state["C"] if self.curvature == "gram" else x * state["C"]
+            return x @ c if self.curvature == "gram" else x * c
 
-        return base + conjugate_gradients(curved, state["H"], state["S"], self.iterations).to(base.dtype)
+        return base + conjugate_gradients(curved, h, state["S"], self.iterations, TOL[self.curvature]).to(base.dtype)
 
     def _solves(self, spec: TensorSpec) -> bool:
-        return self.curvature == "fisher" or regresses(spec, self.exclude)
+        if self.curvature == "gram":
+            return regresses(spec, self.exclude)
+        return not any(fnmatchcase(spec.name, glob) for glob in self.exclude)
+
+    def _mass(self, c: Tensor) -> Tensor:
+        """What tells curvature from rounding: the trace of a Gram matrix, (); a Fisher weight by weight."""
+        return c.trace() if self.curvature == "gram" else c
 
 
-def conjugate_gradients(curved: Callable[[Tensor], Tensor], b: Tensor, start: Tensor, iterations: int) -> Tensor:
+def conjugate_gradients(
+    curved: Callable[[Tensor], Tensor], b: Tensor, start: Tensor, iterations: int, tol: float
+) -> Tensor:
     """x with curved(x) = b, where `curved` is symmetric and positive semidefinite; float64, any shape.
 
-    Stops early once the residual is zero to rounding.
+    Stops early once the residual is at `tol` of the terms that it is the difference of. What is left then is rounding,
+    and a step would divide it by the rounding that stands where there is no curvature.
     """
-    x, residual = start, b - curved(start)
+    image = curved(start)
+    x, residual = start, b - image
     direction, squared = residual, _dot(residual, residual)
-    rounding = torch.finfo(b.dtype).eps ** 2 * _dot(b, b)
+    rounding = tol**2 * (_dot(b, b) + _dot(image, image))
     for _ in range(iterations):
         image = curved(direction)
         bend = _dot(direction, image)

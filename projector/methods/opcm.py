@@ -23,10 +23,13 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from projector.errors import BadParameter
 from projector.linalg import energy, isotropic, isotropic_bytes, row_blocks, svd_bytes, thin_svd
 from projector.matrices import EXCLUDED, is_projected, matrices
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
+
+LEAST_ISOTROPIC_TOL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Opcm(Method):
     "code" is the authors' released code, which gave the paper's table; "paper" is the formula in its text.
 
     The read-out "isotropic" makes all singular values of a projected matrix of A equal, as iso_c does with the plain
-    sum (Marczak et al., arXiv 2502.04959): base + scale * mean(s) * U V', the mean over all min(m, n) values.
+    sum (Marczak et al., arXiv 2502.04959): base + scale * mean(s) * U V', the mean over all min(m, n) values. It takes
+    a tol of 1e-6 or more: where directions below that point rounding alone decides, and it would raise them too.
     """
 
     name = "opcm"
@@ -57,6 +61,14 @@ class Opcm(Method):
     )
     scale: float = param(2.0, "the factor of matrices read out isotropic", low=0, high=10)
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are summed, not projected")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.readout == "isotropic" and self.tol < LEAST_ISOTROPIC_TOL:
+            raise BadParameter(
+                f"opcm.tol cannot be {self.tol!r} with the read-out isotropic",
+                f"allowed: {LEAST_ISOTROPIC_TOL:g} to 0.1",
+            )
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {"A": TensorSpec(spec.name, spec.shape, self._dtype(spec))}

@@ -31,10 +31,12 @@ class Pcb(Method):
 
     The model is read five times for each expert: twice for the limits of a_i, twice for those of the scores.
 
+    The code clamps at least the largest magnitude to the one below it, here 3 to 2:
+
     >>> from projector.trial import merge
     >>> base, expert = {"w": torch.zeros(4)}, {"w": torch.tensor([1.0, -2.0, 3.0, 0.5])}
     >>> merge(Pcb(ratio=0.75), base, [expert])[0]["w"]
-    tensor([ 0., -2.,  3.,  0.])
+    tensor([ 0., -2.,  2.,  0.])
     """
 
     name = "pcb"

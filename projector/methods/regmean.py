@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.curvature import GRAM_HINT, gram, plus_product, regresses
+from projector.curvature import GRAM_HINT, RESIDUE, gram, plus_product, regresses
 from projector.errors import BadValues, Reason
 from projector.linalg import row_blocks
 from projector.matrices import EXCLUDED
@@ -25,7 +25,9 @@ class RegMean(Method):
     Put W_0 + tau_i for W_i and the same is W_0' + (sum G_i)^-1 sum G_i tau_i': it holds for task vectors as it stands.
     The fold keeps sum G_i and H = sum tau_i G_i, and solves M (sum G_i) = H by Cholesky. The ridge, in units of the
     mean diagonal element, holds the layer at the base in directions that no input has. Where rounding leaves sum G_i
-    indefinite all the same, the ridge is raised tenfold until it is not.
+    indefinite all the same, the ridge is raised tenfold until it is not. With off_diagonal=1 a rank-deficient sum of
+    float32 Gram matrices could not be told from its rounding, hence 0.99 at most. Where experts are taken out and the
+    trace of sum G_i is down to rounding, 1e-12 of all that was ever added, the layer is the base's.
 
     Each expert must bring the Gram matrix of every layer that is regressed: one that lacks it is refused, since there
     is no telling how much its inputs should count. Matrices for which there is none belong in `exclude`; those,
@@ -40,7 +42,7 @@ class RegMean(Method):
     subtractable = True
     weighted = True
 
-    off_diagonal: float = param(0.95, "factor of a Gram matrix's off-diagonal elements", low=0, high=1)
+    off_diagonal: float = param(0.95, "factor of a Gram matrix's off-diagonal elements", low=0, high=0.99)
     ridge: float = param(1e-6, "added to the diagonal, in units of its mean", low=1e-9, high=1)
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are averaged, not regressed")
 
@@ -59,6 +61,7 @@ class RegMean(Method):
         return {
             "G": TensorSpec(spec.name, (n, n), torch.float64),
             "H": TensorSpec(spec.name, spec.shape, torch.float64),
+            "most": TensorSpec(spec.name, (), torch.float64),  # what G's trace would be had no expert been taken out
         }
 
     def elementwise(self, spec: TensorSpec) -> bool:
@@ -78,12 +81,13 @@ class RegMean(Method):
         return {
             "G": torch.add(state["G"], g_NN, alpha=expert.weight),
             "H": plus_product(state["H"], delta, g_NN, expert.weight),
+            "most": state["most"] + abs(expert.weight) * g_NN.trace(),
         }, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         if not regresses(spec, self.exclude):
             return torch.add(base, state["S"], alpha=1 / totals.weight if totals.experts else 0.0)
-        if not totals.experts or not state["G"].any():
+        if not totals.experts or state["G"].trace() <= RESIDUE * state["most"]:
             return base.clone()
         lower_NN = self._cholesky(state["G"], spec)
         merged_MN = base.clone()

@@ -25,7 +25,9 @@ class Slerp(Method):
     their order. Scalars, a tensor that is zero, and tensors that are nearly parallel or opposed
     (|cos Omega| > dot_threshold) are interpolated along the straight line, which makes them the plain average.
 
-    The state is the running model less the base, m_t - theta_0, so that small changes keep their digits.
+    The state is the running model less the base, m_t - theta_0, so that small changes keep their digits. A tensor is
+    taken whole, which for an embedding of 128256 x 4096 is about 16 GiB of memory; `init` refuses one that does not
+    fit, with both numbers.
 
     >>> slerp, base = Slerp(), torch.zeros(1, 2)
     >>> spec, state = TensorSpec("w", (1, 2), torch.float32), {"A": torch.zeros(1, 2)}

@@ -10,12 +10,15 @@ from projector.linalg import energy
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
+ROUNDING = 1e-6  # a sum whose norm is a smaller share of its summands' is rounding alone
+
 
 @dataclass(frozen=True)
 class TaskArithmetic(Method):
     """The sum of all task vectors times a scale: a number, or one of two that keep the sum from growing with T.
 
-    "norm" gives the merged task vector the experts' mean norm; "per_sqrt" is c / sqrt(T).
+    "norm" gives the merged task vector the experts' mean norm, or zero where the experts cancel out up to rounding;
+    "per_sqrt" is c / sqrt(T).
     """
 
     name = "task_arithmetic"
@@ -52,10 +55,11 @@ class TaskArithmetic(Method):
             scalars["scale"] = self.c / sqrt(counted.experts) if counted.experts else 0.0
         elif self.scale == "norm":
             norm = sqrt(sums["sum"])
-            scalars["norms"] = totals.scalars.get("norms", 0.0) + expert.weight * sqrt(sums["task_vector"])
-            scalars["scale"] = scalars["norms"] / counted.weight / norm if norm and counted.experts else 0.0
+            norms = totals.scalars.get("norms", 0.0) + expert.weight * sqrt(sums["task_vector"])
+            some = counted.experts and norm > ROUNDING * norms
+            scalars["norms"], scalars["scale"] = norms, norms / counted.weight / norm if some else 0.0
         else:
-            scalars["scale"] = float(self.scale)
+            scalars["scale"] = float(self.scale) if counted.experts else 0.0
         return Totals(counted.experts, scalars)
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:

@@ -1,7 +1,8 @@
 """TIES: trim, elect a sign, merge what agrees with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import copysign
 
 import torch
 from torch import Tensor
@@ -12,9 +13,13 @@ from projector.selection import just_below, kept, kth_largest, survey, surveyed
 from projector.spec import TensorSpec
 from projector.thinning import pieces
 
-# P, N: sums of the positive and of the negative trimmed values; c+, c-: the experts' weights in them; S = P + N;
-# max+, max-: the largest and the smallest trimmed value, or zero
-SLOTS: Mapping[str, Sequence[str]] = {"mean": ("P", "N", "c+", "c-"), "sum": ("P", "N"), "max": ("S", "max+", "max-")}
+# P, N: sums of the positive and of the negative trimmed values; c+, c-: the experts' weights in them ("mean") or how
+# many experts ("sum"); S = P + N; max+, max-: the largest and the smallest trimmed value, or zero
+SLOTS: Mapping[str, Mapping[str, torch.dtype]] = {
+    "mean": {"P": torch.float32, "N": torch.float32, "c+": torch.float64, "c-": torch.float64},
+    "sum": {"P": torch.float32, "N": torch.float32, "c+": torch.float32, "c-": torch.float32},
+    "max": {"S": torch.float32, "max+": torch.float32, "max-": torch.float32},
+}
 
 ROUNDING = 1e-6  # what is smaller than the share of its summands counts as zero
 
@@ -29,9 +34,13 @@ class Ties(Method):
     "mean" is sum w_i trimmed_i / sum w_i over the experts that agree, "sum" is sum w_i trimmed_i over them, "max" the
     w_i trimmed_i of largest magnitude among theirs, which cannot be taken out again.
 
+    For "mean" and "sum" it is also counted, exactly, who has a value of either sign: what rounding leaves of experts
+    that were taken out has no vote, and an expert of small weight keeps its own. Scope "tensor" takes a tensor whole,
+    up to 33 GiB of memory for an embedding of 128256 x 4096; `init` refuses one that does not fit, with both numbers.
+
     >>> stream = [torch.tensor([4.0, 1.0, -3.0]), torch.tensor([2.0, 0.1, 5.0])]
     >>> spec, ties = TensorSpec("w", (3,), torch.float32), Ties(density=0.5, scope="tensor")
-    >>> state, totals = {key: torch.zeros(3) for key in ("P", "N", "c+", "c-")}, Totals()
+    >>> state, totals = {key: torch.zeros(3, dtype=slot.dtype) for key, slot in ties.slots(spec).items()}, Totals()
     >>> for t, delta in enumerate(stream, start=1):
     ...     state, sums = ties.update(state, delta, spec, Expert(t))
     ...     totals = ties.tally(totals, sums, Expert(t))
@@ -61,7 +70,7 @@ class Ties(Method):
         return 2 if self.scope == "model" and self.density < 1 else 0
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        return {key: TensorSpec(spec.name, spec.shape, torch.float32) for key in SLOTS[self.combine]}
+        return {key: TensorSpec(spec.name, spec.shape, dtype) for key, dtype in SLOTS[self.combine].items()}
 
     def elementwise(self, spec: TensorSpec) -> bool:
         return self.scope == "model" or self.density == 1
@@ -71,7 +80,10 @@ class Ties(Method):
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         below = self._trimmed_up_to(delta, expert)
-        after = {key: torch.empty(delta.shape, device=delta.device) for key in SLOTS[self.combine]}
+        after = {
+            key: torch.empty(delta.shape, dtype=dtype, device=delta.device)
+            for key, dtype in SLOTS[self.combine].items()
+        }
         majority = 0.0
         for part in pieces(delta):
             trimmed = hardshrink(delta.reshape(-1)[part], below)
@@ -112,14 +124,14 @@ class Ties(Method):
                 "max+": torch.maximum(state["max+"], up.mul_(weight)),
                 "max-": torch.minimum(state["max-"], down.mul_(weight)),
             }
-        sums = {"P": torch.add(state["P"], up, alpha=weight), "N": torch.add(state["N"], down, alpha=weight)}
-        if self.combine == "sum":
-            return sums
-        counts = {
-            "c+": torch.add(state["c+"], up.sign_(), alpha=weight),
-            "c-": torch.sub(state["c-"], down.sign_(), alpha=weight),
+        # A weight rounded to float32 has so few digits that a float64 sum of them is exact, as is one of ones.
+        share = weight if self.combine == "mean" else copysign(1, weight)
+        return {
+            "P": torch.add(state["P"], up, alpha=weight),
+            "N": torch.add(state["N"], down, alpha=weight),
+            "c+": state["c+"] + up.sign_().mul_(share),
+            "c-": state["c-"] - down.sign_().mul_(share),
         }
-        return {**sums, **counts}
 
     def _elected(self, state: State, totals: Totals) -> Tensor:
         """The merged task vector, unscaled. In float32 throughout: arithmetic with bool takes several times longer."""
@@ -129,14 +141,14 @@ class Ties(Method):
         merged = torch.lerp(down, up, positive)  # one or the other
         if self.combine != "mean":
             return merged
-        weight = torch.lerp(state["c-"], state["c+"], positive)
-        least = ROUNDING * totals.weight
-        some = torch.gt(weight, least, out=torch.empty_like(weight))
-        return merged.div_(weight.clamp_min_(least)).mul_(some)
+        weight = torch.lerp(state["c-"].float(), state["c+"].float(), positive)
+        return merged.div_(weight.masked_fill_(weight == 0, 1))
 
     def _sides(self, state: State) -> tuple[Tensor, Tensor]:
-        """What may be read out: of the positive values, and of the negative ones."""
-        return (state["max+"], state["max-"]) if self.combine == "max" else (state["P"], state["N"])
+        """What may be read out: of the positive values, and of the negative ones; zero where nobody has any."""
+        if self.combine == "max":
+            return state["max+"], state["max-"]
+        return state["P"] * state["c+"].sign().float(), state["N"] * state["c-"].sign().float()
 
     def _votes(self, state: State) -> Tensor:
         """The sum of all trimmed values, whose sign is elected; zero where nothing but rounding is left of it."""

@@ -28,6 +28,7 @@ from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
 MOMENTUM, SQUARES, EPS = 0.9, 0.999, 1e-8  # Adam's betas and epsilon
+ROUNDING = 1e-6  # a row of R no larger than this share of the row of S G is rounding alone
 UNTRAINED = 1e-9  # of G's trace, the sum of weights: less is the rounding left by experts that were taken out
 
 
@@ -81,7 +82,7 @@ class Wudi(Method):
         if not self._solves(spec):
             return super().workspace(spec)
         m, n = spec.shape[-2:]
-        return 8 * (2 * n * n + 3 * min(m * n, BLOCK_NUMEL)) + 4 * 6 * m * n  # squares; blocks; the descent in float32
+        return 8 * (3 * n * n + 4 * min(m * n, BLOCK_NUMEL)) + 4 * 6 * m * n  # squares; blocks; the descent in float32
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         total = torch.add(state["S"], delta, alpha=expert.weight)
@@ -115,10 +116,15 @@ class Wudi(Method):
         return is_projected(spec, self.exclude)
 
     def _descended(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor) -> Tensor:
-        """D after Adam's steps from D = 0, float32."""
+        """D after Adam's steps from D = 0, float32.
+
+        Adam moves a weight by about lr however small its gradient is: rows of R that are rounding alone stay in place.
+        """
         r_MN = torch.empty_like(s_MN)
         for rows in row_blocks(s_MN):
-            r_MN[rows] = _disturbed(s_MN[rows], g_NN, h_MN[rows])
+            r_BN = _disturbed(s_MN[rows], g_NN, h_MN[rows])
+            whole_B = (r_BN + h_MN[rows]).norm(dim=1)
+            r_MN[rows] = r_BN.masked_fill_((r_BN.norm(dim=1) <= ROUNDING * whole_B)[:, None], 0.0)
         narrow_NN = g_NN.to(s_MN.dtype)
         d_MN, mean_MN, squares_MN = (torch.zeros_like(s_MN) for _ in range(3))
         for t in range(1, self.steps + 1):

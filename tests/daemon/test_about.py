@@ -55,7 +55,7 @@ def said(folder: Path, **about: object) -> Path:
         {},
         EVERYTHING,
         {"weight": 1e6},
-        {"weight": 5e-324},
+        {"weight": 1e-6},
         {"trained_from": "0" * 64},
         {"trained_from": "soup_2/0"},
         {"name": "x" * 200, "notes": "y" * 4000},
@@ -77,7 +77,7 @@ def test_other_unicode_is_read_too(encoding: str, tmp_path: Path) -> None:
     assert read(json.dumps(EVERYTHING, ensure_ascii=False).encode(encoding), tmp_path).given() == EVERYTHING
 
 
-WEIGHT = "weight must be a number above 0 and at most 1000000"
+WEIGHT = "weight must be a number from 0.000001 to 1000000"
 LINE = "must be one printable line of at most 200 characters"
 
 
@@ -86,7 +86,19 @@ LINE = "must be one printable line of at most 200 characters"
     [
         *(
             (f'{{"weight": {value}}}', WEIGHT)
-            for value in ("0", "-1", "-0.0", "1000000.1", "NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400)
+            for value in (
+                "0",
+                "-1",
+                "-0.0",
+                "9.99e-7",
+                "5e-324",
+                "1000000.1",
+                "NaN",
+                "Infinity",
+                "-Infinity",
+                "1e999",
+                "1" + "0" * 400,
+            )
         ),
         *((f'{{"weight": {value}}}', WEIGHT) for value in ('"2"', "true", "null", "[1]", '{"a": 1}', "1e-400")),
         ('{"name": 3}', f"name {LINE}"),

@@ -146,15 +146,17 @@ def test_what_vanished_may_come_again(tmp_path: Path) -> None:
     assert waiting.value.reason is Reason.CHANGED
 
 
-def test_a_sidecar_that_is_needed_is_waited_for_and_counts_in_the_identity(folder: Path, file: Path) -> None:
+def test_a_sidecar_that_is_needed_is_waited_for_and_is_no_part_of_the_identity(folder: Path, file: Path) -> None:
     with opened(folder) as checkpoint:
         alone = checkpoint.identity()
+        assert checkpoint.sidecar_digests() == {}
     with pytest.raises(NotYet) as waiting, opened(folder, needs=("fisher",)):
         pass
     assert waiting.value.reason is Reason.MISSING_SIDECAR
     shutil.copy(file, folder / "fisher.safetensors")
     with opened(folder, needs=("fisher",)) as checkpoint:
-        assert checkpoint.identity() != alone
+        assert checkpoint.identity() == alone
+        assert checkpoint.sidecar_digests() == {"fisher": sha256(file)}
     with pytest.raises(Refused) as refused, opened(file, needs=("fisher",)):
         pass
     assert refused.value.reason is Reason.MISSING_SIDECAR

@@ -321,7 +321,9 @@ def test_taking_several_out_and_then_all(merged: Home, model: tuple[Path, list[P
     assert_close(latest(merged), opcm(*weights(model, 1, 3)))
     assert_close(latest(merged, "soup"), soup(model, [1, 3]))
     check(merged)
-    assert "no merged expert is called '1'" in refused(merged, "--without", "1")
+    assert "expert 1 (a.safetensors) went with version 5 already" in refused(merged, "--without", "1")
+    assert "no merged expert is called '99'" in refused(merged, "--without", "99")
+    assert merged.clean.exists()  # what is refused leaves no mark of a crash
     assert rebuild(merged, "--without", "2", "--without", "4").splitlines() == ["main: replayed", "soup: replayed"]
     base = read_weights(model[0])
     assert live(merged) == 6
@@ -440,6 +442,50 @@ def test_a_new_head_that_keeps_records_has_one_of_each_expert(merged: Home) -> N
     check(merged)
 
 
+def test_an_expert_that_is_no_longer_in_the_archive_is_taken_out_by_a_replay(
+    merged: Home, model: tuple[Path, list[Path]]
+) -> None:
+    shutil.rmtree(merged.archive(3))
+    assert rebuild(merged, "--without", "3").splitlines() == ["main: replayed", "soup: replayed"]
+    assert_close(latest(merged, "soup"), soup(model, [0, 1, 3]))
+    assert rebuild(merged, "--without", "1", "--replay").splitlines() == ["main: replayed", "soup: replayed"]
+    assert_close(latest(merged, "soup"), soup(model, [1, 3]))
+    check(merged)
+
+
+def test_an_expert_that_outweighs_the_others_is_taken_out_by_a_replay(
+    base: Path, model: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """float32 would keep only the first digits of the others."""
+    home = make_home(tmp_path / "sums", base, (("main", "mean", {}),))
+    for path, weight in zip(model[1][1:3], (1.0, 1000.0), strict=True):
+        copy = shutil.copytree(path, tmp_path / path.name)
+        (copy / "expert.json").write_text(json.dumps({"weight": weight}))
+        put(home, copy)
+        drain(home)
+    assert rebuild(home, "--without", "2").splitlines() == ["main: replayed"]
+    assert_close(latest(home), soup(model, [1]))
+
+
+@pytest.mark.parametrize("left", ["folder", "registry"])
+def test_what_is_left_of_another_rebuild_is_begun_anew(merged: Home, model: tuple[Path, list[Path]], left: str) -> None:
+    inner = Home(merged.rebuilding("init"))
+    inner.state.mkdir(parents=True)
+    if left == "registry":
+        inner.registry.write_bytes(b"SQLite format 3" + bytes(200))
+    rebuild(merged, "--head", "init", "--method", "ema")
+    assert_close(latest(merged, "init"), ema(*weights(model, 0, 1, 2, 3)))
+    check(merged)
+
+
+def test_recovery_touches_no_folder_that_only_looks_like_a_rebuild(merged: Home) -> None:
+    for name in ("rebuild-", "rebuild-..", "rebuild-a.b"):
+        (merged.state / name).mkdir()
+    before = tree(merged.published)
+    drain(merged)
+    assert tree(merged.published) == before and (merged.state / "rebuild-..").exists()
+
+
 # and without doing anything
 
 
@@ -451,10 +497,15 @@ def test_a_dry_run_changes_nothing(merged: Home, tmp_path: Path) -> None:
     assert "init: to be replayed" in rebuild(merged, "--head", "init", "--method", "ema", "--dry-run")
     assert bytes_of(merged) == before
     assert not (tmp_path / "new").exists()
+    fd = durable.lock(merged.lock)
+    try:
+        assert "soup: to be subtracted" in rebuild(merged, "--without", "3", "--dry-run")  # beside the daemon
+    finally:
+        os.close(fd)
 
 
 def test_words_that_do_not_fit_together(merged: Home) -> None:
     assert "nothing to rebuild" in refused(merged)
     assert "adds one head" in refused(merged, "--head", "a=ema", "--head", "b=ema")
     assert "keeps every head's method" in refused(merged, "--without", "1", "--method", "mean")
-    assert "expected NAME=METHOD" in refused(merged, "--head", "init")
+    assert "the method of the head 'init' is missing" in refused(merged, "--head", "init")

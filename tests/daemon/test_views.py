@@ -111,6 +111,26 @@ def test_a_view_says_how_long_it_is_and_that_it_has_no_ranges(origin: str) -> No
     assert head.headers["content-length"] == whole.headers["content-length"]
 
 
+def test_a_head_that_was_added_later_has_views_and_versions_keep_those_of_experts_withdrawn_later(
+    merged: Home, given: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    home = Home(shutil.copytree(merged.root, tmp_path / "home", symlinks=True))
+    for words in (("--head", "later", "--method", "emr"), ("--without", "2")):
+        done = forked("rebuild", "--home", home.root, *words)
+        assert done.returncode == 0, done.stderr
+    base, paths = given
+    truth = emr_views(read_weights(base), [read_weights(path) for path in paths])
+    left = emr_views(read_weights(base), [read_weights(path) for path in (paths[0], paths[2])])
+    with served(home) as origin:
+        for head in ("main", "later"):
+            for expert in (1, 2, 3):
+                found = get(origin + address(COUNT, expert, head=head))
+                assert found.status_code == 200, found.text
+                assert_close(load(found.content), truth[expert - 1])
+            assert_close(load(get(origin + address(COUNT + 1, 3, head=head)).content), left[1])
+            assert refusal(get(origin + address(COUNT + 1, 2, head=head))) == (404, "not_merged")
+
+
 def test_the_files_beside_a_view_are_the_versions(origin: str) -> None:
     answer = get(origin + address(2, 1, CONFIG))
     assert answer.content == get(f"{origin}/v1/heads/main/versions/2/files/{CONFIG}").content
@@ -124,7 +144,7 @@ def test_the_files_beside_a_view_are_the_versions(origin: str) -> None:
     [
         (2, 3, "main", (404, "not_merged")),
         (0, 1, "main", (404, "not_merged")),
-        (2, 99, "main", (400, "bad_sha256")),
+        (2, 99, "main", (404, "not_merged")),
         (2, 9999, "main", (404, "unknown_expert")),
         (2, "ffffffff", "main", (404, "unknown_expert")),
         (2, "..", "main", (400, "bad_sha256")),

@@ -1,18 +1,22 @@
 """I9 at the level of the driver: peak memory grows neither with the number of tensors nor with the size of a tensor
 that goes through in blocks."""
 
+import json
 import os
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from projector.methods import make
+from projector.methods import make, methods
 from projector.spec import TensorSpec
 from projector.steps import BLOCK_BYTES, Step, fold_bytes
+from tests.memory import fold_many
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
@@ -27,6 +31,8 @@ BLOCKS_AT_ONCE = 14
 TIMING = 3
 
 HEAP_SLACK = 8 * MIB  # the result being written, and the eigensolver's own buffers, one for each worker
+
+EXPERT_BYTES = 4 * sum(prod(shape) for shape in fold_many.SHAPES.values())
 
 # A freed block goes back to the system at once, so that what is measured is what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
@@ -61,6 +67,26 @@ def test_memory_is_flat_in_the_size_of_an_embedding_beyond_a_block(tmp_path: Pat
     sixteen = grown(tmp_path, 1, 16 * BLOCK_BYTES // ROW_BYTES, "opcm")
     assert sixteen - four <= TIMING * BLOCK_BYTES, "12 more blocks"
     assert sixteen <= BLOCKS_AT_ONCE * BLOCK_BYTES
+
+
+def test_no_method_takes_more_memory_for_a_later_expert() -> None:
+    """Sixteen experts: the median over the last five against that over the second to the sixth, ten before.
+
+    How blocks meet moves a peak by some megabytes; a method that held on to a fifth of each expert would be found.
+    """
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.memory.fold_many", "16"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **MALLOC},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, list[int]] = json.loads(ran.stdout)
+    assert found.keys() == methods().keys()
+    grew = {name: median(peaks[-5:]) - median(peaks[1:6]) for name, peaks in found.items()}
+    print({name: f"{bytes_ / MIB:.1f} MiB" for name, bytes_ in grew.items()})
+    assert {name: bytes_ for name, bytes_ in grew.items() if bytes_ > 2 * EXPERT_BYTES} == {}
 
 
 @pytest.mark.parametrize("at_once", [1, 3])

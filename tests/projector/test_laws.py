@@ -232,6 +232,12 @@ class NeverForgets(Honest):
         return {"A": state["A"] + abs(expert.weight) * delta}, {}
 
 
+class CountsAllAlike(Honest):
+    """Says that the experts' weights count, and never looks at them."""
+
+    weighted = True
+
+
 class SeesTheBlock(Honest):
     """What it keeps of an expert, and so its view, depends on the largest value of the block at hand."""
 
@@ -271,6 +277,7 @@ BROKEN: Mapping[Method, set[str]] = {
     RoundsItsSurvey(): {"order_of_tensors_does_not_matter"},
     PrefersTheNewest(): {"order_of_experts_does_not_matter"},
     NeverForgets(): {"an_expert_can_be_taken_out"},
+    CountsAllAlike(): {"weights_count"},
     SeesTheBlock(): {"every_expert_has_its_view"},
 }
 

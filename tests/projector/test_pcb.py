@@ -36,7 +36,7 @@ def model(count: int, dtype: torch.dtype = torch.float32, size: float = 0.3) -> 
 def twice(base: Tensors, experts: Sequence[Tensors], **params: float) -> dict[str, Tensor]:
     """Two passes, by the driver and through files; blocks of a few rows."""
     method = make("pcb", params)
-    driver = Driver(block_bytes=256)
+    driver = Driver(block_bytes=2048)
     with _Files() as files:
         origin = Checkpoint([files.written(base)])
         state: TensorReader | None = None

@@ -1,4 +1,4 @@
-"""What an expert says about itself: the content of its expert.json."""
+"""What an expert brings beside its weights: the content of its expert.json, and the digests of its sidecars."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,5 +8,6 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Adds experts.about. Those that arrived before keep NULL: they were not asked."""
+    """Adds experts.about and experts.sidecars. Those that arrived before keep NULL: they were not asked."""
     op.add_column("experts", sa.Column("about", sa.Text))
+    op.add_column("experts", sa.Column("sidecars", sa.Text))

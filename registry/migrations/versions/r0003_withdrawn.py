@@ -32,6 +32,7 @@ def upgrade() -> None:
         sa.Column("finished_at", sa.DateTime, nullable=False),
         sa.Column("place", sa.Text),
         sa.Column("about", sa.Text),
+        sa.Column("sidecars", sa.Text),
         sa.Column("withdrawn_in", sa.Integer),
         sa.CheckConstraint("status IN ('merged', 'duplicate', 'quarantined', 'withdrawn')", name="expert_status_known"),
         sa.CheckConstraint(
