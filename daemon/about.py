@@ -16,7 +16,7 @@ from projector.text import shown
 
 ABOUT = "expert.json"
 MAX_ABOUT_BYTES = 64 << 10
-MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3  # further apart, rounding would eat what the lighter one brings
 MAX_NOTES = 4000
 ONE_LINE = "one printable line of at most 200 characters"
 
@@ -46,7 +46,7 @@ class About(BaseModel):
     name: Line | None = Field(default=None, description=ONE_LINE)
     task: Line | None = Field(default=None, description=ONE_LINE)
     weight: float = Field(
-        default=1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT, description=f"a number from {MIN_WEIGHT:f} to {MAX_WEIGHT:.0f}"
+        default=1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT, description=f"a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"
     )
     trained_from: Origin | None = Field(
         default=None, description="a version such as main/12, or a sha256 in lower case"

@@ -33,7 +33,8 @@ class Listing:
     keeps, prepares: accumulators of a matrix of m rows and n columns by their key, in words ("m x n float32"); k is the
     smaller of both. What is prepared is derived from them while nothing arrives. bytes_per_parameter: of the
     accumulators of a square matrix of 1024 x 1024, and vector_bytes_per_parameter of a vector, over a float32 base.
-    record_bytes_per_parameter: what is kept of every single expert beside that; 0 but for methods that grow with them.
+    record_bytes_per_parameter, vector_record_bytes_per_parameter: what is kept of every single expert beside that, of
+    the same matrix and of a vector; 0 but for methods that grow with them.
     reads: how often an expert is read, where it feeds this head alone.
     """
 
@@ -47,6 +48,7 @@ class Listing:
     bytes_per_parameter: float
     vector_bytes_per_parameter: float
     record_bytes_per_parameter: float
+    vector_record_bytes_per_parameter: float
     order_independent: bool
     subtractable: bool
     weighted: bool
@@ -90,7 +92,8 @@ def lines(listed: Listing) -> Iterator[tuple[str, str]]:
     if listed.prepares:
         yield "prepares", answer(_accumulators(listed.prepares), "prepares")
     if listed.record_bytes_per_parameter:
-        yield "keeps of each expert", f"{listed.record_bytes_per_parameter:.2g} bytes per parameter: it grows with them"
+        matrix, vector = listed.record_bytes_per_parameter, listed.vector_record_bytes_per_parameter
+        yield "keeps of each expert", f"{_each(matrix, vector, '.2g')}: it grows with them"
     yield "order of experts", answer("does not matter" if listed.order_independent else "matters", "order_independent")
     yield "taking an expert out", answer("exact, by subtraction" if listed.subtractable else "replay", "subtractable")
     yield "weights of experts", answer("counted" if listed.weighted else "ignored", "weighted")
@@ -147,6 +150,7 @@ def _facts(method: Method) -> dict[str, Any]:
         "bytes_per_parameter": _bytes(method, SQUARE),
         "vector_bytes_per_parameter": _bytes(method, VECTOR),
         "record_bytes_per_parameter": _bytes(method, SQUARE, "keeps"),
+        "vector_record_bytes_per_parameter": _bytes(method, VECTOR, "keeps"),
         "order_independent": method.order_independent,
         "subtractable": method.subtractable,
         "weighted": method.weighted,
@@ -203,9 +207,12 @@ def _spec(shape: tuple[int, ...]) -> TensorSpec:
 
 
 def _amount(listed: Listing) -> str:
-    matrix, vector = listed.bytes_per_parameter, listed.vector_bytes_per_parameter
-    other = "" if matrix == vector else f" of a square matrix, {vector:g} of a vector"
-    return f"{matrix:g} bytes per parameter{other}"
+    return _each(listed.bytes_per_parameter, listed.vector_bytes_per_parameter, "g")
+
+
+def _each(matrix: float, vector: float, digits: str) -> str:
+    other = "" if matrix == vector else f" of a square matrix, {vector:{digits}} of a vector"
+    return f"{matrix:{digits}} bytes per parameter{other}"
 
 
 def _accumulators(shapes: Mapping[str, str]) -> str:

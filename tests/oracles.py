@@ -45,9 +45,10 @@ def opcm(
     return _plus(base, total, scale)
 
 
-def mean(base: Weights, experts: Sequence[Weights]) -> dict[str, Tensor]:
-    """theta_0 + S / T."""
-    return _plus(base, task_sum(base, experts), 1 / len(experts) if experts else 0.0)
+def mean(base: Weights, experts: Sequence[Weights], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """theta_0 + S / sum w_i, S = sum w_i tau_i; without `weights` each is 1."""
+    counts = weights or [1.0] * len(experts)
+    return _plus(base, task_sum(base, experts, counts), 1 / sum(counts) if experts else 0.0)
 
 
 def task_arithmetic(
@@ -55,15 +56,21 @@ def task_arithmetic(
     experts: Sequence[Weights],
     scale: float | Literal["norm", "per_sqrt"] = 0.3,
     coefficient: float = 1.0,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
-    """theta_0 + scale * S; "norm" is mean norm(tau_i) / norm(S), "per_sqrt" is `coefficient` / sqrt(T)."""
-    total = task_sum(base, experts)
+    """theta_0 + scale * S, S = sum w_i tau_i; without `weights` each is 1.
+
+    "norm" is the weighted mean of norm(tau_i) over norm(S), "per_sqrt" is `coefficient` / sqrt(T).
+    """
+    counts = weights or [1.0] * len(experts)
+    total = task_sum(base, experts, counts)
     if not experts:
         return _plus(base, total, 0.0)
     if scale == "norm":
         length = norm(total)
         lengths = [norm(task_vector(base, expert)) for expert in experts]
-        factor = sum(lengths) / len(lengths) / length if length > 0 else 0.0
+        mean_length = sum(c * x for c, x in zip(counts, lengths, strict=True)) / sum(counts)
+        factor = mean_length / length if length > 1e-12 * sum(counts) * mean_length else 0.0
     elif scale == "per_sqrt":
         factor = coefficient / math.sqrt(len(experts))
     else:
@@ -85,12 +92,12 @@ def task_vector(base: Weights, expert: Weights) -> dict[str, Tensor]:
     return {name: expert[name].double() - weight for name, weight in _floating(base).items()}
 
 
-def task_sum(base: Weights, experts: Sequence[Weights]) -> dict[str, Tensor]:
-    """S = sum of tau_i."""
+def task_sum(base: Weights, experts: Sequence[Weights], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """S = sum of w_i tau_i; without `weights` each is 1."""
     total = {name: torch.zeros_like(weight) for name, weight in _floating(base).items()}
-    for expert in experts:
+    for expert, count in zip(experts, weights or [1.0] * len(experts), strict=True):
         for name, tau in task_vector(base, expert).items():
-            total[name] += tau
+            total[name] += count * tau
     return total
 
 

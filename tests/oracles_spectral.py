@@ -118,11 +118,11 @@ def opcm_isotropic(
 
 
 def flat(x: Tensor, tol: float) -> Tensor:
-    """mean(s) * U V' of one matrix, the mean over all min(m, n) values, without the directions up to tol * s_0."""
+    """mean(s) * U V' of one matrix, the mean over all min(m, n) values, with none for directions up to tol * s_0."""
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     kept = s > tol * s[0]
-    polar: Tensor = (u * kept) @ vh
-    return s.mean() * polar
+    merged: Tensor = (s * kept).mean() * ((u * kept) @ vh)
+    return merged
 
 
 def _merged(

@@ -19,8 +19,9 @@ class IsoC(Method):
     scale * mean(s) * U V', the mean over all min(m, n) values. Embeddings, vectors and scalars are averaged.
 
     Every direction comes to weigh the same, so that a rounding of S turns the result by (rounding / s_i): matrices are
-    summed in float64. Directions with s_i <= tol * s_0 are left out of U V', since rounding alone decides where they
-    point; a singular value decomposition makes up some vectors for them and gives them mean(s) as well.
+    summed in float64. Directions with s_i <= tol * s_0 are left out of U V' and count as zero in the mean, since
+    rounding alone decides where they point; a singular value decomposition makes up some vectors for them and gives
+    them mean(s) as well.
 
     >>> spec, iso, total = TensorSpec("w", (2, 2), torch.float32), IsoC(scale=1.0), torch.zeros(2, 2).double()
     >>> for t, delta in enumerate([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, -1.0]]], start=1):

@@ -76,14 +76,16 @@ class Mats(Method):
         if not self._solves(spec):
             return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
         if self.curvature == "gram":
-            shape, mass = (spec.shape[1], spec.shape[1]), TensorSpec(spec.name, (), torch.float64)
+            c = TensorSpec(spec.name, (spec.shape[1], spec.shape[1]), torch.float64)
+            most = TensorSpec(spec.name, (), torch.float64)
         else:
-            shape, mass = spec.shape, TensorSpec(spec.name, spec.shape, torch.float32)
+            c = TensorSpec(spec.name, spec.shape, torch.float64)
+            most = TensorSpec(spec.name, spec.shape, torch.float32)
         return {
-            "C": TensorSpec(spec.name, shape, torch.float64),
+            "C": c,
             "H": TensorSpec(spec.name, spec.shape, torch.float64),
             "S": TensorSpec(spec.name, spec.shape, torch.float64),
-            "most": mass,  # what C, or its trace, would be had no expert been taken out
+            "most": most,  # what C, or its trace, would be had no expert been taken out
         }
 
     def elementwise(self, spec: TensorSpec) -> bool:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from projector.listing import lines, listing
 from projector.methods import make
 from projector.methods.emr import NEGATIVE, POSITIVE, pack, unpack
 from projector.spec import TensorSpec
-from projector.steps import record_specs
+from projector.steps import Step, read_bytes, record_specs, view_bytes
 from projector.trial import Tensors, merge, stream, views
 from tests import oracles
 from tests.oracles_emr import emr, emr_unified, emr_views
@@ -39,6 +40,20 @@ def test_every_view_matches_the_oracle(rank: int | None, block_bytes: int) -> No
     for ours, theirs in zip(views(EMR, base, experts, block_bytes), truth, strict=True):
         assert relative_error(base, ours, theirs) <= 1e-5
     assert relative_error(base, truth[0], truth[1]) > 0.1  # they are not all the same
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_twelve_arrivals_in_half_precision_match_the_oracle(dtype: torch.dtype) -> None:
+    """The published weights are the nearest ones; half precision makes ties and sums of zero common."""
+    origin, arrivals = stream(12)
+    base, *experts = ({name: x.to(dtype) for name, x in model.items()} for model in (origin, *arrivals))
+    weights, _, _ = merge(EMR, base, experts)
+    truth = emr(base, experts)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, truth[name].to(dtype)), name
+    for ours, theirs in zip(views(EMR, base, experts), emr_views(base, experts), strict=True):
+        for name, tensor in ours.items():
+            assert torch.allclose(tensor.double(), theirs[name], rtol=torch.finfo(dtype).eps / 2, atol=1e-6), name
 
 
 def test_a_bf16_base_with_cancelling_experts_matches_the_oracle() -> None:
@@ -94,3 +109,16 @@ def test_a_record_takes_two_bits_for_each_weight() -> None:
     specs = record_specs(EMR, schema)
     assert {spec.name for spec in specs} == {"signs/w", "magnitude/w"}
     assert sum(spec.nbytes for spec in specs) == 512 * 1024 // 4 + 512 * 8
+
+
+def test_a_record_of_a_vector_takes_nine_bytes_for_each_weight_and_the_listing_says_so() -> None:
+    specs = record_specs(EMR, {"bias": TensorSpec("bias", (100,), torch.float32)})
+    assert sum(spec.nbytes for spec in specs) == 900
+    assert listing(type(EMR)).vector_record_bytes_per_parameter == 9
+    assert "9 of a vector" in dict(lines(listing(type(EMR))))["keeps of each expert"]
+
+
+def test_a_view_needs_one_workspace() -> None:
+    step = Step(TensorSpec("w", (64, 32), torch.float32))
+    record = sum(spec.nbytes for spec in EMR.keeps(step.spec).values())
+    assert view_bytes(EMR, step) == read_bytes(EMR, step) + record

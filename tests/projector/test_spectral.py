@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from projector.errors import BadParameter
 from projector.method import Expert, Method, Totals
 from projector.methods import make
 from projector.spec import TensorSpec
@@ -36,8 +37,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 CASES: dict[str, tuple[str, dict[str, Any], Oracle, float]] = {
     "iso_c": ("iso_c", {}, oracles_spectral.iso_c, 1e-5),
     "iso_c 1.5": ("iso_c", {"scale": 1.5}, oracles_spectral.iso_c, 1e-5),
-    "wudi": ("wudi", {}, oracles_spectral.wudi_adam, 1e-3),
-    "wudi 1e-4": ("wudi", {"lr": 1e-4, "steps": 60}, oracles_spectral.wudi_adam, 1e-3),
+    "wudi": ("wudi", {}, oracles_spectral.wudi_adam, 1e-5),
+    "wudi 1e-4": ("wudi", {"lr": 1e-4, "steps": 60}, oracles_spectral.wudi_adam, 1e-5),
     "wudi ridge": ("wudi", {"solver": "ridge"}, oracles_spectral.wudi_ridge, 1e-5),
     "wudi ridge 1e-4": ("wudi", {"solver": "ridge", "ridge": 1e-4}, oracles_spectral.wudi_ridge, 1e-5),
 }
@@ -285,6 +286,41 @@ def test_wudi_takes_a_single_expert_whole(params: dict[str, Any]) -> None:
     base, experts = stream(count=1)
     ours = merged_task_vector(make("wudi", params), base, experts)
     assert worst(ours, oracles.task_vector(base, experts[0])) <= 1e-6
+
+
+@pytest.mark.parametrize("solver", ["adam", "ridge"])
+def test_wudi_leaves_a_single_expert_whole_once_another_is_taken_out(solver: str) -> None:
+    """Adam would take the rounding that is left for a gradient, and move each weight by lr at every step."""
+    base, experts = stream(count=2)
+    ours = merged_task_vector(make("wudi", {"solver": solver}), base, [*experts, experts[1]], [1.0, 0.7, -0.7])
+    truth = oracles.task_vector(base, experts[0])
+    assert worst({name: ours[name] for name in MATRICES}, {name: truth[name] for name in MATRICES}) <= 1e-6
+
+
+def test_opcm_takes_no_lower_tol_than_isotropic_is_good_for() -> None:
+    make("opcm", {"tol": 0})
+    make("opcm", {"tol": 1e-6, "readout": "isotropic"})
+    with pytest.raises(BadParameter, match=r"tol cannot be 1e-07 .* isotropic") as caught:
+        make("opcm", {"tol": 1e-7, "readout": "isotropic"})
+    assert "1e-06 to 0.1" in caught.value.hint
+    with pytest.raises(BadParameter, match="tol"):
+        make("iso_c", {"tol": 1e-7})
+
+
+@pytest.mark.parametrize("tol", [1e-6, 1e-1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_iso_c_matches_the_oracle_at_either_end_of_tol(tol: float, dtype: torch.dtype) -> None:
+    """The oracle has the task vectors that the method is given: those of low rank are not, once rounded to float32."""
+    base, experts = stream(dtype, count=2)
+    given = [{n: base[n] + (e[n].float() - base[n].float()).double() for n in base} for e in experts]
+    ours = merged_task_vector(make("iso_c", {"tol": tol}), base, experts)
+    assert worst(ours, oracles_spectral.iso_c(base, given, tol=tol)) <= 1e-5
+
+
+def test_wudi_declares_what_its_solvers_take() -> None:
+    """Three squares: G ridged, its factor, and a solver's copy."""
+    spec = TensorSpec("w.weight", (256, 4096), torch.float32)
+    assert make("wudi").workspace(spec) >= 3 * 8 * 4096**2
 
 
 @pytest.mark.parametrize("solver", ["adam", "ridge"])

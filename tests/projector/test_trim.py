@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from projector.fold import Driver
 from projector.linalg import ENERGY_NUMEL
-from projector.method import Expert, Method, Totals
+from projector.listing import listing
+from projector.method import Expert, Method, Totals, param
 from projector.methods import make
 from projector.methods.dare import Dare, random_bits, stream_key
+from projector.methods.ties import Ties
 from projector.spec import TensorSpec
 from projector.trial import _sha256 as identity
 from projector.trial import merge
-from tests import oracles, oracles_trim
+from tests import oracles_trim
 
 Tensors = dict[str, Tensor]
 Oracle = Callable[..., Tensors]
@@ -88,9 +91,10 @@ def merged_vector(method: Method, base: Tensors, state: Tensors, totals: Totals)
 
 
 def gap(ours: Tensors, theirs: Tensors) -> float:
-    """||ours - theirs|| / ||theirs|| over all tensors taken as one vector."""
+    """The largest ||ours - theirs|| / ||theirs|| of any tensor; where theirs is zero, ours must be."""
     assert ours.keys() == theirs.keys()
-    return oracles.norm({name: ours[name].double() - theirs[name] for name in theirs}) / oracles.norm(theirs)
+    apart = {name: (float((ours[name].double() - x).norm()), float(x.double().norm())) for name, x in theirs.items()}
+    return max(error / norm if norm else (math.inf if error else 0.0) for error, norm in apart.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -121,8 +125,12 @@ def test_a_tensor_that_is_folded_in_pieces_matches_the_oracle(case: str) -> None
 
 @pytest.mark.parametrize("case", CASES)
 def test_ten_random_orders_give_the_same(case: str) -> None:
+    """Of half the tensors: a stream costs by the tensor."""
     method = make(*CASES[case])
     base, experts = experts_of(torch.float32, seed=1)
+    for tensors in (base, *experts):
+        for name in ("experts.weight", "small", "scalar", "empty"):
+            del tensors[name]
     pairs = list(zip(experts, WEIGHTS, strict=True))
     vectors = []
     for seed in range(10):
@@ -158,7 +166,69 @@ def test_where_every_expert_is_taken_out_the_base_is_left(case: str) -> None:
     )
     assert totals.experts == 0
     for name, tensor in base.items():
-        assert torch.allclose(weights[name], tensor, rtol=0, atol=1e-5), name
+        assert torch.equal(weights[name], tensor), name
+
+
+def held(method: Method, values: Sequence[tuple[float, list[float]]]) -> list[float]:
+    """What is merged from a base of zeros and experts with these weights and values."""
+    base = {"w": torch.zeros(len(values[0][1]))}
+    counting = [weight for weight, _ in values]
+    return merge(method, base, [{"w": torch.tensor(x)} for _, x in values], counting=counting)[0]["w"].tolist()
+
+
+@pytest.mark.parametrize("combine", ["mean", "sum", "max"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_sole_vote_of_a_light_expert_counts(combine: str, sign: float) -> None:
+    method = make("ties", {"density": 1, "combine": combine})
+    merged = held(method, [(1e3, [sign, 0.0])] * 3 + [(1e-3, [0.0, sign])])
+    truth = {"mean": [sign, sign], "sum": [3e3 * sign, 1e-3 * sign], "max": [1e3 * sign, 1e-3 * sign]}
+    assert merged == pytest.approx(truth[combine], rel=1e-6)
+
+
+@pytest.mark.parametrize("combine", ["mean", "sum"])
+def test_a_light_expert_is_alone_once_heavy_ones_are_taken_out(combine: str) -> None:
+    """One that has no value where they had theirs, and one that has."""
+    method = make("ties", {"density": 1, "combine": combine})
+    heavy = [(1e3 / 3, [1.0, -0.7, 0.5]), (0.3, [0.1, -0.3, 0.7]), (777.7, [0.7, -1.0, 0.9])]
+    out = [(-weight, values) for weight, values in heavy]
+    merged = held(method, [*heavy, (1e-3, [0.0, 0.0, -1.0]), *out])
+    assert merged == pytest.approx([0.0, 0.0, -1.0 if combine == "mean" else -1e-3], rel=1e-6)
+
+
+@pytest.mark.parametrize("combine", ["mean", "sum"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_what_was_taken_out_has_no_vote_in_the_majority(combine: str, order: tuple[int, int]) -> None:
+    """Ten weights are undecided, thirty elect plus; a thousand more had values that are gone."""
+
+    def values(gone: float, undecided: float, decided: float) -> list[float]:
+        return [gone] * 1000 + [undecided] * 10 + [decided] * 30
+
+    for turn in (1, -1):
+        gone = [(0.3, values(0.1 * turn, 0.0, 0.0)), (0.7, values(0.7 * turn, 0.0, 0.0))]
+        stay = [(1.0, values(0.0, 1.0, 1.0)), (1.0, values(0.0, -1.0, 1.0))]
+        method = make("ties", {"density": 1, "combine": combine})
+        merged = held(method, [*gone, *stay, *((-gone[i][0], gone[i][1]) for i in order)])
+        assert merged == values(0.0, 1.0, 1.0 if combine == "mean" else 2.0)
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "breadcrumbs", "dare"])
+def test_with_no_expert_left_the_scale_is_zero(name: str) -> None:
+    base, experts = experts_of(torch.float32)
+    _, _, totals = merge(make(name), base, [experts[0]] * 2, counting=[0.3, -0.3])
+    assert totals.scalars["scale"] == 0.0
+
+
+@dataclass(frozen=True)
+class DareTiesTrimmed(Dare):
+    """DARE with a trimming, as a method of its own, whose defaults are listed."""
+
+    then: str = param("ties", "as in dare", choices=("linear", "ties"))
+    density: float = param(0.5, "as in dare", low=0, high=1)
+
+
+def test_every_reading_of_an_expert_is_listed() -> None:
+    """For its sha256, for two surveys, and for the fold."""
+    assert [listing(cls).reads for cls in (Ties, Dare, DareTiesTrimmed)] == [3, 2, 4]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.endswith("max")])
