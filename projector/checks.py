@@ -258,7 +258,9 @@ def _surveyed(method: Method, state: Tensors, spec: TensorSpec, delta: Tensor, i
     sidecars = {kind: one for kind in method.needs for one in sidecar(kind, {spec.name: delta}).values()}
     expert = Expert(index, sha256=f"{index:064x}", sidecars=sidecars)
     for _ in range(method.rounds):
-        expert = replace(expert, surveys=(*expert.surveys, method.survey(state, delta, spec, expert)))
+        expert = replace(
+            expert, surveys=(*expert.surveys, method.survey(state if method.surveys_state else {}, delta, spec, expert))
+        )
     return expert
 
 

@@ -197,7 +197,7 @@ class Driver:
         self, source: Source, method: Method, before: TensorReader | None, read: _Read
     ) -> tuple[Step, Survey]:
         def work(device: torch.device) -> Survey:
-            state = self._state(method, before, read.step, device)
+            state = self._state(method, before, read.step, device) if method.surveys_state else {}
             with self.watch.phase("project"):
                 _, delta = _delta(source, read, device)
                 view = replace(read.views[0], sidecars=load_each(read.views[0].sidecars, device))

@@ -83,6 +83,7 @@ class Method(ABC):
     keyed: ClassVar[bool] = False  # it must know the expert's sha256, which costs a reading of it beforehand
     approximate: ClassVar[bool] = False  # the fold only approximates the offline method
     rounds: ClassVar[int] = 0  # survey sweeps over the expert before the fold
+    surveys_state: ClassVar[bool] = False  # `survey` is given the accumulators too, which are then read in each round
     wants_base: ClassVar[bool] = False  # `update` finds the base tensor in its state, as "base"
 
     @property
@@ -107,7 +108,10 @@ class Method(ABC):
         return False
 
     def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
-        """One tensor's share of a survey round; shares are added up. `expert.surveys` holds the rounds before."""
+        """One tensor's share of a survey round; shares are added up. `expert.surveys` holds the rounds before.
+
+        state: the accumulators with `surveys_state`, else nothing.
+        """
         raise NotImplementedError(f"{self.name} declares rounds but no survey")
 
     def prepares(self, spec: TensorSpec) -> dict[str, TensorSpec]:

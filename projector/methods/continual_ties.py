@@ -29,6 +29,7 @@ class ContinualTies(Method):
     formula = "A = TIES(A, tau); base + scale * A"
     paper = "Yadav et al., TIES-merging, arXiv 2306.01708; as a baseline in Tang et al., arXiv 2501.09522"
     rounds = 3
+    surveys_state = True
 
     density: float = param(0.2, "share of values that trimming keeps, of the whole model", low=0, high=1)
     scale: float = param(0.5, "the factor of the merged vector", low=-10, high=10)

@@ -44,6 +44,7 @@ class Pcb(Method):
     paper = "Du et al., Parameter competition balancing for model merging, arXiv 2410.02396"
     approximate = True
     rounds = 4
+    surveys_state = True
 
     ratio: float = param(0.1, "the share of a task vector's values that takes part, the best scored", low=0, high=1)
     scale: float = param(1.0, "the factor of the merged task vector", low=-10, high=10)
