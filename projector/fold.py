@@ -79,7 +79,7 @@ class Driver:
                 partial(self._survey_part, source, method, before),
             ):
                 for key, value in found.items():
-                    shares[key] = shares[key] + value if key in shares else value
+                    shares[key] = shares[key].add_(value) if key in shares else value
                 self.watch.advance(step.nbytes)
             expert = replace(expert, surveys=(*expert.surveys, shares))
         return expert
@@ -111,6 +111,11 @@ class Driver:
             head.method.tally(head.totals, _add([part.sums[i] for part in done]), head.expert)
             for i, head in enumerate(heads)
         ]
+        for head, after in zip(heads, totals, strict=True):
+            if head.weights and after != head.foreseen:
+                for writer in head.weights:
+                    writer.restart()
+                self.read_out(base, head.method, after, head.after.reader(), head.weights)
         return Folded(
             norm=sqrt(fsum(part.energy for part in done)),
             base_norm=sqrt(fsum(part.base_energy for part in done)) if base_norm is None else base_norm,
@@ -237,8 +242,7 @@ class Driver:
                     written.append((file, piece))
             for writer in head.weights:
                 if step.spec.name in writer.specs:
-                    after = head.method.tally(head.totals, {}, view)
-                    merged = self._merged(head.method, after, state, theta0, step, writer.specs)
+                    merged = self._merged(head.method, head.foreseen, state, theta0, step, writer.specs)
                     written.append((writer, writer.put(step.spec.name, merged, step.part.start)))
         return _FoldedPart(step, written, sums, delta_energy, base_energy)
 

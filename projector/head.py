@@ -34,6 +34,11 @@ class HeadFold:
     weights: Sequence[TensorWriter] = ()
     record: TensorWriter | None = None
 
+    @property
+    def foreseen(self) -> Totals:
+        """The totals after this expert, as the method tells them before it is read."""
+        return self.method.tally(self.totals, {}, self.expert)
+
 
 @dataclass(frozen=True)
 class Folded:

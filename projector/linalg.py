@@ -10,6 +10,7 @@ from torch import Tensor
 BLOCK_NUMEL = 1 << 19  # elements of a block of rows
 WIDE_NUMEL = 1 << 18  # of one that is widened: 2 MiB as float64, which a core's cache holds
 ENERGY_NUMEL = 1 << 16  # elements widened at a time for a norm: they stay in the cache
+PIECE_NUMEL = 1 << 18  # of a flattened tensor that goes through many elementwise steps
 CUDA_NUMEL = 1 << 24  # in each case on a device, which wants few large pieces: 128 MiB as float64
 STRIPS = 4  # of a Gram matrix's columns: products of 5/8 of it give it whole
 SMALL_ROTATION = 1e-3  # radians; its square is what one improvement leaves
@@ -18,11 +19,11 @@ SMALL_ROTATION = 1e-3  # radians; its square is what one improvement leaves
 def energy(x: Tensor) -> float:
     """The squared Frobenius norm of `x` in float64: NaN or infinite exactly where some element is."""
     flat = x.reshape(-1)
-    numel = CUDA_NUMEL if x.is_cuda else ENERGY_NUMEL
-    wide = torch.empty(min(numel, len(flat)), dtype=torch.float64, device=x.device)  # reused: fresh memory costs more
+    parts = list(pieces(x, ENERGY_NUMEL))
+    wide = torch.empty_like(flat[parts[0]] if parts else flat, dtype=torch.float64)  # reused: fresh memory costs more
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for piece in torch.split(flat, numel):
-        same = wide[: len(piece)].copy_(piece)
+    for part in parts:
+        same = wide[: part.stop - part.start].copy_(flat[part])
         total += torch.dot(same, same)
     return float(total)
 
@@ -30,6 +31,12 @@ def energy(x: Tensor) -> float:
 def widened(x: Tensor) -> Tensor:
     """In float32 at least: arithmetic in mixed dtypes is several times slower."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def pieces(x: Tensor, numel: int = PIECE_NUMEL) -> Iterator[slice]:
+    """Slices of the flattened tensor, so small that what is made of one stays in the cache; CUDA_NUMEL on a device."""
+    numel = CUDA_NUMEL if x.is_cuda else numel
+    return (slice(start, min(start + numel, x.numel())) for start in range(0, x.numel(), numel))
 
 
 def row_blocks(x: Tensor, numel: int = BLOCK_NUMEL) -> Iterator[slice]:

@@ -93,9 +93,10 @@ class Method(ABC):
 
     @property
     def one_sweep(self) -> bool:
-        """True where `tally` needs no sums, so that the totals after an expert are known before it is read.
+        """True where `tally` says without sums what it will say with them, always or nearly so.
 
-        The merged weights are then written in the sweep that folds the expert, instead of in a second one.
+        The merged weights are then written in the sweep that folds the expert, and only where the totals turn out to be
+        others in a second one.
         """
         return False
 

@@ -15,11 +15,13 @@ from math import inf
 import torch
 from torch import Tensor
 
-from projector.linalg import CUDA_NUMEL, WIDE_NUMEL
+from projector.linalg import pieces
 
 LOWER = 16  # bits that the second sweep tells apart
 COARSE_BINS = 1 << 31 - LOWER
 FINE_BINS = 1 << LOWER
+GROUP = 256  # bins
+MAGNITUDE = (1 << 31) - 1  # all bits but the sign
 
 
 def kept(density: float, count: int) -> int:
@@ -46,11 +48,11 @@ def upper_bits(coarse: Tensor, k: int) -> int:
 
 def fine(x: Tensor, upper: int) -> Tensor:
     """(FINE_BINS,) int64: how many of the values of `x` with these upper bits have each of the possible lower bits."""
-    counts = torch.zeros(FINE_BINS, dtype=torch.int64, device=x.device)
+    counts = torch.zeros(FINE_BINS + 2, dtype=torch.int64, device=x.device)
     for bits in _bits(x):
-        near = (bits >> LOWER).bitwise_and_(COARSE_BINS - 1) == upper
-        counts += torch.bincount(bits[near] & FINE_BINS - 1, minlength=FINE_BINS)
-    return counts
+        lower = (bits & MAGNITUDE).sub_(upper << LOWER).clamp_(-1, FINE_BINS)
+        counts += torch.bincount(lower.add_(1), minlength=FINE_BINS + 2)
+    return counts[1:-1]
 
 
 def threshold(coarse: Tensor, fine: Tensor, k: int) -> float:
@@ -92,11 +94,20 @@ def just_below(magnitude: float) -> float:
 
 def _bits(x: Tensor) -> Iterator[Tensor]:
     """The bits of `x` in pieces that stay in the cache."""
-    return iter(torch.split(x.reshape(-1).view(torch.int32), CUDA_NUMEL if x.is_cuda else WIDE_NUMEL))
+    bits = x.reshape(-1).view(torch.int32)
+    return (bits[part] for part in pieces(bits))
 
 
 def _from_above(counts: Tensor, k: int) -> tuple[int, int]:
     """(the bin of the k-th value counted from the last bin down, how many values lie in the bins above it)."""
+    rows = counts.view(-1, GROUP)  # first the group of bins, then the bin in it: a running sum over all is slow
+    row, above = _last(rows.sum(1), k)
+    column, between = _last(rows[row], k - above)
+    return row * GROUP + column, above + between
+
+
+def _last(counts: Tensor, k: int) -> tuple[int, int]:
+    """(the last bin that leaves fewer than k values after it, how many those are)."""
     down = counts.flip(0).cumsum(0)
-    passed = int((down < k).sum())
+    passed = int(torch.searchsorted(down, k))
     return len(counts) - 1 - passed, int(down[passed - 1]) if passed else 0

@@ -44,17 +44,18 @@ class RunningDigest:
         end = offset + len(data)
         if end <= self._frontier:
             return
-        self._catch_up(offset)
+        self.catch_up(offset)
         with self._watch.phase("hash"):
             self._sha256.update(data[self._frontier - offset :])
         self._frontier = end
 
     def finish(self, size: int) -> str:
         """The digest in hex of the file's first `size` bytes."""
-        self._catch_up(size)
+        self.catch_up(size)
         return self._sha256.hexdigest()
 
-    def _catch_up(self, offset: int) -> None:
+    def catch_up(self, offset: int) -> None:
+        """Reads back and hashes what lies between the frontier and `offset`."""
         buffer = memoryview(bytearray(min(CHUNK_BYTES, max(0, offset - self._frontier))))
         while self._frontier < offset:
             piece = buffer[: min(len(buffer), offset - self._frontier)]
@@ -115,13 +116,18 @@ class TensorWriter:
     ) -> None:
         self._fd = fd
         self._watch = watch
-        self._digest = RunningDigest(fd, watch)
-        opening, self.header = build_header(specs, metadata)
-        self.hash(self._put(0, memoryview(opening)))
+        self._opening, self.header = build_header(specs, metadata)
+        self.restart()
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         return self.header.specs
+
+    def restart(self) -> None:
+        """Begins again: what was written is to be written over."""
+        self._digest = RunningDigest(self._fd, self._watch)
+        self._ahead: dict[int, int] = {}
+        self.hash(self._put(0, memoryview(self._opening)))
 
     def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
         """Writes rows [start, start + len) of `name`, or all of it, and hashes them. Raises what `put` raises."""
@@ -142,10 +148,17 @@ class TensorWriter:
         return self._put(offset, _bytes(tensor.detach().cpu()))
 
     def hash(self, piece: Piece) -> None:
-        """Takes what was put into the digest; cheapest in the order of the file."""
+        """Takes what was put into the digest; cheapest in the order of the file.
+
+        What lies ahead of a gap is read back once the gap is filled.
+        """
         offset, data = piece
-        if offset <= self._digest.frontier:  # a gap may not be written yet: `finish` reads back what follows it
-            self._digest.feed(offset, data)
+        if offset > self._digest.frontier:
+            self._ahead[offset] = max(offset + len(data), self._ahead.get(offset, 0))  # an empty tensor has no place
+            return
+        self._digest.feed(offset, data)
+        while end := self._ahead.pop(self._digest.frontier, 0):
+            self._digest.catch_up(end)
 
     def reader(self) -> TensorReader:
         """The file as it was just written, for reading."""

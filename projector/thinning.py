@@ -1,11 +1,9 @@
 """Methods that thin out each task vector and leave the merging to another method."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
 
 from torch import Tensor
 
-from projector.linalg import CUDA_NUMEL, ENERGY_NUMEL
 from projector.method import Expert, Method, State, Sums, Survey, Totals
 from projector.spec import TensorSpec
 
@@ -54,9 +52,3 @@ class Thinning(Method):
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         return self.merging.read(base, state, totals, spec)
-
-
-def pieces(x: Tensor) -> Iterator[slice]:
-    """Slices of the flattened tensor, so small that what is made of one stays in the cache; large ones on a device."""
-    numel = CUDA_NUMEL if x.is_cuda else ENERGY_NUMEL
-    return (slice(start, min(start + numel, x.numel())) for start in range(0, x.numel(), numel))

@@ -7,11 +7,12 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from projector.linalg import ENERGY_NUMEL, pieces
 from projector.method import Expert, Method, param
 from projector.methods.task_arithmetic import TaskArithmetic
 from projector.methods.ties import Ties
 from projector.spec import TensorSpec
-from projector.thinning import Thinning, pieces
+from projector.thinning import Thinning
 
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64: Steele, Lea and Flood, Fast splittable pseudorandom number generators
 FIRST_FACTOR = 0xBF58476D1CE4E5B9
@@ -56,7 +57,7 @@ class Dare(Thinning):
         first = spec.start * spec.row_numel
         dropped_below = int(self.drop * 2**64) - 2**63
         thinned = torch.empty(delta.shape, device=delta.device)
-        for part in pieces(delta):
+        for part in pieces(delta, ENERGY_NUMEL):
             bits = random_bits(key, first + part.start, part.stop - part.start, delta.device)
             torch.mul(delta.reshape(-1)[part], bits >= dropped_below, out=thinned.view(-1)[part])
         return thinned.mul_(1 / (1 - self.drop))

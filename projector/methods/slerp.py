@@ -7,10 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from projector.linalg import ENERGY_NUMEL, pieces
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
-
-PIECE_NUMEL = 1 << 16  # elements widened to float64 at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ class Slerp(Method):
 def _cosine(base: Tensor, old: Tensor, new: Tensor) -> float:
     """The cosine between base + old and base + new, whole, in float64; 1 where one of them is zero."""
     dot = torch.zeros(3, dtype=torch.float64, device=base.device)
-    pieces = (torch.split(tensor.reshape(-1), PIECE_NUMEL) for tensor in (base, old, new))
-    for base_P, old_P, new_P in zip(*pieces, strict=True):
+    for part in pieces(base, ENERGY_NUMEL):
+        base_P, old_P, new_P = (tensor.reshape(-1)[part] for tensor in (base, old, new))
         x_P, y_P = base_P.double() + old_P, base_P.double() + new_P
         dot += torch.stack([torch.dot(x_P, x_P), torch.dot(y_P, y_P), torch.dot(x_P, y_P)])
     xx, yy, xy = dot.tolist()

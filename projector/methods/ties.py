@@ -1,26 +1,27 @@
 """TIES: trim, elect a sign, merge what agrees with it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import copysign
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from projector.linalg import pieces
 from projector.method import Expert, Method, State, Sums, Survey, Totals, param
 from projector.selection import just_below, kept, kth_largest, survey, surveyed
 from projector.spec import TensorSpec
-from projector.thinning import pieces
 
-# P, N: sums of the positive and of the negative trimmed values; c+, c-: the experts' weights in them ("mean") or how
-# many experts ("sum"); S = P + N; max+, max-: the largest and the smallest trimmed value, or zero
-SLOTS: Mapping[str, Mapping[str, torch.dtype]] = {
-    "mean": {"P": torch.float32, "N": torch.float32, "c+": torch.float64, "c-": torch.float64},
-    "sum": {"P": torch.float32, "N": torch.float32, "c+": torch.float32, "c-": torch.float32},
-    "max": {"S": torch.float32, "max+": torch.float32, "max-": torch.float32},
+# P, N: sums of the positive and of the negative trimmed values; c+, c-: the weights of the experts in them, in
+# thousandths; S = P + N; max+, max-: the largest and the smallest trimmed value, or zero
+SLOTS: Mapping[str, Sequence[str]] = {
+    "mean": ("P", "N", "c+", "c-"),
+    "sum": ("P", "N", "c+", "c-"),
+    "max": ("S", "max+", "max-"),
 }
 
+THOUSANDTHS = 1000.0
+NOBODY = 0.5  # of them: half the least weight
 ROUNDING = 1e-6  # what is smaller than the share of its summands counts as zero
 
 
@@ -34,13 +35,14 @@ class Ties(Method):
     "mean" is sum w_i trimmed_i / sum w_i over the experts that agree, "sum" is sum w_i trimmed_i over them, "max" the
     w_i trimmed_i of largest magnitude among theirs, which cannot be taken out again.
 
-    For "mean" and "sum" it is also counted, exactly, who has a value of either sign: what rounding leaves of experts
-    that were taken out has no vote, and an expert of small weight keeps its own. Scope "tensor" takes a tensor whole,
-    up to 33 GiB of memory for an embedding of 128256 x 4096; `init` refuses one that does not fit, with both numbers.
+    For "mean" and "sum" it is also counted how much weight either sign has: what rounding leaves of experts that were
+    taken out has no vote, and an expert of small weight keeps its own. Counting in thousandths is exact for weights of
+    up to three decimals while they add up to less than 16777. Scope "tensor" takes a tensor whole, up to 33 GiB of
+    memory for an embedding of 128256 x 4096; `init` refuses one that does not fit, with both numbers.
 
     >>> stream = [torch.tensor([4.0, 1.0, -3.0]), torch.tensor([2.0, 0.1, 5.0])]
     >>> spec, ties = TensorSpec("w", (3,), torch.float32), Ties(density=0.5, scope="tensor")
-    >>> state, totals = {key: torch.zeros(3, dtype=slot.dtype) for key, slot in ties.slots(spec).items()}, Totals()
+    >>> state, totals = {key: torch.zeros(3) for key in ties.slots(spec)}, Totals()
     >>> for t, delta in enumerate(stream, start=1):
     ...     state, sums = ties.update(state, delta, spec, Expert(t))
     ...     totals = ties.tally(totals, sums, Expert(t))
@@ -53,6 +55,7 @@ class Ties(Method):
     paper = "Yadav et al., TIES-merging: resolving interference when merging models, arXiv 2306.01708"
     order_independent = True
     weighted = True
+    one_sweep = True
 
     density: float = param(0.2, "the share of a task vector's values that is kept, the largest", low=0, high=1)
     scope: str = param(
@@ -70,7 +73,7 @@ class Ties(Method):
         return 2 if self.scope == "model" and self.density < 1 else 0
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        return {key: TensorSpec(spec.name, spec.shape, dtype) for key, dtype in SLOTS[self.combine].items()}
+        return {key: TensorSpec(spec.name, spec.shape, torch.float32) for key in SLOTS[self.combine]}
 
     def elementwise(self, spec: TensorSpec) -> bool:
         return self.scope == "model" or self.density == 1
@@ -80,22 +83,21 @@ class Ties(Method):
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         below = self._trimmed_up_to(delta, expert)
-        after = {
-            key: torch.empty(delta.shape, dtype=dtype, device=delta.device)
-            for key, dtype in SLOTS[self.combine].items()
-        }
+        after = {key: torch.empty_like(delta, memory_format=torch.contiguous_format) for key in SLOTS[self.combine]}
         majority = 0.0
         for part in pieces(delta):
             trimmed = hardshrink(delta.reshape(-1)[part], below)
             added = self._add({key: state[key].reshape(-1)[part] for key in after}, trimmed, expert.weight)
-            majority += float(self._votes(added).sign_().sum())
             for key, value in added.items():
                 after[key].view(-1)[part] = value
+            low, high = self._votes(added)
+            majority += float(low.sign_().add_(high.sign_()).sum())
         return after, {"majority": majority}
 
     def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
         counted = super().tally(totals, sums, expert)
-        return Totals(counted.experts, {**counted.scalars, "majority": sums["majority"]})
+        majority = sums.get("majority", totals.scalars.get("majority", 1.0))  # seldom another than before this expert
+        return Totals(counted.experts, {**counted.scalars, "majority": 1.0 if majority > 0 else -1.0})
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         merged = base.clone(memory_format=torch.contiguous_format)
@@ -117,41 +119,47 @@ class Ties(Method):
 
     def _add(self, state: State, trimmed: Tensor, weight: float) -> State:
         """The accumulators with one more expert."""
-        up, down = trimmed.clamp_min(0), trimmed.clamp_max(0)
+        up = trimmed.clamp_min(0)
+        down = trimmed - up
         if self.combine == "max":
             return {
                 "S": torch.add(state["S"], trimmed, alpha=weight),
                 "max+": torch.maximum(state["max+"], up.mul_(weight)),
                 "max-": torch.minimum(state["max-"], down.mul_(weight)),
             }
-        # A weight rounded to float32 has so few digits that a float64 sum of them is exact, as is one of ones.
-        share = weight if self.combine == "mean" else copysign(1, weight)
-        return {
+        added = {
             "P": torch.add(state["P"], up, alpha=weight),
             "N": torch.add(state["N"], down, alpha=weight),
-            "c+": state["c+"] + up.sign_().mul_(share),
-            "c-": state["c-"] - down.sign_().mul_(share),
+            "c+": torch.add(state["c+"], up.sign_(), alpha=THOUSANDTHS * weight),
+            "c-": torch.sub(state["c-"], down.sign_(), alpha=THOUSANDTHS * weight),
         }
+        return _cleared(added) if weight < 0 else added
+
+    # Both in float32 throughout: arithmetic with bool takes ten times longer.
+
+    def _votes(self, state: State) -> tuple[Tensor, Tensor]:
+        """(low, high): between them lies the sum of all trimmed values, with their signs but scaled, as far as rounding
+        tells. Positive where low > 0, negative where high < 0."""
+        if self.combine == "max":
+            rounding = torch.sub(state["max+"], state["max-"]).mul_(ROUNDING)
+            return state["S"] - rounding, rounding.add_(state["S"])
+        ratio = (1 + ROUNDING) / (1 - ROUNDING)  # P + N -+ ROUNDING (P - N), up to a factor
+        return torch.add(state["P"], state["N"], alpha=ratio), torch.add(state["N"], state["P"], alpha=ratio)
 
     def _elected(self, state: State, totals: Totals) -> Tensor:
-        """The merged task vector, unscaled. In float32 throughout: arithmetic with bool takes several times longer."""
-        up, down = self._sides(state)
-        votes = self._votes(state)
-        positive = votes.ge_(0.0) if totals.scalars["majority"] > 0 else votes.gt_(0.0)  # 1 or 0
-        merged = torch.lerp(down, up, positive)  # one or the other
-        if self.combine != "mean":
-            return merged
-        weight = torch.lerp(state["c-"].float(), state["c+"].float(), positive)
-        return merged.div_(weight.masked_fill_(weight == 0, 1))
-
-    def _sides(self, state: State) -> tuple[Tensor, Tensor]:
-        """What may be read out: of the positive values, and of the negative ones; zero where nobody has any."""
+        """The merged task vector, unscaled."""
+        low, high = self._votes(state)
+        positive = high.ge_(0.0) if totals.scalars["majority"] > 0 else low.gt_(0.0)  # 1 or 0
         if self.combine == "max":
-            return state["max+"], state["max-"]
-        return state["P"] * state["c+"].sign().float(), state["N"] * state["c-"].sign().float()
+            return torch.lerp(state["max-"], state["max+"], positive)  # one or the other
+        merged = torch.lerp(state["N"], state["P"], positive)
+        if self.combine == "sum":
+            return merged
+        weight = torch.lerp(state["c-"], state["c+"], positive)
+        return merged.div_(weight.clamp_min_(NOBODY)).mul_(THOUSANDTHS)
 
-    def _votes(self, state: State) -> Tensor:
-        """The sum of all trimmed values, whose sign is elected; zero where nothing but rounding is left of it."""
-        up, down = self._sides(state)
-        votes = state["S"] if self.combine == "max" else torch.add(up, down)
-        return votes.abs().gt_(torch.sub(up, down).mul_(ROUNDING)).mul_(votes)
+
+def _cleared(state: State) -> State:
+    """The accumulators without what rounding left where nobody has a value any more."""
+    up, down = state["c+"].gt(NOBODY).float(), state["c-"].gt(NOBODY).float()
+    return {"P": state["P"] * up, "N": state["N"] * down, "c+": state["c+"] * up, "c-": state["c-"] * down}

@@ -225,3 +225,29 @@ def test_a_fold_of_an_expert_in_another_order_hashes_what_it_wrote(tmp_path: Pat
             Driver(block_bytes=32).fold(schema, source, [head])
             digest = state.finish()
     assert digest == hashlib.sha256((tmp_path / "state").read_bytes()).hexdigest()
+
+
+def test_tensors_written_in_turns_are_hashed_as_they_lie(file: IO[bytes]) -> None:
+    specs = [TensorSpec(name, (6, 4), torch.float32) for name in "ab"] + [TensorSpec("none", (0,), torch.float32)]
+    writer = TensorWriter(file.fileno(), specs, {})
+    for start in range(0, 6, 2):
+        for name in "ab":
+            writer.write(name, torch.randn(2, 4), start)
+    writer.write("none", torch.zeros(0))
+    assert writer.finish() == hashlib.sha256(_contents(file)).hexdigest()
+
+
+def test_a_writer_that_began_again_hashes_what_it_wrote_last(file: IO[bytes]) -> None:
+    writer = TensorWriter(file.fileno(), [TensorSpec(name, (6, 4), torch.float32) for name in "ab"], {})
+    writer.write("a", torch.zeros(6, 4))
+    writer.write("b", torch.zeros(3, 4), 3)
+    writer.restart()
+    for name in "ab":
+        writer.write(name, torch.ones(6, 4))
+    assert writer.finish() == hashlib.sha256(_contents(file)).hexdigest()
+    assert TensorReader(file.fileno()).read("a").eq(1).all()
+
+
+def _contents(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
