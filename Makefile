@@ -56,6 +56,8 @@ bench: $(READY) $(CLIP)/expert-005/model.safetensors $(LLAMA)/expert-003/model.s
 	$(BIN)/python -m bench.mean $(CLIP) --experts 6
 	$(BIN)/python -m bench.llama $(LLAMA)
 	mkdir -p $(W)
+	$(BIN)/python -m bench.adapters $(LLAMA)
+	$(BIN)/python -m bench.download $(CLIP) --experts 4
 	$(BIN)/python -m bench.growth_experts $(W)
 	$(BIN)/python -m bench.growth_size $(W)
 	$(BIN)/python -m bench.gpu

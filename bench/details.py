@@ -97,6 +97,55 @@ def llama(figures: Figures) -> list[str]:
     ]
 
 
+def adapters(figures: Figures) -> list[str]:
+    rows, phases = [], {}
+    for method in ("mean", "opcm"):
+        for kind in ("adapter", "full"):
+            found = figures[method][kind]
+            rows.append((f"{method}: {kind}", _short(found["median"]), _range(found["seconds"])))
+            phases[f"{method}: {kind}"] = found["phases"]
+    return [
+        *text(
+            f"A model of {_size(figures['model_bytes'])}; adapters of rank {figures['rank']} on every linear layer,",
+            f"{_size(figures['adapter_bytes'])} each. Drop to visible, what OPCM prepares ready. The state and the",
+            "published weights are as large as for a full checkpoint, and cost as much to write and hash.",
+        ),
+        "",
+        *_table(("", "median s", "range s"), rows),
+        "",
+        *_phases(phases),
+    ]
+
+
+def download(figures: Figures) -> list[str]:
+    who = {"mainstem": "mainstem serve", "bare": "bare uvicorn, FileResponse", "cp": "cp"}
+    rows = [
+        (
+            name,
+            f"{figures['model_bytes'] / 1e6 / figures[f'{key}_median']:.0f}",
+            _short(figures[f"{key}_median"]),
+            _range(figures[key]),
+        )
+        for key, name in who.items()
+    ]
+    many = figures["parallel"]
+    return [
+        *text(
+            f"One file of {_size(figures['model_bytes'])}, from the page cache to another file, nothing synced: the",
+            "client reads from the socket and writes, `cp` copies.",
+        ),
+        "",
+        *_table(("", "MB/s", "median s", "range s"), rows),
+        "",
+        *text(
+            f"{many['clients']} clients pulled while {len(many['versions'])} versions came and went: {many['pulls']}",
+            f"whole pulls, {_size(many['bytes'])} in {_short(many['seconds'])} s, each file held against the sha256 of",
+            f"its manifest; {many['gone']} were told that their version was gone. The daemon's peak was",
+            f"{_size(many['peak_bytes'])}.",
+        ),
+    ]
+
+
 def growth_experts(figures: Figures) -> list[str]:
     seconds, slope = figures["seconds"], figures["time"]["slope"]
     rows = (
@@ -172,6 +221,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Figures], list[str]]]] = {
     "opcm": ("OPCM beside FusionBench", opcm),
     "mean": ("`mean` beside a plain pass", mean),
     "llama": ("Elementwise methods beside mergekit", llama),
+    "adapters": ("Adapters beside full checkpoints", adapters),
+    "download": ("Downloads", download),
     "growth_experts": ("Growth with the experts before", growth_experts),
     "growth_size": ("Growth with the model", growth_size),
     "gpu": ("On a GPU", gpu),

@@ -100,6 +100,22 @@ def llama(method: str, target: float) -> Callable[[Figures], Outcome]:
     return read
 
 
+def adapters(figures: Figures) -> Outcome:
+    shares = [figures[method]["adapter"]["median"] / figures[method]["full"]["median"] for method in ("mean", "opcm")]
+    return Outcome(f"`mean` {shares[0]:.2f}x, `opcm` {shares[1]:.2f}x", "no target")
+
+
+def download(figures: Figures) -> Outcome:
+    bare, copy = (figures[f"{name}_median"] / figures["mainstem_median"] for name in ("bare", "cp"))
+    return _judged(f"{bare:.2f}x; {copy:.2f}x of cp", bare >= 1)
+
+
+def pulls(figures: Figures) -> Outcome:
+    found = figures["parallel"]
+    seen = f"{found['pulls']} pulls of {len(found['versions'])} versions, {found['wrong']} wrong"
+    return _judged(seen, found["wrong"] == 0 and len(found["versions"]) > 1)
+
+
 def growth_experts(figures: Figures) -> Outcome:
     time, space = figures["time"]["moves"], figures["memory"]["moves"]
     flat = time <= FLAT and space <= FLAT  # a fall is no growth
@@ -134,6 +150,19 @@ ROWS = (
         llama("task_arithmetic", 3),
     ),
     Row("the same, `ties`", ">= 10x faster", "llama", llama("ties", 10)),
+    Row(
+        "a LoRA adapter of rank 16, Llama-shaped, per arrival against the same as a full checkpoint",
+        "to be shown",
+        "adapters",
+        adapters,
+    ),
+    Row(
+        "one download over HTTP, against a bare uvicorn with starlette's FileResponse",
+        ">= 1x as fast",
+        "download",
+        download,
+    ),
+    Row("32 parallel pulls while versions change", "every byte right", "download", pulls),
     Row("growth with the experts before: 2 to 128", f"flat: within {FLAT:.0%}", "growth_experts", growth_experts),
     Row(
         "growth with the model, same largest matrix: 4 to 32 layers",

@@ -4,39 +4,41 @@ Everything is opened relative to a descriptor, by a single path component, and f
 the name. Raises Refused for what can never become good, NotYet for what may only be unfinished.
 """
 
-import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from daemon import durable
 from daemon.about import ABOUT, About, read_about
+from daemon.adapter import ADAPTER as ADAPTER
+from daemon.adapter import ADAPTER_WEIGHTS, OpenAdapter, open_adapter
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
+from daemon.index import INDEX as INDEX
+from daemon.index import check_places, read_index, shard_names
 from daemon.opening import not_a_file, open_entry
 from projector.errors import BadFile
 from projector.errors import Reason as ProjectorReason
+from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
+from projector.lora import LoraExpert
+from projector.matching import matched
+from projector.naming import SAME, Naming
 from projector.source import Checkpoint, identity
-from projector.spec import Schema, check_schema, check_sidecar
 from projector.tensorfile import RunningDigest, TensorReader
 from projector.text import shown
 from projector.watch import SILENT, Watch
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
 SIDECARS = ("fisher", "gram")
-MAX_INDEX_BYTES = 16 << 20
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLE_OPENINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-PICKLE_HINT = "save it as safetensors: safetensors.torch.save_file(weights, path)"
+PICKLE_HINT = "convert it, without running what is in it: mainstem convert FILE OUT"
 LFS_OPENING = b"version https://git-lfs"
-SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+")
 SHARD_OF_MANY = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")
 
 
@@ -63,7 +65,8 @@ class OpenAbout:
 class OpenCheckpoint:
     """A checkpoint held open. Close it, or use it as a context manager.
 
-    sidecars: by kind ("fisher", "gram"). about: its expert.json, None where there is none.
+    sidecars: by kind ("fisher", "gram"). about: its expert.json, None where there is none. naming: how its names become
+    the base's once it is checked. adapter: the config of a LoRA, whose tensors are its own until it is checked.
     """
 
     def __init__(
@@ -73,14 +76,16 @@ class OpenCheckpoint:
         sidecars: Mapping[str, OpenFile],
         about: OpenAbout | None,
         closing: ExitStack,
+        naming: Naming = SAME,
+        adapter: OpenAdapter | None = None,
     ) -> None:
         self.kind = kind
+        self.naming = naming
         self.files = files
         self.about = about.content if about else None
         self._sidecars = sidecars
-        held: list[OpenFile | OpenAbout] = [*files, *sidecars.values()]
-        if about:
-            held.append(about)
+        self._adapter = adapter
+        held = [*files, *sidecars.values(), *(one for one in (about, adapter) if one)]
         self._stamps = {one.fd: one.stamp for one in held}
         self._closing = closing
         self.tensors = Checkpoint(
@@ -96,15 +101,30 @@ class OpenCheckpoint:
     def size_bytes(self) -> int:
         return sum(file.reader.header.size for file in (*self.files, *self._sidecars.values()))
 
-    def check(self, base: Schema) -> None:
-        """Holds its tensors, and its sidecars', against the base's. Raises BadSchema."""
-        check_schema(base, self.tensors.schema)
-        for kind, file in self._sidecars.items():
-            check_sidecar(base, kind, file.reader.specs)
+    def check(self, base: Checkpoint) -> None:
+        """Holds its tensors, and its sidecars', against the base's; from here on they have the base's names.
+
+        Raises BadSchema.
+        """
+        if self._adapter:
+            files, sidecars = self.files, self._sidecars.items()
+            self.tensors = LoraExpert(
+                [file.reader for file in files],
+                {kind: file.reader for kind, file in sidecars},
+                self._adapter.config,
+                base,
+                self.naming,
+            )
+        else:
+            self.tensors = matched(base, self.tensors, self.naming)
 
     def identity(self) -> str:
-        """The sha256 that stands for this checkpoint: that of its weights. Reads what has not been read yet."""
-        return identity({file.name: file.reader.sha256() for file in self.files})
+        """The sha256 that stands for this checkpoint: that of its weights, and of an adapter's config.
+
+        Reads what has not been read yet.
+        """
+        config = {ADAPTER: self._adapter.sha256} if self._adapter else {}
+        return identity({file.name: file.reader.sha256() for file in self.files} | config)
 
     def sidecar_digests(self) -> dict[str, str]:
         """The sha256 of each sidecar that it was opened with, by kind; reads what has not been read yet."""
@@ -130,7 +150,13 @@ class OpenCheckpoint:
 
 
 def open_checkpoint(
-    folder_fd: int, name: str, *, follow: bool = False, needs: Sequence[str] = (), watch: Watch = SILENT
+    folder_fd: int,
+    name: str,
+    *,
+    follow: bool = False,
+    needs: Sequence[str] = (),
+    watch: Watch = SILENT,
+    naming: Naming = SAME,
 ) -> OpenCheckpoint:
     """Opens the checkpoint `name` in the folder `folder_fd`, with the sidecars it must bring.
 
@@ -147,24 +173,28 @@ def open_checkpoint(
                 )
             if needs:
                 raise Refused(Reason.MISSING_SIDECAR, *_missing(needs[0]))
-            opened = OpenCheckpoint("file", [_weights(fd, name, watch)], {}, None, closing)
+            opened = OpenCheckpoint("file", [_weights(fd, name, watch)], {}, None, closing, naming)
         else:
-            opened = _open_folder(fd, follow, needs, watch, closing)
+            opened = _open_folder(fd, follow, needs, watch, closing, naming)
         opened._closing = closing.pop_all()
         return opened
 
 
-def open_path(path: Path, watch: Watch = SILENT, *, follow: bool = True, needs: Sequence[str] = ()) -> OpenCheckpoint:
+def open_path(
+    path: Path, watch: Watch = SILENT, *, follow: bool = True, needs: Sequence[str] = (), naming: Naming = SAME
+) -> OpenCheckpoint:
     """Opens a checkpoint that the person names; `follow`: through symbolic links. Raises Refused or NotYet."""
     named = Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps its own name: in a hub's cache its target has none
     parent = os.open(named.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return open_checkpoint(parent, named.name, follow=follow, needs=needs, watch=watch)
+        return open_checkpoint(parent, named.name, follow=follow, needs=needs, watch=watch, naming=naming)
     finally:
         os.close(parent)
 
 
-def _open_folder(fd: int, follow: bool, needs: Sequence[str], watch: Watch, closing: ExitStack) -> OpenCheckpoint:
+def _open_folder(
+    fd: int, follow: bool, needs: Sequence[str], watch: Watch, closing: ExitStack, naming: Naming
+) -> OpenCheckpoint:
     names = set(os.listdir(fd))
     beside = {f"{kind}.safetensors" for kind in (*SIDECARS, *needs)}
     plain = sorted(n for n in names if n.endswith(".safetensors") and n not in beside and not n.startswith("."))
@@ -172,16 +202,19 @@ def _open_folder(fd: int, follow: bool, needs: Sequence[str], watch: Watch, clos
     def opened(name: str) -> OpenFile:
         return _weights(open_entry(fd, name, follow, closing), name, watch)
 
+    adapter = None
     if WEIGHTS in names:
         files, kind = [opened(WEIGHTS)], "folder"
     elif INDEX in names:
-        files, kind = _shards(_read_index(open_entry(fd, INDEX, follow, closing)), names, opened), "sharded"
-    elif ADAPTER in names:
-        raise Refused(
-            Reason.ADAPTER,
-            "this is a LoRA adapter, not a whole model",
-            "merge it into the base first (peft: model.merge_and_unload()) and drop the result",
-        )
+        weight_map, kind = read_index(open_entry(fd, INDEX, follow, closing)), "sharded"
+        files = [opened(shard) for shard in shard_names(weight_map, names)]
+        check_places(weight_map, {name: file.name for file in files for name in file.reader.specs})
+    elif {ADAPTER, ADAPTER_WEIGHTS} <= names:
+        adapter = open_adapter(open_entry(fd, ADAPTER, follow, closing))
+        files, kind = [opened(ADAPTER_WEIGHTS)], "adapter"
+    elif ADAPTER_WEIGHTS in names or (ADAPTER in names and not any(name.endswith(PICKLE_SUFFIXES) for name in names)):
+        missing = ADAPTER if ADAPTER_WEIGHTS in names else ADAPTER_WEIGHTS
+        raise NotYet(Reason.INCOMPLETE, f"{missing} of the adapter is missing", "copy both files of it")
     elif len(plain) == 1 and not SHARD_OF_MANY.search(plain[0]):
         files, kind = [opened(plain[0])], "folder"
     elif not plain and any(name.endswith(PICKLE_SUFFIXES) for name in names):
@@ -198,48 +231,12 @@ def _open_folder(fd: int, follow: bool, needs: Sequence[str], watch: Watch, clos
             raise NotYet(Reason.MISSING_SIDECAR, *_missing(need))
     sidecars = {need: opened(f"{need}.safetensors") for need in needs}
     about = _about(open_entry(fd, ABOUT, follow, closing)) if ABOUT in names else None
-    return OpenCheckpoint(kind, files, sidecars, about, closing)
+    return OpenCheckpoint(kind, files, sidecars, about, closing, naming, adapter)
 
 
 def _about(fd: int) -> OpenAbout:
     before = stamp(os.fstat(fd))
     return OpenAbout(fd, before, read_about(fd))
-
-
-def _shards(weight_map: dict[str, str], names: set[str], opened: Callable[[str], OpenFile]) -> list[OpenFile]:
-    for shard in weight_map.values():
-        if not SHARD_NAME.fullmatch(shard) or shard in (".", "..") or not shard.endswith(".safetensors"):
-            raise _bad_index(f"{shown(shard)} cannot be the name of a shard")
-    wanted = sorted(set(weight_map.values()))
-    missing = [shard for shard in wanted if shard not in names]
-    if missing:
-        raise NotYet(
-            Reason.INCOMPLETE,
-            f"shard {shown(missing[0])} is missing ({len(missing)} of {len(wanted)})",
-            "copy every shard",
-        )
-    files = [opened(shard) for shard in wanted]
-    found = {name: file.name for file in files for name in file.reader.specs}
-    for name in found.keys() | weight_map.keys():
-        if found.get(name) != weight_map.get(name):
-            raise _bad_index(f"the index places {shown(name)} in {weight_map.get(name)}, it is in {found.get(name)}")
-    return files
-
-
-def _read_index(fd: int) -> dict[str, str]:
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise not_a_file(INDEX)
-    size = os.fstat(fd).st_size
-    if size > MAX_INDEX_BYTES:
-        raise _bad_index(f"it has {size} bytes")
-    try:
-        index: Any = json.loads(os.pread(fd, size, 0))
-    except (ValueError, RecursionError):
-        raise NotYet(Reason.BAD_INDEX, f"{INDEX} is not JSON", "copy it again") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise _bad_index("it has no weight_map of names")
-    return weight_map
 
 
 def _weights(fd: int, name: str, watch: Watch) -> OpenFile:
@@ -254,7 +251,9 @@ def _weights(fd: int, name: str, watch: Watch) -> OpenFile:
             f"{shown(name)} is a git-lfs pointer, not the file it stands for",
             "run `git lfs pull` where it came from and drop the file itself",
         )
-    if name.endswith(PICKLE_SUFFIXES) or opening.startswith(PICKLE_OPENINGS):
+    # a header of 640 bytes begins as a pickle does, but no pickle as a header of a length that is allowed
+    no_header = len(opening) < PREFIX_BYTES or int.from_bytes(opening[:PREFIX_BYTES], "little") > MAX_HEADER_BYTES
+    if name.endswith(PICKLE_SUFFIXES) or (opening.startswith(PICKLE_OPENINGS) and no_header):
         raise _pickle(f"{shown(name)} is pickled, which can run code when it is loaded")
     if not name.endswith(".safetensors"):
         raise Refused(
@@ -281,7 +280,3 @@ def _missing(need: str) -> tuple[str, str]:
 
 def _pickle(detail: str) -> Refused:
     return Refused(Reason.PICKLE, detail, PICKLE_HINT)
-
-
-def _bad_index(detail: str) -> Refused:
-    return Refused(Reason.BAD_INDEX, f"{INDEX}: {detail}", "save the model again with save_pretrained")

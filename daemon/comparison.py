@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon.checkpoint import OpenCheckpoint, open_path
+from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.home import Home
 from projector.measure import Pair, pairs
@@ -88,7 +89,8 @@ def _kept(home: Home, base: OpenCheckpoint, merged: Sequence[Checkpoint], expert
     path = _archived(home, expert)
     if path is None:
         return {**known, "norm": expert.norm} | dict.fromkeys(("a_kept", "b_kept", "a_cosine", "b_cosine"))
-    with open_path(path, follow=False) as opened:
+    with open_path(path, follow=False, naming=load(home.config).admission.naming) as opened:
+        opened.check(base.tensors)
         (both,) = pairs(base.tensors, opened.tensors, merged, lambda _: "").values()
     a, b = both
     return {

@@ -2,7 +2,8 @@
 
 Unknown keys are refused.
 
-Heads and their methods are not settings: they are fixed when a home is made and live in the registry.
+Heads and their methods are not settings: they are fixed when a home is made and live in the registry. What is published
+of them may be set, under a head's name: [heads.main.adapter].
 """
 
 import os
@@ -11,10 +12,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from daemon.errors import BadConfig
+from projector.naming import Naming
+from projector.text import listed, shown
 
 
 class Section(BaseModel):
@@ -24,11 +27,18 @@ class Section(BaseModel):
 
 
 class Http(Section):
-    """The read-only HTTP service."""
+    """The HTTP service."""
 
     enabled: bool = Field(True, description="serve HTTP while merging")
-    host: str = Field("127.0.0.1", description="address to listen on; there is no authentication, so mind where")
+    host: str = Field("127.0.0.1", description="address to listen on; anybody who reaches it may read")
     port: int = Field(8765, ge=0, le=65535, description="port; 0 takes a free one")
+    write_token: SecretStr = Field(
+        SecretStr(""), description="token with which experts may be uploaded; with none they may not"
+    )
+    write_token_file: str = Field("", description="file with that token instead; relative to the home")
+    upload_bytes: ByteSize = Field(
+        ByteSize(100_000_000_000), gt=0, description="largest expert that may be uploaded, all of its files together"
+    )
 
 
 class Inbox(Section):
@@ -67,6 +77,18 @@ class Publish(Section):
     shard_bytes: ByteSize = Field(ByteSize(5_000_000_000), gt=0, description="largest weights file before it is split")
 
 
+class Adapter(Section):
+    """A LoRA adapter beside each version's weights."""
+
+    rank: int = Field(ge=1, le=65536, description="also publish the merged task vector as a LoRA adapter of this rank")
+
+
+class HeadSettings(Section):
+    """What is published of one head."""
+
+    adapter: Adapter | None = None
+
+
 class Retention(Section):
     """What is kept on disk."""
 
@@ -83,6 +105,13 @@ class Admission(Section):
     max_norm_ratio: float = Field(
         100.0, gt=1, description="refuse a task vector this many times the mean length so far"
     )
+    prefixes: dict[str, str] = Field({}, description="what an expert's names begin with, and the base's: a TOML table")
+    ignore: tuple[str, ...] = Field((), description="globs of an expert's tensors that are left out: heads of its own")
+
+    @property
+    def naming(self) -> Naming:
+        """How an expert's names become the base's."""
+        return Naming(self.prefixes, self.ignore)
 
 
 class Log(Section):
@@ -112,14 +141,19 @@ class Settings(BaseSettings):
     retention: Retention = Retention()
     admission: Admission = Admission()
     log: Log = Log()
+    heads: dict[str, HeadSettings] = {}
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its dotted name, in order."""
-        return {
-            f"{table}.{key}": value
-            for table, section in self.model_dump(mode="json").items()
-            for key, value in section.items()
+        """Every setting by its dotted name, in order; those of heads, where they are set, last."""
+        tables = self.model_dump(mode="json")
+        heads = tables.pop("heads")
+        values = {f"{table}.{key}": value for table, section in tables.items() for key, value in section.items()}
+        adapters = {
+            f"heads.{name}.adapter.{key}": value
+            for name, head in heads.items()
+            for key, value in (head["adapter"] or {}).items()
         }
+        return {**values, **adapters}
 
 
 def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
@@ -145,6 +179,16 @@ def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None
         raise BadConfig("; ".join(map(_problem, error.errors())), _advice(error.errors())) from None
     except ValueError as error:
         raise BadConfig(f"{path} or the environment: {error}", "the file is TOML; see `mainstem config show`") from None
+
+
+def check_heads(settings: Mapping[str, HeadSettings], heads: Sequence[str]) -> None:
+    """Raises BadConfig where the settings name a head that the home does not have."""
+    unknown = sorted(settings.keys() - set(heads))
+    if unknown:
+        raise BadConfig(
+            f"heads.{shown(unknown[0])} is set, but this home has no such head",
+            f"its heads are {listed(heads, most=20)}; `mainstem rebuild --head NAME=METHOD` adds one",
+        )
 
 
 def _problem(error: Mapping[str, Any]) -> str:
@@ -185,9 +229,20 @@ def described() -> list[tuple[str, str, str]]:
     return [
         (f"{table}.{key}", _shown(getattr(getattr(defaults, table), key)), field.description or "")
         for table in Settings.model_fields
+        if table != "heads"  # as many rows as a home has heads: `meaning` knows them
         for key, field in type(getattr(defaults, table)).model_fields.items()
     ]
 
 
+def meaning(name: str) -> tuple[str, str]:
+    """(default, description) of the setting with that dotted name."""
+    fixed = {setting: (default, text) for setting, default, text in described()}
+    if name in fixed:
+        return fixed[name]
+    return "-", Adapter.model_fields[name.rpartition(".")[2]].description or ""
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return str(list(value))  # as TOML has it
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -4,6 +4,7 @@ Nothing here is retried: after a failed fsync the kernel may have dropped the pa
 (SyncFailed ends the process; recovery decides). A full disk is another matter: `is_full` tells it apart.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -19,6 +20,9 @@ FILE_MODE = 0o644
 FOLDER_MODE = 0o755
 COPY_BYTES = 8 << 20
 FLUSH_SECONDS = 0.1
+AT_FDCWD = -100  # of <fcntl.h>: paths count from the current folder
+RENAME_NOREPLACE = 1  # of <linux/fs.h>
+RENAME_EXCHANGE = 2
 
 
 class SyncFailed(OSError):
@@ -43,9 +47,13 @@ def lock(path: Path) -> int:
     return fd
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder and its parents; no error where it is there already."""
+def make_folder(path: Path, *, public: bool = False) -> None:
+    """Makes a folder and its parents; no error where it is there already. public: everybody may read in it, whatever
+    the umask says.
+    """
     path.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+    if public:
+        path.chmod(FOLDER_MODE)
 
 
 @contextmanager
@@ -165,6 +173,39 @@ def rename(source: Path, target: Path) -> None:
     sync_folder(target.parent)
     if source.parent != target.parent:
         sync_folder(source.parent)
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Renames at once and durably, and never over anything. Raises FileExistsError where `target` is there."""
+    hit("rename")
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target)
+    if not hasattr(libc, "renameat2") or libc.renameat2(*paths, RENAME_NOREPLACE):
+        failed = ctypes.get_errno() if hasattr(libc, "renameat2") else errno.ENOSYS
+        if failed not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise OSError(failed, os.strerror(failed), str(target))
+        if os.path.lexists(target):  # all that a file system without the call can do
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        source.rename(target)
+    sync_folder(target.parent)
+    if source.parent != target.parent:
+        sync_folder(source.parent)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Lets two names of one file system change places, at once and durably.
+
+    OSError, with nothing done, where it cannot: ENOSYS, EINVAL or EOPNOTSUPP.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):  # a C library that is older than the call
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    hit("rename")
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    sync_folder(other.parent)
+    if one.parent != other.parent:
+        sync_folder(one.parent)
 
 
 def point(link: Path, target: str) -> None:

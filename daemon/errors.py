@@ -3,6 +3,7 @@
     DaemonError
     ├── Refused       an expert that goes to quarantine
     ├── NotYet        an expert that is not complete, or changed while it was read: it stays in the inbox
+    ├── NotUploaded   an upload over HTTP that is not taken, or not to its end: nothing of it is left
     ├── BadHome       HOME is missing, in use, damaged or from another version
     └── BadConfig     a setting is unknown or outside its range
 
@@ -38,6 +39,15 @@ class Reason(StrEnum):
     HOME = "home"
     CONFIG = "config"
     PULL = "pull"
+    CONVERT = "convert"
+    UPLOAD_NAME = "upload_name"
+    UPLOAD_TAKEN = "upload_taken"
+    UPLOAD_MISSING = "upload_missing"
+    UPLOAD_UNFINISHED = "upload_unfinished"
+    UPLOAD_DIGEST = "upload_digest"
+    UPLOAD_SIZE = "upload_size"
+    UPLOAD_SPACE = "upload_space"
+    UPLOAD_LIMIT = "upload_limit"
 
 
 class DaemonError(Exception):
@@ -55,6 +65,10 @@ class Refused(DaemonError):
 
 class NotYet(DaemonError):
     """The expert may become good: leave it in the inbox and look again."""
+
+
+class NotUploaded(DaemonError):
+    """An upload over HTTP is not taken, or not to its end."""
 
 
 class BadHome(DaemonError):

@@ -24,6 +24,7 @@ POINTS = (
     "commit.before",
     "commit.after",
     "link.swap",
+    "latest.half",
     "latest.after",
     "archive.before",
     "archive.after",

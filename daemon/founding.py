@@ -6,18 +6,23 @@ import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 from daemon import durable
+from daemon.card import Card, render
 from daemon.checkpoint import INDEX, WEIGHTS, OpenCheckpoint, open_path
 from daemon.compute import check_budget
 from daemon.config import Compute
 from daemon.errors import BadHome, DaemonError
-from daemon.generations import FileEntry, companions, entry, manifest
-from daemon.home import MANIFEST, Home
+from daemon.generations import FileEntry, entry, manifest, names_below
+from daemon.home import CARD, MANIFEST, Home
 from daemon.latest import point_latest
+from daemon.sealing import add_companions, read_about_base, sync_folders
 from projector.errors import ProjectorError
 from projector.measure import count_finite
 from projector.method import Method
+from projector.methods import make
+from projector.spec import check_base
 from projector.text import shown
 from registry.records import BaseModel, Head, NewVersion
 from registry.store import Store
@@ -50,7 +55,10 @@ def found(
     _refuse_occupied(home)
     try:
         with open_path(base) as checkpoint:
+            if checkpoint.kind == "adapter":
+                raise BadHome("it is an adapter, not a model", "give --base the model that it was trained on")
             progress("checking the base")
+            check_base(checkpoint.tensors.schema)
             parameters = count_finite(checkpoint.tensors)
             if not parameters:
                 raise BadHome("it has no floating tensor", "give --base the weights of a model")
@@ -66,12 +74,12 @@ def found(
         error.args = (f"the base {base}: {error}",)
         raise
     with open_path(home.base) as checkpoint:
-        named = name or shown(base.resolve().name)
+        named = name or shown(name_of(base.resolve()))
         record = BaseModel(named, checkpoint.identity(), parameters, checkpoint.size_bytes, datetime.now(UTC))
         dtypes = floating_dtypes(checkpoint)
     progress("publishing version 0")
     records = [Head(name, method.name, method.params(), live=0, newest=0) for name, method in heads]
-    files = [entry(path) for path in sorted(home.base.iterdir())]
+    files = base_files(home)
     versions = [publish_base(home, head, record, files, dtypes) for head in records]
     if not home.config.exists():
         durable.replace_file(home.config, config or CONFIG_TEXT.encode())
@@ -127,16 +135,48 @@ def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home) -> None:
     sharded = checkpoint.kind == "sharded"
     for file in checkpoint.files:
         durable.copy_file(source / file.name, home.base / (file.name if sharded else WEIGHTS))
-    for path in [*companions(source), *([source / INDEX] if sharded else [])]:
-        durable.copy_file(path, home.base / path.name)
+    add_companions(source, home.base, leave={file.name for file in checkpoint.files})
+    for name in (CARD, *([INDEX] if sharded else [])):
+        if (source / name).is_file():  # its card is not published, but the license that it names is
+            durable.copy_file(source / name, home.base / name)
+
+
+def base_files(home: Home) -> list[FileEntry]:
+    """What version 0 has of the base: all but its card."""
+    return [entry(home.base / name, name) for name in names_below(home.base) if name != CARD]
+
+
+def name_of(base: Path) -> str:
+    """What the base is called: by its folder, or as on the hub where it lies in the hub's cache.
+
+    >>> name_of(Path("models/gpt2")), name_of(Path("hub/models--org--gpt2/snapshots/607a30d7"))
+    ('gpt2', 'org/gpt2')
+    """
+    kind, *repository = base.parent.parent.name.split("--", 2)
+    cached = base.parent.name == "snapshots" and kind == "models" and repository
+    return "/".join(repository) if cached else base.name
 
 
 def publish_base(home: Home, head: Head, base: BaseModel, files: Sequence[FileEntry], dtype: str) -> NewVersion:
     """Publishes the base, whose files are those listed, as version 0 of a head; the head need not be registered."""
-    folder = home.version(head.name, 0)
-    durable.make_folder(folder)
+    folder = home.tmp / uuid4().hex
     for file in files:
+        durable.make_folder((folder / file.name).parent, public=True)
         durable.link_or_copy(home.base / file.name, folder / file.name)
+    card = Card(
+        head=head.name,
+        number=0,
+        method=make(head.method, head.params),
+        base=base,
+        about=read_about_base(home.base),
+        experts=0,
+        newest=(),
+        figures={},
+        dtype=dtype,
+        sharded=(folder / INDEX).exists(),
+    )
+    durable.write_file(folder / CARD, render(card))
+    files = sorted([*files, entry(folder / CARD)], key=lambda file: file.name)
     text = manifest(
         head=head,
         number=0,
@@ -152,8 +192,13 @@ def publish_base(home: Home, head: Head, base: BaseModel, files: Sequence[FileEn
     )
     durable.write_file(folder / MANIFEST, text)
     durable.make_folder(home.states(head.name))
-    for path in (folder, folder.parent, home.published, home.base, home.states(head.name).parent, home.state):
+    for path in (home.published, home.versions(head.name)):
+        durable.make_folder(path, public=True)
+    sync_folders(folder, files)
+    sync_folders(home.base, files)
+    for path in (home.published, home.states(head.name).parent, home.state):
         durable.sync_folder(path)
+    durable.rename(folder, home.version(head.name, 0))
     point_latest(home, head)
     return NewVersion(
         head=head.name,

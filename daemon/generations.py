@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -26,13 +25,28 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab*",
     "merges.txt",
+    "normalizer.json",
     "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
     "chat_template*",
     "preprocessor_config.json",
     "processor_config.json",
     "image_processor_config.json",
     "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "modules.json",  # these three: sentence-transformers
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "LICENSE*",
+    "NOTICE*",
 )
+MODULE = "[0-9]_[A-Z]*"  # a folder of sentence-transformers, such as 1_Pooling
+COMPANIONS_BELOW = {
+    "additional_chat_templates": ("*.jinja",),
+    MODULE: ("config.json", "model.safetensors"),  # of a dense layer, as the base has it: no expert brings it
+}
 HASH_BYTES = 8 << 20
 
 
@@ -71,10 +85,26 @@ WeightsPlan = tuple[Sequence[WeightFile], bytes | None]
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files beside the weights that loaders need: configuration, tokenizer, processor. Sorted by name."""
-    return sorted(
-        path for path in folder.iterdir() if path.is_file() and any(fnmatchcase(path.name, glob) for glob in COMPANIONS)
-    )
+    """The files beside the weights that loaders need: configuration, tokenizer, processor, and some that lie in folders
+    of their own. Sorted by name. Never the card, and nothing that is code or makes an adapter of the folder.
+    """
+    found = []
+    for path in folder.iterdir():
+        if path.is_dir():
+            globs = [glob for name, globs in COMPANIONS_BELOW.items() if fnmatchcase(path.name, name) for glob in globs]
+            found += [below for below in path.iterdir() if _any(below, globs)]
+        elif _any(path, COMPANIONS):
+            found.append(path)
+    return sorted(found)
+
+
+def _any(path: Path, globs: Iterable[str]) -> bool:
+    return path.is_file() and path.name.isprintable() and any(fnmatchcase(path.name, glob) for glob in globs)
+
+
+def names_below(folder: Path) -> list[str]:
+    """Every file in a folder and in those below it, as manifests name them: "1_Pooling/config.json". Sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
 def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int) -> WeightsPlan:
@@ -111,6 +141,7 @@ def manifest(
     record: FileEntry | None = None,
     approximate: bool = False,
     withdrawal: Withdrawal | None = None,
+    adapter: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The bytes of a version's manifest.json: what it is, what it came from, and the sha256 of all it consists of.
 
@@ -135,6 +166,7 @@ def manifest(
         "files": [asdict(file) for file in files],
         "state": asdict(state) if state else None,
         "record": asdict(record) if record else None,
+        "adapter": adapter,
     }
     return json.dumps(content, indent=2).encode() + b"\n"
 
@@ -144,13 +176,13 @@ def _expert(expert: NewExpert) -> dict[str, Any]:
     return {"sha256": expert.sha256, "name": expert.name, "task": task, "weight": expert.weight}
 
 
-def entry(path: Path) -> FileEntry:
-    """Hashes a file as it is on the disk."""
+def entry(path: Path, name: str | None = None) -> FileEntry:
+    """Hashes a file as it is on the disk. name: as the manifest has it, where that is not the file's own."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(HASH_BYTES):
             digest.update(chunk)
-    return FileEntry(path.name, path.stat().st_size, digest.hexdigest())
+    return FileEntry(name or path.name, path.stat().st_size, digest.hexdigest())
 
 
 def problems(home: Home, version: Version, *, hashes: bool, extras: bool = True) -> list[str]:
@@ -175,10 +207,14 @@ def problems(home: Home, version: Version, *, hashes: bool, extras: bool = True)
         expected.append((home.view_record(version.head, version.number), content["record"]))
     found = [_problem(home, path, file, hashes) for path, file in expected]
     listed = {MANIFEST, *(file["name"] for file in content["files"])}
-    extra = [
-        f"{_relative(home, folder / name)}: not in the manifest" for name in sorted(set(os.listdir(folder)) - listed)
-    ]
+    extra = [f"{_relative(home, folder / name)}: not in the manifest" for name in _unlisted(folder, listed)]
     return [problem for problem in found if problem] + (extra if extras else [])
+
+
+def _unlisted(folder: Path, listed: Collection[str]) -> list[str]:
+    """What is in a folder, or in one below it, and neither listed nor a folder on the way to what is."""
+    expected = {*listed, *(str(above) for name in listed for above in PurePosixPath(name).parents)}
+    return sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*")} - expected)
 
 
 def _problem(home: Home, path: Path, file: Mapping[str, Any], hashes: bool) -> str | None:

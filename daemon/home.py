@@ -2,10 +2,10 @@
 
 HOME/
   mainstem.toml
-  inbox/
+  inbox/                   .uploads/ in it holds what is still being sent over HTTP
   quarantine/000017/       reason.json and what was refused
   archive/000016/          what was merged (or was a duplicate)
-  published/main/000012/   one folder per version
+  published/main/000012/   one folder per version; adapter/ in it where one is asked for
   published/main/latest -> 000012      and the plain file LATEST
   state/
     registry.sqlite  lock  clean
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.safetensors"
 PREPARED_FILE = "prepared.safetensors"
 PREPARED_DIGEST = "prepared.sha256"
@@ -28,6 +30,11 @@ PREPARED_DIGEST = "prepared.sha256"
 def is_head_name(name: str) -> bool:
     """True for what a head may be called: its folders are named after it."""
     return name.isascii() and name.isidentifier()
+
+
+def is_adapter(name: str) -> bool:
+    """True for a file of a version, as its manifest names it, that belongs to the LoRA adapter beside its weights."""
+    return name.startswith(f"{ADAPTER_FOLDER}/")
 
 
 def number(n: int) -> str:
@@ -48,6 +55,11 @@ class Home:
     @property
     def inbox(self) -> Path:
         return self.root / "inbox"
+
+    @property
+    def uploads(self) -> Path:
+        """What is still being sent over HTTP, in the inbox's file system but not seen by its scan."""
+        return self.inbox / ".uploads"
 
     @property
     def state(self) -> Path:

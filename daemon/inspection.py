@@ -31,17 +31,18 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         raise DaemonError(Reason.UNKNOWN, f"{path} does not exist", "give the path of a checkpoint")
     methods = [make(row.method, row.params) for row in reader.heads()]
     needs = sorted({need for method in methods for need in method.needs})
+    limits = load(home.config).admission
     with (
         open_path(home.base) as base,
-        open_path(path, follow=False, needs=needs) as expert,  # as the inbox would
+        open_path(path, follow=False, needs=needs, naming=limits.naming) as expert,  # as the inbox would
         open_path(home.version(head.name, head.live)) as merged,
     ):
-        expert.check(base.tensors.schema)
+        expert.check(base.tensors)
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
         folded = Folded(found.norm, found.base_norm, ())
         norms = reader.merged_norms()
-        check_norm(folded, norms, load(home.config).admission)
+        check_norm(folded, norms, limits)
         sha256 = expert.identity()
         twin = reader.merged(sha256)
         schema = base.tensors.schema

@@ -23,6 +23,7 @@ from uuid import uuid4
 import torch
 
 from daemon import durable
+from daemon.adapting import Adapting
 from daemon.admission import check_norm
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
 from daemon.compute import check_budget, driver
@@ -38,7 +39,7 @@ from daemon.placing import place
 from daemon.preparing import Preparations
 from daemon.progress import Progress
 from daemon.retention import collect
-from daemon.sealing import seal
+from daemon.sealing import origin, seal
 from projector.errors import ProjectorError
 from projector.head import Folded, HeadFold
 from projector.method import Expert as View
@@ -64,6 +65,7 @@ class Merger:
         self._base_sha256 = store.base().sha256
         self._base = open_path(home.base, progress)
         self._plan = planned(self._base.tensors.schema, settings.publish)
+        self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._base_norm: float | None = None
         check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute)
         self._inbox = os.open(home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -83,10 +85,11 @@ class Merger:
         Abandoned where the daemon is stopping; the drop is then still in the inbox and nothing else has changed.
         """
         try:
-            with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=self._progress) as expert:
+            naming, watch = self._settings.admission.naming, self._progress
+            with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=watch, naming=naming) as expert:
                 hit("take.opened")
                 self._check_entry(drop)
-                expert.check(self._base.tensors.schema)
+                expert.check(self._base.tensors)
                 try:
                     recorded = self._merge(drop, expert)
                 except ProjectorError:
@@ -159,7 +162,7 @@ class Merger:
         """What the driver will have reported at the end: the floating tensors once for each sweep over them."""
         specs = self._base.tensors.schema.values()
         sweeps = 1 + sum(method.rounds + (not method.one_sweep) for method in self._methods.values())
-        return sweeps * sum(spec.nbytes for spec in specs if spec.floating)
+        return sweeps * sum(spec.nbytes for spec in specs if spec.floating) + self._adapting.work_bytes(self._methods)
 
     def _outputs(self, line: Line, folder: Path, files: ExitStack) -> Outputs:
         schema = self._base.tensors.schema
@@ -222,7 +225,9 @@ class Merger:
         hit("read_out.after")
 
     def _seal(self, line: Line, totals: Totals, output: Outputs, number: int, expert: NewExpert) -> NewVersion:
-        """Puts companions and the manifest beside the weights, all durable."""
+        """Puts companions, an adapter where one is wanted, and the manifest beside the weights, all durable."""
+        base_name = self._store.base().name
+        adapter = self._adapting.write(line.head.name, output.published, output.entries, base_name)
         with self._progress.phase("fsync"):
             sealed = seal(
                 self._home,
@@ -232,11 +237,11 @@ class Merger:
                 output.entries,
                 output.state_entry,
                 totals,
-                base_sha256=self._base_sha256,
+                origin=origin(self._store, expert),
                 dtype=self._settings.publish.dtype,
-                expert=expert,
                 record=output.record_entry,
                 approximate=line.method.approximate,
+                adapter=adapter,
             )
             durable.sync_folder(output.state_folder)
         return sealed

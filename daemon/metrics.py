@@ -11,8 +11,10 @@ from daemon.progress import PHASES
 from projector.errors import Reason as ProjectorReason
 from registry.store import Reader
 
+UPLOADS = ("stored", "refused", "broken")
 OUTCOMES = ("merged", "duplicate", "quarantined", "requeued", "abandoned")
 NOT_OF_EXPERTS = {"unknown", "home", "config", "pull", "changed", "bad_parameter", "unknown_method", "over_budget"}
+NOT_OF_EXPERTS |= {"convert"} | {reason for reason in Reason if reason.startswith("upload_")}
 REASONS = tuple(dict.fromkeys(str(r) for r in (*Reason, *ProjectorReason) if r not in NOT_OF_EXPERTS))
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 
@@ -54,6 +56,12 @@ class Metrics:
         )
         self.inbox_moving = Gauge(
             "mainstem_inbox_moving", "Entries of the inbox still being written.", registry=registry
+        )
+        self.uploads = Counter(
+            "mainstem_uploads", "Files sent over HTTP, by what became of them.", ["outcome"], registry=registry
+        )
+        self.upload_bytes = Counter(
+            "mainstem_upload_bytes", "Bytes of the files that were sent over HTTP and stored.", registry=registry
         )
         self.oldest_seconds = Gauge(
             "mainstem_inbox_oldest_seconds", "How long the oldest settled entry has been waiting.", registry=registry
@@ -98,10 +106,17 @@ class Metrics:
         )
         for outcome in OUTCOMES:
             self.experts.labels(outcome)
+        for outcome in UPLOADS:
+            self.uploads.labels(outcome)
         for reason in REASONS:
             self.refused.labels(reason)
         for phase in PHASES:
             self.phase_seconds.labels(phase)
+
+    def uploaded(self, outcome: str, size_bytes: int) -> None:
+        """Counts a file that was sent over HTTP."""
+        self.uploads.labels(outcome).inc()
+        self.upload_bytes.inc(size_bytes)
 
     def show_heads(self, reader: Reader) -> None:
         """Sets what the registry says of the heads."""

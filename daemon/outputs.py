@@ -32,7 +32,7 @@ class Outputs:
         self.descriptors: list[int] = []
         self.published = folder / "published"
         self.state_folder = folder / "state"
-        durable.make_folder(self.published)
+        durable.make_folder(self.published, public=True)
         durable.make_folder(self.state_folder)
         self.state = self._writer(self.state_folder / STATE_FILE, state_specs(method, base))
         self.record_file = self.state_folder.with_name("record.safetensors")

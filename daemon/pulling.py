@@ -1,181 +1,258 @@
-"""Fetches a version from a running mainstem into a folder: all of it, each file checked, or nothing."""
+"""Brings a version from a running mainstem into a folder: all of it, each file checked, or nothing.
 
-import hashlib
+`pull` is the whole story, and `follow` the same again for each new version. Beside it: pull_client.py asks,
+pull_manifest.py reads what is announced, fetching.py brings the bytes, pull_target.py puts them in place.
+"""
+
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import quote, urlsplit
-from urllib.request import Request, urlopen
-from uuid import uuid4
+from typing import TypeVar
+from urllib.parse import quote
 
 from daemon import durable
 from daemon.errors import DaemonError, Reason
-from daemon.home import MANIFEST
+from daemon.fetching import PIECE_BYTES, Fetching, Report
+from daemon.home import CARD, is_adapter
+from daemon.pull_client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
+from daemon.pull_manifest import Listed, Manifest
+from daemon.pull_target import MANIFEST_BYTES, Target
 from projector.text import shown
 
 WEIGHTS = "model.safetensors"
-CHUNK_BYTES = 1 << 20
-TIMEOUT_SECONDS = 300  # without a byte; a view may take a sweep over a large model before its first
-MANIFEST_BYTES = 16 << 20
+CONNECTIONS = 4
+LATEST = "latest"
+VIEW_SECONDS = 300.0  # without a byte: a view may take a sweep over a large model before its first
+ASK_PAUSES = (0.2, 0.5)  # seconds before each further try of a small request
+RESTARTS = 5  # versions in a row that the server may remove under our hands
+WAIT_SECONDS = 30  # how long the server is to wait for a new version
+POLL_SECONDS = 5.0  # between two questions, where the server did not wait
+AWAY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # while following: pauses while the server is away, the last for good
+DAMAGED_SECONDS = 60.0  # while following: before a damaged version is tried again
 
-Report = Callable[[str, int, int], None]
-"""Hears of each piece: the file's name, the bytes of it that are there, and its size."""
+Answer = TypeVar("Answer")
+
+Trouble = Callable[[DaemonError, float], None]
+"""Hears of each fault that may pass, and for how many seconds nothing will be tried."""
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was fetched."""
+    """What is in place now. `fetched_bytes` came over the network, the rest was there already."""
 
     head: str
     version: int
     files: int
     size_bytes: int
+    fetched_bytes: int
+    up_to_date: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to pull from where: a head's `version` (a number or "latest"), or an expert's `view` of it, or its `adapter`
+    alone."""
+
+    origin: Origin
+    head: str
+    version: str = LATEST
+    view: str | None = None
+    connections: int = CONNECTIONS
+    adapter: bool = False
 
 
 def pull(
     url: str,
     dest: Path,
     head: str = "main",
-    version: str = "latest",
+    version: str = LATEST,
     view: str | None = None,
     report: Report | None = None,
+    connections: int = CONNECTIONS,
+    *,
+    adapter: bool = False,
 ) -> Pulled:
-    """Makes the folder `dest` out of a version, or of an expert's view of it, at once and durably.
+    """Makes the folder `dest` what a version is, at once and durably, also where an earlier pull made it.
 
-    Every file is held against the manifest's sha256; a view's weights have none, and are held against their own header.
+    Every file is held against the manifest's sha256, and the manifest against the server's; a view's weights have
+    none and are held against their own header. What is missing of an interrupted pull is all that is fetched.
     Raises DaemonError where the server has it not, cannot be reached or sent something else.
     """
-    dest = dest.absolute()
-    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-        raise DaemonError(Reason.PULL, f"{dest} is there already", "name a folder that does not exist, or is empty")
-    if not _is_address(url):
-        raise DaemonError(Reason.PULL, f"{url} is no address", "for example http://127.0.0.1:8765")
-    line = f"{url.rstrip('/')}/v1/heads/{quote(head, safe='')}"
-    text, manifest = _manifest(
-        f"{line}/latest" if version == "latest" else f"{line}/versions/{quote(version, safe='')}"
-    )
-    number = manifest["version"]
-    fetched = _Fetched(dest.with_name(f".{dest.name}.{uuid4().hex}.tmp"), report or (lambda *_: None))
-    try:
-        durable.make_folder(fetched.folder)
-        for name, (size, sha256) in _listed(manifest).items():
-            if view is None or ".safetensors" not in name:
-                fetched.file(f"{line}/versions/{number}/files/{quote(name)}", name, size, sha256)
-        if view is None:
-            durable.write_file(fetched.folder / MANIFEST, text)
-        else:
-            fetched.file(f"{line}/versions/{number}/views/{quote(view, safe='')}/files/{WEIGHTS}", WEIGHTS)
-            _check_header(fetched.folder / WEIGHTS)
-        durable.sync_folder(fetched.folder)
-        durable.rename(fetched.folder, dest)
-    finally:
-        durable.remove(fetched.folder)
-    return Pulled(head, number, fetched.files, fetched.size_bytes)
+    source = Source(Origin.of(url), head, version, view, connections, adapter)
+    with Target(dest) as target:
+        return _fill(target, source, report or (lambda *_: None))
 
 
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.netloc)
+def follow(
+    url: str,
+    dest: Path,
+    head: str = "main",
+    report: Report | None = None,
+    trouble: Trouble | None = None,
+    connections: int = CONNECTIONS,
+    *,
+    adapter: bool = False,
+) -> Generator[Pulled, None, None]:
+    """Pulls each new live version into `dest`, for as long as it is iterated over.
+
+    Raises DaemonError where no patience helps: no such head, no mainstem at the address, a destination that must not
+    be touched.
+    """
+    source = Source(Origin.of(url), head, connections=connections, adapter=adapter)
+    in_place: int | None = None
+    faults = 0
+    with Target(dest) as target:
+        while True:
+            try:
+                asked = time.monotonic()
+                live = _live(source, None if in_place is None else in_place + 1)
+                if live is None:  # it waited in vain; a head that was rolled back shows only now
+                    live = _live(source)
+                if live != in_place:
+                    pulled = _fill(target, source, report or (lambda *_: None))
+                    in_place = pulled.version
+                    yield pulled
+                else:
+                    time.sleep(max(0.0, asked + POLL_SECONDS - time.monotonic()))
+                faults = 0
+            except (Passing, Damaged) as error:
+                away = AWAY_SECONDS[min(faults, len(AWAY_SECONDS) - 1)]
+                pause = DAMAGED_SECONDS if isinstance(error, Damaged) else away
+                faults += 1
+                if trouble is not None:
+                    trouble(error, pause)
+                time.sleep(pause)
 
 
-class _Fetched:
-    """The files fetched so far, in a folder beside the one they are for."""
-
-    def __init__(self, folder: Path, report: Report) -> None:
-        self.folder = folder
-        self.files = 0
-        self.size_bytes = 0
-        self._report = report
-
-    def file(self, url: str, name: str, size: int | None = None, sha256: str | None = None) -> None:
-        """Fetches one file; `size` and `sha256` where they are known beforehand."""
-        with _asked(url) as answer:
-            length = answer.headers["Content-Length"] or ""
-            announced = int(length) if length.isdecimal() else -1
-            if announced < 0 or size not in (None, announced):
-                raise _wrong(name, f"it has {announced} bytes there, the manifest says {size}")
-            digest, done = hashlib.sha256(), 0
-            with durable.new_file(self.folder / name, announced) as fd:
-                while chunk := answer.read(CHUNK_BYTES):
-                    digest.update(chunk)
-                    durable.write_at(fd, chunk, done)
-                    done += len(chunk)
-                    self._report(name, done, announced)
-        if done != announced:
-            raise _wrong(name, f"it ended after {done} of {announced} bytes")
-        if sha256 not in (None, digest.hexdigest()):
-            raise _wrong(name, "its sha256 is not the manifest's")
-        self.files += 1
-        self.size_bytes += done
-
-
-def _manifest(url: str) -> tuple[bytes, Mapping[str, Any]]:
-    """A version's manifest, as bytes and read."""
-    with _asked(url) as answer:
-        text = answer.read(MANIFEST_BYTES)
-    try:
-        manifest: Any = json.loads(text)
-        int(manifest["version"])
-        _listed(manifest)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise DaemonError(Reason.PULL, f"{url} is no manifest", "is this the address of a mainstem?") from None
-    return text, manifest
-
-
-def _listed(manifest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    """(size, sha256) of every file of a manifest. ValueError where a name could lead out of the folder."""
-    files = {file["name"]: (int(file["size"]), str(file["sha256"])) for file in manifest["files"]}
-    for name in files:
-        if not name or Path(name).name != name or name.startswith(".") or not name.isprintable() or name == MANIFEST:
-            raise ValueError(f"{shown(name)} cannot be the name of a file")
-    return files
-
-
-@contextmanager
-def _asked(url: str) -> Iterator[HTTPResponse]:
-    """The answer to a GET. Raises DaemonError with the server's own words where it has some."""
-    try:
-        with urlopen(Request(url, headers={"Accept-Encoding": "identity"}), timeout=TIMEOUT_SECONDS) as answer:
-            yield answer
-    except HTTPError as error:
-        raise DaemonError(Reason.PULL, *_problem(url, error)) from None
-    except (HTTPException, ConnectionError, TimeoutError) as error:
-        raise _broken(url, error) from error
-    except OSError as error:
-        if error.errno is not None:
-            raise  # of our own disk
-        raise _broken(url, error) from error
-
-
-def _problem(url: str, error: HTTPError) -> tuple[str, str]:
-    """(what is wrong, hint) as the server said it."""
-    with error:
+def _fill(target: Target, source: Source, report: Report) -> Pulled:
+    """Brings the version into the target, a newer one where the latest was removed meanwhile."""
+    for _ in range(RESTARTS):
+        number = str(_patiently(lambda: _live(source))) if source.version == LATEST else source.version
         try:
-            body = json.loads(error.read(CHUNK_BYTES))
-            return f"{url}: {body['error']}", str(body["hint"])
-        except (ValueError, KeyError, TypeError, OSError):
-            return f"{url}: {error.code} {error.reason}", "is this the address of a mainstem?"
+            return _fill_with(target, source, _patiently(lambda: _manifest(source, number)), report)  # noqa: B023
+        except Gone:
+            if source.version != LATEST:
+                raise
+    raise Passing(
+        Reason.PULL,
+        f"{RESTARTS} versions in a row were removed while they were pulled",
+        "let the server keep them for longer: retention.versions, retention.grace_seconds",
+    )
 
 
-def _check_header(path: Path) -> None:
-    """Raises BadFile where the file is not what its own header says."""
+def _fill_with(target: Target, source: Source, manifest: Manifest, report: Report) -> Pulled:
+    current, view = target.current(), source.view
+    if view is not None and current is not None:
+        raise DaemonError(Reason.PULL, f"{target.dest} is there already", "a view needs a folder of its own")
+    files = adapter_of(manifest) if source.adapter else wanted(manifest, view)
+    size = sum(file.size for file in files)
+    if view is None and target.is_whole(manifest, files):
+        return Pulled(manifest.head, manifest.version, len(files), size, 0, up_to_date=True)
+    there = target.begin(json.dumps([manifest.sha256, PIECE_BYTES, view, [file.name for file in files]]), manifest)
+    version = f"{source.origin.head(source.head)}/versions/{manifest.version}"
+    fetching = Fetching(source.origin, f"{version}/files", target, current, source.connections, report)
+    try:
+        fetching.fetch(files, there)
+    except (Passing, KeyboardInterrupt):
+        target.keep = view is None
+        raise
+    if view is not None:
+        weights = _fetch_view(source.origin, f"{version}/views/{quote(view, safe='')}/files/{WEIGHTS}", target, report)
+        target.put_in_place(None)
+        fetched = fetching.fetched_bytes + weights
+        return Pulled(manifest.head, manifest.version, len(files) + 1, size + weights, fetched, up_to_date=False)
+    target.put_in_place(manifest)
+    return Pulled(manifest.head, manifest.version, len(files), size, fetching.fetched_bytes, up_to_date=False)
+
+
+def adapter_of(manifest: Manifest) -> list[Listed]:
+    """The files of a version's LoRA adapter. Raises DaemonError where it has none."""
+    found = [file for file in manifest.files.values() if is_adapter(file.name)]
+    if not found:
+        raise DaemonError(
+            Reason.PULL,
+            f"{manifest.head} version {manifest.version} has no adapter",
+            f"set heads.{manifest.head}.adapter.rank on the server: versions from then on have one",
+        )
+    return found
+
+
+def wanted(manifest: Manifest, view: str | None) -> list[Listed]:
+    """The files of a version to fetch: all, or those that stand beside an expert's view of the weights."""
+    files = list(manifest.files.values())
+    if view is None:
+        return files
+    of_the_merge = [file for file in files if ".safetensors" in file.name or is_adapter(file.name) or file.name == CARD]
+    return [file for file in files if file not in of_the_merge]
+
+
+def _live(source: Source, wait_for: int | None = None) -> int | None:
+    """The number of the live version.
+
+    With `wait_for` the server may wait for that version; None where it says, after its time, that there is none.
+    """
+    origin, path = source.origin, f"{source.origin.head(source.head)}/{LATEST}"
+    asked = path if wait_for is None else f"{path}?wait_for={wait_for}&timeout={WAIT_SECONDS}"
+    with Connection(origin, TIMEOUT_SECONDS + WAIT_SECONDS) as connection, connection.get(asked) as answer:
+        if wait_for is not None and answer.status in (200, 204, 304):
+            return None
+        there = origin.path_of(answer.headers["Location"] or "", path) if answer.status == 307 else None
+        found = re.fullmatch(rf"{re.escape(path.removesuffix(LATEST))}versions/([0-9]{{1,12}})", there or "")
+        if found is None:
+            raise connection.problem(asked, answer)
+        return int(found[1])
+
+
+def _manifest(source: Source, version: str) -> Manifest:
+    """A version's manifest, with the digest that the server names, and of what was asked for."""
+    path = f"{source.origin.head(source.head)}/versions/{quote(version, safe='')}"
+    with Connection(source.origin) as connection, connection.get(path) as answer:
+        if answer.status != 200:
+            raise connection.problem(path, answer)
+        text = connection.text(path, answer, MANIFEST_BYTES)
+        try:
+            manifest = Manifest.read(text)
+        except ValueError as error:
+            raise connection.refusal(path, f"what is there is no manifest: {error}") from error
+    tag = answer.headers["ETag"] or "none"
+    if tag != f'"sha256:{manifest.sha256}"':
+        what = f"{path}: the manifest came with the sha256 {manifest.sha256}, its ETag is {shown(tag)}"
+        raise Passing(Reason.PULL, what, "something between here and the server changes what it sends")
+    if (manifest.head, str(manifest.version)) != (source.head, version):
+        raise connection.refusal(path, f"this is the manifest of {shown(manifest.head)} version {manifest.version}")
+    return manifest
+
+
+def _fetch_view(origin: Origin, path: str, target: Target, report: Report) -> int:
+    """An expert's weights, computed by the server while they are sent. Returns their size in bytes."""
+    done = 0
+    with Connection(origin, VIEW_SECONDS) as connection, connection.get(path) as answer:
+        if answer.status != 200:
+            raise connection.problem(path, answer)
+        size = answer.length
+        if size is None:
+            raise connection.refusal(path, "the answer does not say how long it is")
+        durable.remove(target.new / WEIGHTS)
+        with durable.new_file(target.new / WEIGHTS, size) as fd:
+            for chunk in connection.body(path, answer, size):
+                durable.write_at(fd, chunk, done)
+                done += len(chunk)
+                report(done, size)
     from projector.tensorfile import TensorReader  # it brings torch
 
-    with path.open("rb") as file:
-        TensorReader(file.fileno())
+    with (target.new / WEIGHTS).open("rb") as file:
+        TensorReader(file.fileno())  # BadFile where it is not what its own header says
+    return done
 
 
-def _wrong(name: str, what: str) -> DaemonError:
-    return DaemonError(Reason.PULL, f"{name}: {what}", "try again; if it stays so, run `mainstem verify` on the server")
-
-
-def _broken(url: str, error: Exception) -> DaemonError:
-    return DaemonError(Reason.PULL, f"{url}: {error}", "is the daemon running, and is this its address? try again")
+def _patiently(ask: Callable[[], Answer]) -> Answer:
+    """Asks again, a few times, where the network broke."""
+    for pause in ASK_PAUSES:
+        try:
+            return ask()
+        except Passing:
+            time.sleep(pause)
+    return ask()

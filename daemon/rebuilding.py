@@ -16,8 +16,8 @@ from daemon.checkpoint import open_path
 from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.failpoints import hit
-from daemon.founding import floating_dtypes, publish_base
-from daemon.generations import Withdrawal, entry
+from daemon.founding import base_files, floating_dtypes, publish_base
+from daemon.generations import Withdrawal
 from daemon.home import Home
 from daemon.latest import point_latest
 from daemon.lines import Line, read_lines
@@ -25,6 +25,7 @@ from daemon.memory import reuse_freed_memory
 from daemon.recovery import mark_clean, recover
 from daemon.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
 from daemon.restating import Arrival, Made, Restating, next_number
+from daemon.sealing import origin
 from projector.method import Expert as View
 from projector.method import Method, Totals
 from projector.methods import make
@@ -196,7 +197,8 @@ def _replay_inside(
         begun = home.tmp / uuid4().hex  # recovery empties that: a removal cut short leaves no half of a home
         durable.rename(inner.root, begun)
         durable.remove(begun)
-    replay(home, store, experts, inner, heads, settings, to)
+    plain = settings.model_copy(update={"heads": {}})  # what is published of it is published anew
+    replay(home, store, experts, inner, heads, plain, to)
 
 
 def _unfit(inner: Home, store: Store, heads: Heads, experts: Sequence[Expert]) -> bool:
@@ -265,12 +267,11 @@ def _adopt(home: Home, store: Store, name: str, method: Method, made: Made, rest
     head = Head(name, method.name, method.params(), live=0, newest=0)
     with open_path(home.base) as base:
         dtypes = floating_dtypes(base)
-    files = [entry(path) for path in sorted(home.base.iterdir())]
-    versions = [publish_base(home, head, store.base(), files, dtypes)]
+    versions = [publish_base(home, head, store.base(), base_files(home), dtypes)]
     hit("publish.before")
     if newest:
         line = Line(head, Version(**asdict(versions[0])), method, Totals())
-        versions.append(restating.place(line, newest, made))
+        versions.append(restating.place(line, newest, made, origin(store)))
     adopted = replace(head, live=newest, newest=newest)
     hit("publish.after")
     hit("commit.before")

@@ -4,6 +4,7 @@ Whatever was not committed is removed, whatever was committed is finished. A liv
 the start: going back is the person's decision, never ours.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def _check_live(home: Home, store: Store, *, hashes: bool) -> None:
 def _strays(home: Home, store: Store) -> list[Path]:
     """Everything that no row of the registry names: temporary folders and versions that were never committed."""
     strays = list(home.tmp.iterdir())
+    strays += [home.uploads] if os.path.lexists(home.uploads) else []  # never what a link in its place leads to
     strays += [path for path in home.state.iterdir() if path.name.startswith(".") or path.name == "registry.new"]
     strays += _done_with(home, store)
     for head in store.heads():

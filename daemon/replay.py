@@ -13,7 +13,7 @@ from uuid import uuid4
 from daemon import durable
 from daemon.about import ABOUT
 from daemon.checkpoint import OpenCheckpoint, open_path
-from daemon.config import Admission, Retention, Settings
+from daemon.config import Retention, Settings
 from daemon.errors import BadHome, DaemonError, NotYet
 from daemon.founding import found
 from daemon.home import Home
@@ -110,7 +110,7 @@ def replay(
     """
     settings = settings.model_copy(
         update={
-            "admission": Admission(max_base_ratio=NO_LIMIT, max_norm_ratio=NO_LIMIT),
+            "admission": settings.admission.model_copy(update={"max_base_ratio": NO_LIMIT, "max_norm_ratio": NO_LIMIT}),
             "retention": Retention(versions=settings.retention.versions, grace_seconds=0),
         }
     )

@@ -13,19 +13,20 @@ from pathlib import Path
 from uuid import uuid4
 
 from daemon import durable
+from daemon.adapting import Adapting
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.compute import driver
 from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.failpoints import hit
 from daemon.generations import FileEntry, WeightsPlan, Withdrawal
-from daemon.home import STATE_FILE, Home
+from daemon.home import CARD, STATE_FILE, Home, is_adapter
 from daemon.latest import point_latest
 from daemon.lines import Line
 from daemon.outputs import Outputs, planned
 from daemon.progress import Progress
 from daemon.retention import collect
-from daemon.sealing import seal
+from daemon.sealing import Origin, origin, seal
 from projector.head import HeadFold
 from projector.method import Expert as View
 from projector.method import Method, Totals
@@ -64,6 +65,7 @@ class Restating:
         self._closing = ExitStack()
         self._base = self._closing.enter_context(open_path(home.base, progress))
         self._plan = planned(self._base.tensors.schema, settings.publish)
+        self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._folder = home.tmp / uuid4().hex
         self._closing.callback(durable.remove, self._folder)
 
@@ -84,8 +86,11 @@ class Restating:
                 output = Outputs(
                     folder, self._base.tensors.schema, method, self._plan if last else STATE_ONLY, files, self._progress
                 )
-                source = files.enter_context(open_path(path, self._progress, follow=False, needs=method.needs))
-                source.check(self._base.tensors.schema)
+                naming = self._settings.admission.naming
+                source = files.enter_context(
+                    open_path(path, self._progress, follow=False, needs=method.needs, naming=naming)
+                )
+                source.check(self._base.tensors)
                 if method.keyed:
                     view = replace(view, sha256=source.identity())
                 view = self._driver.survey(self._base.tensors, source.tensors, method, view, before)
@@ -114,9 +119,11 @@ class Restating:
         folder = self._folder / head
         content = json.loads(source.manifest(head, number).read_bytes())
         published, state_folder = folder / "published", folder / "state"
-        durable.make_folder(published)
-        weights = [FileEntry(**file) for file in content["files"]]
+        durable.make_folder(published, public=True)
+        made_anew = [name for name in (file["name"] for file in content["files"]) if name == CARD or is_adapter(name)]
+        weights = [FileEntry(**file) for file in content["files"] if file["name"] not in made_anew]
         for file in weights:
+            durable.make_folder((published / file.name).parent, public=True)
             durable.link_or_copy(source.version(head, number) / file.name, published / file.name)
         state = None
         if content["state"]:
@@ -125,8 +132,9 @@ class Restating:
             durable.link_or_copy(source.head_state(head, number) / STATE_FILE, state_folder / STATE_FILE)
         return Made(published, weights, state_folder, state, totals, content["dtype"], content["approximate"])
 
-    def place(self, line: Line, number: int, made: Made) -> NewVersion:
+    def place(self, line: Line, number: int, made: Made, origin: Origin) -> NewVersion:
         """Seals a version and renames it into place; nothing names it yet."""
+        adapter = self._adapting.write(line.head.name, made.published, made.weights, origin.base.name)
         sealed = seal(
             self._home,
             line,
@@ -135,10 +143,11 @@ class Restating:
             made.weights,
             made.state,
             made.totals,
-            base_sha256=self._base_sha256,
+            origin=origin,
             dtype=made.dtype,
             approximate=made.approximate,
             withdrawal=made.withdrawal,
+            adapter=adapter,
         )
         targets = [(made.published, self._home.version(line.head.name, number))]
         if made.state:
@@ -153,7 +162,8 @@ class Restating:
         """Publishes a version of every head, in which the experts `gone` are no more; returns its number."""
         number = next_number(lines)
         hit("publish.before")
-        versions = [self.place(line, number, made[line.head.name]) for line in lines]
+        of = origin(store, gone=gone)
+        versions = [self.place(line, number, made[line.head.name], of) for line in lines]
         hit("publish.after")
         hit("commit.before")
         store.restate(versions, [expert.id for expert in gone])

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from uuid import uuid4
 
 from daemon import durable
 from daemon.config import Retention
@@ -25,8 +26,15 @@ def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
 
 
 def remove_files(home: Home, version: Version) -> None:
-    """Removes a collected version's folders; no error where they are gone already."""
-    durable.remove(home.version(version.head, version.number))
+    """Removes a collected version's folders; no error where they are gone already.
+
+    What is published goes at once, by a rename: nobody ever sees half of a version.
+    """
+    published = home.version(version.head, version.number)
+    if published.exists():
+        going = home.tmp / uuid4().hex  # recovery empties that
+        durable.rename(published, going)
+        durable.remove(going)
     durable.remove(home.head_state(version.head, version.number))
 
 

@@ -1,17 +1,46 @@
-"""The last step before a version is published: companions and the manifest go beside its weights, all durable."""
+"""The last step before a version is published: companions, card and manifest go beside its weights, all durable."""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from daemon import durable
+from daemon.adapting import Adapter
+from daemon.card import FRONT_MATTER_BYTES, MOST_EXPERTS, AboutBase, Card, about_base, render
+from daemon.checkpoint import INDEX
+from daemon.dtypes import config_in
 from daemon.failpoints import hit
-from daemon.generations import FileEntry, Withdrawal, companions, entry, manifest
-from daemon.home import MANIFEST, Home
+from daemon.generations import FileEntry, Withdrawal, companions, entry, manifest, names_below
+from daemon.home import CARD, MANIFEST, Home
 from daemon.lines import Line
 from projector.method import Totals
-from registry.records import NewExpert, NewVersion
+from registry.records import BaseModel, Expert, NewExpert, NewVersion, Status
+from registry.store import Reader
+
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a version consists of, for its card and its manifest.
+
+    expert: the one that it folds, if any. newest: its experts, newest first, as many as the card lists.
+    """
+
+    base: BaseModel
+    expert: NewExpert | None
+    newest: Sequence[NewExpert]
+
+
+def origin(reader: Reader, expert: NewExpert | None = None, gone: Sequence[Expert] = ()) -> Origin:
+    """Every merged expert of the registry, less those that are gone, and the one that is about to be committed."""
+    out = {one.id for one in gone}
+    merged = [one for one in reader.experts(Status.MERGED, limit=MOST_EXPERTS + len(out)) if one.id not in out]
+    newest: Sequence[NewExpert] = [expert, *merged] if expert else merged
+    return Origin(reader.base(), expert, newest[:MOST_EXPERTS])
 
 
 def seal(
@@ -23,31 +52,51 @@ def seal(
     state: FileEntry | None,
     totals: Totals,
     *,
-    base_sha256: str,
+    origin: Origin,
     dtype: str,
-    expert: NewExpert | None = None,
     record: FileEntry | None = None,
     approximate: bool = False,
     withdrawal: Withdrawal | None = None,
+    adapter: Adapter | None = None,
 ) -> NewVersion:
     """Completes the folder `published`, which holds the files of `weights`, and returns what to commit of it.
 
-    line: the head as it stands. totals: after this version. The folder of the state is the caller's to sync.
+    Whatever else lies in the folder, or in one below it, is hashed and listed too. line: the head as it stands. totals:
+    after this version. The folder of the state is the caller's to sync.
     """
     written = {file.name for file in weights}
-    for path in companions(home.base):
-        if path.name not in written:
-            durable.copy_file(path, published / path.name)
-    beside = [entry(path) for path in sorted(published.iterdir()) if path.name not in written]
-    files = sorted([*weights, *beside], key=lambda file: file.name)
+    config = home.base / CONFIG
+    if dtype != "base" and CONFIG not in written and config.is_file():
+        durable.write_file(published / CONFIG, config_in(config.read_bytes(), dtype))
+        add_companions(home.base, published, leave={*written, CONFIG})
+    else:
+        add_companions(home.base, published, leave=written)
     figures = dict(line.method.figures(totals))
+    card = Card(
+        head=line.head.name,
+        number=number,
+        method=line.method,
+        base=origin.base,
+        about=read_about_base(home.base),
+        experts=totals.experts,
+        newest=origin.newest,
+        figures=figures,
+        dtype=dtype,
+        approximate=approximate,
+        withdrawal=withdrawal,
+        sharded=(published / INDEX).exists(),
+        adapter=(adapter.rank, adapter.kept) if adapter else None,
+    )
+    durable.write_file(published / CARD, render(card))
+    beside = [entry(published / name, name) for name in names_below(published) if name not in written]
+    files = sorted([*weights, *beside], key=lambda file: file.name)
     text = manifest(
         head=line.head,
         number=number,
-        base_sha256=base_sha256,
+        base_sha256=origin.base.sha256,
         parent=line.version,
         experts=totals.experts,
-        expert=expert,
+        expert=origin.expert,
         figures=figures,
         dtype=dtype,
         created_at=datetime.now(UTC),
@@ -56,10 +105,11 @@ def seal(
         record=record,
         approximate=approximate,
         withdrawal=withdrawal,
+        adapter=adapter.described() if adapter else None,
     )
     durable.write_file(published / MANIFEST, text)
     hit("manifest.written")
-    durable.sync_folder(published)
+    sync_folders(published, files)
     return NewVersion(
         head=line.head.name,
         number=number,
@@ -69,3 +119,33 @@ def seal(
         totals={"experts": float(totals.experts), **totals.scalars},
         figures=figures,
     )
+
+
+def add_companions(source: Path, target: Path, leave: Sequence[str] | set[str] = ()) -> None:
+    """Copies the files that loaders need, but for those named in `leave`; the folders are the caller's to sync."""
+    for path in companions(source):
+        name = path.relative_to(source)
+        if name.as_posix() not in leave:
+            durable.make_folder((target / name).parent, public=True)
+            durable.copy_file(path, target / name)
+
+
+def sync_folders(folder: Path, files: Sequence[FileEntry]) -> None:
+    """Makes the names of these files durable, in the folders below first."""
+    below = {(folder / file.name).parent for file in files} - {folder}
+    for path in (*sorted(below), folder):
+        durable.sync_folder(path)
+
+
+def read_about_base(folder: Path) -> AboutBase:
+    """What the files of the base in this folder say of it."""
+    readme, config = _opening(folder / CARD, FRONT_MATTER_BYTES), _opening(folder / CONFIG, MAX_CONFIG_BYTES)
+    return about_base(readme, config, [path.name for path in folder.iterdir()])
+
+
+def _opening(path: Path, most: int) -> bytes:
+    """The first bytes of a file; nothing where there is none."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.read(most)

@@ -15,7 +15,7 @@ import structlog
 
 from daemon import durable
 from daemon.compute import memory_budget
-from daemon.config import Settings
+from daemon.config import Settings, check_heads
 from daemon.errors import BadHome, NotYet, Reason
 from daemon.home import Home
 from daemon.http import HttpServer, base_url, create_app
@@ -26,6 +26,7 @@ from daemon.metrics import Metrics
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
 from daemon.retention import collect
+from daemon.uploading import Uploads
 from projector.methods import methods
 from projector.text import shown
 from registry.errors import DiskFull
@@ -50,6 +51,7 @@ class Service:
         self._display = display or self._log_progress
         self._log = structlog.get_logger()
         self._metrics = Metrics()
+        self._uploads = Uploads(home, settings.http, self._metrics.uploaded)
         self._wake = Event()
         self._stopping = Event()
         self._not_ready: str | None = "recovering"
@@ -68,6 +70,7 @@ class Service:
             closing.callback(os.close, self._lock())
             closing.enter_context(self._signals())
             store = closing.enter_context(Store.open(self._home.registry))
+            check_heads(self._settings.heads, [head.name for head in store.heads()])
             if http:
                 self._serve(closing)
             recover(self._home, store, self._log.info)
@@ -93,6 +96,7 @@ class Service:
             self._wake.clear()
             if self._stopping.is_set():
                 return
+            self._uploads.tend()
             scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
             self._show_inbox(scan)
             waiting = scan.moving
@@ -255,7 +259,7 @@ class Service:
 
     def _serve(self, closing: ExitStack) -> None:
         reader = closing.enter_context(Reader.open(self._home.registry))
-        app = create_app(self._home, reader, self._metrics.registry, lambda: self._not_ready)
+        app = create_app(self._home, reader, self._metrics.registry, lambda: self._not_ready, self._uploads)
         server = HttpServer(app, self._settings.http.host, self._settings.http.port)
         host, port = server.start()
         closing.callback(server.stop)

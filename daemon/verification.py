@@ -8,6 +8,7 @@ from daemon.checkpoint import open_path
 from daemon.errors import DaemonError
 from daemon.generations import problems
 from daemon.home import Home, number
+from daemon.latest import PLAIN, names_by_file, names_by_link
 from daemon.placing import REASON_FILE
 from projector.errors import ProjectorError
 from registry.errors import Damaged
@@ -28,9 +29,10 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[in
             say(f"{head.name} version {version.number}")
             found += problems(home, version, hashes=True) or _chain(home, reader, version)
             checked += 1
-        latest = home.latest(head.name)
-        if not latest.is_symlink() or latest.readlink().name != number(head.live):
-            found.append(f"published/{head.name}/latest does not name version {head.live}")
+        plain = home.versions(head.name) / PLAIN
+        for path, names in ((home.latest(head.name), names_by_link), (plain, names_by_file)):
+            if names(path) != number(head.live):
+                found.append(f"published/{head.name}/{path.name} does not name version {head.live}")
     for expert in reader.experts(limit=-1):
         if expert.status is not Status.QUARANTINED and expert.place:
             say(expert.place)

@@ -166,7 +166,9 @@ def _entry(name: str, entry: Any) -> tuple[int, int, str, TensorSpec]:
         raise BadFile(
             Reason.UNSUPPORTED_DTYPE,
             f"{shown(name)} has dtype {shown(dtype)}",
-            "save it as F32, F16, BF16 or F64; quantised weights cannot be merged",
+            "complex numbers cannot be merged"
+            if dtype.startswith("C")
+            else "save it as F32, F16, BF16 or F64; quantised weights cannot be merged",
         )
     if not _whole_numbers(shape):
         raise _bad(f"{shown(name)} has a shape that is not a list of whole numbers from 0")

@@ -4,7 +4,9 @@ A full checkpoint, in one file or in shards, is the difference of its weights an
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,6 +16,9 @@ from projector.errors import BadSchema, Reason
 from projector.spec import Schema, TensorSpec
 from projector.tensorfile import TensorReader
 from projector.text import shown
+
+GLANCE_BYTES = 4 << 10
+BLOCK_BYTES = 1 << 20
 
 
 class Source(Protocol):
@@ -38,27 +43,71 @@ class Checkpoint:
     """Named tensors in one or more safetensors files; as a Source, the expert that they hold."""
 
     def __init__(self, files: Iterable[TensorReader], sidecars: Mapping[str, TensorReader] | None = None) -> None:
-        self._sidecars = sidecars or {}
-        self._reader: dict[str, TensorReader] = {}
+        self._places: dict[str, _Place] = {}
         for file in files:
             for name in file.specs:
-                if name in self._reader:
+                if name in self._places:
                     raise BadSchema(
                         Reason.BAD_HEADER,
                         f"{shown(name)} is in two files",
                         "save the model again: each tensor belongs in one shard",
                     )
-                self._reader[name] = file
-        self.order: Sequence[str] = [name for name, spec in self.schema.items() if spec.floating]
+                self._places[name] = _Place(file, name)
+        self._beside = {
+            kind: {name: _Place(file, name) for name in file.specs} for kind, file in (sidecars or {}).items()
+        }
+        self._follows: Mapping[str, str] = {}
+        self._twins: Mapping[str, Sequence[str]] | None = None
+        self.order: Sequence[str] = _floating(self.schema)
 
     @property
     def schema(self) -> Schema:
         """Every tensor, in the order of the files and of the data in them."""
-        return {name: file.specs[name] for name, file in self._reader.items()}
+        return _schema(self._places)
+
+    @property
+    def beside(self) -> Mapping[str, Schema]:
+        """The tensors of each sidecar, by kind."""
+        return {kind: _schema(places) for kind, places in self._beside.items()}
+
+    def under(
+        self,
+        own: Mapping[str, str],
+        beside: Mapping[str, Mapping[str, str]] = {},
+        follows: Mapping[str, str] = {},
+    ) -> "Checkpoint":
+        """The same files with these tensors only, under other names: the new name -> the name here.
+
+        beside: the same for each sidecar. follows: a tensor -> the one whose sidecars it has where it has none itself.
+        """
+        again = copy(self)
+        again._places = {name: self._places[here] for name, here in own.items()}
+        again._beside = {
+            kind: {name: self._beside[kind][here] for name, here in names.items()} for kind, names in beside.items()
+        }
+        again._follows = follows
+        again._twins = None
+        again.order = _floating(again.schema)
+        return again
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor `name` or its rows, in the file's dtype."""
-        return self._reader[name].read(name, rows)
+        return self._places[name].read(rows)
+
+    def twins(self) -> Mapping[str, Sequence[str]]:
+        """Of each tied weight, the other names that it has.
+
+        Taken for tied are floating matrices (two dimensions or more) of the same shape and dtype that have the same
+        bytes, and are not one value throughout: two biases, or two matrices of zeros, are alike by chance. Looked for
+        once; a few kB are read of each matrix, and only those that agree there are read whole, in blocks.
+        """
+        if self._twins is None:
+            matrices = {name: self._places[name] for name in self.order if len(self.schema[name].shape) > 1}
+            alike = _groups(matrices, lambda place: (place.spec.shape, place.spec.dtype))
+            agreeing = (group for some in alike for group in _groups({n: matrices[n] for n in some}, _Place.glance))
+            same = [group for some in agreeing for group in _groups({n: matrices[n] for n in some}, _Place.digest)]
+            self._twins = {name: [twin for twin in group if twin != name] for group in same for name in group}
+        return self._twins
 
     def fetch(self, spec: TensorSpec, rows: slice | None) -> Sequence[Tensor]:
         return [self.read(spec.name, rows)]
@@ -73,16 +122,71 @@ class Checkpoint:
 
         One with the tensor's own shape is read in the same rows as the tensor, any other as a whole.
         """
-        layer = spec.name.removesuffix(".weight")
-        found = {
-            kind: next((name for name in (spec.name, layer) if name in file.specs), None)
-            for kind, file in self._sidecars.items()
-        }
-        return {
-            kind: file.read(name, rows if file.specs[name].shape == spec.shape else None)
-            for kind, name in found.items()
-            if name is not None and (file := self._sidecars[kind])
-        }
+        names = [spec.name, self._follows.get(spec.name, spec.name)]
+        found = {}
+        for kind, places in self._beside.items():
+            known = (place for name in names for place in (name, name.removesuffix(".weight")) if place in places)
+            if name := next(known, None):
+                place = places[name]
+                found[kind] = place.read(rows if place.spec.shape == spec.shape else None)
+        return found
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is, and what it is called there."""
+
+    file: TensorReader
+    name: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.file.specs[self.name]
+
+    def read(self, rows: slice | None) -> Tensor:
+        return self.file.read(self.name, rows)
+
+    def glance(self) -> bytes:
+        """The digest of its first bytes."""
+        return hashlib.sha256(self._bytes(slice(0, max(1, GLANCE_BYTES // self._row_bytes)))).digest()
+
+    def digest(self) -> bytes | None:
+        """The digest of all of it; None where it is one value throughout."""
+        digest, rows = hashlib.sha256(), max(1, BLOCK_BYTES // self._row_bytes)
+        first = self._bytes(slice(0, 1))[: self.spec.dtype.itemsize]
+        constant = True
+        for start in range(0, self.spec.shape[0], rows):
+            block = self._bytes(slice(start, start + rows))
+            digest.update(block)
+            constant = constant and block.count(first) * len(first) == len(block)
+        return None if constant else digest.digest()
+
+    @property
+    def _row_bytes(self) -> int:
+        return max(1, self.spec.row_numel * self.spec.dtype.itemsize)
+
+    def _bytes(self, rows: slice) -> bytes:
+        rows = slice(rows.start, min(rows.stop, self.spec.shape[0]))
+        tensor = self.file.read(self.name, rows, hashed=False)
+        return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _groups(places: Mapping[str, _Place], key: Callable[[_Place], object]) -> list[list[str]]:
+    """The names by what `key` makes of them, where it makes something of two or more."""
+    groups: dict[object, list[str]] = {}
+    for name, place in places.items():
+        groups.setdefault(key(place), []).append(name)
+    return [names for made, names in groups.items() if made is not None and len(names) > 1]
+
+
+def _schema(places: Mapping[str, _Place]) -> Schema:
+    return {
+        name: place.spec if place.name == name else replace(place.spec, name=name) for name, place in places.items()
+    }
+
+
+def _floating(schema: Schema) -> list[str]:
+    return [name for name, spec in schema.items() if spec.floating]
 
 
 def identity(files: Mapping[str, str]) -> str:

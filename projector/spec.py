@@ -1,15 +1,31 @@
 """What a tensor is, without its values: name, shape, dtype; and what a whole checkpoint is: a schema."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from projector.errors import BadSchema, Reason
+from projector.naming import mending
 from projector.text import listed, shown
 
 Schema = Mapping[str, "TensorSpec"]
+
+QUANTISED = {
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "g_idx": "GPTQ",
+    "scales": "GPTQ, AWQ or MXFP4",
+    "blocks": "MXFP4",
+    "weight_scale": "FP8 or compressed-tensors",
+    "weight_scale_inv": "FP8",
+    "weight_packed": "compressed-tensors",
+    "SCB": "bitsandbytes",
+    "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes",
+}
+"""How the last part of a name ends that only quantised models have, and which those are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +62,62 @@ class TensorSpec:
 def check_schema(base: Schema, expert: Schema) -> None:
     """Holds an expert's tensors against the base's: the same names and shapes, floating where the base is.
 
-    The dtype may differ (deltas are taken in float32). Integer and bool buffers come from the base, so an expert may
-    leave them out. Raises BadSchema, which names the first tensors that differ.
+    The dtype may differ (deltas are taken in float32). Integer and bool buffers come from the base: an expert may leave
+    them out, and may bring some that the base has not. Raises BadSchema, which names the first tensors that differ.
     """
     missing = [name for name, spec in base.items() if spec.floating and name not in expert]
-    unexpected = [name for name in expert if name not in base]
+    unexpected = [name for name, spec in expert.items() if name not in base and spec.floating]
+    check_not_quantised(name for name in expert if name not in base)
+    mended = mending(missing, unexpected, [name for name in expert if name in base])
+    mend = f"put {mended} under [admission] in mainstem.toml and drop it again" if mended else None
     if missing and len(missing) == sum(spec.floating for spec in base.values()):
         raise BadSchema(
             Reason.WRONG_BASE,
             f"none of the base's tensors is there; it has {listed(expert) or 'no tensor at all'}",
-            "this is another architecture, or its names carry a prefix: save it with the names of the base",
+            mend or "this is another architecture, or its names carry a prefix: save it with the names of the base",
         )
     if missing:
         raise BadSchema(
             Reason.MISSING_TENSOR,
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
-            "save the whole model, with the names of the base",
+            mend or "save the whole model, with the names of the base",
         )
     if unexpected:
         raise BadSchema(
             Reason.UNEXPECTED_TENSOR,
             f"{len(unexpected)} tensors are not the base's: {listed(unexpected)}",
-            "leave out what the base has not, such as a task's own head",
+            "leave out what the base has not, such as a task's own head; a second copy of a tied weight must equal the"
+            f" first{f'; or {mend}' if mend else ''}",
         )
     for name, spec in expert.items():
-        _check_tensor(base[name], spec)
+        if name in base:
+            _check_tensor(base[name], spec)
+
+
+def check_not_quantised(names: Iterable[str]) -> None:
+    """Raises BadSchema where a tensor's name is one that only quantised models have."""
+    for name in names:
+        last = name.rpartition(".")[2]
+        scheme = next((scheme for end, scheme in QUANTISED.items() if last == end or last.endswith(f"_{end}")), None)
+        if scheme:
+            raise BadSchema(
+                Reason.UNSUPPORTED_DTYPE,
+                f"{shown(name)} belongs to quantised weights ({scheme})",
+                "quantised weights cannot be merged: take the model as it was before it was quantised",
+            )
+
+
+def check_base(base: Schema) -> None:
+    """Raises BadSchema where the base's weights are quantised: what does not float is never merged."""
+    whole = [name for name, spec in base.items() if not spec.floating]
+    check_not_quantised(whole)
+    weights = [name for name in whole if name.endswith(".weight") and len(base[name].shape) > 1]
+    if weights:
+        raise BadSchema(
+            Reason.UNSUPPORTED_DTYPE,
+            f"{shown(weights[0])} is {base[weights[0]].dtype}".replace("torch.", ""),
+            "quantised weights cannot be merged: take the model as it was before it was quantised",
+        )
 
 
 def check_sidecar(base: Schema, kind: str, sidecar: Schema) -> None:
@@ -99,13 +146,10 @@ def check_sidecar(base: Schema, kind: str, sidecar: Schema) -> None:
 
 def _check_tensor(base: TensorSpec, expert: TensorSpec) -> None:
     if expert.shape != base.shape:
-        transposed = expert.shape == base.shape[::-1]
         raise BadSchema(
             Reason.WRONG_SHAPE,
             f"{shown(base.name)} has shape {list(expert.shape)}, the base {list(base.shape)}",
-            "it is the transpose: save it as the base has it"
-            if transposed
-            else "fine-tune from this home's base; a resized vocabulary cannot be merged",
+            _shape_hint(base.shape, expert.shape),
         )
     if expert.floating != base.floating:
         raise BadSchema(
@@ -113,3 +157,14 @@ def _check_tensor(base: TensorSpec, expert: TensorSpec) -> None:
             f"{shown(base.name)} is {expert.dtype}, the base {base.dtype}".replace("torch.", ""),
             "save it as float32, float16 or bfloat16; quantised weights cannot be merged",
         )
+
+
+def _shape_hint(base: tuple[int, ...], expert: tuple[int, ...]) -> str:
+    if expert == base[::-1]:
+        return "it is the transpose: save it as the base has it"
+    if base and expert and expert[1:] == base[1:]:
+        return (
+            f"if its vocabulary was resized from {base[0]} to {expert[0]}: nothing is cut off here; fine-tune without "
+            f"resizing, or call resize_token_embeddings({base[0]}) before saving if the rows past that do not matter"
+        )
+    return "fine-tune from this home's base; a resized vocabulary cannot be merged"

@@ -10,6 +10,7 @@ import typer
 from daemon.cli import (
     compare,
     config,
+    convert,
     demo,
     init,
     inspect,
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (init, run, serve, status, log, show, compare, inspect, verify, methods, pull, rebuild, demo):
+for command in (init, run, serve, status, log, show, compare, inspect, verify, methods, convert, pull, rebuild, demo):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(config.app, name="config")
 

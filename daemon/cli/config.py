@@ -2,8 +2,8 @@
 
 import typer
 
-from daemon.cli.common import HomeOption, JsonOption, find_home, print_json, print_table, settings_of
-from daemon.config import described
+from daemon.cli.common import HomeOption, JsonOption, find_home, open_reader, print_json, print_table, settings_of
+from daemon.config import check_heads, meaning
 
 app = typer.Typer(help="The settings in force.", no_args_is_help=True)
 
@@ -17,16 +17,14 @@ def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
         return
     print_table(
         ("setting", "value", "default", "meaning"),
-        (
-            (n, str(values[n]).lower() if isinstance(values[n], bool) else values[n], default, text)
-            for n, default, text in described()
-        ),
+        ((n, str(value).lower() if isinstance(value, bool) else value, *meaning(n)) for n, value in values.items()),
     )
 
 
 @app.command()
 def check(home: HomeOption = None) -> None:
     """Check mainstem.toml and the environment; exit status 1 and the reason where they are wrong."""
-    where = find_home(home)
-    settings_of(where)
+    where, reader = open_reader(home)
+    with reader:
+        check_heads(settings_of(where).heads, [head.name for head in reader.heads()])
     typer.echo(f"{where.config} is fine")

@@ -1,49 +1,113 @@
-"""`mainstem pull`: a version, or an expert's view of it, into a folder."""
+"""`mainstem pull`: a version, or an expert's view of it, into a folder; with --watch each new one."""
 
+import json
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from daemon.cli.common import size
-from daemon.pulling import Report, pull
+from daemon.cli.common import JsonOption, complain, print_json, size
+from daemon.errors import DaemonError
+from daemon.fetching import Report
+from daemon.pulling import CONNECTIONS, LATEST, Pulled, follow, pull
 
 
 def command(
     url: Annotated[str, typer.Argument(help="Where a mainstem serves: http://HOST:PORT", show_default=False)],
-    dest: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
+    dest: Annotated[
+        Path, typer.Argument(help="The folder to make, or to replace if a pull made it.", show_default=False)
+    ],
     head: Annotated[str, typer.Option(help="The head to fetch from.")] = "main",
-    version: Annotated[str, typer.Option(help="A version's number, or latest.")] = "latest",
+    version: Annotated[str, typer.Option(help="A version's number, or latest.")] = LATEST,
     view: Annotated[
         str | None,
         typer.Option(metavar="EXPERT", help="That expert's own model out of an emr head: its sha256 or id."),
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="The version's LoRA adapter alone, into DEST/adapter.")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep following: pull each new version.")] = False,
+    connections: Annotated[int, typer.Option(min=1, max=64, help="How many pieces to fetch at a time.")] = CONNECTIONS,
+    as_json: JsonOption = False,
 ) -> None:
-    """Fetch a version into the new folder DEST and check every file; all of it arrives, or nothing."""
-    with _bar() as report:
-        pulled = pull(url, dest, head, version, view, report)
+    """Fetch a version into the folder DEST and check every file; all of it arrives, or nothing."""
+    if adapter and view is not None:
+        raise typer.BadParameter("a view has no adapter: leave --view out", param_hint="--adapter")
+    if watch:
+        if version != LATEST or view is not None:
+            raise typer.BadParameter(
+                "it follows the latest version: leave --version and --view out", param_hint="--watch"
+            )
+        _watch(url, dest, head, connections, as_json, adapter)
+        return
+    with _bar() as bar:
+        pulled = pull(url, dest, head, version, view, bar, connections, adapter=adapter)
+    if as_json:
+        print_json({**asdict(pulled), "dest": str(dest)})
+    else:
+        typer.echo(_line(pulled, dest, view))
+
+
+def _watch(url: str, dest: Path, head: str, connections: int, as_json: bool, adapter: bool) -> None:
+    """One line for each version, until SIGTERM or Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _bar() as bar, closing(follow(url, dest, head, bar, _trouble, connections, adapter=adapter)) as versions:
+            for pulled in versions:
+                typer.echo(json.dumps({**asdict(pulled), "dest": str(dest)}) if as_json else _line(pulled, dest))
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        typer.echo("stopped; what is in place stays", err=True)
+
+
+def _trouble(error: DaemonError, pause: float) -> None:
+    complain(str(error), f"{error.hint} (the next try is in {pause:g} seconds)")
+
+
+def _line(pulled: Pulled, dest: Path, view: str | None = None) -> str:
     what = f"{pulled.head} version {pulled.version}" + (f", the view of {view}" if view else "")
-    typer.echo(f"{what}: {pulled.files} files, {size(pulled.size_bytes)} in {dest}")
+    if pulled.up_to_date:
+        return f"{what} is in {dest} already: nothing to fetch"
+    came = "" if pulled.fetched_bytes == pulled.size_bytes else f" ({size(pulled.fetched_bytes)} of it fetched)"
+    return f"{what}: {pulled.files} files, {size(pulled.size_bytes)} in {dest}{came}"
 
 
 @contextmanager
 def _bar() -> Iterator[Report | None]:
-    """A progress bar for each file, on a terminal."""
+    """A progress bar over all files, on a terminal; there while something is missing."""
     if not sys.stderr.isatty():
         yield None
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        tasks: dict[str, TaskID] = {}
+        tasks: list[TaskID] = []
 
-        def report(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = progress.add_task(name, total=total)
-            progress.update(tasks[name], completed=done)
+        def report(done: int, total: int) -> None:
+            if not tasks:
+                tasks.append(progress.add_task("pull", total=total))
+            progress.update(tasks[0], completed=done, total=total)
+            if done == total:
+                progress.remove_task(tasks.pop())
 
         yield report

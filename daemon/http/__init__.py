@@ -1,7 +1,12 @@
-"""HTTP over one home, read-only: the API, the bytes of every version, the metrics and the status page.
+"""HTTP over one home: the API, the bytes of every version, the metrics, the status page, and uploads of experts.
 
-    answers.py   what every answer shares: JSON problems, entity tags, caching, security headers
+    answers.py   what every answer shares: JSON problems, entity tags, preconditions, caching, security headers
     files.py     the manifest and the files of one published version
+    ranges.py    which bytes a Range header asks for
+    sending.py   one file as an answer: whole, in parts, or not at all
+    waiting.py   clients that wait for a version
+    views.py     experts' own models, computed while they are sent
+    uploads.py   experts that are sent to us
     app.py       the routes
     page.py      the status page
     server.py    the socket and the thread

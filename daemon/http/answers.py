@@ -1,8 +1,10 @@
-"""What every answer shares: JSON problems, entity tags, caching and the security headers."""
+"""What every answer shares: JSON problems, entity tags, preconditions, caching and the security headers."""
 
 import base64
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import format_datetime, parsedate_to_datetime
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
@@ -18,18 +20,24 @@ SECURITY = {
 
 
 class Problem(Exception):
-    """An answer that is not what was asked for: HTTP `status`, `reason` as one word, and a `hint` what to do next."""
+    """An answer that is not what was asked for: HTTP `status`, `reason` as one word, and a `hint` what to do next.
 
-    def __init__(self, status: int, reason: str, detail: str, hint: str) -> None:
+    `headers` go out with it.
+    """
+
+    def __init__(
+        self, status: int, reason: str, detail: str, hint: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.reason = reason
         self.hint = hint
+        self.headers = headers or {}
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
         """The problem as JSON."""
         body = {"error": str(self), "reason": self.reason, "hint": self.hint}
-        return JSONResponse(body, self.status, headers={**NO_CACHE, **SECURITY, **(headers or {})})
+        return JSONResponse(body, self.status, headers={**NO_CACHE, **SECURITY, **self.headers, **(headers or {})})
 
 
 def etag(sha256: str) -> str:
@@ -38,17 +46,61 @@ def etag(sha256: str) -> str:
 
 
 def immutable(sha256: str) -> dict[str, str]:
-    """The headers of content that never changes under its address; `sha256` in hex."""
+    """The headers of content that never changes under its address; `sha256` in hex.
+
+    Repr-Digest (RFC 9530) is that of the whole content, also where only a part of it or none is sent.
+    """
     digest = base64.b64encode(bytes.fromhex(sha256)).decode()
     return {"ETag": etag(sha256), "Cache-Control": FOREVER, "Repr-Digest": f"sha-256=:{digest}:"}
 
 
-def not_modified(headers: Headers, sha256: str) -> Response | None:
-    """304 where If-None-Match (a list, weak tags included, or `*`) names what we would send."""
-    asked = ",".join(headers.getlist("if-none-match"))
-    if asked.strip() == "*" or etag(sha256) in re.findall(r'"[^"]*"', asked):
-        return Response(status_code=304, headers=immutable(sha256))
-    return None
+def http_date(seconds: float) -> str:
+    """A time of the file system as Last-Modified has it.
+
+    >>> http_date(0)
+    'Thu, 01 Jan 1970 00:00:00 GMT'
+    """
+    return format_datetime(datetime.fromtimestamp(int(seconds), UTC), usegmt=True)
+
+
+def precondition(headers: Headers, sha256: str, modified: float | None = None) -> Response | None:
+    """304 or 412 where the request's conditions say so, in the order of RFC 9110, 13.2.2; None to go on.
+
+    `modified` is what Last-Modified says, in seconds; without it the conditions on dates are ignored.
+    """
+    tag = etag(sha256)
+    wanted = ",".join(headers.getlist("if-match"))
+    if wanted:
+        if wanted.strip() != "*" and tag not in _strong(wanted):
+            raise _failed("If-Match names another content than this address has")
+    elif _after(modified, headers.get("if-unmodified-since")):
+        raise _failed("it was modified since")
+    held = ",".join(headers.getlist("if-none-match"))
+    if held:
+        unchanged = held.strip() == "*" or tag in re.findall(r'"[^"]*"', held)  # weak ones count here
+    else:
+        unchanged = _after(modified, headers.get("if-modified-since")) is False
+    # A 304 repeats what guides a cache and nothing else of the content (RFC 9110, 15.4.5).
+    return Response(status_code=304, headers={"ETag": tag, "Cache-Control": FOREVER}) if unchanged else None
+
+
+def _strong(tags: str) -> list[str]:
+    return [tag for weak, tag in re.findall(r'(W/)?("[^"]*")', tags) if not weak]
+
+
+def _after(modified: float | None, date: str | None) -> bool | None:
+    """Whether it was modified after that date; None where there is no such date."""
+    if modified is None or date is None:
+        return None
+    try:
+        asked = parsedate_to_datetime(date)
+    except ValueError:
+        return None
+    return int(modified) > (asked if asked.tzinfo else asked.replace(tzinfo=UTC)).timestamp()
+
+
+def _failed(detail: str) -> Problem:
+    return Problem(412, "precondition", detail, "ask again without that condition")
 
 
 class SecurityHeaders:

@@ -1,4 +1,4 @@
-"""The routes. Every one answers GET and HEAD and none changes anything."""
+"""The routes. Every one answers GET and HEAD and changes nothing, but for those of uploads."""
 
 import re
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -15,22 +16,39 @@ from starlette.routing import Route
 
 from daemon.home import Home
 from daemon.http import page
-from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, not_modified
-from daemon.http.files import PinnedFile, Published
+from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition
+from daemon.http.files import Published
 from daemon.http.rows import base_row, expert_row, head_row, version_row
+from daemon.http.sending import file_answer
+from daemon.http.uploads import UploadRoutes
 from daemon.http.views import WEIGHTS, Views, merged_at
+from daemon.http.waiting import Waiting
+from daemon.uploading import Uploads
 from registry.errors import RegistryError
 from registry.records import Expert, Head, Status, Version
 from registry.store import Reader
 
 PAGE_LIMIT = 1000  # rows in one answer, at the most
+WAIT_SECONDS = 30.0  # for a version, unless told otherwise
+LONGEST_WAIT_SECONDS = 300.0
+WRITING = ("PUT", "DELETE")
 
 
-def create_app(home: Home, reader: Reader, metrics: CollectorRegistry, ready: Callable[[], str | None]) -> Starlette:
-    """The application over one home. `ready` returns None when merging goes on as it should, else why it does not."""
+def create_app(
+    home: Home,
+    reader: Reader,
+    metrics: CollectorRegistry,
+    ready: Callable[[], str | None],
+    uploads: Uploads | None = None,
+) -> Starlette:
+    """The application over one home. `ready` returns None when merging goes on as it should, else why it does not.
+
+    Without `uploads` everything is read only.
+    """
     api = _Api(home, reader, metrics, ready)
     app = Starlette(
         routes=[
+            *(_upload_routes(UploadRoutes(uploads, ready), api.expert) if uploads else ()),
             Route("/", api.status_page),
             Route("/livez", api.livez),
             Route("/readyz", api.readyz),
@@ -39,7 +57,7 @@ def create_app(home: Home, reader: Reader, metrics: CollectorRegistry, ready: Ca
             Route("/v1/heads/{head}/latest", api.latest),
             Route("/v1/heads/{head}/versions", api.versions),
             Route("/v1/heads/{head}/versions/{n}", api.version),
-            Route("/v1/heads/{head}/versions/{n}/files/{name}", api.file),
+            Route("/v1/heads/{head}/versions/{n}/files/{name:path}", api.file),
             Route("/v1/heads/{head}/versions/{n}/views/{expert}/files/{name}", api.view),
             Route("/v1/experts", api.experts),
             Route("/v1/experts/{sha256}", api.expert),
@@ -57,6 +75,19 @@ def create_app(home: Home, reader: Reader, metrics: CollectorRegistry, ready: Ca
     return app
 
 
+def _upload_routes(api: UploadRoutes, read: Callable[[Request], Response]) -> list[Route]:
+    """What changes something, and `read`, which has its address in common with it: Allow must name all methods."""
+
+    async def expert(request: Request) -> Response:
+        return await (api.expert(request) if request.method in WRITING else run_in_threadpool(read, request))
+
+    return [
+        Route("/v1/experts/{name}", expert, methods=["GET", *WRITING]),
+        Route("/v1/experts/{name}/files/{file}", api.file, methods=["PUT"]),
+        Route("/v1/experts/{name}/commit", api.commit, methods=["POST"]),
+    ]
+
+
 class _Api:
     """The endpoints. Plain methods run in a worker thread, since they read the registry and the disk."""
 
@@ -67,6 +98,7 @@ class _Api:
         self.ready = ready
         self.published = Published(home, reader)
         self.views = Views(self.published)
+        self.waiting = Waiting(lambda: {head.name: head.live for head in reader.heads()})
 
     def status_page(self, request: Request) -> Response:
         return page.render(self.published, self.ready(), request.headers.get("host", ""), datetime.now(UTC))
@@ -90,8 +122,15 @@ class _Api:
     def heads(self, _: Request) -> Response:
         return JSONResponse({"heads": [head_row(head) for head in self.reader.heads()]}, headers=NO_CACHE)
 
-    def latest(self, request: Request) -> Response:
-        head = self.published.head(request.path_params["head"])
+    async def latest(self, request: Request) -> Response:
+        name = request.path_params["head"]
+        wanted, seconds = _wait(request)
+        head = await run_in_threadpool(self.published.head, name)
+        if head.live < wanted:
+            await self.waiting.until(request, head.name, wanted, seconds)
+            head = await run_in_threadpool(self.published.head, name)
+        if head.live < wanted:
+            return Response(status_code=204, headers=NO_CACHE)
         return RedirectResponse(f"versions/{head.live}", 307, headers=NO_CACHE)
 
     def versions(self, request: Request) -> Response:
@@ -105,7 +144,7 @@ class _Api:
     def version(self, request: Request) -> Response:
         head = self.published.head(request.path_params["head"])
         row = self.published.version(head, _number(request))
-        unchanged = not_modified(request.headers, row.manifest_sha256)
+        unchanged = precondition(request.headers, row.manifest_sha256)
         if unchanged is not None:
             return unchanged
         manifest = self.published.manifest(head, row)
@@ -136,7 +175,7 @@ class _Api:
                 f"version {row.number} of head {head.name} has no such file",
                 f"GET /v1/heads/{head.name}/versions/{row.number} lists its files",
             )
-        return not_modified(request.headers, entry.sha256) or PinnedFile(self.published.open(head, row, entry), entry)
+        return file_answer(request, self.published.open(head, row, entry), entry)
 
     def experts(self, request: Request) -> Response:
         wanted = request.query_params.get("status")
@@ -152,7 +191,7 @@ class _Api:
         return JSONResponse(body, headers=NO_CACHE)
 
     def expert(self, request: Request) -> Response:
-        prefix = request.path_params["sha256"].lower()
+        (prefix,) = (text.lower() for text in request.path_params.values())
         found = self._arrivals(prefix)
         # The same bytes may have arrived often: the one that was merged speaks for all, else the newest.
         chosen = max(found, key=lambda row: (row.status is Status.MERGED, row.id))
@@ -205,6 +244,23 @@ def _query_number(request: Request, name: str, default: int | None) -> int | Non
     return int(text)
 
 
+def _wait(request: Request) -> tuple[int, float]:
+    """The version to wait for, 0 for none, and for how many seconds. Problem 400."""
+    version, seconds = (request.query_params.get(name) for name in ("wait_for", "timeout"))
+    if version is None:
+        if seconds is not None:
+            raise Problem(400, "bad_query", "timeout is for wait_for", "for example ?wait_for=12&timeout=30")
+        return 0, 0.0
+    if not re.fullmatch(r"[0-9]{1,12}", version):
+        raise Problem(400, "bad_query", "wait_for must be the number of a version", "for example ?wait_for=12")
+    if seconds is None:
+        return int(version), WAIT_SECONDS
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", seconds) or float(seconds) > LONGEST_WAIT_SECONDS:
+        limit = f"0 to {LONGEST_WAIT_SECONDS:.0f}"
+        raise Problem(400, "bad_query", f"timeout must be {limit} seconds", "ask again when it is over")
+    return int(version), float(seconds)
+
+
 def _limit(request: Request) -> int:
     return min(_query_number(request, "limit", None) or 100, PAGE_LIMIT)
 
@@ -218,7 +274,7 @@ def _on_http_exception(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reason, hint = {
         404: ("not_found", "GET / shows the status and lists the addresses"),
-        405: ("method_not_allowed", "everything here is read with GET or HEAD"),
+        405: ("method_not_allowed", "this is read with GET or HEAD; docs/http.md says what can be sent"),
     }.get(error.status_code, ("http", "check the request"))
     return Problem(error.status_code, reason, error.detail, hint).response(error.headers)
 

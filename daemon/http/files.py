@@ -16,12 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from starlette.datastructures import Headers
-from starlette.responses import FileResponse
-from starlette.types import Receive, Scope, Send
-
 from daemon.home import MANIFEST, Home
-from daemon.http.answers import Problem, etag, immutable
+from daemon.http.answers import Problem
 from registry.records import Head, Version
 from registry.store import Reader
 
@@ -101,39 +97,6 @@ class Published:
         return damaged(now, n, "a file") if n == now.live else _gone(now, n)
 
 
-class PinnedFile(FileResponse):
-    """A file sent from a descriptor that is open already: removing the version meanwhile cannot cut the answer."""
-
-    def __init__(self, descriptor: int, entry: Entry) -> None:
-        self.descriptor = descriptor
-        self.tag = etag(entry.sha256)
-        super().__init__(
-            f"/dev/fd/{descriptor}",
-            headers=immutable(entry.sha256),
-            media_type="application/json" if entry.name.endswith(".json") else "application/octet-stream",
-            stat_result=os.fstat(descriptor),
-        )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(_with_sound_range(scope, self.tag), receive, send)
-        finally:
-            os.close(self.descriptor)
-
-
-def _with_sound_range(scope: Scope, tag: str) -> Scope:
-    """The request without a Range that must be ignored.
-
-    If-Range counts only with our entity tag: a date cannot tell two versions of the same second apart. A unit other
-    than bytes is to be ignored as well (RFC 9110, 14.2).
-    """
-    headers = Headers(scope=scope)
-    unit = headers.get("range", "").partition("=")[0].strip().lower()
-    if unit == "bytes" and headers.get("if-range", tag) == tag:
-        return scope
-    return {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
-
-
 @lru_cache(maxsize=256)
 def _manifest(folder: Path, sha256: str) -> Manifest:
     """Reads, checks and remembers a manifest. OSError; ValueError, KeyError or TypeError when it is damaged."""
@@ -142,14 +105,23 @@ def _manifest(folder: Path, sha256: str) -> Manifest:
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise ValueError("the manifest is not the one that was committed")
     entries = [Entry(str(f["name"]), int(f["size"]), str(f["sha256"])) for f in json.loads(raw)["files"]]
-    return Manifest(raw, {entry.name: entry for entry in entries if entry.name == Path(entry.name).name})
+    return Manifest(raw, {entry.name: entry for entry in entries if _stays_below(entry.name)})
+
+
+def _stays_below(name: str) -> bool:
+    return all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 def _open(folder: Path, name: str) -> int:
-    """Opens a regular file directly inside `folder`, following no symbolic link. OSError."""
+    """Opens a regular file inside `folder`, or in a folder below it, following no symbolic link. OSError."""
+    *above, last = name.split("/")
     directory = os.open(folder, _FOLDER)
     try:
-        descriptor = os.open(name, _FILE, dir_fd=directory)
+        for part in above:
+            below = os.open(part, _FOLDER, dir_fd=directory)
+            os.close(directory)
+            directory = below
+        descriptor = os.open(last, _FILE, dir_fd=directory)
     finally:
         os.close(directory)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

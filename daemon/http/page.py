@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response
 
+from daemon.home import is_adapter
 from daemon.http.answers import NO_CACHE, Problem
 from daemon.http.files import Published
 from registry.records import Expert, Head, Status, Version
@@ -96,7 +97,7 @@ def _commands(published: Published, head: Head, origin: str) -> Sequence[tuple[s
     except Problem:
         return []  # the page must come up on a damaged home too; readiness says what is wrong
     # Percent-encoded, hence without a character that a shell or curl would take as its own.
-    names = [quote(name, safe="") for name in manifest.files]
+    names = [quote(name, safe="") for name in manifest.files if not is_adapter(name)]
     listed = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
     address = f"{origin}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}/files/{listed}"
     commands = [("Download this version", f"curl -fL --remote-name-all '{address}'")]

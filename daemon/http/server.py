@@ -9,7 +9,7 @@ import time
 from types import FrameType
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from daemon.errors import BadConfig, DaemonError, Reason
 
@@ -23,9 +23,16 @@ def base_url(host: str, port: int) -> str:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, except that after the grace it drops the connections it has waited for in vain."""
+    """uvicorn, except that it tells the answers under way when it stops, and that after the grace it drops the
+    connections it has waited for in vain.
+    """
+
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping.set()
         await super().shutdown(sockets)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
@@ -33,7 +40,8 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """Serves an application in a daemon thread. Starts once.
+    """Serves an application in a daemon thread. Starts once. Every request has the event `state.stopping`, which is set
+    when the server begins to stop: who only waits for something should end then.
 
     Use it beside a loop (`start`, later `stop`), as a context manager, or alone:
     `server.start()` and then `server.wait_for_signal()`.
@@ -43,9 +51,10 @@ class HttpServer:
         """`port` 0 asks the system for a free one."""
         self.host = host
         self.port = port
+        stopping = asyncio.Event()
         self._server = _Server(
             uvicorn.Config(
-                app,
+                _told(app, stopping),
                 lifespan="off",
                 loop="asyncio",
                 http="h11",
@@ -56,7 +65,8 @@ class HttpServer:
                 server_header=False,
                 proxy_headers=False,
                 timeout_graceful_shutdown=GRACE_SECONDS,
-            )
+            ),
+            stopping,
         )
         self._thread: threading.Thread | None = None
 
@@ -109,3 +119,12 @@ class HttpServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _told(app: ASGIApp, stopping: asyncio.Event) -> ASGIApp:
+    """The application, its requests knowing of `stopping`."""
+
+    async def told(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "state": {**scope.get("state", {}), "stopping": stopping}}, receive, send)
+
+    return told

@@ -38,6 +38,15 @@ def clip(tmp_path: Path) -> str:
     return str(tmp_path / "clip")
 
 
+def test_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: str) -> None:
+    found = measured(monkeypatch, tmp_path, "download", clip, "--experts", "3", "--repeats", "2", "--pulls", "6")
+    assert len(found["mainstem"]) == len(found["bare"]) == len(found["cp"]) == 2
+    many = found["parallel"]
+    assert many["wrong"] == 0
+    assert many["pulls"] >= 6
+    assert max(many["versions"]) == 3
+
+
 def test_opcm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: str) -> None:
     found = measured(monkeypatch, tmp_path, "opcm", clip, "--experts", "4")
     assert len(found["backlog"]["seconds"]) == len(found["ready"]["seconds"]) == 2

@@ -68,6 +68,11 @@ def sha256(path: Path) -> str:
     return hashlib.sha256((path / WEIGHTS if path.is_dir() else path).read_bytes()).hexdigest()
 
 
+def files_in(folder: Path) -> set[Path]:
+    """Every file in a folder and below it, relative to it."""
+    return {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
+
+
 def _recovered(home: Home) -> dict[str, str]:
     with Store.open(home.registry) as store:
         recover(home, store, lambda *_, **__: None)
@@ -108,7 +113,7 @@ def _check_version(home: Home, row: Version, parent: str | None, expert: str | N
     assert (manifest["parent"] or {}).get("manifest_sha256") == parent, f"I1: {folder}"
     assert (manifest["expert"] or {}).get("sha256") == expert, f"I2: {folder}"
     listed = {folder / file["name"]: file for file in manifest["files"]}
-    assert set(folder.iterdir()) == {*listed, folder / MANIFEST}, f"I1: {folder}"
+    assert {folder / path for path in files_in(folder)} == {*listed, folder / MANIFEST}, f"I1: {folder}"
     if row.number:
         listed[home.head_state(row.head, row.number) / STATE_FILE] = manifest["state"]
     if manifest["record"]:

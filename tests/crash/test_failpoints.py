@@ -10,7 +10,16 @@ from daemon.failpoints import POINTS
 from daemon.home import Home
 from tests.crash.worlds import FULL, World, drain, fill_inbox, outcome, settle, watch
 
-FOUNDING_POINTS = ("file.create", "file.write", "file.sync", "folder.sync", "rename", "link.swap", "remove")
+FOUNDING_POINTS = (
+    "file.create",
+    "file.write",
+    "file.sync",
+    "folder.sync",
+    "rename",
+    "link.swap",
+    "latest.half",
+    "remove",
+)
 Trace = list[str]
 
 

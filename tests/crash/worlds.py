@@ -14,7 +14,7 @@ from daemon.home import MANIFEST, STATE_FILE, Home
 from registry.records import Status
 from registry.store import Reader
 from tests.crash.daemons import LIMIT_SECONDS, Ended, Running, Zygote
-from tests.crash.invariants import History, check, sha256
+from tests.crash.invariants import History, check, files_in, sha256
 from tests.models import read_weights, write_base, write_expert
 
 HEADS = ("--method", "opcm", "--head", "init=ema")
@@ -31,6 +31,9 @@ class World:
         self.zygote = zygote
         self._heads = heads
         self.base = write_base(root / "base", seed=0)
+        (self.base / "1_Pooling").mkdir()  # a file in a folder of its own, and a license
+        (self.base / "1_Pooling" / "config.json").write_text("{}\n")
+        (self.base / "README.md").write_text("---\nlicense: mit\n---\n")
         self.drops = write_drops(root / "drops", self.base)
         self.dropped = [sha256(path) for path in self.drops]
         self._fresh = root / "fresh"
@@ -114,14 +117,15 @@ def outcome(home: Home) -> dict[str, object]:
         for head in reader.heads():
             version = reader.version(head.name, head.live)
             assert version
+            folder = home.version(head.name, head.live)
             found[head.name] = [
                 head.live,
                 version.totals,
                 sha256(home.head_state(head.name, head.live) / STATE_FILE),
                 {path.name: sha256(path) for path in home.views(head.name).glob("*")},
                 {
-                    path.name: sha256(path)
-                    for path in home.version(head.name, head.live).iterdir()
+                    str(path): sha256(folder / path)
+                    for path in files_in(folder)
                     if path.name != MANIFEST  # it holds the time
                 },
             ]

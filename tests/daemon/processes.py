@@ -147,3 +147,11 @@ def until(ask: Callable[[], Answer], seconds: float) -> Answer:
     while not (answer := ask()) and time.monotonic() < end:
         time.sleep(0.05)
     return answer
+
+
+def ended(process: int) -> bool:
+    """True where the process is gone, or only waits for its parent to hear of it."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True

@@ -140,6 +140,14 @@ def test_a_file_cut_short_may_still_grow(file: Path, keep: int) -> None:
         pass
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x10480])
+def test_a_header_whose_length_begins_as_a_pickle_does_is_a_header(file: Path, length: int) -> None:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    file.write_bytes(length.to_bytes(8, "little") + json.dumps({"w": entry}).encode().ljust(length) + bytes(8))
+    with opened(file) as checkpoint:
+        assert list(checkpoint.tensors.schema) == ["w"]
+
+
 def test_what_vanished_may_come_again(tmp_path: Path) -> None:
     with pytest.raises(NotYet) as waiting, opened(tmp_path / "gone.safetensors"):
         pass

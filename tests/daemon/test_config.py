@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from daemon.config import Settings, described, load
 from daemon.errors import BadConfig, Reason
+from projector.naming import Naming
 
 
 @pytest.fixture
@@ -48,6 +49,9 @@ def test_later_sources_win_key_by_key(toml: Path, monkeypatch: pytest.MonkeyPatc
         ("[publish]\nshard_bytes = 0\n", "publish.shard_bytes"),
         ("[retention]\nversions = 0\n", "retention.versions"),
         ("[admission]\nmax_norm_ratio = 1\n", "admission.max_norm_ratio"),
+        ('[admission]\nprefixes = "module."\n', "admission.prefixes"),
+        ('[admission]\nprefixes = {"module." = 1}\n', "admission.prefixes"),
+        ('[admission]\nignore = "cls.*"\n', "admission.ignore"),
         ("http = 1\n", "http"),
         ("[http\n", "mainstem.toml"),
         ("[http]\nport = 1\nport = 2\n", "mainstem.toml"),
@@ -74,6 +78,9 @@ def test_a_file_that_is_no_text_is_refused(toml: Path) -> None:
         ("MAINSTEM_HTPP__PORT", "1"),
         ("MAINSTEM_HTTP", "1"),
         ("MAINSTEM_COMPUTE__DEVICE", "abacus"),
+        ("MAINSTEM_ADMISSION__PREFIXES", "module."),
+        ("MAINSTEM_ADMISSION__PREFIXES", "[]"),
+        ("MAINSTEM_ADMISSION__IGNORE", "cls.*"),
     ],
 )
 def test_what_is_wrong_in_the_environment_is_refused(
@@ -87,6 +94,16 @@ def test_what_is_wrong_in_the_environment_is_refused(
 def test_the_home_in_the_environment_is_no_setting(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAINSTEM_HOME", "/somewhere")
     assert load(toml).flat() == Settings().flat()
+
+
+def test_names_come_as_a_table_and_a_list_or_as_json(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml.write_text('[admission]\nignore = ["cls.*", "*.head.*"]\n[admission.prefixes]\n"module." = ""\n"" = "bert."\n')
+    assert load(toml).admission.naming == Naming({"module.": "", "": "bert."}, ("cls.*", "*.head.*"))
+    assert load(toml).flat()["admission.prefixes"] == {"module.": "", "": "bert."}
+    monkeypatch.setenv("MAINSTEM_ADMISSION__PREFIXES", '{"Model.": "a.", "b": ""}')
+    monkeypatch.setenv("MAINSTEM_ADMISSION__IGNORE", '["score.*"]')
+    assert load(None).admission.naming == Naming({"Model.": "a.", "b": ""}, ("score.*",))
+    assert load(toml).admission.ignore == ("score.*",)
 
 
 def test_settings_cannot_be_changed() -> None:

@@ -48,6 +48,19 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_two_folders_change_places_in_one_step(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(name)
+    inode = (tmp_path / "one").stat().st_ino
+    durable.exchange(tmp_path / "one", tmp_path / "other")
+    assert (tmp_path / "other").stat().st_ino == inode
+    assert [(tmp_path / name / "name").read_text() for name in ("one", "other")] == ["other", "one"]
+    with pytest.raises(FileNotFoundError):
+        durable.exchange(tmp_path / "one", tmp_path / "nothing")
+    assert sorted(os.listdir(tmp_path)) == ["one", "other"]
+
+
 def test_a_link_is_swapped_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = tmp_path / "latest"
     durable.point(link, "000001")

@@ -1,7 +1,6 @@
 """Experts' views over HTTP, and `mainstem pull`, against real homes and real daemons."""
 
 import http.client
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from safetensors.torch import load, load_file, save_file
 
 from daemon.errors import DaemonError
-from daemon.home import MANIFEST, Home
+from daemon.home import Home
 from daemon.http import HttpServer, create_app
 from daemon.http.views import AT_ONCE
 from daemon.pulling import pull
@@ -241,18 +240,6 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def test_pull_makes_a_copy_of_a_version(origin: str, merged: Home, tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
-    pulled = pull(origin + "/", tmp_path / "new" / "model", report=lambda *piece: seen.append(piece))
-    published = {path.name: path.read_bytes() for path in merged.version("main", COUNT).iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "new" / "model").iterdir()} == published
-    assert os.listdir(tmp_path / "new") == ["model"]
-    assert (pulled.version, pulled.files) == (COUNT, len(published) - 1)
-    assert (WEIGHTS, len(published[WEIGHTS]), len(published[WEIGHTS])) in seen
-    pull(origin, tmp_path / "init", head="init", version="1")
-    assert (tmp_path / "init" / MANIFEST).read_bytes() == merged.manifest("init", 1).read_bytes()
-
-
 def test_pull_fetches_a_view_with_what_a_loader_needs_beside_it(
     origin: str, tmp_path: Path, given: tuple[Path, list[Path]]
 ) -> None:
@@ -298,49 +285,6 @@ def test_pull_needs_a_mainstem_at_the_address(url: str, tmp_path: Path) -> None:
     with pytest.raises(DaemonError):
         pull(url, tmp_path / "model")
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sha256": "0" * 64}, "its sha256 is not the manifest's"),
-        ({"size": 5}, "the manifest says 5"),
-        ({"name": "../escaped"}, "is no manifest"),
-        ({"name": "/tmp/escaped"}, "is no manifest"),
-        ({"name": ".hidden"}, "is no manifest"),
-        ({"name": "nul\0"}, "is no manifest"),
-    ],
-)
-def test_pull_believes_no_manifest(
-    change: dict[str, Any], message: str, merged: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What came does not fit the manifest, or its names lead elsewhere: a server that serves another's answers."""
-    with served(merged) as origin:
-        manifest = json.loads(merged.manifest("main", COUNT).read_bytes())
-        manifest["files"][0] |= change
-        monkeypatch.setattr("daemon.pulling._asked", _lying(origin, json.dumps(manifest).encode()))
-        with pytest.raises(DaemonError, match=message):
-            pull(origin, tmp_path / "model")
-    assert os.listdir(tmp_path) == []
-
-
-def _lying(origin: str, manifest: bytes) -> Any:
-    """The real answers, but for the manifest."""
-    from daemon.pulling import _asked as honest
-
-    class Lie:
-        def read(self, _: int) -> bytes:
-            return manifest
-
-    @contextmanager
-    def asked(url: str) -> Iterator[Any]:
-        if url.endswith("/latest"):
-            yield Lie()
-        else:
-            with honest(url) as answer:
-                yield answer
-
-    return asked
 
 
 def test_a_view_that_breaks_off_is_not_kept(tmp_path: Path) -> None:

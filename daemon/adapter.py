@@ -1,0 +1,180 @@
+"""Reads a PEFT adapter's adapter_config.json from its descriptor. What cannot be merged is refused by its own name."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, NoReturn
+
+from daemon.errors import NotYet, Reason, Refused
+from daemon.inbox import Stamp, stamp
+from daemon.opening import not_a_file
+from projector.lora_config import LoraConfig, compiled
+from projector.text import listed, shown
+
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 4 << 20
+MERGE_FIRST = "merge it into the base first (peft: model.merge_and_unload()) and drop the whole model"
+
+VARIANTS = {
+    "alora_invocation_tokens": ("Activated LoRA (aLoRA)", "it works on some tokens only and cannot be merged"),
+    "arrow_config": ("Arrow routing", "it chooses among adapters as it runs: drop those adapters one by one"),
+    "kasa_config": ("KaSA", MERGE_FIRST),
+    "layer_replication": ("layer_replication", "its model has more layers than the base: merge into a base like it"),
+    "megatron_config": ("a Megatron adapter", "convert it to peft's own layers"),
+    "monteclora_config": ("MonteCLoRA", MERGE_FIRST),
+    "target_parameters": ("target_parameters", MERGE_FIRST),
+    "use_bdlora": ("BD-LoRA", MERGE_FIRST),
+    "use_qalora": ("QA-LoRA", MERGE_FIRST),
+    "velora_config": ("VeLoRA", MERGE_FIRST),
+}
+"""The key that turns it on -> what it is called, and what to do."""
+
+SOUND_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Ways to start the factors that leave the base as it is."""
+
+OTHER_STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+"""Those that change it: the adapter is to be added to what is left of it."""
+
+USED = {
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"),
+    *("lora_bias", "use_dora", "trainable_token_indices", "init_lora_weights"),
+}
+NO_MATTER = {
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
+    *("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout"),
+    *("lora_ga_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision"),
+    *("runtime_config", "target_modules", "task_type"),
+    *("lora_dtype", "lorap_emb_lr", "lorap_lr_ratio"),  # of ms-swift: how it was trained
+}
+"""Keys that say where the adapter is, which its tensors' names say too, or how it was trained."""
+
+
+@dataclass(frozen=True)
+class OpenAdapter:
+    """An adapter's config, held by descriptor: its digest, and what it says."""
+
+    fd: int
+    stamp: Stamp
+    sha256: str
+    config: LoraConfig
+
+
+def open_adapter(fd: int) -> OpenAdapter:
+    """Reads adapter_config.json. Raises Refused, or NotYet where it may only be unfinished."""
+    before = stamp(os.fstat(fd))
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise not_a_file(ADAPTER)
+    if status.st_size > MAX_CONFIG_BYTES:
+        _refuse(f"it has {status.st_size} bytes, {MAX_CONFIG_BYTES} are allowed")
+    text = os.pread(fd, MAX_CONFIG_BYTES, 0)
+    try:
+        content = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError):
+        raise NotYet(Reason.ADAPTER, f"{ADAPTER} is not JSON", "copy it again") from None
+    if not isinstance(content, dict):
+        _refuse("it is not an object with fields")
+    return OpenAdapter(fd, before, hashlib.sha256(text).hexdigest(), read_config(content))
+
+
+def read_config(content: Mapping[str, Any]) -> LoraConfig:
+    """What the fields of adapter_config.json say. Raises Refused, which names what cannot be merged."""
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        detail = f"peft_type is {_value(kind)}" if kind else "it has no peft_type"
+        _refuse(detail, f"only LORA can be merged here: {MERGE_FIRST}")
+    for key, (name, hint) in VARIANTS.items():
+        if _is_set(content.get(key)):
+            _refuse(f"{key} is set: {name} is not supported", hint)
+    _check_start(content.get("init_lora_weights"))
+    unknown = sorted(key for key in content.keys() - USED - NO_MATTER - VARIANTS.keys() if _is_set(content[key]))
+    if unknown:
+        _refuse(f"it sets what is not known here, and may change the weights: {listed(unknown)}", MERGE_FIRST)
+    if content.get("bias", "none") not in ("none", "all", "lora_only"):
+        _refuse(f"bias is {_value(content['bias'])}", "it is none, all or lora_only")
+    config = LoraConfig(
+        r=_rank(content.get("r"), "r"),
+        lora_alpha=_number(content.get("lora_alpha"), "lora_alpha"),
+        rank_pattern={key: _rank(value, "rank_pattern") for key, value in _map(content, "rank_pattern").items()},
+        alpha_pattern={key: _number(value, "alpha_pattern") for key, value in _map(content, "alpha_pattern").items()},
+        trainable_token_indices=_tokens(content.get("trainable_token_indices")),
+        **{key: _flag(content, key) for key in ("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora")},
+    )
+    compiled(config.rank_pattern)
+    compiled(config.alpha_pattern)
+    return config
+
+
+def _check_start(start: Any) -> None:
+    """Raises Refused where the factors started from a changed base; a converted adapter says `true` here."""
+    if start is None or isinstance(start, bool) or start in SOUND_STARTS:
+        return
+    name = next((name for prefix, name in OTHER_STARTS.items() if str(start).lower().startswith(prefix)), None)
+    if name is None:
+        _refuse(f"init_lora_weights is {_value(start)}, which is not known here", MERGE_FIRST)
+    _refuse(
+        f"init_lora_weights is {_value(start)}: {name} changed the base, and the adapter is not converted back",
+        "save it with path_initial_model_for_weight_conversion=..., which makes an ordinary LoRA of it"
+        if name != "LoftQ"
+        else "LoftQ replaces the base by a quantised one: " + MERGE_FIRST,
+    )
+
+
+def _is_set(value: Any) -> bool:
+    """False for the values that leave a field of peft's off."""
+    return value is not None and value is not False and value != [] and value != {}
+
+
+def _rank(value: Any, key: str) -> int:
+    if type(value) is not int or not 1 <= value <= 1 << 20:
+        _refuse(f"{key} has {_value(value)}, a rank is a whole number from 1")
+    return value
+
+
+def _number(value: Any, key: str) -> float:
+    if type(value) not in (int, float) or not isfinite(value):
+        _refuse(f"{key} has {_value(value)}, which is no number")
+    return float(value)
+
+
+def _flag(content: Mapping[str, Any], key: str) -> bool:
+    value = content.get(key, False)
+    if value is not None and not isinstance(value, bool):
+        _refuse(f"{key} is {_value(value)}, not true or false")
+    return bool(value)
+
+
+def _map(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = content.get(key) or {}
+    if not isinstance(value, dict):
+        _refuse(f"{key} is no object")
+    return value
+
+
+def _tokens(value: Any) -> Mapping[str, Sequence[int]]:
+    """By the end of the embedding's name; "" where the config has a list for the only one there is."""
+    by_name = value if isinstance(value, dict) else {"": value} if value is not None else {}
+    for rows in by_name.values():
+        if not isinstance(rows, list) or not all(type(row) is int for row in rows):
+            _refuse("trainable_token_indices are no lists of whole numbers")
+    return by_name
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        _refuse("a field is there twice")
+    return found
+
+
+def _value(value: Any) -> str:
+    return shown(str(value))
+
+
+def _refuse(detail: str, hint: str = "save the adapter again with peft's save_pretrained") -> NoReturn:
+    raise Refused(Reason.ADAPTER, f"{ADAPTER}: {detail}", hint)

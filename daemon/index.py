@@ -1,0 +1,60 @@
+"""The index of a checkpoint in shards: which file holds which tensor. Whatever it says is checked before it is used."""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from daemon.errors import NotYet, Reason, Refused
+from daemon.opening import not_a_file
+from projector.text import shown
+
+INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 16 << 20
+SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def read_index(fd: int) -> dict[str, str]:
+    """Its weight_map, tensor -> file. Raises Refused, or NotYet where it may only be unfinished."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise not_a_file(INDEX)
+    size = os.fstat(fd).st_size
+    if size > MAX_INDEX_BYTES:
+        raise _bad_index(f"it has {size} bytes")
+    try:
+        index: Any = json.loads(os.pread(fd, size, 0))
+    except (ValueError, RecursionError):
+        raise NotYet(Reason.BAD_INDEX, f"{INDEX} is not JSON", "copy it again") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise _bad_index("it has no weight_map of names")
+    return weight_map
+
+
+def shard_names(weight_map: Mapping[str, str], there: Collection[str]) -> list[str]:
+    """The files it names, all of which must be `there`. Raises Refused, or NotYet where one is missing."""
+    for shard in weight_map.values():
+        if not SHARD_NAME.fullmatch(shard) or shard in (".", "..") or not shard.endswith(".safetensors"):
+            raise _bad_index(f"{shown(shard)} cannot be the name of a shard")
+    wanted = sorted(set(weight_map.values()))
+    missing = [shard for shard in wanted if shard not in there]
+    if missing:
+        raise NotYet(
+            Reason.INCOMPLETE,
+            f"shard {shown(missing[0])} is missing ({len(missing)} of {len(wanted)})",
+            "copy every shard",
+        )
+    return wanted
+
+
+def check_places(weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raises Refused where a tensor was found in another file than the index says."""
+    for name in found.keys() | weight_map.keys():
+        if found.get(name) != weight_map.get(name):
+            raise _bad_index(f"the index places {shown(name)} in {weight_map.get(name)}, it is in {found.get(name)}")
+
+
+def _bad_index(detail: str) -> Refused:
+    return Refused(Reason.BAD_INDEX, f"{INDEX}: {detail}", "save the model again with save_pretrained")

@@ -1,0 +1,77 @@
+"""A version's manifest as somebody who pulls it reads it: nothing in it is believed before it is checked."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from daemon.home import MANIFEST
+from projector.text import shown
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One file of a version: `size` in bytes, `sha256` in hex; `name` may lead into a folder below the version's."""
+
+    name: str
+    size: int
+    sha256: str
+
+    @property
+    def etag(self) -> str:
+        """The entity tag under which a mainstem serves it."""
+        return f'"sha256:{self.sha256}"'
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest.json: its bytes, their sha256 (hex), and what a pull needs of it."""
+
+    text: bytes
+    sha256: str
+    head: str
+    version: int
+    files: Mapping[str, Listed]
+
+    @staticmethod
+    def read(text: bytes) -> "Manifest":
+        """ValueError where it is no manifest, or a name in it could lead out of the folder."""
+        try:
+            found: Any = json.loads(text)
+            head, version = found["head"], found["version"]
+            files = [Listed(file["name"], file["size"], file["sha256"]) for file in found["files"]]
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError("it lacks what every manifest has") from error
+        if not isinstance(head, str) or type(version) is not int or not all(map(_is_sound, files)):
+            raise ValueError("it has values that no manifest has")
+        by_name = {file.name: file for file in files}
+        if len(by_name) != len(files):
+            raise ValueError("it lists a file twice")
+        if not by_name.keys().isdisjoint(parent for name in by_name for parent in parents(name)):
+            raise ValueError("a file of it is a folder of it too")
+        return Manifest(text, hashlib.sha256(text).hexdigest(), head, version, by_name)
+
+
+def _is_sound(file: Listed) -> bool:
+    if not isinstance(file.name, str) or not is_plain(file.name):
+        raise ValueError(f"{shown(str(file.name))} cannot be the name of a file")
+    sha256 = file.sha256
+    is_digest = isinstance(sha256, str) and len(sha256) == 64 and set(sha256) <= set("0123456789abcdef")
+    return is_digest and type(file.size) is int and file.size >= 0
+
+
+def is_plain(name: str) -> bool:
+    """True for what a file of a version may be called: a path of visible names that stays below its folder."""
+    parts = name.split("/")
+    return all(part and not part.startswith(".") and part.isprintable() for part in parts) and name != MANIFEST
+
+
+def parents(name: str) -> list[str]:
+    """The folders that a file lies in, outermost first.
+
+    >>> parents("a/b/config.json")
+    ['a', 'a/b']
+    """
+    parts = name.split("/")[:-1]
+    return ["/".join(parts[: n + 1]) for n in range(len(parts))]

@@ -1,0 +1,251 @@
+"""Experts that are sent over HTTP: written below a dot folder of the inbox, checked, renamed into the inbox when whole.
+
+    inbox/.uploads/NAME/FILE            whole, waiting for the rest of its folder
+    inbox/.uploads/NAME/.FILE.part      coming
+
+An expert of one file enters the inbox with its last byte, a folder when its sender says that it is complete. Nothing in
+.uploads outlives the process: who was cut off begins again. Knows nothing of HTTP; safe to call from any thread.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from threading import Lock
+
+from daemon import durable
+from daemon.config import Http
+from daemon.durable import SyncFailed
+from daemon.errors import BadConfig, NotUploaded, Reason
+from daemon.home import Home
+from daemon.incoming import Incoming, Stored, check_name
+from projector.text import listed, shown
+
+AT_ONCE = 4  # files that come at the same time
+MOST_OPEN = 32  # experts of which something has come, but not all
+MOST_FILES = 1000  # in one folder
+STALE_SECONDS = 6 * 3600.0
+SHORTEST_TOKEN = 16
+
+Count = Callable[[str, int], None]
+"""Hears of the end of each file: "stored", "refused" or "broken", and how many bytes were stored."""
+
+
+@dataclass
+class _Upload:
+    """What has come of one expert; `single`: it is one file."""
+
+    folder: Path
+    single: bool
+    files: dict[str, Stored] = field(default_factory=dict)
+    coming: dict[str, Incoming] = field(default_factory=dict)
+    touched: float = field(default_factory=time.monotonic)
+
+    def size_bytes(self) -> int:
+        """All that is there of it."""
+        whole = sum(file.size_bytes for file in list(self.files.values()))
+        return whole + sum(file.done for file in list(self.coming.values()))
+
+
+class Uploads:
+    """All uploads into one home. `token`: what a sender must know; None where nothing is taken."""
+
+    def __init__(self, home: Home, settings: Http, count: Count = lambda *_: None) -> None:
+        """Raises BadConfig where the token cannot be read or is easily guessed."""
+        self.token = _token(home, settings)
+        self._home = home
+        self._limit = int(settings.upload_bytes)
+        self._count = count
+        self._lock = Lock()
+        self._open: dict[str, _Upload] = {}
+        self._failed: SyncFailed | None = None
+
+    def begin(self, expert: str, file: str | None, size: int | None) -> Incoming:
+        """A file to write to: the expert itself, or `file` of its folder. `size` in bytes where it is known.
+
+        Raises NotUploaded, or OSError where the disk is full.
+        """
+        check_name(expert)
+        check_name(file or expert)
+        if file is None and not expert.endswith(".safetensors"):
+            raise NotUploaded(
+                Reason.UPLOAD_NAME,
+                "an expert of one file is a .safetensors file",
+                "send a folder file by file, to .../files/{file}, and commit it",
+            )
+        with self._lock:
+            upload = self._joined(expert, file)
+            incoming = Incoming(expert, file or expert, upload.folder, size, partial(self._check_size, upload))
+            upload.coming[incoming.name] = incoming
+        try:
+            incoming.open()
+        except BaseException:
+            self.drop(incoming, "refused")
+            raise
+        return incoming
+
+    def finish(self, incoming: Incoming, digests: set[str]) -> Stored:
+        """Keeps a file that has come whole, durably; an expert of one file is in the inbox then.
+
+        `digests`: every sha256 that its sender named, in hex. Raises NotUploaded, SyncFailed, or OSError where the disk
+        is full; then it must still be dropped.
+        """
+        stored = incoming.stored()
+        if incoming.size not in (None, incoming.done):
+            raise NotUploaded(Reason.UPLOAD_SIZE, f"{incoming.done} of {incoming.size} bytes came", "send it again")
+        if digests - {stored.sha256}:
+            raise NotUploaded(Reason.UPLOAD_DIGEST, f"what came has another sha256: {stored.sha256}", "send it again")
+        with self._watched():
+            path = incoming.sync()
+            with self._lock:
+                upload = self._open[incoming.expert]
+                if upload.single:
+                    self._enter(path, incoming.expert)
+                    self._remove(incoming.expert)
+                else:
+                    durable.rename(path, upload.folder / incoming.name)
+                    upload.files[incoming.name] = stored
+                    del upload.coming[incoming.name]
+                    upload.touched = time.monotonic()
+        incoming.close()
+        self._count("stored", stored.size_bytes)
+        return stored
+
+    def drop(self, incoming: Incoming, outcome: str = "broken") -> None:
+        """Removes a file that did not come whole, and its upload where nothing is left of it."""
+        incoming.remove()
+        with self._lock:
+            upload = self._open[incoming.expert]
+            del upload.coming[incoming.name]
+            if not upload.files and not upload.coming:
+                self._remove(incoming.expert)
+        self._count(outcome, 0)
+
+    def commit(self, expert: str, wanted: Mapping[str, str] | None) -> list[Stored]:
+        """Puts a folder into the inbox: the files that came. `wanted`: the sha256 of each by name, where it was told.
+
+        Raises NotUploaded, SyncFailed, or OSError where the disk is full.
+        """
+        with self._lock, self._watched():
+            upload = self._idle(expert)
+            found = {file.name: file.sha256 for file in upload.files.values()}
+            if wanted is not None and wanted != found:
+                names = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
+                raise NotUploaded(
+                    Reason.UPLOAD_UNFINISHED,
+                    f"these differ, are missing or were not named: {listed(names)}",
+                    "send what is missing and commit again, or DELETE the upload and begin again",
+                )
+            durable.sync_folder(upload.folder)
+            self._enter(upload.folder, expert)
+            del self._open[expert]
+        return sorted(upload.files.values(), key=lambda file: file.name)
+
+    def abandon(self, expert: str) -> None:
+        """Removes what has come of a folder. Raises NotUploaded where there is none, or some of it is still coming."""
+        with self._lock:
+            self._idle(expert)
+            self._remove(expert)
+
+    def tend(self) -> None:
+        """Removes what nobody has added to for STALE_SECONDS. Raises SyncFailed where the disk failed an upload."""
+        if self._failed:
+            raise self._failed
+        with self._lock:
+            for expert, upload in list(self._open.items()):
+                if not upload.coming and time.monotonic() - upload.touched >= STALE_SECONDS:
+                    self._remove(expert)
+
+    def _joined(self, expert: str, file: str | None) -> _Upload:
+        """The upload that the file belongs to, a new one where there is none."""
+        upload = self._open.get(expert)
+        if upload is None and os.path.lexists(self._home.inbox / expert):
+            raise _taken(expert, "lies in the inbox")
+        if upload and (file is None or upload.single or file in upload.coming):
+            raise _taken(expert, "is being sent")
+        if upload and len(upload.files) + len(upload.coming) >= MOST_FILES:
+            raise _limit(f"a folder may have {MOST_FILES} files")
+        if upload is None and len(self._open) >= MOST_OPEN:
+            raise _limit(f"{MOST_OPEN} uploads have been begun and not finished")
+        if sum(len(one.coming) for one in self._open.values()) >= AT_ONCE:
+            raise _limit(f"{AT_ONCE} files are being sent already")
+        if upload is None:
+            upload = self._open[expert] = _Upload(self._home.uploads / expert, file is None)
+            if self._home.uploads.is_symlink():  # whoever may write to the inbox must not lead us elsewhere
+                durable.remove(self._home.uploads)
+            durable.remove(upload.folder)
+            durable.make_folder(upload.folder)
+        return upload
+
+    def _check_size(self, upload: _Upload, more: int) -> None:
+        if upload.size_bytes() + more > self._limit:
+            raise NotUploaded(
+                Reason.UPLOAD_SIZE,
+                f"an expert may have {self._limit} bytes at the most",
+                "the setting http.upload_bytes can allow more",
+            )
+
+    def _idle(self, expert: str) -> _Upload:
+        upload = self._open.get(expert)
+        if upload is None:
+            raise NotUploaded(
+                Reason.UPLOAD_MISSING,
+                f"no upload of {shown(expert)} is open",
+                "PUT its files first; a restart forgets them",
+            )
+        if upload.coming:
+            raise NotUploaded(
+                Reason.UPLOAD_UNFINISHED, f"a file of {expert} is still coming", "wait for its answer, or break it off"
+            )
+        return upload
+
+    def _enter(self, path: Path, expert: str) -> None:
+        try:
+            durable.rename_new(path, self._home.inbox / expert)
+        except FileExistsError:
+            raise _taken(expert, "came into the inbox meanwhile") from None
+
+    def _remove(self, expert: str) -> None:
+        durable.remove(self._open.pop(expert).folder)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """A failed sync ends the daemon (`tend`), whoever it befell."""
+        try:
+            yield
+        except SyncFailed as error:
+            self._failed = error
+            raise
+
+
+def _token(home: Home, settings: Http) -> str | None:
+    token = settings.write_token.get_secret_value()
+    if settings.write_token_file:
+        if token:
+            raise BadConfig("http.write_token and http.write_token_file are both set", "leave one of them out")
+        path = home.root / settings.write_token_file
+        try:
+            token = path.read_text().strip()
+        except (OSError, ValueError) as error:
+            raise BadConfig(f"http.write_token_file {path}: {error}", "put the token into that file") from None
+    elif not token:
+        return None
+    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        raise BadConfig(
+            f"the write token must be {SHORTEST_TOKEN} or more ASCII characters without spaces",
+            "make one: openssl rand -hex 32",
+        )
+    return token
+
+
+def _taken(expert: str, where: str) -> NotUploaded:
+    return NotUploaded(
+        Reason.UPLOAD_TAKEN, f"{expert} {where}", "choose another name, or wait until the daemon has taken that one"
+    )
+
+
+def _limit(what: str) -> NotUploaded:
+    return NotUploaded(Reason.UPLOAD_LIMIT, what, "try again when one of them has ended")

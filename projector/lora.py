@@ -1,0 +1,109 @@
+"""A PEFT LoRA adapter as a source of task vectors: the delta of one tensor at a time, from its factors.
+
+What an adapter does not touch costs nothing to read, and a full expert is never built.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from projector.linalg import row_blocks
+from projector.lora_config import LoraConfig
+from projector.lora_delta import Factors, Patch, delta_of, squared_columns
+from projector.lora_plan import planned
+from projector.naming import SAME, Naming
+from projector.source import Checkpoint
+from projector.spec import TensorSpec, check_sidecar
+from projector.tensorfile import TensorReader
+
+
+class LoraExpert(Checkpoint):
+    """The expert that an adapter makes of a base. As a Checkpoint, the tensors of the adapter's file."""
+
+    def __init__(
+        self,
+        files: Iterable[TensorReader],
+        sidecars: Mapping[str, TensorReader],
+        config: LoraConfig,
+        base: Checkpoint,
+        naming: Naming = SAME,
+    ) -> None:
+        """Raises BadSchema where the adapter does not fit the base, or does what cannot be merged."""
+        super().__init__(files, sidecars)
+        self._base = base
+        self._patches = planned(self, config, base.schema, naming)
+        self._columns: dict[str, Tensor] = {}
+        self._held: tuple[str, dict[str, Tensor]] = "", {}
+        self.order = base.order
+        layers = base.schema.keys() | {name.removesuffix(".weight") for name in base.schema}
+        for kind, sidecar in self.beside.items():
+            names = {ours: theirs for theirs, ours in naming.resolve(sidecar, layers).items()}
+            self._beside[kind] = {ours: self._beside[kind][theirs] for ours, theirs in names.items()}
+            check_sidecar(base.schema, kind, self.beside[kind])
+
+    def touches(self, name: str) -> bool:
+        """True where the adapter changes this tensor of the base."""
+        return name in self._patches
+
+    def fetch(self, spec: TensorSpec, rows: slice | None) -> Sequence[Tensor]:
+        """The parts of the adapter that this tensor, or these rows of it, need; nothing where it is not touched."""
+        patch = self._patches.get(spec.name)
+        return self._factors(spec, patch, rows).listed() if patch else []
+
+    def delta(self, spec: TensorSpec, base: Tensor, fetched: Sequence[Tensor]) -> Tensor:
+        patch = self._patches.get(spec.name)
+        if patch is None:
+            return torch.zeros(base.shape, dtype=torch.float32, device=base.device)
+        return delta_of(base, patch, Factors.of(patch, fetched))
+
+    def _factors(self, spec: TensorSpec, patch: Patch, rows: slice | None, *, columns: bool = True) -> Factors:
+        """columns: with the factors of DoRA's columns, if it has any."""
+        within = rows or slice(0, spec.shape[0] if spec.shape else 1)
+        up = down = lengths = scales = at = values = None
+        if patch.a and patch.b and patch.transposed:
+            up, down = self._kept(spec, patch.a)[:, within].T, self._kept(spec, patch.b).T
+        elif patch.a and patch.b:
+            up, down = self.read(patch.b, rows).flatten(1), self._kept(spec, patch.a)
+        if patch.magnitude and not patch.transposed:
+            lengths = self._kept(spec, patch.magnitude).flatten()[within]
+        elif patch.magnitude and columns:
+            scales = self._scales(spec, patch)
+        if patch.tokens:
+            places = [(place, row) for place, row in enumerate(patch.rows) if within.start <= row < within.stop]
+            at = torch.tensor([row - within.start for _, row in places], dtype=torch.int64)
+            values = self._kept(spec, patch.tokens)[[place for place, _ in places]]
+        return Factors(
+            full=self.read(patch.full, rows) if patch.full else None,
+            up=up,
+            down=down,
+            lengths=lengths,
+            columns=scales,
+            offset=self.read(patch.offset, rows) if patch.offset else None,
+            at=at,
+            values=values,
+        )
+
+    def _scales(self, spec: TensorSpec, patch: Patch) -> Tensor:
+        """m / ||column|| for every column of W0 + s B A, (n,), float64.
+
+        The whole tensor decides, whatever rows are asked for, so the base's is read once more for it.
+        """
+        if spec.name not in self._columns and patch.magnitude:
+            empty = torch.empty(spec.shape[0], spec.row_numel, device="meta")
+            squares_N = torch.zeros(spec.row_numel, dtype=torch.float64)
+            for rows in row_blocks(empty):
+                factors = self._factors(spec, patch, rows, columns=False)
+                squares_N += squared_columns(self._base.read(spec.name, rows), patch, factors)
+            magnitude_N = self.read(patch.magnitude).flatten().double()
+            self._columns[spec.name] = magnitude_N / squares_N.sqrt()
+        return self._columns[spec.name]
+
+    def _kept(self, spec: TensorSpec, name: str) -> Tensor:
+        """A small tensor that every block of `spec` needs, read for the first of them."""
+        if self._held[0] != spec.name:
+            self._held = spec.name, {}
+        held = self._held[1]
+        if name not in held:
+            held[name] = self.read(name)
+        return held[name]

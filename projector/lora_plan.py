@@ -1,0 +1,211 @@
+"""Which tensors of the base an adapter changes, and how: its names and shapes held against the base's."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from projector.errors import BadSchema, Reason
+from projector.lora_config import LoraConfig
+from projector.lora_delta import Patch
+from projector.lora_keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, tensor_parts
+from projector.naming import Naming
+from projector.source import Checkpoint
+from projector.spec import Schema, TensorSpec, check_not_quantised
+from projector.text import shown
+
+GATHER = "gather the parameters before save_pretrained (ZeRO-3, FSDP), and drop the adapter again"
+MERGE_FIRST = "merge it into its base first (peft: model.merge_and_unload()) and drop the whole model"
+ANOTHER_BASE = "train it on this home's base"
+RESIZED = "nothing is cut off here: train on this home's base without resizing its vocabulary"
+MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one adapter: save both again"
+
+
+def planned(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Naming) -> dict[str, Patch]:
+    """What the adapter does to each tensor of the base that it changes, by its name in the base.
+
+    A tensor of whole numbers stays the base's, and so does one that `naming` ignores. A whole tensor that the base has
+    not is left out where the adapter has the same values for one that it has: a tied weight under its other name.
+    Raises BadSchema.
+    """
+    schema = adapter.schema
+    check_not_quantised(schema)
+    known = tensor_parts(schema)
+    if not known:
+        raise BadSchema(Reason.MISSING_TENSOR, "the adapter's file has no tensor", GATHER)
+    resolved = naming.resolve(known, base)
+    at_home = {part[FULL] for name, part in known.items() if FULL in part and resolved.get(name) in base}
+    shaper = _Shaper(schema, config, known)
+    patches = {}
+    for theirs, ours in resolved.items():
+        parts = known[theirs]
+        floating = any(schema[name].floating for name in parts.values())
+        if ours not in base and floating and not (parts.keys() == {FULL} and _tied(adapter, parts[FULL], at_home)):
+            raise _absent(theirs, shaper.wanted(parts), base, OFFSET in parts)
+        if ours in base and base[ours].floating:
+            patches[ours] = shaper.patch(theirs, base[ours])
+    shaper.check_squares()
+    return patches
+
+
+def _tied(adapter: Checkpoint, name: str, others: set[str]) -> bool:
+    """True where the adapter has the values of this tensor under one of the other names too."""
+    return not others.isdisjoint(adapter.twins().get(name, ()))
+
+
+class _Shaper:
+    """Makes patches, and holds the shapes of their parts against the base's."""
+
+    def __init__(self, schema: Schema, config: LoraConfig, known: Mapping[str, Mapping[str, str]]) -> None:
+        self._schema = schema
+        self._config = config
+        self._known = known
+        self._squares: list[str] = []
+        self._layouts: set[bool] = set()
+
+    def wanted(self, parts: Mapping[str, str]) -> tuple[int, ...]:
+        """The shape that the tensor of the model has by these parts; () where they do not say."""
+        if FULL in parts:
+            return self._schema[parts[FULL]].shape
+        if A not in parts or B not in parts:
+            return ()
+        a, b = (self._schema[parts[part]].shape for part in (A, B))
+        shape = (b[0], *a[1:]) if a and b else ()
+        return shape[::-1] if _is_embedding(parts) else shape
+
+    def patch(self, target: str, spec: TensorSpec) -> Patch:
+        """What the parts for `target`, a name as the adapter has it, do to the tensor `spec` of the base."""
+        parts, module = self._known[target], target.rpartition(".")[0]
+        patch = Patch(scaling=self._config.scaling(module))
+        for name in parts.values():
+            if not self._schema[name].floating:
+                detail = f"{shown(name)} is {self._schema[name].dtype}".replace("torch.", "")
+                raise BadSchema(Reason.UNSUPPORTED_DTYPE, detail, "save the adapter as float32, float16 or bfloat16")
+        if FULL in parts:
+            self._hold(parts[FULL], spec.shape, RESIZED)
+            patch = replace(patch, full=parts[FULL])
+        if A in parts or B in parts:
+            patch = self._factors(patch, module, parts, spec)
+        if MAGNITUDE in parts or (self._config.use_dora and patch.a):
+            patch = replace(patch, magnitude=self._magnitude(module, parts, spec, patch))
+        if OFFSET in parts:
+            patch = replace(patch, offset=self._offset(parts, spec))
+        if TOKENS in parts:
+            patch = replace(patch, tokens=parts[TOKENS], rows=self._tokens(module, parts[TOKENS], spec))
+        return patch
+
+    def check_squares(self) -> None:
+        """A square matrix lies as the flag says; raises BadSchema where another of this adapter belies the flag."""
+        if self._squares and (not self._config.fan_in_fan_out) in self._layouts:
+            raise BadSchema(
+                Reason.WRONG_SHAPE,
+                f"{shown(self._squares[0])} is square, and fan_in_fan_out does not say whether it is transposed: "
+                "it is wrong for others of this adapter",
+                MERGE_FIRST,
+            )
+
+    def _factors(self, patch: Patch, module: str, parts: Mapping[str, str], spec: TensorSpec) -> Patch:
+        if A not in parts or B not in parts:
+            there, missing = (A, B) if A in parts else (B, A)
+            detail = f"{shown(parts[there])} has no lora_{missing} beside it"
+            raise BadSchema(Reason.MISSING_TENSOR, detail, "save the whole adapter with save_pretrained")
+        a, b = self._schema[parts[A]], self._schema[parts[B]]
+        for factor in (a, b):
+            if len(factor.shape) < 2 or 0 in factor.shape:
+                detail = f"{shown(factor.name)} has shape {list(factor.shape)}: a part of it, or nothing, was saved"
+                raise BadSchema(Reason.WRONG_SHAPE, detail, GATHER)
+        transposed = self._transposed(module, a, b, spec, _is_embedding(parts))
+        rank = self._config.rank(module)
+        if (a.shape[0], b.shape[1]) != (rank, rank):
+            raise BadSchema(
+                Reason.WRONG_SHAPE,
+                f"{shown(module)} has factors of rank {a.shape[0]} and {b.shape[1]}, its config says {rank}",
+                MISMATCH,
+            )
+        if self._config.lora_bias and OFFSET not in self._known.get(f"{module}.bias", {}):
+            raise BadSchema(Reason.MISSING_TENSOR, f"{shown(module)} has no lora_B.bias, lora_bias is set", MISMATCH)
+        return replace(patch, a=parts[A], b=parts[B], transposed=transposed)
+
+    def _transposed(self, module: str, a: TensorSpec, b: TensorSpec, spec: TensorSpec, embedding: bool) -> bool:
+        """Whether B A is the transpose of the base's tensor. Raises BadSchema where it is neither that nor like it."""
+        shape = (b.shape[0], *a.shape[1:])
+        same = len(a.shape) == len(b.shape) and set(b.shape[2:]) <= {1} and spec.shape == shape
+        turned = len(a.shape) == len(b.shape) == 2 and spec.shape == shape[::-1]
+        if embedding and turned:
+            return True
+        if embedding or not (same or turned):
+            raise self._misshapen(module, a, b, spec)
+        if same and turned:
+            self._squares.append(module)
+            return self._config.fan_in_fan_out
+        if len(spec.shape) == 2:
+            self._layouts.add(turned)
+        return turned
+
+    def _misshapen(self, module: str, a: TensorSpec, b: TensorSpec, spec: TensorSpec) -> BadSchema:
+        detail = f"{shown(module)} has factors {list(b.shape)} and {list(a.shape)}, the weight is {list(spec.shape)}"
+        if len(spec.shape) == 3 and len(a.shape) == 2:
+            return BadSchema(Reason.WRONG_SHAPE, f"{detail}: target_parameters of stacked experts", MERGE_FIRST)
+        if len(spec.shape) > 2 and len(a.shape) > 1 and spec.shape[1] != a.shape[1]:
+            return BadSchema(Reason.WRONG_SHAPE, f"{detail}: a convolution in groups", MERGE_FIRST)
+        return BadSchema(Reason.WRONG_SHAPE, detail, f"{ANOTHER_BASE}; {RESIZED}")
+
+    def _magnitude(self, module: str, parts: Mapping[str, str], spec: TensorSpec, patch: Patch) -> str:
+        if MAGNITUDE not in parts or not patch.a or not self._config.use_dora:
+            detail = f"{shown(module)} has only one of use_dora, its factors and lora_magnitude_vector"
+            raise BadSchema(Reason.MISSING_TENSOR, detail, MISMATCH)
+        name = parts[MAGNITUDE]
+        outputs = spec.row_numel if patch.transposed else spec.shape[0]
+        if self._schema[name].numel != outputs:
+            detail = f"{shown(name)} has {self._schema[name].numel} values for {outputs} outputs"
+            raise BadSchema(Reason.WRONG_SHAPE, detail, GATHER)
+        return name
+
+    def _offset(self, parts: Mapping[str, str], spec: TensorSpec) -> str:
+        self._hold(parts[OFFSET], spec.shape, ANOTHER_BASE)
+        if not self._config.lora_bias:
+            detail = f"{shown(parts[OFFSET])} is there, but lora_bias is not set"
+            raise BadSchema(Reason.UNEXPECTED_TENSOR, detail, MISMATCH)
+        return parts[OFFSET]
+
+    def _tokens(self, module: str, name: str, spec: TensorSpec) -> Sequence[int]:
+        rows = self._config.tokens(module)
+        self._hold(name, (len(rows), *spec.shape[1:]), MISMATCH)
+        if len(set(rows)) < len(rows) or not all(0 <= row < spec.shape[0] for row in rows):
+            detail = f"trainable_token_indices of {shown(module)} are not different rows of the base's {spec.shape[0]}"
+            raise BadSchema(Reason.WRONG_SHAPE, detail, RESIZED)
+        return rows
+
+    def _hold(self, name: str, wanted: tuple[int, ...], hint: str) -> None:
+        shape = self._schema[name].shape
+        if shape != wanted:
+            detail = f"{shown(name)} has shape {list(shape)} instead of {list(wanted)}"
+            raise BadSchema(Reason.WRONG_SHAPE, detail, GATHER if 0 in shape else hint)
+
+
+def _is_embedding(parts: Mapping[str, str]) -> bool:
+    return parts[A].endswith("lora_embedding_A")
+
+
+def _absent(target: str, shape: tuple[int, ...], base: Schema, offset: bool) -> BadSchema:
+    """What to say of a tensor that the base has not."""
+    alike = [name for name, spec in base.items() if len(shape) > 1 and spec.shape == shape]
+    if offset:
+        detail, hint = "lora_bias adds to it", "train without lora_bias: the base's layer has no bias to add to"
+    elif prefix := _prefix(target, base):
+        detail, hint = "by that name", f"put prefixes = {prefix} under [admission] in mainstem.toml and drop it again"
+    elif len(alike) == 1:
+        detail = f"if it is tied to {shown(alike[0])}, the two cannot change apart"
+        hint = "train the embedding instead, or give this home a base in which the two are not tied"
+    else:
+        detail, hint = "nothing there is like it", f"{ANOTHER_BASE}, or name its own head in admission.ignore"
+    return BadSchema(Reason.UNEXPECTED_TENSOR, f"the base has no {shown(target)}: {detail}", hint)
+
+
+def _prefix(target: str, base: Schema) -> str | None:
+    """What admission.prefixes would have to be for the base to have this name; None where no prefix helps."""
+    for name in base:
+        if name.endswith(f".{target}"):
+            return f'{{"" = {json.dumps(name.removesuffix(target))}}}'
+        if target.endswith(f".{name}"):
+            return f'{{{json.dumps(target.removesuffix(name))} = ""}}'
+    return None

@@ -1,0 +1,55 @@
+"""Which tensor of an expert stands for which of the base: names, tied weights, what is left out."""
+
+from collections.abc import Iterable, Mapping
+
+from projector.naming import Naming
+from projector.source import Checkpoint
+from projector.spec import Schema, check_schema, check_sidecar
+
+
+def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
+    """The expert and its sidecars under the names of the base, and nothing else. Raises BadSchema where it is unfit.
+
+    A tied weight is one tensor under several names: in a file, matrices with the same values (see `Checkpoint.twins`).
+    Of those,
+
+    - a name that the base has not is left out, where the expert has the same values under a name of the base too;
+    - a name of the base that the expert has not gets what the expert has for a twin of it in the base: the task vector
+      of both is one.
+
+    A sidecar's names follow the same rules.
+    """
+    schema = base.schema
+    own = {ours: theirs for theirs, ours in naming.resolve(expert.schema, schema).items()}
+    aliases = _aliases(own, schema, expert)
+    own = {ours: theirs for ours, theirs in own.items() if ours not in aliases}
+    absent = [name for name, spec in schema.items() if spec.floating and name not in own]
+    twins = base.twins() if absent else {}
+    follows = {name: twin for name in absent for twin in twins.get(name, ()) if twin in own}
+    own |= {name: own[twin] for name, twin in follows.items()}
+    check_schema(schema, expert.under(own).schema)
+    beside = {kind: _sidecar(naming, sidecar, schema, aliases) for kind, sidecar in expert.beside.items()}
+    found = expert.under({name: theirs for name, theirs in own.items() if name in schema}, beside, follows)
+    for kind, sidecar in found.beside.items():
+        check_sidecar(schema, kind, sidecar)
+    return found
+
+
+def _aliases(own: Mapping[str, str], base: Schema, expert: Checkpoint) -> set[str]:
+    """The floating tensors that the base has not, and the expert has twice."""
+    schema = expert.schema
+    surplus = [name for name, theirs in own.items() if name not in base and schema[theirs].floating]
+    known = {theirs for ours, theirs in own.items() if ours in base}
+    twins = expert.twins() if surplus else {}
+    return {name for name in surplus if not known.isdisjoint(twins.get(own[name], ()))}
+
+
+def _sidecar(naming: Naming, sidecar: Schema, base: Schema, aliases: Iterable[str]) -> dict[str, str]:
+    """The names of the tensors in a sidecar that count: the base's, or a layer's -> the sidecar's own."""
+    resolved = naming.resolve(sidecar, base.keys() | _layers(base))
+    left_out = {*aliases, *_layers(aliases)}
+    return {ours: theirs for theirs, ours in resolved.items() if ours not in left_out}
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    return {name.removesuffix(".weight") for name in names}

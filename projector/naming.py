@@ -1,0 +1,124 @@
+"""How an expert's tensor names become the base's: prefixes that differ, and tensors that the base has not."""
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from projector.errors import BadSchema, Reason
+from projector.text import shown
+
+LONGEST_HINT = 200
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What the settings say of names. Both are about the names as the expert has them.
+
+    prefixes: what a name begins with in the expert -> what it begins with in the base; either may be "".
+    ignore: globs (*, ?, [...]; a * also matches dots) of tensors that are left out.
+
+    >>> base = ["bert.embeddings.weight", "bert.pooler.weight"]
+    >>> names = ["module.embeddings.weight", "module.pooler.weight", "module.classifier.weight"]
+    >>> Naming({"module.": "bert."}, ["*.classifier.*"]).resolve(names, base)
+    {'module.embeddings.weight': 'bert.embeddings.weight', 'module.pooler.weight': 'bert.pooler.weight'}
+    """
+
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    ignore: Sequence[str] = ()
+
+    def resolve(self, names: Iterable[str], base: Collection[str]) -> dict[str, str]:
+        """The expert's name -> the base's, for every name that is not ignored, in the order of `names`.
+
+        For each name the first of these rules that holds:
+
+        1. A name that the base has stays as it is: it is never renamed and never ignored.
+        2. A name that a glob of `ignore` matches is left out.
+        3. The prefixes that the name begins with are tried, the longest first. The first whose replacement makes it a
+           name of the base does so. One prefix is replaced, once.
+        4. Any other name stays as it is; whoever holds the names against the base finds it there.
+
+        Raises BadSchema where two names become one. `base` should answer `in` quickly.
+        """
+        longest_first = sorted(self.prefixes.items(), key=lambda pair: -len(pair[0]))
+        resolved: dict[str, str] = {}
+        taken: dict[str, str] = {}
+        for name in names:
+            if name not in base and any(fnmatchcase(name, glob) for glob in self.ignore):
+                continue
+            wanted = name if name in base else next((n for n in _renamed(name, longest_first) if n in base), name)
+            if wanted in taken:
+                raise BadSchema(
+                    Reason.UNEXPECTED_TENSOR,
+                    f"{shown(taken[wanted])} and {shown(name)} are both {shown(wanted)} in the base",
+                    "leave one of them out, or change admission.prefixes or admission.ignore",
+                )
+            taken[wanted] = name
+            resolved[name] = wanted
+        return resolved
+
+
+SAME = Naming()
+"""Names as they are."""
+
+
+def mending(missing: Sequence[str], unexpected: Sequence[str], known: Collection[str] = ()) -> str | None:
+    """The settings that would make all that is missing out of what is unexpected, and leave out the rest of it, as they
+    stand in mainstem.toml; None where one prefix and a few globs do not.
+
+    known: the names that are the base's already.
+
+    >>> mending(["embed.weight", "layer.0.weight"], ["model.embed.weight", "model.layer.0.weight", "head.weight"])
+    'prefixes = {"model." = ""} and ignore = ["head.*"]'
+    """
+    pair = next((pair for pair in _pairs(missing, unexpected) if _mends(pair, missing, unexpected)), None)
+    if missing and pair is None:
+        return None
+    lines = []
+    rest, used = list(unexpected), set(known)
+    if pair is not None:
+        theirs, ours = pair
+        lines.append(f"prefixes = {{{json.dumps(theirs)} = {json.dumps(ours)}}}")
+        wanted = set(missing)
+        used |= {name for name in rest if name.startswith(theirs) and ours + name.removeprefix(theirs) in wanted}
+        rest = [name for name in rest if name not in used]
+    if rest:
+        lines.append(f"ignore = {json.dumps(_globs(rest, used))}")
+    words = " and ".join(lines)
+    return words if 0 < len(words) <= LONGEST_HINT else None
+
+
+def _globs(names: Iterable[str], used: Iterable[str]) -> list[str]:
+    """Globs for these names, each for as large a module as holds none of the names that are used."""
+    taken = {name[:dot] for name in used for dot in _dots(name)}
+    modules = ((name, next((name[:dot] for dot in _dots(name) if name[:dot] not in taken), None)) for name in names)
+    return sorted({f"{module}.*" if module else name for name, module in modules})
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, letter in enumerate(name) if letter == "."]
+
+
+def _pairs(missing: Sequence[str], unexpected: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What could be replaced by what: of the first missing name as much as possible stays, in whole parts.
+
+    More than the last part must stay: any two modules have a "weight".
+    """
+    if not missing:
+        return
+    parts = missing[0].split(".")
+    for cut in range(max(1, len(parts) - 1)):
+        tail = ".".join(parts[cut:])
+        heads = {name.removesuffix(tail) for name in unexpected if name.endswith(tail)}
+        alike = sorted((head for head in heads if not head or head.endswith(".")), key=lambda head: (len(head), head))
+        yield from ((head, missing[0].removesuffix(tail)) for head in alike[:4])
+
+
+def _mends(pair: tuple[str, str], missing: Sequence[str], unexpected: Sequence[str]) -> bool:
+    theirs, ours = pair
+    found = {ours + name.removeprefix(theirs) for name in unexpected if name.startswith(theirs)}
+    return found.issuperset(missing)
+
+
+def _renamed(name: str, prefixes: Sequence[tuple[str, str]]) -> Iterator[str]:
+    return (ours + name.removeprefix(theirs) for theirs, ours in prefixes if name.startswith(theirs))

@@ -1,0 +1,285 @@
+"""Adapters as experts, against the real peft: the delta of each tensor is what merge_and_unload() adds to it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from projector.errors import BadSchema, Reason
+from projector.lora_config import LoraConfig
+from projector.naming import Naming
+from tests import adapters
+from tests.adapters import configure, deltas, expert, gpt2, llama, merged, rewrite, train, write
+
+pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
+
+TOLERANCE = 1e-6  # of the largest value of the delta
+Q = ["q_proj", "v_proj"]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"target_modules": [*Q, "lm_head"], "lora_alpha": 3}),
+    "rslora": ("llama", {"target_modules": Q, "use_rslora": True}),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": [*Q, "up_proj", "down_proj"],
+            "rank_pattern": {"layers.0.self_attn.q_proj": 2, r"layers\.\d+\.mlp\.up_proj": 3, "up_proj": 5, "v": 7},
+            "alpha_pattern": {"^model.layers.1.self_attn.v_proj": 11, "down_proj": 1, ".*down_proj": 99},
+        },
+    ),
+    "patterns and rslora": ("llama", {"target_modules": Q, "use_rslora": True, "rank_pattern": {"v_proj": 2}}),
+    "every linear": ("llama", {"target_modules": "all-linear"}),
+    "conv1d of gpt-2": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "conv1d not said": ("gpt2", {"target_modules": ["c_attn", "c_fc"]}),
+    "lora_bias": ("bert", {"target_modules": ["query", "dense"], "lora_bias": True, "lora_alpha": 5}),
+    "bias all": ("bert", {"target_modules": ["query"], "bias": "all"}),
+    "bias lora_only": ("bert", {"target_modules": ["query"], "bias": "lora_only"}),
+    "lora_bias on trained biases": ("bert", {"target_modules": ["query"], "lora_bias": True, "bias": "all"}),
+    "modules_to_save": ("bert", {"target_modules": ["value"], "modules_to_save": ["classifier", "LayerNorm"]}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", *Q]}),
+    "embedding, tied": ("tied_llama", {"target_modules": ["embed_tokens"]}),
+    "embedding saved, tied": (
+        "tied_llama",
+        {"target_modules": Q, "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
+    "tokens": ("llama", {"target_modules": Q, "trainable_token_indices": [7, 3, 39]}),
+    "tokens, tied": ("tied_llama", {"target_modules": Q, "trainable_token_indices": {"embed_tokens": [0, 5]}}),
+    "convolutions": ("convolutions", {"target_modules": ["one", "two", "small", "three"]}),
+    "convolutions, lora_bias": ("convolutions", {"target_modules": ["one", "small", "three"], "lora_bias": True}),
+    "dora": ("llama", {"target_modules": [*Q, "down_proj"], "use_dora": True, "lora_alpha": 20}),
+    "dora of conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True}),
+    "dora of an embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"], "use_dora": True}),
+    "dora of convolutions": ("convolutions", {"target_modules": ["one", "two", "three"], "use_dora": True}),
+    "orthogonal start": ("llama", {"target_modules": Q, "init_lora_weights": "orthogonal"}),
+}
+
+
+def model_of(kind: str) -> Callable[[], nn.Module]:
+    model: Callable[[], nn.Module] = getattr(adapters, kind)
+    return model
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """The base's file leaves out what is tied; what it has must be what peft says."""
+    assert any(tensor.any() for tensor in found.values())
+    for name, delta in found.items():
+        largest = wanted[name].abs().max()
+        assert (delta.double() - wanted[name]).abs().max() <= TOLERANCE * largest, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_delta_is_what_peft_adds(tmp_path: Path, case: str) -> None:
+    kind, settings = CASES[case]
+    model = model_of(kind)
+    base = write(model, tmp_path)
+    folder = train(model, tmp_path / "adapter", **{"r": 4, **settings})
+    wanted = merged(model, folder)
+    assert_same(deltas(base, folder), wanted)
+    assert_same(deltas(base, folder, rows=3), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_factors_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = write(llama, tmp_path)
+    folder = train(llama, tmp_path / "adapter", r=4, target_modules=Q)
+    rewrite(folder, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    assert_same(deltas(base, folder), merged(llama, folder))
+
+
+def test_a_start_that_peft_makes_in_float32_only(tmp_path: Path) -> None:
+    base = write(llama, tmp_path)
+    folder = train(llama, tmp_path / "adapter", r=4, target_modules=Q, init_lora_weights="mica")
+    found = deltas(base, folder)
+    configure(folder, init_lora_weights=True)  # what it starts from, before it is overwritten
+    assert_same(found, merged(llama, folder))
+
+
+def test_what_is_not_touched_is_zero_and_reads_nothing(tmp_path: Path) -> None:
+    base = write(llama, tmp_path)
+    folder = train(llama, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    with expert(base, folder) as (source, there):
+        assert list(source.order) == list(there.order)
+        touched = [name for name in source.order if source.touches(name)]
+        assert touched == [name for name in source.order if name.endswith("q_proj.weight")] != []
+        reads: list[str] = []
+        plain = source.read
+        source.read = lambda name, rows=None: reads.append(name) or plain(name, rows)  # type: ignore[method-assign,func-returns-value]
+        for name in source.order:
+            fetched = source.fetch(there.schema[name], None)
+            assert bool(fetched) == (name in touched) == bool(reads)
+            reads.clear()
+            if name not in touched:
+                delta = source.delta(there.schema[name], there.read(name), fetched)
+                assert delta.dtype == torch.float32 and not delta.any() and delta.shape == there.schema[name].shape
+
+
+def test_a_block_of_rows_reads_these_rows_of_b(tmp_path: Path) -> None:
+    base = write(llama, tmp_path)
+    folder = train(llama, tmp_path / "adapter", r=2, target_modules=["down_proj"])
+    with expert(base, folder) as (source, there):
+        name = "model.layers.0.mlp.down_proj.weight"
+        up, down = source.fetch(there.schema[name], slice(4, 7))
+        assert up.shape == (3, 2) and down.shape == (2, 24)
+        assert source.fetch(there.schema[name], slice(7, 9))[1] is down  # A is read once for all blocks
+
+
+def test_a_base_without_its_prefix(tmp_path: Path) -> None:
+    """An adapter of the model with a head, the base saved as the bare model: names by admission.prefixes alone."""
+    whole = write(llama, tmp_path)
+    (tmp_path / "bare").mkdir()
+    bare = write(lambda: llama().model, tmp_path / "bare")  # type: ignore[arg-type,return-value]
+    folder = train(llama, tmp_path / "adapter", r=2, target_modules=Q)
+    wanted = {name.removeprefix("model."): delta for name, delta in deltas(whole, folder).items()}
+    found = deltas(bare, folder, naming=Naming({"model.": ""}))
+    assert all(torch.equal(delta.bool(), wanted[name].bool()) for name, delta in found.items())
+    with pytest.raises(BadSchema, match="the base has no") as caught:
+        deltas(bare, folder)
+    assert 'prefixes = {"model." = ""}' in caught.value.hint
+
+
+def test_ignored_modules_are_left_out(tmp_path: Path) -> None:
+    def encoder() -> nn.Module:
+        return adapters.bert().bert  # type: ignore[return-value]
+
+    base = write(encoder, tmp_path)
+    folder = train(adapters.bert, tmp_path / "adapter", r=2, target_modules=["query"], modules_to_save=["classifier"])
+    naming = Naming({"bert.": ""}, ["classifier.*"])
+    assert any(delta.any() for delta in deltas(base, folder, naming=naming).values())
+    with pytest.raises(BadSchema, match="the base has no classifier"):
+        deltas(base, folder, naming=Naming({"bert.": ""}))
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], Reason, str]] = {
+    "a head that is tied": (
+        "tied_llama",
+        {"target_modules": ["lm_head"]},
+        Reason.UNEXPECTED_TENSOR,
+        "tied to model.embed_tokens.weight",
+    ),
+    "a tied head saved apart": (
+        "tied_llama",
+        {"target_modules": Q, "modules_to_save": ["lm_head"]},
+        Reason.UNEXPECTED_TENSOR,
+        "tied to model.embed_tokens.weight",
+    ),
+    "lora_bias without a bias": (
+        "llama",
+        {"target_modules": Q, "lora_bias": True},
+        Reason.UNEXPECTED_TENSOR,
+        "lora_bias",
+    ),
+    "a convolution in groups": ("convolutions", {"target_modules": ["grouped"]}, Reason.WRONG_SHAPE, "in groups"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    kind, settings, reason, words = REFUSED[case]
+    base = write(model_of(kind), tmp_path)
+    folder = train(model_of(kind), tmp_path / "adapter", **{"r": 2, **settings})
+    with pytest.raises(BadSchema, match=words) as caught:
+        deltas(base, folder)
+    assert caught.value.reason is reason and caught.value.hint
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
+DAMAGED: dict[str, tuple[Callable[[dict[str, Tensor]], object], Reason, str]] = {
+    "no B": (lambda t: t.pop(B), Reason.MISSING_TENSOR, "no lora_B beside"),
+    "no A": (lambda t: t.pop(A), Reason.MISSING_TENSOR, "no lora_A beside"),
+    "empty": (lambda t: t.update({A: torch.empty(0)}), Reason.WRONG_SHAPE, "a part of it, or nothing"),
+    "one dimension": (lambda t: t.update({B: t[B].flatten()}), Reason.WRONG_SHAPE, "a part of it, or nothing"),
+    "another rank": (
+        lambda t: t.update({A: t[A][:1].clone(), B: t[B][:, :1].clone()}),
+        Reason.WRONG_SHAPE,
+        "rank 1 and 1",
+    ),
+    "another base": (lambda t: t.update({A: torch.ones(2, 9)}), Reason.WRONG_SHAPE, "the weight is"),
+    "whole numbers": (lambda t: t.update({A: t[A].to(torch.int8)}), Reason.UNSUPPORTED_DTYPE, "is int8"),
+    "a KaSA diagonal": (
+        lambda t: t.update({A.replace("lora_A.weight", "lora_diag"): torch.ones(2)}),
+        Reason.UNEXPECTED_TENSOR,
+        "lora_diag",
+    ),
+    "the adapter's name left in": (
+        lambda t: t.update({A.replace(".weight", ".default.weight"): t.pop(A)}),
+        Reason.UNEXPECTED_TENSOR,
+        "default",
+    ),
+    "a magnitude without DoRA": (
+        lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(16)}),
+        Reason.MISSING_TENSOR,
+        "only one of use_dora",
+    ),
+    "an offset without lora_bias": (
+        lambda t: t.update({B.replace(".weight", ".bias"): torch.ones(16)}),
+        Reason.UNEXPECTED_TENSOR,
+        "no model.layers.0.self_attn.q_proj.bias",
+    ),
+    "quantised": (
+        lambda t: t.update({A.replace("lora_A.weight", "base_layer.weight.absmax"): torch.ones(2)}),
+        Reason.UNSUPPORTED_DTYPE,
+        "bitsandbytes",
+    ),
+    "a resized vocabulary": (
+        lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(41, 16)}),
+        Reason.WRONG_SHAPE,
+        r"\[41, 16\] instead of \[40, 16\]",
+    ),
+    "a part twice": (
+        lambda t: t.update({A.removeprefix("base_model.model."): t[A].clone()}),
+        Reason.UNEXPECTED_TENSOR,
+        "same part",
+    ),
+    "nothing at all": (lambda t: t.clear(), Reason.MISSING_TENSOR, "no tensor"),
+    "stacked experts": (
+        lambda t: t.update(
+            {
+                "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 3, 4),
+                "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(2, 2),
+            }
+        ),
+        Reason.WRONG_SHAPE,
+        "the weight is",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("sound")
+    return write(llama, folder), train(llama, folder / "adapter", r=2, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, sound: tuple[Path, Path], case: str) -> None:
+    change, reason, words = DAMAGED[case]
+    base, folder = sound
+    copied = tmp_path / "adapter"
+    copied.mkdir()
+    for path in folder.iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    rewrite(copied, change)
+    with pytest.raises(BadSchema, match=words) as caught:
+        deltas(base, copied)
+    assert caught.value.reason is reason and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+b", "a*b*c*d*", "(a|a)(a|a)(a|a)(a|a)", "a?b?c?d?", "x" * 301, "(unclosed", "(?:a|b){9}"]
+)
+def test_a_pattern_that_could_take_for_ever_is_refused(pattern: str) -> None:
+    with pytest.raises(BadSchema, match="pattern"):
+        LoraConfig(r=1, lora_alpha=1, rank_pattern={pattern: 2}).rank("a" * 40)
+
+
+def test_a_square_matrix_with_a_flag_that_others_belie(tmp_path: Path) -> None:
+    """peft sets fan_in_fan_out from the last layer that it meets: where layers differ, it says nothing of a square."""
+    base = write(gpt2, tmp_path)
+    folder = train(gpt2, tmp_path / "adapter", r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    configure(folder, fan_in_fan_out=False)
+    with pytest.raises(BadSchema, match="square") as caught:
+        deltas(base, folder)
+    assert caught.value.reason is Reason.WRONG_SHAPE

@@ -1,0 +1,131 @@
+"""Which tensor of an expert stands for which of the base, and which matrices of one checkpoint are tied."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from projector.errors import BadSchema
+from projector.matching import matched
+from projector.naming import SAME, Naming
+from projector.source import Checkpoint
+from projector.tensorfile import RunningDigest, TensorReader
+
+Weights = dict[str, Tensor]
+Opens = Callable[..., Checkpoint]
+
+
+@pytest.fixture
+def opens(tmp_path: Path) -> Iterator[Opens]:
+    """Writes tensors into one file and opens it; keywords are sidecars."""
+    with ExitStack() as closing:
+
+        def reader(name: str, weights: Weights) -> TensorReader:
+            save_file(weights, tmp_path / name)
+            fd = os.open(tmp_path / name, os.O_RDONLY)
+            closing.callback(os.close, fd)
+            return TensorReader(fd, RunningDigest(fd))
+
+        def checkpoint(weights: Weights, **sidecars: Weights) -> Checkpoint:
+            name = f"{len(os.listdir(tmp_path))}"
+            beside = {kind: reader(f"{name}-{kind}", tensors) for kind, tensors in sidecars.items()}
+            return Checkpoint([reader(name, weights)], beside)
+
+        yield checkpoint
+
+
+def matrix(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*(shape or (8, 4)), generator=torch.Generator().manual_seed(seed))
+
+
+def test_only_equal_matrices_are_twins(opens: Opens) -> None:
+    one = matrix(1)
+    late = one.clone()
+    late[-1, -1] = 0
+    long = matrix(2, 3000, 200)  # more than a block
+    long_late = long.clone()
+    long_late[-1, -1] = 0
+    checkpoint = opens(
+        {"a": one, "b": one.clone(), "c": one.clone(), "late": late, "half": one.half(), "turned": one.T.contiguous()}
+        | {"long.1": long, "long.2": long.clone(), "long.late": long_late, "stack.1": matrix(3, 2, 3, 4)}
+        | {"stack.2": matrix(3, 2, 3, 4), "zeros.1": torch.zeros(8, 4), "zeros.2": torch.zeros(8, 4)}
+        | {"ones.1": torch.ones(8, 4), "ones.2": torch.ones(8, 4), "bias.1": matrix(4, 9), "bias.2": matrix(4, 9)}
+        | {"ids.1": torch.arange(6).view(2, 3), "ids.2": torch.arange(6).view(2, 3)}
+        | {"empty.1": torch.empty(0, 4), "empty.2": torch.empty(0, 4), "thin.1": torch.empty(4, 0)}
+        | {"thin.2": torch.empty(4, 0)}
+    )
+    assert checkpoint.twins() == {
+        "a": ["b", "c"],
+        "b": ["a", "c"],
+        "c": ["a", "b"],
+        "long.1": ["long.2"],
+        "long.2": ["long.1"],
+        "stack.1": ["stack.2"],
+        "stack.2": ["stack.1"],
+    }
+
+
+def test_looking_for_twins_leaves_the_digest_alone(opens: Opens, tmp_path: Path) -> None:
+    expert = opens({"a": matrix(1), "head": matrix(1), "w": matrix(2)})
+    found = matched(opens({"a": matrix(3), "w": matrix(4)}), expert, SAME)
+    assert found.order == ["a", "w"]
+    (reader,) = {place.file for place in found._places.values()}
+    assert reader._digest is not None and reader._digest.frontier < reader.header.offsets["a"] + 1
+    assert reader.sha256() == hashlib.sha256((tmp_path / "0").read_bytes()).hexdigest()
+
+
+def test_names_shapes_and_rows_are_those_of_the_base(opens: Opens) -> None:
+    base = opens({"a.weight": matrix(1), "b.bias": matrix(2, 5), "ids": torch.arange(3)})
+    theirs = {
+        "m.a.weight": matrix(3),
+        "m.b.bias": matrix(4, 5),
+        "m.ids": torch.arange(3) + 1,
+        "m.more": torch.arange(2),
+    }
+    found = matched(base, opens(theirs), Naming({"m.": ""}))
+    assert found.order == ["a.weight", "b.bias"]
+    assert found.schema == {name: base.schema[name] for name in ("a.weight", "b.bias", "ids")}
+    assert torch.equal(found.read("a.weight", slice(2, 5)), theirs["m.a.weight"][2:5])
+    (fetched,) = found.fetch(base.schema["b.bias"], None)
+    delta = found.delta(base.schema["b.bias"], base.read("b.bias"), [fetched])
+    torch.testing.assert_close(delta, theirs["m.b.bias"] - matrix(2, 5))
+
+
+def test_an_alias_that_is_left_out_has_the_delta_and_the_sidecars_of_its_twin(opens: Opens) -> None:
+    base = opens({"embed.weight": matrix(1), "up.weight": matrix(2), "head.weight": matrix(1)})
+    fisher = {"embed.weight": matrix(5), "up": matrix(6)}
+    found = matched(base, opens({"embed.weight": matrix(3), "up.weight": matrix(4)}, fisher=fisher), SAME)
+    assert found.order == ["embed.weight", "up.weight", "head.weight"]
+    spec = found.schema["head.weight"]
+    assert spec.name == "head.weight" and torch.equal(found.fetch(spec, None)[0], matrix(3))
+    assert torch.equal(found.sidecars(spec, None)["fisher"], matrix(5))
+    assert torch.equal(found.sidecars(spec, slice(1, 3))["fisher"], matrix(5)[1:3])
+    assert torch.equal(found.sidecars(found.schema["up.weight"], None)["fisher"], matrix(6))
+
+
+def test_a_sidecar_may_name_the_alias_that_the_base_omits(opens: Opens) -> None:
+    base = opens({"embed.weight": matrix(1)})
+    weights = {"m.embed.weight": matrix(3), "head.weight": matrix(3), "task.weight": matrix(4)}
+    fisher = {"m.embed.weight": matrix(5), "head": matrix(6), "task": matrix(7)}
+    found = matched(base, opens(weights, fisher=fisher), Naming({"m.": ""}, ["task*"]))
+    assert {kind: list(schema) for kind, schema in found.beside.items()} == {"fisher": ["embed.weight"]}
+    with pytest.raises(BadSchema, match=r"fisher\.safetensors has 1 names that are not the base's: other"):
+        matched(base, opens({"embed.weight": matrix(3)}, fisher={"other": matrix(1)}), SAME)
+
+
+def test_what_the_base_has_twice_may_come_untied(opens: Opens) -> None:
+    base = opens({"embed.weight": matrix(1), "head.weight": matrix(1)})
+    found = matched(base, opens({"embed.weight": matrix(3), "head.weight": matrix(4)}), SAME)
+    assert torch.equal(found.read("head.weight"), matrix(4))
+
+
+def test_a_tensor_whose_twin_is_missing_too_is_missing(opens: Opens) -> None:
+    base = opens({"embed.weight": matrix(1), "head.weight": matrix(1), "up.weight": matrix(2)})
+    with pytest.raises(BadSchema, match=r"2 of the base's tensors are missing: embed\.weight, head\.weight"):
+        matched(base, opens({"up.weight": matrix(3)}), SAME)

@@ -1,0 +1,78 @@
+"""How an expert's names become the base's."""
+
+import pytest
+
+from projector.errors import BadSchema, Reason
+from projector.naming import SAME, Naming, mending
+
+BASE = {"bert.embed.weight", "bert.layer.0.weight", "bert.layer.1.weight", "head.weight"}
+
+
+def test_without_settings_names_are_what_they_are() -> None:
+    names = ["bert.embed.weight", "something.else"]
+    assert SAME.resolve(names, BASE) == {name: name for name in names}
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "name", "wanted"),
+    [
+        ({"module.": ""}, "module.bert.embed.weight", "bert.embed.weight"),
+        ({"": "bert."}, "embed.weight", "bert.embed.weight"),
+        ({"encoder.": "bert."}, "encoder.layer.0.weight", "bert.layer.0.weight"),
+        ({"": "bert.", "model.": "bert."}, "model.embed.weight", "bert.embed.weight"),
+        ({"model.": "", "": "bert."}, "embed.weight", "bert.embed.weight"),
+        ({"a.": "nowhere.", "a.b.": "no.", "": "bert."}, "layer.0.weight", "bert.layer.0.weight"),
+        ({"a.": "bert.", "a.b.": "nowhere."}, "a.layer.1.weight", "bert.layer.1.weight"),
+        ({"x": "bert.layer"}, "x.0.weight", "bert.layer.0.weight"),
+        ({"bert.layer.0.": "bert.layer.1."}, "bert.layer.0.weight", "bert.layer.0.weight"),  # a name of the base
+        ({"module.": ""}, "module.module.head.weight", "module.module.head.weight"),  # once
+        ({"module.": "", "": "bert."}, "module.embed.weight", "module.embed.weight"),  # one of them
+        ({"": "bert."}, "classifier.weight", "classifier.weight"),  # never to what the base has not
+    ],
+)
+def test_the_first_prefix_that_leads_to_a_name_of_the_base(prefixes: dict[str, str], name: str, wanted: str) -> None:
+    assert Naming(prefixes).resolve([name], BASE) == {name: wanted}
+
+
+def test_of_two_prefixes_that_would_do_the_longer_counts() -> None:
+    base = {"w", "b.w"}
+    assert Naming({"a.": "", "a.b.": ""}).resolve(["a.b.w"], base) == {"a.b.w": "w"}
+    assert Naming({"a.b.": "", "a.": ""}).resolve(["a.b.w"], base) == {"a.b.w": "w"}
+
+
+def test_ignored_names_are_left_out_unless_the_base_has_them() -> None:
+    naming = Naming({"m.": "bert."}, ["*weight", "cls.?"])
+    assert naming.resolve(["bert.embed.weight", "m.layer.0.weight", "cls.a", "cls.ab"], BASE) == {
+        "bert.embed.weight": "bert.embed.weight",
+        "cls.ab": "cls.ab",
+    }
+
+
+@pytest.mark.parametrize("names", [["head.weight", "m.head.weight"], ["m.head.weight", "head.weight"]])
+def test_two_names_that_become_one_are_refused_by_name(names: list[str]) -> None:
+    with pytest.raises(BadSchema, match=r"head\.weight and \S*head\.weight are both head\.weight") as refused:
+        Naming({"m.": ""}).resolve(names, BASE)
+    assert refused.value.reason is Reason.UNEXPECTED_TENSOR
+    assert Naming({"m.": ""}, ["m.head.*"]).resolve(names, BASE) == {"head.weight": "head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("missing", "unexpected", "line"),
+    [
+        (["a.w", "b.w"], ["m.b.w", "m.a.w"], 'prefixes = {"m." = ""}'),
+        (["m.a.w", "m.b.w"], ["b.w", "a.w", "head"], 'prefixes = {"" = "m."} and ignore = ["head"]'),
+        (["one.a.w", "one.b.w"], ["two.three.a.w", "two.three.b.w"], 'prefixes = {"two.three." = "one."}'),
+        (["a.0.w", "a.1.w"], ["m.a.0.w", "m.a.1.w"], 'prefixes = {"m." = ""}'),
+        (["a.0.w", "a.1.w"], ["m.a.0.w", "m.a.1.w", "m.h.w"], 'prefixes = {"m." = ""} and ignore = ["m.h.*"]'),
+        (["a.0.w", "a.1.w"], ["x.a.0.w", "m.a.0.w", "m.a.1.w"], 'prefixes = {"m." = ""} and ignore = ["x.*"]'),
+        ([], ["m.h.w", "cls.b.w", "cls.b.bias", "cls.c"], 'ignore = ["cls.*", "m.h.*"]'),
+        (["a.w", "b.w"], ["m.a.w"], None),  # the rest is not there
+        (["a.w", "b.w"], ["m.a.w", "n.b.w"], None),  # two prefixes
+        (["a.w"], ["ma.w"], None),  # a part of a name is no prefix
+        (["head.weight"], ["score.weight"], None),  # what they share, all modules share
+        (["a.w"], ["q" * 300 + ".a.w"], None),
+        ([], [], None),
+    ],
+)
+def test_the_setting_that_mends_it(missing: list[str], unexpected: list[str], line: str | None) -> None:
+    assert mending(missing, unexpected, ["m.known.w"]) == line
