@@ -1,9 +1,7 @@
 """The measurements behind `mainstem compare`: two published versions, and what each keeps of the experts."""
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from daemon.checkpoint import OpenCheckpoint, open_path
@@ -86,7 +84,7 @@ def layer_group(tensor: str) -> str:
 
 def _kept(home: Home, base: OpenCheckpoint, merged: Sequence[Checkpoint], expert: Expert) -> dict[str, Any]:
     known = {"id": expert.id, "name": expert.name, "sha256": expert.sha256, "version": expert.version}
-    path = _archived(home, expert)
+    path = home.archived(expert.id)
     if path is None:
         return {**known, "norm": expert.norm} | dict.fromkeys(("a_kept", "b_kept", "a_cosine", "b_cosine"))
     with open_path(path, follow=False, naming=load(home.config).admission.naming) as opened:
@@ -101,12 +99,6 @@ def _kept(home: Home, base: OpenCheckpoint, merged: Sequence[Checkpoint], expert
         "a_cosine": a.cosine,
         "b_cosine": b.cosine,
     }
-
-
-def _archived(home: Home, expert: Expert) -> Path | None:
-    """The expert in its folder of the archive, whatever its name is there; None where somebody removed it."""
-    folder = home.archive(expert.id)
-    return next((folder / entry for entry in sorted(os.listdir(folder))), None) if folder.is_dir() else None
 
 
 def _described(pair: Pair) -> Mapping[str, Any]:

@@ -101,6 +101,11 @@ class Home:
     def archive(self, expert_id: int) -> Path:
         return self.root / "archive" / number(expert_id)
 
+    def archived(self, expert_id: int) -> Path | None:
+        """A merged expert's file or folder, whatever its name is; None where somebody took it away."""
+        folder = self.archive(expert_id)
+        return next(iter(sorted(folder.iterdir())), None) if folder.is_dir() else None
+
     def versions(self, head: str) -> Path:
         return self.published / head
 

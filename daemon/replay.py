@@ -20,7 +20,6 @@ from daemon.home import Home
 from daemon.inbox import Drop, entry_id
 from daemon.memory import return_freed_memory
 from daemon.merger import Merger
-from daemon.placing import REASON_FILE
 from daemon.progress import Progress
 from daemon.recovery import mark_clean, recover
 from daemon.restating import changed
@@ -50,19 +49,18 @@ class Console:
 
 def archived(home: Home, expert: Expert) -> Path:
     """Where a merged expert's file or folder is. Raises BadHome where it is gone."""
-    folder = home.archive(expert.id)
-    entries = [path for path in folder.iterdir() if path.name != REASON_FILE] if folder.is_dir() else []
-    if not entries and expert.place is None:
+    path = home.archived(expert.id)
+    if path is None and expert.place is None:
         raise BadHome(
             f"expert {expert.id} ({expert.name}) is merged, but the daemon has not archived it yet",
             "try again in a moment",
         )
-    if not entries:
+    if path is None:
         raise BadHome(
-            f"expert {expert.id} ({expert.name}) is not in {folder}",
+            f"expert {expert.id} ({expert.name}) is not in {home.archive(expert.id)}",
             "put its file back there, or leave the expert out with --without",
         )
-    return entries[0]
+    return path
 
 
 def check_archive(home: Home, experts: Sequence[Expert], heads: Heads) -> None:

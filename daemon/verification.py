@@ -9,7 +9,6 @@ from daemon.errors import DaemonError
 from daemon.generations import problems
 from daemon.home import Home, number
 from daemon.latest import PLAIN, names_by_file, names_by_link
-from daemon.placing import REASON_FILE
 from projector.errors import ProjectorError
 from registry.errors import Damaged
 from registry.records import Expert, Status, Version
@@ -58,13 +57,12 @@ def _chain(home: Home, reader: Reader, version: Version) -> list[str]:
 
 
 def _archived(home: Home, expert: Expert) -> list[str]:
-    folder = home.root / str(expert.place)
-    entries = [path for path in folder.iterdir() if path.name != REASON_FILE] if folder.is_dir() else []
-    if not entries:
+    path = home.archived(expert.id)
+    if path is None:
         return []  # pruned: the archive is the operator's to thin out
     recorded = expert.sidecars or {}
     try:
-        with open_path(entries[0], needs=list(recorded)) as checkpoint:
+        with open_path(path, needs=list(recorded)) as checkpoint:
             weights, sidecars = checkpoint.identity(), checkpoint.sidecar_digests()
     except (DaemonError, ProjectorError, OSError) as error:
         return [f"{expert.place}: {error}"]

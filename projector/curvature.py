@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadSchema, BadValues, Reason
-from projector.linalg import row_blocks
 from projector.matrices import EXCLUDED, is_projected
 from projector.method import Expert
 from projector.spec import TensorSpec
@@ -70,14 +69,6 @@ def gram(expert: Expert, spec: TensorSpec) -> Tensor:
         detail = "is not symmetric, or has a negative diagonal, NaN or infinite values"
         raise BadValues(Reason.BAD_SIDECAR, f"the Gram matrix of {shown(spec.name)} {detail}", GRAM_HINT)
     return (g_NN + g_NN.T).div_(2)
-
-
-def plus_product(h_MN: Tensor, tau_MN: Tensor, g_NN: Tensor, weight: float) -> Tensor:
-    """H + weight * tau G, float64, as a new tensor; tau is widened block by block."""
-    total_MN = h_MN.clone()
-    for rows in row_blocks(tau_MN):
-        total_MN[rows].addmm_(tau_MN[rows].double(), g_NN, alpha=weight)
-    return total_MN
 
 
 def _brought(expert: Expert, kind: str, spec: TensorSpec, hint: str) -> Tensor:

@@ -9,16 +9,15 @@ large the model.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import fsum, isfinite, sqrt
+from math import fsum, sqrt
 
 import torch
 from torch import Tensor
 
 from projector.device import CPU, compute_on, load, load_each, unload
-from projector.errors import BadValues, Reason
 from projector.head import Folded, HeadFold
 from projector.linalg import energy, widened
-from projector.measure import finite_energy
+from projector.measure import finite_energy, fitted
 from projector.method import Expert, Method, State, Sums, Survey, Totals
 from projector.pipeline import Pipeline, never
 from projector.source import Checkpoint, Source
@@ -108,7 +107,7 @@ class Driver:
         for head in heads:
             _copy_buffers(base, head.weights)
         totals = [
-            head.method.tally(head.totals, _add([part.sums[i] for part in done]), head.expert)
+            head.method.tally(head.totals, added([part.sums[i] for part in done]), head.expert)
             for i, head in enumerate(heads)
         ]
         for head, after in zip(heads, totals, strict=True):
@@ -265,15 +264,9 @@ class Driver:
         """The merged weights of one step, in the dtype they are published in."""
         dtype = specs[step.spec.name].dtype
         with self.watch.phase("project"):
-            merged = method.read(widened(theta0), state, totals, step.part).to(dtype)
-            finite = isfinite(energy(merged))
-        if not finite:
-            raise BadValues(
-                Reason.NOT_FINITE,
-                f"the merged {shown(step.spec.name)} does not fit into {dtype}".replace("torch.", ""),
-                "publish in a wider dtype, or leave this expert out",
-            )
-        return unload(merged)
+            merged = method.read(widened(theta0), state, totals, step.part)
+            narrow = fitted(merged, dtype, f"the merged {shown(step.spec.name)}")
+        return unload(narrow)
 
 
 def _delta(source: Source, read: _Read, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -290,7 +283,7 @@ def _copy_buffers(base: Checkpoint, writers: Sequence[TensorWriter]) -> None:
                 writer.write(name, base.read(name))
 
 
-def _add(shares: Sequence[Sums]) -> dict[str, float]:
-    """Adds sums over tensors exactly rounded, so that the order of the tensors does not matter."""
+def added(shares: Sequence[Sums]) -> dict[str, float]:
+    """Sums over tensors added up, exactly rounded, so that the order of the tensors does not matter."""
     keys: Mapping[str, None] = dict.fromkeys(key for share in shares for key in share)
     return {key: fsum(share[key] for share in shares if key in share) for key in keys}

@@ -45,6 +45,13 @@ def row_blocks(x: Tensor, numel: int = BLOCK_NUMEL) -> Iterator[slice]:
     return (slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows))
 
 
+def add_product(h_MN: Tensor, tau_MN: Tensor, g_NN: Tensor, weight: float = 1.0) -> Tensor:
+    """Adds weight * tau G to H in place, float64; tau is widened block by block."""
+    for rows in row_blocks(tau_MN):
+        h_MN[rows].addmm_(tau_MN[rows].double(), g_NN, alpha=weight)
+    return h_MN
+
+
 def gram(d_MN: Tensor) -> Tensor:
     """D'D in float64, (n, n), for (m, n)."""
     return _mirrored(_lower_gram(d_MN))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from projector.errors import BadParameter
-from projector.method import Method, method_params, param_range
+from projector.method import Method, method_params, param_range, plain
 from projector.spec import TensorSpec
 
 TALL = (1024, 512)  # m x n, so that each side of an accumulator can be told by its length
@@ -73,7 +73,7 @@ def listing(cls: type[Method]) -> Listing:
         formula=cls.formula,
         paper=cls.paper,
         parameters={
-            key: Parameter(_plain(about["default"]), about["help"], _range(about))
+            key: Parameter(plain(about["default"]), about["help"], _range(about))
             for key, about in method_params(cls).items()
         },
         **facts,
@@ -233,7 +233,3 @@ def _escaped(words: str) -> str:
 
 def _cell(words: str) -> str:
     return _escaped(words).replace("|", "\\|")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

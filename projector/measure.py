@@ -76,6 +76,18 @@ def finite_energy(delta: Tensor, spec: TensorSpec) -> float:
     return found
 
 
+def fitted(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """`x` in the dtype it is published in. Raises BadValues, which names `what` it is, where a value does not fit."""
+    narrow = x.to(dtype)
+    if not isfinite(energy(narrow)):
+        raise BadValues(
+            Reason.NOT_FINITE,
+            f"{what} does not fit into {dtype}".replace("torch.", ""),
+            "publish in a wider dtype, or leave this expert out",
+        )
+    return narrow
+
+
 def product(x: Tensor, y: Tensor) -> float:
     """Their inner product in float64."""
     return float(torch.dot(x.flatten().double(), y.flatten().double()))
@@ -105,6 +117,8 @@ def pairs(
     for step in steps(base.schema, a.order, [], BLOCK_BYTES):
         theta0 = base.read(step.spec.name, step.rows)
         delta = a.delta(step.spec, theta0, a.fetch(step.spec, step.rows))
+        with watch.phase("project"):
+            a_energy = finite_energy(delta, step.spec)
         sums = found.setdefault(group(step.spec.name), [Pair()] * len(others))
         for i, other in enumerate(others):
             delta_b = other.delta(step.spec, theta0, other.fetch(step.spec, step.rows))
@@ -112,7 +126,7 @@ def pairs(
                 sums[i] += Pair(
                     int(step.rows is None or step.rows.start == 0),
                     step.numel,
-                    finite_energy(delta, step.spec),
+                    a_energy,
                     energy(delta_b),
                     product(delta, delta_b),
                 )

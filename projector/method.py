@@ -184,7 +184,7 @@ class Method(ABC):
 
     def params(self) -> dict[str, Any]:
         """The parameters, ready for JSON: `make(name, method.params())` gives an equal method."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
@@ -270,5 +270,6 @@ def _parse(method: str, key: str, value: Any, hint: Any, metadata: Mapping[str, 
     raise wrong
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A parameter's value as JSON has it."""
     return list(value) if isinstance(value, tuple) else value

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import fsum, isfinite
 
 from torch import Tensor
 
-from projector.errors import BadValues, Reason
-from projector.fold import BUDGET_BYTES
-from projector.linalg import energy, widened
+from projector.fold import BUDGET_BYTES, added
+from projector.linalg import widened
+from projector.measure import fitted
 from projector.method import Method, State, Sums
 from projector.pipeline import Pipeline
 from projector.source import Checkpoint
@@ -43,8 +42,7 @@ class View:
                 lambda read: self.method.view_sums(*read),
             )
         ]
-        keys = dict.fromkeys(key for share in shares for key in share)
-        return {key: fsum(share[key] for share in shares if key in share) for key in keys}
+        return added(shares)
 
     def weights(self, specs: Mapping[str, TensorSpec], sums: Sums) -> Iterator[tuple[str, Tensor]]:
         """The tensors in the order and the dtypes of `specs`, in blocks of rows one after another. Buffers are the
@@ -58,14 +56,8 @@ class View:
                 continue
             for step in self._steps([name]):
                 theta0 = widened(self.base.read(name, step.rows))
-                found = self.method.view(theta0, self._state(step), self._record(step), sums, step.part).to(spec.dtype)
-                if not isfinite(energy(found)):
-                    raise BadValues(
-                        Reason.NOT_FINITE,
-                        f"this expert's view of {shown(name)} does not fit into {spec.dtype}".replace("torch.", ""),
-                        "publish in a wider dtype",
-                    )
-                yield name, found
+                found = self.method.view(theta0, self._state(step), self._record(step), sums, step.part)
+                yield name, fitted(found, spec.dtype, f"this expert's view of {shown(name)}")
 
     def _steps(self, names: Iterable[str]) -> Iterator[Step]:
         return steps(self.base.schema, names, [self.method], self.block_bytes)

@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from projector.curvature import RESIDUE, fisher, gram, plus_product, regresses
+from projector.curvature import RESIDUE, fisher, gram, regresses
 from projector.errors import BadParameter
+from projector.linalg import add_product
 from projector.matrices import EXCLUDED
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
@@ -103,7 +104,7 @@ class Mats(Method):
             return {"S": total}, {}
         if self.curvature == "gram":
             c = gram(expert, spec)
-            h = plus_product(state["H"], delta, c, expert.weight)
+            h = add_product(state["H"].clone(), delta, c, expert.weight)
         else:
             c = fisher(expert, spec, delta)
             h = torch.add(state["H"], c * delta.double(), alpha=expert.weight)

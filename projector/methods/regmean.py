@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.curvature import GRAM_HINT, RESIDUE, gram, plus_product, regresses
+from projector.curvature import GRAM_HINT, RESIDUE, gram, regresses
 from projector.errors import BadValues, Reason
-from projector.linalg import row_blocks
+from projector.linalg import add_product, row_blocks
 from projector.matrices import EXCLUDED
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
@@ -80,7 +80,7 @@ class RegMean(Method):
         g_NN.diagonal().copy_(brought_NN.diagonal())
         return {
             "G": torch.add(state["G"], g_NN, alpha=expert.weight),
-            "H": plus_product(state["H"], delta, g_NN, expert.weight),
+            "H": add_product(state["H"].clone(), delta, g_NN, expert.weight),
             "most": state["most"] + abs(expert.weight) * g_NN.trace(),
         }, {}
 

@@ -22,7 +22,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from projector.linalg import BLOCK_NUMEL, gram, row_blocks
+from projector.linalg import BLOCK_NUMEL, add_product, gram, row_blocks
 from projector.matrices import EXCLUDED, is_projected, matrices
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
@@ -96,8 +96,7 @@ class Wudi(Method):
                 continue
             own_NN *= expert.weight / squared_norm
             g_NN += own_NN
-            for rows in row_blocks(tau_MN):
-                h_MN[rows].addmm_(tau_MN[rows].double(), own_NN)
+            add_product(h_MN, tau_MN, own_NN)
         return {"S": total, "G": g, "H": h}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:

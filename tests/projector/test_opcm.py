@@ -6,7 +6,7 @@ from the very state that is on disk, must be right to 1e-6 whatever the spectrum
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import pytest
@@ -19,6 +19,8 @@ from projector.methods.opcm import Opcm
 from projector.spec import TensorSpec
 from projector.trial import merge
 from tests import oracles
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Tensors = dict[str, Tensor]
 
@@ -39,15 +41,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 settings = pytest.mark.parametrize(
     ("alpha", "projection"), [(alpha, word) for word in ("code", "paper") for alpha in (0.0, 0.3, 0.5, 1.0)]
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def task_matrix(shape: tuple[int, ...], decay: float, generator: torch.Generator) -> Tensor:

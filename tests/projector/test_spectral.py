@@ -1,7 +1,7 @@
 """iso_c, wudi and OPCM's isotropic read-out as they stream, against the offline methods in float64."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ from projector.methods import make
 from projector.spec import TensorSpec
 from projector.trial import merge
 from tests import oracles, oracles_spectral
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Tensors = dict[str, Tensor]
 Oracle = Callable[..., Mapping[str, Tensor]]
@@ -43,15 +45,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle, float]] = {
     "wudi ridge 1e-4": ("wudi", {"solver": "ridge", "ridge": 1e-4}, oracles_spectral.wudi_ridge, 1e-5),
 }
 cases = pytest.mark.parametrize("case", CASES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def stream(dtype: torch.dtype = torch.float32, count: int = COUNT, seed: int = 3) -> tuple[Tensors, list[Tensors]]:
