@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from sys import float_info
 from typing import Any, NoReturn
 
 from daemon.errors import NotYet, Reason, Refused
@@ -137,7 +137,7 @@ def _rank(value: Any, key: str) -> int:
 
 
 def _number(value: Any, key: str) -> float:
-    if type(value) not in (int, float) or not isfinite(value):
+    if type(value) not in (int, float) or not abs(value) <= float_info.max:
         _refuse(f"{key} has {_value(value)}, which is no number")
     return float(value)
 

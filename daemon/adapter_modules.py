@@ -25,14 +25,20 @@ EMBEDDINGS = (
 """Globs for the last part of the name of a module that is an embedding."""
 OF_TOKENS = (
     *("embed_tokens", "tokens_embed", "embed_in", "wte", "shared", "word_embeddings"),
-    *("tok_embeddings", "embeddings"),
+    *("tok_embeddings", "embeddings", "word_embedding"),
 )
 """Those of them whose tensor is often the output layer's too."""
 NOT_LINEAR = ("gate", "router")  # of mixtures of experts: a class of their own in some models, which peft refuses
 TRANSPOSED_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")  # the modules of those that keep (in, out), as Conv1D does
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # architectures with an output layer
-WITH_UNKNOWN_HEAD = ("ForMaskedLM", "ForPreTraining")  # whose name is another in each of them
+ROOTS = ("model", "transformer", "backbone", "shared", "led")
+"""The first part of the names of models whose output layer, tied to the embedding, is called `lm_head`."""
+WITH_UNKNOWN_HEAD = (  # whose name is another in each of them
+    *("ForMaskedLM", "ForPreTraining"),
+    *("WithLMHeadModel", "XLNetLMHeadModel", "T5GemmaForConditionalGeneration"),
+)
+COMPOSITE = "EncoderDecoderModel"  # of two models: whether either is tied stands in the config of that part
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,12 @@ def modules_of(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> lis
     embedding = any(fnmatchcase(leaf, glob) for glob in EMBEDDINGS)
     turned = embedding or (leaf in TRANSPOSED and _transposes(config))
     architecture = _architecture(config)
-    if leaf not in OF_TOKENS or config.get("tie_word_embeddings") is False:
+    composite = architecture.endswith(COMPOSITE)
+    if leaf not in OF_TOKENS or (config.get("tie_word_embeddings") is False and not composite):
         return [Module(path, spec, embedding, turned)]
-    if architecture.endswith(WITH_UNKNOWN_HEAD):
+    root = path.partition(".")[0]
+    known = root in ROOTS or root == leaf
+    if composite or architecture.endswith(WITH_UNKNOWN_HEAD) or (architecture.endswith(WITH_HEAD) and not known):
         return []
     found = [Module(path, spec, embedding, turned)]
     if leaf == "shared":

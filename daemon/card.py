@@ -10,10 +10,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from daemon.generations import Withdrawal
 from projector.method import Method
@@ -90,7 +89,7 @@ def as_code(text: str, ends: str = "`\n") -> Verbatim:
 
 def render(card: Card) -> bytes:
     """The bytes of README.md."""
-    text = _template().render(
+    text = _TEMPLATE.render(
         card=card,
         formula=as_code(card.method.formula),
         front=Verbatim(_front_matter(card)),
@@ -172,14 +171,11 @@ def _finalize(value: Any) -> str:
     return value if isinstance(value, Verbatim) else escaped(str(value))
 
 
-@lru_cache(maxsize=1)
-def _template() -> Template:
-    environment = Environment(  # autoescape would know HTML only
-        loader=PackageLoader("daemon"),
-        finalize=_finalize,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("card.md.j2")
+_TEMPLATE = Environment(  # autoescape would know HTML only
+    loader=PackageLoader("daemon"),
+    finalize=_finalize,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+).get_template("card.md.j2")

@@ -27,6 +27,7 @@ SECONDS, BYTES_PER_SECOND = 300, 20_000_000
 GROWTH, GROWTH_ROOM_BYTES = 16, 16 << 20  # names that share one storage are written out each
 GRACE_SECONDS = 5  # by which the limit on processor time lies beyond the one on the clock
 MOST_LINE_BYTES = 64 << 20
+MOST_WORDS = 4000  # characters of a refusal
 READ_BYTES = 1 << 16
 KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME")  # without which some Pythons do not start
 
@@ -140,7 +141,8 @@ def _lines(fd: int, deadline: float) -> Iterator[bytes]:
     rest: list[bytes] = []
     held = 0
     while True:
-        if not select.select([fd], [], [], max(0.0, deadline - monotonic()))[0]:
+        left = deadline - monotonic()
+        if left <= 0 or not select.select([fd], [], [], left)[0]:
             raise TimeoutError
         data = os.read(fd, READ_BYTES)
         if not data:
@@ -170,7 +172,7 @@ def _told(report: Mapping[str, Any]) -> Told:
             ],
             left_out=[{"name": shown(one["name"]), "what": shown(one["what"])} for one in report["left_out"]],
         )
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError):
         raise _babble() from None
 
 
@@ -178,9 +180,14 @@ def _refused(said: Any) -> Refused:
     try:
         reason, detail, hint = said
         known = ProjectorReason(reason) if reason in set(ProjectorReason) else Reason(reason)
-        return Refused(known, str(detail), str(hint))
-    except (ValueError, TypeError):
+        return Refused(known, _printable(detail), _printable(hint))
+    except (ValueError, TypeError, AttributeError):
         return _babble()
+
+
+def _printable(text: str) -> str:
+    """A sentence of the process, which may be long, but steers no terminal."""
+    return text if text.isprintable() and len(text) <= MOST_WORDS else shown(text)
 
 
 def _died(status: int, last: str) -> Refused:
@@ -188,10 +195,14 @@ def _died(status: int, last: str) -> Refused:
     if status == -signal.SIGKILL:
         what = "the process that read it was killed: the machine's memory may have run out"
     elif status < 0:
-        what = f"the process that read it was ended by {signal.Signals(-status).name}: the file may be hostile"
+        what = f"the process that read it was ended by {_signal(-status)}: the file may be hostile"
     else:
         what = f"the process that read it failed (exit status {status}): {shown(last)}"
     return Refused(Reason.CONVERT, what, "convert it where there is more memory, or give it more with --memory")
+
+
+def _signal(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _babble() -> Refused:

@@ -162,6 +162,8 @@ def _plan(source: Path, closing: ExitStack) -> tuple[list[_Part], list[Path], di
             "name the file that holds the weights",
         )
     more = {ABOUT, ADAPTER, *(f"{kind}{SUFFIX}" for kind in SIDECARS)} & names
+    for name in more:  # a FIFO would keep us waiting
+        part(name, "")
     beside = [*(path.relative_to(source) for path in companions(source)), *map(Path, sorted(more))]
     return parts, beside, weight_map
 
@@ -182,7 +184,8 @@ def _shards(weight_map: Mapping[str, str], names: set[str]) -> list[str]:
     shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if shard not in names]:
         raise NotYet(Reason.INCOMPLETE, f"{len(missing)} shards are missing: {listed(missing)}", "copy every shard")
-    if len({_target(shard) for shard in shards}) < len(shards):
+    targets = {_target(shard) for shard in shards}
+    if len(targets) < len(shards) or (WEIGHTS in targets and len(shards) > 1):  # which would pass for all of them
         raise Refused(Reason.BAD_INDEX, f"{PICKLED_INDEX} has shards of one name", "save the model again")
     return shards
 

@@ -23,6 +23,7 @@ FLUSH_SECONDS = 0.1
 AT_FDCWD = -100  # of <fcntl.h>: paths count from the current folder
 RENAME_NOREPLACE = 1  # of <linux/fs.h>
 RENAME_EXCHANGE = 2
+NO_RENAMEAT2 = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # it is not there, or not for this file system
 
 
 class SyncFailed(OSError):
@@ -170,42 +171,47 @@ def rename(source: Path, target: Path) -> None:
     """Renames at once and durably, over a file at `target` if there is one."""
     hit("rename")
     source.rename(target)
-    sync_folder(target.parent)
-    if source.parent != target.parent:
-        sync_folder(source.parent)
+    _sync_parents(source, target)
 
 
 def rename_new(source: Path, target: Path) -> None:
     """Renames at once and durably, and never over anything. Raises FileExistsError where `target` is there."""
     hit("rename")
-    libc = ctypes.CDLL(None, use_errno=True)
-    paths = AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target)
-    if not hasattr(libc, "renameat2") or libc.renameat2(*paths, RENAME_NOREPLACE):
-        failed = ctypes.get_errno() if hasattr(libc, "renameat2") else errno.ENOSYS
-        if failed not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-            raise OSError(failed, os.strerror(failed), str(target))
+    try:
+        _renameat2(source, target, RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in NO_RENAMEAT2:
+            raise
         if os.path.lexists(target):  # all that a file system without the call can do
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
         source.rename(target)
-    sync_folder(target.parent)
-    if source.parent != target.parent:
-        sync_folder(source.parent)
+    _sync_parents(source, target)
 
 
 def exchange(one: Path, other: Path) -> None:
     """Lets two names of one file system change places, at once and durably.
 
-    OSError, with nothing done, where it cannot: ENOSYS, EINVAL or EOPNOTSUPP.
+    OSError, with nothing done, where it cannot: one of NO_RENAMEAT2, or EXDEV.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):  # a C library that is older than the call
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     hit("rename")
-    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
-    sync_folder(other.parent)
-    if one.parent != other.parent:
-        sync_folder(one.parent)
+    _renameat2(one, other, RENAME_EXCHANGE)
+    _sync_parents(one, other)
+
+
+def _renameat2(source: Path, target: Path, flag: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = errno.ENOSYS  # a C library that is older than the call
+    if hasattr(libc, "renameat2"):
+        paths = AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target)
+        failed = ctypes.get_errno() if libc.renameat2(*paths, flag) else 0
+    if failed:
+        raise OSError(failed, os.strerror(failed), str(target))
+
+
+def _sync_parents(source: Path, target: Path) -> None:
+    sync_folder(target.parent)
+    if source.parent != target.parent:
+        sync_folder(source.parent)
 
 
 def point(link: Path, target: str) -> None:

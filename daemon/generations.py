@@ -90,7 +90,7 @@ def companions(folder: Path) -> list[Path]:
     """
     found = []
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and path.name.isprintable():
             globs = [glob for name, globs in COMPANIONS_BELOW.items() if fnmatchcase(path.name, name) for glob in globs]
             found += [below for below in path.iterdir() if _any(below, globs)]
         elif _any(path, COMPANIONS):
@@ -99,7 +99,8 @@ def companions(folder: Path) -> list[Path]:
 
 
 def _any(path: Path, globs: Iterable[str]) -> bool:
-    return path.is_file() and path.name.isprintable() and any(fnmatchcase(path.name, glob) for glob in globs)
+    visible = path.name.isprintable() and not path.name.startswith(".")  # "._spiece.model" is what macOS leaves
+    return visible and path.is_file() and any(fnmatchcase(path.name, glob) for glob in globs)
 
 
 def names_below(folder: Path) -> list[str]:

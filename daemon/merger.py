@@ -89,8 +89,8 @@ class Merger:
             with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=watch, naming=naming) as expert:
                 hit("take.opened")
                 self._check_entry(drop)
-                expert.check(self._base.tensors)
                 try:
+                    expert.check(self._base.tensors)
                     recorded = self._merge(drop, expert)
                 except ProjectorError:
                     if expert.unchanged():

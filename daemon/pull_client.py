@@ -134,8 +134,10 @@ class Connection:
             found = answer.read(most + 1)
         except (HTTPException, OSError) as error:
             raise self._broken(path, error) from error
-        if len(found) > most or answer.length:
-            raise self.refusal(path, f"the answer is longer than {most} bytes, or broke off")
+        if len(found) > most:
+            raise self.refusal(path, f"the answer is longer than {most} bytes")
+        if answer.length:
+            raise self._broken(path, ConnectionError(f"it ended {answer.length} bytes early"))
         return found
 
     def problem(self, path: str, answer: HTTPResponse) -> DaemonError:

@@ -9,6 +9,10 @@ from typing import Any
 from daemon.home import MANIFEST
 from projector.text import shown
 
+MOST_BYTES = (1 << 63) - 1  # of a file: no system has a larger one
+NAME_BYTES = 255  # of one part of a name, which is what file systems take
+PATH_BYTES = 1024
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -58,13 +62,16 @@ def _is_sound(file: Listed) -> bool:
         raise ValueError(f"{shown(str(file.name))} cannot be the name of a file")
     sha256 = file.sha256
     is_digest = isinstance(sha256, str) and len(sha256) == 64 and set(sha256) <= set("0123456789abcdef")
-    return is_digest and type(file.size) is int and file.size >= 0
+    return is_digest and type(file.size) is int and 0 <= file.size <= MOST_BYTES
 
 
 def is_plain(name: str) -> bool:
     """True for what a file of a version may be called: a path of visible names that stays below its folder."""
     parts = name.split("/")
-    return all(part and not part.startswith(".") and part.isprintable() for part in parts) and name != MANIFEST
+    visible = name.replace("/", "").isprintable() and not any(part.startswith(".") for part in parts)
+    if not visible or not all(parts) or name == MANIFEST:
+        return False
+    return len(name.encode()) <= PATH_BYTES and all(len(part.encode()) <= NAME_BYTES for part in parts)
 
 
 def parents(name: str) -> list[str]:

@@ -25,7 +25,7 @@ from daemon.home import MANIFEST
 from daemon.pull_manifest import Listed, Manifest, parents
 from projector.text import listed, shown
 
-CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+CANNOT_EXCHANGE = (*durable.NO_RENAMEAT2, errno.EXDEV)  # the last: a folder out of a container's image
 MANIFEST_BYTES = 16 << 20
 
 
@@ -47,6 +47,7 @@ class Target:
             )
         self.current()
         self._lock = self._locked()
+        self.keep = self._journal.exists()  # a call that comes to nothing costs no earlier one its pieces
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,7 +183,10 @@ class Target:
             f"another pull is filling {shown(str(self.dest))}",
             "wait until it is done, or name another folder",
         )
+        made = [folder for folder in self.dest.parents if not folder.exists()]
         durable.make_folder(self.workshop)
+        for folder in made:
+            durable.sync_folder(folder.parent)
         try:
             held = durable.lock(path)
         except (BlockingIOError, FileNotFoundError):  # the latter: it was cleared away between the two calls

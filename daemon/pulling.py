@@ -18,7 +18,7 @@ from daemon.errors import DaemonError, Reason
 from daemon.fetching import PIECE_BYTES, Fetching, Report
 from daemon.home import CARD, is_adapter
 from daemon.pull_client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
-from daemon.pull_manifest import Listed, Manifest
+from daemon.pull_manifest import MOST_BYTES, Listed, Manifest
 from daemon.pull_target import MANIFEST_BYTES, Target
 from projector.text import shown
 
@@ -81,6 +81,8 @@ def pull(
     none and are held against their own header. What is missing of an interrupted pull is all that is fetched.
     Raises DaemonError where the server has it not, cannot be reached or sent something else.
     """
+    if re.fullmatch(r"[0-9]{1,12}", version):
+        version = str(int(version))  # it may be given as its folder is called
     source = Source(Origin.of(url), head, version, view, connections, adapter)
     with Target(dest) as target:
         return _fill(target, source, report or (lambda *_: None))
@@ -150,6 +152,7 @@ def _fill_with(target: Target, source: Source, manifest: Manifest, report: Repor
     files = adapter_of(manifest) if source.adapter else wanted(manifest, view)
     size = sum(file.size for file in files)
     if view is None and target.is_whole(manifest, files):
+        target.keep = False
         return Pulled(manifest.head, manifest.version, len(files), size, 0, up_to_date=True)
     there = target.begin(json.dumps([manifest.sha256, PIECE_BYTES, view, [file.name for file in files]]), manifest)
     version = f"{source.origin.head(source.head)}/versions/{manifest.version}"
@@ -185,8 +188,12 @@ def wanted(manifest: Manifest, view: str | None) -> list[Listed]:
     files = list(manifest.files.values())
     if view is None:
         return files
-    of_the_merge = [file for file in files if ".safetensors" in file.name or is_adapter(file.name) or file.name == CARD]
-    return [file for file in files if file not in of_the_merge]
+    return [file for file in files if not (is_weights(file.name) or is_adapter(file.name) or file.name == CARD)]
+
+
+def is_weights(name: str) -> bool:
+    """True for the merged weights and their index; those of a module in a folder of its own are the base's."""
+    return ".safetensors" in name and "/" not in name
 
 
 def _live(source: Source, wait_for: int | None = None) -> int | None:
@@ -233,7 +240,7 @@ def _fetch_view(origin: Origin, path: str, target: Target, report: Report) -> in
         if answer.status != 200:
             raise connection.problem(path, answer)
         size = answer.length
-        if size is None:
+        if size is None or size > MOST_BYTES:
             raise connection.refusal(path, "the answer does not say how long it is")
         durable.remove(target.new / WEIGHTS)
         with durable.new_file(target.new / WEIGHTS, size) as fd:

@@ -33,8 +33,10 @@ def remove_files(home: Home, version: Version) -> None:
     published = home.version(version.head, version.number)
     if published.exists():
         going = home.tmp / uuid4().hex  # recovery empties that
-        durable.rename(published, going)
-        durable.remove(going)
+        try:
+            durable.rename(published, going)
+        finally:  # a full disk may fail the sync, when it has moved already
+            durable.remove(going)
     durable.remove(home.head_state(version.head, version.number))
 
 

@@ -106,6 +106,7 @@ class Uploads:
                     self._enter(path, incoming.expert)
                     self._remove(incoming.expert)
                 else:
+                    upload.files.pop(incoming.name, None)  # where this fails, neither is known to be there
                     durable.rename(path, upload.folder / incoming.name)
                     upload.files[incoming.name] = stored
                     del upload.coming[incoming.name]
@@ -120,6 +121,9 @@ class Uploads:
         with self._lock:
             upload = self._open[incoming.expert]
             del upload.coming[incoming.name]
+            upload.touched = time.monotonic()
+            if incoming.name not in upload.files:
+                durable.remove(upload.folder / incoming.name)
             if not upload.files and not upload.coming:
                 self._remove(incoming.expert)
         self._count(outcome, 0)
@@ -173,11 +177,12 @@ class Uploads:
         if sum(len(one.coming) for one in self._open.values()) >= AT_ONCE:
             raise _limit(f"{AT_ONCE} files are being sent already")
         if upload is None:
-            upload = self._open[expert] = _Upload(self._home.uploads / expert, file is None)
+            upload = _Upload(self._home.uploads / expert, file is None)
             if self._home.uploads.is_symlink():  # whoever may write to the inbox must not lead us elsewhere
                 durable.remove(self._home.uploads)
             durable.remove(upload.folder)
             durable.make_folder(upload.folder)
+            self._open[expert] = upload
         return upload
 
     def _check_size(self, upload: _Upload, more: int) -> None:

@@ -72,7 +72,8 @@ class LoraExpert(Checkpoint):
         if patch.tokens:
             places = [(place, row) for place, row in enumerate(patch.rows) if within.start <= row < within.stop]
             at = torch.tensor([row - within.start for _, row in places], dtype=torch.int64)
-            values = self._kept(spec, patch.tokens)[[place for place, _ in places]]
+            read = (self.read(patch.tokens, slice(place, place + 1)) for place, _ in places)
+            values = torch.cat([self.read(patch.tokens, slice(0, 0)), *read])
         return Factors(
             full=self.read(patch.full, rows) if patch.full else None,
             up=up,

@@ -4,17 +4,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import sqrt
+from math import inf, sqrt
 
 from projector.errors import BadSchema, Reason
 from projector.text import shown
 
 MAX_PATTERNS = 4096
 MAX_PATTERN = 300  # characters
-MAX_REPEATS = MAX_GROUPS = 3  # in one pattern: what matching may cost grows by a factor with each
-REPEAT = re.compile(r"(?<!\\)[*+?{]")
-GROUP = re.compile(r"(?<!\\)\(")
-REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
+MAX_REPEATS = MAX_GROUPS = 3  # in one pattern
+LETTERS = 64  # of a module's name: what one repetition multiplies the steps of a match by
+MAX_STEPS = 1 << 20  # of all patterns together on one name
+
+PIECE = re.compile(
+    r"""
+      (?: [^\\\[\]{}()|*+?] | \\[dDwWsS] | \\[^\w\s] | \[\^?(?:[^\[\]\\]|\\[dDwWsS.\-])+\] )  # one letter
+      (?P<repeat> [*+?] | \{\d{1,3}(?:,\d{0,3})?\} )? (?(repeat) \?? )
+    | (?P<open> \((?:\?:)? ) | (?P<close> \)\?? ) | (?P<bar> \| )
+    """,
+    re.VERBOSE,
+)
+"""What a pattern may be made of: everything else (look-around, flags, back references) could hide what it costs."""
 
 Patterns = Sequence[tuple[re.Pattern[str], float]]
 
@@ -73,16 +82,47 @@ def compiled(patterns: Mapping[str, float]) -> Patterns:
     if len(patterns) > MAX_PATTERNS:
         raise _bad(f"it has {len(patterns)} patterns, {MAX_PATTERNS} are allowed")
     found = []
+    steps = 0.0
     for pattern, value in patterns.items():
-        plain = pattern.replace("(?:", "(")
-        repeats, groups = len(REPEAT.findall(plain)), len(GROUP.findall(plain))
-        if len(pattern) > MAX_PATTERN or repeats > MAX_REPEATS or groups > MAX_GROUPS or REPEATED_GROUP.search(plain):
+        steps += _steps(pattern)
+        if steps > MAX_STEPS:
             raise _bad(f"the pattern {shown(pattern)} could take for ever to match")
         try:
             found.append((re.compile(rf"(.*\.)?({pattern})$"), value))
         except (re.error, OverflowError, RecursionError):
             raise _bad(f"the pattern {shown(pattern)} is no regular expression") from None
     return found
+
+
+def _steps(pattern: str) -> float:
+    """How many steps a match may take, about; infinite where that cannot be told.
+
+    Every repetition multiplies them by the letters of a name, every group by its alternatives; no group is repeated.
+    """
+    if len(pattern) > MAX_PATTERN:
+        return inf
+    steps, repeats, groups, place = 1, 0, 0, 0
+    alternatives = [1]  # of each group that is open
+    for piece in PIECE.finditer(pattern):
+        if piece.start() != place:
+            return inf
+        place = piece.end()
+        if repeat := piece["repeat"]:
+            repeats += 1
+            steps *= 2 if repeat == "?" else LETTERS
+        elif piece["open"]:
+            groups += 1
+            alternatives.append(1)
+        elif piece["bar"]:
+            alternatives[-1] += 1
+        elif piece["close"]:
+            repeats += piece["close"] != ")"
+            steps *= alternatives.pop() + 1
+            if not alternatives:
+                return inf
+    if place < len(pattern) or repeats > MAX_REPEATS or groups > MAX_GROUPS:
+        return inf
+    return steps * alternatives[0]
 
 
 def _first(patterns: Patterns, module: str, default: float) -> float:

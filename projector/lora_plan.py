@@ -8,7 +8,7 @@ from projector.errors import BadSchema, Reason
 from projector.lora_config import LoraConfig
 from projector.lora_delta import Patch
 from projector.lora_keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, tensor_parts
-from projector.naming import Naming
+from projector.naming import LONGEST_HINT, Naming
 from projector.source import Checkpoint
 from projector.spec import Schema, TensorSpec, check_not_quantised
 from projector.text import shown
@@ -17,6 +17,7 @@ GATHER = "gather the parameters before save_pretrained (ZeRO-3, FSDP), and drop 
 MERGE_FIRST = "merge it into its base first (peft: model.merge_and_unload()) and drop the whole model"
 ANOTHER_BASE = "train it on this home's base"
 RESIZED = "nothing is cut off here: train on this home's base without resizing its vocabulary"
+MOST_RANK = 1024  # of a weight whose shorter side is less: a factor is in memory whole
 MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one adapter: save both again"
 
 
@@ -121,6 +122,9 @@ class _Shaper:
                 f"{shown(module)} has factors of rank {a.shape[0]} and {b.shape[1]}, its config says {rank}",
                 MISMATCH,
             )
+        if rank > (most := max(MOST_RANK, min(spec.shape[0], spec.row_numel))):
+            detail = f"{shown(module)} has factors of rank {rank}, more than {most} add nothing to {list(spec.shape)}"
+            raise BadSchema(Reason.WRONG_SHAPE, detail, MERGE_FIRST)
         if self._config.lora_bias and OFFSET not in self._known.get(f"{module}.bias", {}):
             raise BadSchema(Reason.MISSING_TENSOR, f"{shown(module)} has no lora_B.bias, lora_bias is set", MISMATCH)
         return replace(patch, a=parts[A], b=parts[B], transposed=transposed)
@@ -207,5 +211,6 @@ def _prefix(target: str, base: Schema) -> str | None:
         if name.endswith(f".{target}"):
             return f'{{"" = {json.dumps(name.removesuffix(target))}}}'
         if target.endswith(f".{name}"):
-            return f'{{{json.dumps(target.removesuffix(name))} = ""}}'
+            words = f'{{{json.dumps(target.removesuffix(name))} = ""}}'
+            return words if len(words) <= LONGEST_HINT else None
     return None

@@ -148,27 +148,17 @@ class _Place:
 
     def glance(self) -> bytes:
         """The digest of its first bytes."""
-        return hashlib.sha256(self._bytes(slice(0, max(1, GLANCE_BYTES // self._row_bytes)))).digest()
+        return hashlib.sha256(self.file.glance(self.name, 0, GLANCE_BYTES)).digest()
 
     def digest(self) -> bytes | None:
         """The digest of all of it; None where it is one value throughout."""
-        digest, rows = hashlib.sha256(), max(1, BLOCK_BYTES // self._row_bytes)
-        first = self._bytes(slice(0, 1))[: self.spec.dtype.itemsize]
-        constant = True
-        for start in range(0, self.spec.shape[0], rows):
-            block = self._bytes(slice(start, start + rows))
+        digest, constant = hashlib.sha256(), True
+        first = self.file.glance(self.name, 0, self.spec.dtype.itemsize)
+        for start in range(0, self.spec.nbytes, BLOCK_BYTES):
+            block = self.file.glance(self.name, start, start + BLOCK_BYTES)
             digest.update(block)
             constant = constant and block.count(first) * len(first) == len(block)
         return None if constant else digest.digest()
-
-    @property
-    def _row_bytes(self) -> int:
-        return max(1, self.spec.row_numel * self.spec.dtype.itemsize)
-
-    def _bytes(self, rows: slice) -> bytes:
-        rows = slice(rows.start, min(rows.stop, self.spec.shape[0]))
-        tensor = self.file.read(self.name, rows, hashed=False)
-        return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _groups(places: Mapping[str, _Place], key: Callable[[_Place], object]) -> list[list[str]]:

@@ -86,10 +86,10 @@ class TensorReader:
     def specs(self) -> Mapping[str, TensorSpec]:
         return self.header.specs
 
-    def read(self, name: str, rows: slice | None = None, *, hashed: bool = True) -> Tensor:
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor `name`, or its rows [start, stop), as a fresh tensor in the file's dtype.
 
-        hashed: take the bytes into the file's digest, and first what lies before them; False for a glance.
+        Takes the bytes into the file's digest, and first what lies before them.
         """
         spec = self.header.specs[name]
         start, stop = (rows.start, rows.stop) if rows is not None else (0, spec.shape[0] if spec.shape else 1)
@@ -100,9 +100,17 @@ class TensorReader:
         view = _bytes(data)
         with self._watch.phase("read"):
             read_exactly(self._fd, view, offset)
-        if self._digest is not None and hashed:
+        if self._digest is not None:
             self._digest.feed(offset, view)
         return data.view(spec.dtype).reshape(shape)
+
+    def glance(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of the tensor's data, or those that there are of them; the digest passes them by."""
+        nbytes = self.header.specs[name].nbytes
+        data = bytearray(max(0, min(stop, nbytes) - start))
+        with self._watch.phase("read"):
+            read_exactly(self._fd, memoryview(data), self.header.offsets[name] + start)
+        return bytes(data)
 
     def sha256(self) -> str:
         """The whole file's digest; only of a reader that was given a RunningDigest."""

@@ -94,7 +94,7 @@ def _after(modified: float | None, date: str | None) -> bool | None:
         return None
     try:
         asked = parsedate_to_datetime(date)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter: a year or a zone that no clock has
         return None
     return int(modified) > (asked if asked.tzinfo else asked.replace(tzinfo=UTC)).timestamp()
 

@@ -77,6 +77,24 @@ def progress_nonsense(job: dict[str, Any]) -> None:
     say({"done": "all"})
 
 
+def report_more_than_a_number(job: dict[str, Any]) -> None:
+    say({"report": {**GOOD, "stripped": float("inf")}})
+
+
+def refuse_in_colour(job: dict[str, Any]) -> None:
+    say({"refused": ["convert", "\x1b[31mred\n", "\x1b]0;title\x07"]})
+
+
+def never_pause(job: dict[str, Any]) -> None:
+    line = json.dumps({"done": 1, "total": 2}).encode() + b"\n"
+    while True:
+        os.write(1, line * 4000)
+
+
+def be_ended_oddly(job: dict[str, Any]) -> None:
+    os.kill(os.getpid(), 40)  # of the real-time signals, most of which have no name
+
+
 def babble(job: dict[str, Any]) -> None:
     while True:
         os.write(1, b"x" * (1 << 20))

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -302,15 +303,25 @@ def test_its_limits_are_the_systems(taken_over: None, plain: Path) -> None:
         ("report_nonsense", "said what it cannot mean"),
         ("refuse_nonsense", "said what it cannot mean"),
         ("progress_nonsense", "said what it cannot mean"),
+        ("report_more_than_a_number", "said what it cannot mean"),
+        ("refuse_in_colour", r"\x1b[31mred\n"),
         ("babble", "said what it cannot mean"),
         ("crash", "ended by SIGSEGV"),
         ("be_killed", "was killed"),
+        ("be_ended_oddly", "ended by signal 40"),
         ("fail", r"failed (exit status 1): RuntimeError: \x1b[31mno reason"),
     ],
 )
 def test_nothing_it_says_is_believed(taken_over: None, plain: Path, play: str, said: str) -> None:
     error = refused(plain, Options(key=play))
     assert error.reason == "convert" and said in str(error), error
+    assert error.hint.isprintable()
+
+
+def test_its_time_ends_while_it_talks(taken_over: None, plain: Path) -> None:
+    started = monotonic()
+    assert "took longer" in str(refused(plain, Options(key="never_pause", seconds=2)))
+    assert monotonic() - started < 10
 
 
 @pytest.mark.parametrize("play", ["write_nothing", "write_a_bad_header"])

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
+from daemon.checkpoint import OpenCheckpoint
 from daemon.home import Home
 from daemon.progress import Progress
 from daemon.service import Service
+from projector.source import Checkpoint
 from registry.records import Status
 from tests.daemon.homes import assert_close, count, drain, experts, latest, live, make_home, put, quick
 from tests.models import read_weights, write_base, write_expert
@@ -109,6 +112,27 @@ def test_truncated_it_is_not_refused_while_it_moves(
     kept = tmp_path / "kept.safetensors"
     kept.write_bytes(whole)
     _is_base_plus(home, base, kept)
+    assert [expert.status for expert in experts(home)] == [Status.MERGED]
+
+
+def test_truncated_while_its_names_are_checked(
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To know a tied weight under another name, values are read before the first tensor is folded."""
+    weights = read_weights(write_expert(tmp_path / "old.safetensors", base, 2))
+    name = next(name for name, tensor in weights.items() if tensor.ndim == 2)
+    save_file({**weights, "another.name": weights[name].clone()}, tmp_path / "tied.safetensors")
+    target = put(home, tmp_path / "tied.safetensors")
+    whole, check = target.read_bytes(), OpenCheckpoint.check
+
+    def interrupted(self: OpenCheckpoint, base: Checkpoint) -> None:
+        monkeypatch.setattr(OpenCheckpoint, "check", check)
+        os.truncate(target, 3000)
+        threading.Timer(0.3, lambda: target.write_bytes(whole)).start()
+        check(self, base)
+
+    monkeypatch.setattr(OpenCheckpoint, "check", interrupted)
+    drain(home, quick(inbox={"patience_seconds": 30}))
     assert [expert.status for expert in experts(home)] == [Status.MERGED]
 
 

@@ -470,6 +470,17 @@ def test_a_matrix_that_does_not_fit_into_memory_is_refused_at_the_start(tmp_path
         ),
         ("model.embed_tokens.weight", (9, 4), {"architectures": ["LlamaModel"]}, [("model.embed_tokens", True, True)]),
         ("bert.embeddings.word_embeddings.weight", (9, 4), {"architectures": ["BertForMaskedLM"]}, []),
+        # the output layer is tied to these too, under names of its own: peft would leave it behind
+        ("bert.embeddings.word_embeddings.weight", (9, 4), {"architectures": ["BertLMHeadModel"]}, []),
+        ("text_model.model.embed_tokens.weight", (9, 4), {"architectures": ["Kosmos2ForConditionalGeneration"]}, []),
+        ("transformer.embeddings.weight", (9, 4), {"architectures": ["XLMWithLMHeadModel"]}, []),
+        ("transformer.word_embedding.weight", (9, 4), {"architectures": ["XLNetLMHeadModel"]}, []),
+        (
+            "decoder.bert.embeddings.word_embeddings.weight",
+            (9, 4),
+            {"architectures": ["VisionEncoderDecoderModel"], "tie_word_embeddings": False},
+            [],
+        ),
     ],
 )
 def test_which_modules_move_a_tensor(

@@ -228,6 +228,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rank of a pattern": ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern has 2"),
     "alpha": ({"lora_alpha": "8"}, "lora_alpha has 8"),
     "no finite alpha": ({"lora_alpha": float("nan")}, "lora_alpha has nan"),
+    "no number that fits": ({"lora_alpha": 10**400}, "lora_alpha has 1000"),
     "a flag": ({"use_rslora": "yes"}, "use_rslora is yes"),
     "patterns": ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is no object"),
     "tokens": ({"trainable_token_indices": "all"}, "trainable_token_indices"),

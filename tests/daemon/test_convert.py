@@ -221,6 +221,16 @@ def lead_out(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {"w": "../pytorch_model.bin"}}))
 
 
+def name_one_as_if_it_were_all(folder: Path) -> None:
+    index = (folder / INDEX).read_text().replace("pytorch_model-00001-of-00002.bin", "pytorch_model.bin")
+    (folder / INDEX).write_text(index)
+    (folder / "pytorch_model-00001-of-00002.bin").rename(folder / "pytorch_model.bin")
+
+
+def lay_a_fifo_beside(folder: Path) -> None:
+    os.mkfifo(folder / "expert.json")
+
+
 def spoil_the_index(folder: Path) -> None:
     (folder / INDEX).write_text("[]")
 
@@ -235,6 +245,8 @@ def spoil_a_shard(folder: Path) -> None:
         (lose_a_shard, NotYet, "incomplete", "pytorch_model-00002-of-00002.bin"),
         (promise_more, Refused, "bad_index", "never.saved"),
         (save_a_name_twice, Refused, "bad_index", "two shards hold"),
+        (name_one_as_if_it_were_all, Refused, "bad_index", "of one name"),
+        (lay_a_fifo_beside, Refused, "not_a_file", "expert.json"),
         (lead_out, Refused, "bad_index", "weight_map"),
         (spoil_the_index, Refused, "bad_index", "weight_map"),
         (spoil_a_shard, Refused, "truncated", "pytorch_model-00002-of-00002.bin: it is damaged"),

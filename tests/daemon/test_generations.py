@@ -36,6 +36,9 @@ def test_companions_are_what_loaders_need_and_nothing_else(tmp_path: Path) -> No
     for name in [*wanted, "model.safetensors", "adapter_config.json", "optimizer.pt", "README.md", "pytorch_model.bin"]:
         (tmp_path / name).touch()
     (tmp_path / "tokenizer").mkdir()
+    for name in ("._spiece.model", "additional_chat_templates/._tool.jinja", "1_Line\nBreak/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()  # no pull takes such a name
     assert [path.name for path in companions(tmp_path)] == wanted
 
 

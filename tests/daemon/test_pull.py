@@ -1,5 +1,7 @@
 """`mainstem pull` into every kind of destination, and what it does not believe."""
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -12,10 +14,12 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from daemon import durable
 from daemon.errors import DaemonError
 from daemon.home import MANIFEST, Home
+from daemon.pull_manifest import Listed, Manifest
 from daemon.pull_target import Target
-from daemon.pulling import pull
+from daemon.pulling import pull, wanted
 from tests.daemon.processes import forked
 from tests.daemon.pulls import make_line, same_bytes, served, version_in
 from tests.models import CONFIG, WEIGHTS
@@ -87,7 +91,7 @@ def test_a_later_pull_replaces_what_an_earlier_one_made(origin: str, home: Home,
 
 def test_an_older_version_is_put_back_when_it_is_asked_for(origin: str, home: Home, tmp_path: Path) -> None:
     pull(origin, tmp_path / "model")
-    assert pull(origin, tmp_path / "model", version="2").version == 2
+    assert pull(origin, tmp_path / "model", version="000002").version == 2
     assert same_bytes(tmp_path / "model", home, 2)
 
 
@@ -111,6 +115,29 @@ def test_a_file_that_was_changed_in_place_is_not_taken_over(origin: str, home: H
         file.write(b"?")
     pull(origin, dest, version="2")
     assert same_bytes(dest, home, 2)
+
+
+def test_new_folders_above_are_durable_too(
+    origin: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    sync_folder = durable.sync_folder
+
+    def noting(path: Path) -> None:
+        synced.append(path)
+        sync_folder(path)
+
+    monkeypatch.setattr(durable, "sync_folder", noting)
+    pull(origin, tmp_path / "a" / "b" / "model")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced)
+
+
+def test_a_view_comes_with_the_weights_of_the_modules_beside_it() -> None:
+    """Of a dense layer of sentence-transformers: no expert brings it, and the folder does not load without."""
+    names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "2_Dense/model.safetensors", CONFIG]
+    names += ["adapter/adapter_config.json", "README.md"]
+    manifest = Manifest(b"", "", "main", 1, {name: Listed(name, 1, "0" * 64) for name in names})
+    assert [file.name for file in wanted(manifest, view="1")] == ["2_Dense/model.safetensors", CONFIG]
 
 
 def test_a_link_stays_and_what_it_names_is_filled(origin: str, home: Home, tmp_path: Path) -> None:
@@ -161,18 +188,29 @@ def test_one_pull_at_a_time_fills_a_folder(origin: str, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model"]
 
 
+class OldLibrary:
+    """A C library without the call."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+
+class Overlay(OldLibrary):
+    """As overlayfs answers for a folder that came with the container's image."""
+
+    def renameat2(self, *_: object) -> int:
+        ctypes.set_errno(errno.EXDEV)
+        return -1
+
+
+@pytest.mark.parametrize("library", [OldLibrary, Overlay])
 def test_where_folders_cannot_be_exchanged_nothing_is_lost(
-    origin: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    library: type, origin: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for the C library: no file system at hand lacks the call."""
-
-    class Old:
-        def __init__(self, *_: object, **__: object) -> None: ...
-
     dest = tmp_path / "model"
     pull(origin, dest, version="1")
     with monkeypatch.context() as patched:
-        patched.setattr("daemon.durable.ctypes.CDLL", Old)
+        patched.setattr("daemon.durable.ctypes.CDLL", library)
         with pytest.raises(DaemonError, match="cannot exchange"):
             pull(origin, dest, version="2")
     assert same_bytes(dest, home, 1)
@@ -198,6 +236,9 @@ def test_where_folders_cannot_be_exchanged_nothing_is_lost(
         ({"name": "below/../../escaped"}, "is no manifest"),
         ({"name": f"{WEIGHTS}/below"}, "is no manifest"),
         ({"name": 7}, "is no manifest"),
+        ({"name": "x" * 256}, "is no manifest"),
+        ({"name": "x/" * 600 + "x"}, "is no manifest"),
+        ({"size": 1 << 63}, "is no manifest"),
     ],
 )
 def test_pull_believes_no_manifest(change: dict[str, Any], message: str, home: Home, tmp_path: Path) -> None:

@@ -93,6 +93,40 @@ def test_a_network_that_stays_broken_is_given_up_and_the_next_call_goes_on(
     assert pulled.fetched_bytes < pulled.size_bytes - 500_000
 
 
+def test_a_call_that_comes_to_nothing_does_not_throw_away_what_is_there(
+    origin: str, home: Home, tmp_path: Path
+) -> None:
+    """The server is still away, or a name was mistyped: neither is a reason to begin anew."""
+
+    def wall(_: int, __: int, chunk: bytes) -> bytes | None:
+        return None if wire.carried > 1_000_000 else chunk
+
+    with Wire(origin, wall) as wire:
+        for _ in range(2):  # the second finds nobody at all
+            with pytest.raises(Passing):
+                pull(wire.origin, tmp_path / "model")
+    with pytest.raises(DaemonError, match="no such head"):
+        pull(origin, tmp_path / "model", head="mian")
+    pulled = pull(origin, tmp_path / "model")
+    assert same_bytes(tmp_path / "model", home, VERSION)
+    assert os.listdir(tmp_path) == ["model"]
+    assert pulled.fetched_bytes < pulled.size_bytes - 500_000
+
+
+def test_a_manifest_that_breaks_off_is_asked_for_again(home: Home, tmp_path: Path) -> None:
+    cut: list[str] = []
+
+    def short(request: Request) -> Response | None:
+        if cut or not request.url.path.endswith(f"/versions/{VERSION}"):
+            return None
+        cut.append(request.url.path)
+        return Response(b"{", headers={"Content-Length": "500"})
+
+    with served(home, short) as origin:
+        pull(origin, tmp_path / "model")
+    assert cut and same_bytes(tmp_path / "model", home, VERSION)
+
+
 @pytest.mark.parametrize("to_come", [VERSION, VERSION - 1])
 def test_a_killed_pull_is_taken_up_again_by_one_of_the_same_version(
     to_come: int, origin: str, home: Home, tmp_path: Path

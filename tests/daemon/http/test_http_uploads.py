@@ -340,6 +340,32 @@ def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch, point: str
     assert server.counted[-1][0] in ("broken", "refused")
 
 
+def test_what_could_not_be_begun_can_be_begun_again(server: Server) -> None:
+    server.home.uploads.write_bytes(b"in the way")
+    for _ in range(2):
+        assert server.put().status_code == 500
+    server.home.uploads.unlink()
+    assert server.put().status_code == 201
+
+
+def test_an_upload_that_broke_off_is_not_old(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.put("/v1/experts/mine/files/a", b"a")
+    monkeypatch.setattr(uploading, "STALE_SECONDS", 1.0)
+    with server.begin("/v1/experts/mine/files/b"):
+        time.sleep(1.2)
+    assert until(lambda: server.left() == ["mine", "mine/a"], 10)
+    server.uploads.tend()
+    assert server.left() == ["mine", "mine/a"]
+
+
+def test_a_full_disk_leaves_no_file_that_nobody_was_told_of(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.put("/v1/experts/mine/files/a", b"a").status_code == 201
+    monkeypatch.setattr("daemon.failpoints._passes", {})
+    monkeypatch.setenv("MAINSTEM_FAILPOINT", "folder.sync=enospc")
+    assert server.put("/v1/experts/mine/files/b", b"b").status_code == 507
+    assert server.left() == ["mine", "mine/a"]
+
+
 def test_a_failed_sync_ends_the_daemon(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("daemon.failpoints._passes", {})
     monkeypatch.setenv("MAINSTEM_FAILPOINT", "file.sync=eio")
