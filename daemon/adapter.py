@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.opening import not_a_file
-from projector.lora_config import LoraConfig, compiled
+from projector.lora.config import LoraConfig, compiled
 from projector.text import listed, shown
 
 ADAPTER = "adapter_config.json"

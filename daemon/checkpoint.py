@@ -25,7 +25,7 @@ from daemon.opening import not_a_file, open_entry
 from projector.errors import BadFile
 from projector.errors import Reason as ProjectorReason
 from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
-from projector.lora import LoraExpert
+from projector.lora.expert import LoraExpert
 from projector.matching import matched
 from projector.naming import SAME, Naming
 from projector.source import Checkpoint, identity

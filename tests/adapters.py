@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS, read_config
-from projector.lora import LoraExpert
+from projector.lora.expert import LoraExpert
 from projector.naming import SAME, Naming
 from projector.source import Checkpoint
 from projector.tensorfile import TensorReader

@@ -218,7 +218,7 @@ UNPICKLERS = {
     *("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "copyreg"),
     *("multiprocessing", "concurrent.futures.process", "yaml", "jsonpickle", "runpy", "code"),
 }
-UNPICKLES = "daemon/unpickling.py"
+UNPICKLES = "daemon/convert/unpickling.py"
 KNOWN = {"daemon/outputs.py": ["getattr load, for all one knows"]}  # a dtype by its name, one of a closed list
 
 
@@ -268,7 +268,7 @@ def test_what_unpickles_is_only_ever_a_process() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value in {name, f"{name}:main", name.rpartition(".")[2]}
     ]
-    assert knows == ["daemon/confining.py"]
+    assert knows == ["daemon/convert/confining.py"]
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from daemon.cli.common import JsonOption, print_json, size
 
 if TYPE_CHECKING:
-    from daemon.converting import Converted, Report
+    from daemon.convert.converting import Converted, Report
 
 MOST_LINES = 20
 
@@ -50,8 +50,8 @@ def command(
 
     A process of its own, with limits on memory, time and files, reads it.
     """
-    from daemon.confining import Options
-    from daemon.converting import convert
+    from daemon.convert.confining import Options
+    from daemon.convert.converting import convert
 
     options = Options(_bytes(memory) if memory else None, timeout, key, strip_prefix)
     signal.signal(signal.SIGTERM, _leave)

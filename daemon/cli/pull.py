@@ -23,8 +23,8 @@ from rich.progress import (
 
 from daemon.cli.common import JsonOption, complain, print_json, size
 from daemon.errors import DaemonError
-from daemon.fetching import Report
-from daemon.pulling import CONNECTIONS, LATEST, Pulled, follow, pull
+from daemon.pull.fetching import Report
+from daemon.pull.pulling import CONNECTIONS, LATEST, Pulled, follow, pull
 
 
 def command(

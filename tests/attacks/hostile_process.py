@@ -35,7 +35,7 @@ def show_surroundings(job: dict[str, Any]) -> None:
 
 def confine_itself(job: dict[str, Any]) -> None:
     """The real confinement, and then the limits as the system has them."""
-    from daemon import unpickling
+    from daemon.convert import unpickling
 
     unpickling.confine(unpickling.Job(**job))
     found: dict[str, Any] = {name: resource.getrlimit(limit) for name, limit in LIMITS.items()}

@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from daemon import confining, unpickling
-from daemon.confining import Options
-from daemon.converting import convert
+from daemon.convert import confining, unpickling
+from daemon.convert.confining import Options
+from daemon.convert.converting import convert
 from daemon.errors import Refused
 from projector.errors import BadFile
 from tests.attacks.drops import LFS, Payload

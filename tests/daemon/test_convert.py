@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from daemon import unpickling
 from daemon.checkpoint import open_path
-from daemon.confining import Options
-from daemon.converting import Converted, convert
+from daemon.convert import unpickling
+from daemon.convert.confining import Options
+from daemon.convert.converting import Converted, convert
 from daemon.errors import NotYet, Refused
 from daemon.home import Home
 from tests.daemon.homes import drain

@@ -17,9 +17,9 @@ from starlette.responses import RedirectResponse, Response
 from daemon import durable
 from daemon.errors import DaemonError
 from daemon.home import MANIFEST, Home
-from daemon.pull_manifest import Listed, Manifest
-from daemon.pull_target import Target
-from daemon.pulling import pull, wanted
+from daemon.pull.manifest import Listed, Manifest
+from daemon.pull.pulling import pull, wanted
+from daemon.pull.target import Target
 from tests.daemon.processes import forked
 from tests.daemon.pulls import make_line, same_bytes, served, version_in
 from tests.models import CONFIG, WEIGHTS

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from daemon.home import Home
-from daemon.pulling import pull
+from daemon.pull.pulling import pull
 from tests.daemon.pulls import ended, forking, make_line, served, version_in
 
 POINTS = ("file.create", "file.write", "file.sync", "folder.sync", "rename", "remove")

@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse, Response
 
 from daemon.errors import DaemonError
 from daemon.home import Home
-from daemon.pull_client import Passing
-from daemon.pulling import pull
+from daemon.pull.client import Passing
+from daemon.pull.pulling import pull
 from tests.daemon.processes import until
 from tests.daemon.pulls import Wire, ended, forking, make_line, same_bytes, served
 from tests.models import WEIGHTS
@@ -40,10 +40,10 @@ def origin(home: Home) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pieces and short pauses: the rules are the same."""
-    monkeypatch.setattr("daemon.fetching.PIECE_BYTES", PIECE)
-    monkeypatch.setattr("daemon.fetching.PAUSES", (0.01, 0.02, 0.05))
-    monkeypatch.setattr("daemon.pulling.PIECE_BYTES", PIECE)
-    monkeypatch.setattr("daemon.pulling.ASK_PAUSES", (0.01, 0.02))
+    monkeypatch.setattr("daemon.pull.fetching.PIECE_BYTES", PIECE)
+    monkeypatch.setattr("daemon.pull.fetching.PAUSES", (0.01, 0.02, 0.05))
+    monkeypatch.setattr("daemon.pull.pulling.PIECE_BYTES", PIECE)
+    monkeypatch.setattr("daemon.pull.pulling.ASK_PAUSES", (0.01, 0.02))
 
 
 def honest(_: int, __: int, chunk: bytes) -> bytes:
@@ -200,7 +200,7 @@ def test_bytes_that_always_change_are_named(origin: str, tmp_path: Path) -> None
 def test_a_silent_server_is_not_waited_for_for_ever(
     origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("daemon.fetching.STALL_SECONDS", 0.2)
+    monkeypatch.setattr("daemon.pull.fetching.STALL_SECONDS", 0.2)
     over = threading.Event()
 
     def silent(_: int, __: int, chunk: bytes) -> bytes:
@@ -251,7 +251,7 @@ def test_a_server_that_restarts_in_the_middle_is_waited_for(home: Home, tmp_path
     port = int(origin.rpartition(":")[2])
     done: list[object] = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("daemon.fetching.PAUSES", (0.1, 0.2, 0.5, 1.0, 2.0, 4.0))
+        patched.setattr("daemon.pull.fetching.PAUSES", (0.1, 0.2, 0.5, 1.0, 2.0, 4.0))
         with served(home, halt, port):
             pulling = threading.Thread(target=lambda: done.append(pull(origin, tmp_path / "model")))
             pulling.start()

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from daemon.errors import DaemonError
 from daemon.home import MANIFEST, Home
-from daemon.pulling import follow, pull
+from daemon.pull.pulling import follow, pull
 from tests.daemon.homes import lineage
 from tests.daemon.processes import Daemon, running, until
 from tests.daemon.pulls import make_line, merge_one, same_bytes, served, version_in
@@ -41,9 +41,9 @@ def home(one: Home, tmp_path: Path) -> Home:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("daemon.pulling.POLL_SECONDS", 0.05)
-    monkeypatch.setattr("daemon.pulling.AWAY_SECONDS", (0.05, 0.1))
-    monkeypatch.setattr("daemon.pulling.DAMAGED_SECONDS", 0.1)
+    monkeypatch.setattr("daemon.pull.pulling.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("daemon.pull.pulling.AWAY_SECONDS", (0.05, 0.1))
+    monkeypatch.setattr("daemon.pull.pulling.DAMAGED_SECONDS", 0.1)
 
 
 @contextmanager

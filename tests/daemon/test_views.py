@@ -18,7 +18,7 @@ from daemon.errors import DaemonError
 from daemon.home import Home
 from daemon.http import HttpServer, create_app
 from daemon.http.views import AT_ONCE
-from daemon.pulling import pull
+from daemon.pull.pulling import pull
 from daemon.verification import verify
 from registry.store import Reader
 from tests.daemon.homes import assert_close, drain, experts, lineage, make_home, put, quick

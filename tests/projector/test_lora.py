@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from projector.errors import BadSchema, Reason
-from projector.lora_config import LoraConfig
+from projector.lora.config import LoraConfig
 from projector.naming import Naming
 from tests import adapters
 from tests.adapters import configure, deltas, expert, gpt2, llama, merged, rewrite, train, write

@@ -1,4 +1,4 @@
-"""Starts the process that unpickles (daemon/unpickling.py), listens to it, and ends it when its time is over.
+"""Starts the process that unpickles (daemon/convert/unpickling.py), listens to it, and ends it when its time is over.
 
 It gets two descriptors, an empty environment, a session and process group of its own, and limits that it sets itself
 before it looks at the file. What it says is checked here; what it writes is checked by whoever asked for it.
@@ -21,7 +21,7 @@ from daemon.errors import Reason, Refused
 from projector.errors import Reason as ProjectorReason
 from projector.text import shown
 
-PROCESS = "daemon.unpickling"
+PROCESS = "daemon.convert.unpickling"
 MEMORY_FACTOR, MEMORY_ROOM_BYTES = 2, 512 << 20  # beside what Python and torch map themselves
 SECONDS, BYTES_PER_SECOND = 300, 20_000_000
 GROWTH, GROWTH_ROOM_BYTES = 16, 16 << 20  # names that share one storage are written out each

@@ -16,9 +16,9 @@ from urllib.parse import quote
 
 from daemon import durable
 from daemon.errors import DaemonError, Reason
-from daemon.pull_client import Connection, Damaged, Origin, Passing
-from daemon.pull_manifest import Listed, Manifest
-from daemon.pull_target import Target
+from daemon.pull.client import Connection, Damaged, Origin, Passing
+from daemon.pull.manifest import Listed, Manifest
+from daemon.pull.target import Target
 from projector.text import shown
 
 PIECE_BYTES = 16 << 20

@@ -1,5 +1,5 @@
-"""The only file that unpickles. It runs as a process of its own, `python -m daemon.unpickling JOB`, and nothing of the
-daemon imports it: daemon/converting.py starts it, tells it what to do in JSON, and checks what it wrote.
+"""The only file that unpickles. It runs as a process of its own, `python -m daemon.convert.unpickling JOB`, and nothing
+of the daemon imports it: confining.py starts it, tells it what to do in JSON, and checks what it wrote.
 
 It first gives up what it does not need (memory, time, processes, files), then loads the checkpoint with torch's
 weights-only unpickler, which builds tensors and plain containers and calls nothing that is not on its list, and writes
@@ -24,8 +24,8 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor
 
+from daemon.convert.state_dicts import ONLY_WEIGHTS, find_weights, left_out_of, named_tensors, shared_storages
 from daemon.errors import Reason, Refused
-from daemon.state_dicts import ONLY_WEIGHTS, find_weights, left_out_of, named_tensors, shared_storages
 from projector.errors import Reason as ProjectorReason
 from projector.spec import TensorSpec
 from projector.tensorfile import TensorWriter

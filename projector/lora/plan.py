@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from projector.errors import BadSchema, Reason
-from projector.lora_config import LoraConfig
-from projector.lora_delta import Patch
-from projector.lora_keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, tensor_parts
+from projector.lora.config import LoraConfig
+from projector.lora.delta import Patch
+from projector.lora.keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, tensor_parts
 from projector.naming import LONGEST_HINT, Naming
 from projector.source import Checkpoint
 from projector.spec import Schema, TensorSpec, check_not_quantised

@@ -22,7 +22,7 @@ from pathlib import Path
 from daemon import durable
 from daemon.errors import DaemonError, Reason
 from daemon.home import MANIFEST
-from daemon.pull_manifest import Listed, Manifest, parents
+from daemon.pull.manifest import Listed, Manifest, parents
 from projector.text import listed, shown
 
 CANNOT_EXCHANGE = (*durable.NO_RENAMEAT2, errno.EXDEV)  # the last: a folder out of a container's image

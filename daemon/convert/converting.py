@@ -1,7 +1,7 @@
 """Converts pickled checkpoints to safetensors: one confined process for each file, whose work is checked and published.
 
-What is pickled is read by that process alone (daemon/unpickling.py). It gets two descriptors and nothing else: the
-file, and a new one to write. This side believes nothing that comes back: it reads the header of what was written by the
+What is pickled is read by that process alone (unpickling.py). It gets two descriptors and nothing else: the file, and a
+new one to write. This side believes nothing that comes back: it reads the header of what was written by the
 strict rules for any expert, hashes it, makes it durable, and lets it appear under its name at once, or not at all.
 """
 
@@ -20,7 +20,7 @@ from uuid import uuid4
 from daemon import durable
 from daemon.about import ABOUT
 from daemon.checkpoint import ADAPTER, PICKLE_SUFFIXES, SIDECARS, WEIGHTS
-from daemon.confining import Options, Told, unpickle
+from daemon.convert.confining import Options, Told, unpickle
 from daemon.errors import NotYet, Reason, Refused
 from daemon.generations import companions
 from daemon.index import INDEX, MAX_INDEX_BYTES, SHARD_NAME

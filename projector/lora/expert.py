@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from projector.linalg import row_blocks
-from projector.lora_config import LoraConfig
-from projector.lora_delta import Factors, Patch, delta_of, squared_columns
-from projector.lora_plan import planned
+from projector.lora.config import LoraConfig
+from projector.lora.delta import Factors, Patch, delta_of, squared_columns
+from projector.lora.plan import planned
 from projector.naming import SAME, Naming
 from projector.source import Checkpoint
 from projector.spec import TensorSpec, check_sidecar

@@ -15,11 +15,11 @@ from urllib.parse import quote
 
 from daemon import durable
 from daemon.errors import DaemonError, Reason
-from daemon.fetching import PIECE_BYTES, Fetching, Report
 from daemon.home import CARD, is_adapter
-from daemon.pull_client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
-from daemon.pull_manifest import MOST_BYTES, Listed, Manifest
-from daemon.pull_target import MANIFEST_BYTES, Target
+from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
+from daemon.pull.fetching import PIECE_BYTES, Fetching, Report
+from daemon.pull.manifest import MOST_BYTES, Listed, Manifest
+from daemon.pull.target import MANIFEST_BYTES, Target
 from projector.text import shown
 
 WEIGHTS = "model.safetensors"

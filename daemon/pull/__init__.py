@@ -1,0 +1,1 @@
+"""Fetching a version from a running mainstem."""

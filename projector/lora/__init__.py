@@ -1,0 +1,1 @@
+"""A PEFT LoRA adapter as a source of task vectors."""
