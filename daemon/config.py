@@ -178,7 +178,10 @@ def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None
     except ValidationError as error:
         raise BadConfig("; ".join(map(_problem, error.errors())), _advice(error.errors())) from None
     except ValueError as error:
-        raise BadConfig(f"{path} or the environment: {error}", "the file is TOML; see `mainstem config show`") from None
+        raise BadConfig(
+            f"{path} or the environment: {error}",
+            "the file is TOML; lists and tables in the environment are JSON: MAINSTEM_ADMISSION__IGNORE='[\"head.*\"]'",
+        ) from None
 
 
 def check_heads(settings: Mapping[str, HeadSettings], heads: Sequence[str]) -> None:
@@ -195,6 +198,8 @@ def _problem(error: Mapping[str, Any]) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         return f"there is no setting {name}"
+    if error["type"] == "byte_size":
+        return f"{name} cannot be {error['input']!r}: it is a number of bytes, or one with a unit, as 2GiB"
     if error["type"] == "string_pattern_mismatch":
         return f"{name} cannot be {error['input']!r}"
     return f"{name}: {error['msg']}"

@@ -29,7 +29,8 @@ from registry.store import Store
 
 CONFIG_TEXT = """\
 # Settings of this mainstem home. `mainstem config show` lists every one with its value; unknown keys are refused.
-# Heads and their methods are not set here: they were fixed by `mainstem init` and live in the registry.
+# Heads and their methods are not set here: they were fixed by `mainstem init` and live in the registry. What may be set
+# of a head is whether its versions also hold an adapter: [heads.main.adapter] rank = 64
 """
 
 

@@ -1,7 +1,6 @@
 """The daemon: recovers, watches the inbox, merges what has settled, serves HTTP, and stops when it is told to."""
 
 import os
-import resource
 import shutil
 import signal
 import time
@@ -16,7 +15,7 @@ import structlog
 from daemon import durable
 from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
-from daemon.errors import BadHome, NotYet, Reason
+from daemon.errors import BadHome, DaemonError, NotYet, Reason
 from daemon.home import Home
 from daemon.http import HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan, Watcher
@@ -27,6 +26,7 @@ from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
 from daemon.retention import collect
 from daemon.uploading import Uploads
+from projector.errors import ProjectorError
 from projector.methods import methods
 from projector.text import shown
 from registry.errors import DiskFull
@@ -63,7 +63,6 @@ class Service:
         Raises BadHome where the home is in use or damaged, SyncFailed where the disk failed; then only a restart helps.
         """
         reuse_freed_memory()
-        _raise_file_limit()
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
         self._metrics.memory_budget.set(memory_budget(self._settings.compute))
         with ExitStack() as closing:
@@ -76,7 +75,11 @@ class Service:
             recover(self._home, store, self._log.info)
             collect(self._home, store, self._settings.retention)
             progress = Progress(self._stopping, self._report, self._fell_back)
-            merger = Merger(self._home, store, self._settings, progress)
+            try:
+                merger = Merger(self._home, store, self._settings, progress)
+            except (DaemonError, ProjectorError):
+                mark_clean(self._home)  # what this start found sound, the next one need not hash again
+                raise
             closing.callback(merger.close)
             self._metrics.show_heads(store)
             for head in store.heads():
@@ -289,9 +292,3 @@ class Service:
                 self._log.info("merging", drop=shown(drop.name), share=round(share, 2))
 
         yield show
-
-
-def _raise_file_limit() -> None:
-    """Every open connection is a descriptor, and the usual soft limit of 1024 is soon spent."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

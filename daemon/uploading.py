@@ -55,7 +55,7 @@ class Uploads:
 
     def __init__(self, home: Home, settings: Http, count: Count = lambda *_: None) -> None:
         """Raises BadConfig where the token cannot be read or is easily guessed."""
-        self.token = _token(home, settings)
+        self.token = write_token(home, settings)
         self._home = home
         self._limit = int(settings.upload_bytes)
         self._count = count
@@ -226,7 +226,8 @@ class Uploads:
             raise
 
 
-def _token(home: Home, settings: Http) -> str | None:
+def write_token(home: Home, settings: Http) -> str | None:
+    """The token that uploads must bring, None where they are off. Raises BadConfig where it is no good one."""
     token = settings.write_token.get_secret_value()
     if settings.write_token_file:
         if token:

@@ -1,6 +1,6 @@
 """What a tensor is, without its values: name, shape, dtype; and what a whole checkpoint is: a schema."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -82,6 +82,13 @@ def check_schema(base: Schema, expert: Schema) -> None:
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
             mend or "save the whole model, with the names of the base",
         )
+    for untied, twin in _untied(base, [expert[name] for name in unexpected]):
+        raise BadSchema(
+            Reason.UNEXPECTED_TENSOR,
+            f"{shown(untied)} is not the base's, and differs from the expert's own {shown(twin)}",
+            "a weight that the base ties was trained on its own here, which makes it another model: train with it tied"
+            " (tie_word_embeddings), or leave it out of the file if what it learnt may be lost",
+        )
     if unexpected:
         raise BadSchema(
             Reason.UNEXPECTED_TENSOR,
@@ -92,6 +99,15 @@ def check_schema(base: Schema, expert: Schema) -> None:
     for name, spec in expert.items():
         if name in base:
             _check_tensor(base[name], spec)
+
+
+def _untied(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[str, str]]:
+    """Those that have the shape of just one matrix of the base, each with its name: as an output layer has that of the
+    embedding. A task's own head shares its shape with none, or with many layers, above all where it is square."""
+    for spec in unexpected:
+        alike = [name for name, other in base.items() if other.shape == spec.shape]
+        if len(alike) == 1 and len(spec.shape) == 2 and spec.shape[0] != spec.shape[1]:
+            yield spec.name, alike[0]
 
 
 def check_not_quantised(names: Iterable[str]) -> None:
@@ -162,6 +178,8 @@ def _check_tensor(base: TensorSpec, expert: TensorSpec) -> None:
 def _shape_hint(base: tuple[int, ...], expert: tuple[int, ...]) -> str:
     if expert == base[::-1]:
         return "it is the transpose: save it as the base has it"
+    if base and expert and expert[1:] == base[1:] and expert[0] < base[0]:
+        return f"if its vocabulary was cut from {base[0]} to {expert[0]}: save it with all {base[0]} rows"
     if base and expert and expert[1:] == base[1:]:
         return (
             f"if its vocabulary was resized from {base[0]} to {expert[0]}: nothing is cut off here; fine-tune without "

@@ -4,6 +4,7 @@ import typer
 
 from daemon.cli.common import HomeOption, JsonOption, find_home, open_reader, print_json, print_table, settings_of
 from daemon.config import check_heads, meaning
+from daemon.uploading import write_token
 
 app = typer.Typer(help="The settings in force.", no_args_is_help=True)
 
@@ -26,5 +27,7 @@ def check(home: HomeOption = None) -> None:
     """Check mainstem.toml and the environment; exit status 1 and the reason where they are wrong."""
     where, reader = open_reader(home)
     with reader:
-        check_heads(settings_of(where).heads, [head.name for head in reader.heads()])
+        settings = settings_of(where)
+        check_heads(settings.heads, [head.name for head in reader.heads()])
+        write_token(where, settings.http)
     typer.echo(f"{where.config} is fine")

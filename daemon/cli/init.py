@@ -65,5 +65,7 @@ def params_of(words: Sequence[str], heads: Mapping[str, str]) -> dict[str, dict[
         head = head if dotted else "main"
         if not given or not parameter or head not in heads:
             raise BadConfig(f"--set {word}: expected KEY=VALUE or HEAD.KEY=VALUE", f"the heads are {', '.join(heads)}")
+        if parameter in params[head]:
+            raise BadConfig(f"--set {word}: {head}.{parameter} is given twice", "give it once")
         params[head][parameter] = value
     return params

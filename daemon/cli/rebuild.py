@@ -59,6 +59,8 @@ def command(
     from projector.methods import make
 
     where, gone = find_home(home), without or []
+    if replay and (target is not None or not gone):
+        raise BadConfig("--replay is for --without", "everything else is replayed in any case")
     with _console() as to:
         if target is not None:
             new = Home(target.resolve())
@@ -69,13 +71,13 @@ def command(
         elif heads:
             if gone or len(heads) > 1:
                 raise BadConfig("--head adds one head, with every merged expert", "give --into for anything else")
-            if method is None and "=" not in heads[0]:
-                raise BadConfig(
-                    f"the method of the head {heads[0]!r} is missing", "give it with --method, or NAME=METHOD"
-                )
+            if (method is None) is ("=" not in heads[0]):
+                wrong = "missing" if method is None else "given twice"
+                raise BadConfig(f"the method of the head {heads[0]!r} is {wrong}", "use --method, or NAME=METHOD")
             chosen = heads_of(heads if method is None else [f"{heads[0]}={method}"])
             ((name, named),) = chosen.items()
-            added = make(named, params_of([f"{name}.{word}" for word in settings or []], chosen)[name])
+            words = [word if word.startswith(f"{name}.") else f"{name}.{word}" for word in settings or []]
+            added = make(named, params_of(words, chosen)[name])
             plan = rebuilding.add_head(where, settings_of(where), name, added, to, dry=dry_run)
             done = f"{name}: {len(plan.reads)} experts are merged"
         elif gone:

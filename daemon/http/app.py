@@ -201,7 +201,9 @@ class _Api:
     def _arrivals(self, prefix: str) -> list[Expert]:
         """Every arrival of the one expert whose sha256 begins with that. Problem 400, 404 or 409."""
         if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
-            raise Problem(400, "bad_sha256", "not a sha256", "give 4 to 64 hexadecimal digits")
+            raise Problem(
+                400, "bad_sha256", "not a sha256, which names an expert here", "give 4 to 64 hexadecimal digits"
+            )
         # The registry also searches by id and by name: keep what was found by its digest.
         found = [row for row in self.reader.find_experts(prefix) if (row.sha256 or "").startswith(prefix)]
         if not found:

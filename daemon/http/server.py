@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -72,6 +73,7 @@ class HttpServer:
 
     def start(self) -> tuple[str, int]:
         """Listens, and returns the host and port that were bound. BadConfig when the address cannot be used."""
+        _raise_file_limit()
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             listener = socket.create_server((self.host, self.port), family=family)
@@ -128,3 +130,9 @@ def _told(app: ASGIApp, stopping: asyncio.Event) -> ASGIApp:
         await app({**scope, "state": {**scope.get("state", {}), "stopping": stopping}}, receive, send)
 
     return told
+
+
+def _raise_file_limit() -> None:
+    """Every open connection is a descriptor, and the usual soft limit of 1024 is soon spent."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -71,6 +71,13 @@ def test_a_budget_lowered_later_stops_the_start(home: Home) -> None:
         Merger(home, store, low, Progress(Event(), lambda share: None))
 
 
+def test_a_refused_start_leaves_the_home_as_cleanly_stopped(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert forked("run", "--once", "--no-http", "--home", home.root).returncode == 0
+    monkeypatch.setenv("MAINSTEM_COMPUTE__MEMORY_BUDGET", "1000")
+    assert forked("run", "--once", "--no-http", "--home", home.root).returncode == 1
+    assert home.clean.exists()
+
+
 def test_a_budget_for_one_matrix_at_a_time_gives_the_same_bits(home: Home, base: Path, tmp_path: Path) -> None:
     tight = Home(copytree(home.root, tmp_path / "tight", symlinks=True))
     schema = {"layers.0.down.weight": TensorSpec("layers.0.down.weight", (16, 32), torch.float32)}  # its largest

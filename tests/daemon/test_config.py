@@ -91,6 +91,13 @@ def test_what_is_wrong_in_the_environment_is_refused(
         load(toml)
 
 
+def test_a_list_that_is_not_json_is_told_what_it_should_be(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAINSTEM_ADMISSION__IGNORE", "cls.*")
+    with pytest.raises(BadConfig) as refused:
+        load(toml)
+    assert "are JSON" in str(refused.value.hint)
+
+
 def test_the_home_in_the_environment_is_no_setting(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAINSTEM_HOME", "/somewhere")
     assert load(toml).flat() == Settings().flat()

@@ -206,6 +206,8 @@ def someone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked("init", root / "home", "--base", base, "--set", "alpha=0.7")
     shutil.copytree(root / "home", root / "ill", symlinks=True)
     (root / "ill" / "mainstem.toml").write_text("[http]\nprot = 1\n")
+    shutil.copytree(root / "home", root / "guessable", symlinks=True)
+    (root / "guessable" / "mainstem.toml").write_text('[http]\nwrite_token = "short"\n')
     return root
 
 
@@ -225,11 +227,13 @@ WRONG = {
     "parameter out of range": ["init", "new", "--base", "base.safetensors", "--set", "alpha=7"],
     "parameter is no number": ["init", "new", "--base", "base.safetensors", "--set", "alpha=much"],
     "set without value": ["init", "new", "--base", "base.safetensors", "--set", "alpha"],
+    "set twice": ["init", "new", "--base", "base.safetensors", "--set", "alpha=0.5", "--set", "main.alpha=0.4"],
     "set for no head": ["init", "new", "--base", "base.safetensors", "--set", "other.weight=1"],
     "head without method": ["init", "new", "--base", "base.safetensors", "--head", "other"],
     "head with a path": ["init", "new", "--base", "base.safetensors", "--head", "../x=mean"],
     "head twice": ["init", "new", "--base", "base.safetensors", "--head", "a=mean", "--head", "a=ema"],
     "unknown setting": ["config", "check", "--home", "ill"],
+    "short token": ["config", "check", "--home", "guessable"],
     "unknown setting at start": ["run", "--once", "--home", "ill"],
     "unknown expert": ["show", "nobody", "--home", "home"],
     "unknown version": ["show", "v7", "--home", "home"],
@@ -245,6 +249,8 @@ WRONG = {
     "limit beyond integers": ["log", "--limit", "9" * 30, "--home", "home"],
     "status unknown": ["log", "--status", "lost", "--home", "home"],
     "device unknown": ["run", "--once", "--device", "abacus", "--home", "home"],
+    "method twice": ["rebuild", "--head", "new=ties", "--method", "mean", "--home", "home"],
+    "replay of nothing": ["rebuild", "--replay", "--into", "new", "--home", "home"],
     "unknown verb": ["merge"],
 }
 

@@ -212,6 +212,22 @@ def test_a_vocabulary_of_another_size_is_refused_with_both(home: Home, base: Pat
     assert refused.hint and "from 24 to 26" in refused.hint and "resize_token_embeddings(24)" in refused.hint
 
 
+def test_a_vocabulary_that_was_cut_is_not_told_to_grow(home: Home, base: Path) -> None:
+    expert = moved(read_weights(base), seed=1)
+    expert[EMBED] = expert[EMBED][:20].clone()
+    refused = drop(home, expert)
+    assert refused.hint == "if its vocabulary was cut from 24 to 20: save it with all 24 rows"
+
+
+def test_an_output_layer_that_was_untied_is_not_offered_to_be_ignored(home: Home, base: Path) -> None:
+    expert = moved(read_weights(base), seed=1)
+    expert["lm_head.weight"] = expert[EMBED] + 0.01
+    refused = drop(home, expert)
+    assert refused.reason == "unexpected_tensor"
+    assert refused.detail == f"lm_head.weight is not the base's, and differs from the expert's own {EMBED}"
+    assert refused.hint and "ignore" not in refused.hint and "tied" in refused.hint
+
+
 def test_whole_numbers_are_the_bases_whatever_the_expert_has(tmp_path: Path) -> None:
     base = {"w": torch.randn(4, 4), "scale": torch.tensor(2.0), "ids": torch.arange(4), "seen": torch.tensor(7)}
     base["mask"] = torch.tensor([True, False])
