@@ -1,5 +1,9 @@
 """What holds for every test."""
 
 import os
+import signal
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist tells its workers a width, and our commands would keep to it
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts us in the background has it so
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what the tests start would inherit that
