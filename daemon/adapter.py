@@ -66,7 +66,6 @@ class OpenAdapter:
 
 def open_adapter(fd: int) -> OpenAdapter:
     """Reads adapter_config.json. Raises Refused, or NotYet where it may only be unfinished."""
-    before = stamp(os.fstat(fd))
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise not_a_file(ADAPTER)
@@ -79,7 +78,7 @@ def open_adapter(fd: int) -> OpenAdapter:
         raise NotYet(Reason.ADAPTER, f"{ADAPTER} is not JSON", "copy it again") from None
     if not isinstance(content, dict):
         _refuse("it is not an object with fields")
-    return OpenAdapter(fd, before, hashlib.sha256(text).hexdigest(), read_config(content))
+    return OpenAdapter(fd, stamp(status), hashlib.sha256(text).hexdigest(), read_config(content))
 
 
 def read_config(content: Mapping[str, Any]) -> LoraConfig:

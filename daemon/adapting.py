@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from daemon import durable
+from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.adapter_modules import Module, adapter_config, modules_of, read_config
 from daemon.compute import device, memory_budget, workers
 from daemon.config import Settings
 from daemon.errors import BadConfig
 from daemon.generations import FileEntry
 from daemon.home import ADAPTER_FOLDER, Home
+from daemon.outputs import METADATA
 from projector.device import compute_on, load, unload
 from projector.header import build_header
 from projector.linalg import energy
@@ -29,13 +31,11 @@ from projector.low_rank import LowRank, low_rank, low_rank_bytes
 from projector.pipeline import Pipeline
 from projector.source import Checkpoint
 from projector.spec import Schema, TensorSpec
+from projector.steps import steps
 from projector.tensorfile import TensorReader, TensorWriter
 from projector.text import shown
 from projector.watch import Watch
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-METADATA = {"format": "pt"}
 BLOCK_NUMEL = 1 << 20  # of a tensor that is read in rows
 SWEEPS = 2  # one finds what moved, one cuts it
 
@@ -101,9 +101,9 @@ class Adapting:
                 return None
             folder = published / ADAPTER_FOLDER
             durable.make_folder(folder, public=True)
-            tensors = self._cut(merged, moved, modules, rank, folder / WEIGHTS)
+            tensors = self._cut(merged, moved, modules, rank, folder / ADAPTER_WEIGHTS)
         every = [module for found in modules.values() for module in found]
-        durable.write_file(folder / CONFIG, adapter_config(every, rank, base_name))
+        durable.write_file(folder / ADAPTER, adapter_config(every, rank, base_name))
         total = fsum(moved.values())
         return Adapter(
             rank,
@@ -160,13 +160,13 @@ class Adapting:
     def _matrix(self, merged: Checkpoint, spec: TensorSpec) -> Tensor:
         delta_MN = torch.empty(spec.shape, dtype=torch.float32)
         for rows, part in self._deltas(merged, spec):
-            delta_MN[rows] = part
+            delta_MN[rows or slice(None)] = part
         return delta_MN
 
     def _deltas(self, merged: Checkpoint, spec: TensorSpec) -> Iterator[tuple[slice | None, Tensor]]:
-        """The task vector of one tensor in float32, by rows."""
-        for rows in _rows(spec):
-            yield rows, merged.delta(spec, self._base.read(spec.name, rows), merged.fetch(spec, rows))
+        """The task vector of one tensor in float32, by rows; None is all of them."""
+        for step in steps(self._base.schema, [spec.name], [], 4 * BLOCK_NUMEL):
+            yield step.rows, merged.delta(spec, self._base.read(spec.name, step.rows), merged.fetch(spec, step.rows))
 
     def _floating(self) -> Iterator[TensorSpec]:
         return (spec for spec in self._base.schema.values() if spec.floating)
@@ -186,13 +186,6 @@ def _bytes(spec: TensorSpec, rank: int) -> int:
     """What one matrix takes while it is cut: its task vector, the parts read, the decomposition and its factors."""
     parts = max(BLOCK_NUMEL, spec.row_numel) * (2 * spec.dtype.itemsize + 12)
     return 4 * spec.numel + parts + low_rank_bytes(spec.shape, rank)
-
-
-def _rows(spec: TensorSpec) -> Iterator[slice | None]:
-    if not spec.shape:
-        return iter([None])
-    rows = max(1, BLOCK_NUMEL // max(1, spec.row_numel))
-    return (slice(start, min(start + rows, spec.shape[0])) for start in range(0, spec.shape[0], rows))
 
 
 def _opened(published: Path, files: Sequence[FileEntry], closing: ExitStack, watch: Watch) -> Iterator[TensorReader]:

@@ -1,7 +1,7 @@
 """The last step before a version is published: companions, card and manifest go beside its weights, all durable."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,12 +65,11 @@ def seal(
     after this version. The folder of the state is the caller's to sync.
     """
     written = {file.name for file in weights}
-    config = home.base / CONFIG
+    config, there = home.base / CONFIG, set(written)
     if dtype != "base" and CONFIG not in written and config.is_file():
         durable.write_file(published / CONFIG, config_in(config.read_bytes(), dtype))
-        add_companions(home.base, published, leave={*written, CONFIG})
-    else:
-        add_companions(home.base, published, leave=written)
+        there.add(CONFIG)
+    add_companions(home.base, published, leave=there)
     figures = dict(line.method.figures(totals))
     card = Card(
         head=line.head.name,
@@ -121,7 +120,7 @@ def seal(
     )
 
 
-def add_companions(source: Path, target: Path, leave: Sequence[str] | set[str] = ()) -> None:
+def add_companions(source: Path, target: Path, leave: Collection[str] = ()) -> None:
     """Copies the files that loaders need, but for those named in `leave`; the folders are the caller's to sync."""
     for path in companions(source):
         name = path.relative_to(source)

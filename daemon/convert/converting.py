@@ -19,7 +19,8 @@ from uuid import uuid4
 
 from daemon import durable
 from daemon.about import ABOUT
-from daemon.checkpoint import ADAPTER, PICKLE_SUFFIXES, SIDECARS, WEIGHTS
+from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
+from daemon.checkpoint import PICKLE_SUFFIXES, SIDECARS, WEIGHTS
 from daemon.convert.confining import Options, Told, unpickle
 from daemon.errors import NotYet, Reason, Refused
 from daemon.generations import companions
@@ -32,7 +33,7 @@ from projector.tensorfile import RunningDigest, TensorReader
 from projector.text import listed, shown
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-PICKLED_ADAPTER, ADAPTER_WEIGHTS = "adapter_model.bin", "adapter_model.safetensors"
+PICKLED_ADAPTER = "adapter_model.bin"
 SUFFIX = ".safetensors"
 
 Report = Callable[[str, int, int], None]

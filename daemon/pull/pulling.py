@@ -1,7 +1,7 @@
 """Brings a version from a running mainstem into a folder: all of it, each file checked, or nothing.
 
-`pull` is the whole story, and `follow` the same again for each new version. Beside it: pull_client.py asks,
-pull_manifest.py reads what is announced, fetching.py brings the bytes, pull_target.py puts them in place.
+`pull` is the whole story, and `follow` the same again for each new version. Beside it: client.py asks, manifest.py
+reads what is announced, fetching.py brings the bytes, target.py puts them in place.
 """
 
 import json

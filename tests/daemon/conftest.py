@@ -1,12 +1,14 @@
 """A base and a home over it, made once and copied: founding one takes longer than most tests here."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from daemon.home import Home
 from tests.daemon.homes import make_home
+from tests.daemon.pulls import served
 from tests.models import write_base
 
 
@@ -25,3 +27,10 @@ def fresh_home(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 def home(fresh_home: Path, tmp_path: Path) -> Home:
     """A new home with the one head `main`, OPCM."""
     return Home(shutil.copytree(fresh_home, tmp_path / "home", symlinks=True))
+
+
+@pytest.fixture(scope="module")
+def origin(home: Home) -> Iterator[str]:
+    """Where the module's own `home` is served over HTTP."""
+    with served(home) as origin:
+        yield origin

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.adapter_modules import modules_of, read_config
-from daemon.adapting import CONFIG, WEIGHTS, Adapting
+from daemon.adapting import Adapting
 from daemon.checkpoint import open_path
 from daemon.config import Settings, load
 from daemon.errors import BadConfig, DaemonError
@@ -204,7 +205,7 @@ def test_nothing_is_left_over_and_nothing_misses_when_peft_loads_it(tmp_path: Pa
     home = make_home(tmp_path / "home", tmp_path / "base", [("main", "mean", {})])
     merge(home, tmp_path / "base", adapters(40))
     folder = home.latest("main") / ADAPTER_FOLDER
-    held = load_file(folder / WEIGHTS)
+    held = load_file(folder / ADAPTER_WEIGHTS)
     loaded = get_peft_model_state_dict(adapted(model, folder), save_embedding_layers=False)
     assert loaded.keys() == held.keys()
     assert all(torch.equal(loaded[name], held[name]) for name in held)
@@ -223,8 +224,8 @@ def test_a_version_that_was_never_asked_for_one_has_none(tmp_path: Path) -> None
         assert folder.exists() == has
         assert bool(manifest(home, version, head)["adapter"] if version else None) == has
     names = [file["name"] for file in manifest(home)["files"]]
-    assert {f"{ADAPTER_FOLDER}/{CONFIG}", f"{ADAPTER_FOLDER}/{WEIGHTS}"} < set(names)
-    assert CONFIG not in os.listdir(home.latest("main"))  # loaders would take the version for an adapter
+    assert {f"{ADAPTER_FOLDER}/{ADAPTER}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"} < set(names)
+    assert ADAPTER not in os.listdir(home.latest("main"))  # loaders would take the version for an adapter
     put(home, write_expert(tmp_path / "b", base, seed=3))
     drain(home)
     assert manifest(home, 2)["adapter"] is None and not (home.version("main", 2) / ADAPTER_FOLDER).exists()
@@ -247,7 +248,7 @@ def test_what_did_not_move_gets_no_module(tmp_path: Path) -> None:
     }
     assert said["kept"] == pytest.approx(0.8)
     folder = home.latest("main") / ADAPTER_FOLDER
-    held = load_file(folder / WEIGHTS)
+    held = load_file(folder / ADAPTER_WEIGHTS)
     path = "base_model.model.layers.0.up"
     assert {name: list(tensor.shape) for name, tensor in held.items()} == {
         f"{path}.lora_A.weight": [4, 16],  # rows of zeros below the first: sizes do not depend on values
@@ -255,7 +256,7 @@ def test_what_did_not_move_gets_no_module(tmp_path: Path) -> None:
     }
     delta = latest(home)["layers.0.up.weight"] - read_weights(base)["layers.0.up.weight"]
     torch.testing.assert_close(held[f"{path}.lora_B.weight"] @ held[f"{path}.lora_A.weight"], delta)
-    assert json.loads((folder / CONFIG).read_text())["target_modules"] == ["layers.0.up"]
+    assert json.loads((folder / ADAPTER).read_text())["target_modules"] == ["layers.0.up"]
 
 
 def test_a_version_that_equals_the_base_has_no_adapter(tmp_path: Path) -> None:
@@ -281,7 +282,7 @@ def test_shards_and_half_precision(tmp_path: Path) -> None:
     shards = sorted(version.glob("model-*.safetensors"))
     assert len(shards) > 2
     merged = {name: tensor for path in shards for name, tensor in load_file(path).items()}
-    held = load_file(version / ADAPTER_FOLDER / WEIGHTS)
+    held = load_file(version / ADAPTER_FOLDER / ADAPTER_WEIGHTS)
     assert {tensor.dtype for tensor in held.values()} == {torch.float32}
     for name, before in read_weights(base).items():
         if before.ndim == 2 and name != "embed_tokens.weight":
@@ -302,12 +303,12 @@ def test_verify_and_retention_cover_it(tmp_path: Path) -> None:
     put(home, write_expert(tmp_path / "a", base, seed=2))
     drain(home, adapters(4))
     assert problems(home) == []
-    path = home.version("main", 1) / ADAPTER_FOLDER / WEIGHTS
+    path = home.version("main", 1) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
     sound = path.read_bytes()
     path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    assert any(f"{ADAPTER_FOLDER}/{WEIGHTS}: its sha256" in text for text in problems(home))
+    assert any(f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}: its sha256" in text for text in problems(home))
     path.unlink()
-    assert any(f"{ADAPTER_FOLDER}/{WEIGHTS}: No such file" in text for text in problems(home))
+    assert any(f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}: No such file" in text for text in problems(home))
     path.write_bytes(sound)
     (path.parent / "more").write_bytes(b"")
     assert any(f"{ADAPTER_FOLDER}/more: not in the manifest" in text for text in problems(home))
@@ -338,7 +339,7 @@ def test_a_rebuild_makes_the_adapter_anew(tmp_path: Path, monkeypatch: pytest.Mo
     done = forked("rebuild", "--home", homes[0].root, "--without", "e3")
     assert done.returncode == 0, done.stderr
     assert live(homes[0]) == 4 and problems(homes[0]) == []
-    held, wanted = (load_file(home.latest("main") / ADAPTER_FOLDER / WEIGHTS) for home in homes)
+    held, wanted = (load_file(home.latest("main") / ADAPTER_FOLDER / ADAPTER_WEIGHTS) for home in homes)
     assert held.keys() == wanted.keys()
     assert all(torch.equal(held[name], wanted[name]) for name in wanted)
     assert manifest(homes[0], 4)["adapter"] == manifest(homes[1], 2)["adapter"]
@@ -362,12 +363,14 @@ def test_killed_at_any_file_a_version_has_its_adapter_or_is_not_there(
         if ended.returncode == 0:
             break
         assert ended.returncode == -signal.SIGKILL, ended.stderr
-        begun += any(home.tmp.glob(f"*/main/published/{ADAPTER_FOLDER}/{WEIGHTS}"))
-        assert (home.version("main", 1)).exists() <= (home.version("main", 1) / ADAPTER_FOLDER / WEIGHTS).exists()
+        begun += any(home.tmp.glob(f"*/main/published/{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"))
+        assert (home.version("main", 1)).exists() <= (
+            home.version("main", 1) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+        ).exists()
         ended = forked("run", "--once", "--no-http", "--home", home.root)
         assert ended.returncode == 0, ended.stderr
         assert live(home) == 1 and problems(home) == [] and not os.listdir(home.tmp)
-        digest = hashlib.sha256((home.latest("main") / ADAPTER_FOLDER / WEIGHTS).read_bytes()).hexdigest()
+        digest = hashlib.sha256((home.latest("main") / ADAPTER_FOLDER / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
         expected = expected or digest
         assert digest == expected  # the same bits, wherever it was cut short
         shutil.rmtree(home.root)
@@ -517,7 +520,7 @@ def test_the_number_of_workers_does_not_change_the_bits(tmp_path: Path) -> None:
             settings = adapters(4, compute={"threads": threads})
             adapting = Adapting(home, opened.tensors, settings, SILENT)
             assert adapting.write("main", folder, [FileEntry(MODEL, 0, "")], "base")
-        weights.append((folder / ADAPTER_FOLDER / WEIGHTS).read_bytes())
+        weights.append((folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS).read_bytes())
     assert weights[0] == weights[1]
 
 
@@ -529,7 +532,7 @@ def test_it_is_served_and_pulled_on_its_own(tmp_path: Path) -> None:
         drain(home, adapters(4))
     folder = home.version("main", 2)
     with served(home) as url:
-        for name in (CONFIG, WEIGHTS):
+        for name in (ADAPTER, ADAPTER_WEIGHTS):
             path = f"/v1/heads/main/versions/2/files/{ADAPTER_FOLDER}/{name}"
             assert httpx.get(url + path, trust_env=False).content == (folder / ADAPTER_FOLDER / name).read_bytes()
         for name in (
@@ -547,7 +550,7 @@ def test_it_is_served_and_pulled_on_its_own(tmp_path: Path) -> None:
         assert pull(url, tmp_path / "alone", adapter=True).up_to_date
         assert pull(url, tmp_path / "alone", version="1", adapter=True).version == 1  # in its place
         assert pull(url, tmp_path / "whole").files == len(manifest(home, 2)["files"])
-        assert (tmp_path / "whole" / ADAPTER_FOLDER / WEIGHTS).exists()
+        assert (tmp_path / "whole" / ADAPTER_FOLDER / ADAPTER_WEIGHTS).exists()
         with pytest.raises(DaemonError, match="main version 0 has no adapter") as refused:
             pull(url, tmp_path / "none", version="0", adapter=True)
         assert "heads.main.adapter.rank" in refused.value.hint
@@ -565,5 +568,5 @@ def test_a_link_in_place_of_its_folder_is_not_followed(tmp_path: Path) -> None:
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
     with served(home) as url:
-        path = f"/v1/heads/main/versions/1/files/{ADAPTER_FOLDER}/{CONFIG}"
+        path = f"/v1/heads/main/versions/1/files/{ADAPTER_FOLDER}/{ADAPTER}"
         assert httpx.get(url + path, trust_env=False).status_code == 500

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ from tests.models import CONFIG, WEIGHTS
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return make_line(tmp_path_factory.mktemp("line"), versions=3)
-
-
-@pytest.fixture(scope="module")
-def origin(home: Home) -> Iterator[str]:
-    with served(home) as origin:
-        yield origin
 
 
 def test_pull_makes_a_copy_of_a_version(origin: str, home: Home, tmp_path: Path) -> None:

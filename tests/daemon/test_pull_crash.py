@@ -2,14 +2,13 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from daemon.home import Home
 from daemon.pull.pulling import pull
-from tests.daemon.pulls import ended, forking, make_line, served, version_in
+from tests.daemon.pulls import ended, forking, make_line, version_in
 
 POINTS = ("file.create", "file.write", "file.sync", "folder.sync", "rename", "remove")
 MOST = 60  # passes of one point in one pull
@@ -18,12 +17,6 @@ MOST = 60  # passes of one point in one pull
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return make_line(tmp_path_factory.mktemp("line"), versions=2)
-
-
-@pytest.fixture(scope="module")
-def origin(home: Home) -> Iterator[str]:
-    with served(home) as origin:
-        yield origin
 
 
 def survived(origin: str, dest: Path, version: int, failpoint: str) -> bool:

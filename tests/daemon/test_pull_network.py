@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,6 @@ VERSION = 2
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     """Its weights take some fifty pieces."""
     return make_line(tmp_path_factory.mktemp("line"), versions=VERSION, hidden=300)
-
-
-@pytest.fixture(scope="module")
-def origin(home: Home) -> Iterator[str]:
-    with served(home) as origin:
-        yield origin
 
 
 @pytest.fixture(autouse=True)
