@@ -100,18 +100,20 @@ def llama(figures: Figures) -> list[str]:
 def adapters(figures: Figures) -> list[str]:
     rows, phases = [], {}
     for method in ("mean", "opcm"):
-        for kind in ("adapter", "full"):
+        for kind in ("adapter", "adapter after full", "full"):
             found = figures[method][kind]
-            rows.append((f"{method}: {kind}", _short(found["median"]), _range(found["seconds"])))
+            peak = _size(found["peak_bytes"])
+            rows.append((f"{method}: {kind}", _short(found["median"]), _range(found["seconds"]), peak))
             phases[f"{method}: {kind}"] = found["phases"]
     return [
         *text(
             f"A model of {_size(figures['model_bytes'])}; adapters of rank {figures['rank']} on every linear layer,",
             f"{_size(figures['adapter_bytes'])} each. Drop to visible, what OPCM prepares ready. The state and the",
-            "published weights are as large as for a full checkpoint, and cost as much to write and hash.",
+            "published weights are as large as for a full checkpoint, and cost as much to write and hash. An adapter",
+            "finds only adapters merged before it; one after a full checkpoint finds a merged model of full rank.",
         ),
         "",
-        *_table(("", "median s", "range s"), rows),
+        *_table(("", "median s", "range s", "peak resident"), rows),
         "",
         *_phases(phases),
     ]

@@ -9,7 +9,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
+KTHREADD = "2"  # the parent of the kernel's threads
 
 
 def _busy() -> float:
@@ -28,9 +30,18 @@ def _busy() -> float:
 
 
 def _own() -> float:
-    """CPU seconds of this process and of its children that have ended."""
+    """CPU seconds of this process, of its children that have ended, and of the kernel's threads, which write back."""
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in spent)
+    return sum(usage.ru_utime + usage.ru_stime for usage in spent) + sum(_kernel_threads())
+
+
+def _kernel_threads() -> Iterator[float]:
+    """CPU seconds of each thread of the kernel, Linux."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            fields = stat.read_text().rpartition(")")[2].split()
+            if fields[1] == KTHREADD:
+                yield (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 START = time.monotonic(), _busy(), _own()

@@ -18,7 +18,7 @@ from projector.device import CPU, compute_on, load, load_each, unload
 from projector.head import Folded, HeadFold
 from projector.linalg import energy, widened
 from projector.measure import finite_energy, fitted
-from projector.method import Expert, Method, State, Sums, Survey, Totals
+from projector.method import Expert, Factors, Method, State, Sums, Survey, Totals
 from projector.pipeline import Pipeline, never
 from projector.source import Checkpoint, Source
 from projector.spec import TensorSpec
@@ -203,7 +203,7 @@ class Driver:
         def work(device: torch.device) -> Survey:
             state = self._state(method, before, read.step, device) if method.surveys_state else {}
             with self.watch.phase("project"):
-                _, delta = _delta(source, read, device)
+                _, delta, _ = _task_vector(source, read, device)
                 view = replace(read.views[0], sidecars=load_each(read.views[0].sidecars, device))
                 found = method.survey(state, delta, read.step.part, view)
                 return {key: unload(value) for key, value in found.items()}
@@ -221,14 +221,14 @@ class Driver:
         step, sums = read.step, []
         written: list[tuple[TensorWriter, Piece]] = []
         with self.watch.phase("project"):
-            theta0, delta = _delta(source, read, device)
+            theta0, delta, factors = _task_vector(source, read, device)
             delta_energy, base_energy = finite_energy(delta, step.spec), energy(theta0) if measure else 0.0
         for head, view in zip(heads, read.views, strict=True):
             before = self._state(head.method, head.before, step, device)
             ready = self._prepared(head, step, device)
             with self.watch.phase("project"):
                 prepared = ready if ready is not None else head.method.prepare(before, step.spec)
-                view = replace(view, sidecars=load_each(view.sidecars, device))
+                view = replace(view, sidecars=load_each(view.sidecars, device), factors=factors)
                 known = {"base": widened(theta0)} if head.method.wants_base else {}
                 state, found = head.method.update({**before, **prepared, **known}, delta, step.part, view)
                 outcome = [(head.after, state)]
@@ -269,10 +269,11 @@ class Driver:
         return unload(narrow)
 
 
-def _delta(source: Source, read: _Read, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(theta_0, theta - theta_0) of one step, on the device."""
-    theta0 = load(read.base, device)
-    return theta0, source.delta(read.step.spec, theta0, [load(tensor, device) for tensor in read.expert])
+def _task_vector(source: Source, read: _Read, device: torch.device) -> tuple[Tensor, Tensor, Factors | None]:
+    """(theta_0, theta - theta_0, its factors if it has any) of one step, on the device."""
+    theta0, fetched = load(read.base, device), [load(tensor, device) for tensor in read.expert]
+    factors = source.factors(read.step.spec, fetched)
+    return theta0, source.delta(read.step.spec, theta0, fetched), factors
 
 
 def _copy_buffers(base: Checkpoint, writers: Sequence[TensorWriter]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.linalg import gram, row_blocks, svd_bytes
+from projector.linalg import gram, row_blocks
+from projector.svd import svd_bytes
 
 NEGLIGIBLE = 1e-7  # of the largest singular value: float32 factors do not carry what is below
 

@@ -34,6 +34,7 @@ State = Mapping[str, Tensor]
 Sums = Mapping[str, float]
 Survey = Mapping[str, Tensor]
 Sidecars = Mapping[str, Tensor]
+Factors = tuple[Tensor, Tensor]
 
 ACCUMULATOR_DTYPE = torch.float32
 
@@ -61,7 +62,8 @@ class Expert:
     index: its place among the merged experts, from 1. sha256: its identity, known where the method is `keyed`.
     weight: how much it counts, for a method that is `weighted`; negative while a subtractable method takes it out
     again. surveys: the sums over the model of each survey round. sidecars: the tensors it brought for this base
-    tensor, by kind ("fisher", "gram"), as listed in the method's `needs`.
+    tensor, by kind ("fisher", "gram"), as listed in the method's `needs`. factors: where it came as an adapter, up
+    (m, k) and down (k, n) in float64 with delta = up @ down, of a matrix (m, n); a method may work on them instead.
     """
 
     index: int
@@ -69,6 +71,7 @@ class Expert:
     weight: float = 1.0
     surveys: Sequence[Survey] = ()
     sidecars: Sidecars = field(default_factory=dict)
+    factors: Factors | None = None
 
 
 class Method(ABC):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadSchema, Reason
+from projector.method import Factors
 from projector.spec import Schema, TensorSpec
 from projector.tensorfile import TensorReader
 from projector.text import shown
@@ -33,6 +34,12 @@ class Source(Protocol):
         """theta - theta_0 in float32, on base's device, from what was fetched there; `base` is that part of theta_0.
 
         Reads nothing, and may use up `fetched`.
+        """
+
+    def factors(self, spec: TensorSpec, fetched: Sequence[Tensor]) -> Factors | None:
+        """up (m, k) and down (k, n) in float64, with delta = up @ down, where the expert has a matrix in that form.
+
+        For the same part as `fetched`, on its device; asked for before `delta`.
         """
 
     def sidecars(self, spec: TensorSpec, rows: slice | None) -> Mapping[str, Tensor]:
@@ -116,6 +123,9 @@ class Checkpoint:
         (theta,) = fetched
         wide = torch.float64 if torch.float64 in (theta.dtype, base.dtype) else torch.float32
         return theta.to(wide).sub_(base.to(wide)).to(torch.float32)  # in mixed dtypes it is four times slower
+
+    def factors(self, spec: TensorSpec, fetched: Sequence[Tensor]) -> Factors | None:
+        return None
 
     def sidecars(self, spec: TensorSpec, rows: slice | None) -> Mapping[str, Tensor]:
         """A sidecar names a tensor as the base does, or its layer: the tensor's name less ".weight".

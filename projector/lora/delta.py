@@ -1,4 +1,4 @@
-"""The delta of one tensor under a LoRA adapter, from its factors, in float64 block by block.
+"""The delta of one tensor under a LoRA adapter, from its parts, in float64 block by block.
 
     LoRA    delta = s B A                                        (Hu et al., arXiv 2106.09685)
     DoRA    delta = (m / ||W0 + s B A||) (W0 + s B A) - W0       (Liu et al., arXiv 2402.09353)
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from projector.linalg import WIDE_NUMEL, row_blocks
+from projector.method import Factors
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class Factors:
+class Parts:
     """The parts of a patch that one block of rows needs, as they were read.
 
     full: (m, ...). up: (m, r). down: (r, ...). lengths: (m,), magnitudes of rows. columns: (n,), what columns are
@@ -60,7 +61,7 @@ class Factors:
         return [field for field in fields if field is not None]
 
     @classmethod
-    def of(cls, patch: Patch, tensors: Sequence[Tensor]) -> "Factors":
+    def of(cls, patch: Patch, tensors: Sequence[Tensor]) -> "Parts":
         """From the list that `listed` made for this patch."""
         rest = iter(tensors)
 
@@ -79,47 +80,54 @@ class Factors:
         )
 
 
-def delta_of(base: Tensor, patch: Patch, factors: Factors) -> Tensor:
+def delta_of(base: Tensor, patch: Patch, parts: Parts) -> Tensor:
     """theta - theta_0 in float32, on base's device; `base` is the whole tensor or a block of rows."""
     w_MN = _matrix(base)
     out_MN = torch.empty(w_MN.shape, dtype=torch.float32, device=base.device)
-    for rows, delta_BN in _blocks(w_MN, patch, factors):
+    for rows, delta_BN in _blocks(w_MN, patch, parts):
         out_MN[rows] = delta_BN
-    if factors.at is not None and factors.values is not None:
-        out_MN[factors.at] = (_matrix(factors.values).double() - w_MN[factors.at].double()).float()
+    if parts.at is not None and parts.values is not None:
+        out_MN[parts.at] = (_matrix(parts.values).double() - w_MN[parts.at].double()).float()
     return out_MN.reshape(base.shape)
 
 
-def squared_columns(base: Tensor, patch: Patch, factors: Factors) -> Tensor:
+def factors_of(patch: Patch, parts: Parts) -> Factors | None:
+    """up (m, r) and scaling * down (r, n) in float64, where their product is all that the patch does to a matrix."""
+    if parts.up is None or parts.down is None or len(parts.listed()) > 2:
+        return None
+    return parts.up.double(), parts.down.flatten(1).double() * patch.scaling
+
+
+def squared_columns(base: Tensor, patch: Patch, parts: Parts) -> Tensor:
     """The squared norms of the columns of W0 + delta, (n,), float64, over the rows at hand."""
     w_MN = _matrix(base)
     total_N = torch.zeros(w_MN.shape[1], dtype=torch.float64, device=base.device)
-    for rows, delta_BN in _blocks(w_MN, patch, factors):
+    for rows, delta_BN in _blocks(w_MN, patch, parts):
         total_N += delta_BN.add_(w_MN[rows].double()).square_().sum(0)
     return total_N
 
 
-def _blocks(w_MN: Tensor, patch: Patch, factors: Factors) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(w_MN: Tensor, patch: Patch, parts: Parts) -> Iterator[tuple[slice, Tensor]]:
     """(rows, delta of these rows in float64), for a matrix or a tensor seen as one; `tokens` come later."""
-    down_RN = None if factors.down is None else factors.down.flatten(1).double() * patch.scaling
+    down_RN = None if parts.down is None else parts.down.flatten(1).double() * patch.scaling
     for rows in row_blocks(w_MN, WIDE_NUMEL):
-        if factors.up is not None and down_RN is not None:
-            delta_BN = factors.up[rows].double() @ down_RN
+        if parts.up is not None and down_RN is not None:
+            delta_BN = parts.up[rows].double() @ down_RN
         else:
             delta_BN = torch.zeros(w_MN[rows].shape, dtype=torch.float64, device=w_MN.device)
-        if factors.full is not None:
-            delta_BN += _matrix(factors.full)[rows].double() - w_MN[rows].double()
-        if factors.lengths is not None or factors.columns is not None:
+        if parts.full is not None:
+            delta_BN += _matrix(parts.full)[rows].double() - w_MN[rows].double()
+        if parts.lengths is not None or parts.columns is not None:
             w_BN = w_MN[rows].double()
             delta_BN += w_BN
-            if factors.lengths is not None:
+            if parts.lengths is not None:
                 norms_B1 = torch.linalg.vector_norm(delta_BN, dim=1, keepdim=True)
-                delta_BN *= factors.lengths[rows].double().unsqueeze(1) / norms_B1
-            elif factors.columns is not None:
-                delta_BN *= factors.columns
+                delta_BN *= parts.lengths[rows].double().unsqueeze(1) / norms_B1
+            elif parts.columns is not None:
+                delta_BN *= parts.columns
             delta_BN -= w_BN
-        if factors.offset is not None:
-            delta_BN += patch.scaling * factors.offset[rows].double().unsqueeze(1)
+        if parts.offset is not None:
+            delta_BN += patch.scaling * parts.offset[rows].double().unsqueeze(1)
         yield rows, delta_BN
 
 

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter as a source of task vectors: the delta of one tensor at a time, from its factors.
+"""A PEFT LoRA adapter as a source of task vectors: the delta of one tensor at a time, from its parts.
 
 What an adapter does not touch costs nothing to read, and a full expert is never built.
 """
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from projector.linalg import row_blocks
 from projector.lora.config import LoraConfig
-from projector.lora.delta import Factors, Patch, delta_of, squared_columns
+from projector.lora.delta import Parts, Patch, delta_of, factors_of, squared_columns
 from projector.lora.plan import planned
+from projector.method import Factors
 from projector.naming import SAME, Naming
 from projector.source import Checkpoint
 from projector.spec import TensorSpec, check_sidecar
@@ -49,15 +50,19 @@ class LoraExpert(Checkpoint):
     def fetch(self, spec: TensorSpec, rows: slice | None) -> Sequence[Tensor]:
         """The parts of the adapter that this tensor, or these rows of it, need; nothing where it is not touched."""
         patch = self._patches.get(spec.name)
-        return self._factors(spec, patch, rows).listed() if patch else []
+        return self._parts(spec, patch, rows).listed() if patch else []
+
+    def factors(self, spec: TensorSpec, fetched: Sequence[Tensor]) -> Factors | None:
+        patch = self._patches.get(spec.name)
+        return factors_of(patch, Parts.of(patch, fetched)) if patch and len(spec.shape) == 2 else None
 
     def delta(self, spec: TensorSpec, base: Tensor, fetched: Sequence[Tensor]) -> Tensor:
         patch = self._patches.get(spec.name)
         if patch is None:
             return torch.zeros(base.shape, dtype=torch.float32, device=base.device)
-        return delta_of(base, patch, Factors.of(patch, fetched))
+        return delta_of(base, patch, Parts.of(patch, fetched))
 
-    def _factors(self, spec: TensorSpec, patch: Patch, rows: slice | None, *, columns: bool = True) -> Factors:
+    def _parts(self, spec: TensorSpec, patch: Patch, rows: slice | None, *, columns: bool = True) -> Parts:
         """columns: with the factors of DoRA's columns, if it has any."""
         within = rows or slice(0, spec.shape[0] if spec.shape else 1)
         up = down = lengths = scales = at = values = None
@@ -74,7 +79,7 @@ class LoraExpert(Checkpoint):
             at = torch.tensor([row - within.start for _, row in places], dtype=torch.int64)
             read = (self.read(patch.tokens, slice(place, place + 1)) for place, _ in places)
             values = torch.cat([self.read(patch.tokens, slice(0, 0)), *read])
-        return Factors(
+        return Parts(
             full=self.read(patch.full, rows) if patch.full else None,
             up=up,
             down=down,
@@ -94,8 +99,8 @@ class LoraExpert(Checkpoint):
             empty = torch.empty(spec.shape[0], spec.row_numel, device="meta")
             squares_N = torch.zeros(spec.row_numel, dtype=torch.float64)
             for rows in row_blocks(empty):
-                factors = self._factors(spec, patch, rows, columns=False)
-                squares_N += squared_columns(self._base.read(spec.name, rows), patch, factors)
+                parts = self._parts(spec, patch, rows, columns=False)
+                squares_N += squared_columns(self._base.read(spec.name, rows), patch, parts)
             magnitude_N = self.read(patch.magnitude).flatten().double()
             self._columns[spec.name] = magnitude_N / squares_N.sqrt()
         return self._columns[spec.name]

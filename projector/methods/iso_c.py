@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.linalg import isotropic, isotropic_bytes
 from projector.matrices import EXCLUDED, is_projected
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
+from projector.svd import isotropic, isotropic_bytes
 
 
 @dataclass(frozen=True)

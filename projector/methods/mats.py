@@ -104,7 +104,7 @@ class Mats(Method):
             return {"S": total}, {}
         if self.curvature == "gram":
             c = gram(expert, spec)
-            h = add_product(state["H"].clone(), delta, c, expert.weight)
+            h = add_product(state["H"].clone(), delta, c, expert.weight, expert.factors)
         else:
             c = fisher(expert, spec, delta)
             h = torch.add(state["H"], c * delta.double(), alpha=expert.weight)

@@ -9,6 +9,10 @@ scalars, which is the same in exact arithmetic and better in float32:
 With A = L diag(s) R', the projection removes entries of M = L' tau R. The basis (L, R, s) depends on A alone, so it is
 prepared while nothing arrives; an arrival is then two products of tau's size: tau R, and what is removed times R'.
 
+An adapter brings tau = up down, of rank k, and M is (up' L)' (down R): the first product costs k (m + n) instead of
+m n for each direction. While nothing but adapters was merged A has few directions too, at most the sum of their ranks;
+then the basis costs little, and the second product runs over those directions alone.
+
 The rule amplifies rounding: where singular values of A stand close, rounding turns their vectors by (rounding / gap),
 the diagonal that is removed is another one, and so on, up to tenfold per arrival. Where base and experts are of half
 precision, task vectors rest on a floor of close singular values, and are exact in float32; A is then float64: ten
@@ -24,10 +28,11 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadParameter
-from projector.linalg import energy, isotropic, isotropic_bytes, row_blocks, svd_bytes, thin_svd
+from projector.linalg import energy, row_blocks
 from projector.matrices import EXCLUDED, is_projected, matrices
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import Expert, Factors, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
+from projector.svd import isotropic, isotropic_bytes, svd_bytes, thin_svd
 
 LEAST_ISOTROPIC_TOL = 1e-6
 
@@ -115,7 +120,7 @@ class Opcm(Method):
             merged = torch.empty_like(state["A"])
             operands = (merged, state["A"], delta, state["left"], state["right"], state["values"])
             for matrix in matrices(*operands):
-                self._add_projected(*matrix)
+                self._add_projected(expert.factors, *matrix)
         return {"A": merged}, {"merged": energy(merged)}
 
     def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
@@ -148,34 +153,50 @@ class Opcm(Method):
         return torch.float32 if self.accumulator == "float32" else torch.float64
 
     def _add_projected(
-        self, merged_MN: Tensor, a_MN: Tensor, tau_MN: Tensor, left_MP: Tensor, right_NP: Tensor, s_P: Tensor
+        self,
+        factors: Factors | None,
+        merged_MN: Tensor,
+        a_MN: Tensor,
+        tau_MN: Tensor,
+        left_MP: Tensor,
+        right_NP: Tensor,
+        s_P: Tensor,
     ) -> None:
         """merged = A + P(tau; A) for one matrix, of which `left`, `right` and `s` are the singular vectors and values.
 
         The directions that lead go as a block of M ("code") or as its rows and columns ("paper"), the others by its
         diagonal.
         """
-        if not s_P.any():  # the first expert that trained this matrix is taken whole
+        directions = int(s_P.count_nonzero())
+        if not directions or not tau_MN.any():  # the first expert that trains this matrix is taken whole
             torch.add(a_MN, tau_MN, out=merged_MN)
             return
+        left_MP, right_NP, s_P = left_MP[:, :directions], right_NP[:, :directions], s_P[:directions]
+        dtype = a_MN.dtype
+        left_XP, tau_XN = left_MP, tau_MN  # L' tau is left_XP' tau_XN, over the rows of tau, or over those of `down`
+        if factors:
+            up_MK, tau_XN = (factor.to(dtype) for factor in factors)
+            left_XP = up_MK.T @ left_MP
         r = self._rank(s_P)
         lead_NR = right_NP[:, :r]
         core_RR = a_MN.new_zeros(r, r)
         diagonal_P = torch.zeros_like(s_P)
         across_RN = a_MN.new_zeros(r if self.projection == "paper" else 0, len(right_NP))
-        work_MP = torch.empty_like(left_MP[next(row_blocks(tau_MN))])  # for a block at a time
-        for rows in row_blocks(tau_MN):
-            tau_BN, left_BP = tau_MN[rows].to(a_MN.dtype), left_MP[rows]
-            right_BP = torch.mm(tau_BN, right_NP, out=work_MP[: len(tau_BN)])
+        height = max(rows.stop - rows.start for x in (tau_MN, tau_XN) for rows in row_blocks(x))
+        work_BP = a_MN.new_empty(height, directions)  # for a block at a time
+        for rows in row_blocks(tau_XN):
+            tau_BN, left_BP = tau_XN[rows].to(dtype), left_XP[rows]
+            right_BP = torch.mm(tau_BN, right_NP, out=work_BP[: len(tau_BN)])
             core_RR.addmm_(left_BP[:, :r].T, right_BP[:, :r])
             diagonal_P += right_BP.mul_(left_BP).sum(0)
             if self.projection == "paper":
                 across_RN.addmm_(left_BP[:, :r].T, tau_BN)
         across_RN -= core_RR[: len(across_RN)] @ lead_NR.T
-        narrow_P = diagonal_P.to(a_MN.dtype)
+        narrow_P = diagonal_P.to(dtype)
         for rows in row_blocks(tau_MN):
-            tau_BN, left_BP, merged_BN = tau_MN[rows].to(a_MN.dtype), left_MP[rows], merged_MN[rows]
-            gone_BP = torch.mul(left_BP, narrow_P, out=work_MP[: len(tau_BN)])
+            tau_BN = up_MK[rows] @ tau_XN if factors else tau_MN[rows].to(dtype)
+            left_BP, merged_BN = left_MP[rows], merged_MN[rows]
+            gone_BP = torch.mul(left_BP, narrow_P, out=work_BP[: len(tau_BN)])
             gone_BP[:, :r] = left_BP[:, :r] @ core_RR if self.projection == "code" else tau_BN @ lead_NR
             torch.addmm(tau_BN, gone_BP, right_NP.T, alpha=-1, out=merged_BN)
             if self.projection == "paper":

@@ -80,7 +80,7 @@ class RegMean(Method):
         g_NN.diagonal().copy_(brought_NN.diagonal())
         return {
             "G": torch.add(state["G"], g_NN, alpha=expert.weight),
-            "H": add_product(state["H"].clone(), delta, g_NN, expert.weight),
+            "H": add_product(state["H"].clone(), delta, g_NN, expert.weight, expert.factors),
             "most": state["most"] + abs(expert.weight) * g_NN.trace(),
         }, {}
 

@@ -90,13 +90,13 @@ class Wudi(Method):
             return {"S": total}, {}
         g, h = state["G"].clone(), state["H"].clone()
         for tau_MN, g_NN, h_MN in matrices(delta, g, h):
-            own_NN = gram(tau_MN)
+            own_NN = gram(tau_MN, expert.factors)
             squared_norm = float(own_NN.trace())
             if not squared_norm:
                 continue
             own_NN *= expert.weight / squared_norm
             g_NN += own_NN
-            add_product(h_MN, tau_MN, own_NN)
+            add_product(h_MN, tau_MN, own_NN, factors=expert.factors)
         return {"S": total, "G": g, "H": h}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:

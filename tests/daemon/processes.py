@@ -101,8 +101,13 @@ class Daemon:
         return httpx.get(self.origin + path, follow_redirects=True, trust_env=False, timeout=20)
 
     def live(self, head: str = "main") -> int:
-        """The live version, as a consumer sees it over HTTP."""
-        number: int = self.get(f"/v1/heads/{head}/latest").json()["version"]
+        """The live version, as a consumer sees it over HTTP.
+
+        Without a grace time a version may be gone between the redirect and its answer, and the client asks again.
+        """
+        while (answer := self.get(f"/v1/heads/{head}/latest")).status_code == httpx.codes.GONE:
+            pass
+        number: int = answer.json()["version"]
         return number
 
     def wait_for(self, version: int, seconds: float = 30) -> None:

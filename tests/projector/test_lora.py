@@ -80,6 +80,32 @@ def test_the_delta_is_what_peft_adds(tmp_path: Path, case: str) -> None:
     assert_same(deltas(base, folder, rows=3), wanted)
 
 
+WHOLLY = {"rslora", "patterns", "patterns and rslora", "every linear", "orthogonal start"}
+WHOLLY |= {"conv1d of gpt-2", "conv1d not said"}
+NOT = {"dora", "dora of conv1d", "dora of an embedding", "dora of convolutions"}
+NOT |= {"embedding, tied", "convolutions", "convolutions, lora_bias"}  # peft saves a trained embedding whole beside it
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_factors_are_given_where_their_product_is_the_delta(tmp_path: Path, case: str) -> None:
+    kind, settings = CASES[case]
+    base = write(model_of(kind), tmp_path)
+    folder = train(model_of(kind), tmp_path / "adapter", **{"r": 4, **settings})
+    given = []
+    with expert(base, folder) as (source, there):
+        for name in filter(source.touches, source.order):
+            for rows in (slice(None), slice(0, 2)):
+                fetched = source.fetch(there.schema[name], rows if rows.stop else None)
+                factors = source.factors(there.schema[name], fetched)
+                delta = source.delta(there.schema[name], there.read(name)[rows], fetched)
+                given.append(factors is not None)
+                if factors:
+                    assert all(factor.dtype == torch.float64 for factor in factors)
+                    assert (factors[0] @ factors[1] - delta).abs().max() <= 1e-7 * delta.abs().max(), name
+    print(case, given)
+    assert all(given) == (case in WHOLLY) and any(given) == (case not in NOT)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_factors_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     base = write(llama, tmp_path)

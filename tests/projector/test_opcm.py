@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from projector.matrices import EXCLUDED
 from projector.method import Expert, Totals
@@ -156,6 +157,50 @@ def oracle_step(method: Opcm, name: str, tau: Tensor, old: Tensor) -> Tensor:
     pairs = zip(tau, old, strict=True) if tau.ndim == 3 else [(tau, old)]
     parts = [oracles.project(one, before, method.alpha, method.projection, method.tol) for one, before in pairs]
     return torch.stack(parts) if tau.ndim == 3 else parts[0]
+
+
+@settings
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(160, 200), (240, 160), (6, 40)], ids=str)
+def test_an_adapters_factors_are_projected_as_its_delta_is(
+    shape: tuple[int, int], base_dtype: torch.dtype, alpha: float, projection: str
+) -> None:
+    """Eight adapters of rank 2: A's own rank is low at first, and then not for a sketch (and never for a small A)."""
+    method, spec = Opcm(alpha=alpha, projection=projection), TensorSpec("w.weight", shape, base_dtype)
+    generator = torch.Generator().manual_seed(3)
+    old = torch.zeros(shape, dtype=method.slots(spec)["A"].dtype)
+    for index in range(1, 9):
+        up, down = (task_matrix(side, 1, generator) for side in ((shape[0], 2), (2, shape[1])))
+        before = {"A": old}
+        state, _ = method.update(
+            {**before, **method.prepare(before, spec)}, (up @ down).float(), spec, Expert(index, factors=(up, down))
+        )
+        truth = old.double() + oracle_step(method, spec.name, up @ down, old.double())
+        assert gap({"A": state["A"]}, {"A": truth}) <= 1e-6, index
+        old = state["A"]
+
+
+@pytest.mark.parametrize("projection", ["code", "paper"])
+def test_an_adapter_costs_what_its_rank_and_what_is_merged_cost(projection: str) -> None:
+    """Flops of one arrival of rank 4, after three of rank 4 and after a full expert, against a full one's."""
+    shape = (480, 400)
+    method, spec = Opcm(projection=projection), TensorSpec("w.weight", shape, torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    up, down = (task_matrix(side, 1, generator) for side in ((shape[0], 4), (4, shape[1])))
+    low, whole = (
+        task_matrix((shape[0], 12), 1, generator) @ task_matrix((12, shape[1]), 1, generator),
+        task_matrix(shape, 1, generator),
+    )
+
+    def flops(merged: Tensor, expert: Expert) -> int:
+        state = {"A": merged, **method.prepare({"A": merged}, spec)}
+        with FlopCounterMode(display=False) as counter:
+            method.update(state, (up @ down).float(), spec, expert)
+        return counter.get_total_flops()
+
+    full = flops(whole, Expert(2))
+    assert flops(whole, Expert(2, factors=(up, down))) <= 0.6 * full  # what is removed has every direction of A
+    assert flops(low, Expert(2, factors=(up, down))) <= 0.06 * full
 
 
 def test_published_weights_in_low_precision_are_rounded_once() -> None:
