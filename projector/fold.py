@@ -22,7 +22,7 @@ from projector.method import Expert, Factors, Method, State, Sums, Survey, Total
 from projector.pipeline import Pipeline, never
 from projector.source import Checkpoint, Source
 from projector.spec import TensorSpec
-from projector.steps import BLOCK_BYTES, Step, fold_bytes, prepare_bytes, read_bytes, slot_name, steps
+from projector.steps import BLOCK_BYTES, ROWS, Step, fold_bytes, prepare_bytes, read_bytes, slot_name, steps
 from projector.tensorfile import Piece, TensorReader, TensorWriter
 from projector.text import shown
 from projector.watch import SILENT, Watch
@@ -137,7 +137,12 @@ class Driver:
             before = self._state(method, state, step, device)
             with self.watch.phase("project"):
                 prepared = method.prepare(before, step.spec)
-            return [writer.put(slot_name(key, step.spec.name), unload(value)) for key, value in prepared.items()]
+            made = [prepared[key] for key in method.prepares(step.spec)]
+            rows = torch.tensor([len(tensor) if tensor.ndim else 1 for tensor in made])
+            return [
+                writer.put(slot_name(key, step.spec.name), unload(value))
+                for key, value in {**prepared, ROWS: rows}.items()
+            ]
 
         for step, pieces in self._pipeline().run(
             steps(base.schema, names, [method], self.block_bytes),
@@ -256,7 +261,11 @@ class Driver:
         if head.prepared is None or step.spec.name not in head.prepared.ready:
             return None
         file, name = head.prepared.file, step.spec.name
-        return {key: load(file.read(slot_name(key, name)), device) for key in head.method.prepares(step.spec)}
+        rows: list[int] = file.read(slot_name(ROWS, name)).tolist()
+        return {
+            key: load(file.read(slot_name(key, name), slice(0, there)), device)
+            for key, there in zip(head.method.prepares(step.spec), rows, strict=True)
+        }
 
     def _merged(
         self, method: Method, totals: Totals, state: State, theta0: Tensor, step: Step, specs: Mapping[str, TensorSpec]

@@ -119,14 +119,15 @@ class Method(ABC):
         raise NotImplementedError(f"{self.name} declares rounds but no survey")
 
     def prepares(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """What `prepare` makes of one tensor's accumulators, by key. Default: nothing."""
+        """What `prepare` makes, at most, of one tensor's accumulators, by key. Default: nothing."""
         return {}
 
     def prepare(self, state: State, spec: TensorSpec) -> State:
         """What `update` needs of the accumulators alone, as `prepares` lists it.
 
         It is worked out while nothing arrives and kept on disk; an expert that comes before it is ready waits for it.
-        Only for tensors that are not elementwise.
+        A tensor may have fewer rows than listed, and no others are then kept or read. Only for tensors that are not
+        elementwise.
         """
         return {}
 

@@ -3,10 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from projector.method import Method
 from projector.spec import Schema, TensorSpec
 
 BLOCK_BYTES = 3 << 20
+ROWS = "rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,11 @@ def state_specs(method: Method, schema: Schema) -> list[TensorSpec]:
 
 
 def prepared_specs(method: Method, schema: Schema) -> list[TensorSpec]:
-    """The tensors of the file that holds what a method prepares; none where it prepares nothing."""
-    return _file_specs(method.prepares, schema)
+    """The tensors of the file that holds what a method prepares; none where it prepares nothing.
+
+    Beside them, under `ROWS`, how many rows each of them has for a tensor of the base.
+    """
+    return _file_specs(lambda spec: _with_rows(spec, method.prepares(spec)), schema)
 
 
 def record_specs(method: Method, schema: Schema) -> list[TensorSpec]:
@@ -111,6 +117,10 @@ def _file_specs(slots: Callable[[TensorSpec], Mapping[str, TensorSpec]], schema:
         if spec.floating
         for key, slot in slots(spec).items()
     ]
+
+
+def _with_rows(spec: TensorSpec, prepared: Mapping[str, TensorSpec]) -> Mapping[str, TensorSpec]:
+    return {**prepared, ROWS: TensorSpec(spec.name, (len(prepared),), torch.int64)} if prepared else {}
 
 
 def _share(step: Step, whole: int) -> int:

@@ -87,8 +87,8 @@ class Opcm(Method):
         *stack, m, n = spec.shape
         p, dtype = min(m, n), self._dtype(spec)
         return {
-            "left": TensorSpec(spec.name, (*stack, m, p), dtype),
-            "right": TensorSpec(spec.name, (*stack, n, p), dtype),
+            "left": TensorSpec(spec.name, (*stack, m * p), dtype),
+            "right": TensorSpec(spec.name, (*stack, n * p), dtype),
             "values": TensorSpec(spec.name, (*stack, p), torch.float64),
         }
 
@@ -96,14 +96,16 @@ class Opcm(Method):
         if not self._projects(spec):
             return {}
         if state["A"].ndim == 2:
-            return dict(zip(self.prepares(spec), thin_svd(state["A"], self.tol), strict=True))
+            left_MP, right_NP, s_P = thin_svd(state["A"], self.tol)
+            there = int(s_P.count_nonzero())
+            return {"left": left_MP[:, :there].flatten(), "right": right_NP[:, :there].flatten(), "values": s_P}
         prepared = {
             key: torch.empty(slot.shape, dtype=slot.dtype, device=state["A"].device)
             for key, slot in self.prepares(spec).items()
         }
         for a_MN, *basis in zip(state["A"], *prepared.values(), strict=True):
             for whole, part in zip(basis, thin_svd(a_MN, self.tol), strict=True):
-                whole.copy_(part)
+                whole.copy_(part.flatten())
         return prepared
 
     def workspace(self, spec: TensorSpec) -> int:
@@ -158,8 +160,8 @@ class Opcm(Method):
         merged_MN: Tensor,
         a_MN: Tensor,
         tau_MN: Tensor,
-        left_MP: Tensor,
-        right_NP: Tensor,
+        left: Tensor,
+        right: Tensor,
         s_P: Tensor,
     ) -> None:
         """merged = A + P(tau; A) for one matrix, of which `left`, `right` and `s` are the singular vectors and values.
@@ -171,8 +173,11 @@ class Opcm(Method):
         if not directions or not tau_MN.any():  # the first expert that trains this matrix is taken whole
             torch.add(a_MN, tau_MN, out=merged_MN)
             return
-        left_MP, right_NP, s_P = left_MP[:, :directions], right_NP[:, :directions], s_P[:directions]
-        dtype = a_MN.dtype
+        left_MP, right_NP = (
+            flat.view(side, flat.numel() // side)[:, :directions]
+            for flat, side in zip((left, right), a_MN.shape, strict=True)
+        )
+        s_P, dtype = s_P[:directions], a_MN.dtype
         left_XP, tau_XN = left_MP, tau_MN  # L' tau is left_XP' tau_XN, over the rows of tau, or over those of `down`
         if factors:
             up_MK, tau_XN = (factor.to(dtype) for factor in factors)

@@ -5,19 +5,26 @@ The method amplifies rounding: it removes the diagonal in the basis of single si
 from the very state that is on disk, must be right to 1e-6 whatever the spectrum; ten arrivals must be right to 1e-5.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from projector.fold import Driver
 from projector.matrices import EXCLUDED
 from projector.method import Expert, Totals
 from projector.methods.opcm import Opcm
+from projector.source import Checkpoint
 from projector.spec import TensorSpec
+from projector.steps import prepared_specs
+from projector.tensorfile import TensorReader, TensorWriter
 from projector.trial import merge
 from tests import oracles
 
@@ -201,6 +208,32 @@ def test_an_adapter_costs_what_its_rank_and_what_is_merged_cost(projection: str)
     full = flops(whole, Expert(2))
     assert flops(whole, Expert(2, factors=(up, down))) <= 0.6 * full  # what is removed has every direction of A
     assert flops(low, Expert(2, factors=(up, down))) <= 0.06 * full
+
+
+def test_of_what_is_prepared_only_the_directions_that_are_there_are_kept(tmp_path: Path) -> None:
+    method, shape = Opcm(), (24, 16)
+    generator = torch.Generator().manual_seed(3)
+    merged = task_matrix((24, 3), 1, generator) @ task_matrix((3, 16), 1, generator)
+    save_file({"w": torch.zeros(shape, dtype=torch.bfloat16)}, tmp_path / "base")
+    save_file({"A/w": merged}, tmp_path / "state")
+    with (
+        (tmp_path / "base").open("rb") as base,
+        (tmp_path / "state").open("rb") as state,
+        (tmp_path / "prepared").open("w+b") as file,
+    ):
+        origin = Checkpoint([TensorReader(base.fileno())])
+        writer = TensorWriter(file.fileno(), prepared_specs(method, origin.schema), {})
+        assert list(Driver().prepare(origin, method, TensorReader(state.fileno()), writer, ["w"])) == ["w"]
+        digest = writer.finish()  # what is left out reads as zeros
+        kept = TensorReader(file.fileno())
+        assert kept.read("rows/w").tolist() == [24 * 3, 16 * 3, 16]
+        left, right = (
+            kept.read(f"{key}/w", slice(0, side * 3)).view(side, 3)
+            for key, side in zip(("left", "right"), shape, strict=True)
+        )
+        assert torch.allclose(left * kept.read("values/w")[:3] @ right.T, merged, rtol=0, atol=1e-12)
+        assert not kept.read("left/w", slice(24 * 3, 24 * 16)).any()
+    assert hashlib.sha256((tmp_path / "prepared").read_bytes()).hexdigest() == digest
 
 
 def test_published_weights_in_low_precision_are_rounded_once() -> None:
