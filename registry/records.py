@@ -62,6 +62,7 @@ class NewExpert:
     hint: str | None = None
     about: Mapping[str, Any] | None = None  # the fields of its expert.json; None where it brought none
     sidecars: Mapping[str, str] | None = None  # the sha256 of each sidecar that was read, by kind; None where none was
+    naming: Mapping[str, Any] | None = None  # `prefixes` and `ignore` as it was read by; None where nobody noted them
 
     @property
     def weight(self) -> float:
