@@ -13,6 +13,7 @@ from uuid import uuid4
 from daemon import durable
 from daemon.about import ABOUT
 from daemon.admission import naming_of
+from daemon.candidates import told_apart
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import Retention, Settings
 from daemon.errors import BadHome, DaemonError, NotYet
@@ -227,7 +228,10 @@ def merged_experts(reader: Reader, words: Sequence[str]) -> list[Expert]:
                 "nothing is to be done",
             )
         if len(named) != 1:
-            many = f"{len(named)} merged experts are" if named else "no merged expert is"
-            raise BadHome(f"{many} called {word!r}", "see `mainstem log --status merged`; give the id")
+            which = f"{len(named)} merged experts are called {word!r}: {told_apart(named)}"
+            raise BadHome(
+                which if named else f"no merged expert is called {word!r}",
+                "give the id; `mainstem log --status merged` lists them, --name GLOB finds them",
+            )
         found.add(named[0].id)
     return [expert for expert in reader.lineage() if expert.id in found]

@@ -69,6 +69,11 @@ class NewExpert:
         """How much it counts beside others: what its expert.json says, else 1."""
         return float(self.about.get("weight", 1.0)) if self.about else 1.0
 
+    @property
+    def given_name(self) -> str | None:
+        """What its expert.json calls it."""
+        return self.about.get("name") if self.about else None
+
 
 @dataclass(frozen=True, slots=True)
 class Expert(NewExpert):
