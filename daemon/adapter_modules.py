@@ -28,6 +28,8 @@ OF_TOKENS = (
     *("tok_embeddings", "embeddings", "word_embedding"),
 )
 """Those of them whose tensor is often the output layer's too."""
+OWN_NAME = {"ctrl": "w"}  # model type -> what it alone calls such an embedding
+SHARED_BIASES = ("udop",)  # model types that share one relative attention bias among modules of several names
 NOT_LINEAR = ("gate", "router")  # of mixtures of experts: a class of their own in some models, which peft refuses
 TRANSPOSED_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")  # the modules of those that keep (in, out), as Conv1D does
@@ -102,11 +104,15 @@ def modules_of(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> lis
     leaf = path.rpartition(".")[2]
     if path == spec.name or len(spec.shape) != 2 or not spec.numel or not spec.floating or leaf in NOT_LINEAR:
         return []
-    embedding = any(fnmatchcase(leaf, glob) for glob in EMBEDDINGS)
+    kind = config.get("model_type")
+    if kind in SHARED_BIASES and leaf == "relative_attention_bias":
+        return []
+    of_tokens = leaf in OF_TOKENS or leaf == OWN_NAME.get(str(kind))
+    embedding = of_tokens or any(fnmatchcase(leaf, glob) for glob in EMBEDDINGS)
     turned = embedding or (leaf in TRANSPOSED and _transposes(config))
     architecture = _architecture(config)
     composite = architecture.endswith(COMPOSITE)
-    if leaf not in OF_TOKENS or (config.get("tie_word_embeddings") is False and not composite):
+    if not of_tokens or (config.get("tie_word_embeddings") is False and not composite):
         return [Module(path, spec, embedding, turned)]
     root = path.partition(".")[0]
     known = root in ROOTS or root == leaf
@@ -117,7 +123,7 @@ def modules_of(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> lis
         above = path.removesuffix("shared")
         found += [Module(f"{above}{part}.embed_tokens", spec, True, True) for part in ("encoder", "decoder")]
     if architecture.endswith(WITH_HEAD):
-        head = "proj_out" if config.get("model_type") == "whisper" else "lm_head"
+        head = "proj_out" if kind == "whisper" else "lm_head"
         found.append(Module(head, spec, False, False))
     return [found[0], *(module for module in found[1:] if f"{module.path}.weight" not in base)]
 

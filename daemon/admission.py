@@ -6,9 +6,16 @@ from statistics import median
 from daemon.config import Admission
 from daemon.errors import Reason, Refused
 from projector.head import Folded
+from projector.naming import Naming
+from registry.records import Expert
 
 NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
 ENOUGH = 3  # experts, before there is such a thing as a usual norm
+
+
+def naming_of(expert: Expert, settings: Admission) -> Naming:
+    """How the names of a merged expert became the base's: as it was merged, else by the settings."""
+    return Naming(**expert.naming) if expert.naming is not None else settings.naming
 
 
 def check_norm(folded: Folded, norms: Sequence[float], limits: Admission) -> None:

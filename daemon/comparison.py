@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from daemon.admission import naming_of
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
@@ -87,7 +88,7 @@ def _kept(home: Home, base: OpenCheckpoint, merged: Sequence[Checkpoint], expert
     path = home.archived(expert.id)
     if path is None:
         return {**known, "norm": expert.norm} | dict.fromkeys(("a_kept", "b_kept", "a_cosine", "b_cosine"))
-    with open_path(path, follow=False, naming=load(home.config).admission.naming) as opened:
+    with open_path(path, follow=False, naming=naming_of(expert, load(home.config).admission)) as opened:
         opened.check(base.tensors)
         (both,) = pairs(base.tensors, opened.tensors, merged, lambda _: "").values()
     a, b = both

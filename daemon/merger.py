@@ -15,8 +15,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -38,6 +37,7 @@ from daemon.outputs import Outputs, planned
 from daemon.placing import place
 from daemon.preparing import Preparations
 from daemon.progress import Progress
+from daemon.recording import arrived, changed, refused
 from daemon.retention import collect
 from daemon.sealing import origin, seal
 from projector.errors import ProjectorError
@@ -45,8 +45,8 @@ from projector.head import Folded, HeadFold
 from projector.method import Expert as View
 from projector.method import Totals
 from projector.methods import make
+from projector.naming import Naming
 from projector.tensorfile import TensorReader
-from projector.text import shown
 from registry.records import Expert, NewExpert, NewVersion, Status
 from registry.store import Store
 
@@ -78,14 +78,16 @@ class Merger:
         self._base.close()
         os.close(self._inbox)
 
-    def take(self, drop: Drop) -> Expert:
+    def take(self, drop: Drop, naming: Naming | None = None) -> Expert:
         """Merges, recognises or refuses one drop; returns what the registry says of it.
+
+        naming: how its names become the base's; by default as the settings say.
 
         Raises NotYet where it must be looked at again later, OSError where the disk fails (see durable.is_full), and
         Abandoned where the daemon is stopping; the drop is then still in the inbox and nothing else has changed.
         """
         try:
-            naming, watch = self._settings.admission.naming, self._progress
+            naming, watch = naming or self._settings.admission.naming, self._progress
             with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=watch, naming=naming) as expert:
                 hit("take.opened")
                 self._check_entry(drop)
@@ -95,7 +97,7 @@ class Merger:
                 except ProjectorError:
                     if expert.unchanged():
                         raise
-                    raise _changed(drop) from None  # what it found may be half of the old and half of the new
+                    raise changed(drop) from None  # what it found may be half of the old and half of the new
                 except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                     raise Refused(
                         Reason.FAULT, f"the arithmetic failed: {error}", "please report this, with the file"
@@ -200,21 +202,22 @@ class Merger:
             raise BadHome("the base in state/base is damaged", "restore it from a backup; nothing was merged onto it")
         sha256, sidecars = expert.identity(), expert.sidecar_digests()
         if not expert.unchanged():
-            raise _changed(drop)
+            raise changed(drop)
         new = replace(
-            _arrived(drop, Status.MERGED),
+            arrived(drop, Status.MERGED),
             kind=expert.kind,
             sha256=sha256,
             norm=folded.norm,
             about=expert.about.given() if expert.about else None,
             sidecars=sidecars or None,
+            naming=asdict(expert.naming),
         )
         if twin := self._store.merged(sha256):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
         try:
             check_norm(folded, self._store.merged_norms(), self._settings.admission)
         except Refused as error:
-            return _refused(new, error)
+            return refused(new, error)
         return new
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
@@ -260,7 +263,7 @@ class Merger:
         hit("publish.after")
 
     def _refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
-        recorded = self._store.record(_refused(_arrived(drop, Status.QUARANTINED), error))
+        recorded = self._store.record(refused(arrived(drop, Status.QUARANTINED), error))
         hit("refuse.recorded")
         return recorded
 
@@ -271,7 +274,7 @@ class Merger:
         except OSError:
             same = False
         if not same:
-            raise _changed(drop)
+            raise changed(drop)
 
     def _tidy(self, expert: Expert) -> bool:
         """Finishes an expert whose fate is recorded; False where it cannot be moved out of the inbox."""
@@ -282,16 +285,3 @@ class Merger:
         placed = place(self._home, self._store, expert)
         collect(self._home, self._store, self._settings.retention)
         return placed
-
-
-def _refused(expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
-    return replace(expert, status=Status.QUARANTINED, reason=str(error.reason), detail=str(error), hint=error.hint)
-
-
-def _changed(drop: Drop) -> NotYet:
-    return NotYet(Reason.CHANGED, f"{shown(drop.name)} changed while it was read", "leave it alone until merged")
-
-
-def _arrived(drop: Drop, status: Status) -> NewExpert:
-    received = datetime.now(UTC) - timedelta(seconds=drop.rest_seconds)
-    return NewExpert(shown(drop.name), "unknown", None, drop.size_bytes, status, received, drop.entry)

@@ -5,10 +5,9 @@ one transaction takes over its result. Whatever cuts it short, the same command 
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from statistics import median
+from dataclasses import asdict, replace
 from uuid import uuid4
 
 from daemon import durable
@@ -22,6 +21,7 @@ from daemon.home import Home
 from daemon.latest import point_latest
 from daemon.lines import Line, read_lines
 from daemon.memory import reuse_freed_memory
+from daemon.planning import Plan, readings, usual_seconds
 from daemon.recovery import mark_clean, recover
 from daemon.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
 from daemon.restating import Arrival, Made, Restating, next_number
@@ -35,15 +35,6 @@ from registry.store import Reader, Store
 
 SUBTRACTED, REPLAYED = "subtracted", "replayed"
 MOST_SUBTRACTED = 100.0  # times the weight of what is left: beyond that its rounding shows in the fifth digit
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a rebuild would do: per head how it comes about, the experts it reads, and the usual seconds for one."""
-
-    how: Mapping[str, str]
-    reads: Sequence[Expert]
-    usual_seconds: float | None
 
 
 def methods_of(reader: Reader) -> Heads:
@@ -75,7 +66,7 @@ def into(
         check_archive(home, experts, chosen)
         if target.exists() and (why := misfit(target, reader, chosen, experts)):
             raise BadHome(f"{target.root} cannot take this replay: {why}", "choose another folder, or remove it")
-        plan = Plan(dict.fromkeys(chosen, REPLAYED), experts, _usual_seconds(reader))
+        plan = Plan(dict.fromkeys(chosen, REPLAYED), experts, readings(chosen, experts), usual_seconds(reader))
         if not dry:
             replay(home, reader, experts, target, chosen, settings, to)
             _refine(target, home, experts, settings, to)
@@ -96,7 +87,7 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
             )
         heads, experts = {name: method}, store.lineage()
         check_archive(home, experts, heads)
-        plan = Plan({name: REPLAYED}, experts, _usual_seconds(store))
+        plan = Plan({name: REPLAYED}, experts, readings(heads, experts), usual_seconds(store))
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to)
             with Restating(home, store.base().sha256, settings, to.progress()) as restating:
@@ -131,7 +122,8 @@ def withdraw(
         if replayed:
             check_archive(home, rest, replayed)
         reads = [*(gone if subtracted else []), *(rest if replayed else [])]
-        plan = Plan(how, reads, _usual_seconds(store))
+        often = len(subtracted) * len(gone) + (readings(replayed, rest) if replayed else 0)
+        plan = Plan(how, reads, often, usual_seconds(store))
         if not isinstance(store, Store):
             return plan
         inner = Home(home.withdrawing(next_number(lines)))
@@ -290,8 +282,3 @@ def _link_records(home: Home, inner: Home, name: str, experts: Sequence[Expert])
         durable.link_or_copy(inner.view_record(name, place), home.view_record(name, expert.version))
     durable.sync_folder(home.views(name))
     durable.sync_folder(home.states(name))
-
-
-def _usual_seconds(reader: Reader) -> float | None:
-    seconds = [v.seconds for v in reader.versions(reader.heads()[0].name, limit=5) if v.seconds is not None]
-    return median(seconds) if seconds else None

@@ -12,6 +12,8 @@ from uuid import uuid4
 
 from daemon import durable
 from daemon.about import ABOUT
+from daemon.admission import naming_of
+from daemon.candidates import told_apart
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import Retention, Settings
 from daemon.errors import BadHome, DaemonError, NotYet
@@ -25,6 +27,7 @@ from daemon.recovery import mark_clean, recover
 from daemon.restating import changed
 from projector.errors import ProjectorError
 from projector.method import Method
+from projector.naming import Naming
 from projector.text import shown
 from registry.records import Expert, Status
 from registry.store import Reader, Store
@@ -132,7 +135,8 @@ def replay(
         done = len(store.lineage())
         for place, expert in enumerate(experts[done:], start=done + 1):
             to.say(f"merging {expert.name} ({place} of {len(experts)})")
-            _merge(merger, target, expert, archived(source, expert))
+            naming = naming_of(expert, settings.admission)
+            _merge(merger, target, expert, archived(source, expert), naming)
             return_freed_memory()
         mark_clean(target)
 
@@ -145,7 +149,7 @@ def lock(home: Home) -> int:
         raise BadHome(f"another mainstem is running on {home.root}", "stop it first") from None
 
 
-def _merge(merger: Merger, target: Home, expert: Expert, source: Path) -> None:
+def _merge(merger: Merger, target: Home, expert: Expert, source: Path, naming: Naming) -> None:
     dropped = target.inbox / source.name
     if not os.path.lexists(dropped):
         _drop(source, target)
@@ -153,7 +157,7 @@ def _merge(merger: Merger, target: Home, expert: Expert, source: Path) -> None:
         raise BadHome(f"{dropped} is in the way", "take it out of the inbox until the rebuild is done")
     drop = Drop(source.name, entry_id(dropped), dropped.lstat().st_mtime_ns, expert.size_bytes, 0.0)
     try:
-        recorded = merger.take(drop)
+        recorded = merger.take(drop, naming)
     except NotYet as error:
         raise _not_again(expert, str(error), error.hint) from error
     if recorded.status is not Status.MERGED:
@@ -204,7 +208,8 @@ def _identity(path: Path) -> str | None:
 
 
 def _same(there: Expert, here: Expert) -> bool:
-    return there.weight == here.weight and not changed(here, there.sha256, there.sidecars or {})
+    named_alike = None in (there.naming, here.naming) or there.naming == here.naming
+    return named_alike and there.weight == here.weight and not changed(here, there.sha256, there.sidecars or {})
 
 
 def _not_again(expert: Expert, why: str, hint: str) -> BadHome:
@@ -223,7 +228,10 @@ def merged_experts(reader: Reader, words: Sequence[str]) -> list[Expert]:
                 "nothing is to be done",
             )
         if len(named) != 1:
-            many = f"{len(named)} merged experts are" if named else "no merged expert is"
-            raise BadHome(f"{many} called {word!r}", "see `mainstem log --status merged`; give the id")
+            which = f"{len(named)} merged experts are called {word!r}: {told_apart(named)}"
+            raise BadHome(
+                which if named else f"no merged expert is called {word!r}",
+                "give the id; `mainstem log --status merged` lists them, --name GLOB finds them",
+            )
         found.add(named[0].id)
     return [expert for expert in reader.lineage() if expert.id in found]

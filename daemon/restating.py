@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from daemon import durable
 from daemon.adapting import Adapting
+from daemon.admission import naming_of
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.compute import driver
 from daemon.config import Settings
@@ -86,7 +87,7 @@ class Restating:
                 output = Outputs(
                     folder, self._base.tensors.schema, method, self._plan if last else STATE_ONLY, files, self._progress
                 )
-                naming = self._settings.admission.naming
+                naming = naming_of(expert, self._settings.admission)
                 source = files.enter_context(
                     open_path(path, self._progress, follow=False, needs=method.needs, naming=naming)
                 )

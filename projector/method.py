@@ -215,9 +215,13 @@ def param(
     low: float | None = None,
     high: float | None = None,
     choices: Sequence[str] | None = None,
+    idle: float | None = None,
 ) -> Any:
-    """A parameter of a method: its default, what it means, and its closed range or its choices (words)."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+    """A parameter of a method: its default, what it means, and its closed range or its choices (words).
+
+    idle: the one value in that range at which, by the method's formula, no expert changes anything; it is refused.
+    """
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "idle": idle})
 
 
 def param_range(metadata: Mapping[str, Any]) -> str:
@@ -228,11 +232,13 @@ def param_range(metadata: Mapping[str, Any]) -> str:
         words.insert(0, f"{low:g} to {high:g}")
     elif low is not None:
         words.insert(0, f"{low:g} or more")
+    if metadata["idle"] is not None:
+        words[0] += f" but not {metadata['idle']:g}"
     return ", ".join(words)
 
 
 def method_params(cls: type[Method]) -> dict[str, Mapping[str, Any]]:
-    """Each parameter of a method class with help, low, high, choices and default."""
+    """Each parameter of a method class with help, low, high, choices, idle and default."""
     return {f.name: {**f.metadata, "default": None if f.default is MISSING else f.default} for f in fields(cls)}  # type: ignore[arg-type]
 
 
@@ -246,6 +252,10 @@ def _check(method: str, key: str, value: Any, metadata: Mapping[str, Any]) -> No
         good = True
     if not good:
         raise BadParameter(f"{method}.{key} cannot be {value!r}", f"allowed: {param_range(metadata)}")
+    if metadata["idle"] is not None and value == metadata["idle"]:
+        raise BadParameter(
+            f"{method}.{key} cannot be {value!r}: no expert would change anything", f"allowed: {param_range(metadata)}"
+        )
 
 
 def _parse(method: str, key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:

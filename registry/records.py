@@ -62,11 +62,17 @@ class NewExpert:
     hint: str | None = None
     about: Mapping[str, Any] | None = None  # the fields of its expert.json; None where it brought none
     sidecars: Mapping[str, str] | None = None  # the sha256 of each sidecar that was read, by kind; None where none was
+    naming: Mapping[str, Any] | None = None  # `prefixes` and `ignore` as it was read by; None where nobody noted them
 
     @property
     def weight(self) -> float:
         """How much it counts beside others: what its expert.json says, else 1."""
         return float(self.about.get("weight", 1.0)) if self.about else 1.0
+
+    @property
+    def given_name(self) -> str | None:
+        """What its expert.json calls it."""
+        return self.about.get("name") if self.about else None
 
 
 @dataclass(frozen=True, slots=True)

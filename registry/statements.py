@@ -5,20 +5,41 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Select, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Select, func, insert, or_, select, update
 
 from registry.errors import BadRecord, StaleHead
 from registry.records import BaseModel, Expert, Head, NewExpert, NewVersion, Status, Version
-from registry.tables import ExpertRow, HeadRow, VersionRow
+from registry.tables import AnyText, ExpertRow, HeadRow, VersionRow
 
 Record = TypeVar("Record", BaseModel, Head, Expert, Version)
 
+given_name = func.json_extract(ExpertRow.about, "$.name", type_=AnyText())  # in its expert.json
 PROGRAM_HINT = "this is a fault in the program: please report it"
 
 
 def merged_as(sha256: str) -> Select[Any]:
     """The merged expert with those bytes."""
     return select(ExpertRow).where(ExpertRow.sha256 == sha256, ExpertRow.status == Status.MERGED)
+
+
+def called(text: str) -> ColumnElement[bool]:
+    """It has exactly that name, as dropped or in its expert.json, or a sha256 that begins so (4 digits or more)."""
+    wanted = or_(ExpertRow.name == text, given_name == text)
+    if 4 <= len(text) <= 64 and set(text.lower()) <= set("0123456789abcdef"):
+        return or_(wanted, ExpertRow.sha256.startswith(text.lower()))
+    return wanted
+
+
+def newest_experts(status: Status | None, limit: int, before: int | None, name: str | None) -> Select[Any]:
+    """The newest experts first: of that status, with an id below `before`, with a name that matches the glob `name`."""
+    query = select(ExpertRow).order_by(ExpertRow.id.desc()).limit(limit)
+    if status is not None:
+        query = query.where(ExpertRow.status == status)
+    if before is not None:
+        query = query.where(ExpertRow.id < before)
+    if name is not None:
+        query = query.where(or_(ExpertRow.name.op("GLOB")(name), given_name.op("GLOB")(name)))
+    return query
 
 
 def columns(kind: type, record: object) -> dict[str, Any]:

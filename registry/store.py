@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Select, func, insert, or_, select, update
+from sqlalchemy import Connection, Engine, Select, func, insert, select, update
 
 from registry import migrations
 from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
@@ -22,12 +22,14 @@ from registry.statements import (
     PROGRAM_HINT,
     Record,
     advance,
+    called,
     columns,
     fetch,
     insert_expert,
     insert_head,
     insert_versions,
     merged_as,
+    newest_experts,
     require_one_each,
     withdraw,
 )
@@ -98,24 +100,24 @@ class Reader:
         """The expert with that arrival id."""
         return self._one(Expert, select(ExpertRow).where(ExpertRow.id == expert_id))
 
-    def experts(self, status: Status | None = None, limit: int = 100, before: int | None = None) -> list[Expert]:
-        """The newest experts first. The next page is what lies `before` the last id of this one."""
-        query = select(ExpertRow).order_by(ExpertRow.id.desc()).limit(limit)
-        if status is not None:
-            query = query.where(ExpertRow.status == status)
-        if before is not None:
-            query = query.where(ExpertRow.id < before)
-        return self._all(Expert, query)
+    def experts(
+        self, status: Status | None = None, limit: int = 100, before: int | None = None, name: str | None = None
+    ) -> list[Expert]:
+        """The newest experts first. The next page is what lies `before` the last id of this one.
+
+        name: a glob (*, ?, [...]) that the name it was dropped by, or the one in its expert.json, must match.
+        """
+        return self._all(Expert, newest_experts(status, limit, before, name))
 
     def find_experts(self, text: str) -> list[Expert]:
-        """The expert with that id; if there is none, all with that sha256 prefix or exactly that name, newest first."""
+        """The expert with that id; if there is none, all with that sha256 prefix or exactly that name, newest first.
+
+        Its name is the one it was dropped by, or the one in its expert.json.
+        """
         # SQLite's integers end at 19 digits.
         if text.isascii() and text.isdigit() and len(text) < 19 and (expert := self.expert(int(text))):
             return [expert]
-        wanted = ExpertRow.name == text
-        if 4 <= len(text) <= 64 and set(text.lower()) <= set("0123456789abcdef"):  # a sha256, or enough of one
-            wanted = or_(wanted, ExpertRow.sha256.startswith(text.lower()))
-        return self._all(Expert, select(ExpertRow).where(wanted).order_by(ExpertRow.id.desc()))
+        return self._all(Expert, select(ExpertRow).where(called(text)).order_by(ExpertRow.id.desc()))
 
     def merged(self, sha256: str) -> Expert | None:
         """The merged expert with those bytes."""

@@ -149,6 +149,7 @@ class ExpertRow(Base):
     about: Mapped[Mapping[str, Any] | None]
     sidecars: Mapped[Mapping[str, Any] | None]
     withdrawn_in: Mapped[int | None]
+    naming: Mapped[Mapping[str, Any] | None]
 
 
 class VersionRow(Base):

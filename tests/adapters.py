@@ -47,6 +47,28 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
+def ctrl() -> nn.Module:
+    """Its embedding is called "w", and tied to a head that has a bias of its own."""
+    config = transformers.CTRLConfig(vocab_size=VOCABULARY, n_positions=8, n_embd=HIDDEN, dff=24, n_layer=2, n_head=2)
+    return transformers.CTRLLMHeadModel(config)
+
+
+def udop() -> nn.Module:
+    """Its embedding has four names, and one of its position biases three; others of them have the same shape."""
+    config = transformers.UdopConfig(
+        vocab_size=VOCABULARY,
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        max_2d_position_embeddings=12,
+        image_size=8,
+        patch_size=4,
+    )
+    return transformers.UdopForConditionalGeneration(config)
+
+
 def bert() -> nn.Module:
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,

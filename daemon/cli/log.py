@@ -13,12 +13,15 @@ def command(
     home: HomeOption = None,
     limit: Annotated[int, typer.Option(help="How many experts, newest first.", min=1, max=1_000_000)] = 20,
     status: Annotated[Status | None, typer.Option(help="Only experts of this status.")] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Only experts called so: as dropped, or in their expert.json.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the experts, newest first: what became of each, and in which version it is."""
     _, reader = open_reader(home)
     with reader:
-        experts = reader.experts(status, limit)
+        experts = reader.experts(status, limit, name=name)
     if as_json:
         print_json([asdict(expert) for expert in experts])
         return
@@ -33,7 +36,7 @@ def command(
                 e.norm,
                 e.weight,
                 (e.sha256 or "-")[:12],
-                e.name,
+                e.name if e.given_name is None else f"{e.name} ({e.given_name})",
                 e.about and e.about.get("task"),
                 e.reason
                 or (e.duplicate_of and f"of {e.duplicate_of}")

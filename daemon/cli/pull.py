@@ -36,7 +36,7 @@ def command(
     version: Annotated[str, typer.Option(help="A version's number, or latest.")] = LATEST,
     view: Annotated[
         str | None,
-        typer.Option(metavar="EXPERT", help="That expert's own model out of an emr head: its sha256 or id."),
+        typer.Option(metavar="EXPERT", help="That expert's own model out of an emr head: its sha256, name or id."),
     ] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="The version's LoRA adapter alone, into DEST/adapter.")

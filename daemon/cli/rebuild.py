@@ -16,7 +16,7 @@ from daemon.errors import BadConfig
 from daemon.home import Home
 
 if TYPE_CHECKING:
-    from daemon.rebuilding import Plan
+    from daemon.planning import Plan
     from daemon.replay import Console, Heads
 
 
@@ -104,7 +104,8 @@ def _heads(method: str | None, heads: Sequence[str], settings: Sequence[str]) ->
 def _planned(plan: "Plan") -> str:
     lines = [f"{head}: to be {how}" for head, how in plan.how.items()]
     took = f"; a merge took {plan.usual_seconds:.3g} s here lately" if plan.usual_seconds is not None else ""
-    return "\n".join([*lines, f"{len(plan.reads)} experts to be read{took}"])
+    often = f", {plan.readings} readings in all" if plan.readings != len(plan.reads) else ""
+    return "\n".join([*lines, f"{len(plan.reads)} experts to be read{often}{took}"])
 
 
 @contextmanager

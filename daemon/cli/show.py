@@ -34,7 +34,8 @@ def command(
         else:
             found = [asdict(expert) for expert in reader.find_experts(what)]
     if not found:
-        raise DaemonError(Reason.UNKNOWN, f"no expert is called {what!r}", "see `mainstem log`; versions are named v12")
+        hint = "see `mainstem log`, which takes --name GLOB; versions are named v12"
+        raise DaemonError(Reason.UNKNOWN, f"no expert is called {what!r}", hint)
     if as_json:
         print_json(found[0] if len(found) == 1 else found)
         return

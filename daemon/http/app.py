@@ -18,14 +18,15 @@ from daemon.home import Home
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition
 from daemon.http.files import Published
+from daemon.http.finding import arrivals, merged
 from daemon.http.rows import base_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
 from daemon.http.uploads import UploadRoutes
-from daemon.http.views import WEIGHTS, Views, merged_at
+from daemon.http.views import WEIGHTS, Views
 from daemon.http.waiting import Waiting
 from daemon.uploading import Uploads
 from registry.errors import RegistryError
-from registry.records import Expert, Head, Status, Version
+from registry.records import Head, Status, Version
 from registry.store import Reader
 
 PAGE_LIMIT = 1000  # rows in one answer, at the most
@@ -158,7 +159,7 @@ class _Api:
     def view(self, request: Request) -> Response:
         head = self.published.head(request.path_params["head"])
         row = self.published.version(head, _number(request))
-        expert = self._merged(request.path_params["expert"].lower(), row.number)
+        expert = merged(self.reader, request.path_params["expert"], row.number)
         name: str = request.path_params["name"]
         if name == WEIGHTS:
             return self.views.weights(request, head, row, expert)
@@ -192,38 +193,11 @@ class _Api:
 
     def expert(self, request: Request) -> Response:
         (prefix,) = (text.lower() for text in request.path_params.values())
-        found = self._arrivals(prefix)
+        found = arrivals(self.reader, prefix)
         # The same bytes may have arrived often: the one that was merged speaks for all, else the newest.
         chosen = max(found, key=lambda row: (row.status is Status.MERGED, row.id))
         body = {**expert_row(chosen), "arrivals": sorted(row.id for row in found)}
         return JSONResponse(body, headers=NO_CACHE)
-
-    def _arrivals(self, prefix: str) -> list[Expert]:
-        """Every arrival of the one expert whose sha256 begins with that. Problem 400, 404 or 409."""
-        if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
-            raise Problem(
-                400, "bad_sha256", "not a sha256, which names an expert here", "give 4 to 64 hexadecimal digits"
-            )
-        # The registry also searches by id and by name: keep what was found by its digest.
-        found = [row for row in self.reader.find_experts(prefix) if (row.sha256 or "").startswith(prefix)]
-        if not found:
-            raise Problem(404, "unknown_expert", "no expert has that sha256", "GET /v1/experts lists the experts")
-        if len({row.sha256 for row in found}) > 1:
-            raise Problem(409, "ambiguous", "several experts begin with that", "give more digits")
-        return found
-
-    def _merged(self, text: str, n: int) -> Expert:
-        """The expert with that id, or else with that sha256 or prefix of it, as version n has it, if it was merged.
-
-        Problem 400, 404 or 409.
-        """
-        by_id = self.reader.expert(int(text)) if re.fullmatch(r"[0-9]{1,12}", text) else None
-        if by_id is None and re.fullmatch(r"[0-9]{1,3}", text):  # too short for a sha256
-            raise Problem(404, "not_merged", "no expert has that id", "GET /v1/lineage lists those that are merged")
-        found = [row for row in ([by_id] if by_id else self._arrivals(text)) if row.version is not None]
-        if not found:
-            raise Problem(404, "not_merged", "this expert is not merged", "GET /v1/lineage lists those that are")
-        return next((row for row in found if merged_at(row, n)), found[0])
 
     def lineage(self, _: Request) -> Response:
         body = {"base": base_row(self.reader.base()), "experts": [expert_row(row) for row in self.reader.lineage()]}

@@ -52,6 +52,7 @@ def expert_row(expert: Expert) -> Row:
         "norm": _finite({"norm": expert.norm})["norm"],
         "about": dict(expert.about) if expert.about is not None else None,
         "sidecars": dict(expert.sidecars) if expert.sidecars is not None else None,
+        "naming": dict(expert.naming) if expert.naming is not None else None,
         "duplicate_of": expert.duplicate_of,
         "reason": expert.reason,
         "detail": expert.detail,

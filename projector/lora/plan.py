@@ -200,6 +200,9 @@ def _absent(target: str, shape: tuple[int, ...], base: Schema, offset: bool) -> 
     elif len(alike) == 1:
         detail = f"if it is tied to {shown(alike[0])}, the two cannot change apart"
         hint = "train the embedding instead, or give this home a base in which the two are not tied"
+    elif alike:
+        detail = "if it is tied to another tensor there, the two cannot change apart"
+        hint = f"train that tensor instead, or {ANOTHER_BASE}; if it is a head of its own, name it in admission.ignore"
     else:
         detail, hint = "nothing there is like it", f"{ANOTHER_BASE}, or name its own head in admission.ignore"
     return BadSchema(Reason.UNEXPECTED_TENSOR, f"the base has no {shown(target)}: {detail}", hint)

@@ -27,9 +27,9 @@ class Breadcrumbs(Thinning):
     formula = "base + scale * sum w_i mask_i tau_i, mask: neither the largest nor the smallest of a tensor"
     paper = "Davari and Belilovsky, Model breadcrumbs, arXiv 2312.06795"
 
-    gamma: float = param(0.01, "the share of a tensor's values that are outliers", low=0, high=1)
-    density: float = param(0.9, "the share of the other values that is kept, the largest", low=0, high=1)
-    scale: float = param(0.3, "the factor of the sum", low=-10, high=10)
+    gamma: float = param(0.01, "the share of a tensor's values that are outliers", low=0, high=1, idle=1)
+    density: float = param(0.9, "the share of the other values that is kept, the largest", low=0, high=1, idle=0)
+    scale: float = param(0.3, "the factor of the sum", low=-10, high=10, idle=0)
 
     @property
     def merging(self) -> Method:

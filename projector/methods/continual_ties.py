@@ -31,8 +31,8 @@ class ContinualTies(Method):
     rounds = 3
     surveys_state = True
 
-    density: float = param(0.2, "share of values that trimming keeps, of the whole model", low=0, high=1)
-    scale: float = param(0.5, "the factor of the merged vector", low=-10, high=10)
+    density: float = param(0.2, "share of values that trimming keeps, of the whole model", low=0, high=1, idle=0)
+    scale: float = param(0.5, "the factor of the merged vector", low=-10, high=10, idle=0)
 
     @property
     def one_sweep(self) -> bool:

@@ -36,8 +36,10 @@ class Dare(Thinning):
 
     drop: float = param(0.9, "the probability that a value is dropped", low=0, high=0.99)
     then: str = param("linear", "how the rest is merged: by task_arithmetic or by ties", choices=("linear", "ties"))
-    scale: float = param(0.3, "the factor of the merged task vector", low=-10, high=10)
-    density: float = param(1.0, "ties: the share of the model's values that is kept, the largest", low=0, high=1)
+    scale: float = param(0.3, "the factor of the merged task vector", low=-10, high=10, idle=0)
+    density: float = param(
+        1.0, "ties: the share of the model's values that is kept, the largest", low=0, high=1, idle=0
+    )
     combine: str = param(
         "mean", "ties: how the values with the elected sign are merged", choices=("mean", "sum", "max")
     )

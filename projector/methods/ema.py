@@ -27,7 +27,7 @@ class Ema(Method):
     formula = "running_t = weight * expert_t + (1 - weight) * running_{t-1}, running_0 = base"
     paper = "Dziadzio et al., How to merge your multimodal models over time?, arXiv 2412.06712"
 
-    weight: float = param(0.5, "how far each new expert pulls the running model towards itself", low=0, high=1)
+    weight: float = param(0.5, "how far each new expert pulls the running model towards itself", low=0, high=1, idle=0)
 
     @property
     def one_sweep(self) -> bool:

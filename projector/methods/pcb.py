@@ -49,8 +49,10 @@ class Pcb(Method):
     rounds = 4
     surveys_state = True
 
-    ratio: float = param(0.1, "the share of a task vector's values that takes part, the best scored", low=0, high=1)
-    scale: float = param(1.0, "the factor of the merged task vector", low=-10, high=10)
+    ratio: float = param(
+        0.1, "the share of a task vector's values that takes part, the best scored", low=0, high=1, idle=0
+    )
+    scale: float = param(1.0, "the factor of the merged task vector", low=-10, high=10, idle=0)
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {key: TensorSpec(spec.name, spec.shape, torch.float32) for key in ("S", "shared", "shares")}

@@ -29,9 +29,9 @@ class TaskArithmetic(Method):
     weighted = True
 
     scale: float | str = param(
-        0.3, "the factor of the sum, or a rule for it", low=-10, high=10, choices=("norm", "per_sqrt")
+        0.3, "the factor of the sum, or a rule for it", low=-10, high=10, choices=("norm", "per_sqrt"), idle=0
     )
-    c: float = param(1.0, "the numerator of per_sqrt", low=0, high=10)
+    c: float = param(1.0, "the numerator of per_sqrt", low=0, high=10, idle=0)
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}

@@ -57,12 +57,12 @@ class Ties(Method):
     weighted = True
     one_sweep = True
 
-    density: float = param(0.2, "the share of a task vector's values that is kept, the largest", low=0, high=1)
+    density: float = param(0.2, "the share of a task vector's values that is kept, the largest", low=0, high=1, idle=0)
     scope: str = param(
         "model", "what the share is taken of: the whole model or each tensor", choices=("model", "tensor")
     )
     combine: str = param("mean", "how the values with the elected sign are merged", choices=("mean", "sum", "max"))
-    scale: float = param(1.0, "the factor of the merged task vector", low=-10, high=10)
+    scale: float = param(1.0, "the factor of the merged task vector", low=-10, high=10, idle=0)
 
     @property
     def subtractable(self) -> bool:  # type: ignore[override]

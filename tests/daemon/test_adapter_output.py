@@ -80,7 +80,20 @@ def t5() -> Any:
     return T5ForConditionalGeneration(T5Config(vocab_size=60, **sizes))
 
 
-MODELS = (bert, llama, tied_llama, gpt2, t5)
+def ctrl() -> Any:
+    from transformers import CTRLConfig, CTRLLMHeadModel
+
+    return CTRLLMHeadModel(CTRLConfig(vocab_size=60, n_positions=16, n_embd=32, dff=48, n_layer=2, n_head=2))
+
+
+def udop() -> Any:
+    from transformers import UdopConfig, UdopForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 2, "max_2d_position_embeddings": 12}
+    return UdopForConditionalGeneration(UdopConfig(vocab_size=60, image_size=8, patch_size=4, **sizes))
+
+
+MODELS = (bert, llama, tied_llama, gpt2, t5, ctrl)
 
 
 def write_model(path: Path, build: Callable[[], Any]) -> Any:
@@ -460,6 +473,16 @@ def test_a_matrix_that_does_not_fit_into_memory_is_refused_at_the_start(tmp_path
             ],
         ),
         (
+            "transformer.w.weight",
+            (9, 4),
+            {"architectures": ["CTRLLMHeadModel"], "model_type": "ctrl"},
+            [("transformer.w", True, True), ("lm_head", False, False)],
+        ),
+        ("w.weight", (9, 4), {"architectures": ["CTRLModel"], "model_type": "ctrl"}, [("w", True, True)]),
+        ("x.w.weight", (9, 4), {"architectures": ["OtherLMHeadModel"]}, [("x.w", False, False)]),
+        ("a.relative_attention_bias.weight", (8, 2), {"model_type": "udop"}, []),  # one matrix, three modules
+        ("a.relative_attention_bias.weight", (8, 2), {"model_type": "t5"}, [("a.relative_attention_bias", True, True)]),
+        (
             "model.decoder.embed_tokens.weight",
             (9, 4),
             {"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"},
@@ -492,6 +515,26 @@ def test_which_modules_move_a_tensor(
     spec = TensorSpec(name, shape, torch.float32)
     modules = modules_of(spec, {name: spec}, config)
     assert [(module.path, module.embedding, module.turned) for module in modules] == found
+
+
+@with_peft
+@pytest.mark.parametrize("build", [tied_llama, gpt2, t5, ctrl, udop])
+def test_a_tied_matrix_moves_in_all_of_its_modules_or_in_none(build: Callable[[], Any], tmp_path: Path) -> None:
+    model = write_model(tmp_path, build)
+    base = {name: TensorSpec(name, tuple(w.shape), w.dtype) for name, w in load_file(tmp_path / MODEL).items()}
+    names: dict[int, set[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), set()).add(name)
+    tied = [group for group in names.values() if len(group) > 1]
+    moved = {
+        name: {f"{one.path}.weight" for one in modules_of(base[name], base, read_config(tmp_path))} for name in base
+    }
+    for group in tied:
+        (stored,) = group & base.keys()
+        assert moved[stored] in (set(), group)
+    assert all(not moved[name] or moved[name] == {name} for name in base.keys() - set().union(*tied))
+    (tokens,) = [group for group in tied if "lm_head.weight" in group]
+    assert tokens in moved.values()
 
 
 def test_an_output_layer_of_its_own_is_not_tied() -> None:

@@ -140,9 +140,9 @@ def test_matrices_beside_the_parameters_are_told_by_their_sides() -> None:
 
 
 def bad_settings(about: Mapping[str, Any]) -> list[str]:
-    """Words of a command line that a parameter must refuse: beyond each end, not a number, no such choice."""
-    default, low, high, choices = (about[key] for key in ("default", "low", "high", "choices"))
-    found = []
+    """Words of a command line that a parameter must refuse: beyond each end, idle, not a number, no such choice."""
+    default, low, high, choices, idle = (about[key] for key in ("default", "low", "high", "choices", "idle"))
+    found = [] if idle is None else [str(idle)]
     if isinstance(default, bool):
         return ["maybe", "2", ""]
     if isinstance(default, tuple):

@@ -504,6 +504,17 @@ def test_a_dry_run_changes_nothing(merged: Home, tmp_path: Path) -> None:
         os.close(fd)
 
 
+def test_a_dry_run_counts_every_reading(merged: Home, tmp_path: Path) -> None:
+    """Two passes of each head whose method makes two; each expert that is subtracted, for each head that does so."""
+    new = ("--into", tmp_path / "new", "--dry-run")
+    assert "4 experts to be read, 8 readings in all; a merge took" in rebuild(merged, *new, "--method", "pcb")
+    assert "12 readings in all" in rebuild(merged, *new, "--method", "pcb", "--head", "a=mean", "--head", "b=pcb")
+    assert "6 readings in all" in rebuild(merged, *new, "--method", "pcb", "--without", "3")
+    assert "8 readings in all" in rebuild(merged, "--head", "best=pcb", "--dry-run")
+    rebuild(merged, "--head", "best=pcb")
+    assert "4 experts to be read, 7 readings in all" in rebuild(merged, "--without", "3", "--dry-run")
+
+
 def test_words_that_do_not_fit_together(merged: Home) -> None:
     assert "nothing to rebuild" in refused(merged)
     assert "adds one head" in refused(merged, "--head", "a=ema", "--head", "b=ema")

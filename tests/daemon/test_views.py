@@ -1,6 +1,7 @@
 """Experts' views over HTTP, and `mainstem pull`, against real homes and real daemons."""
 
 import http.client
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -146,7 +147,7 @@ def test_the_files_beside_a_view_are_the_versions(origin: str) -> None:
         (2, 99, "main", (404, "not_merged")),
         (2, 9999, "main", (404, "unknown_expert")),
         (2, "ffffffff", "main", (404, "unknown_expert")),
-        (2, "..", "main", (400, "bad_sha256")),
+        (2, "..", "main", (404, "unknown_expert")),
         (99, 1, "main", (404, "unknown_version")),
         (2, 1, "init", (404, "no_views")),
         (2, 1, "nobody", (404, "unknown_head")),
@@ -157,6 +158,45 @@ def test_what_there_is_not_is_said_clearly(
 ) -> None:
     url = origin + address(version, str(expert).replace(".", "%2e"), head=head)
     assert refusal(get(url)) == wanted
+
+
+def test_a_view_is_asked_for_by_a_name_too(tmp_path: Path, given: tuple[Path, list[Path]]) -> None:
+    """Of several that had it, the one that the version has; where it has several, the answer tells them apart."""
+    base, paths = given
+    home = make_home(tmp_path / "home", base, (("main", "emr", {}),))
+    for path, called in zip(paths, ("legal German", "poems", "poems"), strict=True):
+        folder = home.inbox / "tune"
+        folder.mkdir()
+        shutil.copy(path, folder / WEIGHTS)
+        (folder / "expert.json").write_text(json.dumps({"name": called}))
+        drain(home)
+    one, two, three = experts(home)
+    assert one.sha256 and two.sha256
+    with served(home) as origin:
+        for version, called, expert in ((1, "tune", 1), (3, "legal%20German", 1), (2, "poems", 2)):
+            found = get(origin + address(version, called))
+            assert found.status_code == 200 and found.content == get(origin + address(version, expert)).content
+        pull(origin, tmp_path / "view", view="legal German")
+        assert read_weights(tmp_path / "view").keys() == read_weights(base).keys()
+        assert (tmp_path / "view" / WEIGHTS).read_bytes() == get(origin + address(3, 1)).content
+        for called, several in (("poems", (two, three)), ("tune", (one, two, three))):
+            answer = get(origin + address(3, called))
+            assert refusal(answer) == (409, "ambiguous")
+            for expert in several:
+                assert f"{expert.id} ({str(expert.sha256)[:12]} tune)" in answer.json()["error"]
+        assert refusal(get(origin + address(3, "legal"))) == (404, "unknown_expert")
+        assert refusal(get(origin + address(1, "poems"))) == (404, "not_merged")
+    for words in (("rebuild", "--without", "poems"), ("rebuild", "--without", "tune")):
+        done = forked(*words, "--home", home.root)
+        assert done.returncode == 1 and f"2 ({two.sha256[:12]} tune)" in done.stderr
+    assert forked("rebuild", "--without", "legal German", "--dry-run", "--home", home.root).returncode == 0
+    assert '"id": 1' in forked("show", "legal German", "--json", "--home", home.root).stdout
+
+
+def test_a_log_of_those_with_a_name(merged: Home) -> None:
+    found = forked("log", "--name", "[12].safe*", "--json", "--home", merged.root)
+    assert [expert["id"] for expert in json.loads(found.stdout)] == [2, 1]
+    assert "3.safetensors" not in forked("log", "--name", "[12].safe*", "--home", merged.root).stdout
 
 
 def test_a_version_that_retention_removed_has_no_views_but_its_expert_has(

@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 from projector.checks import LAWS, Law
+from projector.errors import BadParameter
 from projector.method import Expert, Method, State, Sums, Survey, Totals, method_params, param
 from projector.methods import make, methods
 from projector.spec import TensorSpec
+from projector.trial import merge, stream
 
 ROOT = Path(__file__).parents[2]
 
 
 def variants(name: str) -> Iterator[dict[str, Any]]:
-    """The defaults, then each choice and each end of a range of each parameter."""
+    """The defaults, then each choice and each end of a range of each parameter, or the value next to it."""
     yield {}
     for key, about in method_params(methods()[name]).items():
-        for value in (*(about["choices"] or ()), about["low"], about["high"]):
+        inwards = ((about["low"], 1e-6), (about["high"], -1e-6))
+        ends = (end + step if end is not None and end == about["idle"] else end for end, step in inwards)
+        for value in (*(about["choices"] or ()), *ends):
             if value is not None and value != about["default"]:
                 yield {key: value}
 
@@ -39,6 +43,45 @@ def cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "params", "law"), [*cases()])
 def test_law(name: str, params: dict[str, Any], law: Law) -> None:
     law(make(name, params))
+
+
+def idlers(name: str) -> Iterator[dict[str, Any]]:
+    """Zero and each end of a range of each parameter, beside the defaults and beside each choice of another one."""
+    about = method_params(methods()[name])
+    chosen = [{key: word} for key, one in about.items() for word in one["choices"] or ()]
+    for key, one in about.items():
+        if one["low"] is not None:
+            for value in {0.0, one["low"], one["high"]} - {None}:
+                yield from ({key: type(one["default"])(value), **other} for other in ({}, *chosen) if key not in other)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_no_number_that_is_allowed_makes_experts_change_nothing(name: str) -> None:
+    base, experts = stream(2)
+    for params in idlers(name):
+        try:
+            method = make(name, params)
+        except BadParameter:
+            continue
+        weights = merge(method, base, experts)[0]
+        assert any(not tensor.equal(base[key]) for key, tensor in weights.items()), params
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        *((name, "density", 0) for name in ("ties", "continual_ties", "dare", "breadcrumbs", "breadcrumbs_ties")),
+        *((name, "gamma", 1) for name in ("breadcrumbs", "breadcrumbs_ties")),
+        ("pcb", "ratio", 0.0),
+        ("ema", "weight", 0.0),
+        ("task_arithmetic", "scale", -0.0),
+    ],
+)
+def test_a_share_of_nothing_is_refused(name: str, key: str, value: float) -> None:
+    with pytest.raises(BadParameter, match="no expert would change anything") as refused:
+        make(name, {key: value})
+    assert f"but not {abs(value):g}" in refused.value.hint
+    assert make(name, {key: abs(value - 1e-6)})
 
 
 @dataclass(frozen=True)

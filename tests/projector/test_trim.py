@@ -223,7 +223,7 @@ class DareTiesTrimmed(Dare):
     """DARE with a trimming, as a method of its own, whose defaults are listed."""
 
     then: str = param("ties", "as in dare", choices=("linear", "ties"))
-    density: float = param(0.5, "as in dare", low=0, high=1)
+    density: float = param(0.5, "as in dare", low=0, high=1, idle=0)
 
 
 def test_every_reading_of_an_expert_is_listed() -> None:

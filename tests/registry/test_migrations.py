@@ -112,10 +112,11 @@ def test_a_registry_of_the_first_layout_is_upgraded_with_its_rows(
     with Store.open(path) as store:
         (old,) = store.lineage()
         assert (old.id, old.name, old.norm, old.place) == (1, "one", 1.5, "archive/000001")
-        assert (old.about, old.sidecars, old.withdrawn_in) == (None, None, None)
+        assert (old.about, old.sidecars, old.withdrawn_in, old.naming) == (None, None, None, None)
         about, sidecars = {"task": "legal German", "weight": 2.5}, {"fisher": "cd" * 32}
-        merged = store.commit(expert(2, about=about, sidecars=sidecars), versions(2))
-        assert (merged.about, merged.sidecars) == (about, sidecars)
+        naming = {"prefixes": {"module.": ""}, "ignore": ["head.*"]}
+        merged = store.commit(expert(2, about=about, sidecars=sidecars, naming=naming), versions(2))
+        assert (merged.about, merged.sidecars, merged.naming) == (about, sidecars, naming)
         store.check()
     make(tmp_path / "new.sqlite")
     assert layout(path) == layout(tmp_path / "new.sqlite")

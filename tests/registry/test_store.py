@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -229,6 +230,26 @@ def test_experts_are_found_by_id_prefix_or_name(store: Store) -> None:
     assert ids("same") == [3, 2, 1]
     assert ids("1212") == [4]  # no such id, so it is a prefix
     assert ids("fee") == ids("") == ids("sam") == ids("%") == ids("____") == ids("9" * 400) == ids("²") == []
+
+
+def test_experts_are_found_by_the_name_in_their_expert_json(store: Store) -> None:
+    abouts = ({"name": "legal German"}, {"name": "legal_[1]"}, {"task": "legal German"}, None)
+    for number, about in enumerate(abouts, start=1):
+        store.record(expert(number, Status.QUARANTINED, about=about, name=f"model-{number}"))
+    merged = store.commit(expert(5, about={"name": "Français", "weight": 2.0}, name="legal.safetensors"), versions(1))
+
+    def ids(name: str, **narrower: Any) -> list[int]:
+        return [e.id for e in store.experts(name=name, **narrower)]
+
+    assert [e.id for e in store.find_experts("legal German")] == [1]
+    assert store.find_experts("Français") == [merged] and merged.given_name == "Français"
+    assert store.find_experts("legal") == store.find_experts("LEGAL GERMAN") == store.find_experts("\udcff") == []
+    assert ids("legal*") == [5, 2, 1]
+    assert ids("legal*", before=5, limit=1) == [2]
+    assert ids("legal*", status=Status.MERGED) == [5]
+    assert ids("model-[13]") == [3, 1]
+    assert ids("Fran?ais") == [5]
+    assert ids("legal") == ids("") == ids("\udcff*") == []
 
 
 def test_what_left_the_inbox_is_no_longer_unplaced(store: Store) -> None:

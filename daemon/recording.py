@@ -1,0 +1,26 @@
+"""A drop as the registry is told of it, before it is known what becomes of it and once it is refused."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from daemon.errors import DaemonError, NotYet, Reason
+from daemon.inbox import Drop
+from projector.errors import ProjectorError
+from projector.text import shown
+from registry.records import NewExpert, Status
+
+
+def arrived(drop: Drop, status: Status) -> NewExpert:
+    """What is known of a drop from outside."""
+    received = datetime.now(UTC) - timedelta(seconds=drop.rest_seconds)
+    return NewExpert(shown(drop.name), "unknown", None, drop.size_bytes, status, received, drop.entry)
+
+
+def refused(expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
+    """The expert as one that was refused, and why."""
+    return replace(expert, status=Status.QUARANTINED, reason=str(error.reason), detail=str(error), hint=error.hint)
+
+
+def changed(drop: Drop) -> NotYet:
+    """What to raise where a drop changed under the reader's hands: it is tried again."""
+    return NotYet(Reason.CHANGED, f"{shown(drop.name)} changed while it was read", "leave it alone until merged")
