@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -189,8 +190,10 @@ def _shapes(method: Method, what: str) -> dict[str, str]:
 
 def _shape(tall: TensorSpec, wide: TensorSpec) -> str:
     """ "m x n float32": a side as long as the rows of the tall and of the wide matrix is m, of the columns n, of the
-    shorter side k."""
+    shorter side k; "m k" is one as long as a matrix m x k, flattened."""
     letters = {(TALL[0], WIDE[0]): "m", (TALL[1], WIDE[1]): "n", (TALL[1], WIDE[0]): "k", (TALL[0], WIDE[1]): "l"}
+    pairs = list(combinations(list(letters.items())[:3], 2))
+    letters |= {(a[0] * b[0], a[1] * b[1]): f"{one} {other}" for (a, one), (b, other) in pairs}
     sides = zip(tall.shape, wide.shape, strict=True)
     shape = " x ".join(letters.get(pair, str(pair[0])) for pair in sides)
     return f"{shape or 'one'} {tall.dtype}".replace("torch.", "")
