@@ -14,6 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from daemon.home import MANIFEST, STATE_FILE, Home
 from daemon.metrics import software_version
+from projector.header import ALIGNMENT, build_header, room
 from projector.spec import TensorSpec
 from registry.records import Expert, Head, NewExpert, Version
 
@@ -47,6 +48,7 @@ COMPANIONS_BELOW = {
     "additional_chat_templates": ("*.jinja",),
     MODULE: ("config.json", "model.safetensors"),  # of a dense layer, as the base has it: no expert brings it
 }
+METADATA = {"format": "pt"}  # what the stock loaders ask of a file
 HASH_BYTES = 8 << 20
 
 
@@ -109,20 +111,24 @@ def names_below(folder: Path) -> list[str]:
 
 
 def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int) -> WeightsPlan:
-    """How a version's weights are spread over files."""
+    """How a version's weights are spread over files, of `shard_bytes` at the most, header and all; what is larger alone
+    has a file of its own.
+    """
     by_name = {spec.name: spec for spec in specs}
+    opening = build_header((), METADATA)[1].size + ALIGNMENT
     plan = split_state_dict_into_shards_factory(
         by_name,
-        get_storage_size=lambda spec: spec.nbytes,
+        get_storage_size=lambda spec: room(spec, shard_bytes),
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
+        max_shard_size=shard_bytes - opening,
     )
     files = [
         WeightFile(name, [by_name[tensor] for tensor in tensors]) for name, tensors in plan.filename_to_tensors.items()
     ]
     if not plan.is_sharded:
         return files, None
-    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    total = sum(spec.nbytes for spec in by_name.values())
+    index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
     return files, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
 
 

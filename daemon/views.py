@@ -14,7 +14,8 @@ from torch import Tensor
 
 from daemon.checkpoint import open_path
 from daemon.home import STATE_FILE, Home
-from daemon.outputs import METADATA, published_specs
+from daemon.generations import METADATA
+from daemon.outputs import published_specs
 from projector.header import build_header
 from projector.method import Sums
 from projector.methods import make

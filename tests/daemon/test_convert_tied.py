@@ -39,9 +39,7 @@ def tuned(model: nn.Module, seed: int, least_axes: int = 0) -> nn.Module:
 
 
 @pytest.mark.parametrize(("make", "aliases"), ALIASES.items(), ids=["bert", "gpt2", "llama", "t5"])
-def test_a_state_dict_that_has_every_name_is_merged(
-    make: Callable[[], Any], aliases: set[str], tmp_path: Path
-) -> None:
+def test_a_state_dict_that_has_every_name_is_merged(make: Callable[[], Any], aliases: set[str], tmp_path: Path) -> None:
     model = make()
     model.save_pretrained(tmp_path / "base")
     base = read_weights(tmp_path / "base")

@@ -76,7 +76,12 @@ def test_what_the_file_says_was_one_tensor_is_as_long_as_it_still_is(opens: Open
     """Its metadata, alias -> name, is believed of no tensors that differ, and of none that are not there."""
     bias, zeros = matrix(1, 9), torch.zeros(8, 4)
     weights = {"bias": bias, "decoder.bias": bias.clone(), "third.bias": bias.clone(), "alike.bias": bias.clone()}
-    weights |= {"changed.bias": matrix(2, 9), "row": bias[None].clone(), "half": bias.half(), "gone.alias": torch.zeros(4)}
+    weights |= {
+        "changed.bias": matrix(2, 9),
+        "row": bias[None].clone(),
+        "half": bias.half(),
+        "gone.alias": torch.zeros(4),
+    }
     weights |= {"zeros": zeros, "zeros.alias": zeros.clone(), "zeros.alike": zeros.clone()}
     weights |= {"scale": torch.tensor(2.0), "scale.alias": torch.tensor(2.0), "w": matrix(3), "w.alias": matrix(3)}
     told = dict.fromkeys(("decoder.bias", "third.bias", "changed.bias", "row", "half", "missing"), "bias")
