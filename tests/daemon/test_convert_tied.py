@@ -1,4 +1,4 @@
-"""Tied weights on their way from a pickle into the merged model, with no setting: the pickle knew what was one tensor."""
+"""Tied weights on their way from a pickle into the merged model, with no setting: the pickle knows what is tied."""
 
 from collections.abc import Callable
 from copy import deepcopy
