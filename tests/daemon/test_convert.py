@@ -438,6 +438,8 @@ def test_the_command(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["inside"] == "model" and report["files"][0]["name"] == "model.safetensors"
     assert forked("convert", "w.pt", "other", "--memory", "much", cwd=tmp_path).returncode == 2
+    done = forked("convert", "w.pt", "other", "--memory", "1MB", cwd=tmp_path)
+    assert done.returncode == 1 and "16777216 are the least" in done.stderr and "--memory" in done.stderr
 
 
 @pytest.mark.parametrize(
