@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -192,11 +192,13 @@ def entry(path: Path, name: str | None = None) -> FileEntry:
     return FileEntry(name or path.name, path.stat().st_size, digest.hexdigest())
 
 
-def problems(home: Home, version: Version, *, hashes: bool, extras: bool = True) -> list[str]:
+def problems(
+    home: Home, version: Version, *, hashes: bool, extras: bool = True, read: Callable[[int], object] = lambda _: None
+) -> list[str]:
     """What is wrong with a version's files, in words; nothing where they are as they were committed.
 
     Sizes are always compared; `hashes` reads every byte; `extras` also names files that do not belong. The manifest
-    itself is held against the registry.
+    itself is held against the registry. `read` hears the bytes of each file that was hashed.
     """
     folder = home.version(version.head, version.number)
     path = folder / MANIFEST
@@ -204,6 +206,7 @@ def problems(home: Home, version: Version, *, hashes: bool, extras: bool = True)
         text = path.read_bytes()
     except OSError as error:
         return [f"{_relative(home, path)}: {error.strerror}"]
+    read(len(text))
     if hashlib.sha256(text).hexdigest() != version.manifest_sha256:
         return [f"{_relative(home, path)}: its sha256 is not the registry's"]
     content: dict[str, Any] = json.loads(text)
@@ -212,7 +215,7 @@ def problems(home: Home, version: Version, *, hashes: bool, extras: bool = True)
         expected.append((home.head_state(version.head, version.number) / STATE_FILE, content["state"]))
     if content.get("record"):
         expected.append((home.view_record(version.head, version.number), content["record"]))
-    found = [_problem(home, path, file, hashes) for path, file in expected]
+    found = [_problem(home, path, file, hashes, read) for path, file in expected]
     listed = {MANIFEST, *(file["name"] for file in content["files"])}
     extra = [f"{_relative(home, folder / name)}: not in the manifest" for name in _unlisted(folder, listed)]
     return [problem for problem in found if problem] + (extra if extras else [])
@@ -224,13 +227,18 @@ def _unlisted(folder: Path, listed: Collection[str]) -> list[str]:
     return sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*")} - expected)
 
 
-def _problem(home: Home, path: Path, file: Mapping[str, Any], hashes: bool) -> str | None:
+def _problem(
+    home: Home, path: Path, file: Mapping[str, Any], hashes: bool, read: Callable[[int], object]
+) -> str | None:
     try:
         size = path.stat().st_size
         if size != file["size"]:
             return f"{_relative(home, path)}: {size} bytes, the manifest says {file['size']}"
-        if hashes and entry(path).sha256 != file["sha256"]:
-            return f"{_relative(home, path)}: its sha256 is not the manifest's"
+        if hashes:
+            found = entry(path)
+            read(found.size)
+            if found.sha256 != file["sha256"]:
+                return f"{_relative(home, path)}: its sha256 is not the manifest's"
     except OSError as error:
         return f"{_relative(home, path)}: {error.strerror}"
     return None
