@@ -12,13 +12,12 @@ from typing import Any, NoReturn
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.opening import not_a_file
-from projector.lora.config import LoraConfig, compiled
+from projector.lora.config import MERGE_FIRST, LoraConfig, compiled
 from projector.text import listed, shown
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 4 << 20
-MERGE_FIRST = "merge it into the base first (peft: model.merge_and_unload()) and drop the whole model"
 
 VARIANTS = {
     "alora_invocation_tokens": ("Activated LoRA (aLoRA)", "it works on some tokens only and cannot be merged"),

@@ -21,9 +21,8 @@ from daemon.adapter_modules import Module, adapter_config, modules_of, read_conf
 from daemon.compute import device, memory_budget, workers
 from daemon.config import Settings
 from daemon.errors import BadConfig
-from daemon.generations import FileEntry
+from daemon.generations import METADATA, FileEntry
 from daemon.home import ADAPTER_FOLDER, Home
-from daemon.outputs import METADATA
 from projector.device import compute_on, load, unload
 from projector.header import build_header
 from projector.linalg import energy

@@ -98,8 +98,13 @@ class OpenCheckpoint:
         return self.about.weight if self.about else 1.0
 
     @property
+    def sizes(self) -> list[int]:
+        """The bytes of each file of tensors, its sidecars among them."""
+        return [file.reader.header.size for file in (*self.files, *self._sidecars.values())]
+
+    @property
     def size_bytes(self) -> int:
-        return sum(file.reader.header.size for file in (*self.files, *self._sidecars.values()))
+        return sum(self.sizes)
 
     def check(self, base: Checkpoint) -> None:
         """Holds its tensors, and its sidecars', against the base's; from here on they have the base's names.

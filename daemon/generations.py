@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -14,6 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from daemon.home import MANIFEST, STATE_FILE, Home
 from daemon.metrics import software_version
+from projector.header import ALIGNMENT, build_header, room
 from projector.spec import TensorSpec
 from registry.records import Expert, Head, NewExpert, Version
 
@@ -47,6 +48,7 @@ COMPANIONS_BELOW = {
     "additional_chat_templates": ("*.jinja",),
     MODULE: ("config.json", "model.safetensors"),  # of a dense layer, as the base has it: no expert brings it
 }
+METADATA = {"format": "pt"}  # what the stock loaders ask of a file
 HASH_BYTES = 8 << 20
 
 
@@ -109,20 +111,24 @@ def names_below(folder: Path) -> list[str]:
 
 
 def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int) -> WeightsPlan:
-    """How a version's weights are spread over files."""
+    """How a version's weights are spread over files, of `shard_bytes` at the most, header and all; what is larger alone
+    has a file of its own.
+    """
     by_name = {spec.name: spec for spec in specs}
+    opening = build_header((), METADATA)[1].size + ALIGNMENT
     plan = split_state_dict_into_shards_factory(
         by_name,
-        get_storage_size=lambda spec: spec.nbytes,
+        get_storage_size=lambda spec: room(spec, shard_bytes),
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
+        max_shard_size=shard_bytes - opening,
     )
     files = [
         WeightFile(name, [by_name[tensor] for tensor in tensors]) for name, tensors in plan.filename_to_tensors.items()
     ]
     if not plan.is_sharded:
         return files, None
-    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    total = sum(spec.nbytes for spec in by_name.values())
+    index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
     return files, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
 
 
@@ -186,11 +192,13 @@ def entry(path: Path, name: str | None = None) -> FileEntry:
     return FileEntry(name or path.name, path.stat().st_size, digest.hexdigest())
 
 
-def problems(home: Home, version: Version, *, hashes: bool, extras: bool = True) -> list[str]:
+def problems(
+    home: Home, version: Version, *, hashes: bool, extras: bool = True, read: Callable[[int], object] = lambda _: None
+) -> list[str]:
     """What is wrong with a version's files, in words; nothing where they are as they were committed.
 
     Sizes are always compared; `hashes` reads every byte; `extras` also names files that do not belong. The manifest
-    itself is held against the registry.
+    itself is held against the registry. `read` hears the bytes of each file that was hashed.
     """
     folder = home.version(version.head, version.number)
     path = folder / MANIFEST
@@ -198,6 +206,7 @@ def problems(home: Home, version: Version, *, hashes: bool, extras: bool = True)
         text = path.read_bytes()
     except OSError as error:
         return [f"{_relative(home, path)}: {error.strerror}"]
+    read(len(text))
     if hashlib.sha256(text).hexdigest() != version.manifest_sha256:
         return [f"{_relative(home, path)}: its sha256 is not the registry's"]
     content: dict[str, Any] = json.loads(text)
@@ -206,7 +215,7 @@ def problems(home: Home, version: Version, *, hashes: bool, extras: bool = True)
         expected.append((home.head_state(version.head, version.number) / STATE_FILE, content["state"]))
     if content.get("record"):
         expected.append((home.view_record(version.head, version.number), content["record"]))
-    found = [_problem(home, path, file, hashes) for path, file in expected]
+    found = [_problem(home, path, file, hashes, read) for path, file in expected]
     listed = {MANIFEST, *(file["name"] for file in content["files"])}
     extra = [f"{_relative(home, folder / name)}: not in the manifest" for name in _unlisted(folder, listed)]
     return [problem for problem in found if problem] + (extra if extras else [])
@@ -218,13 +227,18 @@ def _unlisted(folder: Path, listed: Collection[str]) -> list[str]:
     return sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*")} - expected)
 
 
-def _problem(home: Home, path: Path, file: Mapping[str, Any], hashes: bool) -> str | None:
+def _problem(
+    home: Home, path: Path, file: Mapping[str, Any], hashes: bool, read: Callable[[int], object]
+) -> str | None:
     try:
         size = path.stat().st_size
         if size != file["size"]:
             return f"{_relative(home, path)}: {size} bytes, the manifest says {file['size']}"
-        if hashes and entry(path).sha256 != file["sha256"]:
-            return f"{_relative(home, path)}: its sha256 is not the manifest's"
+        if hashes:
+            found = entry(path)
+            read(found.size)
+            if found.sha256 != file["sha256"]:
+                return f"{_relative(home, path)}: its sha256 is not the manifest's"
     except OSError as error:
         return f"{_relative(home, path)}: {error.strerror}"
     return None

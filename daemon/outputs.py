@@ -9,7 +9,7 @@ import torch
 from daemon import durable
 from daemon.checkpoint import INDEX
 from daemon.config import Publish
-from daemon.generations import FileEntry, WeightsPlan, plan_weights
+from daemon.generations import METADATA, FileEntry, WeightsPlan, plan_weights
 from daemon.home import STATE_FILE
 from projector.header import build_header
 from projector.method import Method
@@ -17,8 +17,6 @@ from projector.spec import Schema, TensorSpec
 from projector.steps import record_specs, state_specs
 from projector.tensorfile import TensorWriter
 from projector.watch import Watch
-
-METADATA = {"format": "pt"}  # what the stock loaders ask of a file
 
 
 class Outputs:

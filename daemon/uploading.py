@@ -8,13 +8,17 @@ An expert of one file enters the inbox with its last byte, a folder when its sen
 """
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from threading import Lock
+
+import structlog
 
 from daemon import durable
 from daemon.config import Http
@@ -54,8 +58,10 @@ class Uploads:
     """All uploads into one home. `token`: what a sender must know; None where nothing is taken."""
 
     def __init__(self, home: Home, settings: Http, count: Count = lambda *_: None) -> None:
-        """Raises BadConfig where the token cannot be read or is easily guessed."""
+        """Raises BadConfig where the token cannot be read or is easily guessed; logs where others may read it too."""
         self.token = write_token(home, settings)
+        if settings.write_token_file:
+            _warn_of_readers(home.root / settings.write_token_file)
         self._home = home
         self._limit = int(settings.upload_bytes)
         self._count = count
@@ -245,6 +251,17 @@ def write_token(home: Home, settings: Http) -> str | None:
             "make one: openssl rand -hex 32",
         )
     return token
+
+
+def _warn_of_readers(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
+        structlog.get_logger().warning(
+            "others than its owner may read the write token, and then upload",
+            file=str(path),
+            mode=f"{mode:04o}",
+            hint=f"chmod 600 {quote(str(path))}",
+        )
 
 
 def _taken(expert: str, where: str) -> NotUploaded:

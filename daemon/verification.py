@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from daemon.checkpoint import open_path
+from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.errors import DaemonError
 from daemon.generations import problems
 from daemon.home import Home, number
@@ -15,19 +16,34 @@ from registry.records import Expert, Status, Version
 from registry.store import Reader
 
 
-def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[int, list[str]]:
-    """(how many things were checked, what is wrong with them in words)."""
+@dataclass
+class Checked:
+    """What was read: the base, so many versions and archived experts, in so many files."""
+
+    versions: int = 0
+    experts: int = 0
+    files: int = 0
+    size_bytes: int = 0
+
+    def read(self, size_bytes: int) -> None:
+        """Counts one file."""
+        self.files += 1
+        self.size_bytes += size_bytes
+
+
+def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Checked, list[str]]:
+    """(what was checked, what is wrong with it in words); `say` hears what comes next."""
+    checked = Checked()
     say("the registry")
     found = _registry(reader)
     say("the base")
-    if _identity(home.base) != reader.base().sha256:
+    if _base(home.base, checked) != reader.base().sha256:
         found.append("state/base: its sha256 is not the registry's")
-    checked = 2
     for head in reader.heads():
         for version in reader.versions(head.name, newest_first=False, include_collected=False):
             say(f"{head.name} version {version.number}")
-            found += problems(home, version, hashes=True) or _chain(home, reader, version)
-            checked += 1
+            found += problems(home, version, hashes=True, read=checked.read) or _chain(home, reader, version)
+            checked.versions += 1
         plain = home.versions(head.name) / PLAIN
         for path, names in ((home.latest(head.name), names_by_link), (plain, names_by_file)):
             if names(path) != number(head.live):
@@ -35,8 +51,7 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[in
     for expert in reader.experts(limit=-1):
         if expert.status is not Status.QUARANTINED and expert.place:
             say(expert.place)
-            found += _archived(home, expert)
-            checked += 1
+            found += _archived(home, expert, checked)
     return checked, found
 
 
@@ -56,14 +71,15 @@ def _chain(home: Home, reader: Reader, version: Version) -> list[str]:
     return [] if named == expected else [f"{version.head} version {version.number}: its parent is not the registry's"]
 
 
-def _archived(home: Home, expert: Expert) -> list[str]:
+def _archived(home: Home, expert: Expert, checked: Checked) -> list[str]:
     path = home.archived(expert.id)
     if path is None:
         return []  # pruned: the archive is the operator's to thin out
+    checked.experts += 1
     recorded = expert.sidecars or {}
     try:
         with open_path(path, needs=list(recorded)) as checkpoint:
-            weights, sidecars = checkpoint.identity(), checkpoint.sidecar_digests()
+            weights, sidecars = _identity(checkpoint, checked), checkpoint.sidecar_digests()
     except (DaemonError, ProjectorError, OSError) as error:
         return [f"{expert.place}: {error}"]
     found = ["its sha256"] if weights != expert.sha256 else []
@@ -71,9 +87,16 @@ def _archived(home: Home, expert: Expert) -> list[str]:
     return [f"{expert.place}: {what} is not the registry's" for what in found]
 
 
-def _identity(path: Path) -> str | None:
+def _base(path: Path, checked: Checked) -> str | None:
     try:
         with open_path(path) as checkpoint:
-            return checkpoint.identity()
+            return _identity(checkpoint, checked)
     except (DaemonError, ProjectorError, OSError):
         return None
+
+
+def _identity(checkpoint: OpenCheckpoint, checked: Checked) -> str:
+    sha256 = checkpoint.identity()
+    for size_bytes in checkpoint.sizes:
+        checked.read(size_bytes)
+    return sha256

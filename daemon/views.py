@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from daemon.checkpoint import open_path
+from daemon.generations import METADATA
 from daemon.home import STATE_FILE, Home
-from daemon.outputs import METADATA, published_specs
+from daemon.outputs import published_specs
 from projector.header import build_header
 from projector.method import Sums
 from projector.methods import make

@@ -17,6 +17,7 @@ from projector.spec import TensorSpec
 from projector.text import shown
 
 PREFIX_BYTES = 8
+ALIGNMENT = 8  # of the data
 MAX_HEADER_BYTES = 16 << 20  # about 100,000 tensors; the format's own limit (100 MB) would break the memory promise
 MAX_NUMEL = 1 << 48
 
@@ -97,13 +98,9 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tu
     for spec in ordered:
         offsets[spec.name] = position
         position += spec.nbytes
-        entries[spec.name] = {
-            "dtype": NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offsets[spec.name], position],
-        }
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+        entries[spec.name] = _described(spec, offsets[spec.name], position)
+    text = _dump(entries)
+    text += b" " * (-len(text) % ALIGNMENT)
     start = PREFIX_BYTES + len(text)
     header = Header(
         specs={spec.name: spec for spec in ordered},
@@ -112,6 +109,19 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tu
         size=start + position,
     )
     return len(text).to_bytes(PREFIX_BYTES, "little") + text, header
+
+
+def room(spec: TensorSpec, most: int) -> int:
+    """The bytes that a tensor takes in a file of at most `most` bytes: its data, and its entry in the header."""
+    return spec.nbytes + len(_dump({spec.name: _described(spec, most, most)}))
+
+
+def _described(spec: TensorSpec, begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
+
+
+def _dump(entries: Mapping[str, Any]) -> bytes:
+    return json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _load(text: bytes) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from projector.spec import Schema, check_schema, check_sidecar
 def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
     """The expert and its sidecars under the names of the base, and nothing else. Raises BadSchema where it is unfit.
 
-    A tied weight is one tensor under several names: in a file, matrices with the same values (see `Checkpoint.twins`).
-    Of those,
+    A tied weight is one tensor under several names: in a file, matrices with the same values, and tensors that its
+    metadata says were one (see `Checkpoint.twins`). Of those,
 
     - a name that the base has not is left out, where the expert has the same values under a name of the base too;
     - a name of the base that the expert has not gets what the expert has for a twin of it in the base: the task vector

@@ -105,14 +105,20 @@ class Checkpoint:
         """Of each tied weight, the other names that it has.
 
         Taken for tied are floating matrices (two dimensions or more) of the same shape and dtype that have the same
-        bytes, and are not one value throughout: two biases, or two matrices of zeros, are alike by chance. Looked for
-        once; a few kB are read of each matrix, and only those that agree there are read whole, in blocks.
+        bytes, and are not one value throughout: two biases, or two matrices of zeros, are alike by chance. Where a
+        file's metadata maps one name to another, the two were one tensor when it was written: those are tied whatever
+        their shape and values, as long as their bytes are still the same. Looked for once; a few kB are read of each
+        matrix, and only those that agree there are read whole, in blocks.
         """
         if self._twins is None:
             matrices = {name: self._places[name] for name in self.order if len(self.schema[name].shape) > 1}
             alike = _groups(matrices, lambda place: (place.spec.shape, place.spec.dtype))
             agreeing = (group for some in alike for group in _groups({n: matrices[n] for n in some}, _Place.glance))
             same = [group for some in agreeing for group in _groups({n: matrices[n] for n in some}, _Place.digest)]
+            found = {name for group in same for name in group}
+            others = {name: self._places[name] for name in self.order if name not in found}
+            told = _groups(others, _Place.told)
+            same += [group for some in told for group in _groups({n: others[n] for n in some}, _Place.content)]
             self._twins = {name: [twin for twin in group if twin != name] for group in same for name in group}
         return self._twins
 
@@ -169,6 +175,14 @@ class _Place:
             digest.update(block)
             constant = constant and block.count(first) * len(first) == len(block)
         return None if constant else digest.digest()
+
+    def content(self) -> bytes:
+        """The same for all that it may hold: of one value throughout, the first bytes say everything."""
+        return self.digest() or self.glance()
+
+    def told(self) -> object:
+        """What those tensors have in common that the file's metadata, alias -> name, says were one."""
+        return self.file, self.file.header.metadata.get(self.name, self.name), self.spec.shape, self.spec.dtype
 
 
 def _groups(places: Mapping[str, _Place], key: Callable[[_Place], object]) -> list[list[str]]:

@@ -38,7 +38,7 @@ def command(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory for reading one file, such as 20GB; by default twice its size."),
+        typer.Option(metavar="SIZE", help="Memory for reading one file: 20GB; by default twice its size and 512 MiB."),
     ] = None,
     timeout: Annotated[
         float | None,

@@ -1,27 +1,47 @@
 """`mainstem verify`: re-hash everything."""
 
-import typer
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 
-from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json
+import typer
+from rich.console import Console
+
+from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json, size
 
 
 def command(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Re-hash the base, every version and every archived expert against manifests and registry.
 
-    Exit status 1 where anything differs; each difference is named.
+    Prints what differs, and a line at the end. Exit status 1 where anything does.
     """
     from daemon.verification import verify
 
     where, reader = open_reader(home)
-    with reader:
-        checked, found = verify(
-            where, reader, lambda what: None if as_json else typer.echo(f"checking {what}", err=True)
-        )
+    with reader, _status() as say:
+        checked, found = verify(where, reader, say)
     if as_json:
-        print_json({"checked": checked, "problems": found})
+        print_json({**asdict(checked), "problems": found})
     else:
         for problem in found:
             typer.echo(problem)
-        typer.echo(f"{checked} things checked, {len(found) or 'no'} problem{'' if len(found) == 1 else 's'}")
+        things = f"the base, {_count(checked.versions, 'version')} and {_count(checked.experts, 'archived expert')}"
+        read = f"{_count(checked.files, 'file')}, {size(checked.size_bytes)} read"
+        typer.echo(f"{things}: {read}, {_count(len(found), 'problem') if found else 'no problems'}")
     if found:
         raise typer.Exit(1)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], object]]:
+    """What is being read, in one line that is gone at the end; on a terminal only."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with Console(stderr=True, markup=False).status("checking") as status:
+        yield lambda what: status.update(f"checking {what}")

@@ -23,6 +23,7 @@ from projector.text import shown
 
 PROCESS = "daemon.convert.unpickling"
 MEMORY_FACTOR, MEMORY_ROOM_BYTES = 2, 512 << 20  # beside what Python and torch map themselves
+LEAST_MEMORY_BYTES = 16 << 20  # Python and torch have mapped some MiB that are free yet, and that no limit takes away
 SECONDS, BYTES_PER_SECOND = 300, 20_000_000
 GROWTH, GROWTH_ROOM_BYTES = 16, 16 << 20  # names that share one storage are written out each
 GRACE_SECONDS = 5  # by which the limit on processor time lies beyond the one on the clock
@@ -36,14 +37,23 @@ KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME")  # without which some Pythons
 class Options:
     """What the person may choose. None: from the file's size.
 
-    memory_bytes: for the process that reads one file, beside Python and torch. seconds: for one file.
-    key: the entry that holds the weights, nested ones as a/b. strip_prefix: what is taken off the tensors' names.
+    memory_bytes: for the process that reads one file, beside Python and torch, 16 MiB at the least. seconds: for one
+    file. key: the entry that holds the weights, nested ones as a/b. strip_prefix: what is taken off the tensors' names.
+    Raises Refused.
     """
 
     memory_bytes: int | None = None
     seconds: float | None = None
     key: str | None = None
     strip_prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes is not None and self.memory_bytes < LEAST_MEMORY_BYTES:
+            raise Refused(
+                Reason.CONVERT,
+                f"a limit of {self.memory_bytes} bytes of memory cannot be held: {LEAST_MEMORY_BYTES} are the least",
+                "give more with --memory, or leave it away: the limit is then what the file's size asks for",
+            )
 
 
 @dataclass(frozen=True)

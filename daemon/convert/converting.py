@@ -22,9 +22,9 @@ from daemon.about import ABOUT
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.checkpoint import PICKLE_SUFFIXES, SIDECARS, WEIGHTS
 from daemon.convert.confining import Options, Told, unpickle
-from daemon.errors import NotYet, Reason, Refused
+from daemon.errors import Reason, Refused
 from daemon.generations import companions
-from daemon.index import INDEX, MAX_INDEX_BYTES, SHARD_NAME
+from daemon.index import INDEX, read_index, shard_names
 from daemon.opening import open_entry
 from projector.errors import ProjectorError
 from projector.source import identity
@@ -150,7 +150,7 @@ def _plan(source: Path, closing: ExitStack) -> tuple[list[_Part], list[Path], di
     if WEIGHTS in names or INDEX in names:
         raise Refused(Reason.CONVERT, f"{shown(source.name)} has its weights as safetensors", "drop it as it is")
     if PICKLED_INDEX in names:
-        weight_map = _read_index(part(PICKLED_INDEX, "").fd)
+        weight_map = read_index(part(PICKLED_INDEX, "").fd, PICKLED_INDEX)
         parts = [part(shard, _target(shard)) for shard in _shards(weight_map, names)]
     elif PICKLED in names:
         parts = [part(PICKLED, WEIGHTS)]
@@ -169,22 +169,8 @@ def _plan(source: Path, closing: ExitStack) -> tuple[list[_Part], list[Path], di
     return parts, beside, weight_map
 
 
-def _read_index(fd: int) -> dict[str, str]:
-    """The weight_map of pytorch_model.bin.index.json. Raises Refused."""
-    try:
-        index: Any = json.loads(os.pread(fd, MAX_INDEX_BYTES, 0))
-        weight_map: Any = index["weight_map"]
-        if weight_map and all(SHARD_NAME.fullmatch(shard) for shard in weight_map.values()):
-            return dict(weight_map)
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        pass
-    raise Refused(Reason.BAD_INDEX, f"{PICKLED_INDEX} has no weight_map of names", "copy it again")
-
-
 def _shards(weight_map: Mapping[str, str], names: set[str]) -> list[str]:
-    shards = sorted(set(weight_map.values()))
-    if missing := [shard for shard in shards if shard not in names]:
-        raise NotYet(Reason.INCOMPLETE, f"{len(missing)} shards are missing: {listed(missing)}", "copy every shard")
+    shards = shard_names(weight_map, names, PICKLED_INDEX, suffix="")
     targets = {_target(shard) for shard in shards}
     if len(targets) < len(shards) or (WEIGHTS in targets and len(shards) > 1):  # which would pass for all of them
         raise Refused(Reason.BAD_INDEX, f"{PICKLED_INDEX} has shards of one name", "save the model again")

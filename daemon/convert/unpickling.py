@@ -111,7 +111,11 @@ def convert(job: Job, tell: Callable[[int, int], None]) -> dict[str, Any]:
     tensors, stripped = named_tensors(weights, job.strip_prefix)
     left_out += [left_out_of(inside, name, value) for name, value in weights.items() if not isinstance(value, Tensor)]
     del weights
-    writer = TensorWriter(job.target, [_spec(name, tensor) for name, tensor in tensors.items()], METADATA)
+    shared = shared_storages(tensors)
+    # alias -> name, as the safetensors library notes it; here both are written, so that a base may have either
+    tied = {alias: group["names"][0] for group in shared if group["identical"] for alias in group["names"][1:]}
+    specs = [_spec(name, tensor) for name, tensor in tensors.items()]
+    writer = TensorWriter(job.target, specs, {**tied, **METADATA})
     total = writer.header.size
     if total > job.most_bytes:
         raise Refused(
@@ -129,7 +133,7 @@ def convert(job: Job, tell: Callable[[int, int], None]) -> dict[str, Any]:
         "kind": kind,
         "inside": "/".join(inside),
         "stripped": stripped,
-        "shared": shared_storages(tensors),
+        "shared": shared,
         "left_out": left_out,
     }
 

@@ -8,9 +8,11 @@ import socket
 import threading
 import time
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from daemon.errors import BadConfig, DaemonError, Reason
 
@@ -40,9 +42,23 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(TICK_SECONDS)  # an aborted transport closes its socket in a later turn of the loop
 
 
+class _Protocol(H11Protocol):
+    """uvicorn's, except that a client that closes its side after its request, as `nc -N` does, is still answered."""
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio takes either
+        """True where the connection stays open for an answer that is under way, and no longer."""
+        cycle = self.cycle
+        if cycle is None or cycle.more_body or cycle.response_complete:
+            return False
+        cycle.keep_alive = False
+        _hung_up(cast(Scope, cycle.scope)).set()
+        return True
+
+
 class HttpServer:
-    """Serves an application in a daemon thread. Starts once. Every request has the event `state.stopping`, which is set
-    when the server begins to stop: who only waits for something should end then.
+    """Serves an application in a daemon thread. Starts once. Every request has two events: `state.stopping` is set when
+    the server begins to stop, `state.hung_up` when the client has closed its side of the connection. It may listen yet,
+    or be gone, so it is to be answered; who only waits for something should end at either.
 
     Use it beside a loop (`start`, later `stop`), as a context manager, or alone:
     `server.start()` and then `server.wait_for_signal()`.
@@ -58,7 +74,7 @@ class HttpServer:
                 _told(app, stopping),
                 lifespan="off",
                 loop="asyncio",
-                http="h11",
+                http=_Protocol,
                 ws="none",
                 access_log=False,
                 log_config=None,  # what it has to say goes through the daemon's own logging
@@ -124,12 +140,19 @@ class HttpServer:
 
 
 def _told(app: ASGIApp, stopping: asyncio.Event) -> ASGIApp:
-    """The application, its requests knowing of `stopping`."""
+    """The application, its requests knowing of `stopping` and of `hung_up`."""
 
     async def told(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, "state": {**scope.get("state", {}), "stopping": stopping}}, receive, send)
+        state = {**scope.get("state", {}), "stopping": stopping, "hung_up": _hung_up(scope)}
+        await app({**scope, "state": state}, receive, send)
 
     return told
+
+
+def _hung_up(scope: Scope) -> asyncio.Event:
+    """The event of one request, made by whoever needs it first: the client may have hung up before it is looked at."""
+    event: asyncio.Event = scope.setdefault("state", {}).setdefault("hung_up", asyncio.Event())
+    return event
 
 
 def _raise_file_limit() -> None:

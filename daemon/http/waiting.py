@@ -29,7 +29,8 @@ class Waiting:
 
     async def until(self, request: Request, head: str, version: int, seconds: float) -> None:
         """Returns once the head's live version is `version` or a later one, after `seconds`, or when nobody listens
-        any more: the client went away, or the server stops. Problem 503 where too many wait already.
+        any more: the client went away or closed its side of the connection, or the server stops. Problem 503 where too
+        many wait already.
         """
         if len(self._waiters) >= MOST_WAITERS:
             raise Problem(503, "busy", f"{MOST_WAITERS} clients are waiting already", "try again", {"Retry-After": "5"})
@@ -37,7 +38,8 @@ class Waiting:
         self._waiters[here] = head, version
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
-        over = [asyncio.ensure_future(_gone(request)), asyncio.ensure_future(request.state.stopping.wait())]
+        ends = _gone(request), request.state.stopping.wait(), request.state.hung_up.wait()
+        over = [asyncio.ensure_future(end) for end in ends]
         try:
             await asyncio.wait({here, *over}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -9,6 +9,7 @@ from math import inf, sqrt
 from projector.errors import BadSchema, Reason
 from projector.text import shown
 
+MERGE_FIRST = "merge it into its base first (peft: model.merge_and_unload()) and drop the whole model"
 MAX_PATTERNS = 4096
 MAX_PATTERN = 300  # characters
 MAX_REPEATS = MAX_GROUPS = 3  # in one pattern

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from projector.errors import BadSchema, Reason
-from projector.lora.config import LoraConfig
+from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.delta import Patch
 from projector.lora.keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, tensor_parts
 from projector.naming import LONGEST_HINT, Naming
@@ -14,7 +14,6 @@ from projector.spec import Schema, TensorSpec, check_not_quantised
 from projector.text import shown
 
 GATHER = "gather the parameters before save_pretrained (ZeRO-3, FSDP), and drop the adapter again"
-MERGE_FIRST = "merge it into its base first (peft: model.merge_and_unload()) and drop the whole model"
 ANOTHER_BASE = "train it on this home's base"
 RESIZED = "nothing is cut off here: train on this home's base without resizing its vocabulary"
 MOST_RANK = 1024  # of a weight whose shorter side is less: a factor is in memory whole

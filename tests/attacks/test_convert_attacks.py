@@ -255,6 +255,18 @@ def test_memory_is_limited(tmp_path: Path) -> None:
     assert "needs more memory" in str(error) and "--memory" in error.hint
 
 
+def test_the_least_limit_holds_for_the_smallest_file(tmp_path: Path) -> None:
+    """What Python and torch have mapped and do not use is a small part of it; no smaller one can be asked for."""
+    least = confining.LEAST_MEMORY_BYTES
+    torch.save({**WEIGHTS, "x": Calls(bytearray, least + (4 << 20))}, tmp_path / "small.pt")
+    assert "needs more memory" in str(refused(tmp_path / "small.pt", Options(memory_bytes=least)))
+    torch.save(WEIGHTS, tmp_path / "small.pt")
+    convert(tmp_path / "small.pt", tmp_path / "out.safetensors", Options(memory_bytes=least))
+    with pytest.raises(Refused, match=f"{least - 1} bytes of memory cannot be held: {least} are the least") as caught:
+        Options(memory_bytes=least - 1)
+    assert "--memory" in caught.value.hint
+
+
 def test_the_persons_limit_holds(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(16 << 20)}, tmp_path / "w.pt")
     assert "needs more memory" in str(refused(tmp_path / "w.pt", Options(memory_bytes=32 << 20)))

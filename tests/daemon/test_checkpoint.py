@@ -128,7 +128,7 @@ def test_every_change_is_noticed(file: Path, change: str) -> None:
 
 def test_a_missing_shard_may_still_come(sharded: Path) -> None:
     (sharded / "part-1.safetensors").unlink()
-    with pytest.raises(NotYet, match=r"part-1\.safetensors is missing \(1 of 3\)") as waiting, opened(sharded):
+    with pytest.raises(NotYet, match=r"1 of 3 shards are missing: part-1\.safetensors$") as waiting, opened(sharded):
         pass
     assert waiting.value.reason is Reason.INCOMPLETE
 

@@ -235,6 +235,10 @@ def spoil_the_index(folder: Path) -> None:
     (folder / INDEX).write_text("[]")
 
 
+def cut_the_index(folder: Path) -> None:
+    os.truncate(folder / INDEX, 40)
+
+
 def spoil_a_shard(folder: Path) -> None:
     (folder / "pytorch_model-00002-of-00002.bin").write_bytes(b"PK\x03\x04 and no more")
 
@@ -247,8 +251,9 @@ def spoil_a_shard(folder: Path) -> None:
         (save_a_name_twice, Refused, "bad_index", "two shards hold"),
         (name_one_as_if_it_were_all, Refused, "bad_index", "of one name"),
         (lay_a_fifo_beside, Refused, "not_a_file", "expert.json"),
-        (lead_out, Refused, "bad_index", "weight_map"),
+        (lead_out, Refused, "bad_index", "pytorch_model.bin.index.json: ../pytorch_model.bin cannot be the name"),
         (spoil_the_index, Refused, "bad_index", "weight_map"),
+        (cut_the_index, NotYet, "bad_index", "pytorch_model.bin.index.json is not JSON"),
         (spoil_a_shard, Refused, "truncated", "pytorch_model-00002-of-00002.bin: it is damaged"),
     ],
 )
@@ -438,6 +443,8 @@ def test_the_command(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["inside"] == "model" and report["files"][0]["name"] == "model.safetensors"
     assert forked("convert", "w.pt", "other", "--memory", "much", cwd=tmp_path).returncode == 2
+    done = forked("convert", "w.pt", "other", "--memory", "1MB", cwd=tmp_path)
+    assert done.returncode == 1 and "16777216 are the least" in done.stderr and "--memory" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,25 @@ def check_listings(home: Home, tmp_path: Path, base: Path) -> None:
     twin = json.loads(asked("inspect", home.archive(2) / "two", "--json", *at))
     assert twin["duplicate_of"] == 2
     assert "accepted" in asked("inspect", new, *at)
-    assert json.loads(asked("verify", "--json", *at))["problems"] == []
+    read = files_read_by_verify(home)
+    assert json.loads(asked("verify", "--json", *at)) == {
+        "versions": 12,
+        "experts": 4,  # one of them twice
+        "files": len(read),
+        "size_bytes": sum(path.stat().st_size for path in read),
+        "problems": [],
+    }
+    verified = forked("verify", *at)
+    (line,) = (verified.stdout + verified.stderr).splitlines()
+    assert line.startswith(f"the base, 12 versions and 4 archived experts: {len(read)} files, ")
+    assert line.endswith(" kB read, no problems")
+
+
+def files_read_by_verify(home: Home) -> list[Path]:
+    """The base's weights, all that is published but for LATEST and the links, every state, the archived weights."""
+    found = [path for pattern in ("*/0*/*", "*/0*/*/*") for path in home.published.glob(pattern) if path.is_file()]
+    found += (home.state / "heads").rglob("state.safetensors")
+    return [*found, *home.base.rglob("*.safetensors"), *(home.root / "archive").rglob("*.safetensors")]
 
 
 def test_once_drains_the_inbox_and_exits(tmp_path: Path) -> None:
@@ -280,7 +298,9 @@ def test_damage_is_named_and_stops_the_start(someone: Path, tmp_path: Path) -> N
     weights.write_bytes(data)
     home.clean.unlink()
     verified = forked("verify", "--home", home.root)
-    assert verified.returncode == 1 and "published/main/000000/model.safetensors" in verified.stdout
+    assert verified.returncode == 1
+    problem, line = (verified.stdout + verified.stderr).splitlines()
+    assert problem.startswith("published/main/000000/model.safetensors: ") and line.endswith(" read, 1 problem")
     started = forked("run", "--once", "--no-http", "--home", home.root)
     assert started.returncode == 1 and "damaged" in started.stderr and "hint:" in started.stderr
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.generations import companions, entry, plan_weights, problems
+from daemon.generations import METADATA, companions, entry, plan_weights, problems
 from daemon.home import Home
+from projector.header import build_header
 from projector.spec import TensorSpec
 from registry.records import Version
 from tests.daemon.homes import drain, latest, lineage, put, quick
@@ -56,6 +57,21 @@ def test_a_large_one_is_split_and_indexed() -> None:
     assert read["metadata"]["total_size"] == 3 * 64
     assert read["weight_map"] == {spec.name: file.name for file in files for spec in file.specs}
     assert sorted(file.name for file in files) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("limit", [1000, 1023, 1500, 4000])
+def test_no_file_of_several_tensors_is_larger_than_allowed(limit: int) -> None:
+    """Many small tensors, of which the headers are longer than the data, and one that is too large for any limit."""
+    shapes = [(), (0, 3), (1,), (7, 3), (16,)] * 12
+    specs = [TensorSpec(f"schicht.{n}.größe", shape, torch.float16) for n, shape in enumerate(shapes)]
+    specs.insert(20, TensorSpec("large", (200, 100), torch.float64))
+    files, index = plan_weights(specs, limit)
+    assert index is not None and json.loads(index)["metadata"]["total_size"] == sum(spec.nbytes for spec in specs)
+    assert [spec for file in files for spec in file.specs if spec.name != "large"] == specs[:20] + specs[21:]
+    sizes = {file.name: build_header(file.specs, METADATA)[1].size for file in files if len(file.specs) > 1}
+    assert max(sizes.values()) <= limit
+    assert len(files) - 1 <= 1.5 * (sum(sizes.values()) / limit + 1)  # and they are not far from full
+    assert [spec.name for file in files if len(file.specs) == 1 for spec in file.specs] == ["large"]
 
 
 def test_the_manifest_names_everything_a_version_came_from(merged: Home) -> None:

@@ -24,19 +24,19 @@ Opens = Callable[..., Checkpoint]
 
 @pytest.fixture
 def opens(tmp_path: Path) -> Iterator[Opens]:
-    """Writes tensors into one file and opens it; keywords are sidecars."""
+    """Writes tensors into one file and opens it; `told` is the file's metadata, keywords are sidecars."""
     with ExitStack() as closing:
 
-        def reader(name: str, weights: Weights) -> TensorReader:
-            save_file(weights, tmp_path / name)
+        def reader(name: str, weights: Weights, told: dict[str, str] | None = None) -> TensorReader:
+            save_file(weights, tmp_path / name, told)
             fd = os.open(tmp_path / name, os.O_RDONLY)
             closing.callback(os.close, fd)
             return TensorReader(fd, RunningDigest(fd))
 
-        def checkpoint(weights: Weights, **sidecars: Weights) -> Checkpoint:
+        def checkpoint(weights: Weights, told: dict[str, str] | None = None, **sidecars: Weights) -> Checkpoint:
             name = f"{len(os.listdir(tmp_path))}"
             beside = {kind: reader(f"{name}-{kind}", tensors) for kind, tensors in sidecars.items()}
-            return Checkpoint([reader(name, weights)], beside)
+            return Checkpoint([reader(name, weights, told)], beside)
 
         yield checkpoint
 
@@ -70,6 +70,34 @@ def test_only_equal_matrices_are_twins(opens: Opens) -> None:
         "stack.1": ["stack.2"],
         "stack.2": ["stack.1"],
     }
+
+
+def test_what_the_file_says_was_one_tensor_is_as_long_as_it_still_is(opens: Opens) -> None:
+    """Its metadata, alias -> name, is believed of no tensors that differ, and of none that are not there."""
+    bias, zeros = matrix(1, 9), torch.zeros(8, 4)
+    weights = {"bias": bias, "decoder.bias": bias.clone(), "third.bias": bias.clone(), "alike.bias": bias.clone()}
+    weights |= {
+        "changed.bias": matrix(2, 9),
+        "row": bias[None].clone(),
+        "half": bias.half(),
+        "gone.alias": torch.zeros(4),
+    }
+    weights |= {"zeros": zeros, "zeros.alias": zeros.clone(), "zeros.alike": zeros.clone()}
+    weights |= {"scale": torch.tensor(2.0), "scale.alias": torch.tensor(2.0), "w": matrix(3), "w.alias": matrix(3)}
+    told = dict.fromkeys(("decoder.bias", "third.bias", "changed.bias", "row", "half", "missing"), "bias")
+    told |= {"zeros.alias": "zeros", "scale.alias": "scale", "w.alias": "w", "gone.alias": "gone", "format": "pt"}
+    assert opens(weights, told).twins() == {
+        "bias": ["decoder.bias", "third.bias"],
+        "decoder.bias": ["bias", "third.bias"],
+        "third.bias": ["bias", "decoder.bias"],
+        "zeros": ["zeros.alias"],
+        "zeros.alias": ["zeros"],
+        "scale": ["scale.alias"],
+        "scale.alias": ["scale"],
+        "w": ["w.alias"],
+        "w.alias": ["w"],
+    }
+    assert "bias" not in opens(weights).twins()
 
 
 def test_looking_for_twins_takes_the_same_memory_for_rows_of_any_length(opens: Opens) -> None:

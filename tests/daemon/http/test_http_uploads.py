@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from daemon import incoming, uploading
 from daemon.config import Http
@@ -465,6 +466,18 @@ def test_the_token_from_a_file(line: "Line") -> None:
         with pytest.raises(BadConfig) as caught:
             Uploads(line.home, Http.model_validate(settings))
         assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+def test_a_token_that_others_may_read_is_warned_of(line: "Line", mode: int, warned: bool) -> None:
+    named = Http.model_validate({"write_token_file": write(line.home, TOKEN)})
+    (line.home.root / "token").chmod(mode)
+    with capture_logs() as logged:
+        Uploads(line.home, named)
+    path = str(line.home.root / "token")
+    wanted = {"log_level": "warning", "file": path, "mode": f"{mode:04o}", "hint": f"chmod 600 {path}"}
+    assert [{key: entry[key] for key in wanted} for entry in logged] == [wanted] * warned
+    assert TOKEN not in str(logged)
 
 
 def test_the_token_is_never_shown(
