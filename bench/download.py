@@ -7,7 +7,8 @@ checkpoints' file system: from `mainstem serve`, and from a bare uvicorn with st
 file; `cp` copies it to the same place. The three take turns; nobody syncs, and the file is in the page cache.
 
 Many: a real daemon merges one expert after the other and removes old versions at once, while so many clients fetch
-whatever `latest` names, again and again, and hold every file against the manifest's sha256. A version that is removed
+whatever `latest` names, again and again, and hold every file against the manifest's sha256. The experts are spread over
+two rounds of pulls, so that versions change under them from beginning to end. A version that is removed
 under a client is answered with 410, and counted; anything else that is not the right bytes ends the measurement.
 """
 
@@ -34,6 +35,8 @@ from daemon.home import Home
 WEIGHTS = "model.safetensors"
 BLOCK = 1 << 20
 START_SECONDS = 60.0
+PAUSE_SECONDS = 0.05
+ROUNDS = 2  # of pulls by every client, over which the experts are spread
 GONE = 410
 BARE = """
 import sys, uvicorn
@@ -108,6 +111,8 @@ def parallel(home: Home, experts: list[Path], clients: int) -> dict[str, Any]:
             thread.start()
         try:
             for number, expert in enumerate(experts, start=1):
+                while seen.pulls < ROUNDS * clients * (number - 1) // len(experts) and not seen.wrong:
+                    time.sleep(PAUSE_SECONDS)
                 drop(home, expert)
                 daemon.wait_visible(number)
         finally:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from sys import float_info
 from typing import Any, NoReturn
@@ -12,12 +13,15 @@ from typing import Any, NoReturn
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.opening import not_a_file
+from projector.errors import BadSchema
 from projector.lora.config import MERGE_FIRST, LoraConfig, compiled
 from projector.text import listed, shown
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 4 << 20
+FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
+TRAINERS_OWN = re.compile(r"checkpoint-\d+|\..*")
 
 VARIANTS = {
     "alora_invocation_tokens": ("Activated LoRA (aLoRA)", "it works on some tokens only and cannot be merged"),
@@ -80,6 +84,35 @@ def open_adapter(fd: int) -> OpenAdapter:
     return OpenAdapter(fd, stamp(status), hashlib.sha256(text).hexdigest(), read_config(content))
 
 
+def check_alone(folder_fd: int, names: Collection[str], whole: Collection[str]) -> None:
+    """Raises Refused where a folder with an adapter also holds one of `whole`, the files of a whole model, or another
+    adapter below: which of them is the expert, nobody said."""
+    if beside := sorted(set(whole).intersection(names)):
+        detail = f"the folder holds an adapter and a whole model, {beside[0]}"
+        raise Refused(Reason.ADAPTER, detail, "drop the one that was trained, alone: one folder is one expert")
+    if below := adapters_below(folder_fd):
+        detail = f"the folder holds more adapters, in {listed(below)}"
+        raise Refused(Reason.ADAPTER, detail, "drop each adapter as a folder of its own")
+
+
+def adapters_below(folder_fd: int) -> list[str]:
+    """The folders just below that hold an adapter; what a trainer keeps as checkpoint-N does not count."""
+    with os.scandir(folder_fd) as entries:
+        folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    below = (name for name in folders if not TRAINERS_OWN.fullmatch(name))
+    return sorted(name for name in below if os.access(f"{name}/{ADAPTER}", os.F_OK, dir_fd=folder_fd))
+
+
+def check_no_factors(names: Iterable[str], name: str) -> None:
+    """Raises Refused where tensors that should be a model's are an adapter's."""
+    if factor := next((tensor for tensor in names if FACTOR.search(tensor)), None):
+        raise Refused(
+            Reason.ADAPTER,
+            f"{shown(name)} holds the factors of a LoRA adapter, {shown(factor)}",
+            f"drop the adapter's folder: {ADAPTER_WEIGHTS} by that name, and {ADAPTER} beside it",
+        )
+
+
 def read_config(content: Mapping[str, Any]) -> LoraConfig:
     """What the fields of adapter_config.json say. Raises Refused, which names what cannot be merged."""
     kind = content.get("peft_type")
@@ -103,8 +136,11 @@ def read_config(content: Mapping[str, Any]) -> LoraConfig:
         trainable_token_indices=_tokens(content.get("trainable_token_indices")),
         **{key: _flag(content, key) for key in ("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora")},
     )
-    compiled(config.rank_pattern)
-    compiled(config.alpha_pattern)
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        try:
+            compiled(patterns)
+        except BadSchema as error:
+            _refuse(str(error), error.hint)
     return config
 
 
@@ -130,20 +166,20 @@ def _is_set(value: Any) -> bool:
 
 def _rank(value: Any, key: str) -> int:
     if type(value) is not int or not 1 <= value <= 1 << 20:
-        _refuse(f"{key} has {_value(value)}, a rank is a whole number from 1")
+        _refuse(f"{key} has {_literal(value)}, a rank is a whole number from 1")
     return value
 
 
 def _number(value: Any, key: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= float_info.max:
-        _refuse(f"{key} has {_value(value)}, which is no number")
+        _refuse(f"{key} has {_literal(value)}, which is no number")
     return float(value)
 
 
 def _flag(content: Mapping[str, Any], key: str) -> bool:
     value = content.get(key, False)
     if value is not None and not isinstance(value, bool):
-        _refuse(f"{key} is {_value(value)}, not true or false")
+        _refuse(f"{key} is {_literal(value)}, not true or false")
     return bool(value)
 
 
@@ -172,6 +208,11 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:
 
 def _value(value: Any) -> str:
     return shown(str(value))
+
+
+def _literal(value: Any) -> str:
+    """As it stands in the file: "4" is not 4."""
+    return shown(json.dumps(value))
 
 
 def _refuse(detail: str, hint: str = "save the adapter again with peft's save_pretrained") -> NoReturn:

@@ -27,7 +27,7 @@ def check_norm(folded: Folded, norms: Sequence[float], limits: Admission) -> Non
         raise Refused(
             Reason.EQUALS_BASE,
             f"its weights are the base's (the task vector has norm {folded.norm:.3g}): there is nothing to merge",
-            "drop the fine-tuned model, not the base",
+            "drop the fine-tuned model, not the base; an adapter only once it is trained",
         )
     if folded.norm >= limits.max_base_ratio * folded.base_norm:
         times = f"{folded.norm / folded.base_norm:.3g} times" if folded.base_norm else "infinitely"

@@ -16,7 +16,7 @@ from typing import Self
 from daemon import durable
 from daemon.about import ABOUT, About, read_about
 from daemon.adapter import ADAPTER as ADAPTER
-from daemon.adapter import ADAPTER_WEIGHTS, OpenAdapter, open_adapter
+from daemon.adapter import ADAPTER_WEIGHTS, OpenAdapter, adapters_below, check_alone, check_no_factors, open_adapter
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.index import INDEX as INDEX
@@ -30,7 +30,7 @@ from projector.matching import matched
 from projector.naming import SAME, Naming
 from projector.source import Checkpoint, identity
 from projector.tensorfile import RunningDigest, TensorReader
-from projector.text import shown
+from projector.text import listed, shown
 from projector.watch import SILENT, Watch
 
 WEIGHTS = "model.safetensors"
@@ -121,6 +121,7 @@ class OpenCheckpoint:
                 self.naming,
             )
         else:
+            check_no_factors(set(self.tensors.schema) - set(base.schema), self.files[0].name)
             self.tensors = matched(base, self.tensors, self.naming)
 
     def identity(self) -> str:
@@ -208,15 +209,17 @@ def _open_folder(
         return _weights(open_entry(fd, name, follow, closing), name, watch)
 
     adapter = None
-    if WEIGHTS in names:
+    if ADAPTER_WEIGHTS in names:
+        check_alone(fd, names, whole=(WEIGHTS, INDEX))
+    if {ADAPTER, ADAPTER_WEIGHTS} <= names:
+        adapter = open_adapter(open_entry(fd, ADAPTER, follow, closing))
+        files, kind = [opened(ADAPTER_WEIGHTS)], "adapter"
+    elif WEIGHTS in names:
         files, kind = [opened(WEIGHTS)], "folder"
     elif INDEX in names:
         weight_map, kind = read_index(open_entry(fd, INDEX, follow, closing)), "sharded"
         files = [opened(shard) for shard in shard_names(weight_map, names)]
         check_places(weight_map, {name: file.name for file in files for name in file.reader.specs})
-    elif {ADAPTER, ADAPTER_WEIGHTS} <= names:
-        adapter = open_adapter(open_entry(fd, ADAPTER, follow, closing))
-        files, kind = [opened(ADAPTER_WEIGHTS)], "adapter"
     elif ADAPTER_WEIGHTS in names or (ADAPTER in names and not any(name.endswith(PICKLE_SUFFIXES) for name in names)):
         missing = ADAPTER if ADAPTER_WEIGHTS in names else ADAPTER_WEIGHTS
         raise NotYet(Reason.INCOMPLETE, f"{missing} of the adapter is missing", "copy both files of it")
@@ -225,6 +228,8 @@ def _open_folder(
     elif not plain and any(name.endswith(PICKLE_SUFFIXES) for name in names):
         # not yet: what trainers save beside the weights is pickled too, and may come first
         raise NotYet(Reason.PICKLE, "the folder holds pickled weights only", PICKLE_HINT)
+    elif below := adapters_below(fd):
+        raise NotYet(Reason.NO_WEIGHTS, f"its adapters are in {listed(below)}", "drop the adapter's folder itself")
     else:
         raise NotYet(
             Reason.NO_WEIGHTS,

@@ -1,6 +1,7 @@
 """What a tensor is, without its values: name, shape, dtype; and what a whole checkpoint is: a schema."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -80,7 +81,9 @@ def check_schema(base: Schema, expert: Schema) -> None:
         raise BadSchema(
             Reason.MISSING_TENSOR,
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
-            mend or "save the whole model, with the names of the base",
+            mend
+            or _other_name(base, expert, missing, unexpected)
+            or "save the whole model, with the names of the base",
         )
     for untied, twin in _untied(base, [expert[name] for name in unexpected]):
         raise BadSchema(
@@ -99,6 +102,18 @@ def check_schema(base: Schema, expert: Schema) -> None:
     for name, spec in expert.items():
         if name in base:
             _check_tensor(base[name], spec)
+
+
+def _other_name(base: Schema, expert: Schema, missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
+    """What to do where all that is missing may be there under the other name of a tied weight."""
+    alike = [name for name in unexpected if expert[name].shape == base[missing[0]].shape]
+    if len(missing) > 1 or len(alike) != 1 or len(base[missing[0]].shape) != 2:
+        return None
+    setting = " = ".join(json.dumps(name.removesuffix("weight")) for name in (alike[0], missing[0]))
+    return (
+        f"if {shown(alike[0])} is that weight, tied, under its other name: put prefixes = {{{setting}}} under"
+        " [admission] in mainstem.toml and drop it again; if not, save the whole model"
+    )
 
 
 def _untied(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[str, str]]:
@@ -171,18 +186,25 @@ def _check_tensor(base: TensorSpec, expert: TensorSpec) -> None:
         raise BadSchema(
             Reason.UNSUPPORTED_DTYPE,
             f"{shown(base.name)} is {expert.dtype}, the base {base.dtype}".replace("torch.", ""),
-            "save it as float32, float16 or bfloat16; quantised weights cannot be merged",
+            "save it as float32, float16 or bfloat16; quantised weights cannot be merged"
+            if base.floating
+            else f"save it as {base.dtype}, or leave it out: what does not float is the base's".replace("torch.", ""),
         )
 
 
+def resized_rows(base: tuple[int, ...], expert: tuple[int, ...]) -> bool:
+    """True for two matrices that differ in their rows alone, as where a vocabulary was resized."""
+    return len(base) == len(expert) == 2 and base[1] == expert[1]
+
+
 def _shape_hint(base: tuple[int, ...], expert: tuple[int, ...]) -> str:
-    if expert == base[::-1]:
+    if len(base) > 1 and expert == base[::-1]:
         return "it is the transpose: save it as the base has it"
-    if base and expert and expert[1:] == base[1:] and expert[0] < base[0]:
+    if resized_rows(base, expert) and expert[0] < base[0]:
         return f"if its vocabulary was cut from {base[0]} to {expert[0]}: save it with all {base[0]} rows"
-    if base and expert and expert[1:] == base[1:]:
+    if resized_rows(base, expert):
         return (
             f"if its vocabulary was resized from {base[0]} to {expert[0]}: nothing is cut off here; fine-tune without "
             f"resizing, or call resize_token_embeddings({base[0]}) before saving if the rows past that do not matter"
         )
-    return "fine-tune from this home's base; a resized vocabulary cannot be merged"
+    return "fine-tune from this home's base"

@@ -13,6 +13,7 @@ and the next one of the same version goes on there. Nothing of it is believed: t
 """
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -80,12 +81,14 @@ class Target:
         return manifest
 
     def is_whole(self, manifest: Manifest, files: Sequence[Listed]) -> bool:
-        """True where that version is in place, with these of its files, at their sizes, and no others."""
+        """True where that version is in place, with these of its files and no others, every byte of them read again."""
         current = self.current()
         if current is None or current.text != manifest.text:
             return False
-        found = {name: path.stat().st_size for name, path in self._below().items() if path.is_file()}
-        return found == {MANIFEST: len(manifest.text), **{file.name: file.size for file in files}}
+        found = {name: path for name, path in self._below().items() if path.is_file()}
+        if found.keys() != {MANIFEST, *(file.name for file in files)}:
+            return False
+        return all(_sha256(found[file.name]) == file.sha256 for file in files)
 
     def _below(self) -> dict[str, Path]:
         """Everything in DEST, by its path from there."""
@@ -196,6 +199,11 @@ class Target:
             os.close(held)
             raise busy
         return held
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _line(value: object) -> bytes:

@@ -1,7 +1,7 @@
 """What the tensors of a PEFT adapter are called: which tensor of the model each changes, and which part it is."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from projector.errors import BadSchema, Reason
 from projector.text import shown
@@ -21,20 +21,25 @@ PARTS = {
 }
 """The end of a tensor's name -> its part."""
 
+ORIGINAL, SAVED = ".original_module.", ".modules_to_save."
 FOREIGN = re.compile(r"(^|\.)(lora_\w+|token_adapter|modules_to_save|original_module|base_layer)(\.|$)")
 
 
-def tensor_parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def tensor_parts(names: Collection[str]) -> dict[str, dict[str, str]]:
     """Of each tensor of the model that an adapter changes its parts, and for each of them its name in the adapter.
 
-    Raises BadSchema at a name that is none of PEFT's for LoRA.
+    Left out is what PEFT saves beside a module of modules_to_save where all biases are trained, and does not read: the
+    original module, and the trained one a second time. Raises BadSchema at a name that is none of PEFT's for LoRA.
 
     >>> tensor_parts(["base_model.model.h.0.q.lora_A.weight", "base_model.model.h.0.q.base_layer.bias"])
     {'h.0.q.weight': {'A': 'base_model.model.h.0.q.lora_A.weight'}, \
 'h.0.q.bias': {'full': 'base_model.model.h.0.q.base_layer.bias'}}
     """
     found: dict[str, dict[str, str]] = {}
+    present = set(names)
     for name in names:
+        if ORIGINAL in name or (SAVED in name and name.replace(SAVED, ".", 1) in present):
+            continue
         target, part = _target(name.removeprefix(PREFIX))
         if FOREIGN.search(target):
             raise _unknown(name, "peft's LoRA of linear, embedding and convolution layers has no such part")

@@ -4,17 +4,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from projector.errors import BadSchema, Reason
 from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.delta import Patch
 from projector.lora.keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, tensor_parts
 from projector.naming import LONGEST_HINT, Naming
 from projector.source import Checkpoint
-from projector.spec import Schema, TensorSpec, check_not_quantised
+from projector.spec import Schema, TensorSpec, check_not_quantised, resized_rows
 from projector.text import shown
 
 GATHER = "gather the parameters before save_pretrained (ZeRO-3, FSDP), and drop the adapter again"
 ANOTHER_BASE = "train it on this home's base"
+RENAMED = f"where transformers calls the modules of this model otherwise than its files do, {MERGE_FIRST}"
 RESIZED = "nothing is cut off here: train on this home's base without resizing its vocabulary"
 MOST_RANK = 1024  # of a weight whose shorter side is less: a factor is in memory whole
 MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one adapter: save both again"
@@ -39,17 +42,36 @@ def planned(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Namin
     for theirs, ours in resolved.items():
         parts = known[theirs]
         floating = any(schema[name].floating for name in parts.values())
-        if ours not in base and floating and not (parts.keys() == {FULL} and _tied(adapter, parts[FULL], at_home)):
-            raise _absent(theirs, shaper.wanted(parts), base, OFFSET in parts)
+        if ours not in base and floating and not _tied(adapter, parts, known, at_home):
+            raise _absent(theirs, shaper.wanted(parts), base, parts, any(name in base for name in resolved.values()))
         if ours in base and base[ours].floating:
             patches[ours] = shaper.patch(theirs, base[ours])
     shaper.check_squares()
     return patches
 
 
-def _tied(adapter: Checkpoint, name: str, others: set[str]) -> bool:
-    """True where the adapter has the values of this tensor under one of the other names too."""
-    return not others.isdisjoint(adapter.twins().get(name, ()))
+def _tied(
+    adapter: Checkpoint, parts: Mapping[str, str], known: Mapping[str, Mapping[str, str]], at_home: set[str]
+) -> bool:
+    """True where the adapter has all this a second time, for a tensor of the base: whole, or as an embedding's factors,
+    which ensure_weight_tying repeats for the output layer, turned round."""
+    whole = FULL not in parts or not at_home.isdisjoint(adapter.twins().get(parts[FULL], ()))
+    if parts.keys() == {FULL}:
+        return whole
+    embeddings = (other for other in known.values() if A in other and B in other and _is_embedding(other))
+    return whole and parts.keys() - {FULL} == {A, B} and any(_turned(adapter, parts, one) for one in embeddings)
+
+
+def _turned(adapter: Checkpoint, parts: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """True where A is the other's B transposed, and B its A."""
+    schema = adapter.schema
+    pairs = ((parts[A], other[B]), (parts[B], other[A]))
+    return all(
+        schema[one].shape == schema[two].shape[::-1]
+        and schema[one].dtype == schema[two].dtype
+        and torch.equal(adapter.read(one), adapter.read(two).T)
+        for one, two in pairs
+    )
 
 
 class _Shaper:
@@ -81,7 +103,8 @@ class _Shaper:
                 detail = f"{shown(name)} is {self._schema[name].dtype}".replace("torch.", "")
                 raise BadSchema(Reason.UNSUPPORTED_DTYPE, detail, "save the adapter as float32, float16 or bfloat16")
         if FULL in parts:
-            self._hold(parts[FULL], spec.shape, RESIZED)
+            resized = resized_rows(spec.shape, self._schema[parts[FULL]].shape)
+            self._hold(parts[FULL], spec.shape, RESIZED if resized else ANOTHER_BASE)
             patch = replace(patch, full=parts[FULL])
         if A in parts or B in parts:
             patch = self._factors(patch, module, parts, spec)
@@ -136,7 +159,7 @@ class _Shaper:
         if embedding and turned:
             return True
         if embedding or not (same or turned):
-            raise self._misshapen(module, a, b, spec)
+            raise self._misshapen(module, a, b, spec, embedding)
         if same and turned:
             self._squares.append(module)
             return self._config.fan_in_fan_out
@@ -144,13 +167,14 @@ class _Shaper:
             self._layouts.add(turned)
         return turned
 
-    def _misshapen(self, module: str, a: TensorSpec, b: TensorSpec, spec: TensorSpec) -> BadSchema:
+    def _misshapen(self, module: str, a: TensorSpec, b: TensorSpec, spec: TensorSpec, embedding: bool) -> BadSchema:
         detail = f"{shown(module)} has factors {list(b.shape)} and {list(a.shape)}, the weight is {list(spec.shape)}"
         if len(spec.shape) == 3 and len(a.shape) == 2:
             return BadSchema(Reason.WRONG_SHAPE, f"{detail}: target_parameters of stacked experts", MERGE_FIRST)
         if len(spec.shape) > 2 and len(a.shape) > 1 and spec.shape[1] != a.shape[1]:
             return BadSchema(Reason.WRONG_SHAPE, f"{detail}: a convolution in groups", MERGE_FIRST)
-        return BadSchema(Reason.WRONG_SHAPE, detail, f"{ANOTHER_BASE}; {RESIZED}")
+        resized = resized_rows(spec.shape, (b.shape[0], *a.shape[1:])[:: -1 if embedding else 1])
+        return BadSchema(Reason.WRONG_SHAPE, detail, f"{ANOTHER_BASE}; {RESIZED}" if resized else ANOTHER_BASE)
 
     def _magnitude(self, module: str, parts: Mapping[str, str], spec: TensorSpec, patch: Patch) -> str:
         if MAGNITUDE not in parts or not patch.a or not self._config.use_dora:
@@ -189,22 +213,35 @@ def _is_embedding(parts: Mapping[str, str]) -> bool:
     return parts[A].endswith("lora_embedding_A")
 
 
-def _absent(target: str, shape: tuple[int, ...], base: Schema, offset: bool) -> BadSchema:
-    """What to say of a tensor that the base has not."""
+def _absent(target: str, shape: tuple[int, ...], base: Schema, parts: Mapping[str, str], known: bool) -> BadSchema:
+    """What to say of a tensor that the base has not. known: the base has others that the adapter changes."""
     alike = [name for name, spec in base.items() if len(shape) > 1 and spec.shape == shape]
-    if offset:
+    reason = Reason.UNEXPECTED_TENSOR
+    if OFFSET in parts:
         detail, hint = "lora_bias adds to it", "train without lora_bias: the base's layer has no bias to add to"
     elif prefix := _prefix(target, base):
         detail, hint = "by that name", f"put prefixes = {prefix} under [admission] in mainstem.toml and drop it again"
     elif len(alike) == 1:
         detail = f"if it is tied to {shown(alike[0])}, the two cannot change apart"
         hint = "train the embedding instead, or give this home a base in which the two are not tied"
-    elif alike:
+    elif A in parts and _is_embedding(parts) and any(_words(name)[-2:] == _words(target)[-2:] for name in alike):
         detail = "if it is tied to another tensor there, the two cannot change apart"
         hint = f"train that tensor instead, or {ANOTHER_BASE}; if it is a head of its own, name it in admission.ignore"
+    elif any(_words(name) == _words(target) for name in base):
+        detail, hint = "nothing there has that name", f"{ANOTHER_BASE}, of as many layers"
+    elif not known:
+        reason, detail = Reason.WRONG_BASE, "nor anything else that this adapter changes"
+        hint = f"{ANOTHER_BASE}; {RENAMED}"
+    elif FULL not in parts:
+        detail, hint = "nothing there has that name", f"{ANOTHER_BASE}; {RENAMED}"
     else:
         detail, hint = "nothing there is like it", f"{ANOTHER_BASE}, or name its own head in admission.ignore"
-    return BadSchema(Reason.UNEXPECTED_TENSOR, f"the base has no {shown(target)}: {detail}", hint)
+    return BadSchema(reason, f"the base has no {shown(target)}: {detail}", hint)
+
+
+def _words(name: str) -> list[str]:
+    """The parts of a name but for the numbers, which count layers."""
+    return [part for part in name.split(".") if not part.isdigit()]
 
 
 def _prefix(target: str, base: Schema) -> str | None:

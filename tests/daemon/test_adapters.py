@@ -199,6 +199,44 @@ def test_a_pickled_adapter_is_to_be_converted(adapter: Path) -> None:
     assert caught.value.reason is Reason.PICKLE
 
 
+@pytest.mark.parametrize("whole", ["model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("config", [True, False])
+def test_an_adapter_beside_a_whole_model_is_refused(adapter: Path, base: Path, whole: str, config: bool) -> None:
+    shutil.copy(base, adapter / whole)
+    if not config:
+        (adapter / ADAPTER).unlink()
+    with pytest.raises(Refused, match=f"an adapter and a whole model, {whole}") as caught, open_path(adapter):
+        pass
+    assert caught.value.reason is Reason.ADAPTER
+
+
+def test_only_one_adapter_is_taken_at_a_time(adapter: Path, home: Home) -> None:
+    """PEFT saves further adapters into folders of their own; a trainer its checkpoints."""
+    shutil.copytree(adapter, adapter / "checkpoint-500")
+    shutil.copytree(adapter, adapter / "second", ignore=lambda *_: ["checkpoint-500"])
+    with pytest.raises(Refused, match="more adapters, in second") as caught, open_path(adapter):
+        pass
+    assert caught.value.reason is Reason.ADAPTER
+    for name in (ADAPTER, ADAPTER_WEIGHTS):
+        (adapter / name).unlink()
+    with pytest.raises(NotYet, match="its adapters are in second") as unfinished, open_path(adapter):
+        pass
+    assert unfinished.value.reason is Reason.NO_WEIGHTS
+    drop(home, adapter / "second")
+    assert experts(home)[0].status is Status.MERGED
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_an_adapters_tensors_alone_are_refused_as_such(adapter: Path, home: Home, file: bool) -> None:
+    (adapter / ADAPTER).unlink()
+    weights = (adapter / ADAPTER_WEIGHTS).rename(adapter / "expert.safetensors")
+    put(home, weights if file else adapter)
+    drain(home)
+    (expert,) = experts(home)
+    assert expert.reason == "adapter" and "the factors of a LoRA adapter" in (expert.detail or "")
+    assert ADAPTER in (expert.hint or "")
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "peft_type": ({"peft_type": "LOHA"}, "peft_type is LOHA"),
     "ia3": ({"peft_type": "IA3"}, "peft_type is IA3"),
@@ -224,12 +262,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown field": ({"use_moonbeams": True}, "use_moonbeams"),
     "bias": ({"bias": "some"}, "bias is some"),
     "rank": ({"r": 0}, "r has 0"),
-    "no rank": ({"r": None}, "r has None"),
-    "rank of a pattern": ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern has 2"),
-    "alpha": ({"lora_alpha": "8"}, "lora_alpha has 8"),
-    "no finite alpha": ({"lora_alpha": float("nan")}, "lora_alpha has nan"),
+    "no rank": ({"r": None}, "r has null"),
+    "rank of a pattern": ({"rank_pattern": {"q_proj": "2"}}, 'rank_pattern has "2"'),
+    "alpha": ({"lora_alpha": "8"}, 'lora_alpha has "8"'),
+    "no finite alpha": ({"lora_alpha": float("nan")}, "lora_alpha has NaN"),
     "no number that fits": ({"lora_alpha": 10**400}, "lora_alpha has 1000"),
-    "a flag": ({"use_rslora": "yes"}, "use_rslora is yes"),
+    "a flag": ({"use_rslora": "yes"}, 'use_rslora is "yes"'),
     "patterns": ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is no object"),
     "tokens": ({"trainable_token_indices": "all"}, "trainable_token_indices"),
 }

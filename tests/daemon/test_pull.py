@@ -101,6 +101,19 @@ def test_what_is_in_place_already_is_not_fetched(origin: str, home: Home, tmp_pa
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_what_was_damaged_in_place_is_fetched_again(origin: str, home: Home, tmp_path: Path) -> None:
+    dest = tmp_path / "model"
+    pull(origin, dest)
+    with (dest / WEIGHTS).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    mended = pull(origin, dest)
+    assert not mended.up_to_date and same_bytes(dest, home, 3)
+    assert mended.fetched_bytes == (dest / WEIGHTS).stat().st_size
+
+
 def test_a_file_that_was_changed_in_place_is_not_taken_over(origin: str, home: Home, tmp_path: Path) -> None:
     dest = tmp_path / "model"
     pull(origin, dest, version="1")

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from projector.errors import BadSchema, Reason
@@ -92,7 +94,7 @@ def test_the_delta_is_what_peft_adds(tmp_path: Path, case: str) -> None:
 
 
 WHOLLY = {"rslora", "patterns", "patterns and rslora", "every linear", "orthogonal start"}
-WHOLLY |= {"conv1d of gpt-2", "conv1d not said"}
+WHOLLY |= {"conv1d of gpt-2", "conv1d not said", "embedding of ctrl", "embedding of udop", "one name of udop's bias"}
 NOT = {"dora", "dora of conv1d", "dora of an embedding", "dora of convolutions"}
 NOT |= {"embedding, tied", "convolutions", "convolutions, lora_bias"}  # peft saves a trained embedding whole beside it
 
@@ -188,6 +190,43 @@ def test_ignored_modules_are_left_out(tmp_path: Path) -> None:
         deltas(base, folder, naming=Naming({"bert.": ""}))
 
 
+def test_an_embedding_trained_tied_counts_once(tmp_path: Path) -> None:
+    """peft saves its factors for the output layer too; its own merge adds both to the one matrix. What was trained is
+    the model as it ran before any merge."""
+    base = write(adapters.tied_llama, tmp_path)
+    settings = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+    folder = train(adapters.tied_llama, tmp_path / "adapter", r=4, **settings)
+    names = load_file(folder / "adapter_model.safetensors").keys()
+    assert any("lm_head.lora_A" in name for name in names) and any("lora_embedding_A" in name for name in names)
+    found = deltas(base, folder)
+    tokens = torch.arange(10)[None]
+
+    def model() -> nn.Module:
+        torch.manual_seed(1)  # as `write` and `train` do
+        return adapters.tied_llama()
+
+    with torch.no_grad():
+        trained = PeftModel.from_pretrained(model(), str(folder))(tokens).logits  # type: ignore[arg-type]
+        merged_once, plain = model(), model()
+        for name, parameter in merged_once.named_parameters():
+            parameter += found[name]
+        assert torch.allclose(merged_once(tokens).logits, trained, rtol=0, atol=1e-6)
+        assert not torch.allclose(plain(tokens).logits, trained, rtol=0, atol=1e-3)
+    rewrite(folder, lambda t: t.update({n: t[n] + 1 for n in t if "lm_head.lora_A" in n}))
+    with pytest.raises(BadSchema, match="is tied to"):
+        deltas(base, folder)
+
+
+def test_biases_trained_beside_a_saved_head(tmp_path: Path) -> None:
+    """With bias=all peft also saves the head's biases as the wrapper has them, which it does not read again."""
+    base = write(adapters.bert, tmp_path)
+    settings = {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}
+    folder = train(adapters.bert, tmp_path / "adapter", r=4, **settings)
+    names = load_file(folder / "adapter_model.safetensors").keys()
+    assert any("original_module" in name for name in names) and any(".modules_to_save." in name for name in names)
+    assert_same(deltas(base, folder), merged(adapters.bert, folder))
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], Reason, str]] = {
     "a head that is tied": (
         "tied_llama",
@@ -246,6 +285,26 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path, case: str) -> 
     with pytest.raises(BadSchema, match=words) as caught:
         deltas(base, folder)
     assert caught.value.reason is reason and caught.value.hint
+
+
+def test_an_adapter_of_another_architecture_is_told_apart_from_one_with_a_head_of_its_own(tmp_path: Path) -> None:
+    base = write(llama, tmp_path)
+    folder = train(adapters.bert, tmp_path / "bert", r=2, target_modules=["query"])
+    with pytest.raises(BadSchema, match="nor anything else that this adapter changes") as caught:
+        deltas(base, folder)
+    assert caught.value.reason is Reason.WRONG_BASE and "merge_and_unload" in caught.value.hint
+    folder = train(llama, tmp_path / "deeper", r=2, target_modules=["q_proj"])
+    rewrite(
+        folder, lambda t: t.update({n.replace("layers.1", "layers.2"): t.pop(n) for n in list(t) if "layers.1" in n})
+    )
+    with pytest.raises(BadSchema, match="nothing there has that name") as caught:
+        deltas(base, folder)
+    assert caught.value.reason is Reason.UNEXPECTED_TENSOR and "of as many layers" in caught.value.hint
+    folder = train(llama, tmp_path / "renamed", r=2, target_modules=Q)
+    rewrite(folder, lambda t: t.update({n.replace("v_proj", "value"): t.pop(n) for n in list(t) if "v_proj" in n}))
+    with pytest.raises(BadSchema, match=r"value\.weight: nothing there has that name") as caught:
+        deltas(base, folder)
+    assert "merge_and_unload" in caught.value.hint and "ignore" not in caught.value.hint
 
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import tomllib
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from projector.errors import BadSchema
+from projector.errors import BadSchema, Reason
 from projector.matching import matched
 from projector.naming import SAME, Naming
 from projector.source import Checkpoint
@@ -169,3 +171,27 @@ def test_a_tensor_whose_twin_is_missing_too_is_missing(opens: Opens) -> None:
     base = opens({"embed.weight": matrix(1), "head.weight": matrix(1), "up.weight": matrix(2)})
     with pytest.raises(BadSchema, match=r"2 of the base's tensors are missing: embed\.weight, head\.weight"):
         matched(base, opens({"up.weight": matrix(3)}), SAME)
+
+
+def test_hints_say_what_mends_and_no_more(opens: Opens) -> None:
+    base = {"model.embed_tokens.weight": matrix(1, 9, 4), "ids": torch.arange(3), "layers.0.weight": matrix(2)}
+
+    def refused(**changes: Tensor | None) -> BadSchema:
+        expert = {name: tensor for name, tensor in {**base, **changes}.items() if tensor is not None}
+        with pytest.raises(BadSchema) as caught:
+            matched(opens(base), opens(expert), SAME)
+        return caught.value
+
+    tied = refused(**{"model.embed_tokens.weight": None, "lm_head.weight": matrix(1, 9, 4)})
+    assert tied.reason is Reason.MISSING_TENSOR
+    (setting,) = re.findall(r"prefixes = ({.*?})", tied.hint)
+    naming = Naming(tomllib.loads(f"prefixes = {setting}")["prefixes"])
+    renamed = {"lm_head.weight": base["model.embed_tokens.weight"], "layers.0.weight": base["layers.0.weight"]}
+    assert matched(opens(base), opens(renamed), naming).schema.keys() == base.keys() - {"ids"}
+    assert "prefixes" not in refused(**{"model.embed_tokens.weight": None, "lm_head.weight": matrix(1, 9, 5)}).hint
+
+    assert refused(ids=torch.zeros(3)).hint.startswith("save it as int64, or leave it out")
+    assert "float32" in refused(**{"layers.0.weight": torch.ones(8, 4, dtype=torch.int64)}).hint
+    assert "vocabulary" in refused(**{"model.embed_tokens.weight": matrix(1, 11, 4)}).hint
+    for name, shape in (("ids", (4,)), ("layers.0.weight", (8, 5)), ("layers.0.weight", (1,))):
+        assert "vocabulary" not in refused(**{name: torch.ones(shape, dtype=base[name].dtype)}).hint
