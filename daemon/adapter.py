@@ -86,21 +86,21 @@ def open_adapter(fd: int) -> OpenAdapter:
 
 def check_alone(folder_fd: int, names: Collection[str], whole: Collection[str]) -> None:
     """Raises Refused where a folder with an adapter also holds one of `whole`, the files of a whole model, or another
-    adapter below: which of them is the expert, nobody said."""
+    adapter just below: which of them is the expert, nobody said. What a trainer keeps as checkpoint-N does not count.
+    """
     if beside := sorted(set(whole).intersection(names)):
         detail = f"the folder holds an adapter and a whole model, {beside[0]}"
         raise Refused(Reason.ADAPTER, detail, "drop the one that was trained, alone: one folder is one expert")
-    if below := adapters_below(folder_fd):
+    if below := [name for name in adapters_below(folder_fd) if not TRAINERS_OWN.fullmatch(name)]:
         detail = f"the folder holds more adapters, in {listed(below)}"
         raise Refused(Reason.ADAPTER, detail, "drop each adapter as a folder of its own")
 
 
 def adapters_below(folder_fd: int) -> list[str]:
-    """The folders just below that hold an adapter; what a trainer keeps as checkpoint-N does not count."""
+    """The folders just below that hold an adapter."""
     with os.scandir(folder_fd) as entries:
         folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    below = (name for name in folders if not TRAINERS_OWN.fullmatch(name))
-    return sorted(name for name in below if os.access(f"{name}/{ADAPTER}", os.F_OK, dir_fd=folder_fd))
+    return sorted(name for name in folders if os.access(f"{name}/{ADAPTER}", os.F_OK, dir_fd=folder_fd))
 
 
 def check_no_factors(names: Iterable[str], name: str) -> None:

@@ -35,6 +35,7 @@ from projector.watch import SILENT, Watch
 
 WEIGHTS = "model.safetensors"
 SIDECARS = ("fisher", "gram")
+PICKLED = "pytorch_model.bin"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLE_OPENINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PICKLE_HINT = "convert it, without running what is in it: mainstem convert FILE OUT"
@@ -121,7 +122,8 @@ class OpenCheckpoint:
                 self.naming,
             )
         else:
-            check_no_factors(set(self.tensors.schema) - set(base.schema), self.files[0].name)
+            resolved = self.naming.resolve(self.tensors.schema, base.schema).values()
+            check_no_factors((name for name in resolved if name not in base.schema), self.files[0].name)
             self.tensors = matched(base, self.tensors, self.naming)
 
     def identity(self) -> str:
@@ -210,7 +212,7 @@ def _open_folder(
 
     adapter = None
     if ADAPTER_WEIGHTS in names:
-        check_alone(fd, names, whole=(WEIGHTS, INDEX))
+        check_alone(fd, names, whole=(WEIGHTS, INDEX, PICKLED))
     if {ADAPTER, ADAPTER_WEIGHTS} <= names:
         adapter = open_adapter(open_entry(fd, ADAPTER, follow, closing))
         files, kind = [opened(ADAPTER_WEIGHTS)], "adapter"

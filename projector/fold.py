@@ -208,7 +208,7 @@ class Driver:
         def work(device: torch.device) -> Survey:
             state = self._state(method, before, read.step, device) if method.surveys_state else {}
             with self.watch.phase("project"):
-                _, delta, _ = _task_vector(source, read, device)
+                _, delta, _ = _delta(source, read, device, factored=False)
                 view = replace(read.views[0], sidecars=load_each(read.views[0].sidecars, device))
                 found = method.survey(state, delta, read.step.part, view)
                 return {key: unload(value) for key, value in found.items()}
@@ -226,7 +226,8 @@ class Driver:
         step, sums = read.step, []
         written: list[tuple[TensorWriter, Piece]] = []
         with self.watch.phase("project"):
-            theta0, delta, factors = _task_vector(source, read, device)
+            matrix = any(not head.method.elementwise(step.spec) for head in heads)
+            theta0, delta, factors = _delta(source, read, device, factored=matrix)
             delta_energy, base_energy = finite_energy(delta, step.spec), energy(theta0) if measure else 0.0
         for head, view in zip(heads, read.views, strict=True):
             before = self._state(head.method, head.before, step, device)
@@ -278,10 +279,10 @@ class Driver:
         return unload(narrow)
 
 
-def _task_vector(source: Source, read: _Read, device: torch.device) -> tuple[Tensor, Tensor, Factors | None]:
-    """(theta_0, theta - theta_0, its factors if it has any) of one step, on the device."""
+def _delta(source: Source, read: _Read, device: torch.device, factored: bool) -> tuple[Tensor, Tensor, Factors | None]:
+    """(theta_0, theta - theta_0, its factors where it has any and they are wanted) of one step, on the device."""
     theta0, fetched = load(read.base, device), [load(tensor, device) for tensor in read.expert]
-    factors = source.factors(read.step.spec, fetched)
+    factors = source.factors(read.step.spec, fetched) if factored else None
     return theta0, source.delta(read.step.spec, theta0, fetched), factors
 
 

@@ -37,6 +37,7 @@ Sidecars = Mapping[str, Tensor]
 Factors = tuple[Tensor, Tensor]
 
 ACCUMULATOR_DTYPE = torch.float32
+IDLE = "no expert would change anything"  # what is wrong with such a parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,9 @@ class Expert:
     index: its place among the merged experts, from 1. sha256: its identity, known where the method is `keyed`.
     weight: how much it counts, for a method that is `weighted`; negative while a subtractable method takes it out
     again. surveys: the sums over the model of each survey round. sidecars: the tensors it brought for this base
-    tensor, by kind ("fisher", "gram"), as listed in the method's `needs`. factors: where it came as an adapter, up
-    (m, k) and down (k, n) in float64 with delta = up @ down, of a matrix (m, n); a method may work on them instead.
+    tensor, by kind ("fisher", "gram"), as listed in the method's `needs`. factors: where an adapter
+    brought a matrix (m, n), up (m, k) and down (k, n) in float64 with delta = up @ down; a method that does not take
+    the tensor elementwise may work on them instead.
     """
 
     index: int
@@ -253,9 +255,7 @@ def _check(method: str, key: str, value: Any, metadata: Mapping[str, Any]) -> No
     if not good:
         raise BadParameter(f"{method}.{key} cannot be {value!r}", f"allowed: {param_range(metadata)}")
     if metadata["idle"] is not None and value == metadata["idle"]:
-        raise BadParameter(
-            f"{method}.{key} cannot be {value!r}: no expert would change anything", f"allowed: {param_range(metadata)}"
-        )
+        raise BadParameter(f"{method}.{key} cannot be {value!r}: {IDLE}", f"allowed: {param_range(metadata)}")
 
 
 def _parse(method: str, key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:

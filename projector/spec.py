@@ -1,6 +1,5 @@
 """What a tensor is, without its values: name, shape, dtype; and what a whole checkpoint is: a schema."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -83,7 +82,7 @@ def check_schema(base: Schema, expert: Schema) -> None:
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
             mend
             or _other_name(base, expert, missing, unexpected)
-            or "save the whole model, with the names of the base",
+            or "save the whole model, with the names of the base, as save_pretrained does",
         )
     for untied, twin in _untied(base, [expert[name] for name in unexpected]):
         raise BadSchema(
@@ -109,11 +108,7 @@ def _other_name(base: Schema, expert: Schema, missing: Sequence[str], unexpected
     alike = [name for name in unexpected if expert[name].shape == base[missing[0]].shape]
     if len(missing) > 1 or len(alike) != 1 or len(base[missing[0]].shape) != 2:
         return None
-    setting = " = ".join(json.dumps(name.removesuffix("weight")) for name in (alike[0], missing[0]))
-    return (
-        f"if {shown(alike[0])} is that weight, tied, under its other name: put prefixes = {{{setting}}} under"
-        " [admission] in mainstem.toml and drop it again; if not, save the whole model"
-    )
+    return f"if {shown(alike[0])} is that weight, tied, under its other name: save it as {shown(missing[0])}"
 
 
 def _untied(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ from uuid import uuid4
 from daemon import durable
 from daemon.about import ABOUT
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
-from daemon.checkpoint import PICKLE_SUFFIXES, SIDECARS, WEIGHTS
+from daemon.checkpoint import PICKLE_SUFFIXES, PICKLED, SIDECARS, WEIGHTS
 from daemon.convert.confining import Options, Told, unpickle
 from daemon.errors import Reason, Refused
 from daemon.generations import companions
@@ -32,7 +32,7 @@ from projector.spec import Schema
 from projector.tensorfile import RunningDigest, TensorReader
 from projector.text import listed, shown
 
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_ADAPTER = "adapter_model.bin"
 SUFFIX = ".safetensors"
 

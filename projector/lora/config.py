@@ -87,7 +87,7 @@ def compiled(patterns: Mapping[str, float]) -> Patterns:
     for pattern, value in patterns.items():
         steps += _steps(pattern)
         if steps > MAX_STEPS:
-            raise _bad(f"the pattern {shown(pattern)} could take for ever to match")
+            raise _bad(f"the pattern {shown(pattern)} could take for ever to match, or is no regular expression")
         try:
             found.append((re.compile(rf"(.*\.)?({pattern})$"), value))
         except (re.error, OverflowError, RecursionError):

@@ -92,10 +92,16 @@ def delta_of(base: Tensor, patch: Patch, parts: Parts) -> Tensor:
 
 
 def factors_of(patch: Patch, parts: Parts) -> Factors | None:
-    """up (m, r) and scaling * down (r, n) in float64, where their product is all that the patch does to a matrix."""
+    """up (m, r), of orthonormal columns, and down (r, n) in float64, where their product is all that the patch does to
+    a matrix.
+
+    Orthonormal, so that `down` is as long as the delta. In B A itself much may cancel: an adapter that was converted
+    from another start is [B, -B0] [A; A0].
+    """
     if parts.up is None or parts.down is None or len(parts.listed()) > 2:
         return None
-    return parts.up.double(), parts.down.flatten(1).double() * patch.scaling
+    up_MR, turn_RR = torch.linalg.qr(parts.up.double())
+    return up_MR, turn_RR @ parts.down.flatten(1).double() * patch.scaling
 
 
 def squared_columns(base: Tensor, patch: Patch, parts: Parts) -> Tensor:

@@ -18,6 +18,8 @@ from projector.source import Checkpoint
 from projector.spec import TensorSpec, check_sidecar
 from projector.tensorfile import TensorReader
 
+SMALL = 1 / 6  # of a matrix's elements: its factors in float64, and their making, take no more than is counted for it
+
 
 class LoraExpert(Checkpoint):
     """The expert that an adapter makes of a base. As a Checkpoint, the tensors of the adapter's file."""
@@ -54,7 +56,11 @@ class LoraExpert(Checkpoint):
 
     def factors(self, spec: TensorSpec, fetched: Sequence[Tensor]) -> Factors | None:
         patch = self._patches.get(spec.name)
-        return factors_of(patch, Parts.of(patch, fetched)) if patch and len(spec.shape) == 2 else None
+        if patch is None or not patch.a or len(spec.shape) != 2:
+            return None
+        m, n = spec.shape
+        small = self.schema[patch.a].numel // (m if patch.transposed else n) * (m + n) <= SMALL * m * n
+        return factors_of(patch, Parts.of(patch, fetched)) if small else None
 
     def delta(self, spec: TensorSpec, base: Tensor, fetched: Sequence[Tensor]) -> Tensor:
         patch = self._patches.get(spec.name)

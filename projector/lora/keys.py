@@ -1,7 +1,7 @@
 """What the tensors of a PEFT adapter are called: which tensor of the model each changes, and which part it is."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from projector.errors import BadSchema, Reason
 from projector.text import shown
@@ -38,7 +38,9 @@ def tensor_parts(names: Collection[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     present = set(names)
     for name in names:
-        if ORIGINAL in name or (SAVED in name and name.replace(SAVED, ".", 1) in present):
+        module, saved, rest = name.partition(SAVED)
+        again = {f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}"}  # with the adapter's name in between, or not
+        if ORIGINAL in name or (saved and not again.isdisjoint(present)):
             continue
         target, part = _target(name.removeprefix(PREFIX))
         if FOREIGN.search(target):
@@ -48,6 +50,11 @@ def tensor_parts(names: Collection[str]) -> dict[str, dict[str, str]]:
             raise _unknown(name, f"{shown(parts[part])} is the same part")
         parts[part] = name
     return found
+
+
+def is_embedding(parts: Mapping[str, str]) -> bool:
+    """True where A, which must be there, is an embedding's."""
+    return parts[A].endswith("lora_embedding_A")
 
 
 def _target(name: str) -> tuple[str, str]:

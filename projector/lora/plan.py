@@ -4,12 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from projector.errors import BadSchema, Reason
 from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.delta import Patch
-from projector.lora.keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, tensor_parts
+from projector.lora.keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, is_embedding, tensor_parts
+from projector.lora.tied import Tied
 from projector.naming import LONGEST_HINT, Naming
 from projector.source import Checkpoint
 from projector.spec import Schema, TensorSpec, check_not_quantised, resized_rows
@@ -36,42 +35,19 @@ def planned(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Namin
     if not known:
         raise BadSchema(Reason.MISSING_TENSOR, "the adapter's file has no tensor", GATHER)
     resolved = naming.resolve(known, base)
-    at_home = {part[FULL] for name, part in known.items() if FULL in part and resolved.get(name) in base}
+    at_home = {theirs: known[theirs] for theirs, ours in resolved.items() if ours in base}
+    tied = Tied(adapter, config, at_home)
     shaper = _Shaper(schema, config, known)
     patches = {}
     for theirs, ours in resolved.items():
         parts = known[theirs]
         floating = any(schema[name].floating for name in parts.values())
-        if ours not in base and floating and not _tied(adapter, parts, known, at_home):
-            raise _absent(theirs, shaper.wanted(parts), base, parts, any(name in base for name in resolved.values()))
+        if ours not in base and floating and not tied.repeats(theirs, parts):
+            raise _absent(theirs, shaper.wanted(parts), base, parts, bool(at_home))
         if ours in base and base[ours].floating:
             patches[ours] = shaper.patch(theirs, base[ours])
     shaper.check_squares()
     return patches
-
-
-def _tied(
-    adapter: Checkpoint, parts: Mapping[str, str], known: Mapping[str, Mapping[str, str]], at_home: set[str]
-) -> bool:
-    """True where the adapter has all this a second time, for a tensor of the base: whole, or as an embedding's factors,
-    which ensure_weight_tying repeats for the output layer, turned round."""
-    whole = FULL not in parts or not at_home.isdisjoint(adapter.twins().get(parts[FULL], ()))
-    if parts.keys() == {FULL}:
-        return whole
-    embeddings = (other for other in known.values() if A in other and B in other and _is_embedding(other))
-    return whole and parts.keys() - {FULL} == {A, B} and any(_turned(adapter, parts, one) for one in embeddings)
-
-
-def _turned(adapter: Checkpoint, parts: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """True where A is the other's B transposed, and B its A."""
-    schema = adapter.schema
-    pairs = ((parts[A], other[B]), (parts[B], other[A]))
-    return all(
-        schema[one].shape == schema[two].shape[::-1]
-        and schema[one].dtype == schema[two].dtype
-        and torch.equal(adapter.read(one), adapter.read(two).T)
-        for one, two in pairs
-    )
 
 
 class _Shaper:
@@ -92,7 +68,7 @@ class _Shaper:
             return ()
         a, b = (self._schema[parts[part]].shape for part in (A, B))
         shape = (b[0], *a[1:]) if a and b else ()
-        return shape[::-1] if _is_embedding(parts) else shape
+        return shape[::-1] if is_embedding(parts) else shape
 
     def patch(self, target: str, spec: TensorSpec) -> Patch:
         """What the parts for `target`, a name as the adapter has it, do to the tensor `spec` of the base."""
@@ -136,7 +112,7 @@ class _Shaper:
             if len(factor.shape) < 2 or 0 in factor.shape:
                 detail = f"{shown(factor.name)} has shape {list(factor.shape)}: a part of it, or nothing, was saved"
                 raise BadSchema(Reason.WRONG_SHAPE, detail, GATHER)
-        transposed = self._transposed(module, a, b, spec, _is_embedding(parts))
+        transposed = self._transposed(module, a, b, spec, is_embedding(parts))
         rank = self._config.rank(module)
         if (a.shape[0], b.shape[1]) != (rank, rank):
             raise BadSchema(
@@ -209,10 +185,6 @@ class _Shaper:
             raise BadSchema(Reason.WRONG_SHAPE, detail, GATHER if 0 in shape else hint)
 
 
-def _is_embedding(parts: Mapping[str, str]) -> bool:
-    return parts[A].endswith("lora_embedding_A")
-
-
 def _absent(target: str, shape: tuple[int, ...], base: Schema, parts: Mapping[str, str], known: bool) -> BadSchema:
     """What to say of a tensor that the base has not. known: the base has others that the adapter changes."""
     alike = [name for name, spec in base.items() if len(shape) > 1 and spec.shape == shape]
@@ -224,7 +196,7 @@ def _absent(target: str, shape: tuple[int, ...], base: Schema, parts: Mapping[st
     elif len(alike) == 1:
         detail = f"if it is tied to {shown(alike[0])}, the two cannot change apart"
         hint = "train the embedding instead, or give this home a base in which the two are not tied"
-    elif A in parts and _is_embedding(parts) and any(_words(name)[-2:] == _words(target)[-2:] for name in alike):
+    elif A in parts and is_embedding(parts) and any(_words(name)[-2:] == _words(target)[-2:] for name in alike):
         detail = "if it is tied to another tensor there, the two cannot change apart"
         hint = f"train that tensor instead, or {ANOTHER_BASE}; if it is a head of its own, name it in admission.ignore"
     elif any(_words(name) == _words(target) for name in base):
@@ -235,7 +207,10 @@ def _absent(target: str, shape: tuple[int, ...], base: Schema, parts: Mapping[st
     elif FULL not in parts:
         detail, hint = "nothing there has that name", f"{ANOTHER_BASE}; {RENAMED}"
     else:
-        detail, hint = "nothing there is like it", f"{ANOTHER_BASE}, or name its own head in admission.ignore"
+        setting = f"ignore = {json.dumps([target.rpartition('.')[0] + '.*'])}"
+        detail = "nothing there is like it"
+        put = f"put {setting} under [admission]" if len(setting) <= LONGEST_HINT else "name it in admission.ignore"
+        hint = f"if it is a head of its own, {put} in mainstem.toml; if not, {ANOTHER_BASE}"
     return BadSchema(reason, f"the base has no {shown(target)}: {detail}", hint)
 
 

@@ -7,8 +7,9 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from projector.errors import BadParameter
 from projector.linalg import ENERGY_NUMEL, pieces
-from projector.method import Expert, Method, param
+from projector.method import IDLE, Expert, Method, param
 from projector.methods.task_arithmetic import TaskArithmetic
 from projector.methods.ties import Ties
 from projector.spec import TensorSpec
@@ -37,13 +38,16 @@ class Dare(Thinning):
     drop: float = param(0.9, "the probability that a value is dropped", low=0, high=0.99)
     then: str = param("linear", "how the rest is merged: by task_arithmetic or by ties", choices=("linear", "ties"))
     scale: float = param(0.3, "the factor of the merged task vector", low=-10, high=10, idle=0)
-    density: float = param(
-        1.0, "ties: the share of the model's values that is kept, the largest", low=0, high=1, idle=0
-    )
+    density: float = param(1.0, "ties: the share of the model's values that is kept, the largest", low=0, high=1)
     combine: str = param(
         "mean", "ties: how the values with the elected sign are merged", choices=("mean", "sum", "max")
     )
     seed: int = param(0, "draws other masks", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.then == "ties" and not self.density:
+            raise BadParameter(f"dare.density cannot be {self.density!r}: {IDLE}", "allowed: 0 to 1 but not 0")
 
     @property
     def merging(self) -> Method:

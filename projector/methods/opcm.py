@@ -17,8 +17,9 @@ The rule amplifies rounding: where singular values of A stand close, rounding tu
 the diagonal that is removed is another one, and so on, up to tenfold per arrival. Where base and experts are of half
 precision, task vectors rest on a floor of close singular values, and are exact in float32; A is then float64: ten
 arrivals of low-rank experts end 1e-6 from the exact result, against 3e-2 with A in float32. Task vectors of a float32
-base are rounded themselves, and with projection "code" float64 brings them no nearer: 1e-6 either way. The isotropic
-read-out lets A's weakest directions weigh as much as the strongest, and its rounding with them: A is float64 for it.
+base are rounded themselves, which alone may turn the result by 1e-2 in ten arrivals of wide matrices; with projection
+"code" A is float32 then, and ends as far from the exact result over the same files. The isotropic read-out lets A's
+weakest directions weigh as much as the strongest, and its rounding with them: A is float64 for it.
 """
 
 from dataclasses import dataclass
@@ -113,7 +114,9 @@ class Opcm(Method):
             return super().workspace(spec)
         if self.readout == "isotropic":
             return isotropic_bytes(spec.shape, self._dtype(spec).itemsize)
-        return svd_bytes(spec.shape)
+        m, n = spec.shape[-2:]
+        compacted = min(m, n) * (m + n) * self._dtype(spec).itemsize  # the directions that are there, once more
+        return max(svd_bytes(spec.shape), compacted)
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         if not self._projects(spec):
@@ -169,15 +172,17 @@ class Opcm(Method):
         The directions that lead go as a block of M ("code") or as its rows and columns ("paper"), the others by its
         diagonal.
         """
-        directions = int(s_P.count_nonzero())
+        directions, dtype = int(s_P.count_nonzero()), a_MN.dtype
         if not directions or not tau_MN.any():  # the first expert that trains this matrix is taken whole
-            torch.add(a_MN, tau_MN, out=merged_MN)
+            # In float64 from its factors, where it has them: rounded to float32 it would have every direction.
+            exact = factors and dtype == torch.float64
+            torch.add(a_MN, factors[0] @ factors[1] if factors and exact else tau_MN, out=merged_MN)
             return
         left_MP, right_NP = (
             flat.view(side, flat.numel() // side)[:, :directions]
             for flat, side in zip((left, right), a_MN.shape, strict=True)
         )
-        s_P, dtype = s_P[:directions], a_MN.dtype
+        s_P = s_P[:directions]
         left_XP, tau_XN = left_MP, tau_MN  # L' tau is left_XP' tau_XN, over the rows of tau, or over those of `down`
         if factors:
             up_MK, tau_XN = (factor.to(dtype) for factor in factors)

@@ -6,8 +6,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from projector.errors import BadParameter
 from projector.linalg import energy
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import IDLE, Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
 ROUNDING = 1e-6  # a sum whose norm is a smaller share of its summands' is rounding alone
@@ -31,7 +32,12 @@ class TaskArithmetic(Method):
     scale: float | str = param(
         0.3, "the factor of the sum, or a rule for it", low=-10, high=10, choices=("norm", "per_sqrt"), idle=0
     )
-    c: float = param(1.0, "the numerator of per_sqrt", low=0, high=10, idle=0)
+    c: float = param(1.0, "the numerator of per_sqrt", low=0, high=10)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale == "per_sqrt" and not self.c:
+            raise BadParameter(f"task_arithmetic.c cannot be {self.c!r}: {IDLE}", "allowed: 0 to 10 but not 0")
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}

@@ -199,7 +199,7 @@ def test_a_pickled_adapter_is_to_be_converted(adapter: Path) -> None:
     assert caught.value.reason is Reason.PICKLE
 
 
-@pytest.mark.parametrize("whole", ["model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("whole", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
 @pytest.mark.parametrize("config", [True, False])
 def test_an_adapter_beside_a_whole_model_is_refused(adapter: Path, base: Path, whole: str, config: bool) -> None:
     shutil.copy(base, adapter / whole)
@@ -219,7 +219,7 @@ def test_only_one_adapter_is_taken_at_a_time(adapter: Path, home: Home) -> None:
     assert caught.value.reason is Reason.ADAPTER
     for name in (ADAPTER, ADAPTER_WEIGHTS):
         (adapter / name).unlink()
-    with pytest.raises(NotYet, match="its adapters are in second") as unfinished, open_path(adapter):
+    with pytest.raises(NotYet, match="its adapters are in checkpoint-500, second") as unfinished, open_path(adapter):
         pass
     assert unfinished.value.reason is Reason.NO_WEIGHTS
     drop(home, adapter / "second")

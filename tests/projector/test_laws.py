@@ -70,7 +70,7 @@ def test_no_number_that_is_allowed_makes_experts_change_nothing(name: str) -> No
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [
-        *((name, "density", 0) for name in ("ties", "continual_ties", "dare", "breadcrumbs", "breadcrumbs_ties")),
+        *((name, "density", 0) for name in ("ties", "continual_ties", "breadcrumbs", "breadcrumbs_ties")),
         *((name, "gamma", 1) for name in ("breadcrumbs", "breadcrumbs_ties")),
         ("pcb", "ratio", 0.0),
         ("ema", "weight", 0.0),
@@ -82,6 +82,13 @@ def test_a_share_of_nothing_is_refused(name: str, key: str, value: float) -> Non
         make(name, {key: value})
     assert f"but not {abs(value):g}" in refused.value.hint
     assert make(name, {key: abs(value - 1e-6)})
+
+
+def test_a_share_of_nothing_is_refused_only_where_it_is_in_use() -> None:
+    assert make("dare", {"density": 0}) and make("task_arithmetic", {"c": 0})
+    for name, params in (("dare", {"then": "ties", "density": 0}), ("task_arithmetic", {"scale": "per_sqrt", "c": 0})):
+        with pytest.raises(BadParameter, match="no expert would change anything"):
+            make(name, params)
 
 
 @dataclass(frozen=True)

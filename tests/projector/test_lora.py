@@ -10,8 +10,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import projector.lora.expert
 from projector.errors import BadSchema, Reason
 from projector.lora.config import LoraConfig
+from projector.lora.delta import Parts, Patch, factors_of
 from projector.naming import Naming
 from tests import adapters
 from tests.adapters import configure, deltas, expert, gpt2, llama, merged, rewrite, train, write
@@ -100,10 +102,13 @@ NOT |= {"embedding, tied", "convolutions", "convolutions, lora_bias"}  # peft sa
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_factors_are_given_where_their_product_is_the_delta(tmp_path: Path, case: str) -> None:
+def test_factors_are_given_where_their_product_is_the_delta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
     kind, settings = CASES[case]
     base = write(model_of(kind), tmp_path)
     folder = train(model_of(kind), tmp_path / "adapter", **{"r": 4, **settings})
+    monkeypatch.setattr(projector.lora.expert, "SMALL", 4)  # the models are narrow
     given = []
     with expert(base, folder) as (source, there):
         for name in filter(source.touches, source.order):
@@ -117,6 +122,25 @@ def test_factors_are_given_where_their_product_is_the_delta(tmp_path: Path, case
                     assert (factors[0] @ factors[1] - delta).abs().max() <= 1e-7 * delta.abs().max(), name
     print(case, given)
     assert all(given) == (case in WHOLLY) and any(given) == (case not in NOT)
+
+
+def test_factors_are_given_where_they_are_small_and_nothing_cancels_in_them(tmp_path: Path) -> None:
+    """An adapter converted from another start is [B, -B0] [A; A0], most of which cancels."""
+    base = write(llama, tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    folder = train(llama, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    with expert(base, folder) as (source, there):  # 16 x 16: two directions save nothing
+        assert source.factors(there.schema[name], source.fetch(there.schema[name], None)) is None
+    generator = torch.Generator().manual_seed(1)
+    (b, b0), a0 = torch.randn(2, 60, 1, generator=generator), torch.randn(1, 80, generator=generator)
+    up, down = torch.cat([b, b + 1e-4 * b0], 1), torch.cat([a0, -a0])
+    factors = factors_of(Patch(a="a", b="b"), Parts(up=up, down=down))
+    assert factors is not None
+    delta = up.double() @ down.double()
+    assert all(factor.norm() <= 2 * max(1.4, float(delta.norm())) for factor in factors)
+    rounded = factors[0].float() @ factors[1].float()
+    assert (rounded - delta).norm() <= 1e-6 * delta.norm()
+    assert (up @ down - delta).norm() > 1e-5 * delta.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -212,6 +236,11 @@ def test_an_embedding_trained_tied_counts_once(tmp_path: Path) -> None:
             parameter += found[name]
         assert torch.allclose(merged_once(tokens).logits, trained, rtol=0, atol=1e-6)
         assert not torch.allclose(plain(tokens).logits, trained, rtol=0, atol=1e-3)
+    for apart in ({"alpha_pattern": {"lm_head": 400}}, {"rank_pattern": {"lm_head": 7}}):
+        configure(folder, **{"alpha_pattern": {}, "rank_pattern": {}, **apart})
+        with pytest.raises(BadSchema, match="is tied to"):
+            deltas(base, folder)
+    configure(folder, rank_pattern={})
     rewrite(folder, lambda t: t.update({n: t[n] + 1 for n in t if "lm_head.lora_A" in n}))
     with pytest.raises(BadSchema, match="is tied to"):
         deltas(base, folder)
@@ -225,6 +254,24 @@ def test_biases_trained_beside_a_saved_head(tmp_path: Path) -> None:
     names = load_file(folder / "adapter_model.safetensors").keys()
     assert any("original_module" in name for name in names) and any(".modules_to_save." in name for name in names)
     assert_same(deltas(base, folder), merged(adapters.bert, folder))
+
+
+def test_biases_of_a_head_of_several_layers_and_of_a_tied_one(tmp_path: Path) -> None:
+    """As peft names them: with the adapter's name in between, and the output layer's bias under both its names."""
+    base = write(adapters.bert, tmp_path)
+    settings = {"target_modules": ["query"], "bias": "all", "modules_to_save": ["pooler"]}
+    folder = train(adapters.bert, tmp_path / "adapter", r=4, **settings)
+    names = load_file(folder / "adapter_model.safetensors").keys()
+    assert any(".modules_to_save.default.dense.bias" in name for name in names)
+    wanted = merged(adapters.bert, folder)
+    assert_same(deltas(base, folder), wanted)
+    prefix = "base_model.model.bert.pooler.dense"
+    rewrite(folder, lambda t: t.update({f"{prefix}.twin.bias": t[f"{prefix}.bias"].clone()}))
+    assert_same(deltas(base, folder), wanted)
+    rewrite(folder, lambda t: t.update({f"{prefix}.twin.bias": t[f"{prefix}.bias"] + 1}))
+    with pytest.raises(BadSchema, match=r"no bert\.pooler\.dense\.twin\.bias") as caught:
+        deltas(base, folder)
+    assert 'ignore = ["bert.pooler.dense.twin.*"]' in caught.value.hint
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], Reason, str]] = {

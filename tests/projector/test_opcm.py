@@ -187,6 +187,22 @@ def test_an_adapters_factors_are_projected_as_its_delta_is(
         old = state["A"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_adapters_alone_make_stays_of_low_rank(dtype: torch.dtype) -> None:
+    """Also for a float64 A, where the first of them counts: its delta, rounded to float32, has every direction."""
+    method, spec = Opcm(), TensorSpec("w.weight", (480, 400), dtype)
+    generator = torch.Generator().manual_seed(3)
+    merged = torch.zeros(spec.shape, dtype=method.slots(spec)["A"].dtype)
+    for index in range(1, 6):
+        up, down = (task_matrix(side, 1, generator) for side in ((480, 4), (4, 400)))
+        with FlopCounterMode(display=False) as counter:
+            ready = {"A": merged, **method.prepare({"A": merged}, spec)}
+        assert counter.get_total_flops() <= 2 * 480 * 400 * 400 / 2, index
+        assert ready["left"].numel() == 480 * 4 * (index - 1)
+        state, _ = method.update(ready, (up @ down).float(), spec, Expert(index, factors=(up, down)))
+        merged = state["A"]
+
+
 @pytest.mark.parametrize("projection", ["code", "paper"])
 def test_an_adapter_costs_what_its_rank_and_what_is_merged_cost(projection: str) -> None:
     """Flops of one arrival of rank 4, after three of rank 4 and after a full expert, against a full one's."""

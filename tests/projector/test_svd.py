@@ -58,6 +58,36 @@ def test_what_is_above_the_tolerance_is_never_left_out() -> None:
     assert_right(drawn(160, 160, 3, decay=0.5) + faint, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_wide_tolerance_turns_no_direction_that_is_kept(dtype: torch.dtype) -> None:
+    """What lies in rows that the small piece skips, at a tenth of the tolerance and a little above it."""
+    hidden = torch.zeros(160, 160, dtype=torch.float64)
+    hidden[1::8] = drawn(20, 160, 2, decay=0.5, seed=1) * 0.02
+    d = (drawn(160, 160, 3, decay=0.5) + hidden).to(dtype)
+    left, _, s = thin_svd(d, 1e-2)
+    u, wanted, _ = torch.linalg.svd(d.double())
+    rank = int((wanted > 1e-2 * wanted[0]).sum())
+    assert s.count_nonzero() == rank > 3
+    assert torch.allclose(s[:rank], wanted[:rank], rtol=1e-5)
+    assert ((left[:, :rank].double() * u[:, :rank]).sum(0).abs() - 1).abs().max() <= 1e-5
+
+
+def test_directions_that_carry_come_first_however_small_the_tolerance() -> None:
+    left, right, s = thin_svd(drawn(60, 40, 40, decay=1e-12), 1e-9)
+    carried = int(s.count_nonzero())
+    assert 0 < carried < 40 and (s[:carried] > 0).all()
+    assert left[:, :carried].any(0).all() and not left[:, carried:].any() and not right[:, carried:].any()
+
+
+def test_the_sum_of_many_adapters_in_float32_is_still_seen_as_of_low_rank() -> None:
+    """Rounded after every one of eight."""
+    total = torch.zeros(800, 640)
+    for seed in range(8):
+        total += drawn(800, 640, 8, decay=0.5, seed=seed).float()
+    assert flops(total) <= flops(drawn(800, 640, 640, decay=0.5).float()) / 2
+    assert_right(total, 1e-4)
+
+
 def test_without_a_tolerance_nothing_is_left_out() -> None:
     d = drawn(160, 160, 3, decay=0.5)
     left, right, s = thin_svd(d, 0.0)
