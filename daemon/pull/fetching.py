@@ -154,13 +154,13 @@ class Fetching:
         with ThreadPoolExecutor(len(connections), thread_name_prefix="pull") as pool:
             try:
                 working = [pool.submit(self._work, connection, missing) for connection in connections]
-                wait(working, return_when=FIRST_EXCEPTION)
+                ended, _ = wait(working, return_when=FIRST_EXCEPTION)
             finally:  # also where Ctrl-C ends the waiting
                 self._stop.set()
                 for connection in connections:
                     connection.abort()
         self._stop.clear()
-        for one in working:
+        for one in (*ended, *working):  # first what failed by itself: that knows why
             if (error := one.exception()) is not None:
                 raise error
 
