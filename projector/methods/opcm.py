@@ -173,7 +173,8 @@ class Opcm(Method):
         diagonal.
         """
         directions, dtype = int(s_P.count_nonzero()), a_MN.dtype
-        if not directions or not tau_MN.any():  # the first expert that trains this matrix is taken whole
+        moved = tau_MN[0].any() or tau_MN.any()  # a row says it of most at once
+        if not directions or not moved:  # the first expert that trains this matrix is taken whole
             # In float64 from its factors, where it has them: rounded to float32 it would have every direction.
             exact = factors and dtype == torch.float64
             torch.add(a_MN, factors[0] @ factors[1] if factors and exact else tau_MN, out=merged_MN)
