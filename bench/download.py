@@ -8,7 +8,7 @@ file; `cp` copies it to the same place. The three take turns; nobody syncs, and 
 
 Many: a real daemon merges one expert after the other and removes old versions at once, while so many clients fetch
 whatever `latest` names, again and again, and hold every file against the manifest's sha256. The experts are spread over
-two rounds of pulls, so that versions change under them from beginning to end. A version that is removed
+two rounds of pulls, so that versions change under them, and a last round fetches the last version. A version that is removed
 under a client is answered with 410, and counted; anything else that is not the right bytes ends the measurement.
 """
 
@@ -135,9 +135,10 @@ def parallel(home: Home, experts: list[Path], clients: int) -> dict[str, Any]:
 
 
 def pull(daemon: Daemon, seen: Seen, over: threading.Event) -> None:
-    """Fetches what `latest` names until it is over, once at least, and checks every file."""
+    """Fetches what `latest` names until it is over, and once more then, and checks every file."""
     port = int(daemon.live.url.rpartition(":")[2])
     while True:
+        last = over.is_set()
         try:
             manifest = json.loads(body(port, f"/v1/heads/main/versions/{live(port)}"))
             number, files = int(manifest["version"]), manifest["files"]
@@ -156,7 +157,7 @@ def pull(daemon: Daemon, seen: Seen, over: threading.Event) -> None:
             continue
         except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
             seen.wrong.append(f"{type(error).__name__}: {error}")
-        if over.is_set():
+        if last:
             return
 
 
