@@ -7,9 +7,10 @@ checkpoints' file system: from `mainstem serve`, and from a bare uvicorn with st
 file; `cp` copies it to the same place. The three take turns; nobody syncs, and the file is in the page cache.
 
 Many: a real daemon merges one expert after the other and removes old versions at once, while so many clients fetch
-whatever `latest` names, again and again, and hold every file against the manifest's sha256. The experts are spread over
-two rounds of pulls, so that versions change under them, and a last round fetches the last version. A version that is removed
-under a client is answered with 410, and counted; anything else that is not the right bytes ends the measurement.
+whatever `latest` names, again and again, and hold every file against the manifest's sha256. The experts are spread
+over two rounds of pulls, so that versions change under them, and a last round fetches the last version. A version that
+is removed under a client is answered with 410, and counted; anything else that is not the right bytes ends the
+measurement.
 """
 
 import hashlib
