@@ -37,7 +37,6 @@ Sidecars = Mapping[str, Tensor]
 Factors = tuple[Tensor, Tensor]
 
 ACCUMULATOR_DTYPE = torch.float32
-IDLE = "no expert would change anything"  # what is wrong with such a parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +225,11 @@ def param(
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "idle": idle})
 
 
+def idle(method: str, key: str, value: float, allowed: str) -> BadParameter:
+    """What to raise at a value at which, beside the other parameters, no expert changes anything."""
+    return BadParameter(f"{method}.{key} cannot be {value!r}: no expert would change anything", f"allowed: {allowed}")
+
+
 def param_range(metadata: Mapping[str, Any]) -> str:
     """The allowed values of a parameter in words, "" where anything of its type will do."""
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
@@ -255,7 +259,7 @@ def _check(method: str, key: str, value: Any, metadata: Mapping[str, Any]) -> No
     if not good:
         raise BadParameter(f"{method}.{key} cannot be {value!r}", f"allowed: {param_range(metadata)}")
     if metadata["idle"] is not None and value == metadata["idle"]:
-        raise BadParameter(f"{method}.{key} cannot be {value!r}: {IDLE}", f"allowed: {param_range(metadata)}")
+        raise idle(method, key, value, param_range(metadata))
 
 
 def _parse(method: str, key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:

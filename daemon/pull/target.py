@@ -86,8 +86,9 @@ class Target:
         if current is None or current.text != manifest.text:
             return False
         found = {name: path for name, path in self._below().items() if path.is_file()}
-        if found.keys() != {MANIFEST, *(file.name for file in files)}:
-            return False
+        sizes = {name: path.stat().st_size for name, path in found.items()}
+        if sizes != {MANIFEST: len(manifest.text), **{file.name: file.size for file in files}}:
+            return False  # without reading any
         return all(_sha256(found[file.name]) == file.sha256 for file in files)
 
     def _below(self) -> dict[str, Path]:

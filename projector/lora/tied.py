@@ -8,20 +8,17 @@ from projector.lora.config import LoraConfig
 from projector.lora.keys import FULL, A, B, is_embedding
 from projector.source import Checkpoint
 
-Parts = Mapping[str, str]
-"""What changes one tensor of the model: each part, and what it is called in the adapter."""
-
 
 class Tied:
     """Knows the tensors that the adapter changes and the base has: the second copy of one of them may be left out."""
 
-    def __init__(self, adapter: Checkpoint, config: LoraConfig, at_home: Mapping[str, Parts]) -> None:
+    def __init__(self, adapter: Checkpoint, config: LoraConfig, at_home: Mapping[str, Mapping[str, str]]) -> None:
         self._adapter = adapter
         self._config = config
         self._at_home = at_home
         self._saved = {parts[FULL] for parts in at_home.values() if FULL in parts}
 
-    def repeats(self, target: str, parts: Parts) -> bool:
+    def repeats(self, target: str, parts: Mapping[str, str]) -> bool:
         """True for a whole tensor with the values of one that the base has, and for the factors of an embedding that
         the base has, turned round, as ensure_weight_tying repeats them for the output layer."""
         if FULL in parts and not self._has_again(parts[FULL]):

@@ -7,9 +7,8 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from projector.errors import BadParameter
 from projector.linalg import ENERGY_NUMEL, pieces
-from projector.method import IDLE, Expert, Method, param
+from projector.method import Expert, Method, idle, param
 from projector.methods.task_arithmetic import TaskArithmetic
 from projector.methods.ties import Ties
 from projector.spec import TensorSpec
@@ -47,7 +46,7 @@ class Dare(Thinning):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.then == "ties" and not self.density:
-            raise BadParameter(f"dare.density cannot be {self.density!r}: {IDLE}", "allowed: 0 to 1 but not 0")
+            raise idle(self.name, "density", self.density, "0 to 1 but not 0")
 
     @property
     def merging(self) -> Method:

@@ -176,8 +176,8 @@ class Opcm(Method):
         moved = tau_MN[0].any() or tau_MN.any()  # a row says it of most at once
         if not directions or not moved:  # the first expert that trains this matrix is taken whole
             # In float64 from its factors, where it has them: rounded to float32 it would have every direction.
-            exact = factors and dtype == torch.float64
-            torch.add(a_MN, factors[0] @ factors[1] if factors and exact else tau_MN, out=merged_MN)
+            whole_MN = factors[0] @ factors[1] if factors and dtype == torch.float64 else tau_MN
+            torch.add(a_MN, whole_MN, out=merged_MN)
             return
         left_MP, right_NP = (
             flat.view(side, flat.numel() // side)[:, :directions]

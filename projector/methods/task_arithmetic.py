@@ -6,9 +6,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from projector.errors import BadParameter
 from projector.linalg import energy
-from projector.method import IDLE, Expert, Method, State, Sums, Totals, param
+from projector.method import Expert, Method, State, Sums, Totals, idle, param
 from projector.spec import TensorSpec
 
 ROUNDING = 1e-6  # a sum whose norm is a smaller share of its summands' is rounding alone
@@ -37,7 +36,7 @@ class TaskArithmetic(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale == "per_sqrt" and not self.c:
-            raise BadParameter(f"task_arithmetic.c cannot be {self.c!r}: {IDLE}", "allowed: 0 to 10 but not 0")
+            raise idle(self.name, "c", self.c, "0 to 10 but not 0")
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}

@@ -18,6 +18,7 @@ import httpx
 import torch
 
 from daemon.cli import main
+from daemon.home import Home
 
 QUICK = {
     "MAINSTEM_INBOX__SETTLE_SECONDS": "0.1",
@@ -59,6 +60,13 @@ def forked(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedP
         for stream in (out, err):
             stream.seek(0)
         return subprocess.CompletedProcess(words, status, out.read().decode(), err.read().decode())
+
+
+def rebuild(home: Home, *words: str | Path) -> str:
+    """Runs `mainstem rebuild` on the home, which must succeed; what it printed."""
+    done = forked("rebuild", "--home", home.root, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _become(words: list[str], cwd: Path | None, out: int, err: int) -> NoReturn:

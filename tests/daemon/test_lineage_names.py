@@ -13,7 +13,7 @@ from torch import Tensor
 from daemon.comparison import compare, find_version
 from daemon.home import Home
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, lineage, make_home, quick
-from tests.daemon.processes import environment, forked
+from tests.daemon.processes import environment, forked, rebuild
 from tests.models import read_weights, write_expert
 from tests.oracles import mean
 
@@ -54,11 +54,6 @@ def merged_root(tmp_path_factory: pytest.TempPathFactory, base: Path, models: li
 @pytest.fixture
 def merged(merged_root: Path, tmp_path: Path) -> Home:
     return Home(shutil.copytree(merged_root, tmp_path / "home", symlinks=True))
-
-
-def rebuild(home: Home, *words: str | Path) -> None:
-    done = forked("rebuild", "--home", home.root, *words)
-    assert done.returncode == 0, done.stderr
 
 
 def forget(home: Home) -> None:

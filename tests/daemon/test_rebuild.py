@@ -17,7 +17,7 @@ from daemon.verification import verify
 from registry.records import Status
 from registry.store import Store
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, lineage, live, make_home, put, tree
-from tests.daemon.processes import environment, forked
+from tests.daemon.processes import environment, forked, rebuild
 from tests.models import read_weights, write_base, write_expert
 from tests.oracles import ema, opcm
 from tests.oracles_pcb import pcb, pcb_on_arrival
@@ -57,13 +57,6 @@ def merged(merged_root: Path, tmp_path: Path) -> Home:
 def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-
-
-def rebuild(home: Home, *words: str | Path) -> str:
-    """Runs the verb, which must succeed; what it printed."""
-    done = forked("rebuild", "--home", home.root, *words)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def refused(home: Home, *words: str | Path) -> str:

@@ -21,7 +21,7 @@ from daemon.home import Home
 from daemon.verification import verify
 from registry.records import Expert, Status
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, make_home, reason_of, tree
-from tests.daemon.processes import environment, forked, mainstem
+from tests.daemon.processes import environment, forked, mainstem, rebuild
 from tests.models import WEIGHTS, read_weights, write_base, write_expert
 from tests.oracles_sidecars import fisher, regmean
 
@@ -225,13 +225,6 @@ def merged_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def merged(merged_root: Path, tmp_path: Path) -> Home:
     return Home(shutil.copytree(merged_root, tmp_path / "home", symlinks=True))
-
-
-def rebuild(home: Home, *words: str | Path) -> str:
-    """Runs the verb, which must succeed."""
-    done = forked("rebuild", "--home", home.root, *words)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def refused(home: Home, *words: str | Path) -> str:
