@@ -11,18 +11,18 @@ from safetensors.torch import load_file, save_file
 from tests.daemon.homes import make_home
 from tests.daemon.processes import Daemon, running
 
-MANY = 12
-SLACK_MB = 20.0
+MANY, COMPARED = 24, 8
+SLACK_MB = 8.0  # half a megabyte for each expert between the two medians: a twenty-fifth of the model
 
 
 def base_model(path: Path) -> int:
-    """12M parameters, of which the embedding alone has 8M; its size in bytes."""
+    """3M parameters, of which the embedding alone has 2M; its size in bytes. Small, so that chance is small too."""
     draw = torch.Generator().manual_seed(1)
-    tensors = {"embed.weight": torch.randn(32_000, 256, generator=draw)}
+    tensors = {"embed.weight": torch.randn(8_000, 256, generator=draw)}
     for layer in range(5):
         tensors |= {
-            f"layers.{layer}.attention.weight": torch.randn(256, 1024, generator=draw),
-            f"layers.{layer}.mlp.weight": torch.randn(2048, 256, generator=draw),
+            f"layers.{layer}.attention.weight": torch.randn(256, 512, generator=draw),
+            f"layers.{layer}.mlp.weight": torch.randn(512, 256, generator=draw),
         }
     save_file(tensors, path)
     return path.stat().st_size
@@ -46,10 +46,9 @@ def peaks_mb(daemon: Daemon, inbox: Path, base: Path) -> list[float]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-def test_the_twelfth_expert_takes_no_more_memory_than_the_second(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Which blocks of memory lie free where is chance, some megabytes each time: so medians of four are compared."""
+def test_later_experts_take_no_more_memory_than_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How the blocks under way meet, and which lie free where, is chance: peaks scatter by 2 to 3 MB (with four times
+    the model by 11 MB), so the medians of eight by 1.5 MB."""
     base = tmp_path / "base.safetensors"
     size = base_model(base)
     home = make_home(tmp_path / "home", base)
@@ -57,7 +56,10 @@ def test_the_twelfth_expert_takes_no_more_memory_than_the_second(
     more |= {"RETENTION__GRACE_SECONDS": "0", "RETENTION__VERSIONS": "1", "HTTP__PORT": "0"}
     with running("run", "--home", home.root, **{f"MAINSTEM_{key}": value for key, value in more.items()}) as daemon:
         peaks = peaks_mb(daemon, home.inbox, base)
-    first, last = median(peaks[1:5]), median(peaks[-4:])  # the very first merge has no state to read
+    first, last = (
+        median(peaks[1 : 1 + COMPARED]),
+        median(peaks[-COMPARED:]),
+    )  # the very first merge has no state to read
     with capsys.disabled():
         print(f"\nmodel {size / 1e6:.0f} MB: peaks {', '.join(f'{peak:.0f}' for peak in peaks)} MB")
-    assert abs(last - first) < SLACK_MB
+    assert last - first < SLACK_MB
