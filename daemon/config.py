@@ -12,11 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from daemon.errors import BadConfig
-from projector.naming import Naming
+from projector.naming import Naming, check_prefixes
 from projector.text import listed, shown
 
 
@@ -107,6 +107,12 @@ class Admission(Section):
     )
     prefixes: dict[str, str] = Field({}, description="what an expert's names begin with, and the base's: a TOML table")
     ignore: tuple[str, ...] = Field((), description="globs of an expert's tensors that are left out: heads of its own")
+
+    @field_validator("prefixes")
+    @classmethod
+    def _prefixes(cls, prefixes: dict[str, str]) -> dict[str, str]:
+        check_prefixes(prefixes)
+        return prefixes
 
     @property
     def naming(self) -> Naming:
@@ -202,7 +208,7 @@ def _problem(error: Mapping[str, Any]) -> str:
         return f"{name} cannot be {error['input']!r}: it is a number of bytes, or one with a unit, as 2GiB"
     if error["type"] == "string_pattern_mismatch":
         return f"{name} cannot be {error['input']!r}"
-    return f"{name}: {error['msg']}"
+    return f"{name}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def _advice(errors: Sequence[Mapping[str, Any]]) -> str:

@@ -1,9 +1,11 @@
 """How an expert's tensor names become the base's: prefixes that differ, and tensors that the base has not."""
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 
 from projector.errors import BadSchema, Reason
 from projector.text import shown
@@ -15,13 +17,16 @@ LONGEST_HINT = 200
 class Naming:
     """What the settings say of names. Both are about the names as the expert has them.
 
-    prefixes: what a name begins with in the expert -> what it begins with in the base; either may be "".
+    prefixes: what a name begins with in the expert -> what it begins with in the base; either may be "". A * stands for
+    one whole part of a name, between dots; the base's n-th * is what the expert's n-th * is.
     ignore: globs (*, ?, [...]; a * also matches dots) of tensors that are left out.
 
     >>> base = ["bert.embeddings.weight", "bert.pooler.weight"]
     >>> names = ["module.embeddings.weight", "module.pooler.weight", "module.classifier.weight"]
     >>> Naming({"module.": "bert."}, ["*.classifier.*"]).resolve(names, base)
     {'module.embeddings.weight': 'bert.embeddings.weight', 'module.pooler.weight': 'bert.pooler.weight'}
+    >>> Naming({"layers.*.q_proj.": "layer.*.query."}).resolve(["layers.7.q_proj.bias"], ["layer.7.query.bias"])
+    {'layers.7.q_proj.bias': 'layer.7.query.bias'}
     """
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
@@ -121,4 +126,26 @@ def _mends(pair: tuple[str, str], missing: Sequence[str], unexpected: Sequence[s
 
 
 def _renamed(name: str, prefixes: Sequence[tuple[str, str]]) -> Iterator[str]:
-    return (ours + name.removeprefix(theirs) for theirs, ours in prefixes if name.startswith(theirs))
+    for theirs, ours in prefixes:
+        if begins := _pattern(theirs).match(name):
+            yield _filled(ours, begins.groups()) + name[begins.end() :]
+
+
+@cache
+def _pattern(prefix: str) -> re.Pattern[str]:
+    return re.compile("([^.]+)".join(map(re.escape, prefix.split("*"))))
+
+
+def _filled(prefix: str, parts: Iterable[str]) -> str:
+    first, *rest = prefix.split("*")
+    return first + "".join(part + text for part, text in zip(parts, rest, strict=True))
+
+
+def check_prefixes(prefixes: Mapping[str, str]) -> None:
+    """Raises ValueError where a * is not a whole part of a name, or a pair has more of them on one side."""
+    for pair in prefixes.items():
+        torn = next((side for side in pair if any("*" in part and part != "*" for part in side.split("."))), None)
+        if torn is not None:
+            raise ValueError(f"{shown(torn)}: a * stands for one whole part of a name, between dots")
+        if pair[0].count("*") != pair[1].count("*"):
+            raise ValueError(f"{shown(pair[0])} and {shown(pair[1])} must have as many * as each other")

@@ -16,7 +16,10 @@ from projector.text import shown
 
 GATHER = "gather the parameters before save_pretrained (ZeRO-3, FSDP), and drop the adapter again"
 ANOTHER_BASE = "train it on this home's base"
-RENAMED = f"where transformers calls the modules of this model otherwise than its files do, {MERGE_FIRST}"
+RENAMED = (
+    "where transformers calls the modules of this model otherwise than its files do, put such pairs as "
+    f'"layers.*.q_proj" = "layer.*.query" into [admission.prefixes], or {MERGE_FIRST}'
+)
 RESIZED = "nothing is cut off here: train on this home's base without resizing its vocabulary"
 MOST_RANK = 1024  # of a weight whose shorter side is less: a factor is in memory whole
 MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one adapter: save both again"

@@ -3,7 +3,7 @@
 import pytest
 
 from projector.errors import BadSchema, Reason
-from projector.naming import SAME, Naming, mending
+from projector.naming import SAME, Naming, check_prefixes, mending
 
 BASE = {"bert.embed.weight", "bert.layer.0.weight", "bert.layer.1.weight", "head.weight"}
 
@@ -28,10 +28,33 @@ def test_without_settings_names_are_what_they_are() -> None:
         ({"module.": ""}, "module.module.head.weight", "module.module.head.weight"),  # once
         ({"module.": "", "": "bert."}, "module.embed.weight", "module.embed.weight"),  # one of them
         ({"": "bert."}, "classifier.weight", "classifier.weight"),  # never to what the base has not
+        ({"m.layers.*.": "bert.layer.*."}, "m.layers.1.weight", "bert.layer.1.weight"),
+        ({"*.layers.*": "bert.layer.*.*"}, "0.layers.weight", "bert.layer.0.weight"),  # in the order of the expert's
+        ({"*": "bert.layer.*"}, "0.weight", "bert.layer.0.weight"),
+        ({"m.*.weight": "bert.*.weight"}, "m.layer.0.weight", "m.layer.0.weight"),  # one part, no more
+        ({"layers.*.": "bert.layer.*."}, "layers..weight", "layers..weight"),  # and no less
+        ({"m.layers.*.": "bert.layer.*."}, "mxlayers.1.weight", "mxlayers.1.weight"),  # a dot is a dot
+        ({"m.layer.*.": "no.*.", "*.layer.": "bert.*."}, "layer.layer.0.weight", "bert.layer.0.weight"),
+        ({"m.layer.*.": "no.*.", "m.*.": "bert.*."}, "m.layer.0.weight", "bert.layer.0.weight"),
     ],
 )
 def test_the_first_prefix_that_leads_to_a_name_of_the_base(prefixes: dict[str, str], name: str, wanted: str) -> None:
     assert Naming(prefixes).resolve([name], BASE) == {name: wanted}
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "message"),
+    [
+        ({"layer*.": "layer."}, r"layer\*\.: a \* stands for one whole part"),
+        ({"layer.": "**."}, r"\*\*\.: a \* stands for one whole part"),
+        ({"a.*.": "b."}, r"a\.\*\. and b\. must have as many"),
+        ({"a.": "b.", "": "*"}, r" and \* must have as many"),
+    ],
+)
+def test_a_star_is_one_part_on_both_sides(prefixes: dict[str, str], message: str) -> None:
+    check_prefixes({"a.*.b.*": "*.*", "": "m."})
+    with pytest.raises(ValueError, match=message):
+        check_prefixes(prefixes)
 
 
 def test_of_two_prefixes_that_would_do_the_longer_counts() -> None:
