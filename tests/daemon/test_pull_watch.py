@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
+from operator import contains
 from pathlib import Path
 
 import pytest
@@ -82,7 +84,7 @@ def test_each_new_version_takes_the_place_of_the_last(home: Home, tmp_path: Path
                 merge_one(home, n)
                 assert next(versions).version == n
                 assert same_bytes(dest, home, n)
-            time.sleep(0.05)
+                assert until(partial(contains, seen, n), 10)
         assert seen == [1, 2, 3, 4]
     assert sorted(os.listdir(tmp_path)) == ["model", "served"]
 

@@ -351,9 +351,9 @@ def test_what_could_not_be_begun_can_be_begun_again(server: Server) -> None:
 
 def test_an_upload_that_broke_off_is_not_old(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.put("/v1/experts/mine/files/a", b"a")
-    monkeypatch.setattr(uploading, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(uploading, "STALE_SECONDS", 3.0)
     with server.begin("/v1/experts/mine/files/b"):
-        time.sleep(1.2)
+        time.sleep(3.2)
     assert until(lambda: server.left() == ["mine", "mine/a"], 10)
     server.uploads.tend()
     assert server.left() == ["mine", "mine/a"]
