@@ -5,9 +5,10 @@ adapter_config.json in it would itself be taken for an adapter. In memory are a 
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from daemon import durable
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.adapter_modules import Module, adapter_config, modules_of, read_config
 from daemon.compute import device, memory_budget, workers
+from daemon.config import Adapter as Wanted
 from daemon.config import Settings
 from daemon.errors import BadConfig
 from daemon.generations import METADATA, FileEntry
@@ -27,9 +29,10 @@ from projector.device import compute_on, load, unload
 from projector.header import build_header
 from projector.linalg import energy
 from projector.low_rank import LowRank, low_rank, low_rank_bytes
+from projector.naming import SAME
 from projector.pipeline import Pipeline
 from projector.source import Checkpoint
-from projector.spec import Schema, TensorSpec
+from projector.spec import TensorSpec
 from projector.steps import steps
 from projector.tensorfile import TensorReader, TensorWriter
 from projector.text import shown
@@ -59,23 +62,24 @@ class Adapter:
 class Adapting:
     """Writes the adapters that the settings ask for, over one base.
 
-    Raises BadConfig where a matrix does not fit into the memory budget.
+    Raises BadConfig where a matrix does not fit into the memory budget, or two modules would have one name.
     """
 
     def __init__(self, home: Home, base: Checkpoint, settings: Settings, watch: Watch) -> None:
         self._base = base
         self._config = read_config(home.base)
-        self._ranks = {name: head.adapter.rank for name, head in settings.heads.items() if head.adapter}
+        self._wanted = {name: head.adapter for name, head in settings.heads.items() if head.adapter}
+        self._naming = {"base": SAME, "experts": settings.admission.naming}
         self._device = device(settings.compute.device)
         self._budget = memory_budget(settings.compute)
         self._workers = workers(settings.compute.threads)
         self._watch = watch
-        for rank in self._ranks.values():
-            _check_budget(base.schema, self._config, rank, self._budget)
+        for wanted in self._wanted.values():
+            self._check(wanted)
 
     def work_bytes(self, heads: Iterable[str]) -> int:
         """What the watch will have been told once the adapters of these heads are written."""
-        wanted = sum(head in self._ranks for head in heads)
+        wanted = sum(head in self._wanted for head in heads)
         return SWEEPS * wanted * sum(spec.nbytes for spec in self._floating())
 
     def write(self, head: str, published: Path, files: Sequence[FileEntry], base_name: str) -> Adapter | None:
@@ -85,17 +89,13 @@ class Adapting:
         files: the version's, its weights among them. base_name: what the base is called. None where no adapter is
         asked for, or where no matrix differs from the base's.
         """
-        rank = self._ranks.get(head)
-        if rank is None:
+        if head not in self._wanted:
             return None
+        rank = self._wanted[head].rank
         with ExitStack() as closing:
             merged = Checkpoint(_opened(published, files, closing, self._watch))
             moved = self._moved(merged)
-            modules = {
-                name: found
-                for name in moved
-                if (found := modules_of(self._base.schema[name], self._base.schema, self._config))
-            }
+            modules = {name: found for name in moved if (found := self._modules(name, self._wanted[head]))}
             if not modules:
                 return None
             folder = published / ADAPTER_FOLDER
@@ -109,6 +109,29 @@ class Adapting:
             fsum(one["kept"] * moved[name] for name, one in tensors.items()) / total,
             {name: {**one, "share": moved[name] / total} for name, one in tensors.items()},
         )
+
+    def _check(self, wanted: Wanted) -> None:
+        """Raises BadConfig where a matrix does not fit into the memory budget, or two modules would have one name."""
+        cut = {name: found for name in self._base.schema if (found := self._modules(name, wanted))}
+        need, name = max(((_bytes(self._base.schema[name], wanted.rank), name) for name in cut), default=(0, ""))
+        if need > self._budget:
+            raise BadConfig(
+                f"{shown(name)} needs {need} bytes of memory for the adapter, the memory budget is {self._budget}",
+                f"set compute.memory_budget to {need} or more, or publish no adapter",
+            )
+        paths = Counter(module.path for found in cut.values() for module in found)
+        twice = next((path for path, times in paths.items() if times > 1), None)
+        if twice is not None:
+            raise BadConfig(
+                f"by admission.prefixes two modules of the adapter would be called {shown(twice)}",
+                'change admission.prefixes, or set the adapter\'s names = "base"',
+            )
+
+    def _modules(self, name: str, wanted: Wanted) -> list[Module]:
+        """Of one tensor of the base, by the names that they are to be published under."""
+        naming = self._naming[wanted.names]
+        found = modules_of(self._base.schema[name], self._base.schema, self._config)
+        return [replace(one, path=naming.theirs(f"{one.path}.weight").removesuffix(".weight")) for one in found]
 
     def _moved(self, merged: Checkpoint) -> dict[str, float]:
         """The squared norm of each floating tensor's task vector, where it is not zero."""
@@ -169,16 +192,6 @@ class Adapting:
 
     def _floating(self) -> Iterator[TensorSpec]:
         return (spec for spec in self._base.schema.values() if spec.floating)
-
-
-def _check_budget(base: Schema, config: Mapping[str, Any], rank: int, budget: int) -> None:
-    cut = [spec for spec in base.values() if modules_of(spec, base, config)]
-    need, name = max(((_bytes(spec, rank), spec.name) for spec in cut), default=(0, ""))
-    if need > budget:
-        raise BadConfig(
-            f"{shown(name)} needs {need} bytes of memory for the adapter, the memory budget is {budget}",
-            f"set compute.memory_budget to {need} or more, or publish no adapter",
-        )
 
 
 def _bytes(spec: TensorSpec, rank: int) -> int:

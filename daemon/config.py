@@ -81,6 +81,9 @@ class Adapter(Section):
     """A LoRA adapter beside each version's weights."""
 
     rank: int = Field(ge=1, le=65536, description="also publish the merged task vector as a LoRA adapter of this rank")
+    names: Literal["base", "experts"] = Field(
+        "base", description="its modules' names: as in the base's files, or by admission.prefixes as in the experts"
+    )
 
 
 class HeadSettings(Section):

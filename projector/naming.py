@@ -45,7 +45,7 @@ class Naming:
 
         Raises BadSchema where two names become one. `base` should answer `in` quickly.
         """
-        longest_first = sorted(self.prefixes.items(), key=lambda pair: -len(pair[0]))
+        longest_first = _longest_first(self.prefixes.items())
         resolved: dict[str, str] = {}
         taken: dict[str, str] = {}
         for name in names:
@@ -61,6 +61,15 @@ class Naming:
             taken[wanted] = name
             resolved[name] = wanted
         return resolved
+
+    def theirs(self, name: str) -> str:
+        """What experts call this tensor of the base: the longest prefix of the base that it begins with, replaced back.
+
+        >>> Naming({"layers.*.q_proj.": "layer.*.query."}).theirs("layer.7.query.bias")
+        'layers.7.q_proj.bias'
+        """
+        backwards = _longest_first((ours, theirs) for theirs, ours in self.prefixes.items())
+        return next(_renamed(name, backwards), name)
 
 
 SAME = Naming()
@@ -125,10 +134,15 @@ def _mends(pair: tuple[str, str], missing: Sequence[str], unexpected: Sequence[s
     return found.issuperset(missing)
 
 
-def _renamed(name: str, prefixes: Sequence[tuple[str, str]]) -> Iterator[str]:
-    for theirs, ours in prefixes:
-        if begins := _pattern(theirs).match(name):
-            yield _filled(ours, begins.groups()) + name[begins.end() :]
+def _longest_first(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return sorted(pairs, key=lambda pair: -len(pair[0]))
+
+
+def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """What the name becomes by each pair (old prefix, new prefix) that it begins with."""
+    for old, new in pairs:
+        if begins := _pattern(old).match(name):
+            yield _filled(new, begins.groups()) + name[begins.end() :]
 
 
 @cache

@@ -73,6 +73,23 @@ def test_an_adapter_by_the_names_of_modules(home: Home, base: Path, tmp_path: Pa
     assert {name.rpartition(".")[2] for name in moved} == {*LINEAR, "classifier", "bias"}
 
 
+def test_the_published_adapter_by_the_names_of_modules(home: Home, base: Path, tmp_path: Path) -> None:
+    home.config.write_text(home.config.read_text() + '[heads.main.adapter]\nrank = 16\nnames = "experts"\n')
+    train(vit, home.inbox / "adapter", r=3, target_modules=LINEAR)
+    merge(home)
+    loaded = peft.PeftModel.from_pretrained(vit_of(base), str(home.latest("main") / "adapter"))
+    assert_close(loaded.merge_and_unload().state_dict(), published(home))
+
+
+def test_two_modules_of_one_name_are_refused_at_the_start(home: Home) -> None:
+    home.config.write_text(
+        '[admission.prefixes]\n"vit.encoder.layer.0.output" = "vit.encoder.layer.1.output"\n'
+        '[heads.main.adapter]\nrank = 16\nnames = "experts"\n'
+    )
+    done = mainstem("run", "--home", home.root, "--once", "--no-http")
+    assert done.returncode != 0 and "would be called vit.encoder.layer.0.output.dense" in done.stderr, done
+
+
 def test_a_state_dict_by_the_names_of_modules(home: Home, base: Path, tmp_path: Path) -> None:
     model = vit_of(base)
     with torch.no_grad():

@@ -63,6 +63,21 @@ def test_of_two_prefixes_that_would_do_the_longer_counts() -> None:
     assert Naming({"a.b.": "", "a.": ""}).resolve(["a.b.w"], base) == {"a.b.w": "w"}
 
 
+@pytest.mark.parametrize(
+    ("prefixes", "name", "wanted"),
+    [
+        ({}, "bert.head.weight", "bert.head.weight"),
+        ({"": "bert."}, "bert.head.weight", "head.weight"),
+        ({"module.": ""}, "head.weight", "module.head.weight"),
+        ({"a.": "", "b.": "bert.", "c.*.": "bert.layer.*."}, "bert.layer.1.weight", "c.1.weight"),
+        ({"a.*.x.*.": "b.*.*."}, "b.1.2.weight", "a.1.x.2.weight"),
+    ],
+)
+def test_what_experts_call_a_tensor_of_the_base(prefixes: dict[str, str], name: str, wanted: str) -> None:
+    assert Naming(prefixes).theirs(name) == wanted
+    assert Naming(prefixes).resolve([wanted], [name]) == {wanted: name}
+
+
 def test_ignored_names_are_left_out_unless_the_base_has_them() -> None:
     naming = Naming({"m.": "bert."}, ["*weight", "cls.?"])
     assert naming.resolve(["bert.embed.weight", "m.layer.0.weight", "cls.a", "cls.ab"], BASE) == {
