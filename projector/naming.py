@@ -25,7 +25,7 @@ class Naming:
     >>> names = ["module.embeddings.weight", "module.pooler.weight", "module.classifier.weight"]
     >>> Naming({"module.": "bert."}, ["*.classifier.*"]).resolve(names, base)
     {'module.embeddings.weight': 'bert.embeddings.weight', 'module.pooler.weight': 'bert.pooler.weight'}
-    >>> Naming({"layers.*.q_proj.": "layer.*.query."}).resolve(["layers.7.q_proj.bias"], ["layer.7.query.bias"])
+    >>> Naming({"layers.*.q_proj": "layer.*.query"}).resolve(["layers.7.q_proj.bias"], ["layer.7.query.bias"])
     {'layers.7.q_proj.bias': 'layer.7.query.bias'}
     """
 
@@ -39,8 +39,8 @@ class Naming:
 
         1. A name that the base has stays as it is: it is never renamed and never ignored.
         2. A name that a glob of `ignore` matches is left out.
-        3. The prefixes that the name begins with are tried, the longest first. The first whose replacement makes it a
-           name of the base does so. One prefix is replaced, once.
+        3. The prefixes that the name begins with are tried, the longest first, of equally long ones that with fewer *.
+           The first whose replacement makes it a name of the base does so. One prefix is replaced, once.
         4. Any other name stays as it is; whoever holds the names against the base finds it there.
 
         Raises BadSchema where two names become one. `base` should answer `in` quickly.
@@ -65,7 +65,7 @@ class Naming:
     def theirs(self, name: str) -> str:
         """What experts call this tensor of the base: the longest prefix of the base that it begins with, replaced back.
 
-        >>> Naming({"layers.*.q_proj.": "layer.*.query."}).theirs("layer.7.query.bias")
+        >>> Naming({"layers.*.q_proj": "layer.*.query"}).theirs("layer.7.query.bias")
         'layers.7.q_proj.bias'
         """
         backwards = _longest_first((ours, theirs) for theirs, ours in self.prefixes.items())
@@ -135,13 +135,16 @@ def _mends(pair: tuple[str, str], missing: Sequence[str], unexpected: Sequence[s
 
 
 def _longest_first(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return sorted(pairs, key=lambda pair: -len(pair[0]))
+    return sorted(pairs, key=lambda pair: (-len(pair[0]), pair[0].count("*"), pair))
 
 
 def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """What the name becomes by each pair (old prefix, new prefix) that it begins with."""
+    """What the name becomes by each pair (old prefix, new prefix) that it begins with.
+
+    A pair that `check_prefixes` refuses, as a lineage may have one from before a * meant anything, renames nothing.
+    """
     for old, new in pairs:
-        if begins := _pattern(old).match(name):
+        if old.count("*") == new.count("*") and (begins := _pattern(old).match(name)):
             yield _filled(new, begins.groups()) + name[begins.end() :]
 
 
@@ -160,6 +163,6 @@ def check_prefixes(prefixes: Mapping[str, str]) -> None:
     for pair in prefixes.items():
         torn = next((side for side in pair if any("*" in part and part != "*" for part in side.split("."))), None)
         if torn is not None:
-            raise ValueError(f"{shown(torn)}: a * stands for one whole part of a name, between dots")
+            raise ValueError(f"{json.dumps(torn)}: a * stands for one whole part of a name, between dots")
         if pair[0].count("*") != pair[1].count("*"):
-            raise ValueError(f"{shown(pair[0])} and {shown(pair[1])} must have as many * as each other")
+            raise ValueError(f"{json.dumps(pair[0])} and {json.dumps(pair[1])} must have as many * as each other")

@@ -47,7 +47,8 @@ class Opcm(Method):
 
     The read-out "isotropic" makes all singular values of a projected matrix of A equal, as iso_c does with the plain
     sum (Marczak et al., arXiv 2502.04959): base + scale * mean(s) * U V', the mean over all min(m, n) values. It takes
-    a tol of 1e-6 or more: where directions below that point rounding alone decides, and it would raise them too.
+    a tol of 1e-6 or more: where directions below that point rounding alone decides, and it would raise them too. With a
+    tol of 0 it also decides what is projected away along them, once A is of low rank, as adapters leave it.
     """
 
     name = "opcm"

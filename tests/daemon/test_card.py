@@ -104,7 +104,7 @@ class Seen(HTMLParser):
             self._into[-1] += data
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=200), st.booleans())
 @example("ordinary.safetensors", True)
 def test_a_name_is_shown_and_can_be_nothing_else(name: str, of_base: bool) -> None:

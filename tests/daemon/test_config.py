@@ -51,7 +51,7 @@ def test_later_sources_win_key_by_key(toml: Path, monkeypatch: pytest.MonkeyPatc
         ("[admission]\nmax_norm_ratio = 1\n", "admission.max_norm_ratio"),
         ('[admission]\nprefixes = "module."\n', "admission.prefixes"),
         ('[admission]\nprefixes = {"module." = 1}\n', "admission.prefixes"),
-        ('[admission]\nprefixes = {"layer*." = "h.*."}\n', "admission.prefixes: layer"),
+        ('[admission]\nprefixes = {"layer*." = "h.*."}\n', 'admission.prefixes: "layer'),
         ('[admission]\nignore = "cls.*"\n', "admission.ignore"),
         ("http = 1\n", "http"),
         ("[http\n", "mainstem.toml"),

@@ -35,7 +35,7 @@ def opened(header: Any, size: int = 0) -> Any:
     return parse_header(text, PREFIX_BYTES + len(text) + size)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(specs, metadata)
 def test_what_we_build_we_and_the_library_read(specs: list[TensorSpec], metadata: dict[str, str]) -> None:
     opening, built = build_header(specs, metadata)

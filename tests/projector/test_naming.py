@@ -1,5 +1,7 @@
 """How an expert's names become the base's."""
 
+import re
+
 import pytest
 
 from projector.errors import BadSchema, Reason
@@ -45,15 +47,15 @@ def test_the_first_prefix_that_leads_to_a_name_of_the_base(prefixes: dict[str, s
 @pytest.mark.parametrize(
     ("prefixes", "message"),
     [
-        ({"layer*.": "layer."}, r"layer\*\.: a \* stands for one whole part"),
-        ({"layer.": "**."}, r"\*\*\.: a \* stands for one whole part"),
-        ({"a.*.": "b."}, r"a\.\*\. and b\. must have as many"),
-        ({"a.": "b.", "": "*"}, r" and \* must have as many"),
+        ({"layer*.": "layer."}, '"layer*.": a * stands for one whole part'),
+        ({"layer.": "**."}, '"**.": a * stands for one whole part'),
+        ({"a.*.": "b."}, '"a.*." and "b." must have as many'),
+        ({"a.": "b.", "": "*"}, '"" and "*" must have as many'),
     ],
 )
 def test_a_star_is_one_part_on_both_sides(prefixes: dict[str, str], message: str) -> None:
     check_prefixes({"a.*.b.*": "*.*", "": "m."})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_prefixes(prefixes)
 
 
@@ -76,6 +78,20 @@ def test_of_two_prefixes_that_would_do_the_longer_counts() -> None:
 def test_what_experts_call_a_tensor_of_the_base(prefixes: dict[str, str], name: str, wanted: str) -> None:
     assert Naming(prefixes).theirs(name) == wanted
     assert Naming(prefixes).resolve([wanted], [name]) == {wanted: name}
+
+
+def test_of_two_of_one_length_that_with_fewer_stars_counts() -> None:
+    base = {"layer.0.w", "first.w"}
+    pairs = [("layers.*.q", "layer.*"), ("layers.0.q", "first")]
+    for ordered in (pairs, pairs[::-1]):
+        assert Naming(dict(ordered)).resolve(["layers.0.q.w"], base) == {"layers.0.q.w": "first.w"}
+
+
+def test_a_star_in_an_older_lineage_renames_nothing() -> None:
+    """A * meant itself there, and no name has one."""
+    naming = Naming({"m.*": "", "m.": "", "*.": "a.*.*."})
+    assert naming.resolve(["m.head.weight"], BASE) == {"m.head.weight": "head.weight"}
+    assert naming.theirs("head.weight") == "m.head.weight"
 
 
 def test_ignored_names_are_left_out_unless_the_base_has_them() -> None:

@@ -174,7 +174,7 @@ def test_a_reader_without_a_digest_has_no_sha256(file: IO[bytes]) -> None:
         TensorReader(file.fileno()).sha256()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=300), st.randoms(use_true_random=False), st.booleans())
 def test_the_running_digest_is_that_of_hashlib(data: bytes, rng: random.Random, partial: bool) -> None:
     """Fed sequentially, backwards, interleaved, in part or not at all, with pieces that overlap."""
