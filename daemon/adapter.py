@@ -86,7 +86,8 @@ def open_adapter(fd: int) -> OpenAdapter:
 
 def check_alone(folder_fd: int, names: Collection[str], whole: Collection[str]) -> None:
     """Raises Refused where a folder with an adapter also holds one of `whole`, the files of a whole model, or another
-    adapter just below: which of them is the expert, nobody said. What a trainer keeps as checkpoint-N does not count.
+    adapter just below: which of them is the expert, nobody said. What a trainer keeps as checkpoint-N or under a name
+    with a dot before it does not count.
     """
     if beside := sorted(set(whole).intersection(names)):
         detail = f"the folder holds an adapter and a whole model, {beside[0]}"

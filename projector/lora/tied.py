@@ -28,24 +28,25 @@ class Tied:
         return parts.keys() - {FULL} == {A, B} and any(
             {A, B} <= other.keys()
             and is_embedding(other)
-            and self._scaled(target) == self._scaled(name)
+            and self._scaling(target) == self._scaling(name)
             and self._turned(parts[A], other[B])
             and self._turned(parts[B], other[A])
             for name, other in self._at_home.items()
         )
 
     def _has_again(self, name: str) -> bool:
-        """True where a whole tensor has the values of one that the base has. (Two vectors of one model may be alike by
-        chance, but not one that the base has and one that it has not.)"""
+        """True where a whole tensor has the values of one that the base has, unless they are one value throughout, as
+        those of two biases of zeros are by chance."""
         spec, twins = self._adapter.schema[name], self._adapter.twins().get(name, ())
         if len(spec.shape) > 1:
             return not self._saved.isdisjoint(twins)
         alike = (other for other in self._saved if self._adapter.schema[other].shape == spec.shape)
-        return any(torch.equal(self._adapter.read(name), self._adapter.read(other)) for other in alike)
+        values = self._adapter.read(name)
+        varied = bool((values != values.flatten()[:1]).any())
+        return varied and any(torch.equal(values, self._adapter.read(other)) for other in alike)
 
-    def _scaled(self, tensor: str) -> tuple[int, float]:
-        module = tensor.rpartition(".")[0]
-        return self._config.rank(module), self._config.scaling(module)
+    def _scaling(self, tensor: str) -> float:
+        return self._config.scaling(tensor.rpartition(".")[0])
 
     def _turned(self, one: str, other: str) -> bool:
         """True where one is the other transposed."""

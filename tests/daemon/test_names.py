@@ -64,6 +64,15 @@ def follow(home: Home, expert: Expert) -> None:
     home.config.write_text("[admission]\n" + found[1].replace(" and ignore", "\nignore") + "\n")
 
 
+def test_factors_that_the_settings_leave_out_are_no_matter(home: Home) -> None:
+    """A whole model beside what was once its adapter's: refused as an adapter, until they are ignored by name."""
+    weights = moved(read_weights(home.base), 1) | {"old.lora_A.weight": torch.ones(2, 3)}
+    refused = drop(home, weights)
+    assert refused.reason == "adapter" and "old.lora_A.weight" in (refused.detail or "")
+    home.config.write_text('[admission]\nignore = ["old.*"]\n')
+    assert drop(home, weights, "y.safetensors").status is Status.MERGED
+
+
 @pytest.mark.parametrize(
     ("rename", "extra"),
     [

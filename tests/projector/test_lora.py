@@ -268,6 +268,9 @@ def test_biases_of_a_head_of_several_layers_and_of_a_tied_one(tmp_path: Path) ->
     prefix = "base_model.model.bert.pooler.dense"
     rewrite(folder, lambda t: t.update({f"{prefix}.twin.bias": t[f"{prefix}.bias"].clone()}))
     assert_same(deltas(base, folder), wanted)
+    rewrite(folder, lambda t: t.update({f"{prefix}{name}.bias": torch.zeros(16) for name in ("", ".twin")}))
+    with pytest.raises(BadSchema, match=r"no bert\.pooler\.dense\.twin\.bias"):  # alike by chance
+        deltas(base, folder)
     rewrite(folder, lambda t: t.update({f"{prefix}.twin.bias": t[f"{prefix}.bias"] + 1}))
     with pytest.raises(BadSchema, match=r"no bert\.pooler\.dense\.twin\.bias") as caught:
         deltas(base, folder)

@@ -187,6 +187,16 @@ def test_an_adapters_factors_are_projected_as_its_delta_is(
         old = state["A"]
 
 
+def test_a_task_vector_that_spares_the_first_row_is_projected() -> None:
+    method, spec = Opcm(), TensorSpec("w.weight", (16, 24), torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    old, tau = (task_matrix((16, 24), 1, generator).float() for _ in range(2))
+    tau[0] = 0
+    state, _ = method.update({"A": old, **method.prepare({"A": old}, spec)}, tau, spec, Expert(2))
+    truth = old.double() + oracle_step(method, spec.name, tau.double(), old.double())
+    assert gap({"A": state["A"]}, {"A": truth}) <= 1e-6 < gap({"A": old + tau}, {"A": truth})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_adapters_alone_make_stays_of_low_rank(dtype: torch.dtype) -> None:
     """Also for a float64 A, where the first of them counts: its delta, rounded to float32, has every direction."""
