@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from sys import float_info
 from typing import Any, NoReturn
 
+from daemon.adapter_modules import is_tied
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.opening import not_a_file
 from projector.errors import BadSchema
 from projector.lora.config import MERGE_FIRST, LoraConfig, compiled
+from projector.lora.expert import LoraExpert
+from projector.spec import Schema
 from projector.text import listed, shown
 
 ADAPTER = "adapter_config.json"
@@ -30,7 +33,7 @@ VARIANTS = {
     "layer_replication": ("layer_replication", "its model has more layers than the base: merge into a base like it"),
     "megatron_config": ("a Megatron adapter", "convert it to peft's own layers"),
     "monteclora_config": ("MonteCLoRA", MERGE_FIRST),
-    "target_parameters": ("target_parameters", MERGE_FIRST),
+    "target_parameters": ("target_parameters", f"peft sets it by itself for stacked experts: {MERGE_FIRST}"),
     "use_bdlora": ("BD-LoRA", MERGE_FIRST),
     "use_qalora": ("QA-LoRA", MERGE_FIRST),
     "velora_config": ("VeLoRA", MERGE_FIRST),
@@ -43,12 +46,13 @@ SOUND_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 OTHER_STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 """Those that change it: the adapter is to be added to what is left of it."""
 
+FLAGS = ("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora", "ensure_weight_tying")
 USED = {
-    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"),
-    *("lora_bias", "use_dora", "trainable_token_indices", "init_lora_weights"),
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias", *FLAGS),
+    *("trainable_token_indices", "init_lora_weights"),
 }
 NO_MATTER = {
-    *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config"),
     *("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout"),
     *("lora_ga_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision"),
     *("runtime_config", "target_modules", "task_type"),
@@ -114,6 +118,21 @@ def check_no_factors(names: Iterable[str], name: str) -> None:
         )
 
 
+def check_tied(expert: LoraExpert, base: Schema, base_config: Mapping[str, Any]) -> None:
+    """Raises Refused where the adapter brings a whole embedding (modules_to_save) to which the base's output layer is
+    tied: peft trained a copy of its own and left the output layer as it was, and one matrix cannot be both.
+
+    base_config: the base's config.json, which says whether the two are tied.
+    """
+    for spec in base.values():
+        if is_tied(spec, base, base_config) and expert.replaces(spec.name):
+            _refuse(
+                f"it brings {shown(spec.name)} whole, for the embedding alone; the base's output layer is tied to it",
+                "train it with ensure_weight_tying=True, or give this home a base in which the two are not tied: saved"
+                " with tie_word_embeddings=False and both matrices",
+            )
+
+
 def read_config(content: Mapping[str, Any]) -> LoraConfig:
     """What the fields of adapter_config.json say. Raises Refused, which names what cannot be merged."""
     kind = content.get("peft_type")
@@ -135,7 +154,7 @@ def read_config(content: Mapping[str, Any]) -> LoraConfig:
         rank_pattern={key: _rank(value, "rank_pattern") for key, value in _map(content, "rank_pattern").items()},
         alpha_pattern={key: _number(value, "alpha_pattern") for key, value in _map(content, "alpha_pattern").items()},
         trainable_token_indices=_tokens(content.get("trainable_token_indices")),
-        **{key: _flag(content, key) for key in ("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora")},
+        **{key: _flag(content, key) for key in FLAGS},
     )
     for patterns in (config.rank_pattern, config.alpha_pattern):
         try:

@@ -107,7 +107,7 @@ def modules_of(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> lis
     kind = config.get("model_type")
     if kind in SHARED_BIASES and leaf == "relative_attention_bias":
         return []
-    of_tokens = leaf in OF_TOKENS or leaf == OWN_NAME.get(str(kind))
+    of_tokens = _of_tokens(spec, config)
     embedding = of_tokens or any(fnmatchcase(leaf, glob) for glob in EMBEDDINGS)
     turned = embedding or (leaf in TRANSPOSED and _transposes(config))
     architecture = _architecture(config)
@@ -126,6 +126,12 @@ def modules_of(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> lis
         head = "proj_out" if kind == "whisper" else "lm_head"
         found.append(Module(head, spec, False, False))
     return [found[0], *(module for module in found[1:] if f"{module.path}.weight" not in base)]
+
+
+def is_tied(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> bool:
+    """True for an embedding of tokens that is the output layer's matrix too, by config.json, or may be."""
+    embeds = len(spec.shape) == 2 and spec.name.endswith(".weight") and _of_tokens(spec, config)
+    return embeds and len(modules_of(spec, base, config)) != 1
 
 
 def adapter_config(modules: Sequence[Module], rank: int, base_name: str) -> bytes:
@@ -149,6 +155,11 @@ def adapter_config(modules: Sequence[Module], rank: int, base_name: str) -> byte
         "use_rslora": False,
     }
     return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def _of_tokens(spec: TensorSpec, config: Mapping[str, Any]) -> bool:
+    leaf = spec.name.removesuffix(".weight").rpartition(".")[2]
+    return leaf in OF_TOKENS or leaf == OWN_NAME.get(str(config.get("model_type")))
 
 
 def _transposes(config: Mapping[str, Any]) -> bool:

@@ -11,12 +11,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from daemon import durable
 from daemon.about import ABOUT, About, read_about
 from daemon.adapter import ADAPTER as ADAPTER
-from daemon.adapter import ADAPTER_WEIGHTS, OpenAdapter, adapters_below, check_alone, check_no_factors, open_adapter
+from daemon.adapter import (
+    ADAPTER_WEIGHTS,
+    OpenAdapter,
+    adapters_below,
+    check_alone,
+    check_no_factors,
+    check_tied,
+    open_adapter,
+)
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.index import INDEX as INDEX
@@ -107,20 +115,17 @@ class OpenCheckpoint:
     def size_bytes(self) -> int:
         return sum(self.sizes)
 
-    def check(self, base: Checkpoint) -> None:
+    def check(self, base: Checkpoint, base_config: Mapping[str, Any] | None = None) -> None:
         """Holds its tensors, and its sidecars', against the base's; from here on they have the base's names.
 
-        Raises BadSchema.
+        base_config: the base's config.json, for an expert that arrives. Raises BadSchema and Refused.
         """
         if self._adapter:
-            files, sidecars = self.files, self._sidecars.items()
-            self.tensors = LoraExpert(
-                [file.reader for file in files],
-                {kind: file.reader for kind, file in sidecars},
-                self._adapter.config,
-                base,
-                self.naming,
-            )
+            readers = [file.reader for file in self.files]
+            beside = {kind: file.reader for kind, file in self._sidecars.items()}
+            self.tensors = adapted = LoraExpert(readers, beside, self._adapter.config, base, self.naming)
+            if base_config is not None:
+                check_tied(adapted, base.schema, base_config)
         else:
             resolved = self.naming.resolve(self.tensors.schema, base.schema).values()
             check_no_factors((name for name in resolved if name not in base.schema), self.files[0].name)

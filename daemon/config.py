@@ -189,7 +189,8 @@ def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None
     except ValueError as error:
         raise BadConfig(
             f"{path} or the environment: {error}",
-            "the file is TOML; lists and tables in the environment are JSON: MAINSTEM_ADMISSION__IGNORE='[\"head.*\"]'",
+            "the file is TOML, where a key stands once, be it prefixes = {...} or a table [admission.prefixes]; lists"
+            " and tables in the environment are JSON: MAINSTEM_ADMISSION__IGNORE='[\"head.*\"]'",
         ) from None
 
 
@@ -217,6 +218,9 @@ def _problem(error: Mapping[str, Any]) -> str:
 def _advice(errors: Sequence[Mapping[str, Any]]) -> str:
     known = {name: text for name, _, text in described()}
     names = [".".join(map(str, error["loc"])) for error in errors]
+    tables = [name for name in names if "." not in name and name not in Settings.model_fields]
+    if alike := [match for name in tables for match in get_close_matches(name, Settings.model_fields, n=1)]:
+        return f"there is a table [{alike[0]}]"
     close = [match for name in names for match in get_close_matches(name, known, n=1)]
     if close:
         return f"{close[0]}: {known[close[0]]}"

@@ -6,6 +6,7 @@ from statistics import median
 from threading import Event
 from typing import Any
 
+from daemon.adapter_modules import read_config
 from daemon.admission import check_norm
 from daemon.checkpoint import open_path
 from daemon.config import load
@@ -13,6 +14,7 @@ from daemon.errors import DaemonError, Reason
 from daemon.home import Home
 from daemon.progress import Progress
 from projector.head import Folded
+from projector.lora.keys import tensor_parts
 from projector.measure import overlap
 from projector.methods import make
 from projector.steps import state_specs
@@ -22,7 +24,8 @@ from registry.store import Reader
 def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Mapping[str, Any]:
     """What `mainstem inspect` prints of an expert that would be accepted. Raises what merging would raise.
 
-    overlap: the cosine between its task vector and the head's merged one, in [-1, 1].
+    overlap: the cosine between its task vector and the head's merged one, in [-1, 1]. renamed: by the expert's names of
+    tensors, what they are in the base, where that is another name. ignored: those that are left out.
     """
     head = reader.head(head_name) if head_name else reader.heads()[0]
     if head is None:
@@ -37,7 +40,8 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         open_path(path, follow=False, needs=needs, naming=limits.naming) as expert,  # as the inbox would
         open_path(home.version(head.name, head.live)) as merged,
     ):
-        expert.check(base.tensors)
+        own = tensor_parts(expert.tensors.schema) if expert.kind == "adapter" else expert.tensors.schema
+        expert.check(base.tensors, read_config(home.base))
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
         folded = Folded(found.norm, found.base_norm, ())
@@ -49,10 +53,13 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         published = sum(spec.nbytes for spec in schema.values())
         states = [state_specs(method, schema) for method in methods]
         writes = sum(published + sum(spec.nbytes for spec in specs) for specs in states)
+        names = expert.naming.resolve(own, schema)
         seconds = [v.seconds for v in reader.versions(head.name, limit=5) if v.seconds is not None]
         return {
             "kind": expert.kind,
             "weight": expert.weight,
+            "renamed": {theirs: ours for theirs, ours in names.items() if theirs != ours},
+            "ignored": [name for name in own if name not in names],
             "sha256": sha256,
             "duplicate_of": twin.id if twin else None,
             "norm": found.norm,

@@ -22,6 +22,7 @@ from uuid import uuid4
 import torch
 
 from daemon import durable
+from daemon.adapter_modules import read_config
 from daemon.adapting import Adapting
 from daemon.admission import check_norm
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
@@ -64,6 +65,7 @@ class Merger:
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
         self._base_sha256 = store.base().sha256
         self._base = open_path(home.base, progress)
+        self._base_config = read_config(home.base)
         self._plan = planned(self._base.tensors.schema, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._base_norm: float | None = None
@@ -92,7 +94,7 @@ class Merger:
                 hit("take.opened")
                 self._check_entry(drop)
                 try:
-                    expert.check(self._base.tensors)
+                    expert.check(self._base.tensors, self._base_config)
                     recorded = self._merge(drop, expert)
                 except ProjectorError:
                     if expert.unchanged():

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 
 from projector.errors import BadSchema, Reason
 from projector.text import shown
@@ -45,13 +45,12 @@ class Naming:
 
         Raises BadSchema where two names become one. `base` should answer `in` quickly.
         """
-        longest_first = _longest_first(self.prefixes.items())
         resolved: dict[str, str] = {}
         taken: dict[str, str] = {}
         for name in names:
             if name not in base and any(fnmatchcase(name, glob) for glob in self.ignore):
                 continue
-            wanted = name if name in base else next((n for n in _renamed(name, longest_first) if n in base), name)
+            wanted = name if name in base else next((n for n in self.tried(name) if n in base), name)
             if wanted in taken:
                 raise BadSchema(
                     Reason.UNEXPECTED_TENSOR,
@@ -61,6 +60,14 @@ class Naming:
             taken[wanted] = name
             resolved[name] = wanted
         return resolved
+
+    def tried(self, name: str) -> list[str]:
+        """What the prefixes make of an expert's name, whether the base has it or not; the longest prefix first."""
+        return list(_renamed(name, self._longest_first))
+
+    @cached_property
+    def _longest_first(self) -> list[tuple[str, str]]:
+        return _longest_first(self.prefixes.items())
 
     def theirs(self, name: str) -> str:
         """What experts call this tensor of the base: the longest prefix of the base that it begins with, replaced back.
@@ -100,6 +107,25 @@ def mending(missing: Sequence[str], unexpected: Sequence[str], known: Collection
         lines.append(f"ignore = {json.dumps(_globs(rest, used))}")
     words = " and ".join(lines)
     return words if 0 < len(words) <= LONGEST_HINT else None
+
+
+def fitting_prefix(
+    name: str, unknown: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]]
+) -> tuple[str, str] | None:
+    """The pair for `prefixes` that makes a tensor of the base of `name`, and of all that are unknown and begin alike.
+
+    No pair of which a side counts layers: that is another layer, or a tied weight's other name.
+    unknown, base: names and shapes; a shape may be turned round, and () is any.
+    """
+
+    def fits(theirs: str, ours: str) -> bool:
+        like = theirs or name.partition(".")[0] + "."
+        found = {ours + one.removeprefix(theirs): shape for one, shape in unknown.items() if one.startswith(like)}
+        return all(one in base and (not shape or sorted(shape) == sorted(base[one])) for one, shape in found.items())
+
+    pairs = ((theirs, ours) for ours, theirs in _pairs([name], list(base)))
+    counted = re.compile(r"(^|\.)\d+\.")
+    return next((pair for pair in pairs if not any(map(counted.search, pair)) and fits(*pair)), None)
 
 
 def _globs(names: Iterable[str], used: Iterable[str]) -> list[str]:

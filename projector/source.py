@@ -111,12 +111,13 @@ class Checkpoint:
         matrix, and only those that agree there are read whole, in blocks.
         """
         if self._twins is None:
-            matrices = {name: self._places[name] for name in self.order if len(self.schema[name].shape) > 1}
+            floating = _floating(self.schema)
+            matrices = {name: self._places[name] for name in floating if len(self.schema[name].shape) > 1}
             alike = _groups(matrices, lambda place: (place.spec.shape, place.spec.dtype))
             agreeing = (group for some in alike for group in _groups({n: matrices[n] for n in some}, _Place.glance))
             same = [group for some in agreeing for group in _groups({n: matrices[n] for n in some}, _Place.digest)]
             found = {name for group in same for name in group}
-            others = {name: self._places[name] for name in self.order if name not in found}
+            others = {name: self._places[name] for name in floating if name not in found}
             told = _groups(others, _Place.told)
             same += [group for some in told for group in _groups({n: others[n] for n in some}, _Place.content)]
             self._twins = {name: [twin for twin in group if twin != name] for group in same for name in group}

@@ -82,7 +82,7 @@ def check_schema(base: Schema, expert: Schema) -> None:
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
             mend
             or _other_name(base, expert, missing, unexpected)
-            or "save the whole model, with the names of the base, as save_pretrained does",
+            or f"save the whole model, with the names of the base, as save_pretrained does{_strange(unexpected)}",
         )
     for untied, twin in _untied(base, [expert[name] for name in unexpected]):
         raise BadSchema(
@@ -101,6 +101,13 @@ def check_schema(base: Schema, expert: Schema) -> None:
     for name, spec in expert.items():
         if name in base:
             _check_tensor(base[name], spec)
+
+
+def _strange(unexpected: Sequence[str]) -> str:
+    """What else to do where tensors with other names are there."""
+    if not unexpected:
+        return ""
+    return f"; or say in admission.prefixes what such names as {shown(unexpected[0])} are in the base (docs/experts.md)"
 
 
 def _other_name(base: Schema, expert: Schema, missing: Sequence[str], unexpected: Sequence[str]) -> str | None:

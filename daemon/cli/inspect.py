@@ -1,12 +1,16 @@
 """`mainstem inspect`: a dry run."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 
 from daemon.cli.common import HomeOption, JsonOption, PathArgument, open_reader, print_json, size
-from daemon.errors import DaemonError
+from daemon.errors import NotYet, Refused
 from projector.errors import ProjectorError
+from projector.text import shown
+
+MOST_NAMES = 40
 
 
 def command(
@@ -25,17 +29,34 @@ def command(
     with reader:
         try:
             found: dict[str, Any] = {"accepted": True, **inspect(where, reader, path, head)}
-        except (DaemonError, ProjectorError) as error:
+        except (NotYet, Refused, ProjectorError) as error:
             found = {"accepted": False, "reason": str(error.reason), "detail": str(error), "hint": error.hint}
     if as_json:
         print_json(found)
     else:
-        typer.echo("\n".join(f"{key:<16} {_shown(key, value)}" for key, value in found.items() if value is not None))
+        for key, value in found.items():
+            for line in _lines(key, value):
+                typer.echo(f"{key:<16} {line}")
     if not found["accepted"]:
         raise typer.Exit(1)
 
 
-def _shown(key: str, value: Any) -> str:
+def _lines(key: str, value: Any) -> list[str]:
+    """Names once for all layers: a number in them is a *."""
+    if isinstance(value, dict):
+        return _some(f"{_uncounted(theirs)} -> {_uncounted(ours)}" for theirs, ours in value.items())
+    if isinstance(value, list):
+        return _some(map(_uncounted, value))
     if key.endswith("_bytes"):
-        return size(value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        return [size(value)]
+    return [] if value is None else [f"{value:.6g}" if isinstance(value, float) else str(value)]
+
+
+def _some(lines: Iterable[str]) -> list[str]:
+    different = list(dict.fromkeys(lines))
+    more = len(different) - MOST_NAMES
+    return different[:MOST_NAMES] + ([f"and {more} more: --json lists all"] if more > 0 else [])
+
+
+def _uncounted(name: str) -> str:
+    return shown(".".join("*" if part.isdigit() else part for part in name.split(".")))

@@ -75,8 +75,8 @@ def _wanted(headers: Headers, tag: str, size: int) -> list[Span] | None:
     except Malformed:
         raise Problem(400, "bad_range", "that is no range of bytes", "for example Range: bytes=0-1023") from None
     except Unsatisfiable:
-        hint = f"the file has {size} bytes"
-        raise Problem(416, "beyond_the_end", hint, hint, {"Content-Range": f"bytes */{size}"}) from None
+        what, hint = f"the file has {size} bytes", "ask for a range within it, or without Range for all of it"
+        raise Problem(416, "beyond_the_end", what, hint, {"Content-Range": f"bytes */{size}"}) from None
 
 
 def _multipart(wanted: Sequence[Span], boundary: str, size: int, kind: str) -> list[Piece]:

@@ -1,25 +1,20 @@
 """Which tensors of the base an adapter changes, and how: its names and shapes held against the base's."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from projector.errors import BadSchema, Reason
+from projector.lora.absent import ANOTHER_BASE, absent
 from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.delta import Patch
 from projector.lora.keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, is_embedding, tensor_parts
 from projector.lora.tied import Tied
-from projector.naming import LONGEST_HINT, Naming
+from projector.naming import Naming
 from projector.source import Checkpoint
 from projector.spec import Schema, TensorSpec, check_not_quantised, resized_rows
 from projector.text import shown
 
 GATHER = "gather the parameters before save_pretrained (ZeRO-3, FSDP), and drop the adapter again"
-ANOTHER_BASE = "train it on this home's base"
-RENAMED = (
-    "where transformers calls the modules of this model otherwise than its files do, put such pairs as "
-    f'"layers.*.q_proj" = "layer.*.query" into [admission.prefixes], or {MERGE_FIRST}'
-)
 RESIZED = "nothing is cut off here: train on this home's base without resizing its vocabulary"
 MOST_RANK = 1024  # of a weight whose shorter side is less: a factor is in memory whole
 MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one adapter: save both again"
@@ -46,7 +41,8 @@ def planned(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Namin
         parts = known[theirs]
         floating = any(schema[name].floating for name in parts.values())
         if ours not in base and floating and not tied.repeats(theirs, parts):
-            raise _absent(theirs, shaper.wanted(parts), base, parts, bool(at_home))
+            unknown = {name: shaper.wanted(known[name]) for name, wanted in resolved.items() if wanted not in base}
+            raise absent(theirs, parts, unknown, base, naming, bool(at_home))
         if ours in base and base[ours].floating:
             patches[ours] = shaper.patch(theirs, base[ours])
     shaper.check_squares()
@@ -186,48 +182,3 @@ class _Shaper:
         if shape != wanted:
             detail = f"{shown(name)} has shape {list(shape)} instead of {list(wanted)}"
             raise BadSchema(Reason.WRONG_SHAPE, detail, GATHER if 0 in shape else hint)
-
-
-def _absent(target: str, shape: tuple[int, ...], base: Schema, parts: Mapping[str, str], known: bool) -> BadSchema:
-    """What to say of a tensor that the base has not. known: the base has others that the adapter changes."""
-    alike = [name for name, spec in base.items() if len(shape) > 1 and spec.shape == shape]
-    reason = Reason.UNEXPECTED_TENSOR
-    if OFFSET in parts:
-        detail, hint = "lora_bias adds to it", "train without lora_bias: the base's layer has no bias to add to"
-    elif prefix := _prefix(target, base):
-        detail, hint = "by that name", f"put prefixes = {prefix} under [admission] in mainstem.toml and drop it again"
-    elif len(alike) == 1:
-        detail = f"if it is tied to {shown(alike[0])}, the two cannot change apart"
-        hint = "train the embedding instead, or give this home a base in which the two are not tied"
-    elif A in parts and is_embedding(parts) and any(_words(name)[-2:] == _words(target)[-2:] for name in alike):
-        detail = "if it is tied to another tensor there, the two cannot change apart"
-        hint = f"train that tensor instead, or {ANOTHER_BASE}; if it is a head of its own, name it in admission.ignore"
-    elif any(_words(name) == _words(target) for name in base):
-        detail, hint = "nothing there has that name", f"{ANOTHER_BASE}, of as many layers"
-    elif not known:
-        reason, detail = Reason.WRONG_BASE, "nor anything else that this adapter changes"
-        hint = f"{ANOTHER_BASE}; {RENAMED}"
-    elif FULL not in parts:
-        detail, hint = "nothing there has that name", f"{ANOTHER_BASE}; {RENAMED}"
-    else:
-        setting = f"ignore = {json.dumps([target.rpartition('.')[0] + '.*'])}"
-        detail = "nothing there is like it"
-        put = f"put {setting} under [admission]" if len(setting) <= LONGEST_HINT else "name it in admission.ignore"
-        hint = f"if it is a head of its own, {put} in mainstem.toml; if not, {ANOTHER_BASE}"
-    return BadSchema(reason, f"the base has no {shown(target)}: {detail}", hint)
-
-
-def _words(name: str) -> list[str]:
-    """The parts of a name but for the numbers, which count layers."""
-    return [part for part in name.split(".") if not part.isdigit()]
-
-
-def _prefix(target: str, base: Schema) -> str | None:
-    """What admission.prefixes would have to be for the base to have this name; None where no prefix helps."""
-    for name in base:
-        if name.endswith(f".{target}"):
-            return f'{{"" = {json.dumps(name.removesuffix(target))}}}'
-        if target.endswith(f".{name}"):
-            words = f'{{{json.dumps(target.removesuffix(name))} = ""}}'
-            return words if len(words) <= LONGEST_HINT else None
-    return None

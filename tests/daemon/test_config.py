@@ -65,6 +65,13 @@ def test_what_is_wrong_in_the_file_is_named(toml: Path, text: str, named: str) -
     assert refused.value.reason is Reason.CONFIG and refused.value.hint
 
 
+def test_a_table_that_is_misspelt_is_told_its_name(toml: Path) -> None:
+    toml.write_text('[admision.prefixes]\n"a" = "b"\n')
+    with pytest.raises(BadConfig) as refused:
+        load(toml)
+    assert refused.value.hint == "there is a table [admission]"
+
+
 def test_a_file_that_is_no_text_is_refused(toml: Path) -> None:
     toml.write_bytes(b"\xff\xfe")
     with pytest.raises(BadConfig, match=r"mainstem\.toml"):

@@ -1,13 +1,15 @@
 """Models whose modules transformers calls otherwise than their files do, with the settings that the guide gives."""
 
+import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from daemon.home import Home
@@ -106,8 +108,110 @@ def test_a_state_dict_by_the_names_of_modules(home: Home, base: Path, tmp_path: 
 def test_without_them_the_refusal_says_how(base: Path, tmp_path: Path) -> None:
     home = make_home(tmp_path / "home", base, [("main", "mean", {})])
     train(vit, home.inbox / "adapter", r=3, target_modules=LINEAR)
-    done = mainstem("inspect", home.inbox / "adapter", "--home", home.root)
-    assert done.returncode != 0 and "[admission.prefixes]" in done.stderr + done.stdout, done
+    hint = refused(home, home.inbox / "adapter")["hint"]
+    assert (
+        re.search(r'"vit\.layers\.\*\.(attention\.\w_proj|mlp\.fc.)" = "\.\.\."', hint) and "docs/adapters.md" in hint
+    )
+    save_file({n: t.clone() for n, t in vit_of(base).state_dict().items()}, tmp_path / "whole.safetensors")
+    assert "admission.prefixes" in refused(home, tmp_path / "whole.safetensors")["hint"]
+
+
+def test_a_pair_that_leads_nowhere_is_named(home: Home) -> None:
+    home.config.write_text(home.config.read_text().replace("attention.attention.query", "attention.qeury"))
+    train(vit, home.inbox / "adapter", r=3, target_modules=LINEAR)
+    told = refused(home, home.inbox / "adapter")
+    assert "vit.encoder.layer.0.attention.qeury.weight, which admission.prefixes makes of it" in told["detail"]
+    assert "the base has vit.encoder.layer.0.attention.attention.query.weight" in told["hint"]
+
+
+def test_inspect_says_what_became_of_each_name(home: Home, tmp_path: Path) -> None:
+    """Two matrices of one shape can be swapped in a table: only who reads it notices."""
+    folder = train(vit, tmp_path / "adapter", r=3, target_modules=LINEAR)
+    told = json.loads(mainstem("inspect", folder, "--home", home.root, "--json").stdout)
+    ours = "vit.encoder.layer.1.attention.attention.query.weight"
+    assert told["renamed"]["vit.layers.1.attention.q_proj.weight"] == ours
+    assert len(told["renamed"]) == 2 * len(LINEAR) and told["ignored"] == []
+    lines = mainstem("inspect", folder, "--home", home.root).stdout.splitlines()
+    wanted = "vit.layers.*.attention.q_proj.weight -> vit.encoder.layer.*.attention.attention.query.weight"
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("renamed")].count(wanted) == 1
+
+
+def refused(home: Home, expert: Path) -> dict[str, str]:
+    done = mainstem("inspect", expert, "--home", home.root, "--json")
+    told: dict[str, str] = json.loads(done.stdout)
+    assert done.returncode == 1 and not told["accepted"]
+    return told
+
+
+SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+PICTURES = {**SIGHT, "image_size": 8, "patch_size": 4}
+
+
+def deit() -> Any:
+    return transformers.DeiTForImageClassification(transformers.DeiTConfig(**PICTURES, num_labels=3))
+
+
+def dinov2() -> Any:
+    shape = {key: PICTURES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")}
+    return transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**shape, patch_size=4, num_labels=3))
+
+
+def llava() -> Any:
+    words = transformers.LlamaConfig(**SIGHT, num_key_value_heads=2, vocab_size=40)
+    sight = transformers.CLIPVisionConfig(**PICTURES)
+    config = transformers.LlavaConfig(vision_config=sight, text_config=words, image_token_index=39)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def qwen2_vl() -> Any:
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    words = {**SIGHT, "num_key_value_heads": 2, "vocab_size": 40, "rope_scaling": rope}
+    sight = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
+    return transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(text_config=words, vision_config=sight)
+    )
+
+
+def row(model: str) -> str:
+    """The pairs that the guide's table has for a model."""
+    (line,) = (line for line in GUIDE.read_text().splitlines() if line.startswith("| ") and f"`{model}`" in line)
+    return "\n".join(re.findall(r'`("[^`]*" = "[^`]*")`', line))
+
+
+def seven() -> str:
+    (table,) = re.findall(r"```toml\n\[admission\.prefixes\]\n(.*?)```", GUIDE.read_text(), re.S)
+    return str(table)
+
+
+OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], str]]] = {
+    "deit": (deit, lambda: seven().replace("vit", "deit")),
+    "dinov2": (
+        dinov2,
+        lambda: re.sub(r"vit\.(encoder\.layer|layers)", "dinov2.encoder.layer", "\n".join(seven().splitlines()[:4])),
+    ),
+    "llava": (llava, lambda: row("llava")),
+    "qwen2_vl": (qwen2_vl, lambda: row("qwen2_vl")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_guides_pairs_for_other_models(tmp_path: Path, name: str) -> None:
+    """A whole state dict, which has every name of the modules."""
+    build, pairs = OTHERS[name]
+    torch.manual_seed(1)
+    model = build()
+    model.save_pretrained(tmp_path / "base")
+    home = make_home(tmp_path / "home", tmp_path / "base", [("main", "mean", {})])
+    home.config.write_text(f"[admission.prefixes]\n{pairs()}\n")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, home.inbox / "x.safetensors")
+    merge(home)
+    loaded = type(model).from_pretrained(home.latest("main"), dtype=torch.float32)
+    assert_close(dict(loaded.state_dict()), dict(model.state_dict()))
+    renamed = json.loads(mainstem("inspect", home.archive(1) / "x.safetensors", "--home", home.root, "--json").stdout)
+    assert renamed["renamed"], "it was called otherwise"
 
 
 def vit_of(base: Path) -> Any:

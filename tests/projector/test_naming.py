@@ -5,7 +5,7 @@ import re
 import pytest
 
 from projector.errors import BadSchema, Reason
-from projector.naming import SAME, Naming, check_prefixes, mending
+from projector.naming import SAME, Naming, check_prefixes, fitting_prefix, mending
 
 BASE = {"bert.embed.weight", "bert.layer.0.weight", "bert.layer.1.weight", "head.weight"}
 
@@ -130,3 +130,26 @@ def test_two_names_that_become_one_are_refused_by_name(names: list[str]) -> None
 )
 def test_the_setting_that_mends_it(missing: list[str], unexpected: list[str], line: str | None) -> None:
     assert mending(missing, unexpected, ["m.known.w"]) == line
+
+
+THERE = {"m.layers.0.q.weight": (4, 6), "m.layers.1.q.weight": (4, 6), "sight.layers.0.q.weight": (3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("unknown", "pair"),
+    [
+        ({"layers.0.q.weight": (4, 6), "layers.1.q.weight": (4, 6)}, ("", "m.")),
+        ({"layers.0.q.weight": (6, 4)}, ("", "m.")),  # as Conv1D has it
+        ({"layers.0.q.weight": (3, 3)}, ("", "sight.")),
+        ({"layers.0.q.weight": ()}, ("", "m.")),
+        ({"x.y.layers.0.q.weight": (4, 6), "score.weight": (2, 4)}, ("x.y.", "m.")),
+        ({"layers.0.q.weight": (4, 6), "score.weight": (2, 4)}, ("", "m.")),  # a head of its own
+        ({"base.m.layers.0.q.weight": (4, 6)}, ("base.", "")),
+        ({"layers.0.q.weight": (4, 6), "layers.2.q.weight": (4, 6)}, None),  # of as many layers no longer
+        ({"layers.0.q.weight": (5, 5)}, None),
+        ({"m.layers.2.q.weight": (4, 6)}, None),  # not another layer
+        ({"layers.0.query.weight": (4, 6)}, None),
+    ],
+)
+def test_the_prefix_that_fits(unknown: dict[str, tuple[int, ...]], pair: tuple[str, str] | None) -> None:
+    assert fitting_prefix(next(iter(unknown)), unknown, THERE) == pair

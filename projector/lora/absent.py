@@ -1,0 +1,79 @@
+"""What to say where an adapter changes a tensor that the base has not."""
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+from projector.errors import BadSchema, Reason
+from projector.lora.config import MERGE_FIRST
+from projector.lora.keys import FULL, OFFSET, A, is_embedding
+from projector.naming import LONGEST_HINT, Naming, fitting_prefix
+from projector.spec import Schema
+from projector.text import shown
+
+ANOTHER_BASE = "train it on this home's base"
+Shape = tuple[int, ...]
+
+
+def absent(
+    target: str, parts: Mapping[str, str], unknown: Mapping[str, Shape], base: Schema, naming: Naming, known: bool
+) -> BadSchema:
+    """The error for `target`, a tensor of the model as the adapter has it, which has these parts.
+
+    unknown: the shapes of all tensors that the base has not, () where the adapter does not say. known: the base has
+    others that the adapter changes.
+    """
+    shape, reason = unknown[target], Reason.UNEXPECTED_TENSOR
+    alike = [name for name, spec in base.items() if len(shape) > 1 and spec.shape == shape]
+    if OFFSET in parts:
+        detail, hint = "lora_bias adds to it", "train without lora_bias: the base's layer has no bias to add to"
+    elif made := naming.tried(target):
+        detail = f"nor {shown(made[0])}, which admission.prefixes makes of it"
+        hint = f"mend that pair; the base has {shown(_closest(made[0], base))}"
+    elif prefix := _prefix(target, unknown, base):
+        detail, hint = "by that name", f"put prefixes = {prefix} under [admission] in mainstem.toml and drop it again"
+    elif len(alike) == 1:
+        detail = f"if it is tied to {shown(alike[0])}, the two cannot change apart"
+        hint = "train the embedding instead, or give this home a base in which the two are not tied"
+    elif A in parts and is_embedding(parts) and any(_words(name)[-2:] == _words(target)[-2:] for name in alike):
+        detail = "if it is tied to another tensor there, the two cannot change apart"
+        hint = f"train that tensor instead, or {ANOTHER_BASE}; if it is a head of its own, name it in admission.ignore"
+    elif any(_words(name) == _words(target) for name in base):
+        detail, hint = "nothing there has that name", f"{ANOTHER_BASE}, of as many layers"
+    elif not known:
+        reason, detail = Reason.WRONG_BASE, "nor anything else that this adapter changes"
+        hint = f"{ANOTHER_BASE}; {_renamed(target)}"
+    elif FULL not in parts:
+        detail, hint = "nothing there has that name", f"{ANOTHER_BASE}; {_renamed(target)}"
+    else:
+        setting = f"ignore = {json.dumps([target.rpartition('.')[0] + '.*'])}"
+        detail = "nothing there is like it"
+        put = f"put {setting} under [admission]" if len(setting) <= LONGEST_HINT else "name it in admission.ignore"
+        hint = f"if it is a head of its own, {put} in mainstem.toml; if not, {ANOTHER_BASE}"
+    return BadSchema(reason, f"the base has no {shown(target)}: {detail}", hint)
+
+
+def _words(name: str) -> list[str]:
+    """The parts of a name but for the numbers, which count layers."""
+    return [part for part in name.split(".") if not part.isdigit()]
+
+
+def _closest(name: str, base: Schema) -> str:
+    return next(iter(get_close_matches(name, base, n=1, cutoff=0.0)), "no tensor")
+
+
+def _prefix(target: str, unknown: Mapping[str, Shape], base: Schema) -> str | None:
+    """What admission.prefixes would have to be for the base to have it; None where no one prefix helps."""
+    pair = fitting_prefix(target, unknown, {name: spec.shape for name, spec in base.items()})
+    words = f"{{{json.dumps(pair[0])} = {json.dumps(pair[1])}}}" if pair else ""
+    return words if 0 < len(words) <= LONGEST_HINT else None
+
+
+def _renamed(target: str) -> str:
+    """What helps where the module has another name in the base's files."""
+    module = ".".join("*" if part.isdigit() else part for part in target.split(".")[:-1])
+    pair = f', {json.dumps(module)} = "..."' if len(module) <= LONGEST_HINT else ""
+    return (
+        "where transformers calls the modules of this model otherwise than its files do, put what the files call each"
+        f" into [admission.prefixes]{pair} (docs/adapters.md, Names), or {MERGE_FIRST}"
+    )
