@@ -120,8 +120,8 @@ def fitting_prefix(
 
     def fits(theirs: str, ours: str) -> bool:
         like = theirs or name.partition(".")[0] + "."
-        found = {ours + one.removeprefix(theirs): shape for one, shape in unknown.items() if one.startswith(like)}
-        return all(one in base and (not shape or sorted(shape) == sorted(base[one])) for one, shape in found.items())
+        found = ((ours + one.removeprefix(theirs), shape) for one, shape in unknown.items() if one.startswith(like))
+        return all(one in base and (not shape or sorted(shape) == sorted(base[one])) for one, shape in found)
 
     pairs = ((theirs, ours) for ours, theirs in _pairs([name], list(base)))
     counted = re.compile(r"(^|\.)\d+\.")

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from difflib import get_close_matches
+from itertools import takewhile
+from operator import eq
 
 from projector.errors import BadSchema, Reason
 from projector.lora.config import MERGE_FIRST
@@ -27,11 +28,9 @@ def absent(
     alike = [name for name, spec in base.items() if len(shape) > 1 and spec.shape == shape]
     if OFFSET in parts:
         detail, hint = "lora_bias adds to it", "train without lora_bias: the base's layer has no bias to add to"
-    elif made := naming.tried(target):
-        detail = f"nor {shown(made[0])}, which admission.prefixes makes of it"
-        hint = f"mend that pair; the base has {shown(_closest(made[0], base))}"
-    elif prefix := _prefix(target, unknown, base):
-        detail, hint = "by that name", f"put prefixes = {prefix} under [admission] in mainstem.toml and drop it again"
+    elif pair := _prefix(target, unknown, base):
+        put = f"add {pair} to admission.prefixes" if naming.prefixes else f"put prefixes = {{{pair}}} under [admission]"
+        detail, hint = "by that name", f"{put} in mainstem.toml and drop it again"
     elif len(alike) == 1:
         detail = f"if it is tied to {shown(alike[0])}, the two cannot change apart"
         hint = "train the embedding instead, or give this home a base in which the two are not tied"
@@ -40,11 +39,13 @@ def absent(
         hint = f"train that tensor instead, or {ANOTHER_BASE}; if it is a head of its own, name it in admission.ignore"
     elif any(_words(name) == _words(target) for name in base):
         detail, hint = "nothing there has that name", f"{ANOTHER_BASE}, of as many layers"
-    elif not known:
-        reason, detail = Reason.WRONG_BASE, "nor anything else that this adapter changes"
+    elif FULL not in parts or not known:
+        reason = reason if known else Reason.WRONG_BASE
+        detail = "nothing there has that name" if known else "nor anything else that this adapter changes"
         hint = f"{ANOTHER_BASE}; {_renamed(target)}"
-    elif FULL not in parts:
-        detail, hint = "nothing there has that name", f"{ANOTHER_BASE}; {_renamed(target)}"
+        if made := naming.tried(target):
+            detail = f"nor {shown(made[0])}, which admission.prefixes makes of it"
+            hint = f"mend that pair: the base has {shown(_closest(made[0], base))}, for one; or {ANOTHER_BASE}"
     else:
         setting = f"ignore = {json.dumps([target.rpartition('.')[0] + '.*'])}"
         detail = "nothing there is like it"
@@ -59,13 +60,17 @@ def _words(name: str) -> list[str]:
 
 
 def _closest(name: str, base: Schema) -> str:
-    return next(iter(get_close_matches(name, base, n=1, cutoff=0.0)), "no tensor")
+    """The name of the base that begins most like it."""
+    parts = name.split(".")
+    return max(base, key=lambda other: sum(takewhile(bool, map(eq, parts, other.split(".")))))
 
 
 def _prefix(target: str, unknown: Mapping[str, Shape], base: Schema) -> str | None:
-    """What admission.prefixes would have to be for the base to have it; None where no one prefix helps."""
+    """The pair in admission.prefixes with which the base would have it; None where no one pair helps."""
+    if len(target) > LONGEST_HINT:
+        return None
     pair = fitting_prefix(target, unknown, {name: spec.shape for name, spec in base.items()})
-    words = f"{{{json.dumps(pair[0])} = {json.dumps(pair[1])}}}" if pair else ""
+    words = " = ".join(map(json.dumps, pair or ()))
     return words if 0 < len(words) <= LONGEST_HINT else None
 
 
