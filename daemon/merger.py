@@ -96,7 +96,7 @@ class Merger:
                 try:
                     expert.check(self._base.tensors, self._base_config)
                     recorded = self._merge(drop, expert)
-                except ProjectorError:
+                except (ProjectorError, Refused):
                     if expert.unchanged():
                         raise
                     raise changed(drop) from None  # what it found may be half of the old and half of the new

@@ -4,13 +4,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
 from daemon.checkpoint import OpenCheckpoint
+from daemon.errors import Reason, Refused
 from daemon.home import Home
 from daemon.progress import Progress
 from daemon.service import Service
@@ -125,11 +127,28 @@ def test_truncated_while_its_names_are_checked(
     target = put(home, tmp_path / "tied.safetensors")
     whole, check = target.read_bytes(), OpenCheckpoint.check
 
-    def interrupted(self: OpenCheckpoint, base: Checkpoint) -> None:
+    def interrupted(self: OpenCheckpoint, base: Checkpoint, base_config: Mapping[str, Any]) -> None:
         monkeypatch.setattr(OpenCheckpoint, "check", check)
         os.truncate(target, 3000)
         threading.Timer(0.3, lambda: target.write_bytes(whole)).start()
-        check(self, base)
+        check(self, base, base_config)
+
+    monkeypatch.setattr(OpenCheckpoint, "check", interrupted)
+    drain(home, quick(inbox={"patience_seconds": 30}))
+    assert [expert.status for expert in experts(home)] == [Status.MERGED]
+
+
+def test_what_is_found_while_it_is_written_over_is_not_held_against_it(
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an adapter's embedding, of which the values say whether it was trained."""
+    target = put(home, write_expert(tmp_path / "old.safetensors", base, 2))
+    whole, check = target.read_bytes(), OpenCheckpoint.check
+
+    def interrupted(self: OpenCheckpoint, base: Checkpoint, base_config: Mapping[str, Any]) -> None:
+        monkeypatch.setattr(OpenCheckpoint, "check", check)
+        target.write_bytes(whole)
+        raise Refused(Reason.ADAPTER, "half of the old and half of the new", "drop it again")
 
     monkeypatch.setattr(OpenCheckpoint, "check", interrupted)
     drain(home, quick(inbox={"patience_seconds": 30}))
