@@ -46,13 +46,14 @@ SOUND_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 OTHER_STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 """Those that change it: the adapter is to be added to what is left of it."""
 
-FLAGS = ("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora", "ensure_weight_tying")
+TIED_BY_PEFT = "embed_tokens.weight"  # other embeddings it trains alone, whatever ensure_weight_tying says
+FLAGS = ("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora")
 USED = {
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias", *FLAGS),
     *("trainable_token_indices", "init_lora_weights"),
 }
 NO_MATTER = {
-    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config"),
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
     *("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout"),
     *("lora_ga_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision"),
     *("runtime_config", "target_modules", "task_type"),
@@ -126,10 +127,11 @@ def check_tied(expert: LoraExpert, base: Schema, base_config: Mapping[str, Any])
     """
     for spec in base.values():
         if is_tied(spec, base, base_config) and expert.replaces(spec.name):
+            tying = "train it with ensure_weight_tying=True, or " if spec.name.endswith(TIED_BY_PEFT) else ""
             _refuse(
                 f"it brings {shown(spec.name)} whole, for the embedding alone; the base's output layer is tied to it",
-                "train it with ensure_weight_tying=True, or give this home a base in which the two are not tied: saved"
-                " with tie_word_embeddings=False and both matrices",
+                f"{tying}give this home a base in which the two are not tied: saved with tie_word_embeddings=False and"
+                " both matrices",
             )
 
 

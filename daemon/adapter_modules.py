@@ -40,6 +40,10 @@ WITH_UNKNOWN_HEAD = (  # whose name is another in each of them
     *("ForMaskedLM", "ForPreTraining"),
     *("WithLMHeadModel", "XLNetLMHeadModel", "T5GemmaForConditionalGeneration"),
 )
+WITH_OUTPUT = (*WITH_HEAD, "ForMaskedLM", "ForPreTraining", "WithLMHeadModel", "DoubleHeadsModel")
+WITHOUT_OUTPUT = ("ElectraForPreTraining",)
+OUTPUTS = ("lm_head", "embed_out", "output_projection", "proj_out", "decoder", "output")
+"""What an output layer is called where its matrix is stored."""
 COMPOSITE = "EncoderDecoderModel"  # of two models: whether either is tied stands in the config of that part
 
 
@@ -129,9 +133,22 @@ def modules_of(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> lis
 
 
 def is_tied(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> bool:
-    """True for an embedding of tokens that is the output layer's matrix too, by config.json, or may be."""
-    embeds = len(spec.shape) == 2 and spec.name.endswith(".weight") and _of_tokens(spec, config)
-    return embeds and len(modules_of(spec, base, config)) != 1
+    """True for an embedding of tokens that is the output layer's matrix too: the architecture has one, config.json does
+    not say that they are two, and the base stores no other matrix of its shape by the name of one."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return (
+        len(spec.shape) == 2
+        and spec.name.endswith(".weight")
+        and _of_tokens(spec, config)
+        and _architecture(config).endswith(WITH_OUTPUT)
+        and not _architecture(config).endswith(WITHOUT_OUTPUT)
+        and not any(part.get("tie_word_embeddings") is False for part in parts)
+        and not any(_is_output(other) and other.shape == spec.shape for other in base.values())
+    )
+
+
+def _is_output(spec: TensorSpec) -> bool:
+    return spec.name.removesuffix(".weight").rpartition(".")[2] in OUTPUTS
 
 
 def adapter_config(modules: Sequence[Module], rank: int, base_name: str) -> bytes:

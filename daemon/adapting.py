@@ -121,7 +121,7 @@ class Adapting:
             )
         paths = Counter(module.path for found in cut.values() for module in found)
         twice = next((path for path, times in paths.items() if times > 1), None)
-        if twice is not None:
+        if twice is not None and wanted.names == "experts":
             raise BadConfig(
                 f"by admission.prefixes two modules of the adapter would be called {shown(twice)}",
                 'change admission.prefixes, or set the adapter\'s names = "base"',

@@ -83,18 +83,19 @@ class Merger:
     def take(self, drop: Drop, naming: Naming | None = None) -> Expert:
         """Merges, recognises or refuses one drop; returns what the registry says of it.
 
-        naming: how its names become the base's; by default as the settings say.
+        naming: how its names become the base's, of an expert that was merged before; by default as the settings say.
 
         Raises NotYet where it must be looked at again later, OSError where the disk fails (see durable.is_full), and
         Abandoned where the daemon is stopping; the drop is then still in the inbox and nothing else has changed.
         """
         try:
+            base_config = self._base_config if naming is None else None  # what was taken once is taken again
             naming, watch = naming or self._settings.admission.naming, self._progress
             with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=watch, naming=naming) as expert:
                 hit("take.opened")
                 self._check_entry(drop)
                 try:
-                    expert.check(self._base.tensors, self._base_config)
+                    expert.check(self._base.tensors, base_config)
                     recorded = self._merge(drop, expert)
                 except (ProjectorError, Refused):
                     if expert.unchanged():

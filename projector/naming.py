@@ -70,12 +70,13 @@ class Naming:
         return _longest_first(self.prefixes.items())
 
     def theirs(self, name: str) -> str:
-        """What experts call this tensor of the base: the longest prefix of the base that it begins with, replaced back.
+        """What experts call this tensor of the base: the longest prefix of the base that its parts begin with, replaced
+        back.
 
         >>> Naming({"layers.*.q_proj": "layer.*.query"}).theirs("layer.7.query.bias")
         'layers.7.q_proj.bias'
         """
-        backwards = _longest_first((ours, theirs) for theirs, ours in self.prefixes.items())
+        backwards = _longest_first((_closed(ours), _closed(theirs)) for theirs, ours in self.prefixes.items())
         return next(_renamed(name, backwards), name)
 
 
@@ -114,18 +115,23 @@ def fitting_prefix(
 ) -> tuple[str, str] | None:
     """The pair for `prefixes` that makes a tensor of the base of `name`, and of all that are unknown and begin alike.
 
-    No pair of which a side counts layers: that is another layer, or a tied weight's other name.
+    No pair of which a side counts layers: that is another layer, or a tied weight's other name. And none of two modules
+    that have no more in common than what is in them ("dense.weight").
     unknown, base: names and shapes; a shape may be turned round, and () is any.
     """
 
     def fits(theirs: str, ours: str) -> bool:
-        like = theirs or name.partition(".")[0] + "."
+        tail = name.removeprefix(theirs)
+        akin = theirs.endswith(ours) or ours.endswith(theirs) or counted.search(tail)
+        if not akin or "." not in tail or counted.search(theirs) or counted.search(ours):
+            return False
+        like = theirs or name.partition(".")[0]
         found = ((ours + one.removeprefix(theirs), shape) for one, shape in unknown.items() if one.startswith(like))
         return all(one in base and (not shape or sorted(shape) == sorted(base[one])) for one, shape in found)
 
-    pairs = ((theirs, ours) for ours, theirs in _pairs([name], list(base)))
     counted = re.compile(r"(^|\.)\d+\.")
-    return next((pair for pair in pairs if not any(map(counted.search, pair)) and fits(*pair)), None)
+    pairs = ((theirs, ours) for ours, theirs in _pairs([name], list(base)))
+    return next((pair for pair in pairs if fits(*pair)), None)
 
 
 def _globs(names: Iterable[str], used: Iterable[str]) -> list[str]:
@@ -158,6 +164,10 @@ def _mends(pair: tuple[str, str], missing: Sequence[str], unexpected: Sequence[s
     theirs, ours = pair
     found = {ours + name.removeprefix(theirs) for name in unexpected if name.startswith(theirs)}
     return found.issuperset(missing)
+
+
+def _closed(prefix: str) -> str:
+    return prefix if not prefix or prefix.endswith(".") else f"{prefix}."
 
 
 def _longest_first(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

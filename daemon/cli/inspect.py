@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from daemon.cli.common import HomeOption, JsonOption, PathArgument, open_reader, print_json, size
-from daemon.errors import NotYet, Refused
+from daemon.errors import BadConfig, DaemonError
 from projector.errors import ProjectorError
 from projector.text import shown
 
@@ -29,7 +29,9 @@ def command(
     with reader:
         try:
             found: dict[str, Any] = {"accepted": True, **inspect(where, reader, path, head)}
-        except (NotYet, Refused, ProjectorError) as error:
+        except BadConfig:
+            raise
+        except (DaemonError, ProjectorError) as error:
             found = {"accepted": False, "reason": str(error.reason), "detail": str(error), "hint": error.hint}
     if as_json:
         print_json(found)

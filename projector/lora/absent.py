@@ -45,7 +45,7 @@ def absent(
         hint = f"{ANOTHER_BASE}; {_renamed(target)}"
         if made := naming.tried(target):
             detail = f"nor {shown(made[0])}, which admission.prefixes makes of it"
-            hint = f"mend that pair: the base has {shown(_closest(made[0], base))}, for one; or {ANOTHER_BASE}"
+            hint = f"mend that pair{_closest(made[0], base)}, or {ANOTHER_BASE}"
     else:
         setting = f"ignore = {json.dumps([target.rpartition('.')[0] + '.*'])}"
         detail = "nothing there is like it"
@@ -60,9 +60,11 @@ def _words(name: str) -> list[str]:
 
 
 def _closest(name: str, base: Schema) -> str:
-    """The name of the base that begins most like it."""
+    """Names the tensor of the base that begins most like it, if any does."""
     parts = name.split(".")
-    return max(base, key=lambda other: sum(takewhile(bool, map(eq, parts, other.split(".")))))
+    alike = {other: sum(takewhile(bool, map(eq, parts, other.split(".")))) for other in base}
+    closest = max(alike, key=lambda other: alike[other])
+    return f" (the base has {shown(closest)})" if alike[closest] else ""
 
 
 def _prefix(target: str, unknown: Mapping[str, Shape], base: Schema) -> str | None:

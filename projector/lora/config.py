@@ -35,7 +35,6 @@ class LoraConfig:
 
     rank_pattern, alpha_pattern: what replaces `r` and `lora_alpha` in some modules (see `scaling`).
     trainable_token_indices: rows of an embedding, by the end of its module's name; "" stands for the only one there is.
-    ensure_weight_tying: what is trained of an embedding was trained for the output layer that is tied to it, too.
     """
 
     r: int
@@ -47,7 +46,6 @@ class LoraConfig:
     lora_bias: bool = False
     use_dora: bool = False
     trainable_token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    ensure_weight_tying: bool = False
 
     def rank(self, module: str) -> int:
         """The rank of this module's factors: of the first pattern that it matches, else `r`."""

@@ -3,7 +3,7 @@
 What an adapter does not touch costs nothing to read, and a full expert is never built.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ class LoraExpert(Checkpoint):
         """Raises BadSchema where the adapter does not fit the base, or does what cannot be merged."""
         super().__init__(files, sidecars)
         self._base = base
-        self._config = config
         self._patches = planned(self, config, base.schema, naming)
         self._columns: dict[str, Tensor] = {}
         self._held: tuple[str, dict[str, Tensor]] = "", {}
@@ -48,11 +47,15 @@ class LoraExpert(Checkpoint):
 
     def replaces(self, name: str) -> bool:
         """True where the adapter brings a whole matrix of other values than this one of the base, for this one name
-        alone: not for a tied weight's other name as well."""
+        alone: not for a tied weight's other name as well. The base's values in the adapter's dtype are no others."""
         patch = self._patches.get(name)
-        if patch is None or not patch.full or patch.a or self._config.ensure_weight_tying:
+        if patch is None or not patch.full or patch.a or self.twins().get(patch.full):
             return False
-        return not self.twins().get(patch.full) and any(self._moves(self._base.schema[name]))
+        spec, dtype = self._base.schema[name], self.schema[patch.full].dtype
+        blocks = row_blocks(torch.empty(spec.shape[0], spec.row_numel, device="meta"))
+        return not all(
+            torch.equal(self.read(patch.full, rows), self._base.read(name, rows).to(dtype)) for rows in blocks
+        )
 
     def touches(self, name: str) -> bool:
         """True where the adapter changes this tensor of the base."""
@@ -76,11 +79,6 @@ class LoraExpert(Checkpoint):
         if patch is None:
             return torch.zeros(base.shape, dtype=torch.float32, device=base.device)
         return delta_of(base, patch, Parts.of(patch, fetched))
-
-    def _moves(self, spec: TensorSpec) -> Iterator[bool]:
-        """For each block of its rows whether the adapter changes it."""
-        for rows in row_blocks(torch.empty(spec.shape[0], spec.row_numel, device="meta")):
-            yield bool(self.delta(spec, self._base.read(spec.name, rows), self.fetch(spec, rows)).any())
 
     def _parts(self, spec: TensorSpec, patch: Patch, rows: slice | None, *, columns: bool = True) -> Parts:
         """columns: with the factors of DoRA's columns, if it has any."""

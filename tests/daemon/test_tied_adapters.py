@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from daemon.home import Home
 from registry.records import Expert, Status
 from tests import adapters
 from tests.adapters import gpt2, llama, peft, tied_llama, train, transformers
-from tests.daemon.homes import drain, experts, make_home
+from tests.daemon.homes import drain, experts, latest, make_home
+from tests.daemon.processes import mainstem
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
 
@@ -24,6 +26,29 @@ def bert_for_words() -> nn.Module:
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
     return transformers.BertForMaskedLM(config)
+
+
+def two_heads() -> nn.Module:
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    return transformers.GPT2DoubleHeadsModel(config)
+
+
+def electra() -> nn.Module:
+    """Its discriminator says of each word whether it is the right one: it has no output layer over all words."""
+    config = transformers.ElectraConfig(
+        vocab_size=40,
+        hidden_size=16,
+        embedding_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    return transformers.ElectraForPreTraining(config)
+
+
+def t5_encoder() -> nn.Module:
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    return transformers.T5EncoderModel(config)
 
 
 def dropped(root: Path, model: Model, **settings: Any) -> tuple[Home, Expert]:
@@ -42,6 +67,16 @@ def dropped(root: Path, model: Model, **settings: Any) -> tuple[Home, Expert]:
         (tied_llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
         (gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "fan_in_fan_out": True}),
         (bert_for_words, {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]}),
+        (two_heads, {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "fan_in_fan_out": True}),
+        (  # which peft heeds for embed_tokens and lm_head alone
+            gpt2,
+            {
+                "target_modules": ["c_attn"],
+                "modules_to_save": ["wte"],
+                "fan_in_fan_out": True,
+                "ensure_weight_tying": True,
+            },
+        ),
     ],
 )
 def test_one_that_was_trained_for_itself_alone_is_refused(
@@ -50,7 +85,7 @@ def test_one_that_was_trained_for_itself_alone_is_refused(
     """In the trained model the output layer is the base's: no one matrix is both."""
     _, expert = dropped(tmp_path, model, **settings)
     assert expert.reason == "adapter" and "for the embedding alone" in (expert.detail or "")
-    assert "ensure_weight_tying" in (expert.hint or "")
+    assert ("ensure_weight_tying" in (expert.hint or "")) is (model is tied_llama)
 
 
 def test_one_that_was_trained_tied_answers_as_it_was_trained(tmp_path: Path) -> None:
@@ -73,6 +108,8 @@ def test_one_that_was_trained_tied_answers_as_it_was_trained(tmp_path: Path) -> 
     [
         (llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),  # not tied
         (adapters.bert, {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]}),  # nothing to tie to
+        (electra, {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]}),
+        (t5_encoder, {"target_modules": ["q"], "modules_to_save": ["shared"]}),
         (tied_llama, {"target_modules": ["q_proj"]}),
     ],
 )
@@ -83,16 +120,45 @@ def test_where_nothing_is_tied_or_the_embedding_is_left_alone_it_is_merged(
     assert expert.status is Status.MERGED, expert.detail
 
 
-def test_an_embedding_that_was_saved_but_not_trained_is_no_matter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_embedding_that_was_saved_but_not_trained_is_no_matter(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Also in the dtype that the base was loaded in: here for a model without the output layer that the base has."""
     torch.manual_seed(1)
-    base = tied_llama()
-    base.save_pretrained(tmp_path / "base")
+    bert_for_words().save_pretrained(tmp_path / "base")
     home = make_home(tmp_path / "home", tmp_path / "base", [("main", "mean", {})])
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", dtype=dtype)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"]))
     with torch.no_grad():
         for parameter in adapted.parameters():
             parameter.add_(0.1 if parameter.requires_grad else 0)
     adapted.save_pretrained(str(home.inbox / "adapter"), save_embedding_layers=True)
+    names = load_file(home.inbox / "adapter" / "adapter_model.safetensors")
+    assert any("word_embeddings" in name for name in names)
     drain(home)
     (expert,) = experts(home)
     assert expert.status is Status.MERGED, expert.detail
+
+
+def test_a_base_that_stores_both_has_two(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = bert_for_words()
+    model.save_pretrained(tmp_path / "base")
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(stored, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    home = make_home(tmp_path / "home", tmp_path / "base", [("main", "mean", {})])
+    train(bert_for_words, home.inbox / "adapter", r=2, target_modules=["query"], modules_to_save=["word_embeddings"])
+    drain(home)
+    assert experts(home)[0].status is Status.MERGED, experts(home)[0].detail
+
+
+def test_one_that_was_merged_before_is_merged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a daemon that did not look for it yet."""
+    monkeypatch.setattr("daemon.checkpoint.check_tied", lambda *_: None)
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    home, expert = dropped(tmp_path, tied_llama, **settings)
+    assert expert.status is Status.MERGED
+    monkeypatch.undo()
+    again = mainstem("rebuild", "--home", home.root, "--into", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    ours, theirs = latest(Home(tmp_path / "again")), latest(home)
+    assert all(ours[name].equal(theirs[name]) for name in theirs)

@@ -73,6 +73,8 @@ def test_of_two_prefixes_that_would_do_the_longer_counts() -> None:
         ({"module.": ""}, "head.weight", "module.head.weight"),
         ({"a.": "", "b.": "bert.", "c.*.": "bert.layer.*."}, "bert.layer.1.weight", "c.1.weight"),
         ({"a.*.x.*.": "b.*.*."}, "b.1.2.weight", "a.1.x.2.weight"),
+        ({"l.*.q_proj": "l.*.query"}, "l.0.query.weight", "l.0.q_proj.weight"),
+        ({"l.*.q_proj": "l.*.query"}, "l.0.query_global.weight", "l.0.query_global.weight"),  # whole parts
     ],
 )
 def test_what_experts_call_a_tensor_of_the_base(prefixes: dict[str, str], name: str, wanted: str) -> None:
@@ -132,7 +134,12 @@ def test_the_setting_that_mends_it(missing: list[str], unexpected: list[str], li
     assert mending(missing, unexpected, ["m.known.w"]) == line
 
 
-THERE = {"m.layers.0.q.weight": (4, 6), "m.layers.1.q.weight": (4, 6), "sight.layers.0.q.weight": (3, 3)}
+THERE = {
+    "m.layers.0.q.weight": (4, 6),
+    "m.layers.1.q.weight": (4, 6),
+    "sight.layers.0.q.weight": (3, 3),
+    "out.proj.weight": (2, 2),
+}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +156,9 @@ THERE = {"m.layers.0.q.weight": (4, 6), "m.layers.1.q.weight": (4, 6), "sight.la
         ({"layers.0.q.weight": (5, 5)}, None),
         ({"m.layers.2.q.weight": (4, 6)}, None),  # not another layer
         ({"layers.0.query.weight": (4, 6)}, None),
+        ({"head.proj.weight": (2, 2)}, None),  # another module that also has a "proj"
+        ({"tail.head.out.proj.weight": (2, 2)}, ("tail.head.", "")),
+        ({"weight": ()}, None),
     ],
 )
 def test_the_prefix_that_fits(unknown: dict[str, tuple[int, ...]], pair: tuple[str, str] | None) -> None:
