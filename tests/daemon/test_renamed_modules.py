@@ -16,7 +16,7 @@ from daemon.home import Home
 from registry.records import Status
 from tests.adapters import peft, train, transformers
 from tests.daemon.homes import assert_close, experts, latest, make_home
-from tests.daemon.processes import mainstem
+from tests.daemon.processes import QUICK, forked
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
 
@@ -29,6 +29,12 @@ def vit() -> Any:
     return transformers.ViTForImageClassification(
         transformers.ViTConfig(**shape, image_size=8, patch_size=4, num_labels=3)
     )
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def home(base: Path, tmp_path: Path) -> Home:
 
 
 def merge(home: Home) -> None:
-    done = mainstem("run", "--home", home.root, "--once", "--no-http")
+    done = forked("run", "--home", home.root, "--once", "--no-http")
     assert done.returncode == 0, done.stderr
     assert [expert.status for expert in experts(home)] == [Status.MERGED], done.stderr
 
@@ -88,7 +94,7 @@ def test_two_modules_of_one_name_are_refused_at_the_start(home: Home) -> None:
         '[admission.prefixes]\n"vit.encoder.layer.0.output" = "vit.encoder.layer.1.output"\n'
         '[heads.main.adapter]\nrank = 16\nnames = "experts"\n'
     )
-    done = mainstem("run", "--home", home.root, "--once", "--no-http")
+    done = forked("run", "--home", home.root, "--once", "--no-http")
     assert done.returncode != 0 and "would be called vit.encoder.layer.0.output.dense" in done.stderr, done
 
 
@@ -98,7 +104,7 @@ def test_a_state_dict_by_the_names_of_modules(home: Home, base: Path, tmp_path: 
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     torch.save(model.state_dict(), tmp_path / "trained.pt")
-    done = mainstem("convert", tmp_path / "trained.pt", home.inbox / "trained.safetensors")
+    done = forked("convert", tmp_path / "trained.pt", home.inbox / "trained.safetensors")
     assert done.returncode == 0, done.stderr
     merge(home)
     assert_close(published(home), dict(model.state_dict()))
@@ -127,17 +133,17 @@ def test_a_pair_that_leads_nowhere_is_named(home: Home) -> None:
 def test_inspect_says_what_became_of_each_name(home: Home, tmp_path: Path) -> None:
     """Two matrices of one shape can be swapped in a table: only who reads it notices."""
     folder = train(vit, tmp_path / "adapter", r=3, target_modules=LINEAR)
-    told = json.loads(mainstem("inspect", folder, "--home", home.root, "--json").stdout)
+    told = json.loads(forked("inspect", folder, "--home", home.root, "--json").stdout)
     ours = "vit.encoder.layer.1.attention.attention.query.weight"
     assert told["renamed"]["vit.layers.1.attention.q_proj.weight"] == ours
     assert len(told["renamed"]) == 2 * len(LINEAR) and told["ignored"] == []
-    lines = mainstem("inspect", folder, "--home", home.root).stdout.splitlines()
+    lines = forked("inspect", folder, "--home", home.root).stdout.splitlines()
     wanted = "vit.layers.*.attention.q_proj.weight -> vit.encoder.layer.*.attention.attention.query.weight"
     assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("renamed")].count(wanted) == 1
 
 
 def refused(home: Home, expert: Path) -> dict[str, str]:
-    done = mainstem("inspect", expert, "--home", home.root, "--json")
+    done = forked("inspect", expert, "--home", home.root, "--json")
     told: dict[str, str] = json.loads(done.stdout)
     assert done.returncode == 1 and not told["accepted"]
     return told
@@ -210,7 +216,7 @@ def test_the_guides_pairs_for_other_models(tmp_path: Path, name: str) -> None:
     merge(home)
     loaded = type(model).from_pretrained(home.latest("main"), dtype=torch.float32)
     assert_close(dict(loaded.state_dict()), dict(model.state_dict()))
-    renamed = json.loads(mainstem("inspect", home.archive(1) / "x.safetensors", "--home", home.root, "--json").stdout)
+    renamed = json.loads(forked("inspect", home.archive(1) / "x.safetensors", "--home", home.root, "--json").stdout)
     assert renamed["renamed"], "it was called otherwise"
 
 
@@ -222,7 +228,7 @@ def test_following_the_hints_is_enough_where_no_star_is_needed(tmp_path: Path) -
     home.config.write_text("[admission.prefixes]\n")
     told: dict[str, str] = {"hint": ""}
     for _ in range(5):
-        told = json.loads(mainstem("inspect", folder, "--home", home.root, "--json").stdout)
+        told = json.loads(forked("inspect", folder, "--home", home.root, "--json").stdout)
         if told["accepted"]:
             break
         (pair,) = re.findall(r'"[^"]*" = "[^"]*"', told["hint"])

@@ -14,7 +14,7 @@ from registry.records import Expert, Status
 from tests import adapters
 from tests.adapters import gpt2, llama, peft, tied_llama, train, transformers
 from tests.daemon.homes import drain, experts, latest, make_home
-from tests.daemon.processes import mainstem
+from tests.daemon.processes import rebuild
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
 
@@ -158,7 +158,6 @@ def test_one_that_was_merged_before_is_merged_again(tmp_path: Path, monkeypatch:
     home, expert = dropped(tmp_path, tied_llama, **settings)
     assert expert.status is Status.MERGED
     monkeypatch.undo()
-    again = mainstem("rebuild", "--home", home.root, "--into", tmp_path / "again")
-    assert again.returncode == 0, again.stderr
+    rebuild(home, "--into", tmp_path / "again")
     ours, theirs = latest(Home(tmp_path / "again")), latest(home)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
