@@ -40,7 +40,7 @@ WITH_UNKNOWN_HEAD = (  # whose name is another in each of them
     *("ForMaskedLM", "ForPreTraining"),
     *("WithLMHeadModel", "XLNetLMHeadModel", "T5GemmaForConditionalGeneration"),
 )
-WITH_OUTPUT = (*WITH_HEAD, "ForMaskedLM", "ForPreTraining", "WithLMHeadModel", "DoubleHeadsModel")
+WITH_OUTPUT = (*WITH_HEAD, *WITH_UNKNOWN_HEAD, "DoubleHeadsModel")
 WITHOUT_OUTPUT = ("ElectraForPreTraining",)
 OUTPUTS = ("lm_head", "embed_out", "output_projection", "proj_out", "decoder", "output")
 """What an output layer is called where its matrix is stored."""
@@ -105,7 +105,7 @@ def modules_of(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> lis
     it stays as well.
     """
     path = spec.name.removesuffix(".weight")
-    leaf = path.rpartition(".")[2]
+    leaf = _leaf(spec)
     if path == spec.name or len(spec.shape) != 2 or not spec.numel or not spec.floating or leaf in NOT_LINEAR:
         return []
     kind = config.get("model_type")
@@ -135,20 +135,15 @@ def modules_of(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> lis
 def is_tied(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> bool:
     """True for an embedding of tokens that is the output layer's matrix too: the architecture has one, config.json does
     not say that they are two, and the base stores no other matrix of its shape by the name of one."""
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return (
         len(spec.shape) == 2
         and spec.name.endswith(".weight")
         and _of_tokens(spec, config)
         and _architecture(config).endswith(WITH_OUTPUT)
         and not _architecture(config).endswith(WITHOUT_OUTPUT)
-        and not any(part.get("tie_word_embeddings") is False for part in parts)
-        and not any(_is_output(other) and other.shape == spec.shape for other in base.values())
+        and not any(part.get("tie_word_embeddings") is False for part in _parts(config))
+        and not any(_leaf(other) in OUTPUTS and other.shape == spec.shape for other in base.values())
     )
-
-
-def _is_output(spec: TensorSpec) -> bool:
-    return spec.name.removesuffix(".weight").rpartition(".")[2] in OUTPUTS
 
 
 def adapter_config(modules: Sequence[Module], rank: int, base_name: str) -> bytes:
@@ -174,19 +169,23 @@ def adapter_config(modules: Sequence[Module], rank: int, base_name: str) -> byte
     return json.dumps(content, indent=2).encode() + b"\n"
 
 
+def _leaf(spec: TensorSpec) -> str:
+    """The last part of its module's name."""
+    return spec.name.removesuffix(".weight").rpartition(".")[2]
+
+
 def _of_tokens(spec: TensorSpec, config: Mapping[str, Any]) -> bool:
-    leaf = spec.name.removesuffix(".weight").rpartition(".")[2]
-    return leaf in OF_TOKENS or leaf == OWN_NAME.get(str(config.get("model_type")))
+    return _leaf(spec) in OF_TOKENS or _leaf(spec) == OWN_NAME.get(str(config.get("model_type")))
 
 
 def _transposes(config: Mapping[str, Any]) -> bool:
-    return any(kind in TRANSPOSED_MODELS for kind in _model_types(config))
+    return any(part.get("model_type") in TRANSPOSED_MODELS for part in _parts(config))
 
 
-def _model_types(config: Mapping[str, Any]) -> Iterator[Any]:
-    """The model's own, and its parts'."""
-    yield config.get("model_type")
-    yield from (part.get("model_type") for part in config.values() if isinstance(part, dict))
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The model's own config, and its parts'."""
+    yield config
+    yield from (part for part in config.values() if isinstance(part, dict))
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

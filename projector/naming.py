@@ -76,8 +76,11 @@ class Naming:
         >>> Naming({"layers.*.q_proj": "layer.*.query"}).theirs("layer.7.query.bias")
         'layers.7.q_proj.bias'
         """
-        backwards = _longest_first((_closed(ours), _closed(theirs)) for theirs, ours in self.prefixes.items())
-        return next(_renamed(name, backwards), name)
+        return next(_renamed(name, self._backwards), name)
+
+    @cached_property
+    def _backwards(self) -> list[tuple[str, str]]:
+        return _longest_first((_closed(ours), _closed(theirs)) for theirs, ours in self.prefixes.items())
 
 
 SAME = Naming()

@@ -50,8 +50,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(base: Path, tmp_path: Path) -> Home:
     """With the settings of the guide."""
     home = make_home(tmp_path / "home", base, [("main", "mean", {})])
-    (table,) = re.findall(r"```toml\n(\[admission\.prefixes\]\n.*?)```", GUIDE.read_text(), re.S)
-    home.config.write_text(table)
+    home.config.write_text(f"[admission.prefixes]\n{seven()}")
     return home
 
 

@@ -56,10 +56,8 @@ def test_later_experts_take_no_more_memory_than_the_first(tmp_path: Path, capsys
     more |= {"RETENTION__GRACE_SECONDS": "0", "RETENTION__VERSIONS": "1", "HTTP__PORT": "0"}
     with running("run", "--home", home.root, **{f"MAINSTEM_{key}": value for key, value in more.items()}) as daemon:
         peaks = peaks_mb(daemon, home.inbox, base)
-    first, last = (
-        median(peaks[1 : 1 + COMPARED]),
-        median(peaks[-COMPARED:]),
-    )  # the very first merge has no state to read
+    first = median(peaks[1 : 1 + COMPARED])  # the very first merge has no state to read
+    last = median(peaks[-COMPARED:])
     with capsys.disabled():
         print(f"\nmodel {size / 1e6:.0f} MB: peaks {', '.join(f'{peak:.0f}' for peak in peaks)} MB")
     assert last - first < SLACK_MB
