@@ -15,7 +15,7 @@ from daemon.generations import problems
 from daemon.home import Home, is_head_name
 from daemon.latest import point_latest
 from daemon.placing import place_all
-from daemon.retention import remove_files
+from daemon.retention import finish
 from registry.errors import Busy
 from registry.store import Store
 
@@ -40,10 +40,8 @@ def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
     for path in _strays(home, store):
         durable.remove(path)
         say("removed what was never committed", path=str(path.relative_to(home.root)))
+    finish(home, store)
     for head in store.heads():
-        for version in store.versions(head.name):
-            if version.collected:
-                remove_files(home, version)
         point_latest(home, head)
     hit("recover.swept")
     place_all(home, store)
@@ -94,9 +92,10 @@ def _strays(home: Home, store: Store) -> list[Path]:
                 unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
                 if unfinished or (path.name.isdecimal() and path.is_dir() and int(path.name) > head.newest):
                     strays.append(path)  # and nothing that a person may have put there
-        for path in home.views(head.name).glob("*.safetensors"):
-            if path.stem.isdecimal() and int(path.stem) > head.newest:
-                strays.append(path)
+        after = head.newest + 1  # looked for by name: of those that are committed there is one for every expert
+        while (record := home.view_record(head.name, after)).exists():
+            strays.append(record)
+            after += 1
     return strays
 
 
