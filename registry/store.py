@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Select, func, insert, select, update
+from sqlalchemy import Connection, Engine, Select, insert, select, update
 
 from registry import migrations
 from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
@@ -161,7 +161,9 @@ class Reader:
 
     def counts(self) -> dict[Status, int]:
         """How many experts have each status; every status is there."""
-        return self._counted(select(TallyRow.status, TallyRow.experts))
+        with self._read() as connection:
+            found = {row.status: row.experts for row in connection.execute(select(TallyRow.status, TallyRow.experts))}
+        return {status: found.get(status, 0) for status in Status}
 
     def merged_norms(self, limit: int | None = None) -> list[float]:
         """The norms of the merged experts that have one, newest first; of the newest `limit` experts with one."""
@@ -173,17 +175,14 @@ class Reader:
         """Raises Damaged, and says why, when the file, a reference or a head's live version is not sound."""
         with translated(self.path), closing(connect(self.path, "ro")) as raw:
             check(raw, self.path)
+            raw.execute("BEGIN")  # somebody may be writing
+            told = dict(raw.execute("SELECT status, experts FROM tallies WHERE experts != 0"))
+            found = dict(raw.execute("SELECT status, count(*) FROM experts GROUP BY status"))
+        if told != found:
+            raise Damaged(f"{self.path}: it counts the experts as {told}, there are {found}", REBUILD_HINT)
         there = VersionRow.head == HeadRow.name, VersionRow.number == HeadRow.live, VersionRow.collected.is_(False)
         for head in self._all(Head, select(HeadRow).where(~select(VersionRow.head).where(*there).exists())):
             raise Damaged(f"{self.path}: head {head.name} has lost its live version {head.live}", REBUILD_HINT)
-        found = self._counted(select(ExpertRow.status, func.count()).group_by(ExpertRow.status))
-        if (told := self.counts()) != found:
-            raise Damaged(f"{self.path}: it counts the experts as {told}, there are {found}", REBUILD_HINT)
-
-    def _counted(self, query: Select[Status, int]) -> dict[Status, int]:
-        with self._read() as connection:
-            found = {row[0]: row[1] for row in connection.execute(query)}
-        return {status: found.get(status, 0) for status in Status}
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:

@@ -55,7 +55,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cost(path: Path, ask: Ask) -> int:
-    with Reader.open(path) as reader, Steps(reader) as steps:
+    with Reader.open(path) as reader, Steps() as steps:
         assert ask(reader) is not None
     return steps.taken
 
@@ -118,7 +118,7 @@ def test_no_plan_scans_a_table(many: Path, what: str) -> None:
 def test_a_commit_costs_no_more_over_many_experts(few: Path, many: Path) -> None:
     taken = []
     for path in (few, many):
-        with Store.open(path) as store, Steps(store) as steps:
+        with Store.open(path) as store, Steps() as steps:
             number = store.heads()[0].newest + 1
             merged = store.commit(expert(number, about={"name": f"task {number}"}), versions(number))
             store.placed(merged.id, "archive/1")
