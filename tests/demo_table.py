@@ -1,4 +1,4 @@
-"""Holds what the demo prints against what it is for: `make demo | python -m tests.demo_table`, and the test of the demo.
+"""Holds what the demo prints against what it is for: `make demo | python -m tests.demo_table`, and the demo's test.
 
 Every merged version has to be in the table, and the last one has to read the places of all experts at 80 % or more.
 """
