@@ -32,6 +32,11 @@ def is_head_name(name: str) -> bool:
     return name.isascii() and name.isidentifier()
 
 
+def is_weights(name: str) -> bool:
+    """True for the merged weights and their index; those of a module in a folder of its own are the base's."""
+    return ".safetensors" in name and "/" not in name
+
+
 def is_adapter(name: str) -> bool:
     """True for a file of a version, as its manifest names it, that belongs to the LoRA adapter beside its weights."""
     return name.startswith(f"{ADAPTER_FOLDER}/")

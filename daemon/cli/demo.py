@@ -89,8 +89,7 @@ def _epilogue(live: "Live", stay: bool) -> None:
     )
     console.print(f"\nstatus page      {live.url}/")
     console.print(f"a scraped metric {live.metric('mainstem_head_version')[0]}")
-    console.print(f"fetch the weights\n  curl -L {live.url}/v1/heads/main/latest        # the manifest")
-    console.print(f"  curl -LO {live.url}/v1/heads/main/versions/8/files/model.safetensors")
+    console.print(f"fetch the weights\n  curl -LO {live.url}/v1/heads/main/latest/files/model.safetensors")
     if stay:
         console.print("\nthe daemon runs on: drop more experts, open the page. Ctrl-C ends the demo")
         with suppress(KeyboardInterrupt):
