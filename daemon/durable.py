@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
+from typing import NoReturn
 
 from daemon.failpoints import hit
 
@@ -31,8 +32,8 @@ class SyncFailed(OSError):
 
 
 def is_full(error: OSError) -> bool:
-    """True where the disk, or the quota on it, is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """True where the disk, or the quota on it, is full, and that is all that is wrong."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) and failed_sync(error) is None
 
 
 def lock(path: Path) -> int:
@@ -66,7 +67,7 @@ def new_file(path: Path, size: int | None = None) -> Iterator[int]:
         yield fd
         sync(fd)
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def create(path: Path, size: int | None = None) -> int:
@@ -121,17 +122,40 @@ def sync(fd: int) -> None:
         hit("file.sync")
         os.fsync(fd)
     except OSError as error:
-        if is_full(error):
-            raise
-        raise SyncFailed(error.errno, f"fsync failed: {error.strerror}") from error
+        _raise_synced("fsync", error)
+
+
+def _raise_synced(call: str, error: OSError) -> NoReturn:
+    """What a sync that failed means: of a full disk the error itself, of all else SyncFailed."""
+    if is_full(error):
+        raise error
+    raise SyncFailed(error.errno, f"{call} failed: {error.strerror}") from error
+
+
+def close(fd: int) -> None:
+    """Lets go of a file that was written to: this may be where its file system tells of what it could not write.
+
+    Raises SyncFailed, or OSError where the disk is full.
+    """
+    try:
+        os.close(fd)
+    except OSError as error:
+        _raise_synced("close", error)
+
+
+def failed_sync(error: BaseException | None) -> SyncFailed | None:
+    """The failed sync that `error` is, or in whose wake it was raised: what tidying up raises would hide it."""
+    while error is not None and not isinstance(error, SyncFailed):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextmanager
 def flushing(descriptors: Sequence[int]) -> Iterator[None]:
     """Writes these files' data to the disk while they are still being written, so that the sync at the end is short.
 
-    It replaces no sync. Raises SyncFailed at the end of the block where the disk failed meanwhile: the sync that
-    follows might not be told again.
+    It replaces no sync. Raises SyncFailed at the end of the block where the disk failed meanwhile, whatever the block
+    itself raised: the sync that follows might not be told again.
     """
     over = Event()
     failed: list[OSError] = []
@@ -151,10 +175,8 @@ def flushing(descriptors: Sequence[int]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-    for error in failed:
-        if is_full(error):
-            raise error
-        raise SyncFailed(error.errno, f"fdatasync failed: {error.strerror}") from error
+        for error in failed:
+            _raise_synced("fdatasync", error)
 
 
 def sync_folder(path: Path) -> None:

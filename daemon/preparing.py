@@ -70,11 +70,13 @@ class Preparations:
             try:
                 preparation.work(stop)
             except OSError as error:
-                if not (durable.is_full(error) or error.errno == errno.EFBIG):
+                if durable.failed_sync(error) or not (durable.is_full(error) or error.errno == errno.EFBIG):
                     raise
                 gave_up = str(error)
                 preparation.give_up()
-            except RuntimeError as error:  # torch's: the eigensolver, or no memory on the device or off it
+            except (RuntimeError, MemoryError) as error:  # the eigensolver, or no memory on the device or off it
+                if failed := durable.failed_sync(error):
+                    raise failed from None
                 gave_up = str(error)
                 preparation.give_up()
         return gave_up

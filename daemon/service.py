@@ -109,6 +109,8 @@ class Service:
                         return
                     waiting += not self._take(store, merger, progress, drop)
             except (OSError, DiskFull) as error:
+                if not _is_full(error):
+                    raise
                 if merger.preparations.discard():
                     continue  # that may be room enough
                 if once:
@@ -227,7 +229,7 @@ class Service:
         Raises `error` itself where it means anything but a full disk.
         """
         while not self._stopping.is_set():
-            if isinstance(error, OSError) and not durable.is_full(error):
+            if not _is_full(error):
                 raise error
             self._metrics.disk_full.set(1)
             self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
@@ -292,3 +294,8 @@ class Service:
                 self._log.info("merging", drop=shown(drop.name), share=round(share, 2))
 
         yield show
+
+
+def _is_full(error: OSError | DiskFull) -> bool:
+    """True where waiting for space helps; anything else that the disk says must end the process."""
+    return durable.failed_sync(error) is None and (isinstance(error, DiskFull) or durable.is_full(error))

@@ -7,6 +7,7 @@ An expert of one file enters the inbox with its last byte, a folder when its sen
 .uploads outlives the process: who was cut off begins again. Knows nothing of HTTP; safe to call from any thread.
 """
 
+import errno
 import os
 import stat
 import time
@@ -22,7 +23,6 @@ import structlog
 
 from daemon import durable
 from daemon.config import Http
-from daemon.durable import SyncFailed
 from daemon.errors import BadConfig, NotUploaded, Reason
 from daemon.home import Home
 from daemon.incoming import Incoming, Stored, check_name
@@ -67,7 +67,7 @@ class Uploads:
         self._count = count
         self._lock = Lock()
         self._open: dict[str, _Upload] = {}
-        self._failed: SyncFailed | None = None
+        self._failed: OSError | None = None
 
     def begin(self, expert: str, file: str | None, size: int | None) -> Incoming:
         """A file to write to: the expert itself, or `file` of its folder. `size` in bytes where it is known.
@@ -161,7 +161,7 @@ class Uploads:
             self._remove(expert)
 
     def tend(self) -> None:
-        """Removes what nobody has added to for STALE_SECONDS. Raises SyncFailed where the disk failed an upload."""
+        """Removes what nobody has added to for STALE_SECONDS. Raises OSError where the disk failed an upload."""
         if self._failed:
             raise self._failed
         with self._lock:
@@ -224,11 +224,11 @@ class Uploads:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """A failed sync ends the daemon (`tend`), whoever it befell."""
+        """A disk that fails ends the daemon (`tend`), whoever it befell."""
         try:
             yield
-        except SyncFailed as error:
-            self._failed = error
+        except OSError as error:
+            self._failed = durable.failed_sync(error) or (error if error.errno == errno.EIO else None)
             raise
 
 

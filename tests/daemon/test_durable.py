@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -131,6 +132,48 @@ def test_a_failed_sync_is_not_retried_and_a_full_disk_is_told_apart(
         with pytest.raises(OSError) as full:
             durable.sync_folder(tmp_path)
         assert durable.is_full(full.value) and not isinstance(full.value, durable.SyncFailed)
+
+
+@pytest.mark.parametrize("raised", [None, ValueError("a refusal"), OSError(errno.ENOSPC, "no space")])
+def test_a_sync_that_failed_beside_the_work_outweighs_what_the_work_raised(
+    raised: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Event()
+
+    def fdatasync(fd: int) -> None:
+        failed.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    fd = durable.create(tmp_path / "x")
+    with pytest.raises(durable.SyncFailed), durable.flushing([fd]):
+        assert failed.wait(60)
+        if raised:
+            raise raised
+    os.close(fd)
+
+
+def test_a_file_that_cannot_be_closed_was_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.close
+
+    def close(fd: int) -> None:
+        real(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", close)
+    with pytest.raises(durable.SyncFailed):
+        durable.write_file(tmp_path / "x", b"abc")
+
+
+def test_a_full_disk_after_a_failed_sync_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as raised:
+        try:
+            raise durable.SyncFailed(errno.EIO, "fsync failed")
+        finally:
+            raise OSError(errno.ENOSPC, "no space to tidy up either")
+    assert isinstance(durable.failed_sync(raised.value), durable.SyncFailed)
+    assert not durable.is_full(raised.value)
+    assert durable.failed_sync(OSError(errno.EIO, "of another kind")) is None
 
 
 def test_removing_takes_links_and_never_what_they_point_to(tmp_path: Path) -> None:
