@@ -1,10 +1,10 @@
-"""Experts that are sent over HTTP: written below a dot folder of the inbox, checked, renamed into the inbox when whole.
+"""Experts that are sent over HTTP: written where only the daemon writes, checked, moved into the inbox when whole.
 
-    inbox/.uploads/NAME/FILE            whole, waiting for the rest of its folder
-    inbox/.uploads/NAME/.FILE.part      coming
+    state/uploads/NAME/FILE            whole, waiting for the rest of its folder
+    state/uploads/NAME/.FILE.part      coming
 
 An expert of one file enters the inbox with its last byte, a folder when its sender says that it is complete. Nothing in
-.uploads outlives the process: who was cut off begins again. Knows nothing of HTTP; safe to call from any thread.
+state/uploads outlives the process: who was cut off begins again. Knows nothing of HTTP; safe to call from any thread.
 """
 
 import errno
@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import structlog
 
 from daemon import durable
 from daemon.config import Http
+from daemon.durable import Folder
 from daemon.errors import BadConfig, NotUploaded, Reason
 from daemon.home import Home
 from daemon.incoming import Incoming, Stored, check_name
@@ -42,7 +43,7 @@ Count = Callable[[str, int], None]
 class _Upload:
     """What has come of one expert; `single`: it is one file."""
 
-    folder: Path
+    folder: Folder
     single: bool
     files: dict[str, Stored] = field(default_factory=dict)
     coming: dict[str, Incoming] = field(default_factory=dict)
@@ -105,15 +106,16 @@ class Uploads:
         if digests - {stored.sha256}:
             raise NotUploaded(Reason.UPLOAD_DIGEST, f"what came has another sha256: {stored.sha256}", "send it again")
         with self._watched():
-            path = incoming.sync()
+            incoming.sync()
             with self._lock:
                 upload = self._open[incoming.expert]
+                if not upload.single:
+                    upload.files.pop(incoming.name, None)  # where this fails, neither is known to be there
+                upload.folder.move(incoming.part, incoming.name)
                 if upload.single:
-                    self._enter(path, incoming.expert)
+                    self._enter(upload.folder, incoming.name)
                     self._remove(incoming.expert)
                 else:
-                    upload.files.pop(incoming.name, None)  # where this fails, neither is known to be there
-                    durable.rename(path, upload.folder / incoming.name)
                     upload.files[incoming.name] = stored
                     del upload.coming[incoming.name]
                     upload.touched = time.monotonic()
@@ -123,15 +125,12 @@ class Uploads:
 
     def drop(self, incoming: Incoming, outcome: str = "broken") -> None:
         """Removes a file that did not come whole, and its upload where nothing is left of it."""
-        incoming.remove()
         with self._lock:
-            upload = self._open[incoming.expert]
-            del upload.coming[incoming.name]
-            upload.touched = time.monotonic()
-            if incoming.name not in upload.files:
-                durable.remove(upload.folder / incoming.name)
-            if not upload.files and not upload.coming:
-                self._remove(incoming.expert)
+            upload = self._open.get(incoming.expert)
+            if upload is None or upload.coming.get(incoming.name) is not incoming:  # what failed came after its end
+                incoming.close()
+            else:
+                self._drop(incoming, upload)
         self._count(outcome, 0)
 
     def commit(self, expert: str, wanted: Mapping[str, str] | None) -> list[Stored]:
@@ -149,9 +148,11 @@ class Uploads:
                     f"these differ, are missing or were not named: {listed(names)}",
                     "send what is missing and commit again, or DELETE the upload and begin again",
                 )
-            durable.sync_folder(upload.folder)
-            self._enter(upload.folder, expert)
+            upload.folder.sync()
+            with Folder(self._home.uploads) as uploads:
+                self._enter(uploads, expert)
             del self._open[expert]
+            upload.folder.close()
         return sorted(upload.files.values(), key=lambda file: file.name)
 
     def abandon(self, expert: str) -> None:
@@ -169,6 +170,15 @@ class Uploads:
                 if not upload.coming and time.monotonic() - upload.touched >= STALE_SECONDS:
                     self._remove(expert)
 
+    def _drop(self, incoming: Incoming, upload: _Upload) -> None:
+        incoming.remove()
+        del upload.coming[incoming.name]
+        upload.touched = time.monotonic()
+        if incoming.name not in upload.files:
+            upload.folder.remove(incoming.name)
+        if not upload.files and not upload.coming:
+            self._remove(incoming.expert)
+
     def _joined(self, expert: str, file: str | None) -> _Upload:
         """The upload that the file belongs to, a new one where there is none."""
         upload = self._open.get(expert)
@@ -183,12 +193,10 @@ class Uploads:
         if sum(len(one.coming) for one in self._open.values()) >= AT_ONCE:
             raise _limit(f"{AT_ONCE} files are being sent already")
         if upload is None:
-            upload = _Upload(self._home.uploads / expert, file is None)
-            if self._home.uploads.is_symlink():  # whoever may write to the inbox must not lead us elsewhere
-                durable.remove(self._home.uploads)
-            durable.remove(upload.folder)
-            durable.make_folder(upload.folder)
-            self._open[expert] = upload
+            durable.make_folder(self._home.uploads)
+            with Folder(self._home.uploads) as uploads:
+                uploads.remove(expert)
+                upload = self._open[expert] = _Upload(uploads.make(expert), file is None)
         return upload
 
     def _check_size(self, upload: _Upload, more: int) -> None:
@@ -213,14 +221,18 @@ class Uploads:
             )
         return upload
 
-    def _enter(self, path: Path, expert: str) -> None:
+    def _enter(self, folder: Folder, expert: str) -> None:
+        """Moves what has the expert's name out of that folder into the inbox."""
         try:
-            durable.rename_new(path, self._home.inbox / expert)
+            with Folder(self._home.inbox, follow=True) as inbox:  # a link that the home's owner made, and no one else
+                folder.move_new(expert, inbox)
         except FileExistsError:
             raise _taken(expert, "came into the inbox meanwhile") from None
 
     def _remove(self, expert: str) -> None:
-        durable.remove(self._open.pop(expert).folder)
+        self._open.pop(expert).folder.close()
+        with suppress(FileNotFoundError), Folder(self._home.uploads) as uploads:
+            uploads.remove(expert)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -228,7 +240,7 @@ class Uploads:
         try:
             yield
         except OSError as error:
-            self._failed = durable.failed_sync(error) or (error if error.errno == errno.EIO else None)
+            self._failed = self._failed or durable.failed_sync(error) or (error if error.errno == errno.EIO else None)
             raise
 
 

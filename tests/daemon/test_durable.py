@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import stat
 from pathlib import Path
 from threading import Event
@@ -194,3 +195,35 @@ def test_renaming_between_folders_moves_at_once(tmp_path: Path) -> None:
     (tmp_path / "b" / "x").write_bytes(b"old")
     durable.rename(tmp_path / "a" / "x", tmp_path / "b" / "x")
     assert (tmp_path / "b" / "x").read_bytes() == b"new" and os.listdir(tmp_path / "a") == []
+
+
+def test_a_folder_that_was_opened_is_the_one_that_is_changed(tmp_path: Path) -> None:
+    """Whatever takes the place of its path: also of what lies in it."""
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a").write_bytes(b"not ours")
+    with durable.Folder(tmp_path / "ours") as ours, durable.Folder(tmp_path / "target") as target:
+        (tmp_path / "ours").rename(tmp_path / "moved")
+        (tmp_path / "ours").symlink_to(tmp_path / "precious")
+        os.close(ours.create(".a.part"))
+        ours.move(".a.part", "a")
+        ours.make("below").close()
+        (tmp_path / "moved" / "below" / "link").symlink_to(tmp_path / "precious")
+        (tmp_path / "moved" / "link").symlink_to(tmp_path / "precious")
+        with pytest.raises(NotADirectoryError):
+            durable.Folder("link", below=ours)
+        (tmp_path / "target" / "a").symlink_to(tmp_path / "nothing")
+        with pytest.raises(FileExistsError):
+            ours.move_new("a", target)
+        (tmp_path / "target" / "a").unlink()
+        ours.move_new("a", target)
+        for name in ("below", "link", "nothing"):
+            ours.remove(name)
+    assert (os.listdir(tmp_path / "moved"), os.listdir(tmp_path / "target")) == ([], ["a"])
+    assert (tmp_path / "precious" / "a").read_bytes() == b"not ours"
+
+
+def test_removing_a_tree_cannot_be_led_astray() -> None:
+    """What others may write to while it is removed: the library promises it where the system can do it."""
+    assert shutil.rmtree.avoids_symlink_attacks
