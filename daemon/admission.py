@@ -11,6 +11,7 @@ from registry.records import Expert
 
 NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
 ENOUGH = 3  # experts, before there is such a thing as a usual norm
+USUAL_EXPERTS = 1000  # so many of the newest tell what is usual: no arrival reads more rows the more there are
 
 
 def naming_of(expert: Expert, settings: Admission) -> Naming:
@@ -21,7 +22,8 @@ def naming_of(expert: Expert, settings: Admission) -> Naming:
 def check_norm(folded: Folded, norms: Sequence[float], limits: Admission) -> None:
     """Refuses a task vector that is nothing, longer than the base, or far from the usual length (Refused).
 
-    norms: of the experts merged so far. Their median is the usual length, which no single expert can move.
+    norms: of the newest USUAL_EXPERTS that are merged. Their median is the usual length, which no single expert can
+    move.
     """
     if folded.norm <= NEGLIGIBLE * folded.base_norm:
         raise Refused(

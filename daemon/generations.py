@@ -193,12 +193,19 @@ def entry(path: Path, name: str | None = None) -> FileEntry:
 
 
 def problems(
-    home: Home, version: Version, *, hashes: bool, extras: bool = True, read: Callable[[int], object] = lambda _: None
+    home: Home,
+    version: Version,
+    *,
+    hashes: bool,
+    extras: bool = True,
+    state: bool = True,
+    read: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
     """What is wrong with a version's files, in words; nothing where they are as they were committed.
 
-    Sizes are always compared; `hashes` reads every byte; `extras` also names files that do not belong. The manifest
-    itself is held against the registry. `read` hears the bytes of each file that was hashed.
+    Sizes are always compared; `hashes` reads every byte; `extras` also names files that do not belong; without `state`
+    it may be gone. The manifest itself is held against the registry. `read` hears the bytes of each file that was
+    hashed.
     """
     folder = home.version(version.head, version.number)
     path = folder / MANIFEST
@@ -211,7 +218,7 @@ def problems(
         return [f"{_relative(home, path)}: its sha256 is not the registry's"]
     content: dict[str, Any] = json.loads(text)
     expected = [(folder / file["name"], file) for file in content["files"]]
-    if content["state"]:
+    if content["state"] and state:
         expected.append((home.head_state(version.head, version.number) / STATE_FILE, content["state"]))
     if content.get("record"):
         expected.append((home.view_record(version.head, version.number), content["record"]))

@@ -7,7 +7,7 @@ from threading import Event
 from typing import Any
 
 from daemon.adapter_modules import read_config
-from daemon.admission import check_norm
+from daemon.admission import USUAL_EXPERTS, check_norm
 from daemon.checkpoint import open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
@@ -45,7 +45,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
         folded = Folded(found.norm, found.base_norm, ())
-        norms = reader.merged_norms()
+        norms = reader.merged_norms(limit=USUAL_EXPERTS)
         check_norm(folded, norms, limits)
         sha256 = expert.identity()
         twin = reader.merged(sha256)

@@ -24,7 +24,7 @@ import torch
 from daemon import durable
 from daemon.adapter_modules import read_config
 from daemon.adapting import Adapting
-from daemon.admission import check_norm
+from daemon.admission import USUAL_EXPERTS, check_norm
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
 from daemon.compute import check_budget, driver
 from daemon.config import Settings
@@ -218,7 +218,7 @@ class Merger:
         if twin := self._store.merged(sha256):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
         try:
-            check_norm(folded, self._store.merged_norms(), self._settings.admission)
+            check_norm(folded, self._store.merged_norms(limit=USUAL_EXPERTS), self._settings.admission)
         except Refused as error:
             return refused(new, error)
         return new

@@ -16,9 +16,10 @@ import torch
 from daemon import durable
 from daemon.failpoints import hit
 from daemon.generations import entry
-from daemon.home import PREPARED_DIGEST, STATE_FILE, Home
+from daemon.home import PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home
 from daemon.lines import Line
 from daemon.metrics import software_version
+from daemon.retention import numbered
 from projector.errors import BadFile
 from projector.fold import Driver
 from projector.head import Prepared
@@ -42,9 +43,10 @@ class Preparations:
         self.close()
         for line in lines:
             live = self._home.head_state(line.head.name, line.version.number)
-            for path in self._home.states(line.head.name).glob("*/prepared.*"):
-                if path.parent != live:
-                    durable.remove(path)
+            for path in numbered(self._home.states(line.head.name)).values():
+                if path != live:
+                    durable.remove(path / PREPARED_FILE)
+                    durable.remove(path / PREPARED_DIGEST)
         reserve = _next_version_bytes(lines, self._base)
         self._heads = {
             line.head.name: _Preparation(self._home, self._driver, self._base, line, reserve) for line in lines

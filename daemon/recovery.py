@@ -16,7 +16,7 @@ from daemon.generations import problems
 from daemon.home import Home, is_head_name
 from daemon.latest import point_latest
 from daemon.placing import place_all
-from daemon.retention import remove_files
+from daemon.retention import finish
 from registry.errors import Busy
 from registry.store import Store
 
@@ -45,10 +45,8 @@ def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
         # Others may write there: what cannot be removed stays, and stops no start. A link is removed, not followed.
         with suppress(OSError, RecursionError):
             durable.remove(home.old_uploads)
+    finish(home, store)
     for head in store.heads():
-        for version in store.versions(head.name):
-            if version.collected:
-                remove_files(home, version)
         point_latest(home, head)
     hit("recover.swept")
     place_all(home, store)
@@ -99,9 +97,10 @@ def _strays(home: Home, store: Store) -> list[Path]:
                 unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
                 if unfinished or (path.name.isdecimal() and path.is_dir() and int(path.name) > head.newest):
                     strays.append(path)  # and nothing that a person may have put there
-        for path in home.views(head.name).glob("*.safetensors"):
-            if path.stem.isdecimal() and int(path.stem) > head.newest:
-                strays.append(path)
+        after = head.newest + 1  # looked for by name: of those that are committed there is one for every expert
+        while (record := home.view_record(head.name, after)).exists():
+            strays.append(record)
+            after += 1
     return strays
 
 

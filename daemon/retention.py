@@ -1,7 +1,16 @@
-"""Removes old versions' files. Their rows stay, so that lineage and numbers live on; experts are never touched."""
+"""Removes old versions' files. Their rows stay, so that lineage and numbers live on; experts are never touched.
 
+What is published of a version stays as the settings say. Its state goes as soon as the next version is committed: only
+the newest is ever folded onto. Heads that keep a record of each expert are the exception, since the views of a version
+are read from its state.
+
+What there is to remove is found by the folders, which are few, and not by the rows, of which every version has one.
+"""
+
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from uuid import uuid4
 
 from daemon import durable
@@ -18,6 +27,7 @@ def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
     than the grace time ago: a reader may just have resolved `latest` to it.
     The row is marked first: a version whose files are going is no longer offered.
     """
+    remove_old_states(home, store)
     gone = [version for head in store.heads() for version in _expired(store, head, settings)]
     for version in gone:
         store.collected(version.head, version.number)
@@ -38,6 +48,40 @@ def remove_files(home: Home, version: Version) -> None:
         finally:  # a full disk may fail the sync, when it has moved already
             durable.remove(going)
     durable.remove(home.head_state(version.head, version.number))
+
+
+def finish(home: Home, store: Store) -> None:
+    """Removes what a crash left of collected versions, and of states that are no longer needed."""
+    for head in store.heads():
+        there = {*numbered(home.versions(head.name)), *numbered(home.states(head.name))}
+        for version in (store.version(head.name, number) for number in sorted(there)):
+            if version and version.collected:
+                remove_files(home, version)
+    remove_old_states(home, store)
+
+
+def remove_old_states(home: Home, store: Store) -> None:
+    """Removes the states that nothing will read. Call it once the newest version is committed: it is durable then."""
+    for head in store.heads():
+        for number, path in numbered(home.states(head.name)).items():
+            if number <= head.newest and not keeps_state(home, head, number):
+                durable.remove(path)
+
+
+def keeps_state(home: Home, head: Head, number: int) -> bool:
+    """Whether the state of that version of a head is still there: of the newest, of all where there are views."""
+    return number == head.newest or home.views(head.name).is_dir()
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """The versions' folders in a folder by their numbers; nothing where it is not there."""
+    return dict(_numbered(folder)) if folder.is_dir() else {}
+
+
+def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.iterdir():
+        if path.name.isascii() and path.name.isdecimal() and path.is_dir() and not path.is_symlink():
+            yield int(path.name), path
 
 
 def _expired(store: Store, head: Head, settings: Retention) -> list[Version]:

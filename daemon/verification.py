@@ -10,6 +10,7 @@ from daemon.errors import DaemonError
 from daemon.generations import problems
 from daemon.home import Home, number
 from daemon.latest import PLAIN, names_by_file, names_by_link
+from daemon.retention import keeps_state
 from projector.errors import ProjectorError
 from registry.errors import Damaged
 from registry.records import Expert, Status, Version
@@ -42,7 +43,9 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
     for head in reader.heads():
         for version in reader.versions(head.name, newest_first=False, include_collected=False):
             say(f"{head.name} version {version.number}")
-            found += problems(home, version, hashes=True, read=checked.read) or _chain(home, reader, version)
+            state = keeps_state(home, head, version.number)
+            wrong = problems(home, version, hashes=True, state=state, read=checked.read)
+            found += wrong or _chain(home, reader, version)
             checked.versions += 1
         plain = home.versions(head.name) / PLAIN
         for path, names in ((home.latest(head.name), names_by_link), (plain, names_by_file)):

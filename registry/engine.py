@@ -89,9 +89,10 @@ def _engine(path: Path, mode: str, connections: int) -> Engine:
 
 
 def examine(path: Path) -> str:
-    """The migration revision of the registry at `path`, after a check that it is one and is sound. Changes nothing.
+    """The migration revision of the registry at `path`, after a check that it is one. Changes nothing.
 
-    Raises Missing, NotOurs, NoAccess or Damaged.
+    Whether it is sound all through takes as long as it is large: `check` is for the daemon's start and `verify`. Raises
+    Missing, NotOurs, NoAccess or Damaged.
     """
     with translated(path):
         if not path.exists():
@@ -104,11 +105,11 @@ def examine(path: Path) -> str:
                     f"{path}: an SQLite file, but not a registry of mainstem",
                     "point --home at a home made by `mainstem init`",
                 )
-            check(connection, path)
             rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
-    if len(rows) != 1:
-        raise Damaged(f"{path}: it has {len(rows)} migration revisions instead of one", REBUILD_HINT)
-    return str(rows[0][0])
+    revisions = [row[0] for row in rows]
+    if len(revisions) != 1 or not isinstance(revisions[0], str):
+        raise Damaged(f"{path}: it has the migration revisions {revisions} instead of one", REBUILD_HINT)
+    return revisions[0]
 
 
 def check(connection: sqlite3.Connection, path: Path) -> None:
@@ -139,6 +140,8 @@ def translated(path: Path) -> Iterator[None]:
 
 def _meaning(path: Path, error: BaseException | None) -> RegistryError:
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the upper bits only refine it
+    if str(error).startswith("Could not decode to UTF-8"):  # Python's own complaint: we only write UTF-8
+        code = sqlite3.SQLITE_CORRUPT
     detail = f"{path}: {error}"
     match code:
         case sqlite3.SQLITE_NOTADB:

@@ -5,7 +5,7 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Select, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, insert, literal_column, or_, select, text, update
 
 from registry.errors import BadRecord, StaleHead
 from registry.records import BaseModel, Expert, Head, NewExpert, NewVersion, Status, Version
@@ -13,21 +13,52 @@ from registry.tables import AnyText, ExpertRow, HeadRow, VersionRow
 
 Record = TypeVar("Record", BaseModel, Head, Expert, Version)
 
-given_name = func.json_extract(ExpertRow.about, "$.name", type_=AnyText())  # in its expert.json
+# These in the words of the indexes: with bound values in them SQLite would not take the index.
+given_name = func.json_extract(ExpertRow.about, literal_column("'$.name'"), type_=AnyText())  # in its expert.json
+is_merged = ExpertRow.status == literal_column("'merged'")
+is_kept = VersionRow.collected == literal_column("0")
 PROGRAM_HINT = "this is a fault in the program: please report it"
 
 
 def merged_as(sha256: str) -> Select[Any]:
     """The merged expert with those bytes."""
-    return select(ExpertRow).where(ExpertRow.sha256 == sha256, ExpertRow.status == Status.MERGED)
+    return select(ExpertRow).where(ExpertRow.sha256 == sha256, is_merged)
 
 
-def called(text: str) -> ColumnElement[bool]:
+def called(words: str) -> ColumnElement[bool]:
     """It has exactly that name, as dropped or in its expert.json, or a sha256 that begins so (4 digits or more)."""
-    wanted = or_(ExpertRow.name == text, given_name == text)
-    if 4 <= len(text) <= 64 and set(text.lower()) <= set("0123456789abcdef"):
-        return or_(wanted, ExpertRow.sha256.startswith(text.lower()))
+    wanted = or_(ExpertRow.name == words, given_name == words)
+    begins = words.lower()
+    if 4 <= len(begins) <= 64 and set(begins) <= set("0123456789abcdef"):
+        # a range, which an index can answer: what comes after every digest that begins so is "g"
+        return or_(wanted, and_(ExpertRow.sha256 >= begins, ExpertRow.sha256 < f"{begins}g"))
     return wanted
+
+
+def lineage_after(version: int, limit: int | None) -> Select[Any]:
+    """The merged experts that came with a later version than that, in the order of merging."""
+    query = select(ExpertRow).where(is_merged, ExpertRow.version > version)
+    return query.order_by(ExpertRow.version).limit(limit)
+
+
+def comes_from(connection: Connection, head: str, number: int, ancestor: int) -> bool:
+    """Whether version `ancestor` is `number` itself or one of those it was made from.
+
+    Nearly every version was made from the one before; those that were not are few and have an index of their own. A
+    head that was added later begins with one version, made from version 0, in which all experts of that time are: it
+    counts as made from every one before it.
+    """
+    branched = select(VersionRow.number, VersionRow.parent, VersionRow.expert_id)
+    branched = branched.where(VersionRow.head == head, text("parent <> number - 1"))
+    at: int | None = number
+    while at and at >= ancestor:
+        branch = connection.execute(
+            branched.where(VersionRow.number <= at).order_by(VersionRow.number.desc()).limit(1)
+        ).first()
+        if branch is None or branch.number <= ancestor or (branch.parent == 0 and branch.expert_id is None):
+            return True
+        at = branch.parent
+    return False
 
 
 def newest_experts(status: Status | None, limit: int, before: int | None, name: str | None) -> Select[Any]:

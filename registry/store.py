@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Select, func, insert, select, update
+from sqlalchemy import Connection, Engine, Select, insert, select, update
 
 from registry import migrations
 from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
@@ -24,16 +24,20 @@ from registry.statements import (
     advance,
     called,
     columns,
+    comes_from,
     fetch,
     insert_expert,
     insert_head,
     insert_versions,
+    is_kept,
+    is_merged,
+    lineage_after,
     merged_as,
     newest_experts,
     require_one_each,
     withdraw,
 )
-from registry.tables import ExpertRow, HeadRow, HomeRow, VersionRow
+from registry.tables import ExpertRow, HeadRow, HomeRow, TallyRow, VersionRow
 
 
 class Reader:
@@ -45,7 +49,10 @@ class Reader:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Opens the registry at `path`. Raises RegistryError when it is missing, not ours, damaged or not migrated."""
+        """Opens the registry at `path`. Raises RegistryError when it is missing, not ours or not migrated.
+
+        A damaged page is met, as Damaged, by the question that needs it; `check` looks for all of them.
+        """
         revision = examine(path)
         migrations.refuse_unknown(path, revision)
         if revision != migrations.newest():
@@ -87,12 +94,19 @@ class Reader:
         return self._one(Version, select(VersionRow).where(VersionRow.head == head, VersionRow.number == number))
 
     def versions(
-        self, head: str, limit: int | None = None, newest_first: bool = True, include_collected: bool = True
+        self,
+        head: str,
+        limit: int | None = None,
+        newest_first: bool = True,
+        include_collected: bool = True,
+        before: int | None = None,
     ) -> list[Version]:
-        """The versions of one head, `limit` of them at the most."""
+        """The versions of one head, `limit` of them at the most; only those with a number below `before`."""
         query = select(VersionRow).where(VersionRow.head == head).limit(limit)
         if not include_collected:
-            query = query.where(VersionRow.collected.is_(False))
+            query = query.where(is_kept)
+        if before is not None:
+            query = query.where(VersionRow.number < before)
         number = VersionRow.number
         return self._all(Version, query.order_by(number.desc() if newest_first else number))
 
@@ -109,24 +123,37 @@ class Reader:
         """
         return self._all(Expert, newest_experts(status, limit, before, name))
 
-    def find_experts(self, text: str) -> list[Expert]:
+    def find_experts(self, text: str, limit: int | None = None) -> list[Expert]:
         """The expert with that id; if there is none, all with that sha256 prefix or exactly that name, newest first.
 
-        Its name is the one it was dropped by, or the one in its expert.json.
+        Its name is the one it was dropped by, or the one in its expert.json. limit: of more than so many come those
+        that were ever merged first.
         """
         # SQLite's integers end at 19 digits.
         if text.isascii() and text.isdigit() and len(text) < 19 and (expert := self.expert(int(text))):
             return [expert]
-        return self._all(Expert, select(ExpertRow).where(called(text)).order_by(ExpertRow.id.desc()))
+        newest_first = ExpertRow.id.desc()
+        query = select(ExpertRow).where(called(text))
+        if limit is None:
+            return self._all(Expert, query.order_by(newest_first))
+        found = self._all(Expert, query.order_by(ExpertRow.version.is_(None), newest_first).limit(limit))
+        return sorted(found, key=lambda expert: -expert.id)
 
     def merged(self, sha256: str) -> Expert | None:
         """The merged expert with those bytes."""
         return self._one(Expert, merged_as(sha256))
 
-    def lineage(self) -> list[Expert]:
-        """Every expert that is in the merged models, in the order of merging."""
-        query = select(ExpertRow).where(ExpertRow.status == Status.MERGED)
-        return self._all(Expert, query.order_by(ExpertRow.version))
+    def lineage(self, after: int = 0, limit: int | None = None) -> list[Expert]:
+        """The experts that are in the merged models, in the order of merging.
+
+        The next page is what came `after` the version of the last expert of this one.
+        """
+        return self._all(Expert, lineage_after(after, limit))
+
+    def comes_from(self, head: str, number: int, ancestor: int) -> bool:
+        """Whether a version of that head has what `ancestor` has: it is that one, or was made from it."""
+        with self._read() as connection:
+            return comes_from(connection, head, number, ancestor)
 
     def unplaced(self) -> list[Expert]:
         """The experts whose file has not been moved out of the inbox for certain, oldest first."""
@@ -134,21 +161,25 @@ class Reader:
 
     def counts(self) -> dict[Status, int]:
         """How many experts have each status; every status is there."""
-        query = select(ExpertRow.status, func.count()).group_by(ExpertRow.status)
         with self._read() as connection:
-            found = {row[0]: row[1] for row in connection.execute(query)}
+            found = {row.status: row.experts for row in connection.execute(select(TallyRow.status, TallyRow.experts))}
         return {status: found.get(status, 0) for status in Status}
 
-    def merged_norms(self) -> list[float]:
-        """The norms of all merged experts that have one."""
-        norms = select(ExpertRow.norm).where(ExpertRow.status == Status.MERGED, ExpertRow.norm.is_not(None))
+    def merged_norms(self, limit: int | None = None) -> list[float]:
+        """The norms of the merged experts that have one, newest first; of the newest `limit` experts with one."""
+        norms = select(ExpertRow.norm).where(is_merged, ExpertRow.norm.is_not(None))
         with self._read() as connection:
-            return list(connection.scalars(norms))
+            return list(connection.scalars(norms.order_by(ExpertRow.version.desc()).limit(limit)))
 
     def check(self) -> None:
         """Raises Damaged, and says why, when the file, a reference or a head's live version is not sound."""
         with translated(self.path), closing(connect(self.path, "ro")) as raw:
             check(raw, self.path)
+            raw.execute("BEGIN")  # somebody may be writing
+            told = dict(raw.execute("SELECT status, experts FROM tallies WHERE experts != 0"))
+            found = dict(raw.execute("SELECT status, count(*) FROM experts GROUP BY status"))
+        if told != found:
+            raise Damaged(f"{self.path}: it counts the experts as {told}, there are {found}", REBUILD_HINT)
         there = VersionRow.head == HeadRow.name, VersionRow.number == HeadRow.live, VersionRow.collected.is_(False)
         for head in self._all(Head, select(HeadRow).where(~select(VersionRow.head).where(*there).exists())):
             raise Damaged(f"{self.path}: head {head.name} has lost its live version {head.live}", REBUILD_HINT)
@@ -160,7 +191,10 @@ class Reader:
 
     def _all(self, kind: type[Record], query: Select[Any]) -> list[Record]:
         with self._read() as connection:
-            return fetch(connection, kind, query)
+            try:
+                return fetch(connection, kind, query)
+            except (ValueError, TypeError, OverflowError) as error:  # a value that none of ours can be
+                raise Damaged(f"{self.path}: {error}", REBUILD_HINT) from error
 
     def _one(self, kind: type[Record], query: Select[Any]) -> Record | None:
         return next(iter(self._all(kind, query)), None)
@@ -195,13 +229,17 @@ class Store(Reader):
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Opens the registry at `path` to write. RegistryError when it is missing, not ours, damaged or newer."""
+        """Opens the registry at `path` to write. RegistryError when it is missing, not ours or newer, or where an older
+        one that is to be upgraded is damaged.
+        """
         revision = examine(path)
         migrations.refuse_unknown(path, revision)
         store = cls(path, writing(path))
         try:
             with translated(path):
                 if revision != migrations.newest():
+                    with closing(connect(path, "ro")) as raw:
+                        check(raw, path)
                     migrations.back_up(path, migrations.newest())
                     migrations.upgrade(store._engine)
                 with store._write():

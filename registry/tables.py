@@ -4,6 +4,11 @@
     heads       the lines of merged models, and where each stands
     experts     everything that ever arrived; `id` is the arrival number
     versions    every version of every head; rows are never deleted, only marked as collected
+    tallies     how many experts have each status; triggers keep it
+
+Nothing that is asked at every poll, arrival or request may read more rows the more experts there are: each such
+question has an index here (`tests/registry/test_costs.py` counts). SQLite takes a partial index only where the query
+says its condition in the same words.
 
 What is written here must equal what the migrations build (a test compares them): a change is a new migration too.
 """
@@ -13,7 +18,19 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, ClassVar, cast
 
-from sqlalchemy import CheckConstraint, DateTime, Dialect, Double, ForeignKey, ForeignKeyConstraint, Index, Text, text
+from sqlalchemy import (
+    DDL,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Text,
+    event,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
@@ -127,6 +144,11 @@ class ExpertRow(Base):
         Index("experts_merged_once", "sha256", unique=True, sqlite_where=text("status = 'merged'")),
         Index("experts_one_a_version", "version", unique=True),
         Index("experts_by_status", "status", "id"),
+        Index("experts_by_sha256", "sha256"),
+        Index("experts_by_name", "name"),
+        Index("experts_by_given_name", text("json_extract(about, '$.name')")),
+        Index("experts_unplaced", "id", sqlite_where=text("place IS NULL")),
+        Index("experts_lineage", "status", "version", "norm", sqlite_where=text("status = 'merged'")),
         {"sqlite_autoincrement": True},
     )
 
@@ -162,6 +184,8 @@ class VersionRow(Base):
             "(number = 0 AND parent IS NULL AND expert_id IS NULL) OR (number > parent AND parent >= 0)",
             name="version_has_parent",
         ),
+        Index("versions_kept", "head", "number", sqlite_where=text("collected = 0")),
+        Index("versions_branched", "head", "number", sqlite_where=text("parent <> number - 1")),
     )
 
     head: Mapped[str] = mapped_column(ForeignKey("heads.name"), primary_key=True)
@@ -175,3 +199,28 @@ class VersionRow(Base):
     seconds: Mapped[float | None]
     created_at: Mapped[datetime]
     collected: Mapped[bool]
+
+
+class TallyRow(Base):
+    """How many experts have a status; no row where none ever had it."""
+
+    __tablename__ = "tallies"
+
+    status: Mapped[Status] = mapped_column(primary_key=True)
+    experts: Mapped[int]
+
+
+_ONE_MORE = (
+    "INSERT INTO tallies (status, experts) VALUES (NEW.status, 1)"
+    " ON CONFLICT (status) DO UPDATE SET experts = experts + 1;"
+)
+_ONE_LESS = "UPDATE tallies SET experts = experts - 1 WHERE status = OLD.status;"
+TALLYING = (
+    f"CREATE TRIGGER tally_insert AFTER INSERT ON experts BEGIN {_ONE_MORE} END",
+    f"CREATE TRIGGER tally_update AFTER UPDATE OF status ON experts BEGIN {_ONE_LESS} {_ONE_MORE} END",
+    f"CREATE TRIGGER tally_delete AFTER DELETE ON experts BEGIN {_ONE_LESS} END",
+)
+"""They go with the table `experts`: a migration that makes it anew makes them anew."""
+
+for _trigger in TALLYING:
+    event.listen(Base.metadata, "after_create", DDL(_trigger))  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
+from urllib.parse import urlencode
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -136,11 +137,16 @@ class _Api:
 
     def versions(self, request: Request) -> Response:
         head = self.published.head(request.path_params["head"])
-        rows = self.reader.versions(head.name, limit=_limit(request))
-        return JSONResponse(
-            {"head": head.name, "live": head.live, "versions": [version_row(row, head) for row in rows]},
-            headers=NO_CACHE,
-        )
+        limit, before = _limit(request), _query_number(request, "before", None)
+        rows = self.reader.versions(head.name, limit=limit, before=before)
+        last = rows[-1].number if len(rows) == limit else 0  # and before version 0 there is none
+        body = {
+            "head": head.name,
+            "live": head.live,
+            "versions": [version_row(row, head) for row in rows],
+            "next": _next(request, limit, before=last) if last else None,
+        }
+        return JSONResponse(body, headers=NO_CACHE)
 
     def version(self, request: Request) -> Response:
         head = self.published.head(request.path_params["head"])
@@ -185,9 +191,11 @@ class _Api:
         limit = _limit(request)
         before = _query_number(request, "before", None)
         rows = self.reader.experts(status=Status(wanted) if wanted else None, limit=limit, before=before)
+        last = rows[-1].id if len(rows) == limit else None
         body = {
             "experts": [expert_row(row) for row in rows],
-            "next_before": rows[-1].id if len(rows) == limit else None,
+            "next_before": last,
+            "next": _next(request, limit, before=last) if last else None,
         }
         return JSONResponse(body, headers=NO_CACHE)
 
@@ -199,8 +207,16 @@ class _Api:
         body = {**expert_row(chosen), "arrivals": sorted(row.id for row in found)}
         return JSONResponse(body, headers=NO_CACHE)
 
-    def lineage(self, _: Request) -> Response:
-        body = {"base": base_row(self.reader.base()), "experts": [expert_row(row) for row in self.reader.lineage()]}
+    def lineage(self, request: Request) -> Response:
+        limit = _limit(request, PAGE_LIMIT)  # a small home's lineage is one page
+        after = _query_number(request, "after", None, least=0) or 0
+        rows = self.reader.lineage(after, limit)
+        last = rows[-1].version if len(rows) == limit else None
+        body = {
+            "base": base_row(self.reader.base()),
+            "experts": [expert_row(row) for row in rows],
+            "next": _next(request, limit, after=last) if last else None,
+        }
         return JSONResponse(body, headers=NO_CACHE)
 
 
@@ -211,13 +227,19 @@ def _number(request: Request) -> int:
     return int(text)
 
 
-def _query_number(request: Request, name: str, default: int | None) -> int | None:
+def _query_number(request: Request, name: str, default: int | None, least: int = 1) -> int | None:
     text = request.query_params.get(name)
     if text is None:
         return default
-    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) == 0:
-        raise Problem(400, "bad_query", f"{name} must be a positive whole number", f"for example ?{name}=100")
+    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < least:
+        raise Problem(400, "bad_query", f"{name} must be a whole number from {least} on", f"for example ?{name}=100")
     return int(text)
+
+
+def _next(request: Request, limit: int, **cursor: int) -> str:
+    """The address of the page behind this one: as it was asked for, with the cursor moved on."""
+    asked = {**dict(request.query_params), "limit": limit, **cursor}
+    return f"{request.url.path}?{urlencode(asked)}"
 
 
 def _wait(request: Request) -> tuple[int, float]:
@@ -237,8 +259,8 @@ def _wait(request: Request) -> tuple[int, float]:
     return int(version), float(seconds)
 
 
-def _limit(request: Request) -> int:
-    return min(_query_number(request, "limit", None) or 100, PAGE_LIMIT)
+def _limit(request: Request, default: int = 100) -> int:
+    return min(_query_number(request, "limit", None) or default, PAGE_LIMIT)
 
 
 def _on_problem(_: Request, error: Exception) -> Response:

@@ -8,13 +8,17 @@ from daemon.http.views import merged_at
 from registry.records import Expert
 from registry.store import Reader
 
+MOST_FOUND = 1000  # arrivals that one name or digest may have here: the newest, and before them those that were merged
+
 
 def arrivals(reader: Reader, prefix: str) -> list[Expert]:
-    """Every arrival of the one expert whose sha256 begins with that. Problem 400, 404 or 409."""
+    """Every arrival, MOST_FOUND of them at the most, of the one expert whose sha256 begins with that. Problem 400, 404
+    or 409.
+    """
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         raise Problem(400, "bad_sha256", "not a sha256, which names an expert here", "give 4 to 64 hexadecimal digits")
     # The registry also searches by id and by name: keep what was found by its digest.
-    found = [row for row in reader.find_experts(prefix) if (row.sha256 or "").startswith(prefix)]
+    found = [row for row in reader.find_experts(prefix, MOST_FOUND) if (row.sha256 or "").startswith(prefix)]
     if not found:
         raise Problem(404, "unknown_expert", "no expert has that sha256", "GET /v1/experts lists the experts")
     if len({row.sha256 for row in found}) > 1:
@@ -27,7 +31,7 @@ def merged(reader: Reader, text: str, n: int) -> Expert:
 
     Of several the one that version n has; any where it has none of them. Problem 404 or 409.
     """
-    found = reader.find_experts(text)
+    found = reader.find_experts(text, MOST_FOUND)
     if not found and re.fullmatch(r"[0-9]{1,3}", text):  # too short for a sha256
         raise Problem(404, "not_merged", "no expert has that id", "GET /v1/lineage lists those that are merged")
     if not found:

@@ -66,7 +66,8 @@ class Views:
         from daemon.views import OpenView
 
         home, n, came_with = self._published.home, version.number, expert.version
-        if came_with is None or not merged_at(expert, n) or came_with not in self._ancestors(head, n):
+        has = came_with is not None and merged_at(expert, n)
+        if came_with is None or not has or not self._published.reader.comes_from(head.name, n, came_with):
             raise Problem(
                 404,
                 "not_merged",
@@ -89,20 +90,6 @@ class Views:
             raise self._published.missing(head, n) from None
         except (ProjectorError, DaemonError) as error:
             raise damaged(head, n, "the state") from error
-
-    def _ancestors(self, head: Head, n: int) -> set[int]:
-        """Version n and all those it came from, but for version 0: it has their experts.
-
-        A head that was added later begins with one version in which all experts of that time are.
-        """
-        rows = {row.number: row for row in self._published.reader.versions(head.name)}
-        found: set[int] = set()
-        at: int | None = n
-        while at:
-            added = rows[at].parent == 0 and rows[at].expert_id is None
-            found.update(range(1, at + 1) if added else [at])
-            at = rows[at].parent
-        return found
 
     def _known(self, key: tuple[str, int, int], view: "OpenView") -> Sums:
         with self._remembering:

@@ -1,16 +1,14 @@
 """Brings a registry to the layout of `registry.tables`, by alembic and inside the daemon: there is no alembic.ini.
 
-A new layout is one more file in `versions/`. All steps of an upgrade run in ONE transaction, so a crash leaves the old
-layout or the new one.
+A new layout is one more file in `versions/`, r<revision>_<what>.py: which revisions there are is told by the names, and
+alembic imported only where there is something to do. All steps of an upgrade run in ONE transaction, so a crash leaves
+the old layout or the new one.
 """
 
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import Engine
 
 from registry.engine import REBUILD_HINT, connect, translated
@@ -21,15 +19,19 @@ SCRIPTS = Path(__file__).parent
 
 def newest() -> str:
     """The revision that this mainstem writes."""
-    revision = ScriptDirectory(str(SCRIPTS)).get_current_head()
-    assert revision is not None, "a wheel without registry/migrations/versions"
-    return revision
+    return max(_revisions())
+
+
+def _revisions() -> set[str]:
+    """Every revision that this mainstem knows."""
+    found = {path.name[1:5] for path in (SCRIPTS / "versions").glob("r[0-9][0-9][0-9][0-9]_*.py")}
+    assert found, "a wheel without registry/migrations/versions"
+    return found
 
 
 def refuse_unknown(path: Path, revision: str) -> None:
     """Raises WrongRevision when no migration here leads to or from `revision`: a newer mainstem made it."""
-    known = {script.revision for script in ScriptDirectory(str(SCRIPTS)).walk_revisions()}
-    if revision not in known:
+    if revision not in _revisions():
         raise WrongRevision(
             f"{path}: its layout is {revision}, this mainstem knows up to {newest()}",
             "use the mainstem that wrote it, or a newer one",
@@ -42,6 +44,10 @@ def upgrade(engine: Engine) -> None:
     References are checked at the end, as a whole: a table that is made anew goes for a moment, and SQLite would take
     that for the loss of every row in it. Raises Damaged where one then points to nothing.
     """
+    # imported here: it takes longer than all that a command line needs
+    from alembic import command
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
     _check_references(engine, False)

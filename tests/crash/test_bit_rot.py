@@ -16,7 +16,6 @@ REFUSES = {  # the live version: without a clean stop the start hashes it
 }
 NAMED = {
     "weights of an old version": "published/main/000002/model.safetensors",
-    "state of an old version": "state/heads/main/000002/state.safetensors",
     "base": "state/base/model.safetensors",
     "archived file": "archive/000001/a.safetensors",
     "archived folder": "archive/000002/b/model.safetensors",

@@ -1,12 +1,16 @@
 """Which versions are kept, and that their numbers and the experts outlive their files."""
 
 import os
+import shutil
 import sqlite3
 from pathlib import Path
 
 import pytest
 
-from daemon.home import Home
+from daemon import durable
+from daemon.generations import problems
+from daemon.home import STATE_FILE, Home
+from daemon.recovery import recover
 from daemon.retention import collect
 from daemon.verification import verify
 from registry.store import Store
@@ -44,12 +48,74 @@ def test_afterwards_the_newest_the_live_and_the_base_are_kept(six: Home) -> None
     }
     for head in ("main", "soup"):
         assert kept(six, head) == ["000000", "000005", "000006"]
-        assert sorted(os.listdir(six.states(head))) == ["000005", "000006"]
     assert latest(six)
     with lineage(six) as reader:
         assert [version.number for version in reader.versions("main", newest_first=False)] == list(range(7))
         assert verify(six, reader, lambda what: None)[1] == []
     assert all(list(six.archive(expert.id).iterdir()) for expert in experts(six))
+
+
+def test_only_the_newest_state_stays(six: Home) -> None:
+    """Nobody reads the others: what is published of them stays for its readers all the same."""
+    for head in ("main", "soup"):
+        assert os.listdir(six.states(head)) == ["000006"]
+        assert kept(six, head) == [f"{n:06d}" for n in range(7)]
+    with lineage(six) as reader:
+        assert verify(six, reader, lambda what: None)[1] == []
+        (six.head_state("soup", 6) / STATE_FILE).unlink()
+        (problem,) = verify(six, reader, lambda what: None)[1]
+    assert problem.startswith("state/heads/soup/000006/state.safetensors: No such file")
+
+
+def test_a_state_goes_only_once_its_successor_is_committed(six: Home, base: Path, tmp_path: Path) -> None:
+    """Every removal is watched: the newest version of the registry has its state then, whole."""
+    put(six, write_expert(tmp_path / "e.safetensors", base, 60))
+    removed: list[tuple[str, int]] = []
+    remove = durable.remove
+
+    def watching(path: Path) -> None:
+        if path.parent in (six.states("main"), six.states("soup")) and path.exists():
+            with lineage(six) as reader:
+                head = reader.head(path.parent.name)
+                assert head and int(path.name) < head.newest
+                version = reader.version(head.name, head.newest)
+                assert version and problems(six, version, hashes=True) == []
+            removed.append((path.parent.name, int(path.name)))
+        remove(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "remove", watching)
+        drain(six)
+    assert removed == [("main", 6), ("soup", 6)]
+
+
+def test_states_that_an_older_mainstem_left_go_at_the_start(six: Home) -> None:
+    shutil.copytree(six.head_state("main", 6), six.head_state("main", 4))
+    with Store.open(six.registry) as store:
+        recover(six, store, lambda *_, **__: None)
+    assert os.listdir(six.states("main")) == ["000006"]
+
+
+def test_views_are_read_from_the_states_of_old_versions(base: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", base, [("main", "emr", {}), ("soup", "mean", {})])
+    for seed in range(3):
+        put(home, write_expert(tmp_path / "e.safetensors", base, seed + 2), f"{seed}.safetensors")
+    drain(home)
+    assert sorted(os.listdir(home.states("main"))) == ["000001", "000002", "000003", "views"]
+    assert os.listdir(home.states("soup")) == ["000003"]
+    with lineage(home) as reader:
+        assert verify(home, reader, lambda what: None)[1] == []
+
+
+def test_what_a_crash_left_of_a_collected_version_goes(six: Home) -> None:
+    """By its folders: that there are many rows of collected versions costs nothing."""
+    with Store.open(six.registry) as store:
+        store.collected("main", 2)
+        store.collected("soup", 3)
+        shutil.rmtree(six.version("soup", 3))
+        shutil.copytree(six.head_state("soup", 6), six.head_state("soup", 3))
+        recover(six, store, lambda *_, **__: None)
+    assert "000002" not in kept(six, "main") and not six.head_state("soup", 3).exists()
 
 
 def test_the_daemon_collects_as_it_goes_and_merging_goes_on(six: Home, base: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
 from registry import migrations
@@ -71,6 +72,7 @@ def layout(path: Path) -> dict[str, str]:
     return {name: re.sub(r'^CREATE TABLE "(\w+)"', r"CREATE TABLE \1", sql) for name, sql in plain.items()}
 
 
+@pytest.mark.filterwarnings("ignore:.*expression-based index")  # `layout` compares those
 def test_the_migrations_build_exactly_the_tables(tmp_path: Path) -> None:
     path = make(tmp_path / "registry.sqlite")
     engine = reading(path)
@@ -83,6 +85,12 @@ def test_the_migrations_build_exactly_the_tables(tmp_path: Path) -> None:
     Base.metadata.create_all(declared)
     declared.dispose()
     assert layout(path) == layout(tmp_path / "declared.sqlite")
+
+
+def test_the_names_of_the_migrations_tell_their_revisions() -> None:
+    scripts = ScriptDirectory(str(migrations.SCRIPTS))
+    assert migrations.newest() == scripts.get_current_head()
+    assert migrations._revisions() == {script.revision for script in scripts.walk_revisions()}
 
 
 def test_an_older_registry_is_backed_up_and_upgraded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import pytest
 from registry import migrations
 from registry.engine import connect, translated
 from registry.errors import Busy, Damaged, Missing, NoAccess, NotOurs, RegistryError
+from registry.records import Status
 from registry.store import Reader, Store
-from tests.registry.samples import BASE, HEADS, expert, make, versions
+from tests.registry.samples import BASE, HEADS, digest, expert, make, versions
 
 # Children are forked, and only use what this thread holds: other tests' threads (torch, a server) do not matter.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -75,18 +76,93 @@ def test_a_registry_whose_making_was_cut_short_is_refused(
         kind.open(path)
 
 
-@both
-def test_a_damaged_page_is_found_at_the_door(tmp_path: Path, kind: type[Reader]) -> None:
-    path = make(tmp_path / "registry.sqlite", merged=3)
-    content = bytearray(path.read_bytes())
+def questions(reader: Reader) -> list[Callable[[], object]]:
+    """Everything that a reader is ever asked."""
+    return [
+        reader.base,
+        reader.heads,
+        lambda: reader.head("main"),
+        lambda: reader.version("main", 2),
+        lambda: reader.versions("main"),
+        lambda: reader.versions("main", include_collected=False),
+        lambda: reader.expert(2),
+        reader.experts,
+        lambda: reader.experts(Status.MERGED, before=3),
+        lambda: reader.find_experts(digest(2)),
+        lambda: reader.find_experts("expert-2.safetensors"),
+        lambda: reader.merged(digest(2)),
+        reader.lineage,
+        lambda: reader.comes_from("main", 3, 1),
+        reader.unplaced,
+        reader.counts,
+        reader.merged_norms,
+    ]
+
+
+def pages(path: Path) -> tuple[int, dict[str, int]]:
+    """The size of a page, and the first page of every table and index."""
     with closing(connect(path, "ro")) as raw:
-        (page,) = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'versions'").fetchone()
         (size,) = raw.execute("PRAGMA page_size").fetchone()
-    content[(page - 1) * size : (page - 1) * size + 200] = b"\xff" * 200
+        rows = raw.execute("SELECT name, rootpage FROM sqlite_master WHERE rootpage > 0").fetchall()
+    return size, dict(rows)
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 200, bytes(200), b"\x0d\x00\x00\x00\x01" + b"\x7f" * 195])
+def test_a_damaged_page_is_named_by_the_question_that_needs_it_and_by_check(tmp_path: Path, damage: bytes) -> None:
+    path = make(tmp_path / "registry.sqlite", merged=3)
+    sound = path.read_bytes()
+    with Reader.open(path) as reader:
+        answers = [ask() for ask in questions(reader)]
+    size, found = pages(path)
+    assert {"experts", "versions", "heads", "home", "experts_lineage", "versions_kept", "tallies"} <= set(found)
+    met = set()
+    for name, page in found.items():
+        start = (page - 1) * size
+        path.write_bytes(sound[:start] + damage + sound[start + len(damage) :])
+        try:
+            with Reader.open(path) as reader:
+                for ask, answer in zip(questions(reader), answers, strict=True):
+                    try:
+                        assert ask() == answer or damage[:1] != b"\xff", f"{name} is damaged, and nobody was told"
+                    except Damaged:
+                        met.add(name)
+                with pytest.raises(RegistryError):
+                    reader.check()
+        except (Damaged, NotOurs):
+            met.add(name)
+    assert {"experts", "versions", "heads", "experts_lineage", "versions_kept"} <= met
+
+
+def test_a_damaged_value_is_damage_too(tmp_path: Path) -> None:
+    """SQLite keeps no checksums: a flipped bit in a row is for us to see."""
+    path = make(tmp_path / "registry.sqlite", merged=1)
+    broken = {
+        "totals = '{'": lambda reader: reader.versions("main"),
+        "created_at = 'never'": lambda reader: reader.version("main", 1),
+        "figures = CAST(x'ff' AS TEXT)": lambda reader: reader.versions("main"),
+    }
+    for change, ask in broken.items():
+        copy = path.with_name(f"{len(change)}.sqlite")
+        copy.write_bytes(path.read_bytes())
+        with closing(connect(copy, "rw")) as raw:
+            raw.execute(f"UPDATE versions SET {change}")
+        with Reader.open(copy) as reader, pytest.raises(Damaged) as caught:
+            ask(reader)
+        assert "backup" in caught.value.hint
+
+
+def test_an_older_registry_that_is_damaged_is_not_upgraded(tmp_path: Path) -> None:
+    path = make(tmp_path / "registry.sqlite", merged=3)
+    with closing(connect(path, "rw")) as raw:
+        raw.execute("UPDATE alembic_version SET version_num = '0004'")
+        raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    size, found = pages(path)
+    content = bytearray(path.read_bytes())
+    content[(found["versions"] - 1) * size : (found["versions"] - 1) * size + 200] = b"\xff" * 200
     path.write_bytes(content)
     with pytest.raises(Damaged) as caught:
-        kind.open(path)
-    assert "backup" in caught.value.hint
+        Store.open(path)
+    assert "backup" in caught.value.hint and path.read_bytes() == content
 
 
 @both

@@ -289,6 +289,47 @@ def test_after_a_rollback_the_next_version_follows_the_live_one(store: Store) ->
     assert [v.parent for v in store.versions("main")] == [1, 1, 0, None]
 
 
+def test_ancestors_are_those_of_the_branch(store: Store) -> None:
+    """Versions 1, 2, 3, then back to 1: 4 and 5."""
+    for number, parent in ((1, 0), (2, 1), (3, 2)):
+        store.commit(expert(number), versions(number, parent))
+    with connect(store.path, "rw") as other:
+        other.execute("UPDATE heads SET live = 1")
+    other.close()
+    store.commit(expert(4), versions(4, parent=1))
+    store.commit(expert(5), versions(5))
+    ancestors = {n: [a for a in range(7) if store.comes_from("main", n, a)] for n in range(1, 6)}
+    assert ancestors == {1: [0, 1], 2: [0, 1, 2], 3: [0, 1, 2, 3], 4: [0, 1, 4], 5: [0, 1, 4, 5]}
+
+
+def test_a_head_that_was_added_has_all_that_came_before_it(store: Store) -> None:
+    for number in (1, 2, 3):
+        store.commit(expert(number), versions(number))
+    late = [dataclasses.replace(versions(n, 0)[0], head="late", parent=0 if n else None) for n in (0, 3)]
+    store.adopt(Head("late", "emr", {}, 3, 3), late)
+    assert [a for a in range(5) if store.comes_from("late", 3, a)] == [0, 1, 2, 3]
+
+
+def test_the_newest_norms_come_first_and_pages_of_the_lineage_follow_each_other(store: Store) -> None:
+    for number in range(1, 6):
+        store.commit(expert(number, norm=None if number == 4 else float(number)), versions(number))
+    store.record(expert(9, Status.QUARANTINED))
+    assert store.merged_norms(limit=2) == [5.0, 3.0]
+    assert store.merged_norms() == [5.0, 3.0, 2.0, 1.0]
+    first = store.lineage(limit=2)
+    second = store.lineage(after=first[-1].version or 0, limit=2)
+    assert [*first, *second, *store.lineage(after=4)] == store.lineage()
+    assert [v.number for v in store.versions("main", limit=2, before=4)] == [3, 2]
+
+
+def test_experts_that_were_merged_come_first_where_many_have_one_name(store: Store) -> None:
+    store.commit(expert(1, name="same"), versions(1))
+    for number in range(2, 6):
+        store.record(expert(number, Status.QUARANTINED, name="same"))
+    assert [e.id for e in store.find_experts("same", limit=3)] == [5, 4, 1]
+    assert [e.id for e in store.find_experts("same")] == [5, 4, 3, 2, 1]
+
+
 def test_a_checkpoint_empties_the_log_or_says_that_it_could_not(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     log = store.path.with_name(store.path.name + "-wal")
     store.commit(expert(1), versions(1))
@@ -314,6 +355,7 @@ def test_a_checkpoint_empties_the_log_or_says_that_it_could_not(store: Store, mo
         ("DELETE FROM experts", "versions points to nothing in experts"),
         ("UPDATE versions SET collected = 1 WHERE number = 1", "head main has lost its live version 1"),
         ("UPDATE heads SET newest = 9, live = 9", "head main has lost its live version 9"),
+        ("UPDATE tallies SET experts = 7", "it counts the experts as"),
     ],
 )
 def test_check_names_what_is_broken(store: Store, damage: str, found: str) -> None:

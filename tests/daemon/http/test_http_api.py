@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING
 
 import httpx
+import pytest
 
 from registry.records import Status
+from tests.registry.many import fill
 
 if TYPE_CHECKING:
     from tests.daemon.http.conftest import Line, Readiness
@@ -139,6 +141,9 @@ def test_experts_by_status(line: "Line", client: httpx.Client) -> None:
 
 
 def test_bad_queries(client: httpx.Client) -> None:
+    for query in ("after=-1", "after=x", "limit=0"):
+        assert client.get(f"/v1/lineage?{query}").json()["reason"] == "bad_query"
+    assert client.get("/v1/heads/main/versions?before=0").json()["reason"] == "bad_query"
     for query in ("status=lost", "limit=0", "limit=-1", "limit=x", "limit=", "before=1.5", "before=" + "9" * 40):
         answer = client.get(f"/v1/experts?{query}")
         assert (answer.status_code, answer.json()["reason"]) == (400, "bad_query"), query
@@ -165,6 +170,44 @@ def test_the_lineage(line: "Line", client: httpx.Client) -> None:
     body = client.get("/v1/lineage").json()
     assert body["base"]["name"] == "tiny-base"
     assert [(row["version"], row["name"]) for row in body["experts"]] == [(i + 1, f"expert-{i}") for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("first", "rows", "key", "wanted"),
+    [
+        ("/v1/lineage?limit=2", "experts", "version", [1, 2, 3, 4, 5]),
+        ("/v1/lineage?limit=5", "experts", "version", [1, 2, 3, 4, 5]),
+        ("/v1/lineage?after=3", "experts", "version", [4, 5]),
+        ("/v1/lineage?after=0&limit=3", "experts", "version", [1, 2, 3, 4, 5]),
+        ("/v1/experts?limit=2&status=merged", "experts", "version", [5, 4, 3, 2, 1]),
+        ("/v1/heads/main/versions?limit=2", "versions", "version", [5, 4, 3, 2, 1, 0]),
+        ("/v1/heads/main/versions?limit=3", "versions", "version", [5, 4, 3, 2, 1, 0]),
+    ],
+)
+def test_pages_are_followed_by_their_next(
+    line: "Line", client: httpx.Client, first: str, rows: str, key: str, wanted: list[int]
+) -> None:
+    for i in range(5):
+        line.publish(f"weights {i}".encode(), name=f"expert-{i}")
+    line.store.record(line.expert("bad.bin", Status.QUARANTINED, None, reason="pickle"))
+    seen: list[int] = []
+    address: str | None = first
+    while address:
+        body = client.get(address).json()
+        seen += [row[key] for row in body[rows]]
+        address = body["next"]
+    assert seen == wanted
+    assert client.get(first.partition("?")[0]).json()["next"] is None, "a small home is one page"
+
+
+def test_a_page_has_a_thousand_rows_at_the_most(line: "Line", client: httpx.Client) -> None:
+    fill(line.home.registry, 1200)
+    body = client.get("/v1/lineage").json()
+    assert len(body["experts"]) == 1000 and body["next"] == "/v1/lineage?limit=1000&after=1000"
+    assert [row["version"] for row in client.get(body["next"]).json()["experts"]] == list(range(1001, 1201))
+    for address in ("/v1/lineage", "/v1/experts", "/v1/heads/main/versions"):
+        body = client.get(f"{address}?limit=100000").json()
+        assert len(body["versions" if "versions" in body else "experts"]) == 1000 and body["next"]
 
 
 def test_health(client: httpx.Client, readiness: "Readiness") -> None:

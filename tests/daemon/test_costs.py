@@ -1,0 +1,173 @@
+"""A start, a poll, an arrival, a command and a request cost the same over 1,000 merged experts and over 10,000.
+
+The steps of SQLite's virtual machine are counted, and the folders that are listed.
+"""
+
+import os
+import shutil
+import sqlite3
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.testclient import TestClient
+from typer.testing import CliRunner
+
+from daemon.cli.app import app as command_line
+from daemon.home import Home
+from daemon.http import create_app
+from registry.records import Status
+from registry.store import Reader
+from tests.daemon.homes import drain, experts, make_home, put, quick
+from tests.models import write_expert
+from tests.registry.many import Steps, fill
+from tests.registry.samples import digest
+
+FEW, MANY = 1_000, 10_000
+HEADS = [("main", "opcm", {}), ("own", "emr", {})]
+
+COMMANDS = {
+    "status": ("status",),
+    "log": ("log", "--limit", "100"),
+    "log of a status": ("log", "--status", "merged"),
+    "show by id": ("show", "500"),
+    "show by sha256": ("show", digest(500)[:16]),
+    "show by name": ("show", "expert-500.safetensors"),
+    "show a version": ("show", "v500"),
+    "config check": ("config", "check"),
+    "compare": ("compare", "main/0", "main"),
+}
+ADDRESSES = {
+    "/": "/",
+    "/livez": "/livez",
+    "/readyz": "/readyz",
+    "/metrics": "/metrics",
+    "/v1/heads": "/v1/heads",
+    "/v1/heads/{head}/latest": "/v1/heads/main/latest",
+    "/v1/heads/{head}/versions": "/v1/heads/main/versions?before=900",
+    "/v1/heads/{head}/versions/{n}": "/v1/heads/main/versions/{live}",
+    "/v1/heads/{head}/versions/{n}/files/{name:path}": "/v1/heads/main/versions/{live}/files/model.safetensors",
+    "/v1/heads/{head}/versions/{n}/views/{expert}/files/{name}": (
+        "/v1/heads/own/versions/{live}/views/{live}/files/model.safetensors"
+    ),
+    "/v1/experts": "/v1/experts?before=900",
+    "/v1/experts/{sha256}": f"/v1/experts/{digest(500)}",
+    "/v1/lineage": "/v1/lineage",
+}
+
+
+@pytest.fixture(scope="module")
+def crowded(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Home]:
+    """Homes with so many merged experts, by the number: all but the newest of each are rows and empty folders."""
+    folder = tmp_path_factory.mktemp("crowded")
+    one = make_home(folder / "one", base, HEADS)
+    put(one, write_expert(folder / "e.safetensors", base, 2))
+    drain(one)
+    return {n: crowd(Home(Path(shutil.copytree(one.root, folder / str(n), symlinks=True))), n) for n in (FEW, MANY)}
+
+
+def crowd(home: Home, newest: int) -> Home:
+    """Makes of version 1 of a home, and of its expert, those with the number `newest`, after as many others."""
+    with closing(sqlite3.connect(home.registry, isolation_level=None)) as raw:
+        kept = raw.execute("SELECT head, manifest_sha256, totals FROM versions WHERE number = 1").fetchall()
+        raw.execute("DELETE FROM versions WHERE number = 1")
+        raw.execute("DELETE FROM experts")
+    fill(home.registry, newest)
+    with closing(sqlite3.connect(home.registry, isolation_level=None)) as raw:
+        raw.execute("UPDATE versions SET collected = number NOT IN (0, ?)", (newest,))
+        for head, manifest, totals in kept:
+            row = manifest, totals, head, newest
+            raw.execute("UPDATE versions SET manifest_sha256 = ?, totals = ? WHERE head = ? AND number = ?", row)
+    for head in ("main", "own"):
+        home.version(head, 1).rename(home.version(head, newest))
+        home.head_state(head, 1).rename(home.head_state(head, newest))
+    home.view_record("own", 1).rename(home.view_record("own", newest))
+    for n in range(1, newest):
+        home.view_record("own", n).touch()
+        home.archive(n).mkdir(exist_ok=True)
+        home.quarantine(n).mkdir(parents=True, exist_ok=True)
+    drain(home)  # what a first start puts right
+    return home
+
+
+@contextmanager
+def listed() -> Iterator[list[str]]:
+    """The folders that this process lists meanwhile."""
+    found: list[str] = []
+    on = True
+
+    def hear(what: str, arguments: tuple[object, ...]) -> None:
+        if on and what in ("os.listdir", "os.scandir") and isinstance(arguments[0], str | os.PathLike):
+            found.append(os.fspath(arguments[0]))
+
+    sys.addaudithook(hear)  # for ever: there is no way to take one back
+    try:
+        yield found
+    finally:
+        on = False
+
+
+def no_crowd(home: Home, folders: list[str]) -> None:
+    """Asserts that none of these has an entry for every expert."""
+    crowds = {home.root / "archive", home.root / "quarantine", home.views("own")}
+    assert not crowds & {Path(folder) for folder in folders}
+
+
+def alike(what: str, counted: dict[int, Steps]) -> None:
+    few, many = counted[FEW], counted[MANY]
+    assert 0 < many.taken <= 1.1 * few.taken + 100, f"{what}: {few.taken} steps, {many.taken}"
+    assert many.statements == few.statements
+
+
+@pytest.mark.parametrize("arrives", ["nothing", "an expert", "a duplicate", "a wrong one"])
+def test_a_start_a_poll_and_an_arrival(
+    crowded: dict[int, Home], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrives: str
+) -> None:
+    counted = {}
+    for n, home in crowded.items():
+        if arrives == "an expert":
+            put(home, write_expert(tmp_path / "e.safetensors", base, 3))
+        if arrives == "a duplicate":
+            put(home, write_expert(tmp_path / "e.safetensors", base, 3))
+        if arrives == "a wrong one":
+            (home.inbox / "e.safetensors").write_bytes(b"no model" * 100)
+        with Steps() as steps, listed() as folders:
+            drain(home, quick(retention={"versions": 1, "grace_seconds": 0}))
+        counted[n] = steps
+        no_crowd(home, folders)
+        assert folders, "nothing was heard of"
+    alike(arrives, counted)
+    wanted = {"an expert": Status.MERGED, "a duplicate": Status.DUPLICATE, "a wrong one": Status.QUARANTINED}
+    if arrives in wanted:
+        assert experts(crowded[MANY])[-1].status is wanted[arrives]
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())
+def test_a_command(crowded: dict[int, Home], words: tuple[str, ...]) -> None:
+    counted = {}
+    for n, home in crowded.items():
+        with Steps() as steps, listed() as folders:
+            ended = CliRunner().invoke(command_line, [*words, "--home", str(home.root)], catch_exceptions=False)
+        assert ended.exit_code == 0, ended.output
+        counted[n] = steps
+        no_crowd(home, folders)
+    alike(words[0], counted)
+
+
+@pytest.mark.parametrize("route", ADDRESSES)
+def test_a_request(crowded: dict[int, Home], route: str) -> None:
+    counted = {}
+    for n, home in crowded.items():
+        with Reader.open(home.registry) as reader:
+            app = create_app(home, reader, CollectorRegistry(), lambda: None)
+            assert {one.path for one in app.routes} == set(ADDRESSES)  # type: ignore[attr-defined]
+            address = ADDRESSES[route].format(live=reader.heads()[0].live)
+            with TestClient(app, follow_redirects=False) as client, Steps() as steps, listed() as folders:
+                assert client.get(address).status_code in (200, 307), address
+        counted[n] = steps
+        no_crowd(home, folders)
+    if route not in ("/livez", "/readyz", "/metrics"):  # these ask nothing
+        alike(route, counted)
