@@ -48,7 +48,9 @@ class Inbox(Section):
     patience_seconds: float = Field(
         60.0, ge=0, le=86400, description="how long an incomplete expert may stand still before refusal"
     )
-    scan_seconds: float = Field(5.0, gt=0, le=86400, description="how often the inbox is listed, whatever events say")
+    scan_seconds: float = Field(
+        5.0, gt=0, le=86400, description="how often an idle daemon lists the inbox, whatever events say"
+    )
     watch: Literal["auto", "poll"] = Field(
         "auto", description="auto also listens to file system events; poll only lists"
     )
@@ -95,18 +97,23 @@ class HeadSettings(Section):
 class Retention(Section):
     """What is kept on disk."""
 
-    versions: int = Field(5, ge=1, description="newest versions kept per head, beside the base and the live one")
-    grace_seconds: float = Field(3600.0, ge=0, le=1e9, description="no version younger than this is removed")
+    versions: int = Field(5, ge=1, description="newest versions kept per head; the base and the live one always are")
+    grace_seconds: float = Field(
+        3600.0, ge=0, le=1e9, description="no version is removed that was the newest less than this ago"
+    )
 
 
 class Admission(Section):
     """Limits an expert must keep."""
 
     max_base_ratio: float = Field(
-        1.0, gt=0, description="refuse a task vector this many times as long as the base itself"
+        1.0, gt=0, description="refuse a task vector this many times as long as the base itself, or longer"
     )
     max_norm_ratio: float = Field(
-        100.0, gt=1, description="refuse a task vector this many times the mean length so far"
+        100.0, gt=1, description="refuse a task vector over this many times as long, or as short, as the median so far"
+    )
+    warn_norm_ratio: float = Field(
+        3.0, gt=1, description="merge, but flag, one over this many times as long, or as short, as the median so far"
     )
     prefixes: dict[str, str] = Field({}, description="what an expert's names begin with, and the base's: a TOML table")
     ignore: tuple[str, ...] = Field((), description="globs of an expert's tensors that are left out: heads of its own")

@@ -7,9 +7,10 @@ file in it) has not changed for `settle_seconds`, or at once where a folder brin
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Container
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
@@ -36,13 +37,19 @@ Stamp = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True)
 class Drop:
-    """One settled entry of the inbox. `rest_seconds`: how long it has been standing still."""
+    """One settled entry of the inbox. `rest_seconds`: how long it had been standing still when it was listed."""
 
     name: str
     entry: str  # "device:inode:mtime", which finds it again after a crash, under whatever name
     mtime_ns: int
     size_bytes: int
     rest_seconds: float
+    listed_at: float = field(default_factory=time.monotonic, compare=False)
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long it has been standing still by now: others of the same listing may have been taken before it."""
+        return self.rest_seconds + time.monotonic() - self.listed_at
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from daemon import durable
 from daemon.adapter_modules import read_config
 from daemon.adapting import Adapting
-from daemon.admission import USUAL_EXPERTS, check_norm
+from daemon.admission import USUAL_EXPERTS, check_norm, oddity, usual_norm
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
 from daemon.compute import check_budget, driver
 from daemon.config import Settings
@@ -217,11 +217,13 @@ class Merger:
         )
         if twin := self._store.merged(sha256):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
+        usual, limits = usual_norm(self._store.merged_norms(limit=USUAL_EXPERTS)), self._settings.admission
         try:
-            check_norm(folded, self._store.merged_norms(limit=USUAL_EXPERTS), self._settings.admission)
+            check_norm(folded, usual, limits)
         except Refused as error:
             return refused(new, error)
-        return new
+        odd = oddity(folded.norm, usual, limits)
+        return odd.on(new) if odd else new
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
         for line, after, output in zip(lines, totals, outputs, strict=True):

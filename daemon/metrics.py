@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 from daemon.errors import Reason
 from daemon.progress import PHASES
 from projector.errors import Reason as ProjectorReason
+from registry.records import Flag
 from registry.store import Reader
 
 UPLOADS = ("stored", "refused", "broken")
@@ -49,6 +50,12 @@ class Metrics:
         self.refused = Counter(
             "mainstem_refused", "Experts put into quarantine, by reason.", ["reason"], registry=registry
         )
+        self.flagged = Counter(
+            "mainstem_experts_flagged",
+            "Experts merged although something about them is odd, by what it is.",
+            ["flag"],
+            registry=registry,
+        )
         self.inbox_settled = Gauge(
             "mainstem_inbox_settled",
             "Entries at rest in the inbox: waiting for their turn or incomplete.",
@@ -64,13 +71,18 @@ class Metrics:
             "mainstem_upload_bytes", "Bytes of the files that were sent over HTTP and stored.", registry=registry
         )
         self.oldest_seconds = Gauge(
-            "mainstem_inbox_oldest_seconds", "How long the oldest settled entry has been waiting.", registry=registry
+            "mainstem_inbox_oldest_seconds",
+            "How long the settled entry that came to rest first has been at rest.",
+            registry=registry,
         )
         self.progress = Gauge(
             "mainstem_merge_progress_ratio", "How far the expert in hand is, 0 to 1.", registry=registry
         )
         self.merge_seconds = Histogram(
-            "mainstem_merge_seconds", "From taking an expert to its commit.", buckets=SECONDS, registry=registry
+            "mainstem_merge_seconds",
+            "From taking an expert to its version being out and the expert in the archive.",
+            buckets=SECONDS,
+            registry=registry,
         )
         self.arrival_seconds = Histogram(
             "mainstem_arrival_seconds", "From an upload's last change to its version being visible.",
@@ -110,6 +122,8 @@ class Metrics:
             self.uploads.labels(outcome)
         for reason in REASONS:
             self.refused.labels(reason)
+        for flag in Flag:
+            self.flagged.labels(str(flag))
         for phase in PHASES:
             self.phase_seconds.labels(phase)
 

@@ -12,7 +12,7 @@ from registry.records import NewExpert, Status
 
 def arrived(drop: Drop, status: Status) -> NewExpert:
     """What is known of a drop from outside."""
-    received = datetime.now(UTC) - timedelta(seconds=drop.rest_seconds)
+    received = datetime.now(UTC) - timedelta(seconds=drop.waited_seconds)
     return NewExpert(shown(drop.name), "unknown", None, drop.size_bytes, status, received, drop.entry)
 
 

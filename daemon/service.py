@@ -190,7 +190,7 @@ class Service:
         if expert.status is Status.MERGED:
             seconds = time.monotonic() - started
             metrics.merge_seconds.observe(seconds)
-            metrics.arrival_seconds.observe(seconds + drop.rest_seconds)
+            metrics.arrival_seconds.observe(drop.waited_seconds)
             for phase, spent in progress.seconds.items():
                 metrics.phase_seconds.labels(phase).inc(spent)
 
@@ -200,7 +200,13 @@ class Service:
             self._metrics.refused.labels(expert.reason).inc()
         if expert.status is Status.MERGED:
             self._metrics.show_heads(store)
+            for flag in expert.flags:
+                self._metrics.flagged.labels(str(flag)).inc()
             log.info("merged", id=expert.id, version=expert.version, norm=expert.norm, sha256=expert.sha256)
+            if expert.flags:
+                log.warning(
+                    "merged, but look at it", id=expert.id, flags=expert.flags, detail=expert.detail, hint=expert.hint
+                )
             even = [head.name for head in store.heads() if not methods()[head.method].weighted]
             if expert.weight != 1 and even:
                 log.info(

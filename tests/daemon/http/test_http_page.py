@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ import httpx
 import pytest
 
 from daemon.http.page import human_ago, human_bytes, human_count
-from registry.records import Status
+from registry.records import Flag, Status
+from tests.daemon.http.conftest import lay
 
 if TYPE_CHECKING:
     from tests.daemon.http.conftest import Line, Readiness
@@ -45,6 +47,15 @@ def test_it_tells_what_happened(line: "Line", client: httpx.Client, readiness: "
     text = client.get("/").text
     assert "not ready" in text
     assert "the disk is &lt;full&gt;" in text
+
+
+def test_an_odd_expert_is_marked_where_it_arrived_and_in_the_lineage(line: "Line", client: httpx.Client) -> None:
+    line.publish(b"one")
+    assert "pill flag" not in client.get("/").text
+    odd = replace(line.expert("odd", Status.MERGED, "ef" * 32), flags=(Flag.LONG,), detail="<5> times", hint="look")
+    line.store.commit(odd, [lay(line.home, head, 2, b"two") for head in ("main", "init")])
+    text = client.get("/").text
+    assert text.count('class="pill flag"') == 2 and "&lt;5&gt; times" in text
 
 
 def test_its_commands_work(line: "Line", client: httpx.Client, tmp_path: Path) -> None:
