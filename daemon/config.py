@@ -67,6 +67,9 @@ class Compute(Section):
     memory_budget: ByteSize = Field(
         ByteSize(0), ge=0, description="what all tensors in hand may take together; 0 takes half of the usable memory"
     )
+    device_budget: ByteSize = Field(
+        ByteSize(0), ge=0, description="what they may take on a CUDA device; 0 takes 0.8 of what is free there at start"
+    )
     prepare: bool = Field(True, description="prepare for the next expert while nothing arrives; takes disk space")
 
 

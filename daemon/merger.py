@@ -69,7 +69,8 @@ class Merger:
         self._plan = planned(self._base.tensors.schema, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._base_norm: float | None = None
-        check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute)
+        reserved = self._driver.device.slab_bytes
+        check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute, reserved)
         self._inbox = os.open(home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
         self.preparations.follow(read_lines(store, self._methods))

@@ -20,6 +20,7 @@ from daemon.home import PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home
 from daemon.lines import Line
 from daemon.metrics import software_version
 from daemon.retention import numbered
+from projector.device import Device
 from projector.errors import BadFile
 from projector.fold import Driver
 from projector.head import Prepared
@@ -226,7 +227,7 @@ def _bytes_by_tensor(line: Line, base: Checkpoint) -> Mapping[str, int]:
     return {name: size for name, size in sizes.items() if size}
 
 
-def _maker(device: torch.device) -> str:
+def _maker(device: Device) -> str:
     """What the bits depend on beside the state."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return f"mainstem {software_version()}, torch {torch.__version__}, {where}"
+    products = torch.get_float32_matmul_precision()
+    return f"mainstem {software_version()}, torch {torch.__version__}, {device.name}, products {products}"

@@ -60,7 +60,8 @@ class Service:
     def run(self, *, once: bool = False, http: bool = True) -> None:
         """Runs until SIGTERM or SIGINT; with `once`, until the inbox is drained.
 
-        Raises BadHome where the home is in use or damaged, SyncFailed where the disk failed; then only a restart helps.
+        Raises BadHome where the home is in use or damaged, SyncFailed where the disk failed and DeviceLost where
+        the device did; then only a restart helps.
         """
         reuse_freed_memory()
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
@@ -181,9 +182,9 @@ class Service:
         self._metrics.progress.set(share)
         self._show(share)
 
-    def _fell_back(self, name: str) -> None:
+    def _fell_back(self, name: str, why: str) -> None:
         self._metrics.fallbacks.inc()
-        self._log.warning("out of device memory: computed on the CPU", tensor=shown(name))
+        self._log.warning("computed on the CPU", tensor=shown(name), why=why)
 
     def _time(self, expert: Expert, drop: Drop, progress: Progress, started: float) -> None:
         metrics = self._metrics
