@@ -38,7 +38,7 @@ demo: $(READY)  ## train a base and experts on real data, run the daemon, show t
 	rm -rf $(DEMO_HOME)
 	$(BIN)/mainstem demo --home $(DEMO_HOME)
 
-docs: $(READY)  ## write the generated parts of docs/methods.md and docs/comparison.md
+docs: $(READY)  ## write the generated parts of docs/
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m bench.side_by_side
 
