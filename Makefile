@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 DEMO_HOME ?= demo-home
 
-.PHONY: help install test test-slow check format demo docs bench system clean
+.PHONY: help install test test-slow check format demo dist docs bench system clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,7 +38,11 @@ demo: $(READY)  ## train a base and experts on real data, run the daemon, show t
 	rm -rf $(DEMO_HOME)
 	$(BIN)/mainstem demo --home $(DEMO_HOME)
 
-docs: $(READY)  ## write the generated parts of docs/methods.md and docs/comparison.md
+dist: $(READY)  ## build the wheel and the source archive into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+docs: $(READY)  ## write the generated parts of docs/
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m bench.side_by_side
 
@@ -70,4 +74,4 @@ $(LLAMA)/expert-003/model.safetensors: | $(READY)
 	$(BIN)/python -m bench.llama_shapes $(LLAMA) --experts 4
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache $(DEMO_HOME)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist $(DEMO_HOME)

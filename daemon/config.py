@@ -234,7 +234,7 @@ def _advice(errors: Sequence[Mapping[str, Any]]) -> str:
     close = [match for name in names for match in get_close_matches(name, known, n=1)]
     if close:
         return f"{close[0]}: {known[close[0]]}"
-    return "look in mainstem.toml, the environment and the flags; the README lists every setting"
+    return "look in mainstem.toml, the environment and the flags; docs/settings.md lists every setting"
 
 
 def _check_environment() -> None:
@@ -252,7 +252,7 @@ def _check_environment() -> None:
 
 
 def described() -> list[tuple[str, str, str]]:
-    """(name, default, description) of every setting, for listings and the README."""
+    """(name, default, description) of every setting, for listings and docs/settings.md."""
     defaults = Settings.model_construct()
     return [
         (f"{table}.{key}", _shown(getattr(getattr(defaults, table), key)), field.description or "")
