@@ -30,7 +30,7 @@ from projector.method import Expert as View
 from projector.method import Method, Totals
 from projector.methods import make
 from registry.errors import Busy, RegistryError, StorageFailed
-from registry.records import Expert, Head, Version
+from registry.records import Expert, Head, Status, Version
 from registry.store import Reader, Store
 
 SUBTRACTED, REPLAYED = "subtracted", "replayed"
@@ -114,7 +114,8 @@ def withdraw(
     with _reading(home) if dry else _opened(home) as store:
         lines = read_lines(store, methods_of(store))
         lineage, gone = store.lineage(), merged_experts(store, words)
-        rest = [expert for expert in lineage if expert not in gone]
+        out = {expert.id for expert in gone}
+        rest = [expert for expert in lineage if expert.id not in out]
         subtracts = not always_replay and _light(gone, rest) and _archived(home, gone, lines, to)
         how = {line.head.name: SUBTRACTED if line.method.subtractable and subtracts else REPLAYED for line in lines}
         subtracted = [line for line in lines if how[line.head.name] == SUBTRACTED]
@@ -232,7 +233,7 @@ def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Se
             return
         if lines[0].version.expert_id is None:
             return  # it was made before: the newest version folds no expert
-        if len(store.lineage()) != len(experts):
+        if store.counts()[Status.MERGED] != len(experts):
             raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
         with Restating(target, store.base().sha256, settings, to.progress()) as restating:
             made = {}
@@ -246,7 +247,8 @@ def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Se
 
 
 def _subtract(restating: Restating, home: Home, line: Line, lineage: Sequence[Expert], gone: Sequence[Expert]) -> Made:
-    arrivals = [_arrival(home, expert, lineage.index(expert) + 1, sign=-1.0) for expert in gone]
+    places = {expert.id: place for place, expert in enumerate(lineage, start=1)}
+    arrivals = [_arrival(home, expert, places[expert.id], sign=-1.0) for expert in gone]
     state = home.head_state(line.head.name, line.version.number)
     return restating.folded(line.head.name, line.method, state, line.totals, arrivals)
 

@@ -4,7 +4,7 @@ A replay may be cut short at any point: the next one goes on behind the last exp
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
@@ -34,6 +34,7 @@ from registry.store import Reader, Store
 
 Heads = Mapping[str, Method]
 NO_LIMIT = 1e30
+PAGE = 1000
 
 
 class Console:
@@ -94,8 +95,8 @@ def misfit(target: Home, source: Reader, heads: Heads, experts: Sequence[Expert]
             name: (method.name, method.params()) for name, method in heads.items()
         }:
             return "its heads are others"
-        done = there.lineage()
-        if len(done) > len(experts) or not all(map(_same, done, experts)):
+        done = there.counts()[Status.MERGED]
+        if done > len(experts) or not all(map(_same, pages(there), experts)):
             return "other experts were merged there"
     return None
 
@@ -132,7 +133,7 @@ def replay(
         recover(target, store, lambda *_, **__: None)
         merger = Merger(target, store, settings, to.progress())
         closing.callback(merger.close)
-        done = len(store.lineage())
+        done = store.counts()[Status.MERGED]
         for place, expert in enumerate(experts[done:], start=done + 1):
             to.say(f"merging {expert.name} ({place} of {len(experts)})")
             naming = naming_of(expert, settings.admission)
@@ -207,6 +208,14 @@ def _identity(path: Path) -> str | None:
         return None
 
 
+def pages(reader: Reader) -> Iterator[Expert]:
+    """The lineage of a home, PAGE experts in memory at a time."""
+    page = reader.lineage(limit=PAGE)
+    while page:
+        yield from page
+        page = reader.lineage(after=page[-1].version or 0, limit=PAGE)
+
+
 def _same(there: Expert, here: Expert) -> bool:
     named_alike = None in (there.naming, here.naming) or there.naming == here.naming
     return named_alike and there.weight == here.weight and not changed(here, there.sha256, there.sidecars or {})
@@ -218,10 +227,11 @@ def _not_again(expert: Expert, why: str, hint: str) -> BadHome:
 
 def merged_experts(reader: Reader, words: Sequence[str]) -> list[Expert]:
     """The merged experts that these words name: an id, a sha256 or enough of one, a name. Raises BadHome."""
-    found: set[int] = set()
+    found: dict[int, Expert] = {}
     for word in words:
-        named = [expert for expert in reader.find_experts(word) if expert.status is Status.MERGED]
-        gone = [expert for expert in reader.find_experts(word) if expert.status is Status.WITHDRAWN]
+        called = reader.find_experts(word)
+        named = [expert for expert in called if expert.status is Status.MERGED]
+        gone = [expert for expert in called if expert.status is Status.WITHDRAWN]
         if gone and not named:
             raise BadHome(
                 f"expert {gone[0].id} ({gone[0].name}) went with version {gone[0].withdrawn_in} already",
@@ -233,5 +243,5 @@ def merged_experts(reader: Reader, words: Sequence[str]) -> list[Expert]:
                 which if named else f"no merged expert is called {word!r}",
                 "give the id; `mainstem log --status merged` lists them, --name GLOB finds them",
             )
-        found.add(named[0].id)
-    return [expert for expert in reader.lineage() if expert.id in found]
+        found[named[0].id] = named[0]
+    return sorted(found.values(), key=lambda expert: expert.version or 0)

@@ -1,7 +1,7 @@
 """Re-hashes a whole home against its manifests and its registry; changes nothing."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from projector.errors import ProjectorError
 from registry.errors import Damaged
 from registry.records import Expert, Status, Version
 from registry.store import Reader
+
+PAGE = 1000
 
 
 @dataclass
@@ -51,11 +53,19 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
         for path, names in ((home.latest(head.name), names_by_link), (plain, names_by_file)):
             if names(path) != number(head.live):
                 found.append(f"published/{head.name}/{path.name} does not name version {head.live}")
-    for expert in reader.experts(limit=-1):
+    for expert in _every(reader):
         if expert.status is not Status.QUARANTINED and expert.place:
             say(expert.place)
             found += _archived(home, expert, checked)
     return checked, found
+
+
+def _every(reader: Reader) -> Iterator[Expert]:
+    """Everything that ever arrived, newest first, a page in memory at a time."""
+    page = reader.experts(limit=PAGE)
+    while page:
+        yield from page
+        page = reader.experts(limit=PAGE, before=page[-1].id)
 
 
 def _registry(reader: Reader) -> list[str]:

@@ -1,5 +1,8 @@
 """Puts the verbs together and turns every known error into one message, one hint and an exit status.
 
+All verbs are imported to run any, so what takes long to import (torch, the HTTP server, the settings, SQLAlchemy) is
+imported where a verb needs it: `tests/daemon/test_command_imports.py` holds this.
+
 Exit status: 0 done, 1 refused or found something wrong, 2 wrong use.
 """
 
@@ -26,7 +29,6 @@ from daemon.cli import (
 )
 from daemon.cli.common import complain
 from daemon.errors import DaemonError
-from daemon.metrics import software_version
 from projector.errors import DeviceLost, ProjectorError
 from registry.errors import RegistryError
 
@@ -46,6 +48,8 @@ app.add_typer(config.app, name="config")
 @app.callback(invoke_without_command=True)
 def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if version:
+        from daemon.metrics import software_version
+
         typer.echo(f"mainstem {software_version()}")
         raise typer.Exit
 

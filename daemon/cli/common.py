@@ -7,16 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from daemon.config import Settings, load
 from daemon.errors import BadHome
 from daemon.home import Home
-from registry.store import Reader
+
+if TYPE_CHECKING:
+    from daemon.config import Settings
+    from registry.store import Reader
 
 HomeOption = Annotated[
     Path | None, typer.Option("--home", envvar="MAINSTEM_HOME", help="The home; by default the current folder.")
@@ -42,14 +44,18 @@ def find_home(option: Path | None) -> Home:
     return home
 
 
-def open_reader(option: Path | None) -> tuple[Home, Reader]:
+def open_reader(option: Path | None) -> tuple[Home, "Reader"]:
     """The home and its registry, read-only."""
+    from registry.store import Reader
+
     home = find_home(option)
     return home, Reader.open(home.registry)
 
 
-def settings_of(home: Home, flags: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+def settings_of(home: Home, flags: Mapping[str, Mapping[str, Any]] | None = None) -> "Settings":
     """The settings in force for a home."""
+    from daemon.config import load
+
     return load(home.config, flags)
 
 

@@ -3,8 +3,6 @@
 import typer
 
 from daemon.cli.common import HomeOption, JsonOption, find_home, open_reader, print_json, print_table, settings_of
-from daemon.config import check_heads, meaning
-from daemon.uploading import write_token
 
 app = typer.Typer(help="The settings in force.", no_args_is_help=True)
 
@@ -12,6 +10,8 @@ app = typer.Typer(help="The settings in force.", no_args_is_help=True)
 @app.command()
 def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Print every setting with its value: defaults, mainstem.toml and the environment taken together."""
+    from daemon.config import meaning
+
     values = settings_of(find_home(home)).flat()
     if as_json:
         print_json(values)
@@ -25,6 +25,9 @@ def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
 @app.command()
 def check(home: HomeOption = None) -> None:
     """Check mainstem.toml and the environment; exit status 1 and the reason where they are wrong."""
+    from daemon.config import check_heads
+    from daemon.uploading import write_token
+
     where, reader = open_reader(home)
     with reader:
         settings = settings_of(where)

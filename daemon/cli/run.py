@@ -3,15 +3,17 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from daemon.cli.common import HomeOption, find_home, settings_of
-from daemon.inbox import Drop
 from projector.text import shown
+
+if TYPE_CHECKING:
+    from daemon.inbox import Drop
 
 
 def command(
@@ -36,7 +38,7 @@ def command(
 
 
 @contextmanager
-def _bar(drop: Drop) -> Iterator[Callable[[float], None]]:
+def _bar(drop: "Drop") -> Iterator[Callable[[float], None]]:
     """A progress bar per expert, for a terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),  # a drop may be called [red]

@@ -5,8 +5,6 @@ from typing import Annotated, Any
 import typer
 
 from daemon.cli.common import HomeOption, open_reader, settings_of
-from daemon.http import HttpServer, base_url, create_app
-from daemon.metrics import Metrics
 
 
 def command(
@@ -15,6 +13,9 @@ def command(
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (http.port).")] = None,
 ) -> None:
     """Serve the versions of an existing home over HTTP; reads only, needs no daemon."""
+    from daemon.http import HttpServer, base_url, create_app
+    from daemon.metrics import Metrics
+
     where, reader = open_reader(home)
     flags: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = settings_of(where, {"http": flags} if flags else None)

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json
+from daemon.cli.common import HomeOption, JsonOption, complain, open_reader, print_json
 from daemon.errors import DaemonError, Reason
+
+MOST = 100  # experts that are shown where many have one name
 
 
 def command(
@@ -32,10 +34,13 @@ def command(
             path = where.manifest(version.head, version.number)
             found = [{**asdict(version), "manifest": json.loads(path.read_bytes()) if path.exists() else None}]
         else:
-            found = [asdict(expert) for expert in reader.find_experts(what)]
+            found = [asdict(expert) for expert in reader.find_experts(what, MOST + 1)]
     if not found:
         hint = "see `mainstem log`, which takes --name GLOB; versions are named v12"
         raise DaemonError(Reason.UNKNOWN, f"no expert is called {what!r}", hint)
+    if len(found) > MOST:
+        found = found[:MOST]
+        complain(f"more than {MOST} experts are called so: these are the newest of them", "`mainstem log` has them all")
     if as_json:
         print_json(found[0] if len(found) == 1 else found)
         return

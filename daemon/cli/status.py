@@ -6,12 +6,13 @@ from dataclasses import asdict
 import typer
 
 from daemon.cli.common import HomeOption, JsonOption, ago, open_reader, print_json, print_table, size
-from daemon.inbox import TEMPORARY
 from projector.text import shown
 
 
 def command(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Show the live version of every head, what waits in the inbox, and the counts."""
+    from daemon.inbox import TEMPORARY
+
     where, reader = open_reader(home)
     with reader:
         base, heads, counts = reader.base(), reader.heads(), reader.counts()

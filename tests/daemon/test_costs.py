@@ -3,6 +3,7 @@
 The steps of SQLite's virtual machine are counted, and the folders that are listed.
 """
 
+import json
 import os
 import shutil
 import sqlite3
@@ -19,6 +20,8 @@ from typer.testing import CliRunner
 from daemon.cli.app import app as command_line
 from daemon.home import Home
 from daemon.http import create_app
+from daemon.replay import pages
+from daemon.verification import _every
 from registry.records import Status
 from registry.store import Reader
 from tests.daemon.homes import drain, experts, make_home, put, quick
@@ -171,3 +174,20 @@ def test_a_request(crowded: dict[int, Home], route: str) -> None:
         no_crowd(home, folders)
     if route not in ("/livez", "/readyz", "/metrics"):  # these ask nothing
         alike(route, counted)
+
+
+def test_long_lists_are_read_in_pages(crowded: dict[int, Home], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.replay.PAGE", 300)
+    monkeypatch.setattr("daemon.verification.PAGE", 300)
+    with Reader.open(crowded[FEW].registry) as reader:
+        assert list(pages(reader)) == reader.lineage() != []
+        assert list(_every(reader)) == reader.experts(limit=-1)
+
+
+def test_show_prints_a_bounded_number_of_namesakes(crowded: dict[int, Home]) -> None:
+    home = crowded[FEW]
+    with closing(sqlite3.connect(home.registry)) as raw, raw:
+        raw.execute("UPDATE experts SET name = 'model' WHERE id > 10 AND id < 400")
+    ended = CliRunner().invoke(command_line, ["show", "model", "--json", "--home", str(home.root)])
+    found = json.loads(ended.stdout)
+    assert [one["id"] for one in found] == list(range(399, 299, -1)) and "more than 100" in ended.stderr
