@@ -1,11 +1,13 @@
 """`mainstem serve`: read-only HTTP over an existing home, without torch."""
 
+import signal
 from typing import Annotated, Any
 
 import typer
 
 from daemon.cli.common import HomeOption, open_reader, settings_of
 from daemon.http import HttpServer, base_url, create_app
+from daemon.logs import standard_error
 from daemon.metrics import Metrics
 
 
@@ -15,6 +17,7 @@ def command(
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (http.port).")] = None,
 ) -> None:
     """Serve the versions of an existing home over HTTP; reads only, needs no daemon."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server hears it
     where, reader = open_reader(home)
     flags: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = settings_of(where, {"http": flags} if flags else None)
@@ -26,4 +29,8 @@ def command(
         )
         bound, number = server.start()
         typer.echo(f"serving {where.root} on {base_url(bound, number)}")
-        server.wait_for_signal()
+        server.wait_for_signal(_nothing_to_reload)
+
+
+def _nothing_to_reload() -> None:
+    typer.echo("nothing was read again: http.host and http.port need a restart", file=standard_error())
