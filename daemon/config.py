@@ -19,6 +19,19 @@ from daemon.errors import BadConfig
 from projector.naming import Naming, check_prefixes
 from projector.text import listed, shown
 
+LIVE = (
+    "http.write_token",
+    "http.write_token_file",
+    "http.upload_bytes",
+    "inbox.settle_seconds",
+    "inbox.patience_seconds",
+    "inbox.scan_seconds",
+    "retention.*",
+    "admission.*",
+    "log.level",
+)
+"""What a running daemon takes up; everything else is fixed when it starts."""
+
 
 class Section(BaseModel):
     """One table of mainstem.toml."""
@@ -196,12 +209,28 @@ def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None
         return Bound(**(flags or {}))  # type: ignore[arg-type]
     except ValidationError as error:
         raise BadConfig("; ".join(map(_problem, error.errors())), _advice(error.errors())) from None
+    except OSError as error:
+        raise BadConfig(f"{path} cannot be read: {error.strerror}", "mend its permissions, or its disk") from None
     except ValueError as error:
         raise BadConfig(
             f"{path} or the environment: {error}",
             "the file is TOML, where a key stands once, be it prefixes = {...} or a table [admission.prefixes]; lists"
             " and tables in the environment are JSON: MAINSTEM_ADMISSION__IGNORE='[\"head.*\"]'",
         ) from None
+
+
+def is_live(name: str) -> bool:
+    """True for a setting that a running daemon takes up."""
+    return name in LIVE or f"{name.partition('.')[0]}.*" in LIVE
+
+
+def taking_effect(hint: str, then: str = "") -> str:
+    """The hint; where it names a setting, also how a running daemon comes to know of it, and what to do `then`."""
+    named = [name for name, _, _ in described() if name in hint]
+    if not named and "[admission" not in hint:
+        return hint
+    how = "`kill -HUP` the daemon (or restart it)" if all(map(is_live, named)) else "restart the daemon"
+    return f"{hint}; once mainstem.toml says so, {how}{then and f', then {then}'}"
 
 
 def check_heads(settings: Mapping[str, HeadSettings], heads: Sequence[str]) -> None:

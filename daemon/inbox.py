@@ -65,7 +65,7 @@ class Inbox:
 
     def __init__(self, path: Path, settle_seconds: float, clock: Callable[[], float]) -> None:
         self._path = path
-        self._settle = settle_seconds
+        self.settle_seconds = settle_seconds
         self._clock = clock
         self._since: dict[str, tuple[Fingerprint, float]] = {}
 
@@ -90,7 +90,7 @@ class Inbox:
             before = self._since.get(entry.name)
             since[entry.name] = before if before and before[0] == fingerprint else (fingerprint, now)
             rest = now - since[entry.name][1]
-            if ready or rest >= self._settle:
+            if ready or rest >= self.settle_seconds:
                 settled.append(Drop(entry.name, identity, status.st_mtime_ns, size, rest))
         self._since = since
         settled.sort(key=lambda drop: (drop.mtime_ns, drop.name))

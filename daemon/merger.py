@@ -81,6 +81,14 @@ class Merger:
         self._base.close()
         os.close(self._inbox)
 
+    def adopt(self, settings: Settings) -> None:
+        """Takes the next expert by these settings; how versions look and are computed stays as it is.
+
+        Raises BadConfig, and then nothing has changed.
+        """
+        self._adapting = Adapting(self._home, self._base.tensors, settings, self._progress)
+        self._settings = settings
+
     def take(self, drop: Drop, naming: Naming | None = None) -> Expert:
         """Merges, recognises or refuses one drop; returns what the registry says of it.
 

@@ -86,9 +86,11 @@ class Metrics:
             registry=registry,
         )
         self.arrival_seconds = Histogram(
-            "mainstem_arrival_seconds", "From an upload's last change to its version being visible.",
-            buckets=SECONDS, registry=registry,
-        )  # fmt: skip
+            "mainstem_arrival_seconds",
+            "From an upload's last change to its version being out and the expert in the archive.",
+            buckets=SECONDS,
+            registry=registry,
+        )
         self.phase_seconds = Counter(
             "mainstem_merge_phase_seconds",
             "Where merging spent its time, over all threads.",
@@ -117,6 +119,16 @@ class Metrics:
             ["head"],
             registry=registry,
         )
+        self.reload_succeeded = Gauge(
+            "mainstem_config_last_reload_successful",
+            "1 where the settings could be read when they were last read.",
+            registry=registry,
+        )
+        self.reload_seconds = Gauge(
+            "mainstem_config_last_reload_success_timestamp_seconds",
+            "When the settings were last read and could be.",
+            registry=registry,
+        )
         for outcome in OUTCOMES:
             self.experts.labels(outcome)
         for outcome in UPLOADS:
@@ -132,6 +144,12 @@ class Metrics:
         """Counts a file that was sent over HTTP."""
         self.uploads.labels(outcome).inc()
         self.upload_bytes.inc(size_bytes)
+
+    def reloaded(self, successful: bool) -> None:
+        """Notes that the settings were read, and whether they could be."""
+        self.reload_succeeded.set(successful)
+        if successful:
+            self.reload_seconds.set_to_current_time()
 
     def show_heads(self, reader: Reader) -> None:
         """Sets what the registry says of the heads."""

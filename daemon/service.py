@@ -19,13 +19,15 @@ from daemon.errors import BadHome, DaemonError, NotYet, Reason
 from daemon.home import Home
 from daemon.http import HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan, Watcher
+from daemon.logs import configure
 from daemon.memory import return_freed_memory, reuse_freed_memory
 from daemon.merger import Merger
 from daemon.metrics import Metrics
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
+from daemon.reloading import Read, Reloading, hearing
 from daemon.retention import collect
-from daemon.uploading import Uploads
+from daemon.uploading import Uploads, write_token
 from projector.errors import ProjectorError
 from projector.methods import methods
 from projector.text import shown
@@ -43,7 +45,10 @@ WAKE_SECONDS = 0.01
 class Service:
     """One run of the daemon over one home."""
 
-    def __init__(self, home: Home, settings: Settings, display: Display | None = None) -> None:
+    def __init__(
+        self, home: Home, settings: Settings, display: Display | None = None, read: Read | None = None
+    ) -> None:
+        """`read`: reads the settings again; without it they stay as they are."""
         if not home.exists():
             raise BadHome(f"{home.root} is not a mainstem home", "make one: mainstem init HOME --base PATH")
         self._home = home
@@ -52,8 +57,10 @@ class Service:
         self._log = structlog.get_logger()
         self._metrics = Metrics()
         self._uploads = Uploads(home, settings.http, self._metrics.uploaded)
+        self._reloading = Reloading(read or (lambda: settings), self._metrics)
         self._wake = Event()
         self._stopping = Event()
+        self._signalled = Event()
         self._not_ready: str | None = "recovering"
         self._show: Callable[[float], None] = lambda _: None
 
@@ -100,6 +107,7 @@ class Service:
             self._wake.clear()
             if self._stopping.is_set():
                 return
+            self._reload(store, merger, inbox)
             self._uploads.tend()
             scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
             self._show_inbox(scan)
@@ -108,6 +116,7 @@ class Service:
                 for drop in scan.settled:
                     if self._stopping.is_set():
                         return
+                    self._reload(store, merger, inbox)
                     waiting += not self._take(store, merger, progress, drop)
             except (OSError, DiskFull) as error:
                 if not _is_full(error):
@@ -116,7 +125,7 @@ class Service:
                     continue  # that may be room enough
                 if once:
                     raise
-                self._wait_for_space(error, store, merger)
+                self._wait_for_space(error, store, merger, inbox)
                 continue  # with the oldest drop again: the order of merging does not change
             if once and not waiting and not scan.settled:
                 return
@@ -139,7 +148,7 @@ class Service:
 
         def stop() -> bool:
             nonlocal again
-            if self._stopping.is_set():
+            if self._stopping.is_set() or self._reloading.asked:
                 return True
             if self._wake.is_set() or time.monotonic() >= again:
                 self._wake.clear()
@@ -230,7 +239,7 @@ class Service:
         settings = self._settings.inbox
         return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
 
-    def _wait_for_space(self, error: OSError | DiskFull, store: Store, merger: Merger) -> None:
+    def _wait_for_space(self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox) -> None:
         """Waits, and goes on waiting while there is no room to finish what was cut short.
 
         Raises `error` itself where it means anything but a full disk.
@@ -240,13 +249,31 @@ class Service:
                 raise error
             self._metrics.disk_full.set(1)
             self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
-            self._stopping.wait(DISK_FULL_WAIT_SECONDS)
+            self._signalled.wait(DISK_FULL_WAIT_SECONDS)
+            self._signalled.clear()
+            self._reload(store, merger, inbox)  # fewer versions to keep may be room enough
             try:
                 for expert in merger.finish():
                     self._tell(expert, store, self._log.bind(drop=expert.name))
                 return
             except (OSError, DiskFull) as again:
                 error = again
+
+    def _reload(self, store: Store, merger: Merger, inbox: Inbox) -> None:
+        """Where it was asked for: the settings again, for whatever comes next."""
+
+        def adopt(settings: Settings) -> None:
+            token = write_token(self._home, settings.http)
+            merger.adopt(settings)
+            if token != self._uploads.token:
+                self._log.info("the write token was changed", uploads="on" if token else "off")
+            self._uploads.adopt(settings.http, token)
+            inbox.settle_seconds = settings.inbox.settle_seconds
+            configure(settings.log)
+
+        if self._reloading.asked:
+            heads = [head.name for head in store.heads()]
+            self._settings = self._reloading.settings(self._settings, heads, adopt)
 
     def _lock(self) -> int:
         try:
@@ -258,13 +285,20 @@ class Service:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        def stop(_: int, __: FrameType | None) -> None:
+        def stop(*_: int | FrameType | None) -> None:
             self._stopping.set()
+            self._signalled.set()
+            self._wake.set()
+
+        def reload() -> None:
+            self._reloading.asked = True
+            self._signalled.set()
             self._wake.set()
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            yield
+            with hearing(reload, stop):
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -22,7 +22,7 @@ from threading import Lock
 import structlog
 
 from daemon import durable
-from daemon.config import Http
+from daemon.config import Http, taking_effect
 from daemon.durable import Folder
 from daemon.errors import BadConfig, NotUploaded, Reason
 from daemon.home import Home
@@ -60,15 +60,19 @@ class Uploads:
 
     def __init__(self, home: Home, settings: Http, count: Count = lambda *_: None) -> None:
         """Raises BadConfig where the token cannot be read or is easily guessed; logs where others may read it too."""
-        self.token = write_token(home, settings)
-        if settings.write_token_file:
-            _warn_of_readers(home.root / settings.write_token_file)
         self._home = home
-        self._limit = int(settings.upload_bytes)
+        self.adopt(settings, write_token(home, settings))
         self._count = count
         self._lock = Lock()
         self._open: dict[str, _Upload] = {}
         self._failed: OSError | None = None
+
+    def adopt(self, settings: Http, token: str | None) -> None:
+        """Asks for this token from here on, and takes experts of the size in the settings."""
+        self.token = token
+        self._limit = int(settings.upload_bytes)
+        if settings.write_token_file:
+            _warn_of_readers(self._home.root / settings.write_token_file)
 
     def begin(self, expert: str, file: str | None, size: int | None) -> Incoming:
         """A file to write to: the expert itself, or `file` of its folder. `size` in bytes where it is known.
@@ -204,7 +208,7 @@ class Uploads:
             raise NotUploaded(
                 Reason.UPLOAD_SIZE,
                 f"an expert may have {self._limit} bytes at the most",
-                "the setting http.upload_bytes can allow more",
+                taking_effect("a higher http.upload_bytes would take it"),
             )
 
     def _idle(self, expert: str) -> _Upload:
@@ -266,7 +270,10 @@ def write_token(home: Home, settings: Http) -> str | None:
 
 
 def _warn_of_readers(path: Path) -> None:
-    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:  # it was there a moment ago, when it was read
+        return
     if mode & (stat.S_IRGRP | stat.S_IROTH):
         structlog.get_logger().warning(
             "others than its owner may read the write token, and then upload",

@@ -29,6 +29,8 @@ def command(
     stay: Annotated[bool, typer.Option("--stay", help="Leave the daemon running at the end, until Ctrl-C.")] = False,
 ) -> None:
     """Train a base and eight experts on handwritten digits, let the daemon merge them, and show what came out."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the daemon ends with us, also where the terminal is closed
+        signal.signal(number, lambda *_: sys.exit(1))
     if home is None:
         with tempfile.TemporaryDirectory(prefix="mainstem-demo-") as folder:
             _demo(Path(folder) / "home", port, stay)

@@ -1,5 +1,6 @@
 """`mainstem serve`: read-only HTTP over an existing home, without torch."""
 
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,8 @@ def command(
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (http.port).")] = None,
 ) -> None:
     """Serve the versions of an existing home over HTTP; reads only, needs no daemon."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server hears it
+
     from daemon.http import HttpServer, base_url, create_app
     from daemon.metrics import Metrics
 
@@ -27,4 +30,10 @@ def command(
         )
         bound, number = server.start()
         typer.echo(f"serving {where.root} on {base_url(bound, number)}")
-        server.wait_for_signal()
+        server.wait_for_signal(_nothing_to_reload)
+
+
+def _nothing_to_reload() -> None:
+    from daemon.logs import standard_error
+
+    typer.echo("nothing was read again: http.host and http.port need a restart", file=standard_error())

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import cast
 
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from daemon.errors import BadConfig, DaemonError, Reason
+from daemon.reloading import hearing
 
 GRACE_SECONDS = 5  # how long downloads may go on once we stop
 TICK_SECONDS = 0.02  # between looks at whether the server has started
@@ -115,8 +117,11 @@ class HttpServer:
         if self._thread is not None:
             self._thread.join()
 
-    def wait_for_signal(self) -> None:
-        """Blocks until SIGINT or SIGTERM, then stops. Call it from the main thread, after `start`."""
+    def wait_for_signal(self, reload: Callable[[], None] = lambda: None) -> None:
+        """Blocks until SIGINT or SIGTERM, then stops; SIGHUP calls `reload`, or stops where the terminal is gone.
+
+        Call it from the main thread, after `start`.
+        """
         assert self._thread is not None, "start first"
         asked = threading.Event()
 
@@ -125,9 +130,10 @@ class HttpServer:
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while not asked.wait(timeout=1) and self._thread.is_alive():
-                pass
-            self.stop()
+            with hearing(reload, asked.set):
+                while not asked.wait(timeout=1) and self._thread.is_alive():
+                    pass
+                self.stop()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

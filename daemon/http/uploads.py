@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from daemon.config import taking_effect
 from daemon.durable import is_full
 from daemon.errors import NotUploaded, Reason
 from daemon.http.answers import NO_CACHE, Problem
@@ -99,7 +100,7 @@ class UploadRoutes:
                 403,
                 "uploads_off",
                 "this daemon takes no uploads",
-                "set http.write_token_file, or drop files into its inbox",
+                taking_effect("drop files into its inbox, or set http.write_token_file"),
             )
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if not hmac.compare_digest(given.strip().encode("latin-1"), token.encode()) or scheme.lower() != "bearer":

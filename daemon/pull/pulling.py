@@ -14,6 +14,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from daemon import durable
+from daemon.config import taking_effect
 from daemon.errors import DaemonError, Reason
 from daemon.home import CARD, is_adapter, is_weights
 from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
@@ -141,7 +142,7 @@ def _fill(target: Target, source: Source, report: Report) -> Pulled:
     raise Passing(
         Reason.PULL,
         f"{RESTARTS} versions in a row were removed while they were pulled",
-        "let the server keep them for longer: retention.versions, retention.grace_seconds",
+        taking_effect("let the server keep them for longer: raise retention.versions or retention.grace_seconds"),
     )
 
 

@@ -21,23 +21,17 @@ from registry.engine import connect
 from registry.records import Flag, Status
 from registry.statements import newest_experts
 from registry.store import Store
-from tests.daemon.homes import count, drain, experts, lineage, make_home, put, quick
+from tests.daemon.homes import count, drain, experts, lineage, put, quick
 from tests.daemon.processes import forked, rebuild
-from tests.models import write_base, write_expert
+from tests.models import write_expert
 from tests.registry.samples import expert, make, versions
 
 USUAL, LONG, SHORT = 0.01, 0.046, 0.002
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base") / "base.safetensors", seed=1)
-
-
 @pytest.fixture
-def home(tmp_path: Path, base: Path) -> Home:
+def home(home: Home, tmp_path: Path, base: Path) -> Home:
     """A home with three ordinary experts, which make a usual norm."""
-    home = make_home(tmp_path / "home", base)
     for seed in (2, 3, 4):
         put(home, write_expert(tmp_path / f"{seed}.safetensors", base, seed, USUAL))
     drain(home)
