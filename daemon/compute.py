@@ -12,7 +12,7 @@ import torch
 
 from daemon.config import Compute
 from daemon.errors import BadConfig
-from projector.device import CPU, Cuda, Device, Failure, exact_products, failure, threads
+from projector.device import CPU, Cuda, Device, Failure, failure, threads
 from projector.fold import Driver
 from projector.method import Method
 from projector.slabs import SLAB_BYTES, Slabs
@@ -45,6 +45,17 @@ def device(settings: Compute) -> Device:
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         return Device()
     return _card(settings)
+
+
+def exact_products() -> None:
+    """Products of float32 in float32, whatever the environment says (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), and the same
+    bits each time. To be called before the first product.
+
+    Of torch's ways to say so this is the one that sets both of its flags: of the other it refuses to multiply where
+    the environment had set the one.
+    """
+    torch.set_float32_matmul_precision("highest")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # several streams; read at cuBLAS's first use
 
 
 def eigh_seconds(where: torch.device, side: int = SIDE) -> float:

@@ -7,7 +7,6 @@ process asks of the device succeeds any more. cuSOLVER is known to leave such a 
 a tiny computation after every failure.
 """
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -252,17 +251,6 @@ class Gate:
             with self._turn:
                 self._free += need
                 self._turn.notify_all()
-
-
-def exact_products() -> None:
-    """Products of float32 in float32, whatever the environment says (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), and the same
-    bits each time. To be called before the first product.
-
-    Of torch's ways to say so this is the one that sets both of its flags: of the other it refuses to multiply where
-    the environment had set the one.
-    """
-    torch.set_float32_matmul_precision("highest")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # several streams; read at cuBLAS's first use
 
 
 def load(x: Tensor, device: torch.device) -> Tensor:

@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 
-from daemon.compute import device
+from daemon.compute import device, exact_products
 from daemon.config import Compute
-from projector.device import CPU, Cuda, Failure, exact_products, failure
+from projector.device import CPU, Cuda, Failure, failure
 from projector.fold import Driver
 from projector.methods import make, methods
 from projector.slabs import SLAB_BYTES, Slabs
@@ -135,7 +135,7 @@ def test_slabs_are_page_locked_and_come_back(card: Cuda) -> None:
 
 def test_tf32_in_the_environment_changes_no_bit() -> None:
     script = (
-        "import torch\nfrom projector.device import exact_products\nexact_products()\n"
+        "import torch\nfrom daemon.compute import exact_products\nexact_products()\n"
         "x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).cuda()\n"
         "print(hash((x @ x).cpu().numpy().tobytes()))"
     )
