@@ -36,6 +36,15 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def out_of_descriptors(error: BaseException | None) -> bool:
+    """True where there were too many open files, and no sync had failed before: it passes."""
+    out = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    while error is not None:
+        out = out and not isinstance(error, SyncFailed)
+        error = error.__cause__ or error.__context__
+    return out
+
+
 def lock(path: Path) -> int:
     """Takes the exclusive lock on `path`; the descriptor returned holds it. Raises BlockingIOError if it is held."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)

@@ -17,7 +17,7 @@ from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
 from daemon.home import Home
-from daemon.http import HttpServer, base_url, create_app
+from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan, Watcher
 from daemon.memory import return_freed_memory, reuse_freed_memory
 from daemon.merger import Merger
@@ -36,6 +36,7 @@ from registry.store import Reader, Store
 Display = Callable[[Drop], AbstractContextManager[Callable[[float], None]]]
 
 DISK_FULL_WAIT_SECONDS = 15.0
+DESCRIPTORS_WAIT_SECONDS = 2.0
 LOG_EVERY_SHARE = 0.25
 WAKE_SECONDS = 0.01
 
@@ -88,9 +89,22 @@ class Service:
             self._watch(closing)
             self._not_ready = None
             self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
-            self._drain(store, merger, progress, once)
+            self._drain_on(store, merger, progress, once)
             mark_clean(self._home)
             self._log.info("stopped")
+
+    def _drain_on(self, store: Store, merger: Merger, progress: Progress, once: bool) -> None:
+        """Drains, and goes on where there were no descriptors left for a while."""
+        while True:
+            try:
+                return self._drain(store, merger, progress, once)
+            except OSError as error:
+                if once or not durable.out_of_descriptors(error):
+                    raise
+                self._log.error(
+                    "too many open files: waiting", error=str(error), hint="raise the limit (ulimit -n, LimitNOFILE=)"
+                )
+                self._stopping.wait(DESCRIPTORS_WAIT_SECONDS)
 
     def _drain(self, store: Store, merger: Merger, progress: Progress, once: bool) -> None:
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
@@ -262,8 +276,10 @@ class Service:
 
     def _serve(self, closing: ExitStack) -> None:
         reader = closing.enter_context(Reader.open(self._home.registry))
-        app = create_app(self._home, reader, self._metrics.registry, lambda: self._not_ready, self._uploads)
-        server = HttpServer(app, self._settings.http.host, self._settings.http.port)
+        http = self._settings.http
+        hosts = Hosts(http.host, http.allowed_hosts)
+        app = create_app(self._home, reader, self._metrics.registry, lambda: self._not_ready, self._uploads, hosts)
+        server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)
         self._log.info("listening", url=base_url(host, port))

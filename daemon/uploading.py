@@ -55,13 +55,16 @@ class _Upload:
 
 
 class Uploads:
-    """All uploads into one home. `token`: what a sender must know; None where nothing is taken."""
+    """All uploads into one home. `token`: what a sender must know; None where nothing is taken. `stall_seconds`: over
+    how long a sender's pace is measured.
+    """
 
     def __init__(self, home: Home, settings: Http, count: Count = lambda *_: None) -> None:
         """Raises BadConfig where the token cannot be read or is easily guessed; logs where others may read it too."""
         self.token = write_token(home, settings)
         if settings.write_token_file:
             _warn_of_readers(home.root / settings.write_token_file)
+        self.stall_seconds = settings.stall_seconds
         self._home = home
         self._limit = int(settings.upload_bytes)
         self._count = count

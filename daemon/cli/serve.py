@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from daemon.cli.common import HomeOption, open_reader, settings_of
-from daemon.http import HttpServer, base_url, create_app
+from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.metrics import Metrics
 
 
@@ -21,9 +21,9 @@ def command(
     with reader:
         metrics = Metrics()
         metrics.follow(reader)
-        server = HttpServer(
-            create_app(where, reader, metrics.registry, lambda: None), settings.http.host, settings.http.port
-        )
+        http = settings.http
+        app = create_app(where, reader, metrics.registry, lambda: None, hosts=Hosts(http.host, http.allowed_hosts))
+        server = HttpServer(app, http.host, http.port, http.stall_seconds)
         bound, number = server.start()
         typer.echo(f"serving {where.root} on {base_url(bound, number)}")
         server.wait_for_signal()

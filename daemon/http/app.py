@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
+from urllib.parse import quote
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -17,8 +18,9 @@ from starlette.routing import Route
 from daemon.home import Home
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition
-from daemon.http.files import Published
+from daemon.http.files import Entry, Published
 from daemon.http.finding import arrivals, merged
+from daemon.http.hosts import HostCheck, Hosts
 from daemon.http.rows import base_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
 from daemon.http.uploads import UploadRoutes
@@ -41,10 +43,11 @@ def create_app(
     metrics: CollectorRegistry,
     ready: Callable[[], str | None],
     uploads: Uploads | None = None,
+    hosts: Hosts | None = None,
 ) -> Starlette:
     """The application over one home. `ready` returns None when merging goes on as it should, else why it does not.
 
-    Without `uploads` everything is read only.
+    Without `uploads` everything is read only. `hosts`: the names it may be asked by, by default any.
     """
     api = _Api(home, reader, metrics, ready)
     app = Starlette(
@@ -56,6 +59,7 @@ def create_app(
             Route("/metrics", api.scrape),
             Route("/v1/heads", api.heads),
             Route("/v1/heads/{head}/latest", api.latest),
+            Route("/v1/heads/{head}/latest/files/{name:path}", api.latest_file),
             Route("/v1/heads/{head}/versions", api.versions),
             Route("/v1/heads/{head}/versions/{n}", api.version),
             Route("/v1/heads/{head}/versions/{n}/files/{name:path}", api.file),
@@ -64,7 +68,7 @@ def create_app(
             Route("/v1/experts/{sha256}", api.expert),
             Route("/v1/lineage", api.lineage),
         ],
-        middleware=[Middleware(SecurityHeaders)],
+        middleware=[Middleware(SecurityHeaders), *([Middleware(HostCheck, hosts=hosts)] if hosts else ())],
         exception_handlers={
             Problem: _on_problem,
             HTTPException: _on_http_exception,
@@ -134,6 +138,14 @@ class _Api:
             return Response(status_code=204, headers=NO_CACHE)
         return RedirectResponse(f"versions/{head.live}", 307, headers=NO_CACHE)
 
+    def latest_file(self, request: Request) -> Response:
+        head = self.published.head(request.path_params["head"])
+        entry = self._entry(head, self.published.version(head, head.live), request.path_params["name"])
+        # Relative, for a proxy may have put something before it; a slash in the name may have come as %2F.
+        up = "../" * (2 + request.scope["raw_path"].partition(b"/latest/files/")[2].count(b"/"))
+        address = f"{up}versions/{head.live}/files/{quote(entry.name)}"
+        return RedirectResponse(address, 307, headers=NO_CACHE)
+
     def versions(self, request: Request) -> Response:
         head = self.published.head(request.path_params["head"])
         rows = self.reader.versions(head.name, limit=_limit(request))
@@ -168,7 +180,11 @@ class _Api:
         return self._file(request, head, row)
 
     def _file(self, request: Request, head: Head, row: Version) -> Response:
-        entry = self.published.manifest(head, row).files.get(request.path_params["name"])
+        entry = self._entry(head, row, request.path_params["name"])
+        return file_answer(request, self.published.open(head, row, entry), entry)
+
+    def _entry(self, head: Head, row: Version, name: str) -> Entry:
+        entry = self.published.manifest(head, row).files.get(name)
         if entry is None:
             raise Problem(
                 404,
@@ -176,7 +192,7 @@ class _Api:
                 f"version {row.number} of head {head.name} has no such file",
                 f"GET /v1/heads/{head.name}/versions/{row.number} lists its files",
             )
-        return file_answer(request, self.published.open(head, row, entry), entry)
+        return entry
 
     def experts(self, request: Request) -> Response:
         wanted = request.query_params.get("status")

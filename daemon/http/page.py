@@ -101,9 +101,12 @@ def _commands(published: Published, head: Head, origin: str) -> Sequence[tuple[s
     listed = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
     address = f"{origin}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}/files/{listed}"
     commands = [("Download this version", f"curl -fL --remote-name-all '{address}'")]
-    latest = str(published.home.latest(head.name).absolute())
+    home = published.home
+    # Not the whole path: the page may be read by many, and where things lie on this machine is nobody's business.
+    latest = str(home.latest(head.name).absolute().relative_to(home.root.absolute().parent))
     if "config.json" in manifest.files:
-        commands.insert(0, ("Load the newest on this machine", f"AutoModel.from_pretrained({latest!r})"))
+        where = "Load the newest on this machine, from the folder that the home is in"
+        commands.insert(0, (where, f"AutoModel.from_pretrained({latest!r})"))
     return commands
 
 
