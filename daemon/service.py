@@ -16,6 +16,7 @@ from daemon import durable
 from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
+from daemon.health import Health, Trouble
 from daemon.home import Home
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan, Watcher
@@ -53,6 +54,7 @@ class Service:
         self._log = structlog.get_logger()
         self._metrics = Metrics()
         self._uploads = Uploads(home, settings.http, self._metrics.uploaded)
+        self._health = Health(home)
         self._wake = Event()
         self._stopping = Event()
         self._not_ready: str | None = "recovering"
@@ -185,6 +187,7 @@ class Service:
             self._metrics.progress.set(0)
             return_freed_memory()
         self._metrics.disk_full.set(0)
+        self._health.clear("disk_full")
         self._time(expert, drop, progress, started)
         self._tell(expert, store, log)
         return True
@@ -244,6 +247,9 @@ class Service:
             if isinstance(error, OSError) and not durable.is_full(error):
                 raise error
             self._metrics.disk_full.set(1)
+            self._health.note(
+                Trouble("disk_full", "the disk is full: merging waits for space", "make room for the home")
+            )
             self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
             self._stopping.wait(DISK_FULL_WAIT_SECONDS)
             try:
@@ -278,7 +284,8 @@ class Service:
         reader = closing.enter_context(Reader.open(self._home.registry))
         http = self._settings.http
         hosts = Hosts(http.host, http.allowed_hosts)
-        app = create_app(self._home, reader, self._metrics.registry, lambda: self._not_ready, self._uploads, hosts)
+        metrics = self._metrics.registry
+        app = create_app(self._home, reader, metrics, lambda: self._not_ready, self._uploads, hosts, self._health)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)

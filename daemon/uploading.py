@@ -71,6 +71,8 @@ class Uploads:
         self._lock = Lock()
         self._open: dict[str, _Upload] = {}
         self._failed: SyncFailed | None = None
+        self.failing: str | None = None
+        """Why the last upload that came whole, or was to begin, could not be stored; None where it could."""
 
     def begin(self, expert: str, file: str | None, size: int | None) -> Incoming:
         """A file to write to: the expert itself, or `file` of its folder. `size` in bytes where it is known.
@@ -85,12 +87,13 @@ class Uploads:
                 "an expert of one file is a .safetensors file",
                 "send a folder file by file, to .../files/{file}, and commit it",
             )
-        with self._lock:
+        with self._lock, self._watched():
             upload = self._joined(expert, file)
             incoming = Incoming(expert, file or expert, upload.folder, size, partial(self._check_size, upload))
             upload.coming[incoming.name] = incoming
         try:
-            incoming.open()
+            with self._watched():
+                incoming.open()
         except BaseException:
             self.drop(incoming, "refused")
             raise
@@ -238,12 +241,15 @@ class Uploads:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """A failed sync ends the daemon (`tend`), whoever it befell."""
+        """Remembers what the disk did. A failed sync ends the daemon (`tend`), whoever it befell."""
         try:
             yield
-        except SyncFailed as error:
-            self._failed = error
+        except OSError as error:
+            self.failing = error.strerror or type(error).__name__
+            if isinstance(error, SyncFailed):
+                self._failed = error
             raise
+        self.failing = None
 
 
 def write_token(home: Home, settings: Http) -> str | None:

@@ -22,7 +22,9 @@ def command(
         metrics = Metrics()
         metrics.follow(reader)
         http = settings.http
-        app = create_app(where, reader, metrics.registry, lambda: None, hosts=Hosts(http.host, http.allowed_hosts))
+        app = create_app(
+            where, reader, metrics.registry, lambda: None, hosts=Hosts(http.host, http.allowed_hosts), beside=True
+        )
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         bound, number = server.start()
         typer.echo(f"serving {where.root} on {base_url(bound, number)}")

@@ -1,7 +1,8 @@
 """The routes. Every one answers GET and HEAD and changes nothing, but for those of uploads."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from urllib.parse import quote
 
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from daemon.health import Health, Trouble
 from daemon.home import Home
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition
@@ -27,7 +29,7 @@ from daemon.http.uploads import UploadRoutes
 from daemon.http.views import WEIGHTS, Views
 from daemon.http.waiting import Waiting
 from daemon.uploading import Uploads
-from registry.errors import RegistryError
+from registry.errors import Busy, RegistryError
 from registry.records import Head, Status, Version
 from registry.store import Reader
 
@@ -44,12 +46,25 @@ def create_app(
     ready: Callable[[], str | None],
     uploads: Uploads | None = None,
     hosts: Hosts | None = None,
+    health: Health | None = None,
+    *,
+    beside: bool = False,
 ) -> Starlette:
-    """The application over one home. `ready` returns None when merging goes on as it should, else why it does not.
+    """The application over one home. `ready` returns None once this process can do its part, else why it cannot.
 
-    Without `uploads` everything is read only. `hosts`: the names it may be asked by, by default any.
+    Without `uploads` everything is read only. `hosts`: the names it may be asked by, by default any. `health`: where
+    this process notes what is wrong. `beside`: merging is another process's part.
     """
-    api = _Api(home, reader, metrics, ready)
+    noted = health or Health(home)
+
+    def troubles() -> list[Trouble]:
+        why_not = ready()
+        found = [Trouble("not_ready", why_not, "the daemon's log says more")] if why_not else []
+        if uploads and uploads.failing:
+            found.append(Trouble("uploads", f"the last upload could not be stored: {uploads.failing}", "see the log"))
+        return found + noted.troubles(reader, beside=beside)
+
+    api = _Api(home, reader, metrics, troubles)
     app = Starlette(
         routes=[
             *(_upload_routes(UploadRoutes(uploads, ready), api.expert) if uploads else ()),
@@ -96,26 +111,35 @@ def _upload_routes(api: UploadRoutes, read: Callable[[Request], Response]) -> li
 class _Api:
     """The endpoints. Plain methods run in a worker thread, since they read the registry and the disk."""
 
-    def __init__(self, home: Home, reader: Reader, metrics: CollectorRegistry, ready: Callable[[], str | None]) -> None:
+    def __init__(
+        self, home: Home, reader: Reader, metrics: CollectorRegistry, troubles: Callable[[], Sequence[Trouble]]
+    ) -> None:
         self.home = home
         self.reader = reader
         self.metrics = metrics
-        self.ready = ready
+        self.troubles = troubles
         self.published = Published(home, reader)
         self.views = Views(self.published)
         self.waiting = Waiting(lambda: {head.name: head.live for head in reader.heads()})
 
     def status_page(self, request: Request) -> Response:
-        return page.render(self.published, self.ready(), request.headers.get("host", ""), datetime.now(UTC))
+        return page.render(self.published, self.troubles(), request.headers.get("host", ""), datetime.now(UTC))
 
     async def livez(self, _: Request) -> Response:
         return JSONResponse({"live": True}, headers=NO_CACHE)
 
     def readyz(self, _: Request) -> Response:
-        why_not = self.ready()
-        if why_not is not None:
-            raise Problem(503, "not_ready", why_not, "the status page and the daemon's log say more")
-        return JSONResponse({"ready": True}, headers=NO_CACHE)
+        troubles = self.troubles()
+        if not troubles:
+            return JSONResponse({"ready": True}, headers=NO_CACHE)
+        body = {
+            "ready": False,
+            "error": "; ".join(trouble.text for trouble in troubles),
+            "reason": troubles[0].reason,
+            "hint": "; ".join(dict.fromkeys(trouble.hint for trouble in troubles)),
+            "troubles": [asdict(trouble) for trouble in troubles],
+        }
+        return JSONResponse(body, 503, headers=NO_CACHE)
 
     def scrape(self, request: Request) -> Response:
         try:
@@ -273,7 +297,8 @@ def _on_http_exception(_: Request, error: Exception) -> Response:
 
 def _on_registry_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RegistryError)
-    return Problem(503, "registry", "the registry cannot be read", error.hint).response()
+    text = "the registry is busy" if isinstance(error, Busy) else "the registry cannot be read"
+    return Problem(503, "registry", text, error.hint).response()
 
 
 def _on_fault(_: Request, __: Exception) -> Response:

@@ -47,7 +47,6 @@ class Server:
 
     def __init__(self, line: "Line", readiness: "Readiness", **settings: Any) -> None:
         self.home = line.home
-        self.home.inbox.mkdir()
         self.counted: list[tuple[str, int]] = []
         http = Http.model_validate({"write_token": TOKEN, **settings})
         self.uploads = Uploads(self.home, http, lambda *ended: self.counted.append(ended))
@@ -367,6 +366,12 @@ def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch, point: str
     assert (answer.status_code, answer.json()["reason"]) == (507, "upload_space")
     assert server.left() == []
     assert server.counted[-1][0] in ("broken", "refused")
+    troubles = server.client.get("/readyz").json()["troubles"]
+    assert [trouble["reason"] for trouble in troubles] == ["uploads"]
+    monkeypatch.delenv("MAINSTEM_FAILPOINT")
+    (server.home.inbox / "mine.safetensors").unlink(missing_ok=True)
+    assert server.put().status_code == 201
+    assert server.client.get("/readyz").status_code == 200, "it is over"
 
 
 def test_what_could_not_be_begun_can_be_begun_again(server: Server) -> None:
