@@ -52,6 +52,13 @@ class Http(Section):
     upload_bytes: ByteSize = Field(
         ByteSize(100_000_000_000), gt=0, description="largest expert that may be uploaded, all of its files together"
     )
+    stall_seconds: float = Field(
+        60.0, gt=0, le=86400, description="a client that moves less than 1 KiB a second for so long is cut off"
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="names by which it may be asked, beside loopback's; none is any where host is not loopback",
+    )
 
 
 class Inbox(Section):

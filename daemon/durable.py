@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ FILE_MODE = 0o644
 FOLDER_MODE = 0o755
 COPY_BYTES = 8 << 20
 FLUSH_SECONDS = 0.1
+PROBE_SECONDS = 0.2
 AT_FDCWD = -100  # of <fcntl.h>: paths count from the current folder
 RENAME_NOREPLACE = 1  # of <linux/fs.h>
 RENAME_EXCHANGE = 2
@@ -37,17 +39,53 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT) and failed_sync(error) is None
 
 
+def out_of_descriptors(error: BaseException | None) -> bool:
+    """True where there were too many open files, and no sync had failed before: it passes."""
+    out = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    while error is not None:
+        out = out and not isinstance(error, SyncFailed)
+        error = error.__cause__ or error.__context__
+    return out
+
+
 def lock(path: Path) -> int:
     """Takes the exclusive lock on `path`; the descriptor returned holds it. Raises BlockingIOError if it is held."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(fd)
     except BaseException:
         os.close(fd)
         raise
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
+
+
+def is_locked(path: Path) -> bool:
+    """True where a process holds the lock on `path`. Takes it for a moment, which `lock` bears with."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _flock(fd: int) -> None:
+    """Who holds it for longer than PROBE_SECONDS has it; shorter, it was somebody's look (`is_locked`)."""
+    end = time.monotonic() + PROBE_SECONDS
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(PROBE_SECONDS / 20)
 
 
 def make_folder(path: Path, *, public: bool = False) -> None:

@@ -16,8 +16,9 @@ from daemon import durable
 from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
+from daemon.health import Health, Trouble
 from daemon.home import Home
-from daemon.http import HttpServer, base_url, create_app
+from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan, Watcher
 from daemon.logs import configure
 from daemon.memory import return_freed_memory, reuse_freed_memory
@@ -38,6 +39,7 @@ from registry.store import Reader, Store
 Display = Callable[[Drop], AbstractContextManager[Callable[[float], None]]]
 
 DISK_FULL_WAIT_SECONDS = 15.0
+DESCRIPTORS_WAIT_SECONDS = 2.0
 LOG_EVERY_SHARE = 0.25
 WAKE_SECONDS = 0.01
 
@@ -58,6 +60,7 @@ class Service:
         self._metrics = Metrics()
         self._uploads = Uploads(home, settings.http, self._metrics.uploaded)
         self._reloading = Reloading(read or (lambda: settings), self._metrics)
+        self._health = Health(home)
         self._wake = Event()
         self._stopping = Event()
         self._signalled = Event()
@@ -96,9 +99,22 @@ class Service:
             self._watch(closing)
             self._not_ready = None
             self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
-            self._drain(store, merger, progress, once)
+            self._drain_on(store, merger, progress, once)
             mark_clean(self._home)
             self._log.info("stopped")
+
+    def _drain_on(self, store: Store, merger: Merger, progress: Progress, once: bool) -> None:
+        """Drains, and goes on where there were no descriptors left for a while."""
+        while True:
+            try:
+                return self._drain(store, merger, progress, once)
+            except OSError as error:
+                if once or not durable.out_of_descriptors(error):
+                    raise
+                self._log.error(
+                    "too many open files: waiting", error=str(error), hint="raise the limit (ulimit -n, LimitNOFILE=)"
+                )
+                self._stopping.wait(DESCRIPTORS_WAIT_SECONDS)
 
     def _drain(self, store: Store, merger: Merger, progress: Progress, once: bool) -> None:
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
@@ -183,6 +199,7 @@ class Service:
             self._metrics.progress.set(0)
             return_freed_memory()
         self._metrics.disk_full.set(0)
+        self._health.clear("disk_full")
         self._time(expert, drop, progress, started)
         self._tell(expert, store, log)
         return True
@@ -248,6 +265,9 @@ class Service:
             if not _is_full(error):
                 raise error
             self._metrics.disk_full.set(1)
+            self._health.note(
+                Trouble("disk_full", "the disk is full: merging waits for space", "make room for the home")
+            )
             self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
             self._signalled.wait(DISK_FULL_WAIT_SECONDS)
             self._signalled.clear()
@@ -305,8 +325,11 @@ class Service:
 
     def _serve(self, closing: ExitStack) -> None:
         reader = closing.enter_context(Reader.open(self._home.registry))
-        app = create_app(self._home, reader, self._metrics.registry, lambda: self._not_ready, self._uploads)
-        server = HttpServer(app, self._settings.http.host, self._settings.http.port)
+        http = self._settings.http
+        hosts = Hosts(http.host, http.allowed_hosts)
+        metrics = self._metrics.registry
+        app = create_app(self._home, reader, metrics, lambda: self._not_ready, self._uploads, hosts, self._health)
+        server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)
         self._log.info("listening", url=base_url(host, port))

@@ -56,16 +56,21 @@ class _Upload:
 
 
 class Uploads:
-    """All uploads into one home. `token`: what a sender must know; None where nothing is taken."""
+    """All uploads into one home. `token`: what a sender must know; None where nothing is taken. `stall_seconds`: over
+    how long a sender's pace is measured.
+    """
 
     def __init__(self, home: Home, settings: Http, count: Count = lambda *_: None) -> None:
         """Raises BadConfig where the token cannot be read or is easily guessed; logs where others may read it too."""
+        self.stall_seconds = settings.stall_seconds
         self._home = home
         self.adopt(settings, write_token(home, settings))
         self._count = count
         self._lock = Lock()
         self._open: dict[str, _Upload] = {}
         self._failed: OSError | None = None
+        self.failing: str | None = None
+        """Why the last upload that came whole, or was to begin, could not be stored; None where it could."""
 
     def adopt(self, settings: Http, token: str | None) -> None:
         """Asks for this token from here on, and takes experts of the size in the settings."""
@@ -87,12 +92,13 @@ class Uploads:
                 "an expert of one file is a .safetensors file",
                 "send a folder file by file, to .../files/{file}, and commit it",
             )
-        with self._lock:
+        with self._lock, self._watched():
             upload = self._joined(expert, file)
             incoming = Incoming(expert, file or expert, upload.folder, size, partial(self._check_size, upload))
             upload.coming[incoming.name] = incoming
         try:
-            incoming.open()
+            with self._watched():
+                incoming.open()
         except BaseException:
             self.drop(incoming, "refused")
             raise
@@ -240,12 +246,14 @@ class Uploads:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """A disk that fails ends the daemon (`tend`), whoever it befell."""
+        """Remembers what the disk did. One that fails ends the daemon (`tend`), whoever it befell."""
         try:
             yield
         except OSError as error:
+            self.failing = error.strerror or type(error).__name__
             self._failed = self._failed or durable.failed_sync(error) or (error if error.errno == errno.EIO else None)
             raise
+        self.failing = None
 
 
 def write_token(home: Home, settings: Http) -> str | None:

@@ -16,7 +16,7 @@ def command(
     """Serve the versions of an existing home over HTTP; reads only, needs no daemon."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server hears it
 
-    from daemon.http import HttpServer, base_url, create_app
+    from daemon.http import Hosts, HttpServer, base_url, create_app
     from daemon.metrics import Metrics
 
     where, reader = open_reader(home)
@@ -25,9 +25,11 @@ def command(
     with reader:
         metrics = Metrics()
         metrics.follow(reader)
-        server = HttpServer(
-            create_app(where, reader, metrics.registry, lambda: None), settings.http.host, settings.http.port
+        http = settings.http
+        app = create_app(
+            where, reader, metrics.registry, lambda: None, hosts=Hosts(http.host, http.allowed_hosts), beside=True
         )
+        server = HttpServer(app, http.host, http.port, http.stall_seconds)
         bound, number = server.start()
         typer.echo(f"serving {where.root} on {base_url(bound, number)}")
         server.wait_for_signal(_nothing_to_reload)

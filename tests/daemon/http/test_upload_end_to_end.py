@@ -80,10 +80,8 @@ def sending(daemon: Daemon, path: str) -> socket.socket:
     """A connection on which more was announced than will be sent."""
     host, port = daemon.origin.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=20)
-    head = (
-        f"PUT /v1/experts/{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 90000000\r\n"
-    )
-    connection.sendall(head.encode() + b"\r\n" + bytes(3 << 20))
+    head = f"PUT /v1/experts/{path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+    connection.sendall(head.encode() + b"Content-Length: 90000000\r\n\r\n" + bytes(3 << 20))
     return connection
 
 
