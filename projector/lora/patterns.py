@@ -37,8 +37,12 @@ read in two ways, or one of them not at all."""
 
 CLASSES = {
     ".": r"[\x00-\t\x0b-\x7f]",
-    r"\d": "[0-9]", r"\w": "[0-9A-Za-z_]", r"\s": r"[ \t-\r\x1c-\x1f]",
-    r"\D": "[^0-9]", r"\W": "[^0-9A-Za-z_]", r"\S": r"[^ \t-\r\x1c-\x1f]",
+    r"\d": "[0-9]",
+    r"\w": "[0-9A-Za-z_]",
+    r"\s": r"[ \t-\r\x1c-\x1f]",
+    r"\D": "[^0-9]",
+    r"\W": "[^0-9A-Za-z_]",
+    r"\S": r"[^ \t-\r\x1c-\x1f]",
 }
 """What they are of a name in ASCII."""
 
