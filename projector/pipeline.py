@@ -10,6 +10,7 @@ from typing import TypeVar
 from projector.device import threads
 from projector.errors import OverBudget
 
+MOST = 8  # steps in hand for each worker and spare one, however small they are
 SPARE = 2  # steps in hand beside one for each worker: one being read, one being written
 Step = TypeVar("Step")
 In = TypeVar("In")
@@ -55,7 +56,9 @@ class Pipeline:
                             f"one tensor needs {need} bytes of memory, the budget is {self.budget_bytes}",
                             "raise the memory budget",
                         )
-                    while hand and _sum(hand) + need > self._limit(max(need, *(need for _, need in hand))):
+                    while len(hand) >= MOST * (self.workers + SPARE) or (
+                        hand and _sum(hand) + need > self._limit(max(need, *(need for _, need in hand)))
+                    ):
                         yield hand[0][0].result()
                         hand.popleft()
                     hand.append((pool.submit(_then, reader.submit(read, step), work), need))
