@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 DEMO_HOME ?= demo-home
 
-.PHONY: help install test test-slow check format demo docs bench system clean
+.PHONY: help install test test-slow check format demo dist docs bench gpu-wheels system clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,7 +38,11 @@ demo: $(READY)  ## train a base and experts on real data, run the daemon, show t
 	rm -rf $(DEMO_HOME)
 	$(BIN)/mainstem demo --home $(DEMO_HOME)
 
-docs: $(READY)  ## write the generated parts of docs/methods.md and docs/comparison.md
+dist: $(READY)  ## build the wheel and the source archive into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+docs: $(READY)  ## write the generated parts of docs/
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m bench.side_by_side
 
@@ -63,6 +67,22 @@ bench: $(READY) $(CLIP)/expert-005/model.safetensors $(LLAMA)/expert-003/model.s
 	$(BIN)/python -m bench.gpu
 	$(BIN)/python -m bench.report
 
+# For a machine with torch, a card and no network (bench/gpu.sh). GPU_PYTHON: the version of that machine's python.
+GPU_PYTHON ?= 3.12
+GPU_PLATFORMS = 2_39 2_35 2_34 2_31 2_28 2_27 2_24 2_17
+GPU_PIP = --quiet --no-deps --no-cache-dir --python-version $(GPU_PYTHON) --implementation cp \
+	$(foreach glibc,$(GPU_PLATFORMS),--platform manylinux_$(glibc)_x86_64) --platform manylinux2014_x86_64 \
+	--platform manylinux1_x86_64
+
+gpu-wheels: $(READY)  ## fetch what bench/gpu.sh needs on a machine without a network, into gpu-wheels/
+	rm -rf gpu-wheels
+	grep -v antlr4 bench/gpu_wheels/fusionbench.txt > $(VENV)/fusionbench.txt
+	$(BIN)/python -m pip download $(GPU_PIP) --only-binary=:all: -d gpu-wheels/mainstem -r bench/gpu_wheels/mainstem.txt
+	$(BIN)/python -m pip download $(GPU_PIP) --only-binary=:all: -d gpu-wheels/fusionbench -r $(VENV)/fusionbench.txt
+	$(BIN)/python -m pip wheel --quiet --no-deps -w gpu-wheels/fusionbench antlr4-python3-runtime==4.9.3
+	@test $$(du -sm gpu-wheels | cut -f1) -le 60 || { echo "gpu-wheels is larger than 60 MiB"; exit 1; }
+	@du -sh gpu-wheels
+
 $(CLIP)/expert-005/model.safetensors: | $(READY)
 	$(BIN)/python -m bench.clip_shapes $(CLIP) --experts 6
 
@@ -70,4 +90,4 @@ $(LLAMA)/expert-003/model.safetensors: | $(READY)
 	$(BIN)/python -m bench.llama_shapes $(LLAMA) --experts 4
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache $(DEMO_HOME)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist $(DEMO_HOME)

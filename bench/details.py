@@ -195,29 +195,92 @@ def growth_size(figures: Figures) -> list[str]:
 
 
 def gpu(figures: Figures) -> list[str]:
-    peers: Sequence[Mapping[str, Any]] = figures["fusionbench"] or [{}] * len(figures["layers"])
-    rows = (
-        (
-            "x".join(map(str, layer["shape"])),
-            f"{layer['prepare'] * 1e3:.1f}",
-            f"{layer['update'] * 1e3:.2f}",
-            f"{layer['floor_bytes'] * 1e3:.2f}",
-            f"{layer['floor_flops'] * 1e3:.2f}",
-            f"{peer['seconds'] * 1e3:.0f}" if peer else "-",
-        )
-        for layer, peer in zip(figures["layers"], peers, strict=True)
+    """Every step of bench/gpu.sh: how it ended, and the figures of those that found any."""
+    steps: Mapping[str, Mapping[str, Any]] = figures["steps"]
+    found = {name: step["found"] for name, step in steps.items()}
+    lines = _table(
+        ("step", "ended", "s", "found"),
+        ([name, _ended(step), _short(step["seconds"]), GPU_SUMS[name](step["found"])] for name, step in steps.items()),
     )
+    if layers := found.get("layers"):
+        lines += ["", *_gpu_layers(figures["shapes"], layers, found.get("fusionbench", {}))]
+    if eigh := found.get("eigh"):
+        rows = ([name, f"{taken * 1e3:.1f}"] for name, taken in eigh.items())
+        lines += ["", "Milliseconds of an eigendecomposition on the device:", ""]
+        lines += _table(("side and dtype", "each"), rows)
+    return lines
+
+
+def _gpu_layers(shapes: Sequence[str], layers: Figures, peers: Figures) -> list[str]:
+    def row(name: str, shape: str) -> list[str]:
+        layer, peer = layers[f"{name} {shape}"], peers.get(shape) if name == "opcm" else None
+        times = (layer["prepare"] + layer["update"], layer["update"], layer["read"])
+        floors = (layer["floor_bytes"], layer["floor_flops"])
+        ms = [f"{value * 1e3:.2f}" for value in (*times, *floors)]
+        return [f"`{name}` {shape}", *ms, f"{peer * 1e3:.0f}" if peer else "-"]
+
+    rows = [row(name, shape) for shape in shapes for name in GPU_METHODS if f"{name} {shape}" in layers]
     return [
         *text(
-            "Milliseconds per layer, everything on the device. FusionBench decomposes at every arrival: beside it",
-            "stands prepare + update. The floor of an update is the larger of its bytes over the card's bandwidth",
-            f"({figures['bytes_per_second'] / 1e9:.0f} GB/s, measured) and its products over the card's rate",
-            "(measured, too).",
+            "Milliseconds per layer in bfloat16, everything on the device. FusionBench decomposes at every arrival:",
+            "beside it stands the backlog, prepare + update; ready, an arrival is the update alone. The floors are the",
+            f"bytes over the device's bandwidth ({layers.get('bytes_per_second', 0) / 1e9:.0f} GB/s, measured) and the",
+            "products over its rate (measured, too), of an update and a read-out together.",
         ),
         "",
-        *_table(("layer", "prepare", "update", "floor: bytes", "floor: products", "merge_linear_weights"), rows),
+        *_table(("layer", "backlog", "ready", "read-out", "bytes", "products", "merge_linear_weights"), rows),
     ]
 
+
+def _ended(step: Figures) -> str:
+    why = step["why"].strip().splitlines()
+    return step["status"] + (f": {why[-1][:120].replace('|', '/')}" if why else "")
+
+
+def _good(found: Figures) -> str:
+    judged = {name: one for name, one in found.items() if isinstance(one, Mapping)}
+    bad = [name for name, one in judged.items() if not one["good"]]
+    worst = max((one["apart"] for one in judged.values()), default=0.0)
+    said = f"{len(judged) - len(bad)} of {len(judged)} methods within 1e-5 and the same bits again"
+    return f"{said}, {worst:.1e} at most" + (f"; not {', '.join(bad)}" if bad else "")
+
+
+def _ways(found: Figures) -> str:
+    sides = [f"{name} {found[name]:.3g} s" for name in ("cpu", "device") if name in found]
+    return f"elementwise, {found.get('numel', 0) / 1e6:.0f}M parameters: {', '.join(sides)}"
+
+
+def _daemon(found: Figures) -> str:
+    return "; ".join(
+        f"{name}: {one['merged']} merged in {one['seconds']:.3g} s, {one['fallbacks']} on the CPU"
+        for name, one in found.items()
+    )
+
+
+def _memory(found: Figures) -> str:
+    return "; ".join(
+        f"{name}: {one['fallbacks']} on the CPU"
+        + {True: ", the same bits", False: ", OTHER BITS", None: ""}[one.get("the_cpus_bits")]
+        for name, one in found.items()
+    )
+
+
+GPU_METHODS = ("opcm", "iso_c", "task_arithmetic")
+GPU_SUMS: dict[str, Callable[[Figures], str]] = {
+    "tests": lambda found: ", ".join(f"{count} {word}" for word, count in found.items() if word != "names"),
+    "exact": _good,
+    "layers": lambda _: "below",
+    "eigh": lambda _: "below",
+    "daemon": _daemon,
+    "memory": _memory,
+    "ways": _ways,
+    "fusionbench": lambda found: f"version {found['version']}" if found else "-",
+    "sanitizer": lambda found: f"{found['errors']} errors" if found.get("errors") is not None else "-",
+}
+NEVER = {
+    "gpu": "Never run: no GPU was at hand. `bench/gpu.sh` is ready for one, and rehearsed on the CPU by the tests."
+}
+"""What a section says until its result exists."""
 
 SECTIONS: dict[str, tuple[str, Callable[[Figures], list[str]]]] = {
     "opcm": ("OPCM beside FusionBench", opcm),

@@ -1,6 +1,6 @@
 """Seconds of FusionBench's own OPCM for single layers that lie on a device.
 
-Runs in FusionBench's environment (see README.md); the last line it prints is a JSON list, an entry for each shape:
+Runs in FusionBench's environment (see README.md); prints a JSON object for each shape, as soon as it is known:
 
     python -m bench.fusionbench_linear --device cuda 4096x4096 4096x14336
 
@@ -40,12 +40,10 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default="cuda")
     options = parser.parse_args()
     merge_seconds((64, 64), options.device)
-    found = []
     for text in options.shapes:
         rows, columns = map(int, text.split("x"))
         taken = merge_seconds((rows, columns), options.device)
-        found.append({"shape": [rows, columns], "seconds": taken, "version": version("fusion-bench")})
-    print(json.dumps(found))
+        print(json.dumps({text: taken, "version": version("fusion-bench")}), flush=True)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,134 +1,198 @@
-"""OPCM on single layers on a CUDA device: mainstem's prepare and update beside FusionBench's merge_linear_weights.
+"""Everything that needs a CUDA card, step by step, each in a process of its own with a time limit of its own.
 
-    FUSIONBENCH_PYTHON=fb/bin/python python -m bench.gpu --shapes 4096x4096 4096x14336
+    bench/gpu.sh --out FOLDER         # FOLDER/gpu.json, written anew after every step
+    bench/gpu.sh --rehearse           # the same steps on the CPU with tiny sizes, into bench-work/rehearsal
 
-All operands lie on the device already, on both sides. FusionBench decomposes the merged layer at every arrival, so
-what stands beside it is prepare + update; the update alone is what an arrival costs when its basis is ready. Its floor
-is the larger of the bytes of its operands and results over the card's bandwidth, and its products over the card's
-rate, both measured here. Without a CUDA device nothing is measured and no result is written.
+A step that fails or takes too long stops no other, and keeps what it had found: it prints a JSON object a line, which
+are put together. Without a CUDA device nothing is run, but for the rehearsal. The steps are in gpu_checks.py and
+gpu_layers.py; FusionBench's in fusionbench_linear.py.
 """
 
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.record import ROOT, parser, peer, save
-from bench.shapes import direction
-from projector.method import Expert
-from projector.methods import make
-from projector.spec import TensorSpec
 
-PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.addmm_.default", "aten.addmm.out", "aten.mm.out")
-SIZE = 0.02 * 0.015  # of an element of a task vector: see bench/shapes.py
-PEAK_SIDE = 8192
-PEAK_NUMEL = 1 << 28
+ALL_SECONDS = 480.0
+TAIL = 1500
+SHAPES = ("4096x4096", "4096x14336")
+TINY = ("48x48", "48x80")
+CUDA_TESTS = "tests/projector/test_cuda.py"
+Found = dict[str, Any]
 
 
-class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the floating point operations of matrix products, by dtype."""
+@dataclass(frozen=True)
+class Plan:
+    """Where and how large."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops: dict[torch.dtype, int] = {}
+    device: str
+    shapes: Sequence[str]
+    small: bool
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if str(func) in PRODUCTS:
-            left, right = args[-2:]
-            self.flops[left.dtype] = self.flops.get(left.dtype, 0) + 2 * left.shape[0] * left.shape[1] * right.shape[1]
-        return func(*args, **(kwargs or {}))
+    @property
+    def words(self) -> list[str]:
+        return ["--device", self.device, *(["--small"] if self.small else [])]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: how long it may take, and its command; a word instead of it where it cannot be run here."""
+
+    name: str
+    limit: float
+    command: Callable[[Plan], list[str] | str]
+    read: Callable[[str], Found] | None = None
+    """What its output says, where that is not JSON."""
 
 
 def main() -> None:
     made = parser(__doc__ or "")
-    made.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x14336"])
-    made.add_argument("--repeats", type=int, default=10)
+    made.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
+    made.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS], help="only these")
+    made.add_argument("--seconds", type=float, default=ALL_SECONDS, help="for all steps together")
     options = made.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device is at hand: nothing was measured")
+    if not options.rehearse and not torch.cuda.is_available():
+        print("no CUDA device is at hand: nothing was measured (--rehearse runs the steps on the CPU)")
         return
-    device = torch.device("cuda")
-    shapes = [(int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in options.shapes)]
-    bandwidth = copied_bytes_per_second(device)
-    layers = [measured(shape, device, bandwidth, options.repeats) for shape in shapes]
-    theirs = fusionbench(options.shapes, str(device))
-    save("gpu", options, {"bytes_per_second": bandwidth, "layers": layers, "fusionbench": theirs})
+    if options.rehearse and options.out == made.get_default("out"):
+        options.out = ROOT / "bench-work" / "rehearsal"  # never among the results of a real card
+    plan = Plan("cpu", TINY, True) if options.rehearse else Plan("cuda", SHAPES, False)
+    wanted = [step for step in STEPS if not options.steps or step.name in options.steps]
+    del options.steps
+    figures: dict[str, Any] = {"rehearsal": options.rehearse, "shapes": list(plan.shapes), "steps": {}}
+    until = time.monotonic() + options.seconds
+    for step in wanted:
+        found = run(step, plan, until - time.monotonic())
+        figures["steps"][step.name] = found
+        save("gpu", options, figures, quiet=True)
+        print(f"{step.name}: {found['status']} in {found['seconds']:.1f} s {found['why']}".rstrip(), flush=True)
+    print(f"wrote {options.out / 'gpu.json'}")
 
 
-def measured(shape: tuple[int, int], device: torch.device, bandwidth: float, repeats: int) -> dict[str, object]:
-    """Seconds of preparing and of updating one layer, and the floor of the update."""
-    method, spec = make("opcm"), TensorSpec("layer.weight", shape, torch.float32)
-    dtype = method.slots(spec)["A"].dtype
-    merged, delta = (SIZE * direction(torch.Size(shape), 0, who, "layer").to(device) for who in ("merged", "delta"))
-    state = {"A": merged.to(dtype)}
-    prepared = method.prepare(state, spec)
-
-    def update() -> Mapping[str, torch.Tensor]:
-        return method.update({**state, **prepared}, delta, spec, Expert(2))[0]
-
-    with Products() as products:
-        after = update()
-    moved = sum(x.nbytes for x in (*state.values(), *prepared.values(), delta, *after.values()))
-    rates = {str(kind): product_flops_per_second(kind, device) for kind in products.flops}
+def run(step: Step, plan: Plan, left: float) -> Found:
+    """Runs one step: its status (done, failed, skipped), why, its seconds, and what it found."""
+    command = step.command(plan)
+    if isinstance(command, str):
+        return {"status": "skipped", "why": command, "seconds": 0.0, "found": {}}
+    limit = min(step.limit, left)
+    if limit <= 0:
+        return {"status": "skipped", "why": "no time was left", "seconds": 0.0, "found": {}}
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, text=True, cwd=ROOT, env=environment(step), start_new_session=True
+        )
+        try:
+            why = "" if process.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            why = f"it took longer than {limit:.0f} s"
+        finally:
+            _end(process)
+        out.seek(0)
+        err.seek(0)
+        said, complaint = out.read(), err.read()
+    found = step.read(said + complaint) if step.read else merged(said)
+    if why == "failed":
+        why = (complaint.strip() or said.strip())[-TAIL:]
     return {
-        "shape": list(shape),
-        "prepare": seconds(lambda: method.prepare(state, spec), device, repeats),
-        "update": seconds(update, device, repeats),
-        "bytes": moved,
-        "flops": {str(kind): count for kind, count in products.flops.items()},
-        "flops_per_second": rates,
-        "floor_bytes": moved / bandwidth,
-        "floor_flops": sum(count / rates[str(kind)] for kind, count in products.flops.items()),
+        "status": "failed" if why else "done",
+        "why": why.replace(str(ROOT), "."),
+        "seconds": time.monotonic() - started,
+        "found": found,
     }
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median of so many runs, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        _wait(device)
-        started = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(time.perf_counter() - started)
-    return median(times[1:])
-
-
-def copied_bytes_per_second(device: torch.device) -> float:
-    """Bytes read and written per second by a large copy on the device."""
-    source = torch.zeros(PEAK_NUMEL, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, 10)
-
-
-def product_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of a large square product in that dtype, as torch does it by default."""
-    left = torch.ones(PEAK_SIDE, PEAK_SIDE, dtype=dtype, device=device)
-    out = torch.empty_like(left)
-    return 2 * PEAK_SIDE**3 / seconds(lambda: torch.mm(left, left, out=out), device, 3)
-
-
-def fusionbench(shapes: Sequence[str], device: str) -> list[dict[str, object]] | None:
-    """FusionBench's seconds for the same layers; None where its python was not given."""
-    python = peer("FUSIONBENCH_PYTHON")
-    if python is None:
-        return None
-    command = [str(python), "-m", "bench.fusionbench_linear", "--device", device, *shapes]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
-    found: list[dict[str, object]] = json.loads(out.splitlines()[-1])
+def merged(said: str) -> Found:
+    """The JSON objects in a step's output, a line each, put together."""
+    found: Found = {}
+    for line in said.splitlines():
+        if line.startswith("{"):
+            found.update(json.loads(line))
     return found
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def environment(step: Step) -> dict[str, str]:
+    """A step's environment: with the other tool's own packages where it is the other tool's."""
+    given = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if step.name == "fusionbench" and (path := os.environ.get("FUSIONBENCH_PATH")):
+        given["PYTHONPATH"] = path
+    return given
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Ends the step with all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _tests(_: Plan) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", CUDA_TESTS]
+
+
+def _counts(said: str) -> Found:
+    """What pytest's last line counts, and the names of those that failed."""
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", said)}
+    return {**counts, "names": re.findall(r"^(?:FAILED|ERROR) \S+::(\S+)", said, re.MULTILINE)}
+
+
+def _ours(module: str, step: str) -> Callable[[Plan], list[str]]:
+    def command(plan: Plan) -> list[str]:
+        return [sys.executable, "-m", f"bench.{module}", step, *plan.words, "--shapes", *plan.shapes]
+
+    return command
+
+
+def _fusionbench(plan: Plan) -> list[str] | str:
+    python = peer("FUSIONBENCH_PYTHON")
+    if python is None:
+        return "FUSIONBENCH_PYTHON was not given"
+    return [str(python), "-m", "bench.fusionbench_linear", "--device", plan.device, *plan.shapes]
+
+
+def _sanitizer(plan: Plan) -> list[str] | str:
+    fold = [sys.executable, "-m", "bench.gpu_checks", "fold", *plan.words]
+    if plan.device == "cpu":
+        return fold
+    binary = shutil.which("compute-sanitizer") or next(
+        (str(path) for path in sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))), None
+    )
+    if binary is None:
+        return "compute-sanitizer is not on this machine"
+    return [binary, "--tool", "memcheck", "--error-exitcode", "9", *fold]
+
+
+def _sanitized(said: str) -> Found:
+    errors = re.search(r"ERROR SUMMARY: (\d+) error", said)
+    return {**merged(said), "errors": int(errors[1]) if errors else None}
+
+
+STEPS: Sequence[Step] = (
+    Step("tests", 120, _tests, _counts),
+    Step("exact", 60, _ours("gpu_checks", "exact")),
+    Step("layers", 90, _ours("gpu_layers", "layers")),
+    Step("eigh", 90, _ours("gpu_layers", "eigh")),
+    Step("daemon", 90, _ours("gpu_checks", "daemon")),
+    Step("memory", 40, _ours("gpu_checks", "memory")),
+    Step("ways", 40, _ours("gpu_layers", "ways")),
+    Step("fusionbench", 150, _fusionbench),
+    Step("sanitizer", 90, _sanitizer, _sanitized),
+)
+"""What matters most comes first: the last ones may find no time left."""
 
 
 if __name__ == "__main__":

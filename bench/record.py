@@ -104,13 +104,14 @@ def run(command: Sequence[str | Path], log: Path, **variables: str) -> Finished:
     return Finished(seconds, _bytes(usage))
 
 
-def save(name: str, options: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Writes OUT/name.json and prints it."""
+def save(name: str, options: argparse.Namespace, figures: dict[str, Any], quiet: bool = False) -> None:
+    """Writes OUT/name.json and prints it, unless `quiet`."""
     result = {"machine": machine(), "command": _command(name, options), "figures": _rounded(figures)}
     options.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2) + "\n"
     (options.out / f"{name}.json").write_text(text)
-    print(text, end="")
+    if not quiet:
+        print(text, end="")
 
 
 def machine() -> dict[str, object]:
@@ -137,6 +138,8 @@ def _command(name: str, options: argparse.Namespace) -> str:
     for key, value in vars(options).items():
         if isinstance(value, Path):
             words += [] if key == "out" else [key.upper()]
+        elif isinstance(value, bool):
+            words += [f"--{key}"] if value else []
         else:
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return " ".join(words)

@@ -15,8 +15,9 @@ from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.opening import not_a_file
 from projector.errors import BadSchema
-from projector.lora.config import MERGE_FIRST, LoraConfig, compiled
+from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.expert import LoraExpert
+from projector.lora.patterns import Patterns
 from projector.spec import Schema
 from projector.text import listed, shown
 
@@ -160,7 +161,7 @@ def read_config(content: Mapping[str, Any]) -> LoraConfig:
     )
     for patterns in (config.rank_pattern, config.alpha_pattern):
         try:
-            compiled(patterns)
+            Patterns(patterns)
         except BadSchema as error:
             _refuse(str(error), error.hint)
     return config

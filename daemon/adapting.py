@@ -19,15 +19,15 @@ from torch import Tensor
 from daemon import durable
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.adapter_modules import Module, adapter_config, modules_of, read_config
-from daemon.compute import device, memory_budget, workers
+from daemon.compute import driver
 from daemon.config import Adapter as Wanted
 from daemon.config import Settings
 from daemon.errors import BadConfig
 from daemon.generations import METADATA, FileEntry
 from daemon.home import ADAPTER_FOLDER, Home
-from projector.device import compute_on, load, unload
+from projector.device import load, unload
 from projector.header import build_header
-from projector.linalg import energy
+from projector.linalg import energy, on_device
 from projector.low_rank import LowRank, low_rank, low_rank_bytes
 from projector.naming import SAME
 from projector.pipeline import Pipeline
@@ -70,9 +70,7 @@ class Adapting:
         self._config = read_config(home.base)
         self._wanted = {name: head.adapter for name, head in settings.heads.items() if head.adapter}
         self._naming = {"base": SAME, "experts": settings.admission.naming}
-        self._device = device(settings.compute.device)
-        self._budget = memory_budget(settings.compute)
-        self._workers = workers(settings.compute.threads)
+        self._driver = driver(settings.compute, watch)
         self._watch = watch
         for wanted in self._wanted.values():
             self._check(wanted)
@@ -114,9 +112,10 @@ class Adapting:
         """Raises BadConfig where a matrix does not fit into the memory budget, or two modules would have one name."""
         cut = {name: found for name in self._base.schema if (found := self._modules(name, wanted))}
         need, name = max(((_bytes(self._base.schema[name], wanted.rank), name) for name in cut), default=(0, ""))
-        if need > self._budget:
+        budget = self._driver.budget_bytes
+        if need > budget:
             raise BadConfig(
-                f"{shown(name)} needs {need} bytes of memory for the adapter, the memory budget is {self._budget}",
+                f"{shown(name)} needs {need} bytes of memory for the adapter, the memory budget is {budget}",
                 f"set compute.memory_budget to {need} or more, or publish no adapter",
             )
         paths = Counter(module.path for found in cut.values() for module in found)
@@ -154,7 +153,7 @@ class Adapting:
         """Writes the factors, matrix by matrix; returns (rank, kept) of every tensor that moved."""
         specs = [spec for found in modules.values() for module in found for spec in module.specs(rank)]
         tensors: dict[str, dict[str, float]] = {name: {"rank": 0, "kept": 0.0} for name in moved}
-        pipeline = Pipeline(self._workers, self._budget)
+        pipeline = Pipeline(self._driver.workers, self._driver.budget_bytes, self._driver.device.threads)
         with durable.new_file(path, build_header(specs, METADATA)[1].size) as fd:
             writer = TensorWriter(fd, specs, METADATA, self._watch)
             for spec, found in pipeline.run(
@@ -177,7 +176,7 @@ class Adapting:
             return LowRank(unload(found.up), unload(found.down), found.kept, found.total)
 
         with self._watch.phase("project"):
-            return compute_on(self._device, on, spec.name, self._watch)
+            return self._driver.device.run(on, on_device(spec.numel, _bytes(spec, rank)), spec.name, self._watch)
 
     def _matrix(self, merged: Checkpoint, spec: TensorSpec) -> Tensor:
         delta_MN = torch.empty(spec.shape, dtype=torch.float32)

@@ -1,17 +1,31 @@
 """What an expert's numbers must be like to be merged. Its form was checked when it was opened."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 
 from daemon.config import Admission
 from daemon.errors import Reason, Refused
 from projector.head import Folded
 from projector.naming import Naming
-from registry.records import Expert
+from registry.records import Expert, Flag, NewExpert
 
 NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
 ENOUGH = 3  # experts, before there is such a thing as a usual norm
 USUAL_EXPERTS = 1000  # so many of the newest tell what is usual: no arrival reads more rows the more there are
+
+
+@dataclass(frozen=True)
+class Oddity:
+    """Something about an expert that is merged all the same: as one word, in words, and what to do."""
+
+    flag: Flag
+    detail: str
+    hint: str
+
+    def on(self, expert: NewExpert) -> NewExpert:
+        """The expert with this flag on it."""
+        return replace(expert, flags=(self.flag,), detail=self.detail, hint=self.hint)
 
 
 def naming_of(expert: Expert, settings: Admission) -> Naming:
@@ -19,12 +33,16 @@ def naming_of(expert: Expert, settings: Admission) -> Naming:
     return Naming(**expert.naming) if expert.naming is not None else settings.naming
 
 
-def check_norm(folded: Folded, norms: Sequence[float], limits: Admission) -> None:
-    """Refuses a task vector that is nothing, longer than the base, or far from the usual length (Refused).
+def usual_norm(norms: Sequence[float]) -> float | None:
+    """The median of these norms, which no single expert can move; None while there are too few of them.
 
-    norms: of the newest USUAL_EXPERTS that are merged. Their median is the usual length, which no single expert can
-    move.
+    norms: of the newest USUAL_EXPERTS that are merged.
     """
+    return median(norms) if len(norms) >= ENOUGH else None
+
+
+def check_norm(folded: Folded, usual: float | None, limits: Admission) -> None:
+    """Refuses a task vector that is nothing, as long as the base, or far from the usual norm (Refused)."""
     if folded.norm <= NEGLIGIBLE * folded.base_norm:
         raise Refused(
             Reason.EQUALS_BASE,
@@ -36,14 +54,39 @@ def check_norm(folded: Folded, norms: Sequence[float], limits: Admission) -> Non
         raise Refused(
             Reason.FOREIGN_BASE,
             f"its task vector is {times} as long as the base itself",
-            "fine-tune from this home's base; if you did, raise admission.max_base_ratio and drop it again",
+            "fine-tune from this home's base; if you did, raise admission.max_base_ratio",
         )
-    if len(norms) < ENOUGH:
-        return
-    ratio = folded.norm / median(norms)
-    if not 1 / limits.max_norm_ratio <= ratio <= limits.max_norm_ratio:
+    if usual is not None and _beyond(folded.norm, usual, limits.max_norm_ratio):
         raise Refused(
             Reason.NORM_OUTLIER,
-            f"its task vector is {ratio:.3g} times as long as is usual here",
-            "look at its training; if it is sound, raise admission.max_norm_ratio and drop it again",
+            _compared(folded.norm, usual),
+            "look at its training; if it is sound, raise admission.max_norm_ratio",
         )
+
+
+def oddity(norm: float, usual: float | None, limits: Admission) -> Oddity | None:
+    """What is odd about a task vector of a norm that `check_norm` lets pass."""
+    flag = None if usual is None else _beyond(norm, usual, limits.warn_norm_ratio)
+    if usual is None or flag is None:
+        return None
+    look = {
+        Flag.LONG: "a learning rate that is too high, or an expert of another kind than the others, looks like this;"
+        " compare the version before it with its own, and if it harms, `mainstem rebuild --without` it",
+        Flag.SHORT: "an expert that has hardly been trained looks like this, and so does an adapter of low rank among"
+        " whole models; nothing is to be done if that is meant",
+    }
+    return Oddity(flag, _compared(norm, usual), look[flag])
+
+
+def _beyond(norm: float, usual: float, ratio: float) -> Flag | None:
+    """On which side it is over `ratio` times away from the usual norm, if on any."""
+    if norm > ratio * usual:
+        return Flag.LONG
+    return Flag.SHORT if norm * ratio < usual else None
+
+
+def _compared(norm: float, usual: float) -> str:
+    return (
+        f"its task vector is {norm / usual:.3g} times as long as is usual here:"
+        f" its norm is {norm:.4g}, the median of those merged before it {usual:.4g}"
+    )

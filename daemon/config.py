@@ -19,6 +19,19 @@ from daemon.errors import BadConfig
 from projector.naming import Naming, check_prefixes
 from projector.text import listed, shown
 
+LIVE = (
+    "http.write_token",
+    "http.write_token_file",
+    "http.upload_bytes",
+    "inbox.settle_seconds",
+    "inbox.patience_seconds",
+    "inbox.scan_seconds",
+    "retention.*",
+    "admission.*",
+    "log.level",
+)
+"""What a running daemon takes up; everything else is fixed when it starts."""
+
 
 class Section(BaseModel):
     """One table of mainstem.toml."""
@@ -39,6 +52,13 @@ class Http(Section):
     upload_bytes: ByteSize = Field(
         ByteSize(100_000_000_000), gt=0, description="largest expert that may be uploaded, all of its files together"
     )
+    stall_seconds: float = Field(
+        60.0, gt=0, le=86400, description="a client that moves less than 1 KiB a second for so long is cut off"
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="names by which it may be asked, beside loopback's; none is any where host is not loopback",
+    )
 
 
 class Inbox(Section):
@@ -48,7 +68,9 @@ class Inbox(Section):
     patience_seconds: float = Field(
         60.0, ge=0, le=86400, description="how long an incomplete expert may stand still before refusal"
     )
-    scan_seconds: float = Field(5.0, gt=0, le=86400, description="how often the inbox is listed, whatever events say")
+    scan_seconds: float = Field(
+        5.0, gt=0, le=86400, description="how often an idle daemon lists the inbox, whatever events say"
+    )
     watch: Literal["auto", "poll"] = Field(
         "auto", description="auto also listens to file system events; poll only lists"
     )
@@ -64,6 +86,9 @@ class Compute(Section):
     )
     memory_budget: ByteSize = Field(
         ByteSize(0), ge=0, description="what all tensors in hand may take together; 0 takes half of the usable memory"
+    )
+    device_budget: ByteSize = Field(
+        ByteSize(0), ge=0, description="what they may take on a CUDA device; 0 takes 0.8 of what is free there at start"
     )
     prepare: bool = Field(True, description="prepare for the next expert while nothing arrives; takes disk space")
 
@@ -95,18 +120,23 @@ class HeadSettings(Section):
 class Retention(Section):
     """What is kept on disk."""
 
-    versions: int = Field(5, ge=1, description="newest versions kept per head, beside the base and the live one")
-    grace_seconds: float = Field(3600.0, ge=0, le=1e9, description="no version younger than this is removed")
+    versions: int = Field(5, ge=1, description="newest versions kept per head; the base and the live one always are")
+    grace_seconds: float = Field(
+        3600.0, ge=0, le=1e9, description="no version is removed that was the newest less than this ago"
+    )
 
 
 class Admission(Section):
     """Limits an expert must keep."""
 
     max_base_ratio: float = Field(
-        1.0, gt=0, description="refuse a task vector this many times as long as the base itself"
+        1.0, gt=0, description="refuse a task vector this many times as long as the base itself, or longer"
     )
     max_norm_ratio: float = Field(
-        100.0, gt=1, description="refuse a task vector this many times the mean length so far"
+        100.0, gt=1, description="refuse a task vector over this many times as long, or as short, as the median so far"
+    )
+    warn_norm_ratio: float = Field(
+        3.0, gt=1, description="merge, but flag, one over this many times as long, or as short, as the median so far"
     )
     prefixes: dict[str, str] = Field({}, description="what an expert's names begin with, and the base's: a TOML table")
     ignore: tuple[str, ...] = Field((), description="globs of an expert's tensors that are left out: heads of its own")
@@ -186,12 +216,28 @@ def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None
         return Bound(**(flags or {}))  # type: ignore[arg-type]
     except ValidationError as error:
         raise BadConfig("; ".join(map(_problem, error.errors())), _advice(error.errors())) from None
+    except OSError as error:
+        raise BadConfig(f"{path} cannot be read: {error.strerror}", "mend its permissions, or its disk") from None
     except ValueError as error:
         raise BadConfig(
             f"{path} or the environment: {error}",
             "the file is TOML, where a key stands once, be it prefixes = {...} or a table [admission.prefixes]; lists"
             " and tables in the environment are JSON: MAINSTEM_ADMISSION__IGNORE='[\"head.*\"]'",
         ) from None
+
+
+def is_live(name: str) -> bool:
+    """True for a setting that a running daemon takes up."""
+    return name in LIVE or f"{name.partition('.')[0]}.*" in LIVE
+
+
+def taking_effect(hint: str, then: str = "") -> str:
+    """The hint; where it names a setting, also how a running daemon comes to know of it, and what to do `then`."""
+    named = [name for name, _, _ in described() if name in hint]
+    if not named and "[admission" not in hint:
+        return hint
+    how = "`kill -HUP` the daemon (or restart it)" if all(map(is_live, named)) else "restart the daemon"
+    return f"{hint}; once mainstem.toml says so, {how}{then and f', then {then}'}"
 
 
 def check_heads(settings: Mapping[str, HeadSettings], heads: Sequence[str]) -> None:
@@ -224,7 +270,7 @@ def _advice(errors: Sequence[Mapping[str, Any]]) -> str:
     close = [match for name in names for match in get_close_matches(name, known, n=1)]
     if close:
         return f"{close[0]}: {known[close[0]]}"
-    return "look in mainstem.toml, the environment and the flags; the README lists every setting"
+    return "look in mainstem.toml, the environment and the flags; docs/settings.md lists every setting"
 
 
 def _check_environment() -> None:
@@ -242,7 +288,7 @@ def _check_environment() -> None:
 
 
 def described() -> list[tuple[str, str, str]]:
-    """(name, default, description) of every setting, for listings and the README."""
+    """(name, default, description) of every setting, for listings and docs/settings.md."""
     defaults = Settings.model_construct()
     return [
         (f"{table}.{key}", _shown(getattr(getattr(defaults, table), key)), field.description or "")

@@ -9,10 +9,13 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
+from typing import NoReturn
 
 from daemon.failpoints import hit
 
@@ -20,6 +23,7 @@ FILE_MODE = 0o644
 FOLDER_MODE = 0o755
 COPY_BYTES = 8 << 20
 FLUSH_SECONDS = 0.1
+PROBE_SECONDS = 0.2
 AT_FDCWD = -100  # of <fcntl.h>: paths count from the current folder
 RENAME_NOREPLACE = 1  # of <linux/fs.h>
 RENAME_EXCHANGE = 2
@@ -31,21 +35,57 @@ class SyncFailed(OSError):
 
 
 def is_full(error: OSError) -> bool:
-    """True where the disk, or the quota on it, is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """True where the disk, or the quota on it, is full, and that is all that is wrong."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) and failed_sync(error) is None
+
+
+def out_of_descriptors(error: BaseException | None) -> bool:
+    """True where there were too many open files, and no sync had failed before: it passes."""
+    out = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    while error is not None:
+        out = out and not isinstance(error, SyncFailed)
+        error = error.__cause__ or error.__context__
+    return out
 
 
 def lock(path: Path) -> int:
     """Takes the exclusive lock on `path`; the descriptor returned holds it. Raises BlockingIOError if it is held."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(fd)
     except BaseException:
         os.close(fd)
         raise
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
+
+
+def is_locked(path: Path) -> bool:
+    """True where a process holds the lock on `path`. Takes it for a moment, which `lock` bears with."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _flock(fd: int) -> None:
+    """Who holds it for longer than PROBE_SECONDS has it; shorter, it was somebody's look (`is_locked`)."""
+    end = time.monotonic() + PROBE_SECONDS
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(PROBE_SECONDS / 20)
 
 
 def make_folder(path: Path, *, public: bool = False) -> None:
@@ -66,14 +106,14 @@ def new_file(path: Path, size: int | None = None) -> Iterator[int]:
         yield fd
         sync(fd)
     finally:
-        os.close(fd)
+        close(fd)
 
 
-def create(path: Path, size: int | None = None) -> int:
+def create(path: str | Path, size: int | None = None, *, below: int | None = None) -> int:
     """A new file, its space reserved, as a descriptor to read and write; the caller closes it, and syncs what is to
-    stay."""
+    stay. below: the descriptor of the folder in which `path` is a name."""
     hit("file.create")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE, dir_fd=below)
     try:
         os.fchmod(fd, FILE_MODE)
         if size:
@@ -121,17 +161,40 @@ def sync(fd: int) -> None:
         hit("file.sync")
         os.fsync(fd)
     except OSError as error:
-        if is_full(error):
-            raise
-        raise SyncFailed(error.errno, f"fsync failed: {error.strerror}") from error
+        _raise_synced("fsync", error)
+
+
+def _raise_synced(call: str, error: OSError) -> NoReturn:
+    """What a sync that failed means: of a full disk the error itself, of all else SyncFailed."""
+    if is_full(error):
+        raise error
+    raise SyncFailed(error.errno, f"{call} failed: {error.strerror}") from error
+
+
+def close(fd: int) -> None:
+    """Lets go of a file that was written to: this may be where its file system tells of what it could not write.
+
+    Raises SyncFailed, or OSError where the disk is full.
+    """
+    try:
+        os.close(fd)
+    except OSError as error:
+        _raise_synced("close", error)
+
+
+def failed_sync(error: BaseException | None) -> SyncFailed | None:
+    """The failed sync that `error` is, or in whose wake it was raised: what tidying up raises would hide it."""
+    while error is not None and not isinstance(error, SyncFailed):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextmanager
 def flushing(descriptors: Sequence[int]) -> Iterator[None]:
     """Writes these files' data to the disk while they are still being written, so that the sync at the end is short.
 
-    It replaces no sync. Raises SyncFailed at the end of the block where the disk failed meanwhile: the sync that
-    follows might not be told again.
+    It replaces no sync. Raises SyncFailed at the end of the block where the disk failed meanwhile, whatever the block
+    itself raised: the sync that follows might not be told again.
     """
     over = Event()
     failed: list[OSError] = []
@@ -151,10 +214,8 @@ def flushing(descriptors: Sequence[int]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-    for error in failed:
-        if is_full(error):
-            raise error
-        raise SyncFailed(error.errno, f"fdatasync failed: {error.strerror}") from error
+        for error in failed:
+            _raise_synced("fdatasync", error)
 
 
 def sync_folder(path: Path) -> None:
@@ -177,14 +238,7 @@ def rename(source: Path, target: Path) -> None:
 def rename_new(source: Path, target: Path) -> None:
     """Renames at once and durably, and never over anything. Raises FileExistsError where `target` is there."""
     hit("rename")
-    try:
-        _renameat2(source, target, RENAME_NOREPLACE)
-    except OSError as error:
-        if error.errno not in NO_RENAMEAT2:
-            raise
-        if os.path.lexists(target):  # all that a file system without the call can do
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        source.rename(target)
+    _rename_new(AT_FDCWD, str(source), AT_FDCWD, str(target))
     _sync_parents(source, target)
 
 
@@ -194,18 +248,30 @@ def exchange(one: Path, other: Path) -> None:
     OSError, with nothing done, where it cannot: one of NO_RENAMEAT2, or EXDEV.
     """
     hit("rename")
-    _renameat2(one, other, RENAME_EXCHANGE)
+    _renameat2(AT_FDCWD, str(one), AT_FDCWD, str(other), RENAME_EXCHANGE)
     _sync_parents(one, other)
 
 
-def _renameat2(source: Path, target: Path, flag: int) -> None:
+def _rename_new(source_fd: int, source: str, target_fd: int, target: str) -> None:
+    try:
+        _renameat2(source_fd, source, target_fd, target, RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in NO_RENAMEAT2:
+            raise
+        with suppress(FileNotFoundError):  # all that a file system without the call can do
+            os.stat(target, dir_fd=target_fd, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+        os.rename(source, target, src_dir_fd=source_fd, dst_dir_fd=target_fd)
+
+
+def _renameat2(source_fd: int, source: str, target_fd: int, target: str, flag: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     failed = errno.ENOSYS  # a C library that is older than the call
     if hasattr(libc, "renameat2"):
-        paths = AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target)
+        paths = source_fd, os.fsencode(source), target_fd, os.fsencode(target)
         failed = ctypes.get_errno() if libc.renameat2(*paths, flag) else 0
     if failed:
-        raise OSError(failed, os.strerror(failed), str(target))
+        raise OSError(failed, os.strerror(failed), target)
 
 
 def _sync_parents(source: Path, target: Path) -> None:
@@ -246,3 +312,63 @@ def _write(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+class Folder:
+    """A folder by its descriptor. What is done in it goes by names of one component and follows no link, so that it
+    reaches nothing else, whatever takes the place of the folder's path meanwhile. `close` it.
+    """
+
+    def __init__(self, path: str | Path, *, below: "Folder | None" = None, follow: bool = False) -> None:
+        """Opens it. `below`: the folder in which `path` is a name. Raises OSError where it is none, or is a link and
+        links are not to be followed.
+        """
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+        self.fd: int = os.open(path, flags, dir_fd=below.fd if below else None)
+
+    def make(self, name: str) -> "Folder":
+        """A new folder in it. Raises FileExistsError where that name is taken."""
+        os.mkdir(name, FOLDER_MODE, dir_fd=self.fd)
+        return Folder(name, below=self)
+
+    def create(self, name: str, size: int | None = None) -> int:
+        """As `durable.create`, in this folder."""
+        return create(name, size, below=self.fd)
+
+    def move(self, name: str, new: str) -> None:
+        """Renames within it, at once and durably, over a file of the new name if there is one."""
+        hit("rename")
+        os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self.sync()
+
+    def move_new(self, name: str, target: "Folder") -> None:
+        """Moves what has that name to `target`, as `rename_new` does."""
+        hit("rename")
+        _rename_new(self.fd, name, target.fd, name)
+        target.sync()
+        self.sync()
+
+    def remove(self, name: str) -> None:
+        """As `durable.remove`, in this folder."""
+        hit("remove")
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode):
+                shutil.rmtree(name, dir_fd=self.fd)  # it refuses a link that has taken the folder's place
+            else:
+                os.unlink(name, dir_fd=self.fd)
+
+    def sync(self) -> None:
+        """As `sync_folder`."""
+        hit("folder.sync")
+        sync(self.fd)
+
+    def close(self) -> None:
+        """Lets go of it: whatever is tried in it then fails."""
+        os.close(self.fd)
+        self.fd = -1
+
+    def __enter__(self) -> "Folder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -2,7 +2,7 @@
 
 HOME/
   mainstem.toml
-  inbox/                   .uploads/ in it holds what is still being sent over HTTP
+  inbox/                   where experts are dropped; others may write in it
   quarantine/000017/       reason.json and what was refused
   archive/000016/          what was merged (or was a duplicate)
   published/main/000012/   one folder per version; adapter/ in it where one is asked for
@@ -12,6 +12,7 @@ HOME/
     base/                  the base itself, copied when the home was made
     heads/main/000012/state.safetensors
     heads/main/views/000012.safetensors      what the method keeps of the expert that version 12 folded
+    uploads/               what is still being sent over HTTP
     tmp/
     rebuild-main/  without-000013/       homes in this home, while a rebuild is on its way
 """
@@ -30,6 +31,11 @@ PREPARED_DIGEST = "prepared.sha256"
 def is_head_name(name: str) -> bool:
     """True for what a head may be called: its folders are named after it."""
     return name.isascii() and name.isidentifier()
+
+
+def is_weights(name: str) -> bool:
+    """True for the merged weights and their index; those of a module in a folder of its own are the base's."""
+    return ".safetensors" in name and "/" not in name
 
 
 def is_adapter(name: str) -> bool:
@@ -58,7 +64,12 @@ class Home:
 
     @property
     def uploads(self) -> Path:
-        """What is still being sent over HTTP, in the inbox's file system but not seen by its scan."""
+        """What is still being sent over HTTP. Not in the inbox: others may write there, and put a link in its place."""
+        return self.state / "uploads"
+
+    @property
+    def old_uploads(self) -> Path:
+        """Where uploads lay once."""
         return self.inbox / ".uploads"
 
     @property

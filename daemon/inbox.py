@@ -7,9 +7,10 @@ file in it) has not changed for `settle_seconds`, or at once where a folder brin
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Container
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
@@ -36,13 +37,19 @@ Stamp = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True)
 class Drop:
-    """One settled entry of the inbox. `rest_seconds`: how long it has been standing still."""
+    """One settled entry of the inbox. `rest_seconds`: how long it had been standing still when it was listed."""
 
     name: str
     entry: str  # "device:inode:mtime", which finds it again after a crash, under whatever name
     mtime_ns: int
     size_bytes: int
     rest_seconds: float
+    listed_at: float = field(default_factory=time.monotonic, compare=False)
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long it has been standing still by now: others of the same listing may have been taken before it."""
+        return self.rest_seconds + time.monotonic() - self.listed_at
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Inbox:
 
     def __init__(self, path: Path, settle_seconds: float, clock: Callable[[], float]) -> None:
         self._path = path
-        self._settle = settle_seconds
+        self.settle_seconds = settle_seconds
         self._clock = clock
         self._since: dict[str, tuple[Fingerprint, float]] = {}
 
@@ -83,7 +90,7 @@ class Inbox:
             before = self._since.get(entry.name)
             since[entry.name] = before if before and before[0] == fingerprint else (fingerprint, now)
             rest = now - since[entry.name][1]
-            if ready or rest >= self._settle:
+            if ready or rest >= self.settle_seconds:
                 settled.append(Drop(entry.name, identity, status.st_mtime_ns, size, rest))
         self._since = since
         settled.sort(key=lambda drop: (drop.mtime_ns, drop.name))

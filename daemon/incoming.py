@@ -6,9 +6,9 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from daemon import durable
+from daemon.durable import Folder
 from daemon.errors import NotUploaded, Reason
 from daemon.inbox import TEMPORARY
 from projector.text import shown
@@ -34,14 +34,14 @@ class Incoming:
     many.
     """
 
-    def __init__(self, expert: str, name: str, folder: Path, size: int | None, check: Callable[[int], None]) -> None:
+    def __init__(self, expert: str, name: str, folder: Folder, size: int | None, check: Callable[[int], None]) -> None:
         self.expert = expert
         self.name = name
+        self.part = f".{name}.part"  # what it is called in `folder` while it comes
         self.size = size
         self.done = 0
         self._digest = hashlib.sha256()
         self._folder = folder
-        self._path = folder / f".{name}.part"
         self._fd: int | None = None
         self._check = check
 
@@ -51,7 +51,7 @@ class Incoming:
         """
         self._check(self.size or 0)
         _check_space(self._folder, self.size or 0)
-        self._fd = durable.create(self._path, self.size)
+        self._fd = self._folder.create(self.part, self.size)
 
     def write(self, data: bytes) -> None:
         """Takes the next bytes. Raises NotUploaded where they are too many, OSError where the disk is full."""
@@ -66,11 +66,10 @@ class Incoming:
         """What has come."""
         return Stored(self.name, self.done, self._digest.hexdigest())
 
-    def sync(self) -> Path:
-        """Makes what came durable; where it lies. Raises SyncFailed, or OSError where the disk is full."""
+    def sync(self) -> None:
+        """Makes what came durable. Raises SyncFailed, or OSError where the disk is full."""
         assert self._fd is not None, "open first"
         durable.sync(self._fd)
-        return self._path
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -81,7 +80,7 @@ class Incoming:
     def remove(self) -> None:
         """Lets go of the file, and removes it where it is still here."""
         self.close()
-        durable.remove(self._path)
+        self._folder.remove(self.part)
 
 
 def check_name(name: str) -> None:
@@ -94,8 +93,8 @@ def check_name(name: str) -> None:
         )
 
 
-def _check_space(folder: Path, size: int) -> None:
-    if shutil.disk_usage(folder).free < size + RESERVE_BYTES:
+def _check_space(folder: Folder, size: int) -> None:
+    if shutil.disk_usage(folder.fd).free < size + RESERVE_BYTES:
         raise NotUploaded(
             Reason.UPLOAD_SPACE, "there is not enough free space for it", "make room for HOME, or lower the retention"
         )

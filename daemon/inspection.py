@@ -7,7 +7,7 @@ from threading import Event
 from typing import Any
 
 from daemon.adapter_modules import read_config
-from daemon.admission import USUAL_EXPERTS, check_norm
+from daemon.admission import USUAL_EXPERTS, check_norm, oddity, usual_norm
 from daemon.checkpoint import open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
@@ -45,8 +45,9 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
         folded = Folded(found.norm, found.base_norm, ())
-        norms = reader.merged_norms(limit=USUAL_EXPERTS)
-        check_norm(folded, norms, limits)
+        usual = usual_norm(reader.merged_norms(limit=USUAL_EXPERTS))
+        check_norm(folded, usual, limits)
+        odd = oddity(folded.norm, usual, limits)
         sha256 = expert.identity()
         twin = reader.merged(sha256)
         schema = base.tensors.schema
@@ -64,7 +65,10 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "duplicate_of": twin.id if twin else None,
             "norm": found.norm,
             "norm_over_base": found.norm / found.base_norm,
-            "norm_over_usual": found.norm / median(norms) if norms else None,
+            "norm_over_usual": found.norm / usual if usual else None,
+            "flags": [odd.flag] if odd else [],
+            "warning": odd.detail if odd else None,
+            "hint": odd.hint if odd else None,
             "compared_with": f"{head.name}/v{head.live}",
             "overlap": found.cosine,
             "reads_bytes": expert.size_bytes + base.size_bytes,

@@ -2,10 +2,40 @@
 
 import logging
 import sys
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 
 from daemon.config import Log
+
+
+class Unfailing:
+    """A stream whose every write succeeds: a terminal that is gone, a pipe that nobody reads or a full disk under the
+    log is no reason to end a merge. What cannot be written is lost.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Takes the text, whatever becomes of it."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is held back, as far as that can be."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def standard_error() -> TextIO:
+    """Standard error, as a stream that never fails."""
+    return cast(TextIO, Unfailing(sys.stderr))
 
 
 def configure(settings: Log) -> None:
@@ -24,5 +54,5 @@ def configure(settings: Log) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(standard_error()),
     )

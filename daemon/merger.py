@@ -24,7 +24,7 @@ import torch
 from daemon import durable
 from daemon.adapter_modules import read_config
 from daemon.adapting import Adapting
-from daemon.admission import USUAL_EXPERTS, check_norm
+from daemon.admission import USUAL_EXPERTS, check_norm, oddity, usual_norm
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
 from daemon.compute import check_budget, driver
 from daemon.config import Settings
@@ -69,7 +69,8 @@ class Merger:
         self._plan = planned(self._base.tensors.schema, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._base_norm: float | None = None
-        check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute)
+        reserved = self._driver.device.slab_bytes
+        check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute, reserved)
         self._inbox = os.open(home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
         self.preparations.follow(read_lines(store, self._methods))
@@ -79,6 +80,14 @@ class Merger:
         self.preparations.close()
         self._base.close()
         os.close(self._inbox)
+
+    def adopt(self, settings: Settings) -> None:
+        """Takes the next expert by these settings; how versions look and are computed stays as it is.
+
+        Raises BadConfig, and then nothing has changed.
+        """
+        self._adapting = Adapting(self._home, self._base.tensors, settings, self._progress)
+        self._settings = settings
 
     def take(self, drop: Drop, naming: Naming | None = None) -> Expert:
         """Merges, recognises or refuses one drop; returns what the registry says of it.
@@ -217,11 +226,13 @@ class Merger:
         )
         if twin := self._store.merged(sha256):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
+        usual, limits = usual_norm(self._store.merged_norms(limit=USUAL_EXPERTS)), self._settings.admission
         try:
-            check_norm(folded, self._store.merged_norms(limit=USUAL_EXPERTS), self._settings.admission)
+            check_norm(folded, usual, limits)
         except Refused as error:
             return refused(new, error)
-        return new
+        odd = oddity(folded.norm, usual, limits)
+        return odd.on(new) if odd else new
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
         for line, after, output in zip(lines, totals, outputs, strict=True):

@@ -9,11 +9,13 @@ from prometheus_client.registry import Collector
 from daemon.errors import Reason
 from daemon.progress import PHASES
 from projector.errors import Reason as ProjectorReason
+from registry.records import Flag
 from registry.store import Reader
 
 UPLOADS = ("stored", "refused", "broken")
 OUTCOMES = ("merged", "duplicate", "quarantined", "requeued", "abandoned")
 NOT_OF_EXPERTS = {"unknown", "home", "config", "pull", "changed", "bad_parameter", "unknown_method", "over_budget"}
+NOT_OF_EXPERTS |= {"device_lost"}
 NOT_OF_EXPERTS |= {"convert"} | {reason for reason in Reason if reason.startswith("upload_")}
 REASONS = tuple(dict.fromkeys(str(r) for r in (*Reason, *ProjectorReason) if r not in NOT_OF_EXPERTS))
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
@@ -49,6 +51,12 @@ class Metrics:
         self.refused = Counter(
             "mainstem_refused", "Experts put into quarantine, by reason.", ["reason"], registry=registry
         )
+        self.flagged = Counter(
+            "mainstem_experts_flagged",
+            "Experts merged although something about them is odd, by what it is.",
+            ["flag"],
+            registry=registry,
+        )
         self.inbox_settled = Gauge(
             "mainstem_inbox_settled",
             "Entries at rest in the inbox: waiting for their turn or incomplete.",
@@ -64,18 +72,25 @@ class Metrics:
             "mainstem_upload_bytes", "Bytes of the files that were sent over HTTP and stored.", registry=registry
         )
         self.oldest_seconds = Gauge(
-            "mainstem_inbox_oldest_seconds", "How long the oldest settled entry has been waiting.", registry=registry
+            "mainstem_inbox_oldest_seconds",
+            "How long the settled entry that came to rest first has been at rest.",
+            registry=registry,
         )
         self.progress = Gauge(
             "mainstem_merge_progress_ratio", "How far the expert in hand is, 0 to 1.", registry=registry
         )
         self.merge_seconds = Histogram(
-            "mainstem_merge_seconds", "From taking an expert to its commit.", buckets=SECONDS, registry=registry
+            "mainstem_merge_seconds",
+            "From taking an expert to its version being out and the expert in the archive.",
+            buckets=SECONDS,
+            registry=registry,
         )
         self.arrival_seconds = Histogram(
-            "mainstem_arrival_seconds", "From an upload's last change to its version being visible.",
-            buckets=SECONDS, registry=registry,
-        )  # fmt: skip
+            "mainstem_arrival_seconds",
+            "From an upload's last change to its version being out and the expert in the archive.",
+            buckets=SECONDS,
+            registry=registry,
+        )
         self.phase_seconds = Counter(
             "mainstem_merge_phase_seconds",
             "Where merging spent its time, over all threads.",
@@ -95,7 +110,7 @@ class Metrics:
         )
         self.fallbacks = Counter(
             "mainstem_device_fallbacks",
-            "Tensors computed on the CPU because the device was out of memory.",
+            "Tensors computed on the CPU because the device could not take them.",
             registry=registry,
         )
         self.prepared = Gauge(
@@ -104,12 +119,24 @@ class Metrics:
             ["head"],
             registry=registry,
         )
+        self.reload_succeeded = Gauge(
+            "mainstem_config_last_reload_successful",
+            "1 where the settings could be read when they were last read.",
+            registry=registry,
+        )
+        self.reload_seconds = Gauge(
+            "mainstem_config_last_reload_success_timestamp_seconds",
+            "When the settings were last read and could be.",
+            registry=registry,
+        )
         for outcome in OUTCOMES:
             self.experts.labels(outcome)
         for outcome in UPLOADS:
             self.uploads.labels(outcome)
         for reason in REASONS:
             self.refused.labels(reason)
+        for flag in Flag:
+            self.flagged.labels(str(flag))
         for phase in PHASES:
             self.phase_seconds.labels(phase)
 
@@ -117,6 +144,12 @@ class Metrics:
         """Counts a file that was sent over HTTP."""
         self.uploads.labels(outcome).inc()
         self.upload_bytes.inc(size_bytes)
+
+    def reloaded(self, successful: bool) -> None:
+        """Notes that the settings were read, and whether they could be."""
+        self.reload_succeeded.set(successful)
+        if successful:
+            self.reload_seconds.set_to_current_time()
 
     def show_heads(self, reader: Reader) -> None:
         """Sets what the registry says of the heads."""

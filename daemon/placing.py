@@ -41,7 +41,7 @@ def place(home: Home, store: Store, expert: Expert) -> bool:
         except FileNotFoundError:
             pass  # withdrawn just now
         except OSError as error:
-            if error.errno not in IMMOVABLE:
+            if error.errno not in IMMOVABLE or durable.failed_sync(error):
                 raise
             return False
     else:  # moved before a crash, but perhaps not yet durably

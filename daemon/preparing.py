@@ -20,6 +20,7 @@ from daemon.home import PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home
 from daemon.lines import Line
 from daemon.metrics import software_version
 from daemon.retention import numbered
+from projector.device import Device
 from projector.errors import BadFile
 from projector.fold import Driver
 from projector.head import Prepared
@@ -72,11 +73,13 @@ class Preparations:
             try:
                 preparation.work(stop)
             except OSError as error:
-                if not (durable.is_full(error) or error.errno == errno.EFBIG):
+                if durable.failed_sync(error) or not (durable.is_full(error) or error.errno == errno.EFBIG):
                     raise
                 gave_up = str(error)
                 preparation.give_up()
-            except RuntimeError as error:  # torch's: the eigensolver, or no memory on the device or off it
+            except (RuntimeError, MemoryError) as error:  # the eigensolver, or no memory on the device or off it
+                if failed := durable.failed_sync(error):
+                    raise failed from None
                 gave_up = str(error)
                 preparation.give_up()
         return gave_up
@@ -224,7 +227,7 @@ def _bytes_by_tensor(line: Line, base: Checkpoint) -> Mapping[str, int]:
     return {name: size for name, size in sizes.items() if size}
 
 
-def _maker(device: torch.device) -> str:
+def _maker(device: Device) -> str:
     """What the bits depend on beside the state."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return f"mainstem {software_version()}, torch {torch.__version__}, {where}"
+    products = torch.get_float32_matmul_precision()
+    return f"mainstem {software_version()}, torch {torch.__version__}, {device.name}, products {products}"

@@ -21,7 +21,7 @@ class Progress(Watch):
         self,
         stopping: Event,
         report: Callable[[float], None],
-        fell_back: Callable[[str], None] = lambda _: None,
+        fell_back: Callable[[str, str], None] = lambda _, __: None,
     ) -> None:
         self._stopping = stopping
         self._report = report
@@ -50,5 +50,5 @@ class Progress(Watch):
         self._done += nbytes
         self._report(min(1.0, self._done / self._total) if self._total else 0.0)
 
-    def fell_back(self, name: str) -> None:
-        self._fell_back(name)
+    def fell_back(self, name: str, why: str) -> None:
+        self._fell_back(name, why)

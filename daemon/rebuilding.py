@@ -29,7 +29,7 @@ from daemon.sealing import origin
 from projector.method import Expert as View
 from projector.method import Method, Totals
 from projector.methods import make
-from registry.errors import RegistryError
+from registry.errors import Busy, RegistryError, StorageFailed
 from registry.records import Expert, Head, Status, Version
 from registry.store import Reader, Store
 
@@ -200,6 +200,8 @@ def _unfit(inner: Home, store: Store, heads: Heads, experts: Sequence[Expert]) -
         return not inner.founding.exists()
     try:
         return misfit(inner, store, heads, experts) is not None
+    except (StorageFailed, Busy):
+        raise
     except RegistryError:
         return True
 

@@ -3,22 +3,26 @@
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+from daemon.config import taking_effect
 from daemon.errors import DaemonError, NotYet, Reason
 from daemon.inbox import Drop
 from projector.errors import ProjectorError
 from projector.text import shown
 from registry.records import NewExpert, Status
 
+DROP_AGAIN = "move the expert from quarantine/<id>/ back into inbox/"
+
 
 def arrived(drop: Drop, status: Status) -> NewExpert:
     """What is known of a drop from outside."""
-    received = datetime.now(UTC) - timedelta(seconds=drop.rest_seconds)
+    received = datetime.now(UTC) - timedelta(seconds=drop.waited_seconds)
     return NewExpert(shown(drop.name), "unknown", None, drop.size_bytes, status, received, drop.entry)
 
 
 def refused(expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
     """The expert as one that was refused, and why."""
-    return replace(expert, status=Status.QUARANTINED, reason=str(error.reason), detail=str(error), hint=error.hint)
+    hint = taking_effect(error.hint, DROP_AGAIN)
+    return replace(expert, status=Status.QUARANTINED, reason=str(error.reason), detail=str(error), hint=hint)
 
 
 def changed(drop: Drop) -> NotYet:

@@ -6,6 +6,7 @@ the start: going back is the person's decision, never ours.
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from daemon import durable
@@ -40,6 +41,10 @@ def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
     for path in _strays(home, store):
         durable.remove(path)
         say("removed what was never committed", path=str(path.relative_to(home.root)))
+    if os.path.lexists(home.old_uploads):
+        # Others may write there: what cannot be removed stays, and stops no start. A link is removed, not followed.
+        with suppress(OSError, RecursionError):
+            durable.remove(home.old_uploads)
     finish(home, store)
     for head in store.heads():
         point_latest(home, head)
@@ -83,7 +88,7 @@ def _check_live(home: Home, store: Store, *, hashes: bool) -> None:
 def _strays(home: Home, store: Store) -> list[Path]:
     """Everything that no row of the registry names: temporary folders and versions that were never committed."""
     strays = list(home.tmp.iterdir())
-    strays += [home.uploads] if os.path.lexists(home.uploads) else []  # never what a link in its place leads to
+    strays += [home.uploads] if os.path.lexists(home.uploads) else []
     strays += [path for path in home.state.iterdir() if path.name.startswith(".") or path.name == "registry.new"]
     strays += _done_with(home, store)
     for head in store.heads():

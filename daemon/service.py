@@ -16,16 +16,19 @@ from daemon import durable
 from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
+from daemon.health import Health, Trouble
 from daemon.home import Home
-from daemon.http import HttpServer, base_url, create_app
+from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan, Watcher
+from daemon.logs import configure
 from daemon.memory import return_freed_memory, reuse_freed_memory
 from daemon.merger import Merger
 from daemon.metrics import Metrics
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
+from daemon.reloading import Read, Reloading, hearing
 from daemon.retention import collect
-from daemon.uploading import Uploads
+from daemon.uploading import Uploads, write_token
 from projector.errors import ProjectorError
 from projector.methods import methods
 from projector.text import shown
@@ -36,6 +39,7 @@ from registry.store import Reader, Store
 Display = Callable[[Drop], AbstractContextManager[Callable[[float], None]]]
 
 DISK_FULL_WAIT_SECONDS = 15.0
+DESCRIPTORS_WAIT_SECONDS = 2.0
 LOG_EVERY_SHARE = 0.25
 WAKE_SECONDS = 0.01
 
@@ -43,7 +47,10 @@ WAKE_SECONDS = 0.01
 class Service:
     """One run of the daemon over one home."""
 
-    def __init__(self, home: Home, settings: Settings, display: Display | None = None) -> None:
+    def __init__(
+        self, home: Home, settings: Settings, display: Display | None = None, read: Read | None = None
+    ) -> None:
+        """`read`: reads the settings again; without it they stay as they are."""
         if not home.exists():
             raise BadHome(f"{home.root} is not a mainstem home", "make one: mainstem init HOME --base PATH")
         self._home = home
@@ -52,15 +59,19 @@ class Service:
         self._log = structlog.get_logger()
         self._metrics = Metrics()
         self._uploads = Uploads(home, settings.http, self._metrics.uploaded)
+        self._reloading = Reloading(read or (lambda: settings), self._metrics)
+        self._health = Health(home)
         self._wake = Event()
         self._stopping = Event()
+        self._signalled = Event()
         self._not_ready: str | None = "recovering"
         self._show: Callable[[float], None] = lambda _: None
 
     def run(self, *, once: bool = False, http: bool = True) -> None:
         """Runs until SIGTERM or SIGINT; with `once`, until the inbox is drained.
 
-        Raises BadHome where the home is in use or damaged, SyncFailed where the disk failed; then only a restart helps.
+        Raises BadHome where the home is in use or damaged, SyncFailed where the disk failed and DeviceLost where
+        the device did; then only a restart helps.
         """
         reuse_freed_memory()
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
@@ -88,9 +99,22 @@ class Service:
             self._watch(closing)
             self._not_ready = None
             self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
-            self._drain(store, merger, progress, once)
+            self._drain_on(store, merger, progress, once)
             mark_clean(self._home)
             self._log.info("stopped")
+
+    def _drain_on(self, store: Store, merger: Merger, progress: Progress, once: bool) -> None:
+        """Drains, and goes on where there were no descriptors left for a while."""
+        while True:
+            try:
+                return self._drain(store, merger, progress, once)
+            except OSError as error:
+                if once or not durable.out_of_descriptors(error):
+                    raise
+                self._log.error(
+                    "too many open files: waiting", error=str(error), hint="raise the limit (ulimit -n, LimitNOFILE=)"
+                )
+                self._stopping.wait(DESCRIPTORS_WAIT_SECONDS)
 
     def _drain(self, store: Store, merger: Merger, progress: Progress, once: bool) -> None:
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
@@ -99,6 +123,7 @@ class Service:
             self._wake.clear()
             if self._stopping.is_set():
                 return
+            self._reload(store, merger, inbox)
             self._uploads.tend()
             scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
             self._show_inbox(scan)
@@ -107,13 +132,16 @@ class Service:
                 for drop in scan.settled:
                     if self._stopping.is_set():
                         return
+                    self._reload(store, merger, inbox)
                     waiting += not self._take(store, merger, progress, drop)
             except (OSError, DiskFull) as error:
+                if not _is_full(error):
+                    raise
                 if merger.preparations.discard():
                     continue  # that may be room enough
                 if once:
                     raise
-                self._wait_for_space(error, store, merger)
+                self._wait_for_space(error, store, merger, inbox)
                 continue  # with the oldest drop again: the order of merging does not change
             if once and not waiting and not scan.settled:
                 return
@@ -136,7 +164,7 @@ class Service:
 
         def stop() -> bool:
             nonlocal again
-            if self._stopping.is_set():
+            if self._stopping.is_set() or self._reloading.asked:
                 return True
             if self._wake.is_set() or time.monotonic() >= again:
                 self._wake.clear()
@@ -171,6 +199,7 @@ class Service:
             self._metrics.progress.set(0)
             return_freed_memory()
         self._metrics.disk_full.set(0)
+        self._health.clear("disk_full")
         self._time(expert, drop, progress, started)
         self._tell(expert, store, log)
         return True
@@ -179,16 +208,16 @@ class Service:
         self._metrics.progress.set(share)
         self._show(share)
 
-    def _fell_back(self, name: str) -> None:
+    def _fell_back(self, name: str, why: str) -> None:
         self._metrics.fallbacks.inc()
-        self._log.warning("out of device memory: computed on the CPU", tensor=shown(name))
+        self._log.warning("computed on the CPU", tensor=shown(name), why=why)
 
     def _time(self, expert: Expert, drop: Drop, progress: Progress, started: float) -> None:
         metrics = self._metrics
         if expert.status is Status.MERGED:
             seconds = time.monotonic() - started
             metrics.merge_seconds.observe(seconds)
-            metrics.arrival_seconds.observe(seconds + drop.rest_seconds)
+            metrics.arrival_seconds.observe(drop.waited_seconds)
             for phase, spent in progress.seconds.items():
                 metrics.phase_seconds.labels(phase).inc(spent)
 
@@ -198,7 +227,13 @@ class Service:
             self._metrics.refused.labels(expert.reason).inc()
         if expert.status is Status.MERGED:
             self._metrics.show_heads(store)
+            for flag in expert.flags:
+                self._metrics.flagged.labels(str(flag)).inc()
             log.info("merged", id=expert.id, version=expert.version, norm=expert.norm, sha256=expert.sha256)
+            if expert.flags:
+                log.warning(
+                    "merged, but look at it", id=expert.id, flags=expert.flags, detail=expert.detail, hint=expert.hint
+                )
             even = [head.name for head in store.heads() if not methods()[head.method].weighted]
             if expert.weight != 1 and even:
                 log.info(
@@ -221,23 +256,44 @@ class Service:
         settings = self._settings.inbox
         return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
 
-    def _wait_for_space(self, error: OSError | DiskFull, store: Store, merger: Merger) -> None:
+    def _wait_for_space(self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox) -> None:
         """Waits, and goes on waiting while there is no room to finish what was cut short.
 
         Raises `error` itself where it means anything but a full disk.
         """
         while not self._stopping.is_set():
-            if isinstance(error, OSError) and not durable.is_full(error):
+            if not _is_full(error):
                 raise error
             self._metrics.disk_full.set(1)
+            self._health.note(
+                Trouble("disk_full", "the disk is full: merging waits for space", "make room for the home")
+            )
             self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
-            self._stopping.wait(DISK_FULL_WAIT_SECONDS)
+            self._signalled.wait(DISK_FULL_WAIT_SECONDS)
+            self._signalled.clear()
+            self._reload(store, merger, inbox)  # fewer versions to keep may be room enough
             try:
                 for expert in merger.finish():
                     self._tell(expert, store, self._log.bind(drop=expert.name))
                 return
             except (OSError, DiskFull) as again:
                 error = again
+
+    def _reload(self, store: Store, merger: Merger, inbox: Inbox) -> None:
+        """Where it was asked for: the settings again, for whatever comes next."""
+
+        def adopt(settings: Settings) -> None:
+            token = write_token(self._home, settings.http)
+            merger.adopt(settings)
+            if token != self._uploads.token:
+                self._log.info("the write token was changed", uploads="on" if token else "off")
+            self._uploads.adopt(settings.http, token)
+            inbox.settle_seconds = settings.inbox.settle_seconds
+            configure(settings.log)
+
+        if self._reloading.asked:
+            heads = [head.name for head in store.heads()]
+            self._settings = self._reloading.settings(self._settings, heads, adopt)
 
     def _lock(self) -> int:
         try:
@@ -249,21 +305,31 @@ class Service:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        def stop(_: int, __: FrameType | None) -> None:
+        def stop(*_: int | FrameType | None) -> None:
             self._stopping.set()
+            self._signalled.set()
+            self._wake.set()
+
+        def reload() -> None:
+            self._reloading.asked = True
+            self._signalled.set()
             self._wake.set()
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            yield
+            with hearing(reload, stop):
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _serve(self, closing: ExitStack) -> None:
         reader = closing.enter_context(Reader.open(self._home.registry))
-        app = create_app(self._home, reader, self._metrics.registry, lambda: self._not_ready, self._uploads)
-        server = HttpServer(app, self._settings.http.host, self._settings.http.port)
+        http = self._settings.http
+        hosts = Hosts(http.host, http.allowed_hosts)
+        metrics = self._metrics.registry
+        app = create_app(self._home, reader, metrics, lambda: self._not_ready, self._uploads, hosts, self._health)
+        server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)
         self._log.info("listening", url=base_url(host, port))
@@ -292,3 +358,8 @@ class Service:
                 self._log.info("merging", drop=shown(drop.name), share=round(share, 2))
 
         yield show
+
+
+def _is_full(error: OSError | DiskFull) -> bool:
+    """True where waiting for space helps; anything else that the disk says must end the process."""
+    return durable.failed_sync(error) is None and (isinstance(error, DiskFull) or durable.is_full(error))

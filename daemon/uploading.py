@@ -1,17 +1,18 @@
-"""Experts that are sent over HTTP: written below a dot folder of the inbox, checked, renamed into the inbox when whole.
+"""Experts that are sent over HTTP: written where only the daemon writes, checked, moved into the inbox when whole.
 
-    inbox/.uploads/NAME/FILE            whole, waiting for the rest of its folder
-    inbox/.uploads/NAME/.FILE.part      coming
+    state/uploads/NAME/FILE            whole, waiting for the rest of its folder
+    state/uploads/NAME/.FILE.part      coming
 
 An expert of one file enters the inbox with its last byte, a folder when its sender says that it is complete. Nothing in
-.uploads outlives the process: who was cut off begins again. Knows nothing of HTTP; safe to call from any thread.
+state/uploads outlives the process: who was cut off begins again. Knows nothing of HTTP; safe to call from any thread.
 """
 
+import errno
 import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,8 @@ from threading import Lock
 import structlog
 
 from daemon import durable
-from daemon.config import Http
-from daemon.durable import SyncFailed
+from daemon.config import Http, taking_effect
+from daemon.durable import Folder
 from daemon.errors import BadConfig, NotUploaded, Reason
 from daemon.home import Home
 from daemon.incoming import Incoming, Stored, check_name
@@ -42,7 +43,7 @@ Count = Callable[[str, int], None]
 class _Upload:
     """What has come of one expert; `single`: it is one file."""
 
-    folder: Path
+    folder: Folder
     single: bool
     files: dict[str, Stored] = field(default_factory=dict)
     coming: dict[str, Incoming] = field(default_factory=dict)
@@ -55,19 +56,28 @@ class _Upload:
 
 
 class Uploads:
-    """All uploads into one home. `token`: what a sender must know; None where nothing is taken."""
+    """All uploads into one home. `token`: what a sender must know; None where nothing is taken. `stall_seconds`: over
+    how long a sender's pace is measured.
+    """
 
     def __init__(self, home: Home, settings: Http, count: Count = lambda *_: None) -> None:
         """Raises BadConfig where the token cannot be read or is easily guessed; logs where others may read it too."""
-        self.token = write_token(home, settings)
-        if settings.write_token_file:
-            _warn_of_readers(home.root / settings.write_token_file)
+        self.stall_seconds = settings.stall_seconds
         self._home = home
-        self._limit = int(settings.upload_bytes)
+        self.adopt(settings, write_token(home, settings))
         self._count = count
         self._lock = Lock()
         self._open: dict[str, _Upload] = {}
-        self._failed: SyncFailed | None = None
+        self._failed: OSError | None = None
+        self.failing: str | None = None
+        """Why the last upload that came whole, or was to begin, could not be stored; None where it could."""
+
+    def adopt(self, settings: Http, token: str | None) -> None:
+        """Asks for this token from here on, and takes experts of the size in the settings."""
+        self.token = token
+        self._limit = int(settings.upload_bytes)
+        if settings.write_token_file:
+            _warn_of_readers(self._home.root / settings.write_token_file)
 
     def begin(self, expert: str, file: str | None, size: int | None) -> Incoming:
         """A file to write to: the expert itself, or `file` of its folder. `size` in bytes where it is known.
@@ -82,12 +92,13 @@ class Uploads:
                 "an expert of one file is a .safetensors file",
                 "send a folder file by file, to .../files/{file}, and commit it",
             )
-        with self._lock:
+        with self._lock, self._watched():
             upload = self._joined(expert, file)
             incoming = Incoming(expert, file or expert, upload.folder, size, partial(self._check_size, upload))
             upload.coming[incoming.name] = incoming
         try:
-            incoming.open()
+            with self._watched():
+                incoming.open()
         except BaseException:
             self.drop(incoming, "refused")
             raise
@@ -105,15 +116,16 @@ class Uploads:
         if digests - {stored.sha256}:
             raise NotUploaded(Reason.UPLOAD_DIGEST, f"what came has another sha256: {stored.sha256}", "send it again")
         with self._watched():
-            path = incoming.sync()
+            incoming.sync()
             with self._lock:
                 upload = self._open[incoming.expert]
+                if not upload.single:
+                    upload.files.pop(incoming.name, None)  # where this fails, neither is known to be there
+                upload.folder.move(incoming.part, incoming.name)
                 if upload.single:
-                    self._enter(path, incoming.expert)
+                    self._enter(upload.folder, incoming.name)
                     self._remove(incoming.expert)
                 else:
-                    upload.files.pop(incoming.name, None)  # where this fails, neither is known to be there
-                    durable.rename(path, upload.folder / incoming.name)
                     upload.files[incoming.name] = stored
                     del upload.coming[incoming.name]
                     upload.touched = time.monotonic()
@@ -123,15 +135,12 @@ class Uploads:
 
     def drop(self, incoming: Incoming, outcome: str = "broken") -> None:
         """Removes a file that did not come whole, and its upload where nothing is left of it."""
-        incoming.remove()
         with self._lock:
-            upload = self._open[incoming.expert]
-            del upload.coming[incoming.name]
-            upload.touched = time.monotonic()
-            if incoming.name not in upload.files:
-                durable.remove(upload.folder / incoming.name)
-            if not upload.files and not upload.coming:
-                self._remove(incoming.expert)
+            upload = self._open.get(incoming.expert)
+            if upload is None or upload.coming.get(incoming.name) is not incoming:  # what failed came after its end
+                incoming.close()
+            else:
+                self._drop(incoming, upload)
         self._count(outcome, 0)
 
     def commit(self, expert: str, wanted: Mapping[str, str] | None) -> list[Stored]:
@@ -149,9 +158,11 @@ class Uploads:
                     f"these differ, are missing or were not named: {listed(names)}",
                     "send what is missing and commit again, or DELETE the upload and begin again",
                 )
-            durable.sync_folder(upload.folder)
-            self._enter(upload.folder, expert)
+            upload.folder.sync()
+            with Folder(self._home.uploads) as uploads:
+                self._enter(uploads, expert)
             del self._open[expert]
+            upload.folder.close()
         return sorted(upload.files.values(), key=lambda file: file.name)
 
     def abandon(self, expert: str) -> None:
@@ -161,13 +172,22 @@ class Uploads:
             self._remove(expert)
 
     def tend(self) -> None:
-        """Removes what nobody has added to for STALE_SECONDS. Raises SyncFailed where the disk failed an upload."""
+        """Removes what nobody has added to for STALE_SECONDS. Raises OSError where the disk failed an upload."""
         if self._failed:
             raise self._failed
         with self._lock:
             for expert, upload in list(self._open.items()):
                 if not upload.coming and time.monotonic() - upload.touched >= STALE_SECONDS:
                     self._remove(expert)
+
+    def _drop(self, incoming: Incoming, upload: _Upload) -> None:
+        incoming.remove()
+        del upload.coming[incoming.name]
+        upload.touched = time.monotonic()
+        if incoming.name not in upload.files:
+            upload.folder.remove(incoming.name)
+        if not upload.files and not upload.coming:
+            self._remove(incoming.expert)
 
     def _joined(self, expert: str, file: str | None) -> _Upload:
         """The upload that the file belongs to, a new one where there is none."""
@@ -183,12 +203,10 @@ class Uploads:
         if sum(len(one.coming) for one in self._open.values()) >= AT_ONCE:
             raise _limit(f"{AT_ONCE} files are being sent already")
         if upload is None:
-            upload = _Upload(self._home.uploads / expert, file is None)
-            if self._home.uploads.is_symlink():  # whoever may write to the inbox must not lead us elsewhere
-                durable.remove(self._home.uploads)
-            durable.remove(upload.folder)
-            durable.make_folder(upload.folder)
-            self._open[expert] = upload
+            durable.make_folder(self._home.uploads)
+            with Folder(self._home.uploads) as uploads:
+                uploads.remove(expert)
+                upload = self._open[expert] = _Upload(uploads.make(expert), file is None)
         return upload
 
     def _check_size(self, upload: _Upload, more: int) -> None:
@@ -196,7 +214,7 @@ class Uploads:
             raise NotUploaded(
                 Reason.UPLOAD_SIZE,
                 f"an expert may have {self._limit} bytes at the most",
-                "the setting http.upload_bytes can allow more",
+                taking_effect("a higher http.upload_bytes would take it"),
             )
 
     def _idle(self, expert: str) -> _Upload:
@@ -213,23 +231,29 @@ class Uploads:
             )
         return upload
 
-    def _enter(self, path: Path, expert: str) -> None:
+    def _enter(self, folder: Folder, expert: str) -> None:
+        """Moves what has the expert's name out of that folder into the inbox."""
         try:
-            durable.rename_new(path, self._home.inbox / expert)
+            with Folder(self._home.inbox, follow=True) as inbox:  # a link that the home's owner made, and no one else
+                folder.move_new(expert, inbox)
         except FileExistsError:
             raise _taken(expert, "came into the inbox meanwhile") from None
 
     def _remove(self, expert: str) -> None:
-        durable.remove(self._open.pop(expert).folder)
+        self._open.pop(expert).folder.close()
+        with suppress(FileNotFoundError), Folder(self._home.uploads) as uploads:
+            uploads.remove(expert)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """A failed sync ends the daemon (`tend`), whoever it befell."""
+        """Remembers what the disk did. One that fails ends the daemon (`tend`), whoever it befell."""
         try:
             yield
-        except SyncFailed as error:
-            self._failed = error
+        except OSError as error:
+            self.failing = error.strerror or type(error).__name__
+            self._failed = self._failed or durable.failed_sync(error) or (error if error.errno == errno.EIO else None)
             raise
+        self.failing = None
 
 
 def write_token(home: Home, settings: Http) -> str | None:
@@ -254,7 +278,10 @@ def write_token(home: Home, settings: Http) -> str | None:
 
 
 def _warn_of_readers(path: Path) -> None:
-    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:  # it was there a moment ago, when it was read
+        return
     if mode & (stat.S_IRGRP | stat.S_IROTH):
         structlog.get_logger().warning(
             "others than its owner may read the write token, and then upload",

@@ -8,6 +8,8 @@
     ├── UnknownMethod      no method has that name
     └── OverBudget         one tensor alone needs more memory than the budget
 
+    DeviceLost             no ProjectorError, since it says nothing of what was to be merged: only a new process helps
+
 Every error carries `.reason`, a word from a closed list that serves as metric label and registry value, and `.hint`,
 what the person should do next. `str(error)` says what is wrong and where.
 """
@@ -30,6 +32,7 @@ class Reason(StrEnum):
     BAD_PARAMETER = "bad_parameter"
     UNKNOWN_METHOD = "unknown_method"
     OVER_BUDGET = "over_budget"
+    DEVICE_LOST = "device_lost"
 
 
 class ProjectorError(Exception):
@@ -72,3 +75,13 @@ class OverBudget(ProjectorError):
 
     def __init__(self, detail: str, hint: str) -> None:
         super().__init__(Reason.OVER_BUDGET, detail, hint)
+
+
+class DeviceLost(Exception):
+    """The CUDA context is gone: nothing that this process asks of the device succeeds any more."""
+
+    reason = Reason.DEVICE_LOST
+
+    def __init__(self, detail: str, hint: str) -> None:
+        super().__init__(detail)
+        self.hint = hint

@@ -4,19 +4,24 @@ Each tensor of the expert is read once and folded into all heads; one that every
 blocks of rows. One thread reads ahead, workers compute on a few tensors at a time, on the CPU or on a CUDA device, and
 write; the calling thread hashes what they wrote. What is in memory is what those few need, within the budget, however
 large the model.
+
+What every head takes elementwise is computed on the CPU whatever the device: it is read, hashed and written there, and
+a pass over it in the cache costs less than any of these, while a device would add the way there and back.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import fsum, sqrt
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from projector.device import CPU, compute_on, load, load_each, unload
+from projector.device import CPU, Device, load, load_each, unload
 from projector.head import Folded, HeadFold
-from projector.linalg import energy, widened
+from projector.linalg import energy, on_device, widened
 from projector.measure import finite_energy, fitted
 from projector.method import Expert, Factors, Method, State, Sums, Survey, Totals
 from projector.pipeline import Pipeline, never
@@ -28,6 +33,7 @@ from projector.text import shown
 from projector.watch import SILENT, Watch
 
 BUDGET_BYTES = 2 << 30
+Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Driver:
     """How to run: the device, the size of a block in bytes of float32, how many worker threads, how many bytes all that
     is in hand may take, and who watches."""
 
-    device: torch.device = field(default_factory=lambda: CPU)
+    device: Device = field(default_factory=Device)
     block_bytes: int = BLOCK_BYTES
     workers: int = 1
     budget_bytes: int = BUDGET_BYTES
@@ -74,11 +80,11 @@ class Driver:
             for step, found in self._pipeline().run(
                 steps(base.schema, source.order, [method], self.block_bytes),
                 partial(fold_bytes, [method]),
-                partial(self._read, base, source, [expert]),
+                partial(self._read, base, source, [method], [expert]),
                 partial(self._survey_part, source, method, before),
             ):
-                for key, value in found.items():
-                    shares[key] = shares[key].add_(value) if key in shares else value
+                for key, value in found.items():  # a copy: to a view, torch adds what is sparse at the wrong place
+                    shares[key] = shares[key].add_(value) if key in shares else value.to_dense().clone()
                 self.watch.advance(step.nbytes)
             expert = replace(expert, surveys=(*expert.surveys, shares))
         return expert
@@ -96,7 +102,7 @@ class Driver:
         for part in self._pipeline().run(
             steps(base.schema, source.order, methods, self.block_bytes),
             partial(fold_bytes, methods),
-            partial(self._read, base, source, views),
+            partial(self._read, base, source, methods, views),
             partial(self._fold_part, source, heads, base_norm is None),
         ):
             for writer, piece in part.written:
@@ -148,7 +154,7 @@ class Driver:
             steps(base.schema, names, [method], self.block_bytes),
             partial(prepare_bytes, method),
             lambda step: step,
-            lambda step: (step, compute_on(self.device, partial(work, step), step.spec.name, self.watch)),
+            lambda step: (step, self._run(partial(work, step), step, [method], prepare_bytes(method, step))),
             stop,
         ):
             for piece in pieces:
@@ -175,14 +181,18 @@ class Driver:
             return step, writer.put(step.spec.name, merged, step.part.start)
 
         def compute(writer: TensorWriter, read: tuple[Step, Tensor]) -> tuple[Step, Piece]:
-            return compute_on(self.device, partial(work, writer, *read), read[0].spec.name, self.watch)
+            return self._run(partial(work, writer, *read), read[0], [method], read_bytes(method, read[0]))
+
+        def fetch(step: Step) -> tuple[Step, Tensor]:
+            with self._reading(step, [method]):
+                return step, base.read(step.spec.name, step.rows)
 
         for writer in writers:
             names = [name for name, spec in writer.specs.items() if spec.floating]
             for step, piece in self._pipeline().run(
                 steps(base.schema, names, [method], self.block_bytes),
                 partial(read_bytes, method),
-                lambda step: (step, base.read(step.spec.name, step.rows)),
+                fetch,
                 partial(compute, writer),
             ):
                 writer.hash(piece)
@@ -191,16 +201,28 @@ class Driver:
         _copy_buffers(base, writers)
 
     def _pipeline(self) -> Pipeline:
-        return Pipeline(self.workers, self.budget_bytes)
+        return Pipeline(self.workers, self.budget_bytes, self.device.threads)
 
-    def _read(self, base: Checkpoint, source: Source, views: Sequence[Expert], step: Step) -> _Read:
-        sidecars = source.sidecars(step.spec, step.rows)
-        return _Read(
-            step,
-            base.read(step.spec.name, step.rows),
-            source.fetch(step.spec, step.rows),
-            [replace(view, sidecars=sidecars) if sidecars else view for view in views],
-        )
+    def _run(self, work: Callable[[torch.device], Out], step: Step, methods: Sequence[Method], need: int) -> Out:
+        """work(device), or work(CPU) where it is none of the device's. need: what the step takes on the CPU."""
+        if _elementwise(step, methods):
+            return work(CPU)
+        return self.device.run(work, on_device(step.numel, need), step.spec.name, self.watch)
+
+    def _reading(self, step: Step, methods: Sequence[Method]) -> AbstractContextManager[None]:
+        return nullcontext() if _elementwise(step, methods) else self.device.reading()
+
+    def _read(
+        self, base: Checkpoint, source: Source, methods: Sequence[Method], views: Sequence[Expert], step: Step
+    ) -> _Read:
+        with self._reading(step, methods):
+            sidecars = source.sidecars(step.spec, step.rows)
+            return _Read(
+                step,
+                base.read(step.spec.name, step.rows),
+                source.fetch(step.spec, step.rows),
+                [replace(view, sidecars=sidecars) if sidecars else view for view in views],
+            )
 
     def _survey_part(
         self, source: Source, method: Method, before: TensorReader | None, read: _Read
@@ -213,11 +235,12 @@ class Driver:
                 found = method.survey(state, delta, read.step.part, view)
                 return {key: unload(value) for key, value in found.items()}
 
-        return read.step, compute_on(self.device, work, read.step.spec.name, self.watch)
+        return read.step, self._run(work, read.step, [method], fold_bytes([method], read.step))
 
     def _fold_part(self, source: Source, heads: Sequence[HeadFold], measure: bool, read: _Read) -> _FoldedPart:
         work = partial(self._fold_on, source, heads, measure, read)
-        return compute_on(self.device, work, read.step.spec.name, self.watch)
+        methods = [head.method for head in heads]
+        return self._run(work, read.step, methods, fold_bytes(methods, read.step))
 
     def _fold_on(
         self, source: Source, heads: Sequence[HeadFold], measure: bool, read: _Read, device: torch.device
@@ -284,6 +307,10 @@ def _delta(source: Source, read: _Read, device: torch.device, factored: bool) ->
     theta0, fetched = load(read.base, device), [load(tensor, device) for tensor in read.expert]
     factors = source.factors(read.step.spec, fetched) if factored else None
     return theta0, source.delta(read.step.spec, theta0, fetched), factors
+
+
+def _elementwise(step: Step, methods: Sequence[Method]) -> bool:
+    return all(method.elementwise(step.spec) for method in methods)
 
 
 def _copy_buffers(base: Checkpoint, writers: Sequence[TensorWriter]) -> None:

@@ -15,6 +15,7 @@ WIDE_NUMEL = 1 << 18  # of one that is widened: 2 MiB as float64, which a core's
 ENERGY_NUMEL = 1 << 16  # elements widened at a time for a norm: they stay in the cache
 PIECE_NUMEL = 1 << 18  # of a flattened tensor that goes through many elementwise steps
 CUDA_NUMEL = 1 << 24  # in each case on a device, which wants few large pieces: 128 MiB as float64
+WIDE_BLOCKS = 6  # of rows that are there at a time, at the most
 STRIPS = 4  # of a Gram matrix's columns: products of 5/8 of it give it whole
 
 
@@ -45,6 +46,11 @@ def row_blocks(x: Tensor, numel: int = BLOCK_NUMEL) -> Iterator[slice]:
     """Slices of rows of a matrix that hold about `numel` elements each, CUDA_NUMEL on a device."""
     rows = max(1, (CUDA_NUMEL if x.is_cuda else numel) // max(1, x.shape[1]))
     return (slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows))
+
+
+def on_device(numel: int, nbytes: int) -> int:
+    """What work on a matrix of `numel` elements takes on a device, in bytes, where it takes `nbytes` on the CPU."""
+    return nbytes + 8 * WIDE_BLOCKS * min(numel, CUDA_NUMEL)
 
 
 def add_product(

@@ -113,7 +113,8 @@ class Method(ABC):
         return False
 
     def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
-        """One tensor's share of a survey round; shares are added up. `expert.surveys` holds the rounds before.
+        """One tensor's share of a survey round; shares are added up, and may be sparse. `expert.surveys` holds the
+        rounds before.
 
         state: the accumulators with `surveys_state`, else nothing.
         """

@@ -2,14 +2,15 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
+from projector.device import threads
 from projector.errors import OverBudget
 
+MOST = 8  # steps in hand for each worker and spare one, however small they are
 SPARE = 2  # steps in hand beside one for each worker: one being read, one being written
 Step = TypeVar("Step")
 In = TypeVar("In")
@@ -22,10 +23,11 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How wide and how deep: worker threads, and the bytes that all steps in hand may need together."""
+    """How wide and how deep: worker threads, the bytes that all steps in hand may need together, and whose threads."""
 
     workers: int
     budget_bytes: int
+    threads: Callable[[int], AbstractContextManager[Executor]] = threads
 
     def run(
         self,
@@ -43,10 +45,7 @@ class Pipeline:
         step is worked on. Raises OverBudget where one step alone does not fit.
         """
         hand: deque[tuple[Future[Out], int]] = deque()
-        with (
-            ThreadPoolExecutor(1, "read") as reader,
-            ThreadPoolExecutor(self.workers, "work", torch.set_num_threads, (1,)) as pool,
-        ):
+        with ThreadPoolExecutor(1, "read") as reader, self.threads(self.workers) as pool:
             try:
                 for step in steps:
                     if stop():
@@ -57,7 +56,9 @@ class Pipeline:
                             f"one tensor needs {need} bytes of memory, the budget is {self.budget_bytes}",
                             "raise the memory budget",
                         )
-                    while hand and _sum(hand) + need > self._limit(max(need, *(need for _, need in hand))):
+                    while len(hand) >= MOST * (self.workers + SPARE) or (
+                        hand and _sum(hand) + need > self._limit(max(need, *(need for _, need in hand)))
+                    ):
                         yield hand[0][0].result()
                         hand.popleft()
                     hand.append((pool.submit(_then, reader.submit(read, step), work), need))
@@ -70,6 +71,7 @@ class Pipeline:
             finally:
                 for future, _ in hand:
                     future.cancel()
+                wait([future for future, _ in hand])  # the threads may outlast this run: nothing of it may
 
     def _limit(self, largest: int) -> int:
         """What may be in hand: a step for each worker and the spare ones, where all are as large as the largest."""

@@ -7,6 +7,8 @@ tensors and blocks of rows, in any order.
     first = sum of coarse(x)                                over the model
     second = sum of fine(x, upper_bits(first, k))           over the model
     least = threshold(first, second, k)
+
+The counts of a tensor of few values are sparse: a model has tens of thousands of them, and bins by the thousand.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ LOWER = 16  # bits that the second sweep tells apart
 COARSE_BINS = 1 << 31 - LOWER
 FINE_BINS = 1 << LOWER
 GROUP = 256  # bins
+FEW = 2048  # values: fewer than the bins, and sorted faster than those are gone through
 MAGNITUDE = (1 << 31) - 1  # all bits but the sign
 
 
@@ -35,6 +38,10 @@ def kept(density: float, count: int) -> int:
 
 def coarse(x: Tensor) -> Tensor:
     """(COARSE_BINS,) int64: how many values of `x`, float32 of any shape, have each of the possible upper bits."""
+    if _few(x):
+        return _sparse(
+            x.reshape(-1).view(torch.int32).bitwise_right_shift(LOWER).bitwise_and_(COARSE_BINS - 1), COARSE_BINS
+        )
     counts = torch.zeros(COARSE_BINS, dtype=torch.int64, device=x.device)
     for bits in _bits(x):
         counts += torch.bincount((bits >> LOWER).bitwise_and_(COARSE_BINS - 1), minlength=COARSE_BINS)
@@ -48,6 +55,9 @@ def upper_bits(coarse: Tensor, k: int) -> int:
 
 def fine(x: Tensor, upper: int) -> Tensor:
     """(FINE_BINS,) int64: how many of the values of `x` with these upper bits have each of the possible lower bits."""
+    if _few(x):
+        lower = (x.reshape(-1).view(torch.int32) & MAGNITUDE).sub_(upper << LOWER)
+        return _sparse(lower[(lower >= 0) & (lower < FINE_BINS)], FINE_BINS)
     counts = torch.zeros(FINE_BINS + 2, dtype=torch.int64, device=x.device)
     for bits in _bits(x):
         lower = (bits & MAGNITUDE).sub_(upper << LOWER).clamp_(-1, FINE_BINS)
@@ -82,7 +92,10 @@ def surveyed(density: float, surveys: Sequence[Mapping[str, Tensor]]) -> float:
 
 
 def kth_largest(x: Tensor, *ks: int) -> list[float]:
-    """For each k the k-th largest magnitude of one tensor; infinite for k = 0."""
+    """For each k, no more than it has values, the k-th largest magnitude of one tensor; infinite for k = 0."""
+    if _few(x):
+        magnitudes = x.reshape(-1).abs().sort(descending=True).values
+        return [float(magnitudes[k - 1]) if k else inf for k in ks]
     counts = coarse(x)
     return [threshold(counts, fine(x, upper_bits(counts, k)), k) for k in ks]
 
@@ -90,6 +103,16 @@ def kth_largest(x: Tensor, *ks: int) -> list[float]:
 def just_below(magnitude: float) -> float:
     """The float32 before it: what exceeds that reaches the magnitude. Zero has none before it and stays."""
     return torch.nextafter(torch.tensor(magnitude), torch.tensor(0.0)).item()
+
+
+def _few(x: Tensor) -> bool:
+    return x.numel() <= FEW and not x.is_cuda
+
+
+def _sparse(bins: Tensor, size: int) -> Tensor:
+    """(size,) int64, sparse: how many of the values are each bin."""
+    there, counts = torch.unique(bins, return_counts=True)
+    return torch.sparse_coo_tensor(there.long()[None], counts, (size,), is_coalesced=True, check_invariants=False)
 
 
 def _bits(x: Tensor) -> Iterator[Tensor]:
@@ -100,7 +123,9 @@ def _bits(x: Tensor) -> Iterator[Tensor]:
 
 def _from_above(counts: Tensor, k: int) -> tuple[int, int]:
     """(the bin of the k-th value counted from the last bin down, how many values lie in the bins above it)."""
-    rows = counts.view(-1, GROUP)  # first the group of bins, then the bin in it: a running sum over all is slow
+    rows = counts.to_dense().view(
+        -1, GROUP
+    )  # first the group of bins, then the bin in it: a running sum over all is slow
     row, above = _last(rows.sum(1), k)
     column, between = _last(rows[row], k - above)
     return row * GROUP + column, above + between

@@ -65,12 +65,13 @@ class Checkpoint:
         }
         self._follows: Mapping[str, str] = {}
         self._twins: Mapping[str, Sequence[str]] | None = None
+        self._schema = _schema(self._places)
         self.order: Sequence[str] = _floating(self.schema)
 
     @property
     def schema(self) -> Schema:
         """Every tensor, in the order of the files and of the data in them."""
-        return _schema(self._places)
+        return self._schema
 
     @property
     def beside(self) -> Mapping[str, Schema]:
@@ -94,6 +95,7 @@ class Checkpoint:
         }
         again._follows = follows
         again._twins = None
+        again._schema = _schema(again._places)
         again.order = _floating(again.schema)
         return again
 

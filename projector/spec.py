@@ -69,7 +69,7 @@ def check_schema(base: Schema, expert: Schema) -> None:
     unexpected = [name for name, spec in expert.items() if name not in base and spec.floating]
     check_not_quantised(name for name in expert if name not in base)
     mended = mending(missing, unexpected, [name for name in expert if name in base])
-    mend = f"put {mended} under [admission] in mainstem.toml and drop it again" if mended else None
+    mend = f"put {mended} under [admission] in mainstem.toml" if mended else None
     if missing and len(missing) == sum(spec.floating for spec in base.values()):
         raise BadSchema(
             Reason.WRONG_BASE,

@@ -111,8 +111,9 @@ def _outside(d_MN: Tensor, q_MK: Tensor, within_KN: Tensor) -> float:
 
 
 def _rank(piece: Tensor) -> int:
-    """How many singular values of a small matrix stand above what rounding adds up to in its dtype."""
-    values = torch.linalg.svdvals(piece.double())
+    """How many singular values of a small matrix stand above what rounding adds up to in its dtype; asked of the CPU,
+    whatever the device, so that each takes the same way."""
+    values = torch.linalg.svdvals(piece.double().cpu())
     return int((values > ROUNDING * torch.finfo(piece.dtype).eps * values[0]).sum())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from projector.errors import BadFile, Reason
 from projector.header import PREFIX_BYTES, Header, build_header, header_length, parse_header
+from projector.slabs import empty
 from projector.spec import TensorSpec
 from projector.watch import SILENT, Watch
 
@@ -96,7 +97,7 @@ class TensorReader:
         shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
         row_bytes = spec.row_numel * spec.dtype.itemsize
         offset = self.header.offsets[name] + start * row_bytes
-        data = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        data = empty((stop - start) * row_bytes)
         view = _bytes(data)
         with self._watch.phase("read"):
             read_exactly(self._fd, view, offset)

@@ -16,8 +16,8 @@ class Watch:
     def advance(self, nbytes: int) -> None:
         """Called after each piece of work with the bytes of the published model it stood for."""
 
-    def fell_back(self, name: str) -> None:
-        """Called where a tensor did not fit into the device's memory and is computed on the CPU."""
+    def fell_back(self, name: str, why: str) -> None:
+        """Called where the device could not take a tensor, which is computed on the CPU."""
 
 
 SILENT = Watch()

@@ -18,6 +18,13 @@ class Status(StrEnum):
     WITHDRAWN = "withdrawn"  # merged once, and taken out of the merged models again
 
 
+class Flag(StrEnum):
+    """What is odd about an expert that was merged all the same. Usual is the median norm of those merged before it."""
+
+    LONG = "long"  # its task vector is longer than the usual one times admission.warn_norm_ratio
+    SHORT = "short"  # the usual one is longer than its task vector times admission.warn_norm_ratio
+
+
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """The base every expert was fine-tuned from."""
@@ -58,11 +65,12 @@ class NewExpert:
     norm: float | None = None
     duplicate_of: int | None = None
     reason: str | None = None
-    detail: str | None = None
-    hint: str | None = None
+    detail: str | None = None  # why it was refused, or flagged
+    hint: str | None = None  # and what to do
     about: Mapping[str, Any] | None = None  # the fields of its expert.json; None where it brought none
     sidecars: Mapping[str, str] | None = None  # the sha256 of each sidecar that was read, by kind; None where none was
     naming: Mapping[str, Any] | None = None  # `prefixes` and `ignore` as it was read by; None where nobody noted them
+    flags: tuple[Flag, ...] = ()
 
     @property
     def weight(self) -> float:

@@ -1,14 +1,28 @@
 """The statements of the store's transactions: each works on a connection whose transaction the store has begun."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, func, insert, literal_column, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    Text,
+    and_,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    text,
+    type_coerce,
+    update,
+)
 
 from registry.errors import BadRecord, StaleHead
-from registry.records import BaseModel, Expert, Head, NewExpert, NewVersion, Status, Version
+from registry.records import BaseModel, Expert, Flag, Head, NewExpert, NewVersion, Status, Version
 from registry.tables import AnyText, ExpertRow, HeadRow, VersionRow
 
 Record = TypeVar("Record", BaseModel, Head, Expert, Version)
@@ -61,8 +75,12 @@ def comes_from(connection: Connection, head: str, number: int, ancestor: int) ->
     return False
 
 
-def newest_experts(status: Status | None, limit: int, before: int | None, name: str | None) -> Select[Any]:
-    """The newest experts first: of that status, with an id below `before`, with a name that matches the glob `name`."""
+def newest_experts(
+    status: Status | None, limit: int, before: int | None, name: str | None, flags: Collection[Flag]
+) -> Select[Any]:
+    """The newest experts first: of that status, with an id below `before`, with a name that matches the glob `name`,
+    with one of these flags, if any are given.
+    """
     query = select(ExpertRow).order_by(ExpertRow.id.desc()).limit(limit)
     if status is not None:
         query = query.where(ExpertRow.status == status)
@@ -70,6 +88,9 @@ def newest_experts(status: Status | None, limit: int, before: int | None, name: 
         query = query.where(ExpertRow.id < before)
     if name is not None:
         query = query.where(or_(ExpertRow.name.op("GLOB")(name), given_name.op("GLOB")(name)))
+    if flags:
+        words = type_coerce(ExpertRow.flags, Text)
+        query = query.where(ExpertRow.flags.is_not(None), or_(*(words.contains(f'"{flag}"') for flag in flags)))
     return query
 
 

@@ -5,7 +5,7 @@ questions. Every method is one transaction: it sees one state of the database, a
 After `StorageFailed` a writer must be closed and not be asked again: only a new start tells what the disk holds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, Select, insert, select, update
 from registry import migrations
 from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
 from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, Damaged, WrongRevision
-from registry.records import BaseModel, Expert, Head, NewExpert, NewVersion, Status, Version
+from registry.records import BaseModel, Expert, Flag, Head, NewExpert, NewVersion, Status, Version
 from registry.statements import (
     PROGRAM_HINT,
     Record,
@@ -115,13 +115,19 @@ class Reader:
         return self._one(Expert, select(ExpertRow).where(ExpertRow.id == expert_id))
 
     def experts(
-        self, status: Status | None = None, limit: int = 100, before: int | None = None, name: str | None = None
+        self,
+        status: Status | None = None,
+        limit: int = 100,
+        before: int | None = None,
+        name: str | None = None,
+        flags: Collection[Flag] = (),
     ) -> list[Expert]:
         """The newest experts first. The next page is what lies `before` the last id of this one.
 
         name: a glob (*, ?, [...]) that the name it was dropped by, or the one in its expert.json, must match.
+        flags: only those that have one of these, where any are given.
         """
-        return self._all(Expert, newest_experts(status, limit, before, name))
+        return self._all(Expert, newest_experts(status, limit, before, name, flags))
 
     def find_experts(self, text: str, limit: int | None = None) -> list[Expert]:
         """The expert with that id; if there is none, all with that sha256 prefix or exactly that name, newest first.

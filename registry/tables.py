@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from registry.records import Status
+from registry.records import Flag, Status
 
 
 class AnyText(TypeDecorator[str]):
@@ -90,6 +90,19 @@ class StatusText(TypeDecorator[Status]):
         return None if value is None else Status(value)
 
 
+class Flags(TypeDecorator[tuple[Flag, ...]]):
+    """Flags as a JSON list of their words; NULL where there is none."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: tuple[Flag, ...] | None, dialect: Dialect) -> str | None:
+        return json.dumps([Flag(flag).value for flag in value]) if value else None
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[Flag, ...]:
+        return tuple(map(Flag, json.loads(value))) if value else ()
+
+
 class Base(DeclarativeBase):
     """Holds the metadata of all tables."""
 
@@ -99,6 +112,7 @@ class Base(DeclarativeBase):
         datetime: UtcTime,
         Mapping[str, Any]: JsonObject,
         Status: StatusText,
+        tuple[Flag, ...]: Flags,
     }
 
 
@@ -149,6 +163,7 @@ class ExpertRow(Base):
         Index("experts_by_given_name", text("json_extract(about, '$.name')")),
         Index("experts_unplaced", "id", sqlite_where=text("place IS NULL")),
         Index("experts_lineage", "status", "version", "norm", sqlite_where=text("status = 'merged'")),
+        Index("experts_flagged", "id", sqlite_where=text("flags IS NOT NULL")),
         {"sqlite_autoincrement": True},
     )
 
@@ -172,6 +187,7 @@ class ExpertRow(Base):
     sidecars: Mapped[Mapping[str, Any] | None]
     withdrawn_in: Mapped[int | None]
     naming: Mapped[Mapping[str, Any] | None]
+    flags: Mapped[tuple[Flag, ...]] = mapped_column(nullable=True)
 
 
 class VersionRow(Base):

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist tells its workers a width, and our commands would keep to it
@@ -13,3 +14,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts us 
 # A busy machine is no fault: no test asserts how long anything takes, and hypothesis does by default.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPU from this process and all that it starts, but for `pytest -m cuda`.
+
+    Many tests fork this process, and what forks after CUDA was initialised cannot use CUDA, nor be trusted to end. The
+    tests on the card run in a process that forks nothing: tests/projector/test_on_the_card.py starts it.
+    """
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -29,7 +29,7 @@ from daemon.cli import (
 )
 from daemon.cli.common import complain
 from daemon.errors import DaemonError
-from projector.errors import ProjectorError
+from projector.errors import DeviceLost, ProjectorError
 from registry.errors import RegistryError
 
 app = typer.Typer(
@@ -58,7 +58,7 @@ def main() -> None:
     """Runs the command line."""
     try:
         app()
-    except (DaemonError, ProjectorError, RegistryError) as error:
+    except (DaemonError, ProjectorError, RegistryError, DeviceLost) as error:
         complain(str(error), error.hint)
         sys.exit(1)
     except OSError as error:

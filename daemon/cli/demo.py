@@ -29,6 +29,8 @@ def command(
     stay: Annotated[bool, typer.Option("--stay", help="Leave the daemon running at the end, until Ctrl-C.")] = False,
 ) -> None:
     """Train a base and eight experts on handwritten digits, let the daemon merge them, and show what came out."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the daemon ends with us, also where the terminal is closed
+        signal.signal(number, lambda *_: sys.exit(1))
     if home is None:
         with tempfile.TemporaryDirectory(prefix="mainstem-demo-") as folder:
             _demo(Path(folder) / "home", port, stay)
@@ -89,8 +91,7 @@ def _epilogue(live: "Live", stay: bool) -> None:
     )
     console.print(f"\nstatus page      {live.url}/")
     console.print(f"a scraped metric {live.metric('mainstem_head_version')[0]}")
-    console.print(f"fetch the weights\n  curl -L {live.url}/v1/heads/main/latest        # the manifest")
-    console.print(f"  curl -LO {live.url}/v1/heads/main/versions/8/files/model.safetensors")
+    console.print(f"fetch the weights\n  curl -LO {live.url}/v1/heads/main/latest/files/model.safetensors")
     if stay:
         console.print("\nthe daemon runs on: drop more experts, open the page. Ctrl-C ends the demo")
         with suppress(KeyboardInterrupt):

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from daemon.cli.common import HomeOption, JsonOption, PathArgument, open_reader, print_json, size
+from daemon.config import taking_effect
 from daemon.errors import BadConfig, DaemonError
 from projector.errors import ProjectorError
 from projector.text import shown
@@ -32,7 +33,12 @@ def command(
         except BadConfig:
             raise
         except (DaemonError, ProjectorError) as error:
-            found = {"accepted": False, "reason": str(error.reason), "detail": str(error), "hint": error.hint}
+            found = {
+                "accepted": False,
+                "reason": str(error.reason),
+                "detail": str(error),
+                "hint": taking_effect(error.hint, "drop it"),
+            }
     if as_json:
         print_json(found)
     else:

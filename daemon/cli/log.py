@@ -1,12 +1,22 @@
 """`mainstem log`: the lineage."""
 
+from collections.abc import Collection
 from dataclasses import asdict
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from daemon.cli.common import HomeOption, JsonOption, ago, open_reader, print_json, print_table
-from registry.records import Status
+from registry.records import Flag, Status
+
+
+class Flagged(StrEnum):
+    """What --flag takes: one of the flags, or any of them."""
+
+    ANY = "any"
+    LONG = Flag.LONG.value
+    SHORT = Flag.SHORT.value
 
 
 def command(
@@ -16,17 +26,21 @@ def command(
     name: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only experts called so: as dropped, or in their expert.json.")
     ] = None,
+    flag: Annotated[
+        Flagged | None,
+        typer.Option(help="Only experts that were merged although they are odd: in this way, or in any."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the experts, newest first: what became of each, and in which version it is."""
     _, reader = open_reader(home)
     with reader:
-        experts = reader.experts(status, limit, name=name)
+        experts = reader.experts(status, limit, name=name, flags=_flags(flag))
     if as_json:
         print_json([asdict(expert) for expert in experts])
         return
     print_table(
-        ("id", "finished", "status", "version", "norm", "weight", "sha256", "name", "task", "reason"),
+        ("id", "finished", "status", "version", "norm", "flags", "weight", "sha256", "name", "task", "reason"),
         (
             (
                 e.id,
@@ -34,6 +48,7 @@ def command(
                 e.status,
                 e.version,
                 e.norm,
+                ", ".join(e.flags) or "-",
                 e.weight,
                 (e.sha256 or "-")[:12],
                 e.name if e.given_name is None else f"{e.name} ({e.given_name})",
@@ -45,3 +60,7 @@ def command(
             for e in experts
         ),
     )
+
+
+def _flags(wanted: Flagged | None) -> Collection[Flag]:
+    return () if wanted is None else tuple(Flag) if wanted is Flagged.ANY else (Flag(wanted.value),)

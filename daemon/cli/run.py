@@ -1,8 +1,10 @@
 """`mainstem run`: the daemon."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,27 +27,32 @@ def command(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N (compute.device).")] = None,
 ) -> None:
     """Watch the inbox, merge, publish and serve, until SIGTERM or Ctrl-C."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the service hears it: the settings have not been read yet
+
     from daemon.logs import configure
     from daemon.service import Service
 
     where = find_home(home)
     flags: dict[str, dict[str, Any]] = {"http": {"host": host, "port": port}, "compute": {"device": device}}
     given = {table: {k: v for k, v in keys.items() if v is not None} for table, keys in flags.items()}
-    settings = settings_of(where, {table: keys for table, keys in given.items() if keys})
+    read = partial(settings_of, where, {table: keys for table, keys in given.items() if keys})
+    settings = read()
     configure(settings.log)
-    service = Service(where, settings, _bar if sys.stderr.isatty() else None)
+    service = Service(where, settings, _bar if sys.stderr.isatty() else None, read)
     service.run(once=once, http=settings.http.enabled and not no_http)
 
 
 @contextmanager
 def _bar(drop: "Drop") -> Iterator[Callable[[float], None]]:
     """A progress bar per expert, for a terminal."""
+    from daemon.logs import standard_error
+
     columns = (
         TextColumn("{task.description}", markup=False),  # a drop may be called [red]
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(file=standard_error()), transient=True) as progress:
         task = progress.add_task(shown(drop.name), total=1.0)
         yield lambda share: progress.update(task, completed=share)

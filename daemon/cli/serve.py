@@ -1,5 +1,6 @@
 """`mainstem serve`: read-only HTTP over an existing home, without torch."""
 
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,9 @@ def command(
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (http.port).")] = None,
 ) -> None:
     """Serve the versions of an existing home over HTTP; reads only, needs no daemon."""
-    from daemon.http import HttpServer, base_url, create_app
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server hears it
+
+    from daemon.http import Hosts, HttpServer, base_url, create_app
     from daemon.metrics import Metrics
 
     where, reader = open_reader(home)
@@ -22,9 +25,17 @@ def command(
     with reader:
         metrics = Metrics()
         metrics.follow(reader)
-        server = HttpServer(
-            create_app(where, reader, metrics.registry, lambda: None), settings.http.host, settings.http.port
+        http = settings.http
+        app = create_app(
+            where, reader, metrics.registry, lambda: None, hosts=Hosts(http.host, http.allowed_hosts), beside=True
         )
+        server = HttpServer(app, http.host, http.port, http.stall_seconds)
         bound, number = server.start()
         typer.echo(f"serving {where.root} on {base_url(bound, number)}")
-        server.wait_for_signal()
+        server.wait_for_signal(_nothing_to_reload)
+
+
+def _nothing_to_reload() -> None:
+    from daemon.logs import standard_error
+
+    typer.echo("nothing was read again: http.host and http.port need a restart", file=standard_error())

@@ -18,6 +18,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from daemon.errors import DaemonError, Reason
+from daemon.home import is_weights
 
 START_SECONDS = 60.0
 MERGE_SECONDS = 120.0
@@ -47,13 +48,17 @@ class Live:
             time.sleep(0.05)
 
     def fetch(self) -> dict[str, Tensor]:
-        """The latest merged weights over HTTP, held against their manifest."""
+        """The latest merged weights over HTTP, from however many files they are in, held against their manifest."""
         manifest = self._json("/v1/heads/main/latest")
-        name, sha256 = manifest["files"][0]["name"], manifest["files"][0]["sha256"]
-        content = self._get(f"/v1/heads/main/versions/{manifest['version']}/files/{name}")
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise DaemonError(Reason.UNKNOWN, f"{name} is not what its manifest says", "please report this")
-        return load(content)
+        weights: dict[str, Tensor] = {}
+        for file in manifest["files"]:
+            name = file["name"]
+            if is_weights(name) and name.endswith(".safetensors"):  # not their index
+                content = self._get(f"/v1/heads/main/versions/{manifest['version']}/files/{name}")
+                if hashlib.sha256(content).hexdigest() != file["sha256"]:
+                    raise DaemonError(Reason.UNKNOWN, f"{name} is not what its manifest says", "please report this")
+                weights |= load(content)
+        return weights
 
     def metric(self, name: str) -> list[str]:
         """The scraped lines of one metric."""

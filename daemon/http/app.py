@@ -1,9 +1,10 @@
 """The routes. Every one answers GET and HEAD and changes nothing, but for those of uploads."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -15,18 +16,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from daemon.health import Health, Trouble
 from daemon.home import Home
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition
-from daemon.http.files import Published
+from daemon.http.files import Entry, Published
 from daemon.http.finding import arrivals, merged
+from daemon.http.hosts import HostCheck, Hosts
 from daemon.http.rows import base_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
 from daemon.http.uploads import UploadRoutes
 from daemon.http.views import WEIGHTS, Views
 from daemon.http.waiting import Waiting
 from daemon.uploading import Uploads
-from registry.errors import RegistryError
+from registry.errors import Busy, RegistryError
 from registry.records import Head, Status, Version
 from registry.store import Reader
 
@@ -42,12 +45,26 @@ def create_app(
     metrics: CollectorRegistry,
     ready: Callable[[], str | None],
     uploads: Uploads | None = None,
+    hosts: Hosts | None = None,
+    health: Health | None = None,
+    *,
+    beside: bool = False,
 ) -> Starlette:
-    """The application over one home. `ready` returns None when merging goes on as it should, else why it does not.
+    """The application over one home. `ready` returns None once this process can do its part, else why it cannot.
 
-    Without `uploads` everything is read only.
+    Without `uploads` everything is read only. `hosts`: the names it may be asked by, by default any. `health`: where
+    this process notes what is wrong. `beside`: merging is another process's part.
     """
-    api = _Api(home, reader, metrics, ready)
+    noted = health or Health(home)
+
+    def troubles() -> list[Trouble]:
+        why_not = ready()
+        found = [Trouble("not_ready", why_not, "the daemon's log says more")] if why_not else []
+        if uploads and uploads.failing:
+            found.append(Trouble("uploads", f"the last upload could not be stored: {uploads.failing}", "see the log"))
+        return found + noted.troubles(reader, beside=beside)
+
+    api = _Api(home, reader, metrics, troubles)
     app = Starlette(
         routes=[
             *(_upload_routes(UploadRoutes(uploads, ready), api.expert) if uploads else ()),
@@ -57,6 +74,7 @@ def create_app(
             Route("/metrics", api.scrape),
             Route("/v1/heads", api.heads),
             Route("/v1/heads/{head}/latest", api.latest),
+            Route("/v1/heads/{head}/latest/files/{name:path}", api.latest_file),
             Route("/v1/heads/{head}/versions", api.versions),
             Route("/v1/heads/{head}/versions/{n}", api.version),
             Route("/v1/heads/{head}/versions/{n}/files/{name:path}", api.file),
@@ -65,7 +83,7 @@ def create_app(
             Route("/v1/experts/{sha256}", api.expert),
             Route("/v1/lineage", api.lineage),
         ],
-        middleware=[Middleware(SecurityHeaders)],
+        middleware=[Middleware(SecurityHeaders), *([Middleware(HostCheck, hosts=hosts)] if hosts else ())],
         exception_handlers={
             Problem: _on_problem,
             HTTPException: _on_http_exception,
@@ -93,26 +111,35 @@ def _upload_routes(api: UploadRoutes, read: Callable[[Request], Response]) -> li
 class _Api:
     """The endpoints. Plain methods run in a worker thread, since they read the registry and the disk."""
 
-    def __init__(self, home: Home, reader: Reader, metrics: CollectorRegistry, ready: Callable[[], str | None]) -> None:
+    def __init__(
+        self, home: Home, reader: Reader, metrics: CollectorRegistry, troubles: Callable[[], Sequence[Trouble]]
+    ) -> None:
         self.home = home
         self.reader = reader
         self.metrics = metrics
-        self.ready = ready
+        self.troubles = troubles
         self.published = Published(home, reader)
         self.views = Views(self.published)
         self.waiting = Waiting(lambda: {head.name: head.live for head in reader.heads()})
 
     def status_page(self, request: Request) -> Response:
-        return page.render(self.published, self.ready(), request.headers.get("host", ""), datetime.now(UTC))
+        return page.render(self.published, self.troubles(), request.headers.get("host", ""), datetime.now(UTC))
 
     async def livez(self, _: Request) -> Response:
         return JSONResponse({"live": True}, headers=NO_CACHE)
 
     def readyz(self, _: Request) -> Response:
-        why_not = self.ready()
-        if why_not is not None:
-            raise Problem(503, "not_ready", why_not, "the status page and the daemon's log say more")
-        return JSONResponse({"ready": True}, headers=NO_CACHE)
+        troubles = self.troubles()
+        if not troubles:
+            return JSONResponse({"ready": True}, headers=NO_CACHE)
+        body = {
+            "ready": False,
+            "error": "; ".join(trouble.text for trouble in troubles),
+            "reason": troubles[0].reason,
+            "hint": "; ".join(dict.fromkeys(trouble.hint for trouble in troubles)),
+            "troubles": [asdict(trouble) for trouble in troubles],
+        }
+        return JSONResponse(body, 503, headers=NO_CACHE)
 
     def scrape(self, request: Request) -> Response:
         try:
@@ -134,6 +161,14 @@ class _Api:
         if head.live < wanted:
             return Response(status_code=204, headers=NO_CACHE)
         return RedirectResponse(f"versions/{head.live}", 307, headers=NO_CACHE)
+
+    def latest_file(self, request: Request) -> Response:
+        head = self.published.head(request.path_params["head"])
+        entry = self._entry(head, self.published.version(head, head.live), request.path_params["name"])
+        # Relative, for a proxy may have put something before it; a slash in the name may have come as %2F.
+        up = "../" * (2 + request.scope["raw_path"].partition(b"/latest/files/")[2].count(b"/"))
+        address = f"{up}versions/{head.live}/files/{quote(entry.name)}"
+        return RedirectResponse(address, 307, headers=NO_CACHE)
 
     def versions(self, request: Request) -> Response:
         head = self.published.head(request.path_params["head"])
@@ -174,7 +209,11 @@ class _Api:
         return self._file(request, head, row)
 
     def _file(self, request: Request, head: Head, row: Version) -> Response:
-        entry = self.published.manifest(head, row).files.get(request.path_params["name"])
+        entry = self._entry(head, row, request.path_params["name"])
+        return file_answer(request, self.published.open(head, row, entry), entry)
+
+    def _entry(self, head: Head, row: Version, name: str) -> Entry:
+        entry = self.published.manifest(head, row).files.get(name)
         if entry is None:
             raise Problem(
                 404,
@@ -182,7 +221,7 @@ class _Api:
                 f"version {row.number} of head {head.name} has no such file",
                 f"GET /v1/heads/{head.name}/versions/{row.number} lists its files",
             )
-        return file_answer(request, self.published.open(head, row, entry), entry)
+        return entry
 
     def experts(self, request: Request) -> Response:
         wanted = request.query_params.get("status")
@@ -279,7 +318,8 @@ def _on_http_exception(_: Request, error: Exception) -> Response:
 
 def _on_registry_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RegistryError)
-    return Problem(503, "registry", "the registry cannot be read", error.hint).response()
+    text = "the registry is busy" if isinstance(error, Busy) else "the registry cannot be read"
+    return Problem(503, "registry", text, error.hint).response()
 
 
 def _on_fault(_: Request, __: Exception) -> Response:

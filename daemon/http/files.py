@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from daemon.durable import out_of_descriptors
 from daemon.home import MANIFEST, Home
 from daemon.http.answers import Problem
 from registry.records import Head, Version
@@ -74,7 +75,7 @@ class Published:
         except FileNotFoundError:
             raise self.missing(head, version.number) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise damaged(head, version.number, MANIFEST) from error
+            raise _busy() if out_of_descriptors(error) else damaged(head, version.number, MANIFEST) from error
 
     def open(self, head: Head, version: Version, entry: Entry) -> int:
         """A descriptor of one listed file; the caller closes it. Problem 410 or 500 as for `manifest`."""
@@ -83,7 +84,7 @@ class Published:
         except FileNotFoundError:
             raise self.missing(head, version.number) from None
         except OSError as error:  # among them ELOOP: someone put a symbolic link there
-            raise damaged(head, version.number, entry.name) from error
+            raise _busy() if out_of_descriptors(error) else damaged(head, version.number, entry.name) from error
         if os.fstat(descriptor).st_size != entry.size:
             os.close(descriptor)
             raise damaged(head, version.number, entry.name)
@@ -137,6 +138,10 @@ def _gone(head: Head, n: int) -> Problem:
         f"version {n} of head {head.name} was removed by retention",
         f"the live version is {head.live}: GET /v1/heads/{head.name}/latest",
     )
+
+
+def _busy() -> Problem:
+    return Problem(503, "busy", "too many files are open", "try again", {"Retry-After": "5"})
 
 
 def damaged(head: Head, n: int, what: str) -> Problem:

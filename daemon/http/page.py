@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response
 
+from daemon.health import Trouble
 from daemon.home import is_adapter
 from daemon.http.answers import NO_CACHE, Problem
 from daemon.http.files import Published
@@ -51,8 +52,8 @@ class Step:
     expert: Expert | None
 
 
-def render(published: Published, why_not: str | None, host: str, now: datetime) -> Response:
-    """The page as of `now`. `why_not`: None when ready. `host`: the Host header, as the visitor sent it."""
+def render(published: Published, troubles: Sequence[Trouble], host: str, now: datetime) -> Response:
+    """The page as of `now`. `troubles`: all that is wrong. `host`: the Host header, as the visitor sent it."""
     reader = published.reader
     heads = reader.heads()
     lineage = _lineage(published, heads[0])
@@ -61,7 +62,7 @@ def render(published: Published, why_not: str | None, host: str, now: datetime) 
         style=Markup(_STYLE),
         refresh=REFRESH_SECONDS,
         now=now,
-        why_not=why_not,
+        troubles=troubles,
         base=reader.base(),
         cards=[_card(published, head) for head in heads],
         first=heads[0],
@@ -101,9 +102,12 @@ def _commands(published: Published, head: Head, origin: str) -> Sequence[tuple[s
     listed = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
     address = f"{origin}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}/files/{listed}"
     commands = [("Download this version", f"curl -fL --remote-name-all '{address}'")]
-    latest = str(published.home.latest(head.name).absolute())
+    home = published.home
+    # Not the whole path: the page may be read by many, and where things lie on this machine is nobody's business.
+    latest = str(home.latest(head.name).absolute().relative_to(home.root.absolute().parent))
     if "config.json" in manifest.files:
-        commands.insert(0, ("Load the newest on this machine", f"AutoModel.from_pretrained({latest!r})"))
+        where = "Load the newest on this machine, from the folder that the home is in"
+        commands.insert(0, (where, f"AutoModel.from_pretrained({latest!r})"))
     return commands
 
 

@@ -50,6 +50,7 @@ def expert_row(expert: Expert) -> Row:
         "version": expert.version,
         "withdrawn_in": expert.withdrawn_in,
         "norm": _finite({"norm": expert.norm})["norm"],
+        "flags": list(expert.flags),
         "about": dict(expert.about) if expert.about is not None else None,
         "sidecars": dict(expert.sidecars) if expert.sidecars is not None else None,
         "naming": dict(expert.naming) if expert.naming is not None else None,

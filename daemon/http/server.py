@@ -2,21 +2,26 @@
 
 import asyncio
 import logging
-import resource
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from daemon.errors import BadConfig, DaemonError, Reason
+from daemon.http.connections import Connection, Guard, hung_up, most_connections
+from daemon.reloading import hearing
 
 GRACE_SECONDS = 5  # how long downloads may go on once we stop
+STALL_SECONDS = 60.0
+BACKLOG = 1024  # connections that may wait to be accepted
+ACCEPTED_AT_ONCE = 16  # before they are counted
 TICK_SECONDS = 0.02  # between looks at whether the server has started
 
 
@@ -42,39 +47,29 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(TICK_SECONDS)  # an aborted transport closes its socket in a later turn of the loop
 
 
-class _Protocol(H11Protocol):
-    """uvicorn's, except that a client that closes its side after its request, as `nc -N` does, is still answered."""
-
-    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio takes either
-        """True where the connection stays open for an answer that is under way, and no longer."""
-        cycle = self.cycle
-        if cycle is None or cycle.more_body or cycle.response_complete:
-            return False
-        cycle.keep_alive = False
-        _hung_up(cast(Scope, cycle.scope)).set()
-        return True
-
-
 class HttpServer:
     """Serves an application in a daemon thread. Starts once. Every request has two events: `state.stopping` is set when
     the server begins to stop, `state.hung_up` when the client has closed its side of the connection. It may listen yet,
-    or be gone, so it is to be answered; who only waits for something should end at either.
+    or be gone, so it is to be answered; who only waits for something should end at either. `state.waiters` is how many
+    may wait at a time without keeping others out.
 
     Use it beside a loop (`start`, later `stop`), as a context manager, or alone:
     `server.start()` and then `server.wait_for_signal()`.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
-        """`port` 0 asks the system for a free one."""
+    def __init__(self, app: ASGIApp, host: str, port: int, stall_seconds: float = STALL_SECONDS) -> None:
+        """`port` 0 asks the system for a free one. `stall_seconds`: over how long a client's pace is measured."""
         self.host = host
         self.port = port
         stopping = asyncio.Event()
+        guard = Guard(stall_seconds, most_connections())
         self._server = _Server(
             uvicorn.Config(
-                _told(app, stopping),
+                _told(app, stopping, guard.most // 2),
                 lifespan="off",
                 loop="asyncio",
-                http=_Protocol,
+                http=cast(type[asyncio.Protocol], partial(Connection, guard)),  # anything that makes one will do
+                backlog=ACCEPTED_AT_ONCE,
                 ws="none",
                 access_log=False,
                 log_config=None,  # what it has to say goes through the daemon's own logging
@@ -89,7 +84,6 @@ class HttpServer:
 
     def start(self) -> tuple[str, int]:
         """Listens, and returns the host and port that were bound. BadConfig when the address cannot be used."""
-        _raise_file_limit()
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             listener = socket.create_server((self.host, self.port), family=family)
@@ -107,6 +101,7 @@ class HttpServer:
                 listener.close()
                 raise DaemonError(Reason.CONFIG, "the HTTP server did not start", "the log has the traceback")
             time.sleep(TICK_SECONDS)
+        listener.listen(BACKLOG)  # asyncio made it as short as what it accepts at once
         return str(host), int(port)
 
     def stop(self) -> None:
@@ -115,8 +110,11 @@ class HttpServer:
         if self._thread is not None:
             self._thread.join()
 
-    def wait_for_signal(self) -> None:
-        """Blocks until SIGINT or SIGTERM, then stops. Call it from the main thread, after `start`."""
+    def wait_for_signal(self, reload: Callable[[], None] = lambda: None) -> None:
+        """Blocks until SIGINT or SIGTERM, then stops; SIGHUP calls `reload`, or stops where the terminal is gone.
+
+        Call it from the main thread, after `start`.
+        """
         assert self._thread is not None, "start first"
         asked = threading.Event()
 
@@ -125,9 +123,10 @@ class HttpServer:
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while not asked.wait(timeout=1) and self._thread.is_alive():
-                pass
-            self.stop()
+            with hearing(reload, asked.set):
+                while not asked.wait(timeout=1) and self._thread.is_alive():
+                    pass
+                self.stop()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -139,23 +138,11 @@ class HttpServer:
         self.stop()
 
 
-def _told(app: ASGIApp, stopping: asyncio.Event) -> ASGIApp:
-    """The application, its requests knowing of `stopping` and of `hung_up`."""
+def _told(app: ASGIApp, stopping: asyncio.Event, waiters: int) -> ASGIApp:
+    """The application, its requests knowing of `stopping`, of `hung_up` and of how many may wait."""
 
     async def told(scope: Scope, receive: Receive, send: Send) -> None:
-        state = {**scope.get("state", {}), "stopping": stopping, "hung_up": _hung_up(scope)}
+        state = {**scope.get("state", {}), "stopping": stopping, "hung_up": hung_up(scope), "waiters": waiters}
         await app({**scope, "state": state}, receive, send)
 
     return told
-
-
-def _hung_up(scope: Scope) -> asyncio.Event:
-    """The event of one request, made by whoever needs it first: the client may have hung up before it is looked at."""
-    event: asyncio.Event = scope.setdefault("state", {}).setdefault("hung_up", asyncio.Event())
-    return event
-
-
-def _raise_file_limit() -> None:
-    """Every open connection is a descriptor, and the usual soft limit of 1024 is soon spent."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

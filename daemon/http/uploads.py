@@ -9,7 +9,8 @@ import base64
 import hmac
 import json
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -20,14 +21,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from daemon.config import taking_effect
 from daemon.durable import is_full
 from daemon.errors import NotUploaded, Reason
 from daemon.http.answers import NO_CACHE, Problem
+from daemon.http.connections import LEAST_BYTES_PER_SECOND
 from daemon.incoming import Incoming, Stored
 from daemon.uploading import Uploads
 
 WRITE_BYTES = 1 << 20  # gathered before they are written, however small the pieces that come
-STALL_SECONDS = 60  # without a byte
 LINGER_SECONDS = 5  # how long the rest of a body is read, and thrown away, for its sender to see why it is refused
 LINGER_BYTES = 64 << 20
 LIST_BYTES = 1 << 20
@@ -79,7 +81,9 @@ class UploadRoutes:
         except NotUploaded as error:
             problem = Problem(STATUS[Reason(error.reason)], str(error.reason), str(error), error.hint)
         except TimeoutError:
-            detail = f"nothing came for {STALL_SECONDS} seconds"
+            detail = (
+                f"less than {LEAST_BYTES_PER_SECOND} bytes a second came for {self._uploads.stall_seconds:g} seconds"
+            )
             problem = Problem(408, "stalled", detail, "send it again")
         except OSError as error:
             if not is_full(error):
@@ -99,7 +103,7 @@ class UploadRoutes:
                 403,
                 "uploads_off",
                 "this daemon takes no uploads",
-                "set http.write_token_file, or drop files into its inbox",
+                taking_effect("drop files into its inbox, or set http.write_token_file"),
             )
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if not hmac.compare_digest(given.strip().encode("latin-1"), token.encode()) or scheme.lower() != "bearer":
@@ -118,7 +122,7 @@ class UploadRoutes:
         length = request.headers.get("content-length")
         incoming = await run_in_threadpool(self._uploads.begin, expert, file, int(length) if length else None)
         try:
-            await _receive(request, incoming)
+            await _receive(_Stream(request, self._uploads.stall_seconds), incoming)
             stored = await run_in_threadpool(self._uploads.finish, incoming, digests)
         except BaseException as error:
             outcome = "refused" if isinstance(error, NotUploaded) else "broken"
@@ -135,7 +139,7 @@ class UploadRoutes:
 
     async def _commit(self, request: Request) -> Response:
         expert: str = request.path_params["name"]
-        wanted = _listed(await _body(request))
+        wanted = _listed(await _body(_Stream(request, self._uploads.stall_seconds)))
         files = await run_in_threadpool(self._uploads.commit, expert, wanted)
         self._log.info("uploaded", drop=expert, size_bytes=sum(file.size_bytes for file in files), files=len(files))
         body = {"name": expert, "files": [_row(file) for file in files], "experts": "/v1/experts"}
@@ -181,30 +185,49 @@ class _Refusal(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _receive(request: Request, incoming: Incoming) -> None:
-    """Writes the body. Raises TimeoutError where it stalls, ClientDisconnect where it ends early."""
+class _Stream:
+    """A body in pieces, at an honest pace.
+
+    TimeoutError where nothing comes for `stall_seconds`, or less than LEAST_BYTES_PER_SECOND (the time that we take
+    between two pieces does not count), ClientDisconnect where it ends early.
+    """
+
+    def __init__(self, request: Request, stall_seconds: float) -> None:
+        self._pieces = request.stream()
+        self._stall_seconds = stall_seconds
+        self._came = 0
+        self._waited = 0.0
+
+    async def next(self) -> bytes:
+        """The next piece, empty at the end."""
+        began = time.monotonic()
+        async with asyncio.timeout(self._stall_seconds):
+            piece = await anext(self._pieces)
+        self._came += len(piece)
+        self._waited += time.monotonic() - began
+        if self._waited >= self._stall_seconds:
+            if self._came < LEAST_BYTES_PER_SECOND * self._waited:
+                raise TimeoutError
+            self._came, self._waited = 0, 0.0
+        return piece
+
+
+async def _receive(stream: _Stream, incoming: Incoming) -> None:
+    """Writes the body."""
     gathered = bytearray()
-    stream = request.stream()
-    while chunk := await _next(stream):
-        gathered += chunk
+    while piece := await stream.next():
+        gathered += piece
         if len(gathered) >= WRITE_BYTES:
             await run_in_threadpool(incoming.write, bytes(gathered))
             gathered.clear()
     await run_in_threadpool(incoming.write, bytes(gathered))
 
 
-async def _next(stream: AsyncGenerator[bytes, None]) -> bytes:
-    """The next piece of a body, empty at its end."""
-    async with asyncio.timeout(STALL_SECONDS):
-        return await anext(stream)
-
-
-async def _body(request: Request) -> bytes:
+async def _body(stream: _Stream) -> bytes:
     """A short body."""
     body = b""
-    stream = request.stream()
-    while chunk := await _next(stream):
-        body += chunk
+    while piece := await stream.next():
+        body += piece
         if len(body) > LIST_BYTES:
             raise Problem(413, "too_long", f"a list may have {LIST_BYTES} bytes", "name each file once")
     return body

@@ -10,10 +10,9 @@ from functools import partial
 from threading import BoundedSemaphore, Lock
 from typing import TYPE_CHECKING
 
-import anyio
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from daemon.errors import DaemonError
 from daemon.http.answers import NO_CACHE, Problem
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 AT_ONCE = 2  # views in the making: each keeps a core busy
 RETRY_SECONDS = 5
-STALL_SECONDS = 60
 SUMS_KEPT = 256
 WEIGHTS = "model.safetensors"
 HEADERS = {**NO_CACHE, "Accept-Ranges": "none"}
@@ -115,10 +113,7 @@ def merged_at(expert: Expert, n: int) -> bool:
 
 
 class _Computed(StreamingResponse):
-    """Sends what is computed on the way; `done` is called at the end, however the answer ends.
-
-    A client that takes nothing for STALL_SECONDS is dropped: it holds one of few places.
-    """
+    """Sends what is computed on the way; `done` is called at the end, however the answer ends."""
 
     def __init__(self, chunks: Iterator[bytes], size: int, done: Callable[[], None]) -> None:
         self._done = done
@@ -126,11 +121,7 @@ class _Computed(StreamingResponse):
         super().__init__(chunks, headers=headers, media_type="application/octet-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def prompt(message: Message) -> None:
-            with anyio.fail_after(STALL_SECONDS):
-                await send(message)
-
         try:
-            await super().__call__(scope, receive, prompt)
+            await super().__call__(scope, receive, send)
         finally:
             self._done()

@@ -32,8 +32,9 @@ class Waiting:
         any more: the client went away or closed its side of the connection, or the server stops. Problem 503 where too
         many wait already.
         """
-        if len(self._waiters) >= MOST_WAITERS:
-            raise Problem(503, "busy", f"{MOST_WAITERS} clients are waiting already", "try again", {"Retry-After": "5"})
+        most = min(MOST_WAITERS, request.state.waiters)
+        if len(self._waiters) >= most:
+            raise Problem(503, "busy", f"{most} clients are waiting already", "try again", {"Retry-After": "5"})
         here: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters[here] = head, version
         if self._looking is None or self._looking.done():

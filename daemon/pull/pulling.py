@@ -14,8 +14,9 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from daemon import durable
+from daemon.config import taking_effect
 from daemon.errors import DaemonError, Reason
-from daemon.home import CARD, is_adapter
+from daemon.home import CARD, is_adapter, is_weights
 from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
 from daemon.pull.fetching import PIECE_BYTES, Fetching, Report
 from daemon.pull.manifest import MOST_BYTES, Listed, Manifest
@@ -141,7 +142,7 @@ def _fill(target: Target, source: Source, report: Report) -> Pulled:
     raise Passing(
         Reason.PULL,
         f"{RESTARTS} versions in a row were removed while they were pulled",
-        "let the server keep them for longer: retention.versions, retention.grace_seconds",
+        taking_effect("let the server keep them for longer: raise retention.versions or retention.grace_seconds"),
     )
 
 
@@ -189,11 +190,6 @@ def wanted(manifest: Manifest, view: str | None) -> list[Listed]:
     if view is None:
         return files
     return [file for file in files if not (is_weights(file.name) or is_adapter(file.name) or file.name == CARD)]
-
-
-def is_weights(name: str) -> bool:
-    """True for the merged weights and their index; those of a module in a folder of its own are the base's."""
-    return ".safetensors" in name and "/" not in name
 
 
 def _live(source: Source, wait_for: int | None = None) -> int | None:

@@ -30,7 +30,7 @@ def absent(
         detail, hint = "lora_bias adds to it", "train without lora_bias: the base's layer has no bias to add to"
     elif pair := _prefix(target, unknown, base):
         put = f"add {pair} to admission.prefixes" if naming.prefixes else f"put prefixes = {{{pair}}} under [admission]"
-        detail, hint = "by that name", f"{put} in mainstem.toml and drop it again"
+        detail, hint = "by that name", f"{put} in mainstem.toml"
     elif len(alike) == 1:
         detail = f"if it is tied to {shown(alike[0])}, the two cannot change apart"
         hint = "train the embedding instead, or give this home a base in which the two are not tied"

@@ -218,8 +218,10 @@ class Opcm(Method):
     def _rank(self, s_P: Tensor) -> int:
         """How many directions lead, by their cumulative share of the nuclear norm.
 
-        "code": as many as do not exceed alpha. "paper": the fewest that reach it.
+        "code": as many as do not exceed alpha. "paper": the fewest that reach it. Added up on the CPU: a device adds in
+        another order, not always the same.
         """
+        s_P = s_P.cpu()
         share_P = s_P.cumsum(0) / s_P.sum()
         if self.projection == "code":
             return len(s_P) if self.alpha == 1 else int((share_P <= self.alpha).sum())

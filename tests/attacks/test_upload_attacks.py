@@ -1,6 +1,7 @@
 """Hostile uploads against a real server: nothing enters the inbox, nothing is left beside it, it goes on serving."""
 
 import contextlib
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def entered(home: Home) -> dict[str, bytes | str]:
     """All of HOME, and what lies beside it."""
     found = tree(home.root.parent)
     return {
-        name: content for name, content in found.items() if "registry.sqlite" not in name and name[-8:] != ".uploads"
+        name: content for name, content in found.items() if "registry.sqlite" not in name and name[-8:] != "/uploads"
     }
 
 
@@ -211,6 +212,30 @@ def test_a_link_in_the_inbox_is_not_written_through(target: Target, tmp_path: Pa
         link.unlink()
     assert (tmp_path / "there").read_bytes() == b"precious"
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("name", [".uploads", "uploads", "base"])
+def test_a_link_beside_the_inboxs_entries_leads_nowhere(target: Target, name: str) -> None:
+    """Who may write to the inbox, and holds the token, removes and overwrites nothing elsewhere."""
+    for aim in (target.home.state, target.home.base, target.home.published):
+        assert target.put(b"/v1/experts/base/files/model.safetensors")[0] == 201
+        link = target.home.inbox / name
+        link.symlink_to(aim)
+        try:
+            assert target.put(b"/v1/experts/base/files/other")[0] == 201
+            committed = target.send(
+                b"POST /v1/experts/base/commit HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + BEARER + b"\r\n"
+            )
+            assert committed[0] == (409 if link.name == "base" else 201)
+            if committed[0] == 201:
+                shutil.rmtree(target.home.inbox / "base")
+            assert link.is_symlink()
+            gone = target.send(
+                b"DELETE /v1/experts/base HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + BEARER + b"\r\n"
+            )
+            assert gone[0] == (204 if link.name == "base" else 404)
+        finally:
+            link.unlink()
 
 
 def test_a_thousand_cut_connections(target: Target) -> None:

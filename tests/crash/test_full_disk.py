@@ -103,7 +103,8 @@ def test_while_it_waits_for_space_it_serves_and_says_so(disk: Disk, world: World
     fill_inbox(Home(disk.path / "home"), world.drops[:1])
     disk.leave(0)
     assert until(daemon, FULL)
-    assert httpx.get(f"{url}readyz").status_code == 200
+    told = httpx.get(f"{url}readyz")
+    assert (told.status_code, [trouble["reason"] for trouble in told.json()["troubles"]]) == (503, ["disk_full"])
     assert "mainstem_disk_full 1.0" in httpx.get(f"{url}metrics").text
     assert httpx.get(f"{url}v1/heads/main/versions/0/files/config.json").json()["model_type"] == "tiny"
     disk.grow()

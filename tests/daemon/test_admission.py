@@ -4,17 +4,18 @@ from collections.abc import Sequence
 
 import pytest
 
-from daemon.admission import check_norm
+from daemon.admission import check_norm, oddity, usual_norm
 from daemon.config import Admission
 from daemon.errors import Reason, Refused
 from projector.head import Folded
+from registry.records import Flag
 
 LIMITS = Admission(max_base_ratio=1.0, max_norm_ratio=100.0)
 
 
 def refusal(norm: float, base: float = 50.0, norms: Sequence[float] = ()) -> Reason | None:
     try:
-        check_norm(Folded(norm, base, ()), norms, LIMITS)
+        check_norm(Folded(norm, base, ()), usual_norm(norms), LIMITS)
     except Refused as refused:
         return Reason(refused.reason)
     return None
@@ -43,7 +44,7 @@ def test_limits(norm: float, norms: Sequence[float], reason: Reason | None) -> N
 
 def test_a_refusal_says_by_how_much_and_what_to_do() -> None:
     with pytest.raises(Refused, match="120 times as long as is usual") as refused:
-        check_norm(Folded(1.2, 50.0, ()), [0.01] * 3, LIMITS)
+        check_norm(Folded(1.2, 50.0, ()), usual_norm([0.01] * 3), LIMITS)
     assert "admission.max_norm_ratio" in refused.value.hint
 
 
@@ -52,4 +53,27 @@ def test_a_base_of_zeros_admits_nothing() -> None:
 
 
 def test_a_raised_limit_lets_it_pass() -> None:
-    check_norm(Folded(80.0, 50.0, ()), [], Admission(max_base_ratio=2.0))
+    check_norm(Folded(80.0, 50.0, ()), None, Admission(max_base_ratio=2.0))
+
+
+@pytest.mark.parametrize(
+    ("norm", "norms", "flag"),
+    [
+        (3.0, (1.0, 1.0, 1.0), None),  # three times as long is not over three times
+        (3.01, (1.0, 1.0, 1.0), Flag.LONG),
+        (4.6, (0.9, 1.0, 1.3), Flag.LONG),
+        (3.01, (1.0, 1.0), None),  # two make no rule
+        (3.01, (1.0, 1.0, 100.0), Flag.LONG),  # the mean would be 34
+        (0.34, (1.0, 1.0, 1.0), None),
+        (0.33, (1.0, 1.0, 1.0), Flag.SHORT),
+    ],
+)
+def test_what_is_odd_about_a_norm(norm: float, norms: Sequence[float], flag: Flag | None) -> None:
+    found = oddity(norm, usual_norm(norms), LIMITS)
+    assert (found.flag if found else None) == flag
+
+
+def test_what_is_odd_is_said_with_all_three_numbers() -> None:
+    found = oddity(4.6, usual_norm([0.9, 1.0, 1.3]), LIMITS)
+    assert found and found.hint
+    assert "4.6 times" in found.detail and "its norm is 4.6," in found.detail and found.detail.endswith(" 1")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from daemon import compute
-from daemon.compute import check_budget, driver, memory_budget
+from daemon.compute import check_budget, device, driver, eigh_seconds, faster_on_card, memory_budget
 from daemon.config import Compute
 from daemon.errors import BadConfig
 from daemon.home import Home
@@ -46,7 +46,7 @@ def test_by_default_half_of_the_usable_memory_may_be_taken(tmp_path: Path, monke
 
 def test_the_driver_gets_what_the_settings_say() -> None:
     made = driver(Compute.model_validate({"threads": 3, "memory_budget": "1GiB", "device": "cpu"}))
-    assert (made.workers, made.budget_bytes, made.device.type) == (3, 1 << 30, "cpu")
+    assert (made.workers, made.budget_bytes, made.device.where.type) == (3, 1 << 30, "cpu")
 
 
 def test_a_base_whose_largest_matrix_does_not_fit_is_refused_at_init(
@@ -89,3 +89,27 @@ def test_a_budget_for_one_matrix_at_a_time_gives_the_same_bits(home: Home, base:
             drain(one, settings)
     weights = [(one.version("main", 2) / "model.safetensors").read_bytes() for one in (home, tight)]
     assert live(home) == live(tight) == 2 and weights[0] == weights[1]
+
+
+def test_a_card_is_chosen_where_it_is_faster_than_all_workers_together() -> None:
+    assert faster_on_card(0.18, 0.02, workers=4)
+    assert not faster_on_card(0.18, 0.06, workers=4), "three at a time here, and more"
+    assert not faster_on_card(0.18, 1.5, workers=1), "its float64 is a 64th of its float32"
+    assert eigh_seconds(torch.device("cpu"), side=64) > 0
+
+
+def test_an_explicit_device_is_obeyed_or_refused() -> None:
+    assert device(Compute(device="cpu")).where == torch.device("cpu")
+    with pytest.raises(BadConfig, match="torch sees 0 CUDA devices"):
+        device(Compute(device="cuda:3"))
+    assert device(Compute(device="auto")).where == torch.device("cpu"), "there is none to be seen"
+
+
+def test_what_the_slabs_take_is_counted(tmp_path: Path) -> None:
+    schema = {"large.weight": TensorSpec("large.weight", (600, 500), torch.float32)}
+    need = fold_bytes([make("opcm")], Step(schema["large.weight"]))
+    settings = Compute.model_validate({"memory_budget": need})
+    check_budget(schema, [make("opcm")], settings)
+    with pytest.raises(BadConfig, match=str(need - 1)) as caught:
+        check_budget(schema, [make("opcm")], settings, reserved=1)
+    assert f"compute.memory_budget to {need + 1}" in caught.value.hint

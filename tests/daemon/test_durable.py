@@ -2,8 +2,10 @@
 
 import errno
 import os
+import shutil
 import stat
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -133,6 +135,48 @@ def test_a_failed_sync_is_not_retried_and_a_full_disk_is_told_apart(
         assert durable.is_full(full.value) and not isinstance(full.value, durable.SyncFailed)
 
 
+@pytest.mark.parametrize("raised", [None, ValueError("a refusal"), OSError(errno.ENOSPC, "no space")])
+def test_a_sync_that_failed_beside_the_work_outweighs_what_the_work_raised(
+    raised: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Event()
+
+    def fdatasync(fd: int) -> None:
+        failed.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    fd = durable.create(tmp_path / "x")
+    with pytest.raises(durable.SyncFailed), durable.flushing([fd]):
+        assert failed.wait(60)
+        if raised:
+            raise raised
+    os.close(fd)
+
+
+def test_a_file_that_cannot_be_closed_was_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.close
+
+    def close(fd: int) -> None:
+        real(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", close)
+    with pytest.raises(durable.SyncFailed):
+        durable.write_file(tmp_path / "x", b"abc")
+
+
+def test_a_full_disk_after_a_failed_sync_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as raised:
+        try:
+            raise durable.SyncFailed(errno.EIO, "fsync failed")
+        finally:
+            raise OSError(errno.ENOSPC, "no space to tidy up either")
+    assert isinstance(durable.failed_sync(raised.value), durable.SyncFailed)
+    assert not durable.is_full(raised.value)
+    assert durable.failed_sync(OSError(errno.EIO, "of another kind")) is None
+
+
 def test_removing_takes_links_and_never_what_they_point_to(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "x").touch()
@@ -151,3 +195,35 @@ def test_renaming_between_folders_moves_at_once(tmp_path: Path) -> None:
     (tmp_path / "b" / "x").write_bytes(b"old")
     durable.rename(tmp_path / "a" / "x", tmp_path / "b" / "x")
     assert (tmp_path / "b" / "x").read_bytes() == b"new" and os.listdir(tmp_path / "a") == []
+
+
+def test_a_folder_that_was_opened_is_the_one_that_is_changed(tmp_path: Path) -> None:
+    """Whatever takes the place of its path: also of what lies in it."""
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a").write_bytes(b"not ours")
+    with durable.Folder(tmp_path / "ours") as ours, durable.Folder(tmp_path / "target") as target:
+        (tmp_path / "ours").rename(tmp_path / "moved")
+        (tmp_path / "ours").symlink_to(tmp_path / "precious")
+        os.close(ours.create(".a.part"))
+        ours.move(".a.part", "a")
+        ours.make("below").close()
+        (tmp_path / "moved" / "below" / "link").symlink_to(tmp_path / "precious")
+        (tmp_path / "moved" / "link").symlink_to(tmp_path / "precious")
+        with pytest.raises(NotADirectoryError):
+            durable.Folder("link", below=ours)
+        (tmp_path / "target" / "a").symlink_to(tmp_path / "nothing")
+        with pytest.raises(FileExistsError):
+            ours.move_new("a", target)
+        (tmp_path / "target" / "a").unlink()
+        ours.move_new("a", target)
+        for name in ("below", "link", "nothing"):
+            ours.remove(name)
+    assert (os.listdir(tmp_path / "moved"), os.listdir(tmp_path / "target")) == ([], ["a"])
+    assert (tmp_path / "precious" / "a").read_bytes() == b"not ours"
+
+
+def test_removing_a_tree_cannot_be_led_astray() -> None:
+    """What others may write to while it is removed: the library promises it where the system can do it."""
+    assert shutil.rmtree.avoids_symlink_attacks

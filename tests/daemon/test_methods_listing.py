@@ -1,7 +1,6 @@
 """`mainstem methods` and docs/methods.md are the code's, and `init` refuses each bad parameter of each method."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from docs.generate import METHODS, methods_part
 from projector.errors import BadParameter
 from projector.listing import lines, listing, markdown
 from projector.method import Expert, Method, State, Sums, Totals, method_params, param
@@ -50,12 +48,6 @@ def test_one_method_is_listed_alone() -> None:
     assert json.loads(asked("mean", "--json"))["name"] == "mean"
     done = forked("methods", "magic")
     assert done.returncode == 1 and "opcm" in done.stderr
-
-
-def test_the_page_is_the_generators() -> None:
-    found = re.search(r"<!-- methods: [^\n]*-->\n(.*)<!-- /methods -->", METHODS.read_text(), re.DOTALL)
-    assert found
-    assert found[1] == methods_part(), "run `make docs`"
 
 
 @dataclass(frozen=True)

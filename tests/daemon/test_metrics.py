@@ -10,6 +10,7 @@ from prometheus_client import generate_latest
 from daemon.home import Home
 from daemon.metrics import OUTCOMES, REASONS, Metrics
 from daemon.progress import PHASES
+from registry.records import Flag
 from tests.daemon.homes import count, drain, put
 from tests.models import write_expert
 
@@ -29,6 +30,7 @@ def test_every_series_with_a_closed_label_is_there_from_the_start() -> None:
     for name, label, values in (
         ("mainstem_experts_total", "outcome", OUTCOMES),
         ("mainstem_refused_total", "reason", REASONS),
+        ("mainstem_experts_flagged_total", "flag", Flag),
         ("mainstem_merge_phase_seconds_total", "phase", PHASES),
     ):
         for value in values:
@@ -36,7 +38,7 @@ def test_every_series_with_a_closed_label_is_there_from_the_start() -> None:
 
 
 def test_names_and_labels_are_ours_and_closed() -> None:
-    allowed = {"head", "figure", "outcome", "reason", "phase", "version", "le"}
+    allowed = {"head", "figure", "outcome", "reason", "flag", "phase", "version", "le"}
     for family in Metrics().registry.collect():
         assert family.name.startswith(("mainstem_", "process_")) and family.documentation
         for sample in family.samples:

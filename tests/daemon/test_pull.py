@@ -250,7 +250,7 @@ def test_where_folders_cannot_be_exchanged_nothing_is_lost(
 def test_pull_believes_no_manifest(change: dict[str, Any], message: str, home: Home, tmp_path: Path) -> None:
     """What came does not fit the manifest, or its names lead elsewhere: a server that serves another's answers."""
     manifest = json.loads(home.manifest("main", 3).read_bytes())
-    manifest["files"][0] |= change
+    next(file for file in manifest["files"] if file["name"] == CONFIG).update(change)
     text = json.dumps(manifest).encode()
     tag = f'"sha256:{hashlib.sha256(text).hexdigest()}"'
 

@@ -4,10 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from daemon.compute import device
-from daemon.config import load
+from daemon.config import Compute, load
 from daemon.errors import BadConfig, BadHome, NotYet
 from daemon.home import Home
 from daemon.inbox import Inbox, Scan
@@ -141,9 +140,8 @@ def test_one_underscore_for_two_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert "HTTP__PORT" in refused.value.hint
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_device_that_is_not_there_is_refused_at_the_start(home: Home) -> None:
     with pytest.raises(BadConfig, match="0 CUDA devices"):
-        device("cuda:0")
+        device(Compute(device="cuda:0"))
     with pytest.raises(BadConfig):
         drain(home, quick(compute={"device": "cuda"}))

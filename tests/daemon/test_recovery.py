@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -171,3 +172,32 @@ def test_after_a_clean_stop_the_hashing_is_left_out(merged: Home, store: Store) 
     """The price of a quick start: `mainstem verify` still finds it."""
     _spoil(merged.version("main", 2) / "model.safetensors")
     recover(merged, store, quiet)
+
+
+@pytest.mark.parametrize("what", ["folder", "deep", "link", "file"])
+def test_where_uploads_lay_once_is_cleared_and_nothing_else(
+    merged: Home, store: Store, tmp_path: Path, what: str
+) -> None:
+    """Others may write there: neither a link nor what cannot be removed does harm or stops a start."""
+    if what == "link":
+        merged.old_uploads.symlink_to(merged.state)
+    elif what == "file":
+        merged.old_uploads.write_bytes(b"")
+    else:
+        merged.old_uploads.mkdir()
+        (merged.old_uploads / "link").symlink_to(merged.state)
+    if what == "deep":  # deeper than the library goes
+        folder = os.open(merged.old_uploads, os.O_RDONLY)
+        for _ in range(3000):
+            os.mkdir("d", dir_fd=folder)
+            below = os.open("d", os.O_RDONLY, dir_fd=folder)
+            os.close(folder)
+            folder = below
+        os.close(folder)
+    before = {name: content for name, content in tree(merged.state).items() if "registry" not in name}
+    recover(merged, store, quiet)
+    assert os.path.lexists(merged.old_uploads) == (what == "deep")
+    after = {name: content for name, content in tree(merged.state).items() if "registry" not in name}
+    assert after.keys() == before.keys() - {"clean"}
+    if what == "deep":
+        subprocess.run(["rm", "-rf", merged.old_uploads], check=True)  # for pytest, which goes no deeper

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import projector.lora.expert
 from projector.errors import BadSchema, Reason
-from projector.lora.config import LoraConfig
 from projector.lora.delta import Parts, Patch, factors_of
 from projector.naming import Naming
 from tests import adapters
@@ -438,39 +437,6 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, sound: tuple[Path, Pa
     with pytest.raises(BadSchema, match=words) as caught:
         deltas(base, copied)
     assert caught.value.reason is reason and caught.value.hint
-
-
-HIDDEN = [r"(a+|\\)*b", "(?x:(a+) *b)", r"(a+)(?:\1)+", "(?=a+)b", f"({'|' * 70})a*({'|' * 70})a*b"]
-
-
-@pytest.mark.parametrize(
-    "pattern", ["(a+)+b", "a*b*c*d*", "(a|a)(a|a)(a|a)(a|a)", "a?b?c?d?", "x" * 301, "(unclosed", "(?:a|b){9}", *HIDDEN]
-)
-def test_a_pattern_that_could_take_for_ever_is_refused(pattern: str) -> None:
-    with pytest.raises(BadSchema, match="pattern"):
-        LoraConfig(r=1, lora_alpha=1, rank_pattern={pattern: 2}).rank("a" * 40)
-
-
-def test_what_patterns_cost_counts_together() -> None:
-    few = {f".*{i}.*[a-z]+": 2 for i in range(3)}
-    assert LoraConfig(r=1, lora_alpha=1, rank_pattern=few).rank("layers.1.q") == 2
-    with pytest.raises(BadSchema, match="for ever"):
-        LoraConfig(r=1, lora_alpha=1, rank_pattern={f".*{i}.*[a-z]+": 2 for i in range(10)}).rank("layers.1.q")
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "q_proj",
-        "^model.layers.1.mlp.q_proj$",
-        r"layers\.(0|1|2)\.(?:mlp|self_attn)\.(q|k)_proj",
-        r"layers\.\d{1,2}\..*_proj",
-        "[^.]+.mlp.[a-z_]+?",
-        "(model.)?layers.1.mlp.q_proj",
-    ],
-)
-def test_the_patterns_that_people_write(pattern: str) -> None:
-    assert LoraConfig(r=1, lora_alpha=1, rank_pattern={pattern: 2}).rank("model.layers.1.mlp.q_proj") == 2
 
 
 def test_a_long_name_makes_no_long_hint(tmp_path: Path, sound: tuple[Path, Path]) -> None:

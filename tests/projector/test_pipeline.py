@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from projector.errors import OverBudget, Reason
-from projector.pipeline import SPARE, Pipeline
+from projector.pipeline import MOST, SPARE, Pipeline
 
 
 def test_results_come_in_order_whatever_takes_longest() -> None:
@@ -38,6 +38,22 @@ def test_what_is_in_hand_stays_within_the_budget(budget: int) -> None:
             held -= costs[step]
     assert most <= min(budget + 10, (4 + SPARE + 1) * 10), "the one whose result was just handed over counts as well"
     assert held == 0
+
+
+def test_steps_that_cost_nothing_do_not_pile_up_behind_a_large_one() -> None:
+    """What is made of each may take more than it was counted for, and all that is in hand is gone through each time."""
+    handed, most = 0, 0
+
+    def reading(step: int) -> int:
+        nonlocal most
+        most = max(most, step - handed)
+        return step
+
+    for step in Pipeline(2, 1 << 40).run(
+        range(500), lambda step: 1 << 30 if not step else 1, reading, lambda step: step
+    ):
+        handed = step
+    assert most <= MOST * (2 + SPARE) + 1
 
 
 def test_steps_run_at_the_same_time_where_the_budget_allows() -> None:

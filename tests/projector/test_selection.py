@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from projector import selection
+from projector.methods import make
 from projector.selection import (
     COARSE_BINS,
     FINE_BINS,
@@ -21,6 +23,7 @@ from projector.selection import (
     threshold,
     upper_bits,
 )
+from projector.trial import merge
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -97,3 +100,29 @@ def test_of_nothing_nothing_is_kept() -> None:
     nothing = torch.zeros(0, 4)
     assert int(coarse(nothing).sum()) == 0
     assert kth_largest(nothing, kept(0.5, 0)) == [inf]
+
+
+@pytest.mark.parametrize("numel", [0, 1, 64, selection.FEW, selection.FEW + 1])
+def test_few_values_are_counted_without_the_bins_of_many(numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    upper = upper_bits(coarse(x), max(1, numel // 2)) if numel else 7
+    found = coarse(x), fine(x, upper), kth_largest(x, *range(min(numel, 9) + 1))
+    if numel <= selection.FEW:
+        assert all(counts.is_sparse and len(counts.values()) <= numel for counts in found[:2])
+    monkeypatch.setattr(selection, "FEW", -1)
+    assert torch.equal(found[0].to_dense(), coarse(x)) and torch.equal(found[1].to_dense(), fine(x, upper))
+    assert found[2] == kth_largest(x, *range(min(numel, 9) + 1))
+
+
+@pytest.mark.parametrize("method", ["ties", "continual_ties", "pcb"])
+def test_a_model_of_small_tensors_beside_a_large_one_is_surveyed_as_with_all_bins(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"large": (60, 50), "bias": (64,), "norm": (7,), "none": (0, 3), "one": ()}
+    base = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    expert = {name: x + torch.randn(x.shape, generator=draw) for name, x in base.items()}
+    merged, _, _ = merge(make(method, {}), base, [expert, base, expert])
+    monkeypatch.setattr(selection, "FEW", -1)
+    dense, _, _ = merge(make(method, {}), base, [expert, base, expert])
+    assert all(torch.equal(merged[name], dense[name]) for name in shapes)

@@ -58,7 +58,9 @@ class Line:
         """One merged expert; its version of `main` holds `weights`, that of `init` the same reversed."""
         n = self.store.heads()[0].newest + 1
         rows = [lay(self.home, "main", n, weights), lay(self.home, "init", n, weights[::-1])]
-        return self.store.commit(self.expert(name, Status.MERGED, digest or sha256(weights)), rows)
+        expert = self.store.commit(self.expert(name, Status.MERGED, digest or sha256(weights)), rows)
+        self.store.placed(expert.id, f"archive/{expert.id:06d}")
+        return expert
 
     def expert(self, name: str, status: Status, digest: str | None, **more: Any) -> NewExpert:
         norm = 1.25 if status is Status.MERGED else None
@@ -70,6 +72,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with nothing but version 0, made once: migrating a database takes longer than most tests here."""
     home = Home(tmp_path_factory.mktemp("fresh") / "home")
     home.state.mkdir(parents=True)
+    home.inbox.mkdir()
     rows = [lay(home, head.name, 0, b"base weights of " + head.name.encode()) for head in HEADS]
     Store.create(home.registry, BASE, HEADS, rows)
     return home.root

@@ -2,10 +2,13 @@
 
 import base64
 import hashlib
+import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -196,3 +199,47 @@ def test_damage_is_told_and_never_sent(one: "Line", client: httpx.Client) -> Non
     one.home.manifest("main", 2).unlink()
     answer = client.get("/v1/heads/main/versions/2")
     assert (answer.status_code, answer.json()["reason"]) == (500, "damaged")
+
+
+def test_the_newest_file_is_a_redirect_away(line: "Line", client: httpx.Client) -> None:
+    for weights in (b"one", b"two"):
+        line.publish(weights)
+        for method in ("GET", "HEAD"):
+            answer = client.request(method, "/v1/heads/main/latest/files/model.safetensors")
+            assert (answer.status_code, answer.headers["cache-control"]) == (307, "no-cache")
+            followed = client.request(method, "/v1/heads/main/latest/files/model.safetensors", follow_redirects=True)
+            assert followed.headers["etag"] == f'"sha256:{hashlib.sha256(weights).hexdigest()}"'
+            assert followed.content == (weights if method == "GET" else b"")
+    part = client.get(
+        "/v1/heads/main/latest/files/model.safetensors", headers={"Range": "bytes=1-1"}, follow_redirects=True
+    )
+    assert (part.status_code, part.content) == (206, b"w")
+
+
+def test_only_a_file_that_is_there_is_redirected_to(line: "Line", client: httpx.Client) -> None:
+    line.publish(b"one")
+    for name in ("nothing", "manifest.json", "../manifest.json", "%2e%2e/1/model.safetensors", "", "a%00b", "a/b/c"):
+        answer = client.get(f"/v1/heads/main/latest/files/{name}")
+        assert (answer.status_code, "location" in answer.headers) == (404, False), name
+    assert client.get("/v1/heads/nothing/latest/files/model.safetensors").json()["reason"] == "unknown_head"
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter/deep er/a?b#c%41.safetensors", "latest/files/x", "http:/evil.example/x", "a:b"]
+)
+def test_the_newest_nested_file_with_an_odd_name(line: "Line", client: httpx.Client, name: str) -> None:
+    version = line.home.version("main", 0)
+    (version / name).parent.mkdir(parents=True, exist_ok=True)
+    (version / name).write_bytes(b"nested")
+    manifest = json.loads((version / "manifest.json").read_bytes())
+    manifest["files"].append({"name": name, "size": 6, "sha256": hashlib.sha256(b"nested").hexdigest()})
+    raw = json.dumps(manifest).encode()
+    (version / "manifest.json").write_bytes(raw)
+    with sqlite3.connect(line.home.registry) as registry:
+        registry.execute(
+            "UPDATE versions SET manifest_sha256 = ? WHERE head = 'main' AND number = 0",
+            (hashlib.sha256(raw).hexdigest(),),
+        )
+    for written in (quote(name), quote(name, safe="")):
+        answer = client.get(f"/v1/heads/main/latest/files/{written}", follow_redirects=True)
+        assert (answer.status_code, answer.content) == (200, b"nested"), answer.url

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ import httpx
 import pytest
 
 from daemon.http.page import human_ago, human_bytes, human_count
-from registry.records import Status
+from registry.records import Flag, Status
+from tests.daemon.http.conftest import lay
 
 if TYPE_CHECKING:
     from tests.daemon.http.conftest import Line, Readiness
@@ -47,16 +49,35 @@ def test_it_tells_what_happened(line: "Line", client: httpx.Client, readiness: "
     assert "the disk is &lt;full&gt;" in text
 
 
+def test_an_odd_expert_is_marked_where_it_arrived_and_in_the_lineage(line: "Line", client: httpx.Client) -> None:
+    line.publish(b"one")
+    assert "pill flag" not in client.get("/").text
+    odd = replace(line.expert("odd", Status.MERGED, "ef" * 32), flags=(Flag.LONG,), detail="<5> times", hint="look")
+    line.store.commit(odd, [lay(line.home, head, 2, b"two") for head in ("main", "init")])
+    text = client.get("/").text
+    assert text.count('class="pill flag"') == 2 and "&lt;5&gt; times" in text
+
+
 def test_its_commands_work(line: "Line", client: httpx.Client, tmp_path: Path) -> None:
     line.publish(b"one")
     commands = re.findall(r"<pre[^>]*>(.*?)</pre>", client.get("/").text)
-    assert str(line.home.latest("main")) in commands[0]
+    loaded = re.search(r"from_pretrained\(&#39;(.*)&#39;\)", commands[0])
+    assert loaded and line.home.root.parent / loaded[1] == line.home.latest("main")
     curl = commands[1].replace("&#39;", "'")
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     subprocess.run(curl.replace("curl ", "curl -sS --noproxy '*' "), shell=True, cwd=tmp_path, check=True, timeout=30)
     assert (tmp_path / "model.safetensors").read_bytes() == b"one"
     assert (tmp_path / "config.json").exists()
+
+
+def test_nobody_is_told_where_things_lie_on_this_machine(line: "Line", client: httpx.Client) -> None:
+    line.publish(b"one")
+    line.store.record(line.expert("bad", Status.QUARANTINED, None, reason="bad_header", detail="it is none"))
+    (line.home.version("main", 1) / "model.safetensors").unlink()
+    paths = ["/", "/readyz", "/metrics", "/v1/heads", "/v1/experts", "/v1/lineage", "/v1/heads/main/versions"]
+    for path in [*paths, "/v1/heads/main/versions/1", "/v1/heads/main/versions/1/files/model.safetensors"]:
+        assert str(line.home.root.parent) not in client.get(path).text, path
 
 
 def test_it_comes_up_on_a_damaged_home(line: "Line", client: httpx.Client, readiness: "Readiness") -> None:

@@ -1,6 +1,7 @@
 """Uploads: only with the token, whole or not at all, and never over what is there."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -46,7 +47,6 @@ class Server:
 
     def __init__(self, line: "Line", readiness: "Readiness", **settings: Any) -> None:
         self.home = line.home
-        self.home.inbox.mkdir()
         self.counted: list[tuple[str, int]] = []
         http = Http.model_validate({"write_token": TOKEN, **settings})
         self.uploads = Uploads(self.home, http, lambda *ended: self.counted.append(ended))
@@ -250,7 +250,9 @@ def test_a_link_in_place_of_the_folder_is_not_followed(server: Server, tmp_path:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "precious").write_text("not ours")
     server.home.uploads.symlink_to(tmp_path / "outside")
-    assert server.put().status_code == 201
+    assert server.put().status_code == 500
+    server.home.uploads.unlink()
+    server.home.uploads.mkdir()
     server.home.uploads.joinpath("other").symlink_to(tmp_path / "outside")
     assert server.put("/v1/experts/other/files/a.safetensors").status_code == 201
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["precious"]
@@ -270,13 +272,38 @@ def test_without_a_token_nothing_is_taken(line: "Line", readiness: "Readiness") 
 
 
 def test_a_client_that_stalls_is_dropped(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "STALL_SECONDS", 0.3)
+    server.uploads.stall_seconds = 0.3
     monkeypatch.setattr(uploads, "LINGER_SECONDS", 0.3)
     with server.begin() as connection:
         answer = b"".join(iter(lambda: connection.recv(10_000), b""))  # to the end: it is closed
         assert answer.startswith(b"HTTP/1.1 408")
         assert b'"stalled"' in answer
     assert server.left() == []
+
+
+def test_a_client_that_trickles_is_dropped(server: Server) -> None:
+    """A byte now and then is no stall, and no upload either."""
+    server.uploads.stall_seconds = 0.5
+    with server.begin() as connection:
+        connection.settimeout(0.05)
+        deadline = time.monotonic() + 10
+        answer = b""
+        while not answer and time.monotonic() < deadline:
+            connection.send(b"x" * 10)
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(10_000)
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_a_slow_but_honest_upload_is_taken(server: Server) -> None:
+    server.uploads.stall_seconds = 0.3
+
+    def body() -> Iterator[bytes]:
+        for _ in range(20):
+            time.sleep(0.05)
+            yield b"x" * 1000
+
+    assert server.put(content=body()).status_code == 201
 
 
 def test_only_so_many_at_a_time(server: Server) -> None:
@@ -339,6 +366,12 @@ def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch, point: str
     assert (answer.status_code, answer.json()["reason"]) == (507, "upload_space")
     assert server.left() == []
     assert server.counted[-1][0] in ("broken", "refused")
+    troubles = server.client.get("/readyz").json()["troubles"]
+    assert [trouble["reason"] for trouble in troubles] == ["uploads"]
+    monkeypatch.delenv("MAINSTEM_FAILPOINT")
+    (server.home.inbox / "mine.safetensors").unlink(missing_ok=True)
+    assert server.put().status_code == 201
+    assert server.client.get("/readyz").status_code == 200, "it is over"
 
 
 def test_what_could_not_be_begun_can_be_begun_again(server: Server) -> None:

@@ -80,10 +80,8 @@ def sending(daemon: Daemon, path: str) -> socket.socket:
     """A connection on which more was announced than will be sent."""
     host, port = daemon.origin.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=20)
-    head = (
-        f"PUT /v1/experts/{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 90000000\r\n"
-    )
-    connection.sendall(head.encode() + b"\r\n" + bytes(3 << 20))
+    head = f"PUT /v1/experts/{path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+    connection.sendall(head.encode() + b"Content-Length: 90000000\r\n\r\n" + bytes(3 << 20))
     return connection
 
 
@@ -99,16 +97,22 @@ def test_after_a_kill_nothing_is_left(home: Home, base: Path, tmp_path: Path) ->
         daemon = ready(process)
         assert send(daemon, "PUT", "folder/files/a.safetensors", b"whole").status_code == 201
         with sending(daemon, "cut.safetensors"), sending(daemon, "folder/files/b.safetensors"):
-            parts = {".uploads/cut.safetensors/.cut.safetensors.part", ".uploads/folder/.b.safetensors.part"}
-            assert until(lambda: parts <= set(left(home)), 10)
+            parts = [
+                home.uploads / "cut.safetensors/.cut.safetensors.part",
+                home.uploads / "folder/.b.safetensors.part",
+            ]
+            assert until(lambda: all(part.exists() for part in parts), 10)
             process.process.send_signal(signal.SIGKILL)
             process.process.wait(timeout=30)
-    assert parts <= set(left(home))
+    assert all(part.exists() for part in parts)
     (home.uploads / "folder" / "link").symlink_to(outside)
+    (home.old_uploads / "of an older mainstem").mkdir(parents=True)
+    (home.old_uploads / "link").symlink_to(outside)
     expert = write_expert(tmp_path / "one.safetensors", base, 2)
     with running("run", "--home", home.root, "--port", "0", **VARIABLE) as process:
         daemon = ready(process)
         assert left(home) == []
+        assert not home.uploads.exists()
         assert send(daemon, "PUT", "cut.safetensors", expert.read_bytes()).status_code == 201
         daemon.wait_for(1)
         assert daemon.stop() == 0

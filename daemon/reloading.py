@@ -1,0 +1,113 @@
+"""SIGHUP: the settings are read again, and those that a running daemon can change are in force from the next expert on.
+
+A terminal that closes sends the same signal, to what was started in it. Then there is nobody left to read the log, and
+the process stops as it would by SIGTERM; one that logs elsewhere (a service, nohup) goes on.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import structlog
+from pydantic import SecretStr
+
+from daemon.config import Settings, check_heads, is_live
+from daemon.errors import BadConfig
+from daemon.metrics import Metrics
+
+Read = Callable[[], Settings]
+Adopt = Callable[[Settings], None]
+
+
+class Reloading:
+    """Reads the settings again when it was asked to."""
+
+    def __init__(self, read: Read, metrics: Metrics) -> None:
+        """`read`: from where they came at the start: the file, the environment and the flags. Raises BadConfig."""
+        self._read = read
+        self._metrics = metrics
+        self._log = structlog.get_logger()
+        self.asked = False  # set by a signal handler, which had better take no lock
+        metrics.reloaded(True)
+
+    def settings(self, now: Settings, heads: Sequence[str], adopt: Adopt) -> Settings:
+        """The settings in force from here on: `now`, or what was made of it and handed to `adopt`.
+
+        heads: the home's. adopt: puts settings into force, wholly or, with a BadConfig, not at all. What is wrong is
+        logged, and then all stays as it is.
+        """
+        self.asked = False
+        try:
+            wanted = self._read()
+            check_heads(wanted.heads, heads)
+            new = taken_up(now, wanted)
+            adopt(new)
+        except BadConfig as error:
+            self._metrics.reloaded(False)
+            self._log.error("the settings cannot be read again: those in force stay", error=str(error), hint=error.hint)
+            return now
+        self._metrics.reloaded(True)
+        changed, fixed = differences(now, new), differences(new, wanted)
+        for name, before, after in changed:
+            self._log.info("a setting was changed", setting=name, before=before, now=after)
+        for name, in_force, configured in fixed:
+            self._log.warning("a setting needs a restart", setting=name, in_force=in_force, configured=configured)
+        self._log.info("the settings were read again", changed=len(changed), need_a_restart=len(fixed))
+        return new
+
+
+def taken_up(now: Settings, wanted: Settings) -> Settings:
+    """The settings in force, with those from `wanted` that a running daemon can change."""
+    sections = {
+        table: section.model_copy(
+            update={
+                key: getattr(getattr(wanted, table), key)
+                for key in type(section).model_fields
+                if is_live(f"{table}.{key}")
+            }
+        )
+        for table, section in now
+        if table != "heads"
+    }
+    return now.model_copy(update=sections)
+
+
+def differences(one: Settings, other: Settings) -> list[tuple[str, Any, Any]]:
+    """(name, value in the one, value in the other) of every setting in which they differ, as they may be shown."""
+    shown, others = one.flat(), other.flat()
+    before, after = _values(one), _values(other)
+    names = dict.fromkeys([*before, *after])
+    return [(name, shown.get(name), others.get(name)) for name in names if before.get(name) != after.get(name)]
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    """As `flat`, with what a secret really is: only to be compared."""
+    secrets = {
+        f"{table}.{key}": value
+        for table, section in settings
+        if table != "heads"
+        for key, value in section
+        if isinstance(value, SecretStr)
+    }
+    return settings.flat() | secrets
+
+
+@contextmanager
+def hearing(reload: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, SIGHUP calls `reload`, or `stop` where the terminal that the log went to is gone."""
+    terminal = sys.stderr.isatty()
+
+    def hear(_: int, __: FrameType | None) -> None:
+        if terminal and not sys.stderr.isatty():
+            stop()
+        else:
+            reload()
+
+    before = signal.signal(signal.SIGHUP, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
