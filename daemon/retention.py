@@ -19,6 +19,8 @@ from daemon.home import Home
 from registry.records import Head, Version
 from registry.store import Store
 
+OLDEST = 100  # versions of a head that are looked at together; more than the base and the live one
+
 
 def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
     """Removes what retention no longer keeps and returns it.
@@ -28,10 +30,13 @@ def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
     The row is marked first: a version whose files are going is no longer offered.
     """
     remove_old_states(home, store)
-    gone = [version for head in store.heads() for version in _expired(store, head, settings)]
-    for version in gone:
-        store.collected(version.head, version.number)
-        remove_files(home, version)
+    gone: list[Version] = []
+    for head in store.heads():
+        while found := _expired(store, head, settings):
+            for version in found:
+                store.collected(version.head, version.number)
+                remove_files(home, version)
+            gone += found
     return gone
 
 
@@ -85,11 +90,15 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _expired(store: Store, head: Head, settings: Retention) -> list[Version]:
-    oldest = datetime.now(UTC) - timedelta(seconds=settings.grace_seconds)
-    newest_first = store.versions(head.name, include_collected=False)
-    followed = list(pairwise(newest_first))[settings.versions - 1 :]
+    """The oldest versions that may go, out of the OLDEST of a head: within the grace time there may be thousands."""
+    before = datetime.now(UTC) - timedelta(seconds=settings.grace_seconds)
+    newest = store.versions(head.name, limit=settings.versions, include_collected=False)
+    oldest = store.versions(head.name, limit=OLDEST, newest_first=False, include_collected=False)
     return [
         version
-        for successor, version in followed
-        if version.number not in (0, head.live) and successor.created_at and successor.created_at < oldest
+        for version, successor in pairwise(oldest)
+        if version.number < newest[-1].number
+        and version.number not in (0, head.live)
+        and successor.created_at
+        and successor.created_at < before
     ]

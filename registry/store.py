@@ -171,8 +171,8 @@ class Reader:
             found = {row.status: row.experts for row in connection.execute(select(TallyRow.status, TallyRow.experts))}
         return {status: found.get(status, 0) for status in Status}
 
-    def merged_norms(self, limit: int | None = None) -> list[float]:
-        """The norms of the merged experts that have one, newest first; of the newest `limit` experts with one."""
+    def merged_norms(self, limit: int | None = 1000) -> list[float]:
+        """The norms of the newest `limit` merged experts that have one, newest first; None takes all."""
         norms = select(ExpertRow.norm).where(is_merged, ExpertRow.norm.is_not(None))
         with self._read() as connection:
             return list(connection.scalars(norms.order_by(ExpertRow.version.desc()).limit(limit)))

@@ -21,9 +21,10 @@ from daemon.cli.app import app as command_line
 from daemon.home import Home
 from daemon.http import create_app
 from daemon.replay import pages
+from daemon.retention import collect
 from daemon.verification import _every
 from registry.records import Status
-from registry.store import Reader
+from registry.store import Reader, Store
 from tests.daemon.homes import drain, experts, make_home, put, quick
 from tests.models import write_expert
 from tests.registry.many import Steps, fill
@@ -191,3 +192,21 @@ def test_show_prints_a_bounded_number_of_namesakes(crowded: dict[int, Home]) -> 
     ended = CliRunner().invoke(command_line, ["show", "model", "--json", "--home", str(home.root)])
     found = json.loads(ended.stdout)
     assert [one["id"] for one in found] == list(range(399, 299, -1)) and "more than 100" in ended.stderr
+
+
+def test_collecting_among_versions_that_are_all_within_the_grace_time(crowded: dict[int, Home]) -> None:
+    counted = {}
+    for n, home in crowded.items():
+        with closing(sqlite3.connect(home.registry)) as raw, raw:
+            raw.execute("UPDATE versions SET collected = 0, created_at = datetime('now')")
+        with Store.open(home.registry) as store, Steps() as steps:
+            assert collect(home, store, quick().retention) == []
+        counted[n] = steps
+    alike("collect", counted)
+    with closing(sqlite3.connect(home.registry)) as raw, raw:  # more than are looked at together
+        raw.execute("UPDATE versions SET collected = number BETWEEN 1 AND (SELECT newest FROM heads) - 130")
+    with Store.open(home.registry) as store:
+        gone = collect(home, store, quick(retention={"versions": 5, "grace_seconds": 0}).retention)
+        live = store.heads()[0].live
+        assert len(gone) == 2 * 125
+        assert [one.number for one in store.versions("own", include_collected=False)] == [*range(live, live - 5, -1), 0]
