@@ -13,8 +13,9 @@ import torch
 
 from daemon.compute import exact_products
 from projector.device import Device, Failure, Gate, failure
-from projector.errors import DeviceLost, Reason
+from projector.errors import BadValues, DeviceLost, Reason
 from projector.fold import Driver
+from projector.linalg import eigenvectors
 from projector.methods import make
 from projector.trial import merge, stream
 from projector.watch import SILENT
@@ -132,6 +133,26 @@ def test_a_probe_without_room_says_nothing_of_the_context() -> None:
     card, heard = PretendCard([MEMORY[0], MEMORY[1]], probe=probe), Listening()
     card.run(what, 1, "w", heard)
     assert heard.names == ["w"]
+
+
+def test_what_is_not_finite_there_is_asked_of_the_cpu() -> None:
+    """A solver may give NaN without an error: no expert is refused for that."""
+    bad = BadValues(Reason.NOT_FINITE, "w holds NaN", "drop another")
+    card, heard = PretendCard([bad]), Listening()
+    card.run(what, 1, "w", heard)
+    assert (card.lanes, card.probed, heard.names) == (1, 1, ["w"])
+
+    def never_finite(device: torch.device) -> None:
+        raise bad
+
+    with pytest.raises(BadValues):
+        card.run(never_finite, 1, "w", heard)
+
+
+def test_a_solver_that_gives_nan_says_so() -> None:
+    with pytest.raises(torch.linalg.LinAlgError) as caught:  # type: ignore[attr-defined]
+        eigenvectors(torch.full((3, 3), torch.nan, dtype=torch.float64))
+    assert failure(caught.value) is Failure.ARITHMETIC
 
 
 def test_what_alone_does_not_fit_is_not_tried() -> None:
