@@ -207,6 +207,29 @@ def test_what_is_in_flight_stays_within_the_budget() -> None:
     assert (held, most) == (0, 100)
 
 
+def test_who_asks_for_much_is_not_overtaken() -> None:
+    gate, order = Gate(100), []
+    much, little = threading.Event(), threading.Event()
+
+    def hold(need: int, asked: threading.Event) -> None:
+        asked.set()
+        with gate.hold(need):
+            order.append(need)
+
+    with gate.hold(60):
+        threads = []
+        for need, asked in ((100, much), (40, little)):
+            threads.append(threading.Thread(target=hold, args=(need, asked)))
+            threads[-1].start()
+            assert asked.wait(30)
+            while len(gate._waiting) < len(threads):
+                time.sleep(0.001)
+        assert order == [], "40 are free, but somebody came before"
+    for thread in threads:
+        thread.join(30)
+    assert order == [100, 40]
+
+
 def test_trying_again_waits_until_the_others_are_done() -> None:
     card, began, go_on = PretendCard(budget_bytes=100), threading.Event(), threading.Event()
     order: list[str] = []
@@ -260,6 +283,7 @@ def test_a_card_that_fails_now_and_then_gives_the_same_bits(name: str) -> None:
         assert card.lanes == 0, "what is taken elementwise stays on the CPU"
     else:
         assert card.lanes and heard.names
+        assert len(card.threads_seen) <= 3, "the same threads in every sweep: a library's workspace belongs to one"
 
 
 @pytest.mark.usefixtures("one_thread")
