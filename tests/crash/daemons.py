@@ -28,6 +28,7 @@ SETTINGS = {
 }
 LIMIT_SECONDS = 60  # after which a run that hangs is ended
 DISK_FULL_WAIT_SECONDS = 0.05
+AGAIN_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _serve() -> None:
 
 
 def _work(request: dict[str, Any]) -> None:
-    from daemon import service
+    from daemon import attempts, service
     from daemon.cli import main
 
     signal.alarm(LIMIT_SECONDS)
@@ -145,6 +146,7 @@ def _work(request: dict[str, Any]) -> None:
     os.dup2(log, 2)
     os.environ.update(request["environment"])
     service.DISK_FULL_WAIT_SECONDS = DISK_FULL_WAIT_SECONDS
+    attempts.AGAIN_SECONDS = AGAIN_SECONDS
     if request["trace"]:
         _trace(request["trace"])
     sys.argv = ["mainstem", *request["args"]]
