@@ -1,10 +1,10 @@
 """How often each entry of the inbox was tried in vain: no expert may end the daemon for ever, or block those behind it.
 
 A try that fails is counted, others go first, and after TRIES it is refused. A process that is killed with an expert in
-hand (out of memory, a crash of a library) is known by the note that it leaves. That may have been a person: so the
-first time changes nothing, from the second on others go first, and it takes DEATHS to refuse it, all with this expert
-alone. What is no expert's doing leaves no note: a stop by SIGTERM takes it away even if it is followed by SIGKILL, and
-a note of another boot, after a power failure, does not count.
+hand (out of memory, a crash of a library) is known by the note that it leaves. That may have been a person: FORGIVEN
+times change nothing, not even the order of merging, then others go first, and it takes DEATHS to refuse it, all with
+this expert alone. What is no expert's doing leaves no note: a stop by SIGTERM takes it away even if it is followed by
+SIGKILL, and a note of another boot, after a power failure, does not count.
 """
 
 import json
@@ -21,6 +21,7 @@ from daemon.inbox import Drop
 
 TRIES = 3
 DEATHS = 5
+FORGIVEN = 2
 AGAIN_SECONDS = 5.0  # between two tries
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -68,7 +69,7 @@ class Attempts:
         """Why a drop must not be tried again, where processes died of it and of nothing else."""
         others = [tried.deaths for entry, tried in self._tried.items() if entry != drop.entry]
         deaths = self._tried.get(drop.entry, Tried()).deaths
-        if deaths < DEATHS or max(others, default=0) > 1:
+        if deaths < DEATHS or max(others, default=0) >= FORGIVEN:
             return None
         return Failed(
             Reason.FAULT,
@@ -103,7 +104,7 @@ class Attempts:
 
 
 def _last(tried: Tried) -> int:
-    return tried.failures + max(0, tried.deaths - 1)
+    return tried.failures + max(0, tried.deaths - FORGIVEN)
 
 
 def _read(path: Path) -> dict[str, Tried]:

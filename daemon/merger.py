@@ -136,13 +136,17 @@ class Merger:
             self.preparations.follow(read_lines(self._store, self._methods))
         return placed
 
-    def finish(self) -> None:
-        """Tidies up after recorded experts where something was in the way. Raises OSError or DiskFull where it is."""
+    def finish(self) -> list[Expert]:
+        """Tidies up after the recorded experts that are still in the inbox, where something was in the way; returns
+        them. Raises OSError or DiskFull where it still is.
+        """
         self.preparations.discard()
-        for expert in self._store.unplaced():
+        unplaced = self._store.unplaced()
+        for expert in unplaced:
             self._tidy(expert)
         collect(self._home, self._store, self._settings.retention)  # time may have made room
         self.preparations.follow(read_lines(self._store, self._methods))
+        return unplaced
 
     def _opened(self, drop: Drop, naming: Naming) -> OpenCheckpoint:
         with ExitStack() as closing:

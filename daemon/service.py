@@ -59,6 +59,7 @@ class Service:
         self._not_ready: str | None = "recovering"
         self._before_busy: str | None = None
         self._busy = False
+        self._told = 0  # the newest expert that the log has spoken of
         self._attempts: Attempts | None = None  # once the home's lock is held
         self._show: Callable[[float], None] = lambda _: None
 
@@ -94,6 +95,7 @@ class Service:
             mark_clean(self._home)  # what this start found sound, the next one need not hash again
             raise
         closing.callback(merger.close)
+        self._told = max((expert.id for expert in store.experts(limit=1)), default=0)
         self._metrics.show_heads(store)
         for head in store.heads():
             share = partial(merger.preparations.share, head.name)
@@ -121,7 +123,7 @@ class Service:
             if self._stopping.is_set():
                 return
             self._uploads.tend()
-            if not self._inbox_is_there(watching, merger, once):
+            if not self._inbox_is_there(watching, store, merger, once):
                 self._stopping.wait(self._settings.inbox.scan_seconds)
                 continue
             try:
@@ -139,7 +141,7 @@ class Service:
                         return
                     waiting += not self._take(store, merger, progress, drop)
             except (OSError, DiskFull) as error:
-                self._make_room(error, merger, once)
+                self._make_room(error, store, merger, once)
                 continue  # with the oldest drop again: the order of merging does not change
             if once and not waiting and not scan.settled:
                 return
@@ -253,6 +255,7 @@ class Service:
                 metrics.phase_seconds.labels(phase).inc(spent)
 
     def _tell(self, expert: Expert, store: Store, log: structlog.typing.FilteringBoundLogger) -> None:
+        self._told = expert.id
         self._metrics.experts.labels(str(expert.status)).inc()
         if expert.reason:
             self._metrics.refused.labels(expert.reason).inc()
@@ -279,7 +282,7 @@ class Service:
         settings = self._settings.inbox
         return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
 
-    def _make_room(self, error: OSError | DiskFull, merger: Merger, once: bool) -> None:
+    def _make_room(self, error: OSError | DiskFull, store: Store, merger: Merger, once: bool) -> None:
         """Gives up what was prepared, and waits until there is room to finish what was cut short.
 
         Raises `error` itself where it means anything but a full disk, or where there is nobody to wait.
@@ -295,10 +298,16 @@ class Service:
                 self._uploads.tend()
             wait = True
             try:
-                merger.finish()
+                self._finish(store, merger)
                 return
             except (OSError, DiskFull) as again:
                 error = again
+
+    def _finish(self, store: Store, merger: Merger) -> None:
+        """Finishes what was cut short. An expert may have been recorded, and nothing said of it yet."""
+        for expert in merger.finish():
+            if expert.id > self._told:
+                self._tell(expert, store, self._log.bind(drop=expert.name))
 
     def _wait_for_registry(self, busy: Busy | None) -> None:
         """Hears that another program holds the registry, and of the end of that. Raises Abandoned at a stop."""
@@ -312,16 +321,16 @@ class Service:
         self._metrics.registry_busy.set(self._busy)
         self._go_on()
 
-    def _inbox_is_there(self, watching: Watching, merger: Merger, once: bool) -> bool:
+    def _inbox_is_there(self, watching: Watching, store: Store, merger: Merger, once: bool) -> bool:
         """Finishes what lies in it, where it has come back."""
         before, self._not_ready = self._not_ready, watching.look()
         if self._not_ready and once:
             raise BadHome(self._not_ready, "put the folder back, or make it")
         if before and not self._not_ready:
             try:
-                merger.finish()
+                self._finish(store, merger)
             except (OSError, DiskFull) as error:
-                self._make_room(error, merger, once)
+                self._make_room(error, store, merger, once)
         return self._not_ready is None
 
     def _lock(self) -> int:
