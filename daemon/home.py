@@ -9,6 +9,7 @@ HOME/
   published/main/latest -> 000012      and the plain file LATEST
   state/
     registry.sqlite  lock  clean
+    in-hand  attempts.json   what is being worked on; what was tried in vain
     base/                  the base itself, copied when the home was made
     heads/main/000012/state.safetensors
     heads/main/views/000012.safetensors      what the method keeps of the expert that version 12 folded
@@ -88,6 +89,16 @@ class Home:
     def clean(self) -> Path:
         """Present only after a clean stop: without it the next start re-hashes the live version."""
         return self.state / "clean"
+
+    @property
+    def in_hand(self) -> Path:
+        """Which entry of the inbox is being worked on."""
+        return self.state / "in-hand"
+
+    @property
+    def attempts(self) -> Path:
+        """Which entries of the inbox were tried in vain, and how often."""
+        return self.state / "attempts.json"
 
     @property
     def founding(self) -> Path:

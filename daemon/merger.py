@@ -19,16 +19,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from uuid import uuid4
 
-import torch
-
 from daemon import durable
 from daemon.adapter_modules import read_config
 from daemon.adapting import Adapting
 from daemon.admission import USUAL_EXPERTS, check_norm, oddity, usual_norm
+from daemon.blame import blaming
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
 from daemon.compute import check_budget, driver
 from daemon.config import Settings
-from daemon.errors import BadHome, DaemonError, NotYet, Reason, Refused
+from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.failpoints import hit
 from daemon.home import STATE_FILE, Home
 from daemon.inbox import Drop, entry_id
@@ -37,17 +36,18 @@ from daemon.lines import Line, read_lines
 from daemon.outputs import Outputs, planned
 from daemon.placing import place
 from daemon.preparing import Preparations
-from daemon.progress import Progress
+from daemon.progress import Abandoned, Progress
 from daemon.recording import arrived, changed, refused
 from daemon.retention import collect
 from daemon.sealing import origin, seal
-from projector.errors import ProjectorError
+from projector.errors import BadFile, BadMerged, ProjectorError
 from projector.head import Folded, HeadFold
 from projector.method import Expert as View
 from projector.method import Totals
 from projector.methods import make
 from projector.naming import Naming
 from projector.tensorfile import TensorReader
+from registry.errors import RegistryError
 from registry.records import Expert, NewExpert, NewVersion, Status
 from registry.store import Store
 
@@ -71,15 +71,13 @@ class Merger:
         self._base_norm: float | None = None
         reserved = self._driver.device.slab_bytes
         check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute, reserved)
-        self._inbox = os.open(home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
         self.preparations.follow(read_lines(store, self._methods))
 
     def close(self) -> None:
-        """Lets go of the base, the inbox and what is being prepared."""
+        """Lets go of the base and of what is being prepared."""
         self.preparations.close()
         self._base.close()
-        os.close(self._inbox)
 
     def adopt(self, settings: Settings) -> None:
         """Takes the next expert by these settings; how versions look and are computed stays as it is.
@@ -90,51 +88,84 @@ class Merger:
         self._settings = settings
 
     def take(self, drop: Drop, naming: Naming | None = None) -> Expert:
-        """Merges, recognises or refuses one drop; returns what the registry says of it.
+        """Merges, recognises or refuses one drop, and tidies up after it; see `decide`."""
+        recorded = self.decide(drop, naming)
+        self.tidy(recorded)
+        return recorded
+
+    def decide(self, drop: Drop, naming: Naming | None = None) -> Expert:
+        """Merges, recognises or refuses one drop; returns what the registry says of it. `tidy` is to follow.
 
         naming: how its names become the base's, of an expert that was merged before; by default as the settings say.
 
-        Raises NotYet where it must be looked at again later, OSError where the disk fails (see durable.is_full), and
-        Abandoned where the daemon is stopping; the drop is then still in the inbox and nothing else has changed.
+        Raises NotYet where it must be looked at again later, Failed where it should be tried again a few times, OSError
+        where the disk fails (see durable.is_full), BadHome where the home itself is at fault, and Abandoned where the
+        daemon is stopping; the drop is then still in the inbox and nothing else has changed.
         """
         try:
             base_config = self._base_config if naming is None else None  # what was taken once is taken again
-            naming, watch = naming or self._settings.admission.naming, self._progress
-            with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=watch, naming=naming) as expert:
+            with self._opened(drop, naming or self._settings.admission.naming) as expert:
                 hit("take.opened")
                 self._check_entry(drop)
                 try:
-                    expert.check(self._base.tensors, base_config)
-                    recorded = self._merge(drop, expert)
-                except (ProjectorError, Refused):
+                    with blaming(expert):
+                        expert.check(self._base.tensors, base_config)
+                    return self._merge(drop, expert)
+                except (ProjectorError, Refused) as error:
+                    self._check_ours(error, expert)
                     if expert.unchanged():
                         raise
                     raise changed(drop) from None  # what it found may be half of the old and half of the new
-                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                    raise Refused(
-                        Reason.FAULT, f"the arithmetic failed: {error}", "please report this, with the file"
-                    ) from error
+                except Failed as error:
+                    if not expert.unchanged():
+                        raise changed(drop) from None
+                    if error.reason is Reason.FAULT:
+                        self._check_folds()
+                    raise
         except NotYet as error:
             if error.reason is Reason.CHANGED or drop.rest_seconds < self._settings.inbox.patience_seconds:
                 raise
-            recorded = self._refuse(drop, error)
+            return self.refuse(drop, error)
         except (Refused, ProjectorError) as error:
-            recorded = self._refuse(drop, error)
-        self._tidy(recorded)
-        if recorded.status is Status.MERGED:
-            self.preparations.follow(read_lines(self._store, self._methods))
+            return self.refuse(drop, error)
+
+    def refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
+        """Notes that the drop is refused, and why. `tidy` is to follow."""
+        recorded = self._store.record(refused(arrived(drop, Status.QUARANTINED), error))
+        hit("refuse.recorded")
         return recorded
 
-    def finish(self) -> list[Expert]:
-        """Tidies up after recorded experts where a full disk was in the way; returns those that are placed now.
+    def tidy(self, expert: Expert) -> bool:
+        """Finishes an expert whose fate is recorded; False where it cannot be moved out of the inbox.
 
-        Raises OSError or DiskFull where it still is.
+        Raises OSError or DiskFull: `finish` is then to be asked, once there is room.
+        """
+        placed = self._tidy(expert)
+        if expert.status is Status.MERGED:
+            self.preparations.follow(read_lines(self._store, self._methods))
+        return placed
+
+    def finish(self) -> list[Expert]:
+        """Tidies up after the recorded experts that are still in the inbox, where something was in the way; returns
+        them. Raises OSError or DiskFull where it still is.
         """
         self.preparations.discard()
-        placed = [expert for expert in self._store.unplaced() if self._tidy(expert)]
+        unplaced = self._store.unplaced()
+        for expert in unplaced:
+            self._tidy(expert)
         collect(self._home, self._store, self._settings.retention)  # time may have made room
         self.preparations.follow(read_lines(self._store, self._methods))
-        return placed
+        return unplaced
+
+    def _opened(self, drop: Drop, naming: Naming) -> OpenCheckpoint:
+        with ExitStack() as closing:
+            try:  # anew for each: another folder may have taken the inbox's place
+                inbox = os.open(self._home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError):
+                raise changed(drop) from None
+            closing.callback(os.close, inbox)
+            with blaming():
+                return open_checkpoint(inbox, drop.name, needs=self._needs, watch=self._progress, naming=naming)
 
     def _merge(self, drop: Drop, expert: OpenCheckpoint) -> Expert:
         started = time.monotonic()
@@ -149,7 +180,8 @@ class Merger:
         try:
             with ExitStack() as files:
                 outputs = [self._outputs(line, folder, files) for line in lines]
-                with durable.flushing([fd for output in outputs for fd in output.descriptors]):
+                descriptors = [fd for output in outputs for fd in output.descriptors]
+                with durable.flushing(descriptors), blaming(expert):
                     folded = self._fold(expert, lines, outputs, files)
                     new = self._identify(drop, expert, folded)
                     if new.status is not Status.MERGED:
@@ -207,7 +239,10 @@ class Merger:
         path = self._home.head_state(line.head.name, line.version.number) / STATE_FILE
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         files.callback(os.close, fd)
-        return TensorReader(fd, watch=self._progress)
+        try:
+            return TensorReader(fd, watch=self._progress)
+        except BadFile as error:
+            raise _damaged(path, error) from error
 
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded) -> NewExpert:
         if self._base.identity() != self._base_sha256:  # known once the first expert has been folded
@@ -276,10 +311,37 @@ class Merger:
                 durable.rename(source, target)
         hit("publish.after")
 
-    def _refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
-        recorded = self._store.record(refused(arrived(drop, Status.QUARANTINED), error))
-        hit("refuse.recorded")
-        return recorded
+    def _check_ours(self, error: ProjectorError | Refused, expert: OpenCheckpoint) -> None:
+        """Raises BadHome where it was our own state or base that made an expert look bad."""
+        if isinstance(error, BadFile) and error.fd is not None and not expert.holds(error.fd):
+            raise BadHome(
+                f"a file of the base or of a head's state is damaged: {error}",
+                "`mainstem verify` names it: restore it from a backup; the expert is still in the inbox",
+            ) from error
+        if isinstance(error, BadMerged):
+            self._check_folds()
+
+    def _check_folds(self) -> None:
+        """Raises BadHome where not even the base itself, a task vector of zeros, can be folded: then what went wrong
+        depends on the heads' state or on this machine, and no expert is to blame. Nothing is kept of it.
+        """
+        lines = [line for line in read_lines(self._store, self._methods) if not line.method.needs]
+        folder = self._home.tmp / uuid4().hex
+        try:
+            with ExitStack() as files:
+                outputs = [self._outputs(line, folder, files) for line in lines]
+                folded = self._fold(self._base, lines, outputs, files)
+                self._read_out(lines, folded.totals, outputs)
+        except (OSError, RegistryError, Abandoned):
+            raise
+        except Exception as error:
+            raise BadHome(
+                f"nothing can be merged, not even the base itself: {type(error).__name__}: {error}",
+                "the experts are still in the inbox; `mainstem verify` tells whether the state is damaged; if it is "
+                "not, look at this machine's memory and device (compute.memory_budget, compute.device)",
+            ) from error
+        finally:
+            durable.remove(folder)
 
     def _check_entry(self, drop: Drop) -> None:
         """What was opened is what was seen at rest: it may have been replaced while it waited for its turn."""
@@ -299,3 +361,7 @@ class Merger:
         placed = place(self._home, self._store, expert)
         collect(self._home, self._store, self._settings.retention)
         return placed
+
+
+def _damaged(path: Path, error: Exception) -> BadHome:
+    return BadHome(f"{path} is damaged: {error}", "restore it from a backup; the expert is still in the inbox")

@@ -25,6 +25,8 @@ IMMOVABLE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)
 
 def place(home: Home, store: Store, expert: Expert) -> bool:
     """Moves one expert to where its status says, and notes it in the registry; False where it cannot be moved."""
+    if not home.inbox.is_dir():
+        return False  # nor can it be said that it is not in there
     refused = expert.status is Status.QUARANTINED
     folder = home.quarantine(expert.id) if refused else home.archive(expert.id)
     durable.make_folder(folder)

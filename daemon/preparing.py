@@ -179,11 +179,14 @@ class _Preparation:
         except BadFile:
             reader = None
         made_here = reader and reader.header.metadata == self._key and dict(reader.specs) == self._specs
-        if reader and made_here and self._digest.exists() and entry(self._path).sha256 == self._digest.read_text():
+        if reader and made_here and self._digest.exists() and self._hashed() == self._digest.read_text():
             self._reader, self._ready = reader, set(self._bytes)
         else:
             self.close()
             self._remove()
+
+    def _hashed(self) -> str:
+        return entry(self._path, read=self._driver.watch.advance).sha256
 
     def _begin(self) -> TensorWriter:
         """Raises OSError where the disk would be left without room for the next version."""

@@ -21,9 +21,11 @@ from registry.errors import Busy
 from registry.store import Store
 
 
-def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
-    """Makes the home sound. `say(event, **fields)` hears what was done. Raises BadHome where a live version is
-    damaged.
+def recover(
+    home: Home, store: Store, say: Callable[..., object], read: Callable[[int], object] = lambda _: None
+) -> None:
+    """Makes the home sound. `say(event, **fields)` hears what was done, `read` of the bytes that are hashed: it may
+    raise, to leave the rest to the next start. Raises BadHome where a live version is damaged.
     """
     hit("recover.begin")
     _check_file_system(home)
@@ -35,7 +37,7 @@ def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
     unclean = not home.clean.exists()
     if unclean:
         say("the last stop was not clean: hashing the live versions")
-    _check_live(home, store, hashes=unclean)
+    _check_live(home, store, hashes=unclean, read=read)
     durable.remove(home.clean)
     durable.sync_folder(home.state)
     for path in _strays(home, store):
@@ -70,11 +72,11 @@ def _check_file_system(home: Home) -> None:
             )
 
 
-def _check_live(home: Home, store: Store, *, hashes: bool) -> None:
+def _check_live(home: Home, store: Store, *, hashes: bool, read: Callable[[int], object]) -> None:
     for head in store.heads():
         version = store.version(head.name, head.live)
         found = (
-            problems(home, version, hashes=hashes, extras=False)
+            problems(home, version, hashes=hashes, extras=False, read=read)
             if version
             else [f"version {head.live} is not in the registry"]
         )

@@ -194,14 +194,21 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def read_exactly(fd: int, view: memoryview, offset: int) -> None:
-    """Fills `view` from the file at `offset`. Raises BadFile where the file ends first."""
+    """Fills `view` from the file at `offset`. Raises BadFile, with the descriptor as its `fd`, where the file ends
+    first, and OSError, with the descriptor as its `filename`, where it cannot be read.
+    """
     done = 0
     while done < len(view):
-        count = os.preadv(fd, [view[done:]], offset + done)
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, fd) from error
         if count == 0:
-            raise BadFile(
+            short = BadFile(
                 Reason.TRUNCATED,
                 f"the file ended at byte {offset + done} while it was read, {len(view) - done} bytes short",
                 "copy the file again, whole, and leave it alone until it is merged",
             )
+            short.fd = fd
+            raise short
         done += count

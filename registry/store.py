@@ -5,8 +5,8 @@ questions. Every method is one transaction: it sees one state of the database, a
 After `StorageFailed` a writer must be closed and not be asked again: only a new start tells what the disk holds.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -206,8 +206,14 @@ class Reader:
         return next(iter(self._all(kind, query)), None)
 
 
+Patience = Callable[[Busy | None], None]
+"""Hears that another program holds the registry, as long as it does, and may raise to give up; None once it is over."""
+
+
 class Store(Reader):
     """The single writer. Opening it upgrades an older layout, after a backup beside it."""
+
+    _patience: Patience | None = None
 
     @classmethod
     def create(cls, path: Path, base: BaseModel, heads: Sequence[Head], versions: Sequence[NewVersion]) -> None:
@@ -234,13 +240,16 @@ class Store(Reader):
             store.checkpoint()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, patience: Patience | None = None) -> Self:
         """Opens the registry at `path` to write. RegistryError when it is missing, not ours or newer, or where an older
         one that is to be upgraded is damaged.
+
+        patience: with it no change raises Busy where another program holds the write lock: it waits.
         """
         revision = examine(path)
         migrations.refuse_unknown(path, revision)
         store = cls(path, writing(path))
+        store._patience = patience
         try:
             with translated(path):
                 if revision != migrations.newest():
@@ -334,5 +343,22 @@ class Store(Reader):
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
-        with translated(self.path), self._engine.execution_options(write=True).begin() as connection:
-            yield connection
+        with translated(self.path), ExitStack() as closing:
+            yield self._begun(closing)
+
+    def _begun(self, closing: ExitStack) -> Connection:
+        """A transaction that has the write lock: from there on nobody else is in its way."""
+        writing, waited = self._engine.execution_options(write=True), False
+        while True:
+            try:
+                with translated(self.path):
+                    connection = closing.enter_context(writing.begin())
+            except Busy as error:
+                if self._patience is None:
+                    raise
+                self._patience(error)
+                waited = True
+            else:
+                if waited and self._patience:
+                    self._patience(None)
+                return connection

@@ -3,20 +3,23 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from daemon import generations
 from daemon.errors import BadHome
 from daemon.home import Home
 from daemon.inbox import entry_id
 from daemon.placing import place_all
 from daemon.recovery import mark_clean, recover
+from daemon.service import Service
 from registry.records import NewExpert, Status
 from registry.store import Store
-from tests.daemon.homes import drain, experts, live, put, tree
+from tests.daemon.homes import drain, experts, live, put, quick, tree
 from tests.models import write_expert
 
 
@@ -201,3 +204,27 @@ def test_where_uploads_lay_once_is_cleared_and_nothing_else(
     assert after.keys() == before.keys() - {"clean"}
     if what == "deep":
         subprocess.run(["rm", "-rf", merged.old_uploads], check=True)  # for pytest, which goes no deeper
+
+
+def test_sigterm_while_the_live_version_is_hashed_ends_at_the_next_piece(
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(home, write_expert(tmp_path / "a.safetensors", base, 2))
+    drain(home)
+    home.clean.unlink()
+    put(home, write_expert(tmp_path / "b.safetensors", base, 3))
+    monkeypatch.setattr(generations, "HASH_BYTES", 100)
+    pieces = []
+
+    class Told(Service):
+        def _go_on(self, nbytes: int = 0) -> None:
+            pieces.append(nbytes)
+            if len(pieces) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super()._go_on(nbytes)
+
+    Told(home, quick()).run(once=True, http=False)
+    assert len(pieces) <= 4 and not home.clean.exists()
+    assert len(experts(home)) == 1
+    drain(home)
+    assert len(experts(home)) == 2 and home.clean.exists()
