@@ -90,7 +90,7 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
         plan = Plan({name: REPLAYED}, experts, readings(heads, experts), usual_seconds(store))
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to)
-            with Restating(home, store.base().sha256, settings, to.progress()) as restating:
+            with Restating(home, store, settings, to.progress()) as restating:
                 made = _from_inside(restating, inner, name, home, experts)
                 _link_records(home, inner, name, experts)
                 _adopt(home, store, name, method, made, restating)
@@ -129,7 +129,7 @@ def withdraw(
         inner = Home(home.withdrawing(next_number(lines)))
         if replayed:
             _replay_inside(home, store, rest, inner, replayed, settings, to)
-        with Restating(home, store.base().sha256, settings, to.progress()) as restating:
+        with Restating(home, store, settings, to.progress()) as restating:
             made = {}
             for line in lines:
                 name = line.head.name
@@ -218,8 +218,7 @@ def _exact(restating: Restating, there: Home, line: Line, archive: Home, experts
     if second is None:
         return None
     arrivals = [_arrival(archive, expert, place) for place, expert in enumerate(experts, start=1)]
-    state = there.head_state(line.head.name, line.version.number)
-    return restating.folded(line.head.name, second, state, Totals(), arrivals)
+    return restating.folded(there, line, second, Totals(), arrivals)
 
 
 def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Settings, to: Console) -> None:
@@ -232,7 +231,7 @@ def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Se
             return  # it was made before: the newest version folds no expert
         if len(store.lineage()) != len(experts):
             raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
-        with Restating(target, store.base().sha256, settings, to.progress()) as restating:
+        with Restating(target, store, settings, to.progress()) as restating:
             made = {}
             for line in lines:
                 name = line.head.name
@@ -245,8 +244,7 @@ def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Se
 
 def _subtract(restating: Restating, home: Home, line: Line, lineage: Sequence[Expert], gone: Sequence[Expert]) -> Made:
     arrivals = [_arrival(home, expert, lineage.index(expert) + 1, sign=-1.0) for expert in gone]
-    state = home.head_state(line.head.name, line.version.number)
-    return restating.folded(line.head.name, line.method, state, line.totals, arrivals)
+    return restating.folded(home, line, line.method, line.totals, arrivals)
 
 
 def _arrival(archive: Home, expert: Expert, index: int, sign: float = 1.0) -> Arrival:

@@ -12,6 +12,7 @@ from daemon import durable
 from daemon.errors import BadHome
 from daemon.failpoints import hit
 from daemon.generations import problems
+from daemon.ground import separate
 from daemon.home import Home, is_head_name
 from daemon.latest import point_latest
 from daemon.placing import place_all
@@ -40,6 +41,7 @@ def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
     for path in _strays(home, store):
         durable.remove(path)
         say("removed what was never committed", path=str(path.relative_to(home.root)))
+    _separate_base(home, store, say)
     for head in store.heads():
         for version in store.versions(head.name):
             if version.collected:
@@ -53,6 +55,17 @@ def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
 def mark_clean(home: Home) -> None:
     """Notes that this process stops with everything in its place."""
     durable.replace_file(home.clean, b"")
+
+
+def _separate_base(home: Home, store: Store, say: Callable[..., object]) -> None:
+    """A home that an earlier mainstem made shares the base's files with version 0."""
+    try:
+        if names := separate(home, store):
+            say("gave the base in state/base files of its own", files=len(names))
+    except OSError as error:
+        if not durable.is_full(error):
+            raise
+        say("no room to give the base in state/base files of its own: it still shares them with version 0")
 
 
 def _check_file_system(home: Home) -> None:

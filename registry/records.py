@@ -63,6 +63,7 @@ class NewExpert:
     about: Mapping[str, Any] | None = None  # the fields of its expert.json; None where it brought none
     sidecars: Mapping[str, str] | None = None  # the sha256 of each sidecar that was read, by kind; None where none was
     naming: Mapping[str, Any] | None = None  # `prefixes` and `ignore` as it was read by; None where nobody noted them
+    content_sha256: str | None = None  # of what it does to the base, in whatever files; None where nobody worked it out
 
     @property
     def weight(self) -> float:
