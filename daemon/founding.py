@@ -104,7 +104,7 @@ def _refuse_occupied(home: Home) -> None:
     """Raises BadHome where the folder holds more than a configuration, an inbox, or a home that was never finished."""
     if home.exists():
         raise BadHome(f"{home.root} is a mainstem home already", "choose another folder")
-    ours = {"inbox", "lost+found", home.config.name, f".{home.config.name}.tmp"}
+    ours = {"inbox", "lost+found", home.inner_mark.name, home.config.name, f".{home.config.name}.tmp"}
     if home.founding.exists():
         ours |= {"state", "published", "quarantine", "archive"}
     elif home.state.is_dir() and all(path.name.startswith(".") for path in home.state.iterdir()):

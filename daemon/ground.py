@@ -9,14 +9,16 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import NoReturn, Self
 from uuid import uuid4
 
 from daemon import durable
 from daemon.checkpoint import WEIGHTS, OpenFile, open_path
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
-from daemon.generations import FileEntry, entry, names_below
+from daemon.generations import HASH_BYTES, FileEntry, entry, names_below
 from daemon.home import CARD, STATE_FILE, Home
 from daemon.inbox import Stamp, stamp
 from daemon.lines import Line
@@ -152,31 +154,31 @@ class States:
         self._sound: dict[Path, tuple[str, Stamp]] = {}  # the manifest's sha256 and the file's stamp
         self._reading: list[_Reading] = []
 
-    def open(self, line: Line, files: ExitStack, folder: Path | None = None) -> TensorReader:
-        """The accumulators of a head's live version; folder: where it is, by default the head's own. Raises BadHome."""
-        path = (folder or self._home.head_state(line.head.name, line.version.number)) / STATE_FILE
+    def open(self, line: Line, files: ExitStack) -> TensorReader:
+        """The accumulators of a head's live version, until `files` closes. Raises BadHome."""
+        path = self._home.head_state(line.head.name, line.version.number) / STATE_FILE
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             files.callback(os.close, fd)
             now = stamp(os.fstat(fd))
-            known = self._sound.get(path) == (line.version.manifest_sha256, now)
-            reader = TensorReader(fd, None if known else RunningDigest(fd, self._watch), self._watch)
+            reader = TensorReader(fd, watch=self._watch)
         except FileNotFoundError:
             raise _bad_state(self._home, path, "it is gone") from None
         except BadFile as error:
             raise _bad_state(self._home, path, str(error)) from error
-        self._reading.append(_Reading(path, fd, now, line.version, None if known else reader))
+        known = self._sound.get(path) == (line.version.manifest_sha256, now)
+        hashing = None if known else files.enter_context(_Hashing(fd, now[2], self._watch))
+        self._reading.append(_Reading(path, fd, now, line.version, hashing))
         files.callback(self._reading.clear)
         return reader
 
     def confirm(self) -> None:
         """After all was read: raises BadHome where a state is not its version's, and NotYet where it was touched."""
         for one in self._reading:
-            if one.reader:
-                if one.reader.sha256() != _state_sha256(self._home, one.version):
+            if one.hashing and self._sound.get(one.path) != (one.version.manifest_sha256, one.stamp):
+                if one.hashing.finish() != _state_sha256(self._home, one.version):
                     raise _bad_state(self._home, one.path, "its sha256 is not the manifest's")
                 self._sound[one.path] = one.version.manifest_sha256, one.stamp
-                one.reader = None
             if stamp(os.fstat(one.fd)) != one.stamp:
                 raise touched_meanwhile(str(one.path.relative_to(self._home.root)))
 
@@ -187,15 +189,48 @@ class States:
         self._sound = {path: (sha256, stamp(path.stat())) for path, sha256 in paths.items()}
 
 
-class _Reading:
-    """A state while it is read; reader: None once it is known to be sound."""
+class _Hashing:
+    """Hashes a file in a thread of its own, while others read it in whatever order; given up at the block's end."""
 
-    def __init__(self, path: Path, fd: int, before: Stamp, version: Version, reader: TensorReader | None) -> None:
-        self.path = path
-        self.fd = fd
-        self.stamp = before
-        self.version = version
-        self.reader = reader
+    def __init__(self, fd: int, size: int, watch: Watch) -> None:
+        self._digest = RunningDigest(fd, watch)
+        self._size = size
+        self._given_up = False
+        self._failed: Exception | None = None
+        self._thread = Thread(target=self._work, name="hash")
+
+    def finish(self) -> str | None:
+        """The sha256; None where the file has become shorter. Raises OSError where it cannot be read."""
+        self._thread.join()
+        if isinstance(self._failed, OSError):
+            raise self._failed
+        return None if self._failed else self._digest.finish(self._size)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._given_up = True
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            while self._digest.frontier < self._size and not self._given_up:
+                self._digest.catch_up(min(self._size, self._digest.frontier + HASH_BYTES))
+        except (OSError, BadFile) as error:
+            self._failed = error
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A state while it is read; hashing: None where it was known to be sound."""
+
+    path: Path
+    fd: int
+    stamp: Stamp
+    version: Version
+    hashing: _Hashing | None
 
 
 def touched_meanwhile(what: str) -> NotYet:

@@ -44,6 +44,7 @@ from daemon.progress import Progress
 from daemon.recording import arrived, changed, refused
 from daemon.retention import collect
 from daemon.sealing import origin, seal
+from daemon.uncommitted import clear
 from projector.errors import ProjectorError
 from projector.head import Folded, HeadFold
 from projector.method import Expert as View
@@ -136,10 +137,7 @@ class Merger:
         started = time.monotonic()
         lines = read_lines(self._store, self._methods)
         number = max(line.head.newest for line in lines) + 1
-        for line in lines:  # left by a commit that failed; no row names it, and its space may be what is missing
-            durable.remove(self._home.head_state(line.head.name, number))
-            durable.remove(self._home.version(line.head.name, number))
-            durable.remove(self._home.view_record(line.head.name, number))
+        clear(self._home, self._store)  # left by a commit that failed: its space may be what is missing
         self._progress.begin(self._work_bytes())
         folder = self._home.tmp / uuid4().hex
         try:

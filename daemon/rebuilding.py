@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from uuid import uuid4
 
 from daemon import durable
 from daemon.checkpoint import open_path
@@ -25,6 +24,7 @@ from daemon.planning import Plan, readings, usual_seconds
 from daemon.recovery import mark_clean, recover
 from daemon.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
 from daemon.restating import Arrival, Made, Restating, next_number
+from daemon.retention import remove_whole
 from daemon.sealing import origin
 from projector.method import Expert as View
 from projector.method import Method, Totals
@@ -94,7 +94,7 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
                 made = _from_inside(restating, inner, name, home, experts)
                 _link_records(home, inner, name, experts)
                 _adopt(home, store, name, method, made, restating)
-            durable.remove(inner.root)
+            remove_whole(home, inner.root)
         return plan
 
 
@@ -140,7 +140,7 @@ def withdraw(
                     new = _from_inside(restating, inner, name, home, rest)
                 made[name] = replace(new, withdrawal=Withdrawal(gone, how[name]))
             restating.commit(store, lines, made, gone)
-        durable.remove(inner.root)
+        remove_whole(home, inner.root)
         return plan
 
 
@@ -186,9 +186,12 @@ def _replay_inside(
     home: Home, store: Store, experts: Sequence[Expert], inner: Home, heads: Heads, settings: Settings, to: Console
 ) -> None:
     if inner.root.exists() and _unfit(inner, store, heads, experts):
-        begun = home.tmp / uuid4().hex  # recovery empties that: a removal cut short leaves no half of a home
-        durable.rename(inner.root, begun)
-        durable.remove(begun)
+        if not inner.inner_mark.exists():
+            raise BadHome(f"{inner.root} is in the way, and no rebuild made it", "move it out of the home")
+        remove_whole(home, inner.root)
+    durable.make_folder(inner.root)
+    if not inner.inner_mark.exists():
+        durable.replace_file(inner.inner_mark, b"")
     plain = settings.model_copy(update={"heads": {}})  # what is published of it is published anew
     replay(home, store, experts, inner, heads, plain, to)
 

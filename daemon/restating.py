@@ -28,7 +28,7 @@ from daemon.latest import point_latest
 from daemon.lines import Line
 from daemon.outputs import Outputs, planned
 from daemon.progress import Progress
-from daemon.retention import collect
+from daemon.retention import collect, remove_whole
 from daemon.sealing import Origin, origin, seal
 from projector.head import HeadFold
 from projector.method import Expert as View
@@ -162,7 +162,7 @@ class Restating:
             durable.sync_folder(made.state_folder)
             targets.append((made.state_folder, self._home.head_state(line.head.name, number)))
         for source, target in targets:
-            durable.remove(target)  # left by one that was cut short
+            remove_whole(self._home, target)  # left by one that was cut short
             durable.rename(source, target)
         return sealed
 

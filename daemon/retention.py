@@ -1,7 +1,9 @@
 """Removes old versions' files. Their rows stay, so that lineage and numbers live on; experts are never touched."""
 
+import os
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from uuid import uuid4
 
 from daemon import durable
@@ -30,14 +32,18 @@ def remove_files(home: Home, version: Version) -> None:
 
     What is published goes at once, by a rename: nobody ever sees half of a version.
     """
-    published = home.version(version.head, version.number)
-    if published.exists():
+    remove_whole(home, home.version(version.head, version.number))
+    durable.remove(home.head_state(version.head, version.number))
+
+
+def remove_whole(home: Home, path: Path) -> None:
+    """Removes a file or folder at once, by a rename: no crash leaves a part of it where it was."""
+    if os.path.lexists(path):
         going = home.tmp / uuid4().hex  # recovery empties that
         try:
-            durable.rename(published, going)
+            durable.rename(path, going)
         finally:  # a full disk may fail the sync, when it has moved already
             durable.remove(going)
-    durable.remove(home.head_state(version.head, version.number))
 
 
 def _expired(store: Store, head: Head, settings: Retention) -> list[Version]:

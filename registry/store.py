@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Select, func, insert, select, update
+from sqlalchemy import Connection, Engine, Select, column, func, insert, select, table, update
 
 from registry import migrations
 from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
@@ -119,6 +119,14 @@ class Reader:
         if text.isascii() and text.isdigit() and len(text) < 19 and (expert := self.expert(int(text))):
             return [expert]
         return self._all(Expert, select(ExpertRow).where(called(text)).order_by(ExpertRow.id.desc()))
+
+    def last_expert_id(self) -> int:
+        """The highest id that an expert was ever given; 0 where none came yet."""
+        given: Select[Any] = (
+            select(column("seq")).select_from(table("sqlite_sequence")).where(column("name") == "experts")
+        )
+        with self._read() as connection:
+            return connection.execute(given).scalar() or 0
 
     def merged(self, sha256: str) -> Expert | None:
         """The merged expert with those bytes."""
