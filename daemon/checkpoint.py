@@ -142,6 +142,18 @@ class OpenCheckpoint:
         config = {ADAPTER: self._adapter.sha256} if self._adapter else {}
         return identity({file.name: file.reader.sha256() for file in self.files} | config)
 
+    def digest_tensors(self) -> None:
+        """From here on `content` is worked out as the tensors are read."""
+        for file in self.files:
+            file.reader.digest_tensors()
+
+    def content(self) -> str:
+        """The sha256 that stands for what it does to the base, whatever its files are like: see `Checkpoint.content`.
+
+        Only once it is checked. Reads what has not been hashed yet.
+        """
+        return self.tensors.content()
+
     def sidecar_digests(self) -> dict[str, str]:
         """The sha256 of each sidecar that it was opened with, by kind; reads what has not been read yet."""
         return {kind: file.reader.sha256() for kind, file in self._sidecars.items()}

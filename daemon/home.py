@@ -167,5 +167,10 @@ class Home:
         """A home of its own, in which what version n needs is merged again without the experts that go with it."""
         return self.state / f"without-{number(n)}"
 
+    @property
+    def inner_mark(self) -> Path:
+        """In a home inside of another: what says that a rebuild made it, and may remove it."""
+        return self.root / ".mainstem-rebuild"
+
     def exists(self) -> bool:
         return self.registry.is_file()

@@ -3,7 +3,8 @@
 1 take        open the expert; from here on its descriptors count, not its name
 2 reserve     check it against the base; reserve space for all that will be written
 3 fold        read each tensor once, hash it on the way, write every head's new state
-4 identify    its weights' digest is its identity: a duplicate is set aside, one that changed is tried again
+4 identify    its weights' digest is its identity, and that of its tensors: a duplicate is set aside, one that changed
+              is tried again
 5 read out    write every head's published weights
 6 seal        sync every file; write the manifests; sync the folders
 7 publish     rename everything into place
@@ -13,8 +14,8 @@
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from uuid import uuid4
@@ -24,12 +25,14 @@ from daemon.adapter_modules import read_config
 from daemon.adapting import Adapting
 from daemon.admission import USUAL_EXPERTS, check_norm, oddity, usual_norm
 from daemon.blame import blaming
-from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
+from daemon.checkpoint import OpenCheckpoint, open_checkpoint
 from daemon.compute import check_budget, driver
 from daemon.config import Settings
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.failpoints import hit
-from daemon.home import STATE_FILE, Home
+from daemon.ground import Base, States, touched_meanwhile
+from daemon.home import Home
+from daemon.identity import twin_of
 from daemon.inbox import Drop, entry_id
 from daemon.latest import point_latest
 from daemon.lines import Line, read_lines
@@ -40,6 +43,7 @@ from daemon.progress import Abandoned, Progress
 from daemon.recording import arrived, changed, refused
 from daemon.retention import collect
 from daemon.sealing import origin, seal
+from daemon.uncommitted import clear
 from projector.errors import BadFile, BadMerged, ProjectorError
 from projector.head import Folded, HeadFold
 from projector.method import Expert as View
@@ -63,8 +67,8 @@ class Merger:
         self._driver = driver(settings.compute, progress)
         self._methods = {head.name: make(head.method, head.params) for head in store.heads()}
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
-        self._base_sha256 = store.base().sha256
-        self._base = open_path(home.base, progress)
+        self._base = Base(home, store, progress)
+        self._states = States(home, progress)
         self._base_config = read_config(home.base)
         self._plan = planned(self._base.tensors.schema, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
@@ -103,14 +107,16 @@ class Merger:
         daemon is stopping; the drop is then still in the inbox and nothing else has changed.
         """
         try:
-            base_config = self._base_config if naming is None else None  # what was taken once is taken again
+            again = naming is not None  # what was taken once is taken again
+            base_config = None if again else self._base_config
             with self._opened(drop, naming or self._settings.admission.naming) as expert:
                 hit("take.opened")
                 self._check_entry(drop)
                 try:
                     with blaming(expert):
                         expert.check(self._base.tensors, base_config)
-                    return self._merge(drop, expert)
+                        expert.digest_tensors()
+                    return self._merge(drop, expert, again)
                 except (ProjectorError, Refused) as error:
                     self._check_ours(error, expert)
                     if expert.unchanged():
@@ -167,14 +173,11 @@ class Merger:
             with blaming():
                 return open_checkpoint(inbox, drop.name, needs=self._needs, watch=self._progress, naming=naming)
 
-    def _merge(self, drop: Drop, expert: OpenCheckpoint) -> Expert:
+    def _merge(self, drop: Drop, expert: OpenCheckpoint, again: bool) -> Expert:
         started = time.monotonic()
         lines = read_lines(self._store, self._methods)
         number = max(line.head.newest for line in lines) + 1
-        for line in lines:  # left by a commit that failed; no row names it, and its space may be what is missing
-            durable.remove(self._home.head_state(line.head.name, number))
-            durable.remove(self._home.version(line.head.name, number))
-            durable.remove(self._home.view_record(line.head.name, number))
+        clear(self._home, self._store)  # left by a commit that failed: its space may be what is missing
         self._progress.begin(self._work_bytes())
         folder = self._home.tmp / uuid4().hex
         try:
@@ -182,11 +185,13 @@ class Merger:
                 outputs = [self._outputs(line, folder, files) for line in lines]
                 descriptors = [fd for output in outputs for fd in output.descriptors]
                 with durable.flushing(descriptors), blaming(expert):
-                    folded = self._fold(expert, lines, outputs, files)
-                    new = self._identify(drop, expert, folded)
+                    with self._sound_ground(lines):
+                        folded = self._fold(expert, lines, outputs, files)
+                    new = self._identify(drop, expert, folded, again)
                     if new.status is not Status.MERGED:
                         return self._store.record(new)
-                    self._read_out(lines, folded.totals, outputs)
+                    with self._sound_ground(lines):
+                        self._read_out(lines, folded.totals, outputs)
                 with self._progress.phase("fsync"):
                     files.close()
             versions = [
@@ -200,6 +205,7 @@ class Merger:
             seconds = time.monotonic() - started
             merged = self._store.commit(new, [replace(version, seconds=seconds) for version in versions])
             hit("commit.after")
+            self._states.written([(version.head, number, version.manifest_sha256) for version in versions])
             return merged
         finally:
             durable.remove(folder)
@@ -233,34 +239,50 @@ class Merger:
         hit("fold.after")
         return folded
 
-    def _state(self, line: Line, files: ExitStack) -> TensorReader | None:
-        if not line.totals.experts:
-            return None
-        path = self._home.head_state(line.head.name, line.version.number) / STATE_FILE
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        files.callback(os.close, fd)
-        try:
-            return TensorReader(fd, watch=self._progress)
-        except BadFile as error:
-            raise _damaged(path, error) from error
+    @contextmanager
+    def _sound_ground(self, lines: Sequence[Line]) -> Iterator[None]:
+        """What is read in the block is the base, each head's own state and what was prepared from it, or it raises.
 
-    def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded) -> NewExpert:
-        if self._base.identity() != self._base_sha256:  # known once the first expert has been folded
-            raise BadHome("the base in state/base is damaged", "restore it from a backup; nothing was merged onto it")
-        sha256, sidecars = expert.identity(), expert.sidecar_digests()
+        Whatever the block raises of an expert may be the fault of ours: that is looked at first.
+        """
+        self._base.check()
+        try:
+            yield
+        except (ProjectorError, RuntimeError):  # torch's, where the arithmetic fails
+            self._confirm(lines)
+            raise
+        self._confirm(lines)
+
+    def _confirm(self, lines: Sequence[Line]) -> None:
+        self._base.confirm()
+        self._states.confirm()
+        for line in lines:
+            if self.preparations.touched(line):
+                raise touched_meanwhile(f"what was prepared for {line.head.name}")
+
+    def _state(self, line: Line, files: ExitStack) -> TensorReader | None:
+        return self._states.open(line, files) if line.totals.experts else None
+
+    def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded, again: bool) -> NewExpert:
+        sha256, content, sidecars = expert.identity(), expert.content(), expert.sidecar_digests()
         if not expert.unchanged():
             raise changed(drop)
         new = replace(
             arrived(drop, Status.MERGED),
             kind=expert.kind,
             sha256=sha256,
+            content_sha256=content,
             norm=folded.norm,
             about=expert.about.given() if expert.about else None,
             sidecars=sidecars or None,
             naming=asdict(expert.naming),
         )
-        if twin := self._store.merged(sha256):
+        if twin := twin_of(
+            self._home, self._store, expert, folded.norm, self._base.tensors, self._settings, again=again
+        ):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
+        if again and self._store.merged_content(content):  # merged twice, when only the same files were the same expert
+            new = replace(new, content_sha256=None)
         usual, limits = usual_norm(self._store.merged_norms(limit=USUAL_EXPERTS)), self._settings.admission
         try:
             check_norm(folded, usual, limits)
@@ -330,7 +352,7 @@ class Merger:
         try:
             with ExitStack() as files:
                 outputs = [self._outputs(line, folder, files) for line in lines]
-                folded = self._fold(self._base, lines, outputs, files)
+                folded = self._fold(self._base.as_expert, lines, outputs, files)
                 self._read_out(lines, folded.totals, outputs)
         except (OSError, RegistryError, Abandoned):
             raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Select, insert, select, update
+from sqlalchemy import Connection, Engine, Select, column, insert, select, table, update
 
 from registry import migrations
 from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
@@ -33,6 +33,7 @@ from registry.statements import (
     is_merged,
     lineage_after,
     merged_as,
+    merged_content,
     newest_experts,
     require_one_each,
     withdraw,
@@ -145,9 +146,26 @@ class Reader:
         found = self._all(Expert, query.order_by(ExpertRow.version.is_(None), newest_first).limit(limit))
         return sorted(found, key=lambda expert: -expert.id)
 
+    def last_expert_id(self) -> int:
+        """The highest id that an expert was ever given; 0 where none came yet."""
+        given: Select[Any] = (
+            select(column("seq")).select_from(table("sqlite_sequence")).where(column("name") == "experts")
+        )
+        with self._read() as connection:
+            return connection.execute(given).scalar() or 0
+
     def merged(self, sha256: str) -> Expert | None:
         """The merged expert with those bytes."""
         return self._one(Expert, merged_as(sha256))
+
+    def merged_content(self, content_sha256: str) -> Expert | None:
+        """The merged expert that does the same to the base, in whatever files."""
+        return self._one(Expert, merged_content(content_sha256))
+
+    def without_content(self, least: float, most: float) -> list[Expert]:
+        """The merged experts of which nobody noted what they do to the base, with a norm in that range."""
+        unknown = is_merged, ExpertRow.content_sha256.is_(None)
+        return self._all(Expert, select(ExpertRow).where(*unknown, ExpertRow.norm.between(least, most)))
 
     def lineage(self, after: int = 0, limit: int | None = None) -> list[Expert]:
         """The experts that are in the merged models, in the order of merging.
@@ -268,8 +286,8 @@ class Store(Reader):
         """THE COMMIT POINT: the expert is merged, and every head is at its new version, when this returns.
 
         `versions` holds one version for each head, all with the same number. Raises StaleHead unless every head's
-        live version is the new one's parent and its newest is one below; AlreadyMerged when these bytes are in the
-        lineage; BadRecord; or an error of the disk.
+        live version is the new one's parent and its newest is one below; AlreadyMerged when these bytes or tensors are
+        in the lineage; BadRecord; or an error of the disk.
         """
         if expert.status is not Status.MERGED or expert.sha256 is None:
             raise BadRecord(f"{expert.name}: only a merged expert with its sha256 can be committed", PROGRAM_HINT)
@@ -280,6 +298,11 @@ class Store(Reader):
             for earlier in fetch(connection, Expert, merged_as(expert.sha256)):
                 raise AlreadyMerged(
                     f"{expert.name}: the same bytes were merged as expert {earlier.id} ({earlier.name})",
+                    "nothing needs to be done: an expert counts once",
+                )
+            for earlier in fetch(connection, Expert, merged_content(expert.content_sha256 or "")):
+                raise AlreadyMerged(
+                    f"{expert.name}: the same tensors were merged as expert {earlier.id} ({earlier.name})",
                     "nothing needs to be done: an expert counts once",
                 )
             for version in versions:
@@ -318,6 +341,13 @@ class Store(Reader):
             raise BadRecord(f"{expert.name}: a merged expert must be committed with its versions", PROGRAM_HINT)
         with self._write() as connection:
             return insert_expert(connection, expert, None, datetime.now(UTC))
+
+    def note_content(self, expert_id: int, content_sha256: str) -> None:
+        """Notes what a merged expert does to the base; nothing where another merged one is noted with it."""
+        row = update(ExpertRow).where(ExpertRow.id == expert_id)
+        with self._write() as connection:
+            if not fetch(connection, Expert, merged_content(content_sha256)):
+                connection.execute(row.values(content_sha256=content_sha256))
 
     def placed(self, expert_id: int, place: str) -> None:
         """Notes that the expert's file has left the inbox for `place`, relative to HOME."""

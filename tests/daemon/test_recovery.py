@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -56,11 +57,22 @@ def test_a_sound_home_is_left_as_it_is_but_for_the_clean_mark(merged: Home, stor
     assert merged.clean.exists()
 
 
+def next_version(home: Home, store: Store) -> None:
+    """Version 3 as a crash before its commit leaves it: whole, with a manifest that follows version 2."""
+    live = store.version("main", 2)
+    assert live
+    shutil.copytree(home.version("main", 2), home.version("main", 3))
+    path = home.manifest("main", 3)
+    parent = {"version": 2, "manifest_sha256": live.manifest_sha256}
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"version": 3, "parent": parent}))
+
+
 def test_what_was_never_committed_goes(merged: Home, store: Store) -> None:
     before = sound(merged)
-    (merged.tmp / "ab12" / "main").mkdir(parents=True)
-    (merged.tmp / "ab12" / "main" / "model.safetensors").write_bytes(b"half")
-    shutil.copytree(merged.version("main", 2), merged.version("main", 3))
+    temporary = merged.tmp / uuid4().hex
+    (temporary / "main").mkdir(parents=True)
+    (temporary / "main" / "model.safetensors").write_bytes(b"half")
+    next_version(merged, store)
     shutil.copytree(merged.head_state("main", 2), merged.head_state("main", 3))
     (merged.versions("main") / ".latest.tmp").symlink_to("000003")
     (merged.versions("main") / ".LATEST.tmp").write_bytes(b"0000")
@@ -68,7 +80,7 @@ def test_what_was_never_committed_goes(merged: Home, store: Store) -> None:
     said: list[str] = []
     recover(merged, store, lambda event, **fields: said.append(str(fields.get("path"))))
     assert sound(merged) == {name: content for name, content in before.items() if name != "state/clean"}
-    assert {"published/main/000003", "state/heads/main/000003", "state/tmp/ab12"} <= set(said)
+    assert {"published/main/000003", "state/heads/main/000003", f"state/tmp/{temporary.name}"} <= set(said)
     again = sound(merged)
     recover(merged, store, quiet)
     assert sound(merged) == again
