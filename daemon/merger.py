@@ -383,7 +383,3 @@ class Merger:
         placed = place(self._home, self._store, expert)
         collect(self._home, self._store, self._settings.retention)
         return placed
-
-
-def _damaged(path: Path, error: Exception) -> BadHome:
-    return BadHome(f"{path} is damaged: {error}", "restore it from a backup; the expert is still in the inbox")

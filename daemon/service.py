@@ -127,8 +127,11 @@ class Service:
 
     def _drain_on(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
         """Drains, and goes on where there were no descriptors left for a while."""
+        waited = False
         while True:
             try:
+                if waited:
+                    self._finish(store, merger)  # it may have been in the middle of a move
                 return self._drain(store, merger, progress, watching, once)
             except OSError as error:
                 if once or not durable.out_of_descriptors(error):
@@ -137,6 +140,7 @@ class Service:
                     "too many open files: waiting", error=str(error), hint="raise the limit (ulimit -n, LimitNOFILE=)"
                 )
                 self._stopping.wait(DESCRIPTORS_WAIT_SECONDS)
+                waited = True
 
     def _drain(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
         assert self._attempts

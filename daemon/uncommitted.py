@@ -44,7 +44,7 @@ def refuse_ahead(home: Home, reader: Reader) -> None:
     names = listed(str(path.relative_to(home.root)) for path in found)
     heads = reader.heads()
     ways = ["put back the state/registry.sqlite that they belong to"]
-    if all(home.version(head.name, head.live).exists() for head in heads):
+    if all(_stands(home, head) for head in heads):
         ways.append("move them out of the home: the next versions then take their numbers")
     else:
         ways.append("mainstem rebuild --into NEWHOME, which merges what this registry knows")
@@ -53,6 +53,12 @@ def refuse_ahead(home: Home, reader: Reader) -> None:
         f"{'; or '.join(ways)}; experts that it does not know lie in archive/ and can be dropped again"
         " (`mainstem verify` lists everything)",
     )
+
+
+def _stands(home: Home, head: Head) -> bool:
+    """Whether what the registry calls live can be gone on from: the state of one that was followed has been removed."""
+    state = home.head_state(head.name, head.live) / STATE_FILE
+    return home.version(head.name, head.live).exists() and (head.live == 0 or state.exists())
 
 
 def clear(home: Home, reader: Reader) -> list[Path]:

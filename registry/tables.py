@@ -189,8 +189,8 @@ class ExpertRow(Base):
     sidecars: Mapped[Mapping[str, Any] | None]
     withdrawn_in: Mapped[int | None]
     naming: Mapped[Mapping[str, Any] | None]
-    flags: Mapped[tuple[Flag, ...]] = mapped_column(nullable=True)
     content_sha256: Mapped[str | None]
+    flags: Mapped[tuple[Flag, ...]] = mapped_column(nullable=True)
 
 
 class VersionRow(Base):

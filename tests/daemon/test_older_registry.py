@@ -1,7 +1,7 @@
 """A registry that was restored from a backup knows less than the home: nothing is removed, and each way out works."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -56,18 +56,26 @@ def published(home: Home) -> dict[str, bytes | str]:
     }
 
 
-@pytest.fixture(params=[1, 2], ids=["one version behind", "two versions behind"])
-def older(request: pytest.FixtureRequest, base: Path, tmp_path: Path) -> tuple[Home, Path, list[str]]:
+def one_that_is_older(
+    base: Path, tmp_path: Path, behind: int, heads: Sequence[tuple[str, str, dict[str, object]]]
+) -> tuple[Home, Path, list[str]]:
     """A home whose registry is older, where the newer one lies, and what of it is ahead."""
-    home = make_home(tmp_path / "home", base, [("main", "mean", {}), ("soup", "emr", {})])
+    home = make_home(tmp_path / "home", base, heads)
     merge(home, base, tmp_path, 2)
     backup = back_up(home, tmp_path / "backup.sqlite")
-    merge(home, base, tmp_path, *range(3, 3 + request.param))
+    merge(home, base, tmp_path, *range(3, 3 + behind))
     newer = restore(backup, home)
-    names = [f"archive/{n:06d}" for n in range(2, 2 + request.param)]
-    for head in ("main", "soup"):
-        names += [f"published/{head}/{1 + request.param:06d}"]
+    names = [f"archive/{n:06d}" for n in range(2, 2 + behind)]
+    names += [f"published/{head}/{1 + behind:06d}" for head, _, _ in heads]
     return home, newer, names
+
+
+BEHIND = pytest.mark.parametrize("behind", [1, 2], ids=["one version behind", "two versions behind"])
+
+
+@pytest.fixture(params=[1, 2], ids=["one version behind", "two versions behind"])
+def older(request: pytest.FixtureRequest, base: Path, tmp_path: Path) -> tuple[Home, Path, list[str]]:
+    return one_that_is_older(base, tmp_path, request.param, [("main", "mean", {}), ("soup", "emr", {})])
 
 
 def test_it_does_not_start_and_removes_nothing(older: tuple[Home, Path, list[str]]) -> None:
@@ -103,9 +111,15 @@ def test_the_newer_registry_put_back(older: tuple[Home, Path, list[str]], base: 
     assert live(home) == 2 + len([name for name in ahead if name.startswith("archive")])
 
 
-def test_what_is_ahead_moved_away(older: tuple[Home, Path, list[str]], tmp_path: Path) -> None:
-    """Then its numbers are taken again, and its experts may be dropped again."""
-    home, _, _ = older
+@BEHIND
+def test_what_is_ahead_moved_away(base: Path, tmp_path: Path, behind: int) -> None:
+    """Where the old state is still there, as of heads with views: its numbers are taken again, and its experts may be
+    dropped again.
+    """
+    home, _, _ = one_that_is_older(base, tmp_path, behind, [("main", "emr", {}), ("soup", "emr", {})])
+    with pytest.raises(BadHome, match="the registry is older") as refused:
+        drain(home)
+    assert "move them out" in refused.value.hint
     away = tmp_path / "away"
     away.mkdir()
     for turn in range(4):
@@ -122,12 +136,16 @@ def test_what_is_ahead_moved_away(older: tuple[Home, Path, list[str]], tmp_path:
         assert verify(home, reader, lambda what: None)[1] == []
 
 
-def test_where_the_live_version_is_gone_a_new_home_is_made_of_it(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [KEEP_FEW, KEEP_ALL], ids=["its version is gone", "its state is gone"])
+def test_where_nothing_can_be_gone_on_from_a_new_home_is_made_of_it(
+    base: Path, tmp_path: Path, settings: Settings
+) -> None:
     home = make_home(tmp_path / "home", base)
-    merge(home, base, tmp_path, 2, settings=KEEP_FEW)
+    merge(home, base, tmp_path, 2, settings=settings)
     backup = back_up(home, tmp_path / "backup.sqlite")
-    merge(home, base, tmp_path, 3, 4, settings=KEEP_FEW)
-    assert not home.version("main", 1).exists()
+    merge(home, base, tmp_path, 3, 4, settings=settings)
+    assert home.version("main", 1).exists() == (settings is KEEP_ALL)
+    assert not home.head_state("main", 1).exists()
     restore(backup, home)
     with pytest.raises(BadHome, match="the registry is older") as refused:
         drain(home)
