@@ -51,6 +51,7 @@ ADDRESSES = {
     "/metrics": "/metrics",
     "/v1/heads": "/v1/heads",
     "/v1/heads/{head}/latest": "/v1/heads/main/latest",
+    "/v1/heads/{head}/latest/files/{name:path}": "/v1/heads/main/latest/files/model.safetensors",
     "/v1/heads/{head}/versions": "/v1/heads/main/versions?before=900",
     "/v1/heads/{head}/versions/{n}": "/v1/heads/main/versions/{live}",
     "/v1/heads/{head}/versions/{n}/files/{name:path}": "/v1/heads/main/versions/{live}/files/model.safetensors",
