@@ -31,7 +31,7 @@ ALL_SECONDS = 480.0
 TAIL = 1500
 SHAPES = ("4096x4096", "4096x14336")
 TINY = ("48x48", "48x80")
-CUDA_TESTS = "tests/projector/test_cuda.py"
+CUDA_TESTS = ("tests/projector/test_cuda.py", "tests/projector/test_low_rank.py")
 Found = dict[str, Any]
 
 
@@ -141,7 +141,9 @@ def _end(process: "subprocess.Popen[str]") -> None:
 
 
 def _tests(_: Plan) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", CUDA_TESTS]
+    """Warnings are no errors there: that machine's torch may be another."""
+    words = ["-q", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider"]
+    return [sys.executable, "-m", "pytest", *words, *CUDA_TESTS]
 
 
 def _counts(said: str) -> Found:

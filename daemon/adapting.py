@@ -19,7 +19,7 @@ from torch import Tensor
 from daemon import durable
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.adapter_modules import Module, adapter_config, modules_of, read_config
-from daemon.compute import driver
+from daemon.compute import budget_for, driver
 from daemon.config import Adapter as Wanted
 from daemon.config import Settings
 from daemon.errors import BadConfig
@@ -114,9 +114,10 @@ class Adapting:
         need, name = max(((_bytes(self._base.schema[name], wanted.rank), name) for name in cut), default=(0, ""))
         budget = self._driver.budget_bytes
         if need > budget:
+            enough = budget_for(need, self._driver.device.slab_bytes)
             raise BadConfig(
                 f"{shown(name)} needs {need} bytes of memory for the adapter, the memory budget is {budget}",
-                f"set compute.memory_budget to {need} or more, or publish no adapter",
+                f"set compute.memory_budget to {enough} or more, or publish no adapter",
             )
         paths = Counter(module.path for found in cut.values() for module in found)
         twice = next((path for path, times in paths.items() if times > 1), None)

@@ -75,7 +75,8 @@ class OpenCheckpoint:
     """A checkpoint held open. Close it, or use it as a context manager.
 
     sidecars: by kind ("fisher", "gram"). about: its expert.json, None where there is none. naming: how its names become
-    the base's once it is checked. adapter: the config of a LoRA, whose tensors are its own until it is checked.
+    the base's once it is checked. adapter: the config of a LoRA, whose tensors are its own until it is checked. folder:
+    the descriptor of the folder that it is, if it is one.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class OpenCheckpoint:
         closing: ExitStack,
         naming: Naming = SAME,
         adapter: OpenAdapter | None = None,
+        folder: int | None = None,
     ) -> None:
         self.kind = kind
         self.naming = naming
@@ -96,6 +98,7 @@ class OpenCheckpoint:
         self._adapter = adapter
         held = [*files, *sidecars.values(), *(one for one in (about, adapter) if one)]
         self._stamps = {one.fd: one.stamp for one in held}
+        self._folder = folder
         self._closing = closing
         self.tensors = Checkpoint(
             [file.reader for file in files], {need: file.reader for need, file in sidecars.items()}
@@ -139,18 +142,39 @@ class OpenCheckpoint:
         config = {ADAPTER: self._adapter.sha256} if self._adapter else {}
         return identity({file.name: file.reader.sha256() for file in self.files} | config)
 
+    def digest_tensors(self) -> None:
+        """From here on `content` is worked out as the tensors are read."""
+        for file in self.files:
+            file.reader.digest_tensors()
+
+    def content(self) -> str:
+        """The sha256 that stands for what it does to the base, whatever its files are like: see `Checkpoint.content`.
+
+        Only once it is checked. Reads what has not been hashed yet.
+        """
+        return self.tensors.content()
+
     def sidecar_digests(self) -> dict[str, str]:
         """The sha256 of each sidecar that it was opened with, by kind; reads what has not been read yet."""
         return {kind: file.reader.sha256() for kind, file in self._sidecars.items()}
 
     def sync(self) -> None:
-        """Makes the checkpoint's own bytes durable: whoever dropped it may not have."""
+        """Makes the checkpoint's own bytes durable, and every name in its folder: whoever dropped it may not have."""
         for fd in self._stamps:
             durable.sync(fd)
+        if self._folder is not None:
+            durable.sync_names(self._folder)
 
     def unchanged(self) -> bool:
         """True while no file has been written to, renamed or replaced since it was opened."""
-        return all(stamp(os.fstat(fd)) == before for fd, before in self._stamps.items())
+        try:
+            return all(stamp(os.fstat(fd)) == before for fd, before in self._stamps.items())
+        except OSError:  # of a server that has forgotten the file
+            return False
+
+    def holds(self, fd: object) -> bool:
+        """True for a descriptor of one of its files: an error that names it arose in reading this checkpoint."""
+        return fd in self._stamps
 
     def close(self) -> None:
         self._closing.close()
@@ -248,7 +272,7 @@ def _open_folder(
             raise NotYet(Reason.MISSING_SIDECAR, *_missing(need))
     sidecars = {need: opened(f"{need}.safetensors") for need in needs}
     about = _about(open_entry(fd, ABOUT, follow, closing)) if ABOUT in names else None
-    return OpenCheckpoint(kind, files, sidecars, about, closing, naming, adapter)
+    return OpenCheckpoint(kind, files, sidecars, about, closing, naming, adapter, fd)
 
 
 def _about(fd: int) -> OpenAbout:

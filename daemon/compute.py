@@ -141,6 +141,11 @@ def memory_budget(settings: Compute) -> int:
     return settings.memory_budget or _usable_memory() // 2
 
 
+def budget_for(need: int, reserved: int) -> int:
+    """The memory budget in which a step that needs so much fits, beside page-locked memory where some is reserved."""
+    return -(-need * SLAB_SHARE // (SLAB_SHARE - 1)) if reserved else need
+
+
 def check_budget(schema: Schema, methods: Sequence[Method], settings: Compute, reserved: int = 0) -> None:
     """Raises BadConfig where one tensor alone does not fit into the memory budget, with both numbers.
 
@@ -149,11 +154,11 @@ def check_budget(schema: Schema, methods: Sequence[Method], settings: Compute, r
     budget = memory_budget(settings) - reserved
     step, need = largest_step(schema, methods, settings.block_bytes)
     if need > budget:
+        enough = budget_for(need, reserved)
         raise BadConfig(
             f"{shown(step.spec.name)} {list(step.spec.shape)} needs {need} bytes of memory to be merged, "
             f"the memory budget is {budget}",
-            f"set compute.memory_budget to {need + reserved} or more "
-            f"(MAINSTEM_COMPUTE__MEMORY_BUDGET={need + reserved}), "
+            f"set compute.memory_budget to {enough} or more (MAINSTEM_COMPUTE__MEMORY_BUDGET={enough}), "
             "or use a machine with more memory",
         )
 

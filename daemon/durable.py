@@ -138,6 +138,13 @@ def replace_file(path: Path, data: bytes) -> None:
     rename(new, path)
 
 
+def note(path: Path, data: bytes) -> None:
+    """Writes a file that outlives this process and need not outlive the machine's: nothing is synced."""
+    new = path.with_name(f".{path.name}.tmp")
+    new.write_bytes(data)
+    new.rename(path)
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file's bytes, durably."""
     with source.open("rb") as file, new_file(target, source.stat().st_size) as fd:
@@ -184,9 +191,11 @@ def close(fd: int) -> None:
 
 def failed_sync(error: BaseException | None) -> SyncFailed | None:
     """The failed sync that `error` is, or in whose wake it was raised: what tidying up raises would hide it."""
-    while error is not None and not isinstance(error, SyncFailed):
+    seen: set[int] = set()
+    while error is not None and not isinstance(error, SyncFailed) and id(error) not in seen:
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return error
+    return error if isinstance(error, SyncFailed) else None
 
 
 @contextmanager
@@ -226,6 +235,16 @@ def sync_folder(path: Path) -> None:
         sync(fd)
     finally:
         os.close(fd)
+
+
+def sync_names(folder_fd: int) -> None:
+    """Makes the names in a folder, and in those below it on its file system, durable."""
+    device = os.fstat(folder_fd).st_dev
+    for _, folders, _, fd in os.fwalk(".", dir_fd=folder_fd):
+        if os.fstat(fd).st_dev == device:
+            sync(fd)
+        else:
+            folders.clear()
 
 
 def rename(source: Path, target: Path) -> None:

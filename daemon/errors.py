@@ -3,6 +3,7 @@
     DaemonError
     ├── Refused       an expert that goes to quarantine
     ├── NotYet        an expert that is not complete, or changed while it was read: it stays in the inbox
+    ├── Failed        an expert that could not be worked on, for now: it is tried again, and refused after some tries
     ├── NotUploaded   an upload over HTTP that is not taken, or not to its end: nothing of it is left
     ├── BadHome       HOME is missing, in use, damaged or from another version
     └── BadConfig     a setting is unknown or outside its range
@@ -65,6 +66,10 @@ class Refused(DaemonError):
 
 class NotYet(DaemonError):
     """The expert may become good: leave it in the inbox and look again."""
+
+
+class Failed(DaemonError):
+    """Something went wrong with the expert in hand that nobody foresaw: it is tried again, a few times."""
 
 
 class NotUploaded(DaemonError):

@@ -68,7 +68,7 @@ def found(
             for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.base, home.tmp):
                 durable.make_folder(folder)
             progress("copying the base")
-            _copy_base(base, checkpoint, home)
+            _copy_base(base, checkpoint, home, copies=1 + len(heads))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadHome(f"the base {base}: {error.strerror}", "give --base a .safetensors file or a folder") from None
     except (DaemonError, ProjectorError) as error:
@@ -104,7 +104,7 @@ def _refuse_occupied(home: Home) -> None:
     """Raises BadHome where the folder holds more than a configuration, an inbox, or a home that was never finished."""
     if home.exists():
         raise BadHome(f"{home.root} is a mainstem home already", "choose another folder")
-    ours = {"inbox", "lost+found", home.config.name, f".{home.config.name}.tmp"}
+    ours = {"inbox", "lost+found", home.inner_mark.name, home.config.name, f".{home.config.name}.tmp"}
     if home.founding.exists():
         ours |= {"state", "published", "quarantine", "archive"}
     elif home.state.is_dir() and all(path.name.startswith(".") for path in home.state.iterdir()):
@@ -124,12 +124,17 @@ def _make_room(home: Home) -> None:
             durable.remove(path)
 
 
-def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home) -> None:
+def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home, copies: int) -> None:
+    """copies: how many there will be, of this one too: version 0 of each head is one more."""
     source = base.resolve()
-    size = sum(file.reader.header.size for file in checkpoint.files)
+    size = sum(file.reader.header.size for file in checkpoint.files) * copies
     free = shutil.disk_usage(home.root).free
     if size > free:
-        raise BadHome(f"it has {size} bytes, {home.root} has {free} free", "make room, or choose another disk")
+        raise BadHome(
+            f"{copies} copies of it, the home's own and one for version 0 of each head, are {size} bytes, and "
+            f"{home.root} has {free} free",
+            "make room, or choose another disk",
+        )
     if source.is_file():
         durable.copy_file(source, home.base / WEIGHTS)
         return
@@ -163,7 +168,7 @@ def publish_base(home: Home, head: Head, base: BaseModel, files: Sequence[FileEn
     folder = home.tmp / uuid4().hex
     for file in files:
         durable.make_folder((folder / file.name).parent, public=True)
-        durable.link_or_copy(home.base / file.name, folder / file.name)
+        durable.copy_file(home.base / file.name, folder / file.name)  # the base stays a file that nobody else reaches
     card = Card(
         head=head.name,
         number=0,

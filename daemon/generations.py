@@ -183,12 +183,15 @@ def _expert(expert: NewExpert) -> dict[str, Any]:
     return {"sha256": expert.sha256, "name": expert.name, "task": task, "weight": expert.weight}
 
 
-def entry(path: Path, name: str | None = None) -> FileEntry:
-    """Hashes a file as it is on the disk. name: as the manifest has it, where that is not the file's own."""
+def entry(path: Path, name: str | None = None, read: Callable[[int], object] = lambda _: None) -> FileEntry:
+    """Hashes a file as it is on the disk. name: as the manifest has it, where that is not the file's own. `read` hears
+    of the bytes as they are read, and may raise to end it.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(HASH_BYTES):
             digest.update(chunk)
+            read(len(chunk))
     return FileEntry(name or path.name, path.stat().st_size, digest.hexdigest())
 
 
@@ -204,8 +207,8 @@ def problems(
     """What is wrong with a version's files, in words; nothing where they are as they were committed.
 
     Sizes are always compared; `hashes` reads every byte; `extras` also names files that do not belong; without `state`
-    it may be gone. The manifest itself is held against the registry. `read` hears the bytes of each file that was
-    hashed.
+    it may be gone. The manifest itself is held against the registry. `read` hears of the bytes that are hashed, and may
+    raise to end it.
     """
     folder = home.version(version.head, version.number)
     path = folder / MANIFEST
@@ -242,8 +245,7 @@ def _problem(
         if size != file["size"]:
             return f"{_relative(home, path)}: {size} bytes, the manifest says {file['size']}"
         if hashes:
-            found = entry(path)
-            read(found.size)
+            found = entry(path, read=read)
             if found.sha256 != file["sha256"]:
                 return f"{_relative(home, path)}: its sha256 is not the manifest's"
     except OSError as error:

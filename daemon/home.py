@@ -9,6 +9,7 @@ HOME/
   published/main/latest -> 000012      and the plain file LATEST
   state/
     registry.sqlite  lock  clean
+    in-hand  attempts.json   what is being worked on; what was tried in vain
     base/                  the base itself, copied when the home was made
     heads/main/000012/state.safetensors
     heads/main/views/000012.safetensors      what the method keeps of the expert that version 12 folded
@@ -90,6 +91,16 @@ class Home:
         return self.state / "clean"
 
     @property
+    def in_hand(self) -> Path:
+        """Which entry of the inbox is being worked on."""
+        return self.state / "in-hand"
+
+    @property
+    def attempts(self) -> Path:
+        """Which entries of the inbox were tried in vain, and how often."""
+        return self.state / "attempts.json"
+
+    @property
     def founding(self) -> Path:
         """Present while the home is being made: only then may `init` start over in its folder."""
         return self.state / ".founding"
@@ -155,6 +166,11 @@ class Home:
     def withdrawing(self, n: int) -> Path:
         """A home of its own, in which what version n needs is merged again without the experts that go with it."""
         return self.state / f"without-{number(n)}"
+
+    @property
+    def inner_mark(self) -> Path:
+        """In a home inside of another: what says that a rebuild made it, and may remove it."""
+        return self.root / ".mainstem-rebuild"
 
     def exists(self) -> bool:
         return self.registry.is_file()

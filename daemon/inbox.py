@@ -83,7 +83,7 @@ class Inbox:
                 status = entry.stat(follow_symlinks=False)
                 fingerprint, size, ready = _fingerprint(Path(entry.path), status)
                 identity = entry_id(Path(entry.path))
-            except (FileNotFoundError, NotADirectoryError):  # it went, or a file took its place, just now
+            except OSError:  # it went, or a file took its place, just now; or its file system does not know what it is
                 continue
             if identity in skip:
                 continue
@@ -144,14 +144,16 @@ def _fingerprint(path: Path, status: os.stat_result) -> tuple[Fingerprint, int, 
         return stamp(status)[:4], status.st_size, False
     try:
         files = sorted(_files(path))
-    except PermissionError:
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError:  # it may not be read, or cannot be: who opens it is told why
         return stamp(status)[:4], 0, False
     names = {name for name, _ in files}
     return tuple(files), sum(size for _, (_, _, size, _) in files), READY_MARKER in names
 
 
 def _weights_changed(folder: Path) -> int:
-    with suppress(PermissionError):
+    with suppress(OSError):
         return max((mtime for name, (*_, mtime) in _files(folder) if name.endswith(".safetensors")), default=0)
     return 0
 

@@ -12,6 +12,7 @@ from daemon.checkpoint import open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.home import Home
+from daemon.identity import twin_of
 from daemon.progress import Progress
 from projector.head import Folded
 from projector.lora.keys import tensor_parts
@@ -34,7 +35,8 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         raise DaemonError(Reason.UNKNOWN, f"{path} does not exist", "give the path of a checkpoint")
     methods = [make(row.method, row.params) for row in reader.heads()]
     needs = sorted({need for method in methods for need in method.needs})
-    limits = load(home.config).admission
+    settings = load(home.config)
+    limits = settings.admission
     with (
         open_path(home.base) as base,
         open_path(path, follow=False, needs=needs, naming=limits.naming) as expert,  # as the inbox would
@@ -42,14 +44,14 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
     ):
         own = tensor_parts(expert.tensors.schema) if expert.kind == "adapter" else expert.tensors.schema
         expert.check(base.tensors, read_config(home.base))
+        expert.digest_tensors()
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
         folded = Folded(found.norm, found.base_norm, ())
         usual = usual_norm(reader.merged_norms(limit=USUAL_EXPERTS))
         check_norm(folded, usual, limits)
         odd = oddity(folded.norm, usual, limits)
-        sha256 = expert.identity()
-        twin = reader.merged(sha256)
+        twin = twin_of(home, reader, expert, found.norm, base.tensors, settings, again=False)
         schema = base.tensors.schema
         published = sum(spec.nbytes for spec in schema.values())
         states = [state_specs(method, schema) for method in methods]
@@ -61,7 +63,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "weight": expert.weight,
             "renamed": {theirs: ours for theirs, ours in names.items() if theirs != ours},
             "ignored": [name for name in own if name not in names],
-            "sha256": sha256,
+            "sha256": expert.identity(),
             "duplicate_of": twin.id if twin else None,
             "norm": found.norm,
             "norm_over_base": found.norm / found.base_norm,

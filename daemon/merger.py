@@ -3,7 +3,8 @@
 1 take        open the expert; from here on its descriptors count, not its name
 2 reserve     check it against the base; reserve space for all that will be written
 3 fold        read each tensor once, hash it on the way, write every head's new state
-4 identify    its weights' digest is its identity: a duplicate is set aside, one that changed is tried again
+4 identify    its weights' digest is its identity, and that of its tensors: a duplicate is set aside, one that changed
+              is tried again
 5 read out    write every head's published weights
 6 seal        sync every file; write the manifests; sync the folders
 7 publish     rename everything into place
@@ -13,41 +14,44 @@
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from uuid import uuid4
-
-import torch
 
 from daemon import durable
 from daemon.adapter_modules import read_config
 from daemon.adapting import Adapting
 from daemon.admission import USUAL_EXPERTS, check_norm, oddity, usual_norm
-from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
+from daemon.blame import blaming
+from daemon.checkpoint import OpenCheckpoint, open_checkpoint
 from daemon.compute import check_budget, driver
 from daemon.config import Settings
-from daemon.errors import BadHome, DaemonError, NotYet, Reason, Refused
+from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.failpoints import hit
-from daemon.home import STATE_FILE, Home
+from daemon.ground import Base, States, touched_meanwhile
+from daemon.home import Home
+from daemon.identity import twin_of
 from daemon.inbox import Drop, entry_id
 from daemon.latest import point_latest
 from daemon.lines import Line, read_lines
 from daemon.outputs import Outputs, planned
 from daemon.placing import place
 from daemon.preparing import Preparations
-from daemon.progress import Progress
+from daemon.progress import Abandoned, Progress
 from daemon.recording import arrived, changed, refused
 from daemon.retention import collect
 from daemon.sealing import origin, seal
-from projector.errors import ProjectorError
+from daemon.uncommitted import clear
+from projector.errors import BadFile, BadMerged, ProjectorError
 from projector.head import Folded, HeadFold
 from projector.method import Expert as View
 from projector.method import Totals
 from projector.methods import make
 from projector.naming import Naming
 from projector.tensorfile import TensorReader
+from registry.errors import RegistryError
 from registry.records import Expert, NewExpert, NewVersion, Status
 from registry.store import Store
 
@@ -63,23 +67,21 @@ class Merger:
         self._driver = driver(settings.compute, progress)
         self._methods = {head.name: make(head.method, head.params) for head in store.heads()}
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
-        self._base_sha256 = store.base().sha256
-        self._base = open_path(home.base, progress)
+        self._base = Base(home, store, progress)
+        self._states = States(home, progress)
         self._base_config = read_config(home.base)
         self._plan = planned(self._base.tensors.schema, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._base_norm: float | None = None
         reserved = self._driver.device.slab_bytes
         check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute, reserved)
-        self._inbox = os.open(home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
         self.preparations.follow(read_lines(store, self._methods))
 
     def close(self) -> None:
-        """Lets go of the base, the inbox and what is being prepared."""
+        """Lets go of the base and of what is being prepared."""
         self.preparations.close()
         self._base.close()
-        os.close(self._inbox)
 
     def adopt(self, settings: Settings) -> None:
         """Takes the next expert by these settings; how versions look and are computed stays as it is.
@@ -90,71 +92,106 @@ class Merger:
         self._settings = settings
 
     def take(self, drop: Drop, naming: Naming | None = None) -> Expert:
-        """Merges, recognises or refuses one drop; returns what the registry says of it.
+        """Merges, recognises or refuses one drop, and tidies up after it; see `decide`."""
+        recorded = self.decide(drop, naming)
+        self.tidy(recorded)
+        return recorded
+
+    def decide(self, drop: Drop, naming: Naming | None = None) -> Expert:
+        """Merges, recognises or refuses one drop; returns what the registry says of it. `tidy` is to follow.
 
         naming: how its names become the base's, of an expert that was merged before; by default as the settings say.
 
-        Raises NotYet where it must be looked at again later, OSError where the disk fails (see durable.is_full), and
-        Abandoned where the daemon is stopping; the drop is then still in the inbox and nothing else has changed.
+        Raises NotYet where it must be looked at again later, Failed where it should be tried again a few times, OSError
+        where the disk fails (see durable.is_full), BadHome where the home itself is at fault, and Abandoned where the
+        daemon is stopping; the drop is then still in the inbox and nothing else has changed.
         """
         try:
-            base_config = self._base_config if naming is None else None  # what was taken once is taken again
-            naming, watch = naming or self._settings.admission.naming, self._progress
-            with open_checkpoint(self._inbox, drop.name, needs=self._needs, watch=watch, naming=naming) as expert:
+            again = naming is not None  # what was taken once is taken again
+            base_config = None if again else self._base_config
+            with self._opened(drop, naming or self._settings.admission.naming) as expert:
                 hit("take.opened")
                 self._check_entry(drop)
                 try:
-                    expert.check(self._base.tensors, base_config)
-                    recorded = self._merge(drop, expert)
-                except (ProjectorError, Refused):
+                    with blaming(expert):
+                        expert.check(self._base.tensors, base_config)
+                        expert.digest_tensors()
+                    return self._merge(drop, expert, again)
+                except (ProjectorError, Refused) as error:
+                    self._check_ours(error, expert)
                     if expert.unchanged():
                         raise
                     raise changed(drop) from None  # what it found may be half of the old and half of the new
-                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                    raise Refused(
-                        Reason.FAULT, f"the arithmetic failed: {error}", "please report this, with the file"
-                    ) from error
+                except Failed as error:
+                    if not expert.unchanged():
+                        raise changed(drop) from None
+                    if error.reason is Reason.FAULT:
+                        self._check_folds()
+                    raise
         except NotYet as error:
             if error.reason is Reason.CHANGED or drop.rest_seconds < self._settings.inbox.patience_seconds:
                 raise
-            recorded = self._refuse(drop, error)
+            return self.refuse(drop, error)
         except (Refused, ProjectorError) as error:
-            recorded = self._refuse(drop, error)
-        self._tidy(recorded)
-        if recorded.status is Status.MERGED:
-            self.preparations.follow(read_lines(self._store, self._methods))
+            return self.refuse(drop, error)
+
+    def refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
+        """Notes that the drop is refused, and why. `tidy` is to follow."""
+        recorded = self._store.record(refused(arrived(drop, Status.QUARANTINED), error))
+        hit("refuse.recorded")
         return recorded
 
-    def finish(self) -> list[Expert]:
-        """Tidies up after recorded experts where a full disk was in the way; returns those that are placed now.
+    def tidy(self, expert: Expert) -> bool:
+        """Finishes an expert whose fate is recorded; False where it cannot be moved out of the inbox.
 
-        Raises OSError or DiskFull where it still is.
+        Raises OSError or DiskFull: `finish` is then to be asked, once there is room.
         """
-        self.preparations.discard()
-        placed = [expert for expert in self._store.unplaced() if self._tidy(expert)]
-        collect(self._home, self._store, self._settings.retention)  # time may have made room
-        self.preparations.follow(read_lines(self._store, self._methods))
+        placed = self._tidy(expert)
+        if expert.status is Status.MERGED:
+            self.preparations.follow(read_lines(self._store, self._methods))
         return placed
 
-    def _merge(self, drop: Drop, expert: OpenCheckpoint) -> Expert:
+    def finish(self) -> list[Expert]:
+        """Tidies up after the recorded experts that are still in the inbox, where something was in the way; returns
+        them. Raises OSError or DiskFull where it still is.
+        """
+        self.preparations.discard()
+        unplaced = self._store.unplaced()
+        for expert in unplaced:
+            self._tidy(expert)
+        collect(self._home, self._store, self._settings.retention)  # time may have made room
+        self.preparations.follow(read_lines(self._store, self._methods))
+        return unplaced
+
+    def _opened(self, drop: Drop, naming: Naming) -> OpenCheckpoint:
+        with ExitStack() as closing:
+            try:  # anew for each: another folder may have taken the inbox's place
+                inbox = os.open(self._home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError):
+                raise changed(drop) from None
+            closing.callback(os.close, inbox)
+            with blaming():
+                return open_checkpoint(inbox, drop.name, needs=self._needs, watch=self._progress, naming=naming)
+
+    def _merge(self, drop: Drop, expert: OpenCheckpoint, again: bool) -> Expert:
         started = time.monotonic()
         lines = read_lines(self._store, self._methods)
         number = max(line.head.newest for line in lines) + 1
-        for line in lines:  # left by a commit that failed; no row names it, and its space may be what is missing
-            durable.remove(self._home.head_state(line.head.name, number))
-            durable.remove(self._home.version(line.head.name, number))
-            durable.remove(self._home.view_record(line.head.name, number))
+        clear(self._home, self._store)  # left by a commit that failed: its space may be what is missing
         self._progress.begin(self._work_bytes())
         folder = self._home.tmp / uuid4().hex
         try:
             with ExitStack() as files:
                 outputs = [self._outputs(line, folder, files) for line in lines]
-                with durable.flushing([fd for output in outputs for fd in output.descriptors]):
-                    folded = self._fold(expert, lines, outputs, files)
-                    new = self._identify(drop, expert, folded)
+                descriptors = [fd for output in outputs for fd in output.descriptors]
+                with durable.flushing(descriptors), blaming(expert):
+                    with self._sound_ground(lines):
+                        folded = self._fold(expert, lines, outputs, files)
+                    new = self._identify(drop, expert, folded, again)
                     if new.status is not Status.MERGED:
                         return self._store.record(new)
-                    self._read_out(lines, folded.totals, outputs)
+                    with self._sound_ground(lines):
+                        self._read_out(lines, folded.totals, outputs)
                 with self._progress.phase("fsync"):
                     files.close()
             versions = [
@@ -168,6 +205,7 @@ class Merger:
             seconds = time.monotonic() - started
             merged = self._store.commit(new, [replace(version, seconds=seconds) for version in versions])
             hit("commit.after")
+            self._states.written([(version.head, number, version.manifest_sha256) for version in versions])
             return merged
         finally:
             durable.remove(folder)
@@ -201,31 +239,50 @@ class Merger:
         hit("fold.after")
         return folded
 
-    def _state(self, line: Line, files: ExitStack) -> TensorReader | None:
-        if not line.totals.experts:
-            return None
-        path = self._home.head_state(line.head.name, line.version.number) / STATE_FILE
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        files.callback(os.close, fd)
-        return TensorReader(fd, watch=self._progress)
+    @contextmanager
+    def _sound_ground(self, lines: Sequence[Line]) -> Iterator[None]:
+        """What is read in the block is the base, each head's own state and what was prepared from it, or it raises.
 
-    def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded) -> NewExpert:
-        if self._base.identity() != self._base_sha256:  # known once the first expert has been folded
-            raise BadHome("the base in state/base is damaged", "restore it from a backup; nothing was merged onto it")
-        sha256, sidecars = expert.identity(), expert.sidecar_digests()
+        Whatever the block raises of an expert may be the fault of ours: that is looked at first.
+        """
+        self._base.check()
+        try:
+            yield
+        except (ProjectorError, RuntimeError):  # torch's, where the arithmetic fails
+            self._confirm(lines)
+            raise
+        self._confirm(lines)
+
+    def _confirm(self, lines: Sequence[Line]) -> None:
+        self._base.confirm()
+        self._states.confirm()
+        for line in lines:
+            if self.preparations.touched(line):
+                raise touched_meanwhile(f"what was prepared for {line.head.name}")
+
+    def _state(self, line: Line, files: ExitStack) -> TensorReader | None:
+        return self._states.open(line, files) if line.totals.experts else None
+
+    def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded, again: bool) -> NewExpert:
+        sha256, content, sidecars = expert.identity(), expert.content(), expert.sidecar_digests()
         if not expert.unchanged():
             raise changed(drop)
         new = replace(
             arrived(drop, Status.MERGED),
             kind=expert.kind,
             sha256=sha256,
+            content_sha256=content,
             norm=folded.norm,
             about=expert.about.given() if expert.about else None,
             sidecars=sidecars or None,
             naming=asdict(expert.naming),
         )
-        if twin := self._store.merged(sha256):
+        if twin := twin_of(
+            self._home, self._store, expert, folded.norm, self._base.tensors, self._settings, again=again
+        ):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
+        if again and self._store.merged_content(content):  # merged twice, when only the same files were the same expert
+            new = replace(new, content_sha256=None)
         usual, limits = usual_norm(self._store.merged_norms(limit=USUAL_EXPERTS)), self._settings.admission
         try:
             check_norm(folded, usual, limits)
@@ -276,10 +333,37 @@ class Merger:
                 durable.rename(source, target)
         hit("publish.after")
 
-    def _refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
-        recorded = self._store.record(refused(arrived(drop, Status.QUARANTINED), error))
-        hit("refuse.recorded")
-        return recorded
+    def _check_ours(self, error: ProjectorError | Refused, expert: OpenCheckpoint) -> None:
+        """Raises BadHome where it was our own state or base that made an expert look bad."""
+        if isinstance(error, BadFile) and error.fd is not None and not expert.holds(error.fd):
+            raise BadHome(
+                f"a file of the base or of a head's state is damaged: {error}",
+                "`mainstem verify` names it: restore it from a backup; the expert is still in the inbox",
+            ) from error
+        if isinstance(error, BadMerged):
+            self._check_folds()
+
+    def _check_folds(self) -> None:
+        """Raises BadHome where not even the base itself, a task vector of zeros, can be folded: then what went wrong
+        depends on the heads' state or on this machine, and no expert is to blame. Nothing is kept of it.
+        """
+        lines = [line for line in read_lines(self._store, self._methods) if not line.method.needs]
+        folder = self._home.tmp / uuid4().hex
+        try:
+            with ExitStack() as files:
+                outputs = [self._outputs(line, folder, files) for line in lines]
+                folded = self._fold(self._base.as_expert, lines, outputs, files)
+                self._read_out(lines, folded.totals, outputs)
+        except (OSError, RegistryError, Abandoned):
+            raise
+        except Exception as error:
+            raise BadHome(
+                f"nothing can be merged, not even the base itself: {type(error).__name__}: {error}",
+                "the experts are still in the inbox; `mainstem verify` tells whether the state is damaged; if it is "
+                "not, look at this machine's memory and device (compute.memory_budget, compute.device)",
+            ) from error
+        finally:
+            durable.remove(folder)
 
     def _check_entry(self, drop: Drop) -> None:
         """What was opened is what was seen at rest: it may have been replaced while it waited for its turn."""
@@ -299,3 +383,7 @@ class Merger:
         placed = place(self._home, self._store, expert)
         collect(self._home, self._store, self._settings.retention)
         return placed
+
+
+def _damaged(path: Path, error: Exception) -> BadHome:
+    return BadHome(f"{path} is damaged: {error}", "restore it from a backup; the expert is still in the inbox")

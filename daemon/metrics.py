@@ -102,6 +102,10 @@ class Metrics:
         )
         self.disk_free = Gauge("mainstem_disk_free_bytes", "Free bytes on the file system of HOME.", registry=registry)
         self.disk_full = Gauge("mainstem_disk_full", "1 while merging waits for disk space.", registry=registry)
+        self.registry_busy = Gauge(
+            "mainstem_registry_busy", "1 while merging waits for another program to let go of the registry.",
+            registry=registry,
+        )  # fmt: skip
         self.block_bytes = Gauge(
             "mainstem_block_bytes", "How much of a large tensor is in memory at a time.", registry=registry
         )

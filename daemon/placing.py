@@ -1,8 +1,9 @@
 """Moves an expert out of the inbox once its fate is in the registry; recovery finishes what a crash cut short.
 
-Merged experts and duplicates go to archive/<id>/, refused ones to quarantine/<id>/ with a reason.json. The entry is
-found by what it is (device, inode, time), not by its name: if it was replaced meanwhile, the newcomer stays. What
-cannot be moved (a folder of another owner, a mount point) stays too, and is tried again at the next start.
+Merged experts and duplicates go to archive/<id>/, and of duplicates what is there already goes (`duplicates`); refused
+ones go to quarantine/<id>/ with a reason.json. The entry is found by what it is (device, inode, time), not by its name:
+if it was replaced meanwhile, the newcomer stays. What cannot be moved (a folder of another owner, a mount point) stays
+too, and is tried again at the next start.
 """
 
 import errno
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from daemon import durable
+from daemon.duplicates import spare
 from daemon.failpoints import hit
 from daemon.home import Home, number
 from daemon.inbox import entry_id
@@ -25,6 +27,8 @@ IMMOVABLE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)
 
 def place(home: Home, store: Store, expert: Expert) -> bool:
     """Moves one expert to where its status says, and notes it in the registry; False where it cannot be moved."""
+    if not home.inbox.is_dir():
+        return False  # nor can it be said that it is not in there
     refused = expert.status is Status.QUARANTINED
     folder = home.quarantine(expert.id) if refused else home.archive(expert.id)
     durable.make_folder(folder)
@@ -48,6 +52,8 @@ def place(home: Home, store: Store, expert: Expert) -> bool:
         durable.sync_folder(folder)
         durable.sync_folder(home.inbox)
     hit("archive.after")
+    if expert.status is Status.DUPLICATE:
+        spare(home, store, expert)
     store.placed(expert.id, f"{folder.parent.name}/{number(expert.id)}")
     return True
 

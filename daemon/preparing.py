@@ -17,6 +17,7 @@ from daemon import durable
 from daemon.failpoints import hit
 from daemon.generations import entry
 from daemon.home import PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home
+from daemon.inbox import Stamp, stamp
 from daemon.lines import Line
 from daemon.metrics import software_version
 from daemon.retention import numbered
@@ -56,7 +57,14 @@ class Preparations:
     def ready(self, line: Line) -> Prepared | None:
         """What the next expert finds ready; nothing where another version is live than the one prepared from."""
         found = self._heads.get(line.head.name)
-        return found.view() if found and found.made_from(line) else None
+        if found is None or not found.made_from(line) or found.drop_touched():
+            return None
+        return found.view()
+
+    def touched(self, line: Line) -> bool:
+        """True where the file behind `ready` was written to since by somebody else; it is then given up."""
+        found = self._heads.get(line.head.name)
+        return bool(found and found.made_from(line) and found.drop_touched())
 
     def share(self, head: str) -> float:
         """How much of a head's preparation is ready, by bytes, 0 to 1; 1 where there is nothing to prepare."""
@@ -120,6 +128,7 @@ class _Preparation:
         self._key = {"version": line.version.manifest_sha256, "made_by": _maker(driver.device)}
         self._reserve = reserve
         self._files: list[int] = []
+        self._stamp: Stamp | None = None  # of the first file, since nothing was written to it
         self._writer: TensorWriter | None = None
         self._reader: TensorReader | None = None
         self._ready: set[str] = set()
@@ -137,6 +146,13 @@ class _Preparation:
     def view(self) -> Prepared | None:
         reader = self._writer.reader() if self._writer else self._reader
         return Prepared(reader, frozenset(self._ready)) if reader else None
+
+    def drop_touched(self) -> bool:
+        """Gives up what somebody else wrote to, and says whether that was so: it is derived, and worked out anew."""
+        touched = bool(self._files) and self._stamp is not None and stamp(os.fstat(self._files[0])) != self._stamp
+        if touched:
+            self.give_up()
+        return touched
 
     @property
     def missing(self) -> bool:
@@ -157,6 +173,7 @@ class _Preparation:
         os.close(self._files.pop())
         if len(self._ready) == len(self._bytes):
             self._keep()
+        self._stamp = stamp(os.fstat(self._files[0]))
 
     def give_up(self) -> None:
         self.close()
@@ -166,7 +183,7 @@ class _Preparation:
     def close(self) -> None:
         while self._files:
             os.close(self._files.pop())
-        self._writer = None
+        self._writer, self._stamp = None, None
         if self._unfinished.exists():
             durable.remove(self._unfinished)
 
@@ -179,11 +196,15 @@ class _Preparation:
         except BadFile:
             reader = None
         made_here = reader and reader.header.metadata == self._key and dict(reader.specs) == self._specs
-        if reader and made_here and self._digest.exists() and entry(self._path).sha256 == self._digest.read_text():
+        if reader and made_here and self._digest.exists() and self._hashed() == self._digest.read_text():
             self._reader, self._ready = reader, set(self._bytes)
+            self._stamp = stamp(os.fstat(self._files[0]))
         else:
             self.close()
             self._remove()
+
+    def _hashed(self) -> str:
+        return entry(self._path, read=self._driver.watch.advance).sha256
 
     def _begin(self) -> TensorWriter:
         """Raises OSError where the disk would be left without room for the next version."""

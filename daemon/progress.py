@@ -37,6 +37,9 @@ class Progress(Watch):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Raises Abandoned once the daemon is to stop: a tensor of many gigabytes is not read to its end first."""
+        if self._stopping.is_set():
+            raise Abandoned
         started = perf_counter()
         try:
             yield

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from uuid import uuid4
 
 from daemon import durable
 from daemon.checkpoint import open_path
@@ -25,6 +24,7 @@ from daemon.planning import Plan, readings, usual_seconds
 from daemon.recovery import mark_clean, recover
 from daemon.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
 from daemon.restating import Arrival, Made, Restating, next_number
+from daemon.retention import remove_whole
 from daemon.sealing import origin
 from projector.method import Expert as View
 from projector.method import Method, Totals
@@ -90,11 +90,11 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
         plan = Plan({name: REPLAYED}, experts, readings(heads, experts), usual_seconds(store))
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to)
-            with Restating(home, store.base().sha256, settings, to.progress()) as restating:
+            with Restating(home, store, settings, to.progress()) as restating:
                 made = _from_inside(restating, inner, name, home, experts)
                 _link_records(home, inner, name, experts)
                 _adopt(home, store, name, method, made, restating)
-            durable.remove(inner.root)
+            remove_whole(home, inner.root)
         return plan
 
 
@@ -130,7 +130,7 @@ def withdraw(
         inner = Home(home.withdrawing(next_number(lines)))
         if replayed:
             _replay_inside(home, store, rest, inner, replayed, settings, to)
-        with Restating(home, store.base().sha256, settings, to.progress()) as restating:
+        with Restating(home, store, settings, to.progress()) as restating:
             made = {}
             for line in lines:
                 name = line.head.name
@@ -141,7 +141,7 @@ def withdraw(
                     new = _from_inside(restating, inner, name, home, rest)
                 made[name] = replace(new, withdrawal=Withdrawal(gone, how[name]))
             restating.commit(store, lines, made, gone)
-        durable.remove(inner.root)
+        remove_whole(home, inner.root)
         return plan
 
 
@@ -187,9 +187,12 @@ def _replay_inside(
     home: Home, store: Store, experts: Sequence[Expert], inner: Home, heads: Heads, settings: Settings, to: Console
 ) -> None:
     if inner.root.exists() and _unfit(inner, store, heads, experts):
-        begun = home.tmp / uuid4().hex  # recovery empties that: a removal cut short leaves no half of a home
-        durable.rename(inner.root, begun)
-        durable.remove(begun)
+        if not inner.inner_mark.exists():
+            raise BadHome(f"{inner.root} is in the way, and no rebuild made it", "move it out of the home")
+        remove_whole(home, inner.root)
+    durable.make_folder(inner.root)
+    if not inner.inner_mark.exists():
+        durable.replace_file(inner.inner_mark, b"")
     plain = settings.model_copy(update={"heads": {}})  # what is published of it is published anew
     replay(home, store, experts, inner, heads, plain, to)
 
@@ -221,8 +224,7 @@ def _exact(restating: Restating, there: Home, line: Line, archive: Home, experts
     if second is None:
         return None
     arrivals = [_arrival(archive, expert, place) for place, expert in enumerate(experts, start=1)]
-    state = there.head_state(line.head.name, line.version.number)
-    return restating.folded(line.head.name, second, state, Totals(), arrivals)
+    return restating.folded(there, line, second, Totals(), arrivals)
 
 
 def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Settings, to: Console) -> None:
@@ -235,7 +237,7 @@ def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Se
             return  # it was made before: the newest version folds no expert
         if store.counts()[Status.MERGED] != len(experts):
             raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
-        with Restating(target, store.base().sha256, settings, to.progress()) as restating:
+        with Restating(target, store, settings, to.progress()) as restating:
             made = {}
             for line in lines:
                 name = line.head.name
@@ -249,8 +251,7 @@ def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Se
 def _subtract(restating: Restating, home: Home, line: Line, lineage: Sequence[Expert], gone: Sequence[Expert]) -> Made:
     places = {expert.id: place for place, expert in enumerate(lineage, start=1)}
     arrivals = [_arrival(home, expert, places[expert.id], sign=-1.0) for expert in gone]
-    state = home.head_state(line.head.name, line.version.number)
-    return restating.folded(line.head.name, line.method, state, line.totals, arrivals)
+    return restating.folded(home, line, line.method, line.totals, arrivals)
 
 
 def _arrival(archive: Home, expert: Expert, index: int, sign: float = 1.0) -> Arrival:

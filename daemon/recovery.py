@@ -5,6 +5,7 @@ the start: going back is the person's decision, never ours.
 """
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,17 +14,24 @@ from daemon import durable
 from daemon.errors import BadHome
 from daemon.failpoints import hit
 from daemon.generations import problems
+from daemon.ground import separate
 from daemon.home import Home, is_head_name
-from daemon.latest import point_latest
+from daemon.latest import PLAIN, point_latest
 from daemon.placing import place_all
-from daemon.retention import finish
+from daemon.retention import finish, remove_whole
+from daemon.uncommitted import leftovers, refuse_ahead
 from registry.errors import Busy
 from registry.store import Store
 
+TEMPORARY = re.compile(r"(prepared-)?[0-9a-f]{32}")
+UNFINISHED = (".founding", "..founding.tmp", ".clean.tmp", "registry.new", "registry.new-wal", "registry.new-shm")
 
-def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
-    """Makes the home sound. `say(event, **fields)` hears what was done. Raises BadHome where a live version is
-    damaged.
+
+def recover(
+    home: Home, store: Store, say: Callable[..., object], read: Callable[[int], object] = lambda _: None
+) -> None:
+    """Makes the home sound. `say(event, **fields)` hears what was done, `read` of the bytes that are hashed: it may
+    raise, to leave the rest to the next start. Raises BadHome where a live version is damaged.
     """
     hit("recover.begin")
     _check_file_system(home)
@@ -35,16 +43,21 @@ def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
     unclean = not home.clean.exists()
     if unclean:
         say("the last stop was not clean: hashing the live versions")
-    _check_live(home, store, hashes=unclean)
+    refuse_ahead(home, store)
+    _check_live(home, store, hashes=unclean, read=read)
     durable.remove(home.clean)
     durable.sync_folder(home.state)
-    for path in _strays(home, store):
-        durable.remove(path)
+    for path in [*leftovers(home, store), *_strays(home, store)]:
+        if path.parent == home.tmp:
+            durable.remove(path)
+        else:
+            remove_whole(home, path)
         say("removed what was never committed", path=str(path.relative_to(home.root)))
     if os.path.lexists(home.old_uploads):
         # Others may write there: what cannot be removed stays, and stops no start. A link is removed, not followed.
         with suppress(OSError, RecursionError):
             durable.remove(home.old_uploads)
+    _separate_base(home, store, say)
     finish(home, store)
     for head in store.heads():
         point_latest(home, head)
@@ -56,6 +69,17 @@ def recover(home: Home, store: Store, say: Callable[..., object]) -> None:
 def mark_clean(home: Home) -> None:
     """Notes that this process stops with everything in its place."""
     durable.replace_file(home.clean, b"")
+
+
+def _separate_base(home: Home, store: Store, say: Callable[..., object]) -> None:
+    """A home that an earlier mainstem made shares the base's files with version 0."""
+    try:
+        if names := separate(home, store):
+            say("gave the base in state/base files of its own", files=len(names))
+    except OSError as error:
+        if not durable.is_full(error):
+            raise
+        say("no room to give the base in state/base files of its own: it still shares them with version 0")
 
 
 def _check_file_system(home: Home) -> None:
@@ -70,11 +94,11 @@ def _check_file_system(home: Home) -> None:
             )
 
 
-def _check_live(home: Home, store: Store, *, hashes: bool) -> None:
+def _check_live(home: Home, store: Store, *, hashes: bool, read: Callable[[int], object]) -> None:
     for head in store.heads():
         version = store.version(head.name, head.live)
         found = (
-            problems(home, version, hashes=hashes, extras=False)
+            problems(home, version, hashes=hashes, extras=False, read=read)
             if version
             else [f"version {head.live} is not in the registry"]
         )
@@ -86,32 +110,31 @@ def _check_live(home: Home, store: Store, *, hashes: bool) -> None:
 
 
 def _strays(home: Home, store: Store) -> list[Path]:
-    """Everything that no row of the registry names: temporary folders and versions that were never committed."""
-    strays = list(home.tmp.iterdir())
-    strays += [home.uploads] if os.path.lexists(home.uploads) else []
-    strays += [path for path in home.state.iterdir() if path.name.startswith(".") or path.name == "registry.new"]
-    strays += _done_with(home, store)
-    for head in store.heads():
-        for folder in (home.versions(head.name), home.states(head.name)):
-            for path in folder.iterdir():
-                unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
-                if unfinished or (path.name.isdecimal() and path.is_dir() and int(path.name) > head.newest):
-                    strays.append(path)  # and nothing that a person may have put there
-        after = head.newest + 1  # looked for by name: of those that are committed there is one for every expert
-        while (record := home.view_record(head.name, after)).exists():
-            strays.append(record)
-            after += 1
-    return strays
+    """Temporary files and folders of ours, and the homes of rebuilds; nothing that has another name than we give."""
+    strays = [path for path in home.tmp.iterdir() if TEMPORARY.fullmatch(path.name)]
+    strays += [home.uploads] if os.path.lexists(home.uploads) else []  # never what a link in its place leads to
+    strays += [home.state / name for name in UNFINISHED]
+    strays += [home.versions(head.name) / name for head in store.heads() for name in (".latest.tmp", f".{PLAIN}.tmp")]
+    return [path for path in [*strays, *_done_with(home, store)] if os.path.lexists(path)]
 
 
 def _done_with(home: Home, store: Store) -> list[Path]:
     """The homes of rebuilds that were committed, and what one that was not had begun to publish."""
     heads = {head.name: head for head in store.heads()}
     next_number = max(head.newest for head in heads.values()) + 1
-    done = [path for path in home.state.glob("without-*") if path != home.withdrawing(next_number)]
-    for path in home.state.glob("rebuild-*"):
+    inner = [Home(path) for kind in ("without-*", "rebuild-*") for path in home.state.glob(kind)]
+    done = []
+    for path in [one.root for one in inner if one.inner_mark.exists()]:  # any other a person made
         name = path.name.removeprefix("rebuild-")
-        if not is_head_name(name):
-            continue  # a person made it
-        done += [path] if name in heads else [home.versions(name), home.states(name)]
-    return [path for path in done if path.exists()]
+        if path.name.startswith("without-"):
+            done += [path] if path != home.withdrawing(next_number) else []
+        elif is_head_name(name):
+            begun = [one for one in (home.versions(name), home.states(name)) if one.exists() and _only_ours(one)]
+            done += [path] if name in heads else begun
+    return done
+
+
+def _only_ours(folder: Path) -> bool:
+    """True where a head's folder holds versions and what names them, and nothing else."""
+    ours = {"latest", PLAIN, ".latest.tmp", f".{PLAIN}.tmp", "views"}
+    return all(path.name in ours or path.name.isdecimal() for path in folder.iterdir())

@@ -120,7 +120,7 @@ def replay(
         with _open(source, expert) as again:
             _check_weight(expert, again.weight, archived(source, expert))
     if not target.exists():
-        fresh = not target.root.exists()
+        fresh = not target.root.exists() or os.listdir(target.root) == [target.inner_mark.name]
         config = source.config.read_bytes() if source.config.exists() else None
         name = reader.base().name
         base = found(target, source.base, list(heads.items()), to.say, settings.compute, name=name, config=config)

@@ -21,21 +21,22 @@ from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.failpoints import hit
 from daemon.generations import FileEntry, WeightsPlan, Withdrawal
+from daemon.ground import Base, States
 from daemon.home import CARD, STATE_FILE, Home, is_adapter
+from daemon.identity import SAME_NORM
 from daemon.latest import point_latest
 from daemon.lines import Line
 from daemon.outputs import Outputs, planned
 from daemon.progress import Progress
-from daemon.retention import collect
+from daemon.retention import collect, remove_whole
 from daemon.sealing import Origin, origin, seal
 from projector.head import HeadFold
 from projector.method import Expert as View
 from projector.method import Method, Totals
 from projector.tensorfile import TensorReader
 from registry.records import Expert, NewVersion
-from registry.store import Store
+from registry.store import Reader, Store
 
-SAME_NORM = 1e-9  # relative: float64 sums of the same numbers
 STATE_ONLY: WeightsPlan = ((), None)
 Arrival = tuple[Path, View, Expert]  # a file or folder, how it counts, and as what it was merged
 
@@ -57,14 +58,13 @@ class Made:
 class Restating:
     """One such version in the making. The caller holds the home's lock. Use it as a context manager."""
 
-    def __init__(self, home: Home, base_sha256: str, settings: Settings, progress: Progress) -> None:
+    def __init__(self, home: Home, reader: Reader, settings: Settings, progress: Progress) -> None:
         self._home = home
-        self._base_sha256 = base_sha256
         self._settings = settings
         self._progress = progress
         self._driver = driver(settings.compute, progress)
         self._closing = ExitStack()
-        self._base = self._closing.enter_context(open_path(home.base, progress))
+        self._base = self._closing.enter_context(Base(home, reader, progress))
         self._plan = planned(self._base.tensors.schema, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._folder = home.tmp / uuid4().hex
@@ -76,33 +76,39 @@ class Restating:
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def folded(self, head: str, method: Method, state: Path, totals: Totals, arrivals: Sequence[Arrival]) -> Made:
-        """Folds these experts, one or more, onto the state in the folder `state`, and reads out the weights."""
+    def folded(self, source: Home, line: Line, method: Method, totals: Totals, arrivals: Sequence[Arrival]) -> Made:
+        """Folds these experts, one or more, onto the state of a live version of `source`, and reads out the weights.
+
+        method, totals: by which, and counted from there.
+        """
+        head, states, state = line.head.name, States(source, self._progress), None
+        self._base.check()
         for place, (path, view, expert) in enumerate(arrivals, start=1):
             folder = self._folder / head / str(place)
             last = place == len(arrivals)
             self._progress.begin(self._sweep_bytes() * (1 + method.rounds + last))
             with ExitStack() as files:
-                before = _state(state, files)
+                before = _state(state, files) if state else states.open(line, files)
                 output = Outputs(
                     folder, self._base.tensors.schema, method, self._plan if last else STATE_ONLY, files, self._progress
                 )
                 naming = naming_of(expert, self._settings.admission)
-                source = files.enter_context(
+                expert_files = files.enter_context(
                     open_path(path, self._progress, follow=False, needs=method.needs, naming=naming)
                 )
-                source.check(self._base.tensors)
+                expert_files.check(self._base.tensors)
                 if method.keyed:
-                    view = replace(view, sha256=source.identity())
-                view = self._driver.survey(self._base.tensors, source.tensors, method, view, before)
+                    view = replace(view, sha256=expert_files.identity())
+                view = self._driver.survey(self._base.tensors, expert_files.tensors, method, view, before)
                 head_fold = HeadFold(method, totals, view, before, output.state, record=output.record)
-                folded = self._driver.fold(self._base.tensors, source.tensors, [head_fold])
+                folded = self._driver.fold(self._base.tensors, expert_files.tensors, [head_fold])
                 (totals,) = folded.totals
-                self._check_base()
-                _check(path, source, folded.norm, expert)
+                states.confirm()
+                _check(path, expert_files, folded.norm, expert)
                 self._driver.read_out(self._base.tensors, method, totals, output.state.reader(), output.weights)
+                self._base.confirm()
                 output.finish()
-            if place > 1:
+            if state:
                 durable.remove(state)  # the one before, which only this one needed
             state = output.state_folder
         return Made(
@@ -116,7 +122,8 @@ class Restating:
 
     def linked(self, head: str, source: Home, number: int, totals: Totals) -> Made:
         """Version `number` of the head in `source`, this home or another on the same disk, under further names."""
-        self._check_base()  # nothing may have been folded
+        self._base.check()
+        self._base.confirm()  # nothing may have been folded
         folder = self._folder / head
         content = json.loads(source.manifest(head, number).read_bytes())
         published, state_folder = folder / "published", folder / "state"
@@ -155,7 +162,7 @@ class Restating:
             durable.sync_folder(made.state_folder)
             targets.append((made.state_folder, self._home.head_state(line.head.name, number)))
         for source, target in targets:
-            durable.remove(target)  # left by one that was cut short
+            remove_whole(self._home, target)  # left by one that was cut short
             durable.rename(source, target)
         return sealed
 
@@ -173,11 +180,6 @@ class Restating:
             point_latest(self._home, head)
         collect(self._home, store, self._settings.retention)
         return number
-
-    def _check_base(self) -> None:
-        """Reads what has not been read of it yet."""
-        if self._base.identity() != self._base_sha256:
-            raise BadHome("the base in state/base is damaged", "restore it from a backup; nothing was published")
 
     def _sweep_bytes(self) -> int:
         return sum(spec.nbytes for spec in self._base.tensors.schema.values() if spec.floating)

@@ -7,6 +7,7 @@ are read from its state.
 What there is to remove is found by the folders, which are few, and not by the rows, of which every version has one.
 """
 
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -45,14 +46,18 @@ def remove_files(home: Home, version: Version) -> None:
 
     What is published goes at once, by a rename: nobody ever sees half of a version.
     """
-    published = home.version(version.head, version.number)
-    if published.exists():
+    remove_whole(home, home.version(version.head, version.number))
+    durable.remove(home.head_state(version.head, version.number))
+
+
+def remove_whole(home: Home, path: Path) -> None:
+    """Removes a file or folder at once, by a rename: no crash leaves a part of it where it was."""
+    if os.path.lexists(path):
         going = home.tmp / uuid4().hex  # recovery empties that
         try:
-            durable.rename(published, going)
+            durable.rename(path, going)
         finally:  # a full disk may fail the sync, when it has moved already
             durable.remove(going)
-    durable.remove(home.head_state(version.head, version.number))
 
 
 def finish(home: Home, store: Store) -> None:

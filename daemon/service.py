@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from threading import Event
 from types import FrameType
@@ -13,13 +13,14 @@ from types import FrameType
 import structlog
 
 from daemon import durable
+from daemon.attempts import Attempts
 from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
-from daemon.errors import BadHome, DaemonError, NotYet, Reason
+from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
 from daemon.health import Health, Trouble
 from daemon.home import Home
 from daemon.http import Hosts, HttpServer, base_url, create_app
-from daemon.inbox import Drop, Inbox, Scan, Watcher
+from daemon.inbox import Drop, Inbox, Scan
 from daemon.logs import configure
 from daemon.memory import return_freed_memory, reuse_freed_memory
 from daemon.merger import Merger
@@ -29,10 +30,11 @@ from daemon.recovery import mark_clean, recover
 from daemon.reloading import Read, Reloading, hearing
 from daemon.retention import collect
 from daemon.uploading import Uploads, write_token
+from daemon.watching import Watching
 from projector.errors import ProjectorError
 from projector.methods import methods
 from projector.text import shown
-from registry.errors import DiskFull
+from registry.errors import Busy, DiskFull
 from registry.records import Expert, Status
 from registry.store import Reader, Store
 
@@ -65,6 +67,9 @@ class Service:
         self._stopping = Event()
         self._signalled = Event()
         self._not_ready: str | None = "recovering"
+        self._busy = False
+        self._told = 0  # the newest expert that the log has spoken of
+        self._attempts: Attempts | None = None  # once the home's lock is held
         self._show: Callable[[float], None] = lambda _: None
 
     def run(self, *, once: bool = False, http: bool = True) -> None:
@@ -78,36 +83,53 @@ class Service:
         self._metrics.memory_budget.set(memory_budget(self._settings.compute))
         with ExitStack() as closing:
             closing.callback(os.close, self._lock())
+            self._attempts = Attempts(self._home)
             closing.enter_context(self._signals())
-            store = closing.enter_context(Store.open(self._home.registry))
-            check_heads(self._settings.heads, [head.name for head in store.heads()])
-            if http:
-                self._serve(closing)
-            recover(self._home, store, self._log.info)
-            collect(self._home, store, self._settings.retention)
-            progress = Progress(self._stopping, self._report, self._fell_back)
             try:
-                merger = Merger(self._home, store, self._settings, progress)
-            except (DaemonError, ProjectorError):
-                mark_clean(self._home)  # what this start found sound, the next one need not hash again
-                raise
-            closing.callback(merger.close)
-            self._metrics.show_heads(store)
-            for head in store.heads():
-                share = partial(merger.preparations.share, head.name)
-                self._metrics.prepared.labels(head.name).set_function(share)
-            self._watch(closing)
-            self._not_ready = None
-            self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
-            self._drain_on(store, merger, progress, once)
-            mark_clean(self._home)
-            self._log.info("stopped")
+                self._start(closing, once, http)
+            except Abandoned:  # the next start does again what this one did not come to
+                self._log.info("stopped before it was ready")
 
-    def _drain_on(self, store: Store, merger: Merger, progress: Progress, once: bool) -> None:
+    def _start(self, closing: ExitStack, once: bool, http: bool) -> None:
+        """Recovers, and drains the inbox until it is told to stop. Raises Abandoned where that came first."""
+        store = closing.enter_context(Store.open(self._home.registry, self._wait_for_registry))
+        check_heads(self._settings.heads, [head.name for head in store.heads()])
+        if http:
+            self._serve(closing)
+        recover(self._home, store, self._log.info, self._go_on)
+        progress = Progress(self._stopping, self._report, self._fell_back)
+        try:
+            collect(self._home, store, self._settings.retention)
+            merger = Merger(self._home, store, self._settings, progress)
+        except (DaemonError, ProjectorError, Abandoned):
+            mark_clean(self._home)  # what this start found sound, the next one need not hash again
+            raise
+        closing.callback(merger.close)
+        self._told = max((expert.id for expert in store.experts(limit=1)), default=0)
+        self._metrics.show_heads(store)
+        for head in store.heads():
+            share = partial(merger.preparations.share, head.name)
+            self._metrics.prepared.labels(head.name).set_function(share)
+        watching = Watching(self._home, self._wake, events=self._settings.inbox.watch != "poll")
+        closing.callback(watching.close)
+        self._look(watching)
+        self._not_ready = None
+        self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
+        with suppress(Abandoned):  # what is recorded is finished by the next start
+            self._drain_on(store, merger, progress, watching, once)
+        mark_clean(self._home)
+        self._log.info("stopped")
+
+    def _go_on(self, _: int = 0) -> None:
+        """Raises Abandoned once the daemon is to stop."""
+        if self._stopping.is_set():
+            raise Abandoned
+
+    def _drain_on(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
         """Drains, and goes on where there were no descriptors left for a while."""
         while True:
             try:
-                return self._drain(store, merger, progress, once)
+                return self._drain(store, merger, progress, watching, once)
             except OSError as error:
                 if once or not durable.out_of_descriptors(error):
                     raise
@@ -116,7 +138,8 @@ class Service:
                 )
                 self._stopping.wait(DESCRIPTORS_WAIT_SECONDS)
 
-    def _drain(self, store: Store, merger: Merger, progress: Progress, once: bool) -> None:
+    def _drain(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
+        assert self._attempts
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
         while not self._stopping.is_set():
             self._stopping.wait(WAKE_SECONDS)  # many events come at once
@@ -125,23 +148,26 @@ class Service:
                 return
             self._reload(store, merger, inbox)
             self._uploads.tend()
-            scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
-            self._show_inbox(scan)
-            waiting = scan.moving
+            if not self._inbox_is_there(watching, store, merger, inbox, once):
+                self._stopping.wait(self._settings.inbox.scan_seconds)
+                continue
             try:
-                for drop in scan.settled:
+                scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # to see what became of it
+            self._show_inbox(scan)
+            if not scan.moving:
+                self._attempts.keep({drop.entry for drop in scan.settled})
+            drops = self._attempts.order(scan.settled)
+            waiting = scan.moving + len(scan.settled) - len(drops)
+            try:
+                for drop in drops:
                     if self._stopping.is_set():
                         return
                     self._reload(store, merger, inbox)
                     waiting += not self._take(store, merger, progress, drop)
             except (OSError, DiskFull) as error:
-                if not _is_full(error):
-                    raise
-                if merger.preparations.discard():
-                    continue  # that may be room enough
-                if once:
-                    raise
-                self._wait_for_space(error, store, merger, inbox)
+                self._make_room(error, store, merger, inbox, once)
                 continue  # with the oldest drop again: the order of merging does not change
             if once and not waiting and not scan.settled:
                 return
@@ -170,7 +196,12 @@ class Service:
                 self._wake.clear()
                 if self._stopping.is_set():
                     return True
-                now = inbox.scan(skip)
+                self._uploads.tend()
+                try:
+                    now = inbox.scan(skip)
+                except (FileNotFoundError, NotADirectoryError):
+                    self._wake.set()
+                    return True
                 self._show_inbox(now)
                 again = time.monotonic() + self._pause(now.moving > 0)
                 if now.settled:
@@ -181,11 +212,12 @@ class Service:
 
     def _take(self, store: Store, merger: Merger, progress: Progress, drop: Drop) -> bool:
         """Takes one drop; False where it must be looked at again."""
+        assert self._attempts
         log = self._log.bind(drop=shown(drop.name))
         started = time.monotonic()
         try:
             with self._display(drop) as self._show:
-                expert = merger.take(drop)
+                expert = self._decide(merger, drop)
         except NotYet as error:
             log.debug("not complete yet", reason=str(error.reason), detail=str(error))
             if error.reason is Reason.CHANGED:
@@ -195,14 +227,42 @@ class Service:
             self._metrics.experts.labels("abandoned").inc()
             log.info("abandoned: it will be taken again at the next start")
             return False
+        except Failed as error:
+            self._metrics.experts.labels("requeued").inc()
+            log.warning("it failed and will be tried again", reason=str(error.reason), detail=str(error))
+            return False
         finally:
             self._metrics.progress.set(0)
             return_freed_memory()
         self._metrics.disk_full.set(0)
         self._health.clear("disk_full")
-        self._time(expert, drop, progress, started)
-        self._tell(expert, store, log)
+        moved = True
+        try:
+            self._attempts.let_go()
+            moved = merger.tidy(expert)
+        finally:  # whatever hinders the tidying, what was recorded counts
+            self._time(expert, drop, progress, started)
+            self._tell(expert, store, log)
+        if not moved:
+            log.warning("it cannot be moved out of the inbox", id=expert.id, hint="look at its owner, then remove it")
         return True
+
+    def _decide(self, merger: Merger, drop: Drop) -> Expert:
+        """Merges or refuses a drop, which is in hand until it is let go. Raises as `Merger.decide`."""
+        assert self._attempts
+        if killed := self._attempts.killed(drop):
+            return merger.refuse(drop, killed)
+        self._attempts.begin(drop)
+        try:
+            return merger.decide(drop)
+        except Failed as error:
+            if not self._attempts.failed(drop):
+                self._attempts.let_go()
+                raise
+            return merger.refuse(drop, error)
+        except BaseException:
+            self._attempts.let_go()
+            raise
 
     def _report(self, share: float) -> None:
         self._metrics.progress.set(share)
@@ -222,6 +282,7 @@ class Service:
                 metrics.phase_seconds.labels(phase).inc(spent)
 
     def _tell(self, expert: Expert, store: Store, log: structlog.typing.FilteringBoundLogger) -> None:
+        self._told = expert.id
         self._metrics.experts.labels(str(expert.status)).inc()
         if expert.reason:
             self._metrics.refused.labels(expert.reason).inc()
@@ -243,8 +304,6 @@ class Service:
             log.info("a duplicate: merged before", id=expert.id, of=expert.duplicate_of)
         else:
             log.warning("refused", id=expert.id, reason=expert.reason, detail=expert.detail, hint=expert.hint)
-        if (now := store.expert(expert.id)) and now.place is None:
-            log.warning("it cannot be moved out of the inbox", id=expert.id, hint="look at its owner, then remove it")
 
     def _show_inbox(self, scan: Scan) -> None:
         self._metrics.inbox_settled.set(len(scan.settled))
@@ -256,25 +315,28 @@ class Service:
         settings = self._settings.inbox
         return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
 
-    def _wait_for_space(self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox) -> None:
-        """Waits, and goes on waiting while there is no room to finish what was cut short.
+    def _make_room(self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox, once: bool) -> None:
+        """Gives up what was prepared, and waits until there is room to finish what was cut short.
 
-        Raises `error` itself where it means anything but a full disk.
+        Raises `error` itself where it means anything but a full disk, or where there is nobody to wait.
         """
+        wait = not merger.preparations.discard()  # that may be room enough
         while not self._stopping.is_set():
-            if not _is_full(error):
+            if not _is_full(error) or (wait and once):
                 raise error
-            self._metrics.disk_full.set(1)
-            self._health.note(
-                Trouble("disk_full", "the disk is full: merging waits for space", "make room for the home")
-            )
-            self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
-            self._signalled.wait(DISK_FULL_WAIT_SECONDS)
-            self._signalled.clear()
-            self._reload(store, merger, inbox)  # fewer versions to keep may be room enough
+            if wait:
+                self._metrics.disk_full.set(1)
+                self._health.note(
+                    Trouble("disk_full", "the disk is full: merging waits for space", "make room for the home")
+                )
+                self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
+                self._signalled.wait(DISK_FULL_WAIT_SECONDS)
+                self._signalled.clear()
+                self._uploads.tend()
+                self._reload(store, merger, inbox)  # fewer versions to keep may be room enough
+            wait = True
             try:
-                for expert in merger.finish():
-                    self._tell(expert, store, self._log.bind(drop=expert.name))
+                self._finish(store, merger)
                 return
             except (OSError, DiskFull) as again:
                 error = again
@@ -295,6 +357,47 @@ class Service:
             heads = [head.name for head in store.heads()]
             self._settings = self._reloading.settings(self._settings, heads, adopt)
 
+    def _finish(self, store: Store, merger: Merger) -> None:
+        """Finishes what was cut short. An expert may have been recorded, and nothing said of it yet."""
+        for expert in merger.finish():
+            if expert.id > self._told:
+                self._tell(expert, store, self._log.bind(drop=expert.name))
+
+    def _wait_for_registry(self, busy: Busy | None) -> None:
+        """Hears that another program holds the registry, and of the end of that. Raises Abandoned at a stop."""
+        if busy and not self._busy:
+            self._health.note(
+                Trouble("registry", "another program holds the registry: merging waits for it", busy.hint)
+            )
+            self._log.warning("another program holds the registry: waiting for it", hint=busy.hint)
+        if not busy:
+            self._health.clear("registry")
+            self._log.info("the registry is free again")
+        self._busy = busy is not None
+        self._metrics.registry_busy.set(self._busy)
+        self._go_on()
+
+    def _look(self, watching: Watching) -> str | None:
+        """Listens to the inbox that is there now; why there is none, if so, which is told to whoever asks."""
+        why = watching.look()
+        if why:
+            self._health.note(Trouble("no_inbox", why, "put the folder back: merging goes on by itself"))
+        else:
+            self._health.clear("no_inbox")
+        return why
+
+    def _inbox_is_there(self, watching: Watching, store: Store, merger: Merger, inbox: Inbox, once: bool) -> bool:
+        """Finishes what lies in it, where it has come back."""
+        before, why = watching.missing, self._look(watching)
+        if why and once:
+            raise BadHome(why, "put the folder back, or make it")
+        if before and not why:
+            try:
+                self._finish(store, merger)
+            except (OSError, DiskFull) as error:
+                self._make_room(error, store, merger, inbox, once)
+        return why is None
+
     def _lock(self) -> int:
         try:
             return durable.lock(self._home.lock)
@@ -309,6 +412,8 @@ class Service:
             self._stopping.set()
             self._signalled.set()
             self._wake.set()
+            if self._attempts:
+                self._attempts.let_go()  # whatever ends this process now, it is no expert's doing
 
         def reload() -> None:
             self._reloading.asked = True
@@ -333,17 +438,6 @@ class Service:
         host, port = server.start()
         closing.callback(server.stop)
         self._log.info("listening", url=base_url(host, port))
-
-    def _watch(self, closing: ExitStack) -> None:
-        if self._settings.inbox.watch == "poll":
-            return
-        watcher = Watcher(self._home.inbox, self._wake)
-        try:
-            watcher.start()
-        except OSError as error:
-            self._log.warning("no file system events: the inbox is only listed", error=str(error))
-        else:
-            closing.callback(watcher.stop)
 
     @contextmanager
     def _log_progress(self, drop: Drop) -> Iterator[Callable[[float], None]]:

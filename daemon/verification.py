@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daemon.checkpoint import OpenCheckpoint, open_path
-from daemon.errors import DaemonError
+from daemon.errors import DaemonError, NotYet, Reason
 from daemon.generations import problems
 from daemon.home import Home, number
 from daemon.latest import PLAIN, names_by_file, names_by_link
 from daemon.retention import keeps_state
+from daemon.uncommitted import ahead
 from projector.errors import ProjectorError
 from registry.errors import Damaged
 from registry.records import Expert, Status, Version
 from registry.store import Reader
 
 PAGE = 1000
+WITHOUT_WEIGHTS = (Reason.NO_WEIGHTS, Reason.INCOMPLETE, Reason.PICKLE)
 
 
 @dataclass
@@ -53,6 +55,7 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
         for path, names in ((home.latest(head.name), names_by_link), (plain, names_by_file)):
             if names(path) != number(head.live):
                 found.append(f"published/{head.name}/{path.name} does not name version {head.live}")
+    found += [f"{path.relative_to(home.root)}: the registry does not know it" for path in ahead(home, reader)]
     for expert in _every(reader):
         if expert.status is not Status.QUARANTINED and expert.place:
             say(expert.place)
@@ -93,6 +96,9 @@ def _archived(home: Home, expert: Expert, checked: Checked) -> list[str]:
     try:
         with open_path(path, needs=list(recorded)) as checkpoint:
             weights, sidecars = _identity(checkpoint, checked), checkpoint.sidecar_digests()
+    except NotYet as error:
+        spared = expert.status is Status.DUPLICATE and error.reason in WITHOUT_WEIGHTS
+        return [] if spared else [f"{expert.place}: {error}"]  # its twin's folder has its weights
     except (DaemonError, ProjectorError, OSError) as error:
         return [f"{expert.place}: {error}"]
     found = ["its sha256"] if weights != expert.sha256 else []

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from projector.errors import DeviceLost
+from projector.errors import BadValues, DeviceLost
 from projector.slabs import Slabs, empty
 from projector.watch import Watch
 
@@ -134,6 +134,8 @@ class Card(Device):
                     self._checked(self.clear)  # alone: all that is cached can go
                 try:
                     return self._tried(work)
+                except BadValues:
+                    failed = Failure.ARITHMETIC  # an expert is refused for what the CPU finds in it
                 except RuntimeError as error:
                     failed = failure(error)
                     if not failed:

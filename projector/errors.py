@@ -4,6 +4,7 @@
     ├── BadFile            the bytes are not a safetensors file we trust
     ├── BadSchema          the tensors are not those of the base
     ├── BadValues          the numbers cannot be merged
+    │   └── BadMerged      what was merged of them cannot be published: the expert's doing, or the state's
     ├── BadParameter       a method was asked for with a parameter outside its range
     ├── UnknownMethod      no method has that name
     └── OverBudget         one tensor alone needs more memory than the budget
@@ -45,7 +46,9 @@ class ProjectorError(Exception):
 
 
 class BadFile(ProjectorError):
-    """The bytes are not a well-formed safetensors file."""
+    """The bytes are not a well-formed safetensors file. fd: the descriptor they came from, where that is known."""
+
+    fd: int | None = None
 
 
 class BadSchema(ProjectorError):
@@ -54,6 +57,10 @@ class BadSchema(ProjectorError):
 
 class BadValues(ProjectorError):
     """A value is NaN or infinite, or becomes so in the arithmetic, or cannot be what it is given as."""
+
+
+class BadMerged(BadValues):
+    """A merged value is NaN or infinite, or does not fit: by what the expert brought, or by what the state held."""
 
 
 class BadParameter(ProjectorError):

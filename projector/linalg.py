@@ -103,5 +103,16 @@ def add_gram(total_NN: Tensor, d_BN: Tensor, sign: float) -> None:
         total_NN[start:, strip].addmm_(d_BN[:, start:].T, d_BN[:, strip], alpha=sign)
 
 
+def eigenvectors(lower_NN: Tensor) -> Tensor:
+    """Those of a symmetric matrix, of which the lower triangle is read; their eigenvalues ascend.
+
+    Raises LinAlgError where the solver gives up, and where it gives what is not finite, as cuSOLVER may without a word.
+    """
+    found_NN: Tensor = torch.linalg.eigh(lower_NN).eigenvectors
+    if not found_NN.sum().isfinite():
+        raise torch.linalg.LinAlgError("the eigensolver gave vectors that are not finite")  # type: ignore[attr-defined]
+    return found_NN
+
+
 def mirrored(lower_NN: Tensor) -> Tensor:
     return lower_NN.tril_().add_(lower_NN.tril(-1).T)

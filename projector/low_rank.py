@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.linalg import gram, row_blocks
+from projector.linalg import eigenvectors, gram, row_blocks
 from projector.svd import svd_bytes
 
 NEGLIGIBLE = 1e-7  # of the largest singular value: float32 factors do not carry what is below
@@ -46,7 +46,7 @@ def low_rank(d_MN: Tensor, rank: int) -> LowRank:
     total = float(g_NN.trace())
     if not total:
         return LowRank(d_MN.new_zeros(len(d_MN), 0).float(), d_MN.new_zeros(0, len(g_NN)).float(), 0.0, 0.0)
-    r_NR = torch.linalg.eigh(g_NN).eigenvectors[:, -rank:].flip(1)  # eigenvalues ascend
+    r_NR = eigenvectors(g_NN)[:, -rank:].flip(1)  # eigenvalues ascend
     del g_NN
     r_NR = r_NR * _signs(r_NR)
     us_MR = torch.empty(len(d_MN), r_NR.shape[1], dtype=torch.float64, device=d_MN.device)

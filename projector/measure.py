@@ -7,7 +7,7 @@ from math import fsum, isfinite, sqrt
 import torch
 from torch import Tensor
 
-from projector.errors import BadValues, Reason
+from projector.errors import BadMerged, BadValues, Reason
 from projector.linalg import energy
 from projector.source import Checkpoint, Source
 from projector.spec import TensorSpec
@@ -77,10 +77,10 @@ def finite_energy(delta: Tensor, spec: TensorSpec) -> float:
 
 
 def fitted(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """`x` in the dtype it is published in. Raises BadValues, which names `what` it is, where a value does not fit."""
+    """`x` in the dtype it is published in. Raises BadMerged, which names `what` it is, where a value does not fit."""
     narrow = x.to(dtype)
     if not isfinite(energy(narrow)):
-        raise BadValues(
+        raise BadMerged(
             Reason.NOT_FINITE,
             f"{what} does not fit into {dtype}".replace("torch.", ""),
             "publish in a wider dtype, or leave this expert out",

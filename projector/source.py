@@ -4,6 +4,7 @@ A full checkpoint, in one file or in shards, is the difference of its weights an
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from projector.text import shown
 
 GLANCE_BYTES = 4 << 10
 BLOCK_BYTES = 1 << 20
+WHOLE = "tensors"  # what a content is of: whole tensors, or an adapter's patches
 
 
 class Source(Protocol):
@@ -125,6 +127,15 @@ class Checkpoint:
             self._twins = {name: [twin for twin in group if twin != name] for group in same for name in group}
         return self._twins
 
+    def content(self) -> str:
+        """The sha256 that stands for the floating tensors, however they are laid out in files; of an expert that was
+        matched with the base, by the base's names.
+
+        It is that of a listing, sorted: of each tensor its name, dtype, shape and sha256. Reads what was not hashed.
+        """
+        names = sorted(name for name, place in self._places.items() if place.spec.floating)
+        return content_of(WHOLE, ([name, *self._places[name].content_entry()] for name in names))
+
     def fetch(self, spec: TensorSpec, rows: slice | None) -> Sequence[Tensor]:
         return [self.read(spec.name, rows)]
 
@@ -183,6 +194,10 @@ class _Place:
         """The same for all that it may hold: of one value throughout, the first bytes say everything."""
         return self.digest() or self.glance()
 
+    def content_entry(self) -> list[object]:
+        """Its dtype, shape and sha256: the same for the same tensor in any file."""
+        return [str(self.spec.dtype), list(self.spec.shape), self.file.tensor_sha256(self.name)]
+
     def told(self) -> object:
         """What those tensors have in common that the file's metadata, alias -> name, says were one."""
         return self.file, self.file.header.metadata.get(self.name, self.name), self.spec.shape, self.spec.dtype
@@ -216,3 +231,11 @@ def identity(files: Mapping[str, str]) -> str:
         return next(iter(files.values()))
     listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def content_of(kind: str, entries: Iterable[object]) -> str:
+    """The sha256 of a listing: what it lists, and each entry as a line of JSON."""
+    listing = hashlib.sha256(f"{kind}\n".encode())
+    for entry in entries:
+        listing.update(json.dumps(entry).encode() + b"\n")
+    return listing.hexdigest()

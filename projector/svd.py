@@ -13,6 +13,7 @@ from torch import Tensor
 from projector.linalg import (
     BLOCK_NUMEL,
     add_gram,
+    eigenvectors,
     lower_gram,
     mirrored,
     row_blocks,
@@ -48,7 +49,7 @@ def thin_svd(d_MN: Tensor, tol: float) -> Svd:
     negative_NN = lower_gram(d_MN, sign=-1.0)  # whose eigenvalues ascend as the singular values of D descend
     if not negative_NN.diagonal().any():
         return torch.zeros_like(d_MN), torch.zeros_like(negative_NN, dtype=d_MN.dtype), negative_NN.diagonal().clone()
-    v_NP = torch.linalg.eigh(negative_NN).eigenvectors
+    v_NP = eigenvectors(negative_NN)
     if d_MN.dtype == torch.float64:
         v_NP = _improved(d_MN, v_NP)
     left_MP = torch.empty_like(d_MN, memory_format=torch.contiguous_format)

@@ -23,21 +23,21 @@ Piece = tuple[int, memoryview]
 
 
 class RunningDigest:
-    """The sha256 of a whole file, fed in any order and computed front to back.
+    """The sha256 of a whole file, or of what follows `start` in it, fed in any order and computed front to back.
 
     What is fed at the frontier is hashed from memory; a gap is first read back from the file, so what lies before
     `offset` must be there already. A file read or written in the order of its data is thus touched once.
     """
 
-    def __init__(self, fd: int, watch: Watch = SILENT) -> None:
+    def __init__(self, fd: int, watch: Watch = SILENT, start: int = 0) -> None:
         self._fd = fd
         self._watch = watch
         self._sha256 = hashlib.sha256()
-        self._frontier = 0
+        self._frontier = start
 
     @property
     def frontier(self) -> int:
-        """How many bytes, from the front, are hashed."""
+        """Up to which byte of the file all is hashed."""
         return self._frontier
 
     def feed(self, offset: int, data: memoryview) -> None:
@@ -50,9 +50,9 @@ class RunningDigest:
             self._sha256.update(data[self._frontier - offset :])
         self._frontier = end
 
-    def finish(self, size: int) -> str:
-        """The digest in hex of the file's first `size` bytes."""
-        self.catch_up(size)
+    def finish(self, end: int) -> str:
+        """The digest in hex of the file's bytes before `end`."""
+        self.catch_up(end)
         return self._sha256.hexdigest()
 
     def catch_up(self, offset: int) -> None:
@@ -74,6 +74,8 @@ class TensorReader:
         self._fd = fd
         self._digest = digest
         self._watch = watch
+        self._tensors: dict[str, RunningDigest] = {}
+        self._digests_tensors = False
         size = os.fstat(fd).st_size
         prefix = bytearray(min(PREFIX_BYTES, size))
         read_exactly(fd, memoryview(prefix), 0)
@@ -103,6 +105,8 @@ class TensorReader:
             read_exactly(self._fd, view, offset)
         if self._digest is not None:
             self._digest.feed(offset, view)
+        if self._digests_tensors:
+            self._tensor_digest(name).feed(offset, view)
         return data.view(spec.dtype).reshape(shape)
 
     def glance(self, name: str, start: int, stop: int) -> bytes:
@@ -112,6 +116,19 @@ class TensorReader:
         with self._watch.phase("read"):
             read_exactly(self._fd, memoryview(data), self.header.offsets[name] + start)
         return bytes(data)
+
+    def digest_tensors(self) -> None:
+        """From here on each tensor is also hashed by itself as it is read: `tensor_sha256` then need not read it."""
+        self._digests_tensors = True
+
+    def tensor_sha256(self, name: str) -> str:
+        """The sha256 of one tensor's bytes; reads what has not been hashed of it."""
+        return self._tensor_digest(name).finish(self.header.offsets[name] + self.header.specs[name].nbytes)
+
+    def _tensor_digest(self, name: str) -> RunningDigest:
+        if name not in self._tensors:
+            self._tensors[name] = RunningDigest(self._fd, self._watch, self.header.offsets[name])
+        return self._tensors[name]
 
     def sha256(self) -> str:
         """The whole file's digest; only of a reader that was given a RunningDigest."""
@@ -194,14 +211,21 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def read_exactly(fd: int, view: memoryview, offset: int) -> None:
-    """Fills `view` from the file at `offset`. Raises BadFile where the file ends first."""
+    """Fills `view` from the file at `offset`. Raises BadFile, with the descriptor as its `fd`, where the file ends
+    first, and OSError, with the descriptor as its `filename`, where it cannot be read.
+    """
     done = 0
     while done < len(view):
-        count = os.preadv(fd, [view[done:]], offset + done)
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, fd) from error
         if count == 0:
-            raise BadFile(
+            short = BadFile(
                 Reason.TRUNCATED,
                 f"the file ended at byte {offset + done} while it was read, {len(view) - done} bytes short",
                 "copy the file again, whole, and leave it alone until it is merged",
             )
+            short.fd = fd
+            raise short
         done += count

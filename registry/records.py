@@ -71,6 +71,7 @@ class NewExpert:
     sidecars: Mapping[str, str] | None = None  # the sha256 of each sidecar that was read, by kind; None where none was
     naming: Mapping[str, Any] | None = None  # `prefixes` and `ignore` as it was read by; None where nobody noted them
     flags: tuple[Flag, ...] = ()
+    content_sha256: str | None = None  # of what it does to the base, in whatever files; None where nobody worked it out
 
     @property
     def weight(self) -> float:

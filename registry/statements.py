@@ -39,6 +39,11 @@ def merged_as(sha256: str) -> Select[Any]:
     return select(ExpertRow).where(ExpertRow.sha256 == sha256, is_merged)
 
 
+def merged_content(content_sha256: str) -> Select[Any]:
+    """The merged expert that does the same to the base, bit for bit, in whatever files."""
+    return select(ExpertRow).where(ExpertRow.content_sha256 == content_sha256, is_merged)
+
+
 def called(words: str) -> ColumnElement[bool]:
     """It has exactly that name, as dropped or in its expert.json, or a sha256 that begins so (4 digits or more)."""
     wanted = or_(ExpertRow.name == words, given_name == words)

@@ -5,14 +5,14 @@ questions. Every method is one transaction: it sees one state of the database, a
 After `StorageFailed` a writer must be closed and not be asked again: only a new start tells what the disk holds.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Select, insert, select, update
+from sqlalchemy import Connection, Engine, Select, column, insert, select, table, update
 
 from registry import migrations
 from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
@@ -33,6 +33,7 @@ from registry.statements import (
     is_merged,
     lineage_after,
     merged_as,
+    merged_content,
     newest_experts,
     require_one_each,
     withdraw,
@@ -145,9 +146,26 @@ class Reader:
         found = self._all(Expert, query.order_by(ExpertRow.version.is_(None), newest_first).limit(limit))
         return sorted(found, key=lambda expert: -expert.id)
 
+    def last_expert_id(self) -> int:
+        """The highest id that an expert was ever given; 0 where none came yet."""
+        given: Select[Any] = (
+            select(column("seq")).select_from(table("sqlite_sequence")).where(column("name") == "experts")
+        )
+        with self._read() as connection:
+            return connection.execute(given).scalar() or 0
+
     def merged(self, sha256: str) -> Expert | None:
         """The merged expert with those bytes."""
         return self._one(Expert, merged_as(sha256))
+
+    def merged_content(self, content_sha256: str) -> Expert | None:
+        """The merged expert that does the same to the base, in whatever files."""
+        return self._one(Expert, merged_content(content_sha256))
+
+    def without_content(self, least: float, most: float) -> list[Expert]:
+        """The merged experts of which nobody noted what they do to the base, with a norm in that range."""
+        unknown = is_merged, ExpertRow.content_sha256.is_(None)
+        return self._all(Expert, select(ExpertRow).where(*unknown, ExpertRow.norm.between(least, most)))
 
     def lineage(self, after: int = 0, limit: int | None = None) -> list[Expert]:
         """The experts that are in the merged models, in the order of merging.
@@ -206,8 +224,14 @@ class Reader:
         return next(iter(self._all(kind, query)), None)
 
 
+Patience = Callable[[Busy | None], None]
+"""Hears that another program holds the registry, as long as it does, and may raise to give up; None once it is over."""
+
+
 class Store(Reader):
     """The single writer. Opening it upgrades an older layout, after a backup beside it."""
+
+    _patience: Patience | None = None
 
     @classmethod
     def create(cls, path: Path, base: BaseModel, heads: Sequence[Head], versions: Sequence[NewVersion]) -> None:
@@ -234,13 +258,16 @@ class Store(Reader):
             store.checkpoint()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, patience: Patience | None = None) -> Self:
         """Opens the registry at `path` to write. RegistryError when it is missing, not ours or newer, or where an older
         one that is to be upgraded is damaged.
+
+        patience: with it no change raises Busy where another program holds the write lock: it waits.
         """
         revision = examine(path)
         migrations.refuse_unknown(path, revision)
         store = cls(path, writing(path))
+        store._patience = patience
         try:
             with translated(path):
                 if revision != migrations.newest():
@@ -259,8 +286,8 @@ class Store(Reader):
         """THE COMMIT POINT: the expert is merged, and every head is at its new version, when this returns.
 
         `versions` holds one version for each head, all with the same number. Raises StaleHead unless every head's
-        live version is the new one's parent and its newest is one below; AlreadyMerged when these bytes are in the
-        lineage; BadRecord; or an error of the disk.
+        live version is the new one's parent and its newest is one below; AlreadyMerged when these bytes or tensors are
+        in the lineage; BadRecord; or an error of the disk.
         """
         if expert.status is not Status.MERGED or expert.sha256 is None:
             raise BadRecord(f"{expert.name}: only a merged expert with its sha256 can be committed", PROGRAM_HINT)
@@ -271,6 +298,11 @@ class Store(Reader):
             for earlier in fetch(connection, Expert, merged_as(expert.sha256)):
                 raise AlreadyMerged(
                     f"{expert.name}: the same bytes were merged as expert {earlier.id} ({earlier.name})",
+                    "nothing needs to be done: an expert counts once",
+                )
+            for earlier in fetch(connection, Expert, merged_content(expert.content_sha256 or "")):
+                raise AlreadyMerged(
+                    f"{expert.name}: the same tensors were merged as expert {earlier.id} ({earlier.name})",
                     "nothing needs to be done: an expert counts once",
                 )
             for version in versions:
@@ -310,6 +342,13 @@ class Store(Reader):
         with self._write() as connection:
             return insert_expert(connection, expert, None, datetime.now(UTC))
 
+    def note_content(self, expert_id: int, content_sha256: str) -> None:
+        """Notes what a merged expert does to the base; nothing where another merged one is noted with it."""
+        row = update(ExpertRow).where(ExpertRow.id == expert_id)
+        with self._write() as connection:
+            if not fetch(connection, Expert, merged_content(content_sha256)):
+                connection.execute(row.values(content_sha256=content_sha256))
+
     def placed(self, expert_id: int, place: str) -> None:
         """Notes that the expert's file has left the inbox for `place`, relative to HOME."""
         with self._write() as connection:
@@ -334,5 +373,22 @@ class Store(Reader):
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
-        with translated(self.path), self._engine.execution_options(write=True).begin() as connection:
-            yield connection
+        with translated(self.path), ExitStack() as closing:
+            yield self._begun(closing)
+
+    def _begun(self, closing: ExitStack) -> Connection:
+        """A transaction that has the write lock: from there on nobody else is in its way."""
+        writing, waited = self._engine.execution_options(write=True), False
+        while True:
+            try:
+                with translated(self.path):
+                    connection = closing.enter_context(writing.begin())
+            except Busy as error:
+                if self._patience is None:
+                    raise
+                self._patience(error)
+                waited = True
+            else:
+                if waited and self._patience:
+                    self._patience(None)
+                return connection

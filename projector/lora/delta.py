@@ -37,6 +37,11 @@ class Patch:
     tokens: str | None = None
     rows: Sequence[int] = ()
 
+    def named(self) -> dict[str, str]:
+        """The tensors of the adapter's file that it consists of, by what they are in it."""
+        parts = ("full", "a", "b", "magnitude", "offset", "tokens")
+        return {part: name for part in parts if (name := getattr(self, part)) is not None}
+
 
 @dataclass(frozen=True)
 class Parts:

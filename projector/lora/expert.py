@@ -14,10 +14,11 @@ from projector.lora.delta import Parts, Patch, delta_of, factors_of, squared_col
 from projector.lora.plan import planned
 from projector.method import Factors
 from projector.naming import SAME, Naming
-from projector.source import Checkpoint
+from projector.source import Checkpoint, content_of
 from projector.spec import TensorSpec, check_sidecar
 from projector.tensorfile import TensorReader
 
+PATCHES = "patches"
 SMALL = 1 / 6  # of a matrix's elements: its factors in float64, and their making, take no more than is counted for it
 
 
@@ -44,6 +45,14 @@ class LoraExpert(Checkpoint):
             names = {ours: theirs for theirs, ours in naming.resolve(sidecar, layers).items()}
             self._beside[kind] = {ours: self._beside[kind][theirs] for ours, theirs in names.items()}
             check_sidecar(base.schema, kind, self.beside[kind])
+
+    def content(self) -> str:
+        """The sha256 that stands for what the adapter does to the base, whatever its file and its config call it.
+
+        It is that of a listing, sorted: of each tensor that it changes its name in the base, and how, with the dtype,
+        shape and sha256 of each part. The parts' own names, and what changes no weight, do not count.
+        """
+        return content_of(PATCHES, ([name, self._content(patch)] for name, patch in sorted(self._patches.items())))
 
     def replaces(self, name: str) -> bool:
         """True where the adapter brings a whole matrix of other values than this one of the base, for this one name
@@ -79,6 +88,10 @@ class LoraExpert(Checkpoint):
         if patch is None:
             return torch.zeros(base.shape, dtype=torch.float32, device=base.device)
         return delta_of(base, patch, Parts.of(patch, fetched))
+
+    def _content(self, patch: Patch) -> Mapping[str, object]:
+        places = {part: self._places[name].content_entry() for part, name in patch.named().items()}
+        return {**places, "transposed": patch.transposed, "scaling": patch.scaling, "rows": list(patch.rows)}
 
     def _parts(self, spec: TensorSpec, patch: Patch, rows: slice | None, *, columns: bool = True) -> Parts:
         """columns: with the factors of DoRA's columns, if it has any."""

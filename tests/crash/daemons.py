@@ -28,6 +28,8 @@ SETTINGS = {
 }
 LIMIT_SECONDS = 60  # after which a run that hangs is ended
 DISK_FULL_WAIT_SECONDS = 0.05
+AGAIN_SECONDS = 0.05
+BUSY_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ def _serve() -> None:
 
 
 def _work(request: dict[str, Any]) -> None:
-    from daemon import service
+    from daemon import attempts, service
     from daemon.cli import main
+    from registry import engine
 
     signal.alarm(LIMIT_SECONDS)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -145,6 +148,8 @@ def _work(request: dict[str, Any]) -> None:
     os.dup2(log, 2)
     os.environ.update(request["environment"])
     service.DISK_FULL_WAIT_SECONDS = DISK_FULL_WAIT_SECONDS
+    attempts.AGAIN_SECONDS = AGAIN_SECONDS
+    engine.BUSY_TIMEOUT_S = BUSY_SECONDS
     if request["trace"]:
         _trace(request["trace"])
     sys.argv = ["mainstem", *request["args"]]

@@ -44,7 +44,7 @@ def check(home: Home, dropped: Iterable[str], history: History | None = None, ve
         lineage, experts = store.lineage(), store.experts(limit=-1)
         heads = [(head, store.versions(head.name, newest_first=False)) for head in store.heads()]
     assert set(os.listdir(home.root)) == ROOT, f"I7: {os.listdir(home.root)}"
-    assert set(os.listdir(home.state)) - {"lock"} == STATE, f"I7: {os.listdir(home.state)}"
+    assert set(os.listdir(home.state)) - {"lock", "in-hand", "attempts.json"} == STATE, f"I7: {os.listdir(home.state)}"
     assert not os.listdir(home.tmp), "I7: something temporary is left"
     for head, rows in heads:
         _check_head(home, head, rows, lineage, {} if history is None else history, versions)
@@ -126,6 +126,7 @@ def _check_version(home: Home, row: Version, parent: str | None, expert: str | N
 def _check_experts(home: Home, experts: list[Expert], lineage: list[Expert], dropped: Counter[str]) -> None:
     assert max(Counter(expert.sha256 for expert in lineage).values(), default=1) == 1, "I2: merged twice"
     placed: Counter[str] = Counter()
+    archived = {expert.id: sha256(home.archive(expert.id) / expert.name) for expert in lineage}
     for expert in experts:
         refused = expert.status is Status.QUARANTINED
         folder = home.quarantine(expert.id) if refused else home.archive(expert.id)
@@ -134,6 +135,10 @@ def _check_experts(home: Home, experts: list[Expert], lineage: list[Expert], dro
         files = {path.name: path for path in folder.iterdir()}
         if refused:
             assert json.loads(files.pop("reason.json").read_bytes())["reason"] == expert.reason, f"I8: {expert}"
+        if expert.status is Status.DUPLICATE:  # a bare file here: its twin's folder has the bytes, once
+            assert not files and expert.sha256 and expert.sha256 == archived[expert.duplicate_of], f"I2: {expert}"
+            placed[expert.sha256] += 1
+            continue
         assert list(files) == [expert.name], f"I2: {expert} and {list(files)}"
         found = sha256(files[expert.name])
         assert found == expert.sha256 or (refused and expert.sha256 is None), f"I2: {expert}"

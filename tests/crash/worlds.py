@@ -50,6 +50,19 @@ class World:
             fill_inbox(Home(root), self.drops)
         return Home(root)
 
+    def prepared(self, root: Path) -> Home:
+        """A home as it nearly always is: its first expert is merged, and the next one's work is prepared."""
+        home = self.home(root, fill=False)
+        fill_inbox(home, self.drops[:1])
+        daemon = self.zygote.start(*watch(home))
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not home.prepared("main", 1).exists():
+            assert daemon.running and time.monotonic() < deadline, daemon.log
+            time.sleep(0.01)
+        os.kill(daemon.pid, signal.SIGTERM)
+        assert daemon.wait().code == 0, daemon.log
+        return home
+
     def finish(self, home: Home, history: History) -> None:
         """Recovers, runs until the inbox is drained, and asserts that all is as if nothing had ever gone wrong."""
         check(home, self.dropped, history)
@@ -57,6 +70,7 @@ class World:
         assert ended.code == 0, ended.log
         assert home.clean.exists()
         assert not os.listdir(home.inbox)
+        assert not home.in_hand.exists() and not home.attempts.exists()
         check(home, self.dropped, history, VERSIONS_KEPT)
         with Reader.open(home.registry) as reader:
             counts = {status: count for status, count in reader.counts().items() if count}
@@ -73,11 +87,16 @@ def drain(home: Home) -> list[str | Path]:
     return ["run", "--once", "--no-http", "--home", home.root]
 
 
+def taken_in(log: str) -> int:
+    """How many drops a daemon's log says are done."""
+    return sum(f'"{event}"' in line for line in log.splitlines() for event in TAKEN)
+
+
 def settle(home: Home, daemon: Running, drops: int) -> Ended:
     """Lets a daemon go on until it has taken so many drops, or has met a full disk and then taken all; stops it."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while daemon.running:
-        taken = sum(f'"{event}"' in line for line in daemon.log.splitlines() for event in TAKEN)
+        taken = taken_in(daemon.log)
         if not os.listdir(home.inbox) and (taken >= drops or FULL in daemon.log):
             os.kill(daemon.pid, signal.SIGTERM)
             break

@@ -338,3 +338,43 @@ def test_every_field_that_peft_writes_is_known() -> None:
 def test_each_variant_is_in_the_docs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
     assert [key for key in VARIANTS if f"`{key}`" not in text] == []
+
+
+def _content(base: Path, folder: Path) -> str:
+    with open_path(base) as there, open_path(folder) as found:
+        found.check(there.tensors)
+        return found.content()
+
+
+def test_an_adapters_content_is_what_it_does(base: Path, adapter: Path) -> None:
+    first = _content(base, adapter)
+    file, config = adapter / ADAPTER_WEIGHTS, adapter / ADAPTER
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    settings = json.loads(config.read_bytes())
+    save_file(weights, file, metadata={"note": "saved again"})
+    assert _content(base, adapter) == first
+    same = {"lora_dropout": 0.3, "base_model_name_or_path": "elsewhere"}
+    other = [{"lora_alpha": 16}, {"use_rslora": True}]
+    for change, alike in [(same, True), *((change, False) for change in other)]:
+        config.write_text(json.dumps(settings | change))
+        assert (_content(base, adapter) == first) is alike
+    alpha = settings["lora_alpha"]
+    alone = {"lora_alpha": 2 * alpha, "alpha_pattern": {"q_proj": alpha, "down_proj": alpha}}
+    config.write_text(json.dumps(settings | alone))
+    assert _content(base, adapter) == first  # the same scale, said otherwise
+    config.write_text(json.dumps(settings))
+    name = next(iter(weights))
+    weights[name].view(-1)[0] += 1
+    save_file(weights, file)
+    assert _content(base, adapter) != first
+
+
+def test_an_adapter_that_is_saved_again_counts_once(base: Path, adapter: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", base, HEADS)
+    again = Path(shutil.copytree(adapter, tmp_path / "again"))
+    save_file(load_file(adapter / ADAPTER_WEIGHTS), again / ADAPTER_WEIGHTS, metadata={"note": "saved again"})
+    for folder in (adapter, again):
+        put(home, folder)
+        drain(home)
+    assert [expert.status for expert in experts(home)] == [Status.MERGED, Status.DUPLICATE]
+    assert live(home) == 1

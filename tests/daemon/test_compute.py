@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from daemon import compute
-from daemon.compute import check_budget, device, driver, eigh_seconds, faster_on_card, memory_budget
+from daemon.compute import budget_for, check_budget, device, driver, eigh_seconds, faster_on_card, memory_budget
 from daemon.config import Compute
 from daemon.errors import BadConfig
 from daemon.home import Home
@@ -112,4 +112,7 @@ def test_what_the_slabs_take_is_counted(tmp_path: Path) -> None:
     check_budget(schema, [make("opcm")], settings)
     with pytest.raises(BadConfig, match=str(need - 1)) as caught:
         check_budget(schema, [make("opcm")], settings, reserved=1)
-    assert f"compute.memory_budget to {need + 1}" in caught.value.hint
+    enough = budget_for(need, 1)
+    assert f"compute.memory_budget to {enough}" in caught.value.hint
+    for size in (enough, enough + 1, 4 * enough):  # whatever is reserved of it then, a power of two
+        assert size - (1 << (size // compute.SLAB_SHARE).bit_length() - 1) >= need

@@ -3,10 +3,13 @@
 import os
 import threading
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from daemon.home import Home
 from daemon.inbox import TEMPORARY, Inbox, Watcher, entry_id, stamp
+from daemon.watching import Watching
 
 
 class Clock:
@@ -178,3 +181,22 @@ def test_the_watcher_wakes_for_changes_and_not_for_reading(tmp_path: Path) -> No
         assert wake.wait(10)
     finally:
         watcher.stop()
+
+
+def test_a_folder_that_takes_the_inboxs_place_is_listened_to(home: Home, tmp_path: Path) -> None:
+    wake = Event()
+    watching = Watching(home, wake, events=True)
+    try:
+        assert watching.look() is None
+        home.inbox.rename(tmp_path / "away")
+        assert "is gone" in (watching.look() or "")
+        home.inbox.touch()
+        assert "no folder" in (watching.look() or "")
+        home.inbox.unlink()
+        home.inbox.mkdir()
+        assert watching.look() is None
+        wake.clear()
+        (home.inbox / "x").touch()
+        assert wake.wait(30)
+    finally:
+        watching.close()

@@ -1,5 +1,6 @@
 """What happens to drops while they wait for their turn, and to homes that people have put their hands into."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -145,3 +146,27 @@ def test_a_device_that_is_not_there_is_refused_at_the_start(home: Home) -> None:
         device(Compute(device="cuda:0"))
     with pytest.raises(BadConfig):
         drain(home, quick(compute={"device": "cuda"}))
+
+
+def test_every_name_in_a_dropped_folder_is_durable_before_the_commit(
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped = write_expert(tmp_path / "a", base, 2)
+    (dropped / "below" / "deeper").mkdir(parents=True)
+    path = put(home, dropped)
+    folders = {one.stat().st_ino for one in (path, path / "below", path / "below" / "deeper")}
+    synced: set[int] = set()
+    fsync, commit = os.fsync, Store.commit
+
+    def watched(fd: int) -> None:
+        fsync(fd)
+        synced.add(os.fstat(fd).st_ino)
+
+    def committed(*args: object) -> object:
+        assert folders <= synced
+        return commit(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(Store, "commit", committed)
+    drain(home)
+    assert [one.version for one in experts(home)] == [1]

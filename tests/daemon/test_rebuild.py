@@ -11,9 +11,14 @@ import pytest
 from torch import Tensor
 
 from daemon import durable
+from daemon.config import Settings
+from daemon.errors import BadHome
 from daemon.home import Home
+from daemon.rebuilding import add_head
 from daemon.recovery import recover
+from daemon.replay import Console
 from daemon.verification import verify
+from projector.methods import make
 from registry.records import Status
 from registry.store import Store
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, lineage, live, make_home, put, tree
@@ -464,6 +469,7 @@ def test_an_expert_that_outweighs_the_others_is_taken_out_by_a_replay(
 def test_what_is_left_of_another_rebuild_is_begun_anew(merged: Home, model: tuple[Path, list[Path]], left: str) -> None:
     inner = Home(merged.rebuilding("init"))
     inner.state.mkdir(parents=True)
+    inner.inner_mark.touch()
     if left == "registry":
         inner.registry.write_bytes(b"SQLite format 3" + bytes(200))
     rebuild(merged, "--head", "init", "--method", "ema")
@@ -472,11 +478,24 @@ def test_what_is_left_of_another_rebuild_is_begun_anew(merged: Home, model: tupl
 
 
 def test_recovery_touches_no_folder_that_only_looks_like_a_rebuild(merged: Home) -> None:
-    for name in ("rebuild-", "rebuild-..", "rebuild-a.b"):
+    for name in (
+        "rebuild-",
+        "rebuild-..",
+        "rebuild-a.b",
+        "rebuild-main",
+        "rebuild-notes",
+        "without-000001",
+        "without-x",
+    ):
         (merged.state / name).mkdir()
+        (merged.state / name / "mine").write_text("years of work")
+    (merged.published / "notes").mkdir()
     before = tree(merged.published)
     drain(merged)
-    assert tree(merged.published) == before and (merged.state / "rebuild-..").exists()
+    assert tree(merged.published) == before and len(list(merged.state.glob("*/mine"))) == 7
+    with pytest.raises(BadHome, match="rebuild-notes is in the way"):
+        add_head(merged, Settings(), "notes", make("mean", {}), Console())
+    assert (merged.state / "rebuild-notes" / "mine").exists()
 
 
 # and without doing anything

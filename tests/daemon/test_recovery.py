@@ -3,20 +3,24 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
+from daemon import generations
 from daemon.errors import BadHome
 from daemon.home import Home
 from daemon.inbox import entry_id
 from daemon.placing import place_all
 from daemon.recovery import mark_clean, recover
+from daemon.service import Service
 from registry.records import NewExpert, Status
 from registry.store import Store
-from tests.daemon.homes import drain, experts, live, put, tree
+from tests.daemon.homes import drain, experts, live, put, quick, tree
 from tests.models import write_expert
 
 
@@ -53,11 +57,22 @@ def test_a_sound_home_is_left_as_it_is_but_for_the_clean_mark(merged: Home, stor
     assert merged.clean.exists()
 
 
+def next_version(home: Home, store: Store) -> None:
+    """Version 3 as a crash before its commit leaves it: whole, with a manifest that follows version 2."""
+    live = store.version("main", 2)
+    assert live
+    shutil.copytree(home.version("main", 2), home.version("main", 3))
+    path = home.manifest("main", 3)
+    parent = {"version": 2, "manifest_sha256": live.manifest_sha256}
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"version": 3, "parent": parent}))
+
+
 def test_what_was_never_committed_goes(merged: Home, store: Store) -> None:
     before = sound(merged)
-    (merged.tmp / "ab12" / "main").mkdir(parents=True)
-    (merged.tmp / "ab12" / "main" / "model.safetensors").write_bytes(b"half")
-    shutil.copytree(merged.version("main", 2), merged.version("main", 3))
+    temporary = merged.tmp / uuid4().hex
+    (temporary / "main").mkdir(parents=True)
+    (temporary / "main" / "model.safetensors").write_bytes(b"half")
+    next_version(merged, store)
     shutil.copytree(merged.head_state("main", 2), merged.head_state("main", 3))
     (merged.versions("main") / ".latest.tmp").symlink_to("000003")
     (merged.versions("main") / ".LATEST.tmp").write_bytes(b"0000")
@@ -65,7 +80,7 @@ def test_what_was_never_committed_goes(merged: Home, store: Store) -> None:
     said: list[str] = []
     recover(merged, store, lambda event, **fields: said.append(str(fields.get("path"))))
     assert sound(merged) == {name: content for name, content in before.items() if name != "state/clean"}
-    assert {"published/main/000003", "state/heads/main/000003", "state/tmp/ab12"} <= set(said)
+    assert {"published/main/000003", "state/heads/main/000003", f"state/tmp/{temporary.name}"} <= set(said)
     again = sound(merged)
     recover(merged, store, quiet)
     assert sound(merged) == again
@@ -201,3 +216,27 @@ def test_where_uploads_lay_once_is_cleared_and_nothing_else(
     assert after.keys() == before.keys() - {"clean"}
     if what == "deep":
         subprocess.run(["rm", "-rf", merged.old_uploads], check=True)  # for pytest, which goes no deeper
+
+
+def test_sigterm_while_the_live_version_is_hashed_ends_at_the_next_piece(
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(home, write_expert(tmp_path / "a.safetensors", base, 2))
+    drain(home)
+    home.clean.unlink()
+    put(home, write_expert(tmp_path / "b.safetensors", base, 3))
+    monkeypatch.setattr(generations, "HASH_BYTES", 100)
+    pieces = []
+
+    class Told(Service):
+        def _go_on(self, nbytes: int = 0) -> None:
+            pieces.append(nbytes)
+            if len(pieces) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super()._go_on(nbytes)
+
+    Told(home, quick()).run(once=True, http=False)
+    assert len(pieces) <= 4 and not home.clean.exists()
+    assert len(experts(home)) == 1
+    drain(home)
+    assert len(experts(home)) == 2 and home.clean.exists()

@@ -239,7 +239,7 @@ def test_who_waits_for_space_takes_up_that_less_is_to_be_kept(home: Home, base: 
         put(home, write_expert(tmp_path / f"{seed}.safetensors", base, seed))
     Service(home, keep).run(once=True, http=False)
     with waiting(home, keep, thin) as (service, store, merger, inbox):
-        service._wait_for_space(OSError(errno.ENOSPC, "full"), store, merger, inbox)
+        service._make_room(OSError(errno.ENOSPC, "full"), store, merger, inbox, once=False)
         assert service._settings.retention.versions == 1
     assert not home.version("main", 1).exists() and home.version("main", 2).exists()
 

@@ -1,5 +1,6 @@
 """A card without a card: it computes on the CPU, so that all around the CUDA calls can be tried where there is none."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,11 +29,13 @@ class PretendCard(Card):
         super().__init__(torch.device("cpu", 0), budget_bytes, slabs)  # not equal to CPU: what goes there is copied
         self.errors = list(errors)
         self.lanes = self.cleared = self.probed = 0
+        self.threads_seen: set[int] = set()
         self._answer = probe
 
     @contextmanager
     def lane(self) -> Iterator[None]:
         self.lanes += 1
+        self.threads_seen.add(threading.get_ident())
         yield
         if self.errors and (error := self.errors.pop(0)):
             raise error

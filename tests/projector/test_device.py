@@ -13,8 +13,9 @@ import torch
 
 from daemon.compute import exact_products
 from projector.device import Device, Failure, Gate, failure
-from projector.errors import DeviceLost, Reason
+from projector.errors import BadValues, DeviceLost, Reason
 from projector.fold import Driver
+from projector.linalg import eigenvectors
 from projector.methods import make
 from projector.trial import merge, stream
 from projector.watch import SILENT
@@ -134,6 +135,26 @@ def test_a_probe_without_room_says_nothing_of_the_context() -> None:
     assert heard.names == ["w"]
 
 
+def test_what_is_not_finite_there_is_asked_of_the_cpu() -> None:
+    """A solver may give NaN without an error: no expert is refused for that."""
+    bad = BadValues(Reason.NOT_FINITE, "w holds NaN", "drop another")
+    card, heard = PretendCard([bad]), Listening()
+    card.run(what, 1, "w", heard)
+    assert (card.lanes, card.probed, heard.names) == (1, 1, ["w"])
+
+    def never_finite(device: torch.device) -> None:
+        raise bad
+
+    with pytest.raises(BadValues):
+        card.run(never_finite, 1, "w", heard)
+
+
+def test_a_solver_that_gives_nan_says_so() -> None:
+    with pytest.raises(torch.linalg.LinAlgError) as caught:  # type: ignore[attr-defined]
+        eigenvectors(torch.full((3, 3), torch.nan, dtype=torch.float64))
+    assert failure(caught.value) is Failure.ARITHMETIC
+
+
 def test_what_alone_does_not_fit_is_not_tried() -> None:
     card, heard = PretendCard(budget_bytes=10), Listening()
     card.run(what, 11, "w", heard)
@@ -184,6 +205,29 @@ def test_what_is_in_flight_stays_within_the_budget() -> None:
         worker.join(60)
         assert not worker.is_alive()
     assert (held, most) == (0, 100)
+
+
+def test_who_asks_for_much_is_not_overtaken() -> None:
+    gate, order = Gate(100), []
+    much, little = threading.Event(), threading.Event()
+
+    def hold(need: int, asked: threading.Event) -> None:
+        asked.set()
+        with gate.hold(need):
+            order.append(need)
+
+    with gate.hold(60):
+        threads = []
+        for need, asked in ((100, much), (40, little)):
+            threads.append(threading.Thread(target=hold, args=(need, asked)))
+            threads[-1].start()
+            assert asked.wait(30)
+            while len(gate._waiting) < len(threads):
+                time.sleep(0.001)
+        assert order == [], "40 are free, but somebody came before"
+    for thread in threads:
+        thread.join(30)
+    assert order == [100, 40]
 
 
 def test_trying_again_waits_until_the_others_are_done() -> None:
@@ -239,6 +283,7 @@ def test_a_card_that_fails_now_and_then_gives_the_same_bits(name: str) -> None:
         assert card.lanes == 0, "what is taken elementwise stays on the CPU"
     else:
         assert card.lanes and heard.names
+        assert len(card.threads_seen) <= 3, "the same threads in every sweep: a library's workspace belongs to one"
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,82 @@
+"""What becomes of a duplicate's bytes: the archive has them already, and keeps them once."""
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from daemon import durable
+from daemon.checkpoint import open_path
+from daemon.errors import DaemonError
+from daemon.home import Home
+from projector.errors import ProjectorError
+from projector.tensorfile import TensorReader
+from registry.records import Expert, Status
+from registry.store import Reader
+
+Tensors = set[tuple[str, tuple[int, ...], str]]
+"""Of each tensor its dtype, shape and sha256."""
+
+
+def spare(home: Home, reader: Reader, expert: Expert) -> None:
+    """Removes the weights of a duplicate from archive/<id>/: each file of which every tensor is in its twin's files,
+    as long as those are what was merged. All of them are read for that. What the drop brought besides stays.
+
+    Where the twin's files are gone, they take their place, if a rebuild could not tell the two apart. Repeatable, and
+    after a crash the rest goes.
+    """
+    twin = reader.expert(expert.duplicate_of) if expert.duplicate_of else None
+    own = home.archived(expert.id)
+    if own is None or twin is None or twin.place is None:
+        return
+    kept = home.archived(twin.id)
+    if kept is not None:
+        _remove(own, _held_twice(own, kept, twin))
+    elif _stands_for(expert, twin):
+        folder = home.archive(twin.id)
+        durable.make_folder(folder)
+        durable.sync_folder(folder.parent)
+        durable.rename_new(own, folder / own.name)
+
+
+def _held_twice(own: Path, kept: Path, twin: Expert) -> list[Path]:
+    """The files of `own` with nothing in them that is not in the twin's too."""
+    files = sorted(own.glob("*.safetensors")) if own.is_dir() else [own]
+    try:
+        with open_path(kept, follow=False) as archived:
+            archived.digest_tensors()
+            if archived.identity() != twin.sha256:
+                return []
+            there = _tensors(file.reader for file in archived.files)
+        return [path for path in files if _tensors_in(path) <= there]
+    except (DaemonError, ProjectorError, OSError):
+        return []  # a file that cannot be read now is no reason to remove another
+
+
+def _tensors_in(path: Path) -> Tensors:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return _tensors([TensorReader(fd)]) if stat.S_ISREG(os.fstat(fd).st_mode) else {("", (), "no file")}
+    finally:
+        os.close(fd)
+
+
+def _tensors(readers: Iterable[TensorReader]) -> Tensors:
+    specs = ((reader, spec) for reader in readers for spec in reader.specs.values())
+    return {(str(spec.dtype), spec.shape, reader.tensor_sha256(spec.name)) for reader, spec in specs}
+
+
+def _remove(own: Path, files: list[Path]) -> None:
+    for path in files:
+        durable.remove(path)
+    durable.sync_folder(own if own.is_dir() else own.parent)
+    if own.is_dir() and not any(own.iterdir()):
+        durable.remove(own)
+        durable.sync_folder(own.parent)
+
+
+def _stands_for(expert: Expert, twin: Expert) -> bool:
+    """True where a rebuild takes the one for the other: the same files, sidecars and weight."""
+    theirs, sidecars = dict(twin.sidecars or {}), dict(expert.sidecars or {})
+    alike = expert.sha256 == twin.sha256 and expert.weight == twin.weight
+    return alike and twin.status is Status.MERGED and theirs.items() <= sidecars.items()

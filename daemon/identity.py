@@ -1,0 +1,56 @@
+"""Which merged expert an arrival is once more: by its files, or by its tensors in other files."""
+
+from daemon.admission import naming_of
+from daemon.checkpoint import OpenCheckpoint, open_path
+from daemon.config import Settings
+from daemon.errors import DaemonError
+from daemon.home import Home
+from projector.errors import ProjectorError
+from projector.source import Checkpoint
+from registry.records import Expert
+from registry.store import Reader, Store
+
+SAME_NORM = 1e-9  # relative: float64 sums of the same numbers, in whatever order and on whatever device
+
+
+def twin_of(
+    home: Home,
+    reader: Reader,
+    expert: OpenCheckpoint,
+    norm: float,
+    base: Checkpoint,
+    settings: Settings,
+    *,
+    again: bool,
+) -> Expert | None:
+    """The merged expert that this one is, if any. again: it was merged before, and only the same files are the same.
+
+    Merged experts of which nobody noted what they do to the base (an earlier mainstem did not) are looked up in the
+    archive where they have the same norm; a Store is told what was found.
+    """
+    if twin := reader.merged(expert.identity()):
+        return twin
+    if again:
+        return None
+    content = expert.content()
+    for older in reader.without_content(norm * (1 - SAME_NORM), norm * (1 + SAME_NORM)):
+        found = _archived_content(home, older, base, settings)
+        if found and isinstance(reader, Store):
+            reader.note_content(older.id, found)
+        if found == content:
+            return older
+    return reader.merged_content(content)
+
+
+def _archived_content(home: Home, expert: Expert, base: Checkpoint, settings: Settings) -> str | None:
+    """What a merged expert does to the base; None where it is not in the archive any more, or not as it was."""
+    path = home.archived(expert.id)
+    if path is None:
+        return None
+    try:
+        with open_path(path, follow=False, naming=naming_of(expert, settings.admission)) as archived:
+            archived.check(base)
+            archived.digest_tensors()
+            return archived.content() if archived.identity() == expert.sha256 else None
+    except (DaemonError, ProjectorError, OSError):
+        return None

@@ -1,0 +1,70 @@
+"""Keeps an eye on the inbox's folder: it may be renamed, removed, or covered by a mount while the daemon runs."""
+
+import errno
+import os
+import stat
+from threading import Event
+
+import structlog
+
+from daemon.home import Home
+from daemon.inbox import Watcher
+
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP, errno.ENOTCONN)
+
+
+class Watching:
+    """Listens for events in the folder that is the inbox now. Where none come, the caller's rescans must do."""
+
+    def __init__(self, home: Home, wake: Event, *, events: bool) -> None:
+        self._home = home
+        self._wake = wake
+        self._events = events
+        self._watcher: Watcher | None = None
+        self._seen: tuple[int, int] | None = None
+        self.missing = False
+        self._log = structlog.get_logger()
+
+    def look(self) -> str | None:
+        """Listens to the folder that is there now; why there is none that could be listed, if so."""
+        path, why = self._home.inbox, None
+        try:
+            status = path.stat()
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            why = f"the inbox is gone: {error.strerror}"
+        else:
+            if not stat.S_ISDIR(status.st_mode):
+                why = "the inbox is no folder"
+            elif status.st_dev != self._home.state.stat().st_dev:
+                why = "the inbox is on another file system than the rest of the home"
+        if why:
+            if not self.missing:
+                self._log.error(why, inbox=str(path), hint="put the folder back: merging goes on by itself")
+            self.missing = True
+            return why
+        here = status.st_dev, status.st_ino
+        if here != self._seen or self.missing:
+            if self._seen:
+                self._log.warning("the inbox is another folder now, or it is back: listing it", inbox=str(path))
+            self._seen, self.missing = here, False
+            self._listen()
+        return None
+
+    def close(self) -> None:
+        if self._watcher:
+            self._watcher.stop()
+            self._watcher = None
+
+    def _listen(self) -> None:
+        self.close()
+        if not self._events:
+            return
+        watcher = Watcher(self._home.inbox, self._wake)
+        try:
+            watcher.start()
+        except OSError as error:
+            self._log.warning("no file system events: the inbox is only listed", error=os.strerror(error.errno or 0))
+        else:
+            self._watcher = watcher

@@ -1,0 +1,232 @@
+"""An expert that fails is tried again, others first, and refused at last; what fails for all is no expert's fault."""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from daemon import attempts
+from daemon.attempts import DEATHS, FORGIVEN, Attempts
+from daemon.errors import BadHome
+from daemon.home import STATE_FILE, Home
+from daemon.inbox import Drop
+from daemon.service import Service
+from projector import fold
+from projector.source import Checkpoint
+from registry.records import Status
+from tests.daemon.homes import count, drain, experts, live, make_home, put, quick, reason_of
+from tests.daemon.test_queue import scan
+from tests.models import write_base, write_expert
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "AGAIN_SECONDS", 0.05)
+
+
+@pytest.fixture
+def waiting(home: Home, base: Path, tmp_path: Path) -> Home:
+    """A home with two experts in its inbox: bad, and behind it good."""
+    for seed, name in ((2, "bad"), (3, "good")):
+        path = put(home, write_expert(tmp_path / f"{name}.safetensors", base, seed))
+        os.utime(path, (seed, seed))
+    return home
+
+
+def merged_without(home: Home, name: str, aside: Path) -> None:
+    """Merges what is in the inbox but for that one, which is there again afterwards."""
+    (home.inbox / name).rename(aside / name)
+    drain(home)
+    put(home, aside / name)
+
+
+def fail_reading(patch: pytest.MonkeyPatch, error: int, ends: str, times: int = 10**6) -> None:
+    """Lets reads of a file whose path ends so fail, beyond its header."""
+    real, left = os.preadv, [times]
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(ends) and offset > 2000 and left[0]:
+            left[0] -= 1
+            raise OSError(error, os.strerror(error))
+        return real(fd, buffers, offset)
+
+    patch.setattr(os, "preadv", preadv)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ENXIO])
+def test_what_cannot_be_read_lets_others_by_and_is_refused(
+    error: int, waiting: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_reading(monkeypatch, error, "bad.safetensors")
+    metrics = drain(waiting)
+    good, bad = experts(waiting)
+    assert (good.name, good.status) == ("good.safetensors", Status.MERGED)
+    assert (bad.status, bad.reason) == (Status.QUARANTINED, "unreadable")
+    assert os.strerror(error) in reason_of(waiting, bad)["detail"]
+    assert count(metrics, "mainstem_experts_total", outcome="requeued") == attempts.TRIES - 1
+    assert not waiting.attempts.exists() and not waiting.in_hand.exists()
+
+
+def test_what_can_be_read_after_all_is_merged(waiting: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_reading(monkeypatch, errno.EIO, "bad.safetensors", times=1)
+    drain(waiting)
+    assert [(one.name, one.status) for one in experts(waiting)] == [
+        ("good.safetensors", Status.MERGED),
+        ("bad.safetensors", Status.MERGED),
+    ]
+
+
+@pytest.mark.parametrize("ours", ["base/model.safetensors", STATE_FILE])
+def test_what_cannot_be_read_of_ours_ends_the_daemon(
+    ours: str, waiting: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged_without(waiting, "good.safetensors", tmp_path)
+    fail_reading(monkeypatch, errno.EIO, ours)
+    for _ in range(2 * attempts.TRIES):
+        with pytest.raises(OSError, match=ours):
+            drain(waiting)
+    assert live(waiting) == 1 and os.listdir(waiting.inbox) == ["good.safetensors"]
+    assert not waiting.attempts.exists() and not waiting.in_hand.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to mmap 1024 bytes: Cannot allocate memory (12)"),
+        MemoryError("no more"),
+        OverflowError("too large"),
+        torch.linalg.LinAlgError("it did not converge"),  # type: ignore[attr-defined]
+        RecursionError("too deep"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_one_expert_raises_is_its_fault_alone(
+    error: Exception, waiting: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, bad = fold._delta, [(waiting.inbox / "bad.safetensors").stat().st_ino]
+
+    def delta(source: Checkpoint, *others: Any, **more: Any) -> object:
+        files = source._places.values()
+        if any(os.fstat(place.file._fd).st_ino in bad for place in files):
+            raise error
+        return real(source, *others, **more)
+
+    monkeypatch.setattr(fold, "_delta", delta)
+    drain(waiting)
+    assert [(one.name, one.status, one.reason) for one in experts(waiting)] == [
+        ("good.safetensors", Status.MERGED, None),
+        ("bad.safetensors", Status.QUARANTINED, "fault"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge"),  # type: ignore[attr-defined]
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    ],
+    ids=["arithmetic", "device"],
+)
+def test_what_fails_for_the_base_too_is_no_experts_fault(
+    error: Exception, waiting: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged_without(waiting, "good.safetensors", tmp_path)
+
+    def eigh(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    with pytest.raises(BadHome, match=re.escape(str(error))) as stopped:
+        drain(waiting)
+    assert "mainstem verify" in stopped.value.hint
+    assert live(waiting) == 1 and os.listdir(waiting.inbox) == ["good.safetensors"]
+
+
+def spoilt(data: bytearray) -> None:
+    data[-4:] = b"\xff\xff\xff\x7f"  # NaN
+
+
+def cut(data: bytearray) -> None:
+    del data[-100:]
+
+
+def beheaded(data: bytearray) -> None:
+    data[:8] = bytes(8)
+
+
+@pytest.mark.parametrize("damage", [spoilt, cut, beheaded], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("method", ["mean", "ema"])
+def test_a_damaged_state_is_no_experts_fault(damage: Callable[[bytearray], None], method: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.safetensors", 1)
+    home = make_home(tmp_path / "home", base, (("main", method, {}),))
+    put(home, write_expert(tmp_path / "first.safetensors", base, 2))
+    drain(home)
+    state = home.head_state("main", 1) / STATE_FILE
+    data = bytearray(state.read_bytes())
+    damage(data)
+    put(home, write_expert(tmp_path / "next.safetensors", base, 3))
+
+    class Damaging(Service):
+        """The state is damaged after the start has looked at it."""
+
+        def _take(self, *args: object) -> bool:
+            state.write_bytes(data)
+            return super()._take(*args)  # type: ignore[arg-type]
+
+    with pytest.raises(BadHome):
+        Damaging(home, quick()).run(once=True, http=False)
+    assert live(home) == 1 and os.listdir(home.inbox) == ["next.safetensors"]
+
+
+def killed_with(home: Home, drop: Drop) -> Attempts:
+    """What the next process knows, once one was killed with this drop in hand."""
+    Attempts(home).begin(drop)
+    return Attempts(home)
+
+
+def test_who_is_in_hand_whenever_the_process_dies_is_refused_at_last(waiting: Home) -> None:
+    bad, good = scan(waiting).settled
+    for deaths in range(1, DEATHS):
+        tries = killed_with(waiting, bad)
+        assert tries.order([bad, good]) == ([bad, good] if deaths <= FORGIVEN else [good, bad])
+        assert tries.killed(bad) is None
+    killed_with(waiting, bad)
+    drain(waiting)
+    assert [(one.name, one.reason) for one in experts(waiting)] == [
+        ("good.safetensors", None),
+        ("bad.safetensors", "fault"),
+    ]
+    assert "killed 5 times" in (experts(waiting)[1].detail or "")
+    assert not waiting.attempts.exists()
+
+
+def test_where_the_process_dies_of_every_expert_none_is_to_blame(waiting: Home) -> None:
+    bad, good = scan(waiting).settled
+    for _ in range(DEATHS):
+        killed_with(waiting, good)
+        tries = killed_with(waiting, bad)
+    assert tries.killed(bad) is None and tries.killed(good) is None
+
+
+def test_a_power_failure_and_a_stop_are_nobodys_fault(waiting: Home) -> None:
+    bad, _ = scan(waiting).settled
+    tries = Attempts(waiting)
+    tries.begin(bad)
+    waiting.in_hand.write_text(json.dumps({**json.loads(waiting.in_hand.read_text()), "boot": "another"}))
+    Attempts(waiting)
+    tries.begin(bad)
+    tries.let_go()
+    Attempts(waiting)
+    for torn in (b"", b"{", b"[]", b'{"boot": 1}'):
+        waiting.in_hand.write_bytes(torn)
+        waiting.attempts.write_bytes(torn)
+        Attempts(waiting)
+    waiting.attempts.unlink()
+    assert Attempts(waiting).order([bad]) == [bad]
+    assert not waiting.attempts.exists() and not waiting.in_hand.exists()

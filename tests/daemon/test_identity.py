@@ -1,0 +1,183 @@
+"""The same tensors in other files are the same expert; anything else is another."""
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from daemon.config import Settings
+from daemon.home import Home
+from daemon.inspection import inspect
+from daemon.rebuilding import into, withdraw
+from daemon.replay import Console
+from registry.records import Status
+from tests.daemon.homes import drain, experts, latest, lineage, live, put, quick
+from tests.models import write_expert
+
+Weights = dict[str, Tensor]
+
+
+def with_metadata(weights: Weights, to: Path) -> Path:
+    save_file(weights, to / "again.safetensors", metadata={"format": "pt", "note": "saved again"})
+    return to / "again.safetensors"
+
+
+def in_two_shards(weights: Weights, to: Path) -> Path:
+    folder = to / "again"
+    folder.mkdir()
+    names = [sorted(weights)[::2], sorted(weights)[1::2]]
+    places: dict[str, str] = {}
+    for number, some in enumerate(names, start=1):
+        shard = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: weights[name] for name in some}, folder / shard)
+        places |= dict.fromkeys(some, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+def in_another_order(weights: Weights, to: Path) -> Path:
+    """Written by hand: the library sorts by dtype and name."""
+    header, data = {}, b""
+    for name in sorted(weights, reverse=True):
+        raw = weights[name].numpy().tobytes()
+        dtype = {torch.float32: "F32", torch.int64: "I64"}[weights[name].dtype]
+        shape = list(weights[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (to / "again.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return to / "again.safetensors"
+
+
+def under_a_prefix(weights: Weights, to: Path) -> Path:
+    save_file({f"module.{name}": tensor for name, tensor in weights.items()}, to / "again.safetensors")
+    return to / "again.safetensors"
+
+
+def without_its_buffer(weights: Weights, to: Path) -> Path:
+    """What is not floating is the base's in every version."""
+    save_file(
+        {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}, to / "again.safetensors"
+    )
+    return to / "again.safetensors"
+
+
+SAME = [with_metadata, in_two_shards, in_another_order, under_a_prefix, without_its_buffer]
+SETTINGS = quick(admission={"prefixes": {"module.": ""}})
+
+
+@pytest.fixture
+def merged(home: Home, base: Path, tmp_path: Path) -> tuple[Home, Weights]:
+    """A home that has merged one expert, and its weights."""
+    loaded = load_file(write_expert(tmp_path / "first.safetensors", base, 5))
+    weights = {name: tensor.clone() for name, tensor in loaded.items()}  # and no map of a file that is in the home
+    put(home, tmp_path / "first.safetensors")
+    drain(home)
+    return home, weights
+
+
+@pytest.mark.parametrize("saved", SAME)
+def test_the_same_tensors_in_other_files_count_once(
+    merged: tuple[Home, Weights], tmp_path: Path, saved: Callable[[Weights, Path], Path]
+) -> None:
+    home, weights = merged
+    drop = saved(weights, tmp_path)
+    with lineage(home) as reader:
+        home.config.write_text('[admission.prefixes]\n"module." = ""\n')
+        assert inspect(home, reader, drop, None)["duplicate_of"] == 1
+    put(home, drop)
+    drain(home, SETTINGS)
+    again = experts(home)[-1]
+    assert (again.status, again.duplicate_of, live(home)) == (Status.DUPLICATE, 1, 1)
+    assert again.sha256 != experts(home)[0].sha256
+
+
+def one_value_off(weights: Weights) -> Weights:
+    weights["layers.1.up.weight"][0, 0] += 1e-3
+    return weights
+
+
+def two_tensors_changed_places(weights: Weights) -> Weights:
+    """Of the same norm, as a task vector, to the last digit or nearly so."""
+    one, other = "layers.0.norm.weight", "layers.1.norm.weight"
+    return weights | {one: weights[other], other: weights[one]}
+
+
+@pytest.mark.parametrize("other", [one_value_off, two_tensors_changed_places])
+def test_other_tensors_are_another_expert(
+    merged: tuple[Home, Weights], tmp_path: Path, other: Callable[[Weights], Weights]
+) -> None:
+    home, weights = merged
+    save_file(other(dict(weights)), tmp_path / "other.safetensors")
+    put(home, tmp_path / "other.safetensors")
+    drain(home)
+    assert experts(home)[-1].status is Status.MERGED and live(home) == 2
+
+
+def test_a_withdrawn_expert_may_come_again_in_other_files(merged: tuple[Home, Weights], tmp_path: Path) -> None:
+    home, weights = merged
+    withdraw(home, Settings(), ["1"], Console())
+    put(home, with_metadata(weights, tmp_path))
+    drain(home)
+    assert [expert.status for expert in experts(home)] == [Status.WITHDRAWN, Status.MERGED]
+
+
+def forget(home: Home) -> None:
+    """As an earlier mainstem left it: it noted no content."""
+    with closing(sqlite3.connect(home.registry)) as connection, connection:
+        connection.execute("UPDATE experts SET content_sha256 = NULL")
+
+
+def test_an_expert_of_an_earlier_mainstem_is_looked_up_in_the_archive(
+    merged: tuple[Home, Weights], base: Path, tmp_path: Path
+) -> None:
+    home, weights = merged
+    known = experts(home)[0].content_sha256
+    assert known
+    forget(home)
+    put(home, write_expert(tmp_path / "other.safetensors", base, 6))
+    drain(home)
+    assert experts(home)[0].content_sha256 is None  # of another norm: nothing was read of it
+    put(home, with_metadata(weights, tmp_path))
+    drain(home)
+    assert (experts(home)[-1].status, experts(home)[-1].duplicate_of) == (Status.DUPLICATE, 1)
+    assert experts(home)[0].content_sha256 == known
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["pruned", "damaged"])
+def test_where_the_archive_cannot_tell_it_is_merged(merged: tuple[Home, Weights], tmp_path: Path, gone: bool) -> None:
+    home, weights = merged
+    forget(home)
+    if gone:
+        shutil.rmtree(home.archive(1))
+    else:
+        (home.archive(1) / "first.safetensors").write_bytes(b"no more")
+    put(home, with_metadata(weights, tmp_path))
+    drain(home)
+    assert live(home) == 2
+
+
+def test_what_was_merged_twice_before_is_rebuilt_as_it_was(merged: tuple[Home, Weights], tmp_path: Path) -> None:
+    home, weights = merged
+    forget(home)
+    kept = home.archive(1).rename(tmp_path / "kept")
+    put(home, with_metadata(weights, tmp_path))
+    drain(home)
+    kept.rename(home.archive(1))
+    into(home, Home(tmp_path / "new"), Settings(), None, [], Console())
+    assert live(Home(tmp_path / "new")) == 2
+    for name, tensor in latest(home).items():
+        assert torch.equal(latest(Home(tmp_path / "new"))[name], tensor)
+    save_file(weights, tmp_path / "third.safetensors", metadata={"third": "time"})
+    for one in (home, Home(tmp_path / "new")):
+        put(one, Path(shutil.copy(tmp_path / "third.safetensors", tmp_path / "copy.safetensors")))
+        drain(one)
+        assert experts(one)[-1].status is Status.DUPLICATE and live(one) == 2
