@@ -165,7 +165,8 @@ class Reader:
     def without_content(self, least: float, most: float) -> list[Expert]:
         """The merged experts of which nobody noted what they do to the base, with a norm in that range."""
         unknown = is_merged, ExpertRow.content_sha256.is_(None)
-        return self._all(Expert, select(ExpertRow).where(*unknown, ExpertRow.norm.between(least, most)))
+        query = select(ExpertRow).where(*unknown, ExpertRow.norm.between(least, most))
+        return self._all(Expert, query)
 
     def lineage(self, after: int = 0, limit: int | None = None) -> list[Expert]:
         """The experts that are in the merged models, in the order of merging.

@@ -157,7 +157,12 @@ class ExpertRow(Base):
         CheckConstraint("version IS NULL OR sha256 IS NOT NULL", name="expert_merged_has_sha256"),
         Index("experts_merged_once", "sha256", unique=True, sqlite_where=text("status = 'merged'")),
         Index("experts_content_once", "content_sha256", unique=True, sqlite_where=text("status = 'merged'")),
-        Index("experts_without_content", "norm", sqlite_where=text("status = 'merged' AND content_sha256 IS NULL")),
+        Index(
+            "experts_without_content",
+            "content_sha256",  # first, or SQLite would take the unique index and read all that are NULL
+            "norm",
+            sqlite_where=text("status = 'merged' AND content_sha256 IS NULL"),
+        ),
         Index("experts_one_a_version", "version", unique=True),
         Index("experts_by_status", "status", "id"),
         Index("experts_by_sha256", "sha256"),

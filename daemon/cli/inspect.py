@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from daemon.cli.common import HomeOption, JsonOption, PathArgument, open_reader, print_json, size
-from daemon.config import taking_effect
 from daemon.errors import BadConfig, DaemonError
 from projector.errors import ProjectorError
 from projector.text import shown
@@ -24,6 +23,7 @@ def command(
 
     Nothing is changed. Exit status 1 where it would be refused.
     """
+    from daemon.config import taking_effect
     from daemon.inspection import inspect
 
     where, reader = open_reader(home)

@@ -14,7 +14,6 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from daemon import durable
-from daemon.config import taking_effect
 from daemon.errors import DaemonError, Reason
 from daemon.home import CARD, is_adapter, is_weights
 from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
@@ -139,6 +138,8 @@ def _fill(target: Target, source: Source, report: Report) -> Pulled:
         except Gone:
             if source.version != LATEST:
                 raise
+    from daemon.config import taking_effect  # imported here: every command imports this file
+
     raise Passing(
         Reason.PULL,
         f"{RESTARTS} versions in a row were removed while they were pulled",

@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ ADDRESSES = {
     "/metrics": "/metrics",
     "/v1/heads": "/v1/heads",
     "/v1/heads/{head}/latest": "/v1/heads/main/latest",
+    "/v1/heads/{head}/latest/files/{name:path}": "/v1/heads/main/latest/files/model.safetensors",
     "/v1/heads/{head}/versions": "/v1/heads/main/versions?before=900",
     "/v1/heads/{head}/versions/{n}": "/v1/heads/main/versions/{live}",
     "/v1/heads/{head}/versions/{n}/files/{name:path}": "/v1/heads/main/versions/{live}/files/model.safetensors",
@@ -114,10 +116,11 @@ def listed() -> Iterator[list[str]]:
         on = False
 
 
-def no_crowd(home: Home, folders: list[str]) -> None:
-    """Asserts that none of these has an entry for every expert."""
-    crowds = {home.root / "archive", home.root / "quarantine", home.views("own")}
-    assert not crowds & {Path(folder) for folder in folders}
+def no_crowd(home: Home, folders: list[str], looks: int = 0) -> None:
+    """Asserts that none of these with an entry for every expert is listed, or no more than `looks` times."""
+    crowds = (home.root / "archive", home.root / "quarantine", home.views("own"))
+    times = Counter(map(Path, folders))
+    assert all(times[folder] <= looks for folder in crowds), times
 
 
 def alike(what: str, counted: dict[int, Steps]) -> None:
@@ -141,7 +144,7 @@ def test_a_start_a_poll_and_an_arrival(
         with Steps() as steps, listed() as folders:
             drain(home, quick(retention={"versions": 1, "grace_seconds": 0}))
         counted[n] = steps
-        no_crowd(home, folders)
+        no_crowd(home, folders, looks=1)  # a start looks for what the registry does not know: by names, once
         assert folders, "nothing was heard of"
     alike(arrives, counted)
     wanted = {"an expert": Status.MERGED, "a duplicate": Status.DUPLICATE, "a wrong one": Status.QUARANTINED}

@@ -34,6 +34,7 @@ ASKED: dict[str, Ask] = {
     "an expert by the name in its expert.json": lambda reader: reader.find_experts("task 500", 100),
     "an expert by a name that nobody has": lambda reader: reader.find_experts("nobody"),
     "a merged expert": lambda reader: reader.merged(digest(500)),
+    "those without a content": lambda reader: reader.without_content(1.0005, 1.0006),
     "the lineage's first page": lambda reader: reader.lineage(limit=100),
     "a page of the lineage": lambda reader: reader.lineage(after=800, limit=100),
     "the newest experts": lambda reader: reader.experts(limit=100),

@@ -14,4 +14,4 @@ def upgrade() -> None:
     merged = sa.text("status = 'merged'")
     op.create_index("experts_content_once", "experts", ["content_sha256"], unique=True, sqlite_where=merged)
     unknown = sa.text("status = 'merged' AND content_sha256 IS NULL")
-    op.create_index("experts_without_content", "experts", ["norm"], sqlite_where=unknown)
+    op.create_index("experts_without_content", "experts", ["content_sha256", "norm"], sqlite_where=unknown)
