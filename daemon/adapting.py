@@ -27,7 +27,7 @@ from daemon.generations import METADATA, FileEntry
 from daemon.home import ADAPTER_FOLDER, Home
 from projector.device import load, unload
 from projector.header import build_header
-from projector.linalg import energy, on_device
+from projector.linalg import energy, on_device, one_thread
 from projector.low_rank import LowRank, low_rank, low_rank_bytes
 from projector.naming import SAME
 from projector.pipeline import Pipeline
@@ -133,6 +133,7 @@ class Adapting:
         found = modules_of(self._base.schema[name], self._base.schema, self._config)
         return [replace(one, path=naming.theirs(f"{one.path}.weight").removesuffix(".weight")) for one in found]
 
+    @one_thread()
     def _moved(self, merged: Checkpoint) -> dict[str, float]:
         """The squared norm of each floating tensor's task vector, where it is not zero."""
         found = {}

@@ -4,6 +4,7 @@ Norms and Gram matrices are float64; large operands keep their dtype and are wid
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -116,3 +117,15 @@ def eigenvectors(lower_NN: Tensor) -> Tensor:
 
 def mirrored(lower_NN: Tensor) -> Tensor:
     return lower_NN.tril_().add_(lower_NN.tril(-1).T)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Single-threaded linear algebra in this thread, as a pipeline's workers have it: how a sum is split among threads
+    changes its last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadMerged, BadValues, Reason
-from projector.linalg import energy
+from projector.linalg import energy, one_thread
 from projector.source import Checkpoint, Source
 from projector.spec import TensorSpec
 from projector.steps import BLOCK_BYTES, steps
@@ -102,6 +102,7 @@ def count_finite(checkpoint: Checkpoint) -> int:
     return count
 
 
+@one_thread()
 def pairs(
     base: Checkpoint,
     a: Source,
@@ -134,6 +135,7 @@ def pairs(
     return found
 
 
+@one_thread()
 def overlap(base: Checkpoint, source: Source, merged: Checkpoint, watch: Watch = SILENT) -> Overlap:
     """Measures an expert against merged weights, for a dry run. Raises BadValues as a fold would."""
     mine, theirs, products, origin = [], [], [], []

@@ -121,10 +121,13 @@ def _other_name(base: Schema, expert: Schema, missing: Sequence[str], unexpected
 def _untied(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[str, str]]:
     """Those that have the shape of just one matrix of the base, each with its name: as an output layer has that of the
     embedding. A task's own head shares its shape with none, or with many layers, above all where it is square."""
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name, other in base.items():
+        alike.setdefault(other.shape, []).append(name)
     for spec in unexpected:
-        alike = [name for name, other in base.items() if other.shape == spec.shape]
-        if len(alike) == 1 and len(spec.shape) == 2 and spec.shape[0] != spec.shape[1]:
-            yield spec.name, alike[0]
+        twins = alike.get(spec.shape, [])
+        if len(twins) == 1 and len(spec.shape) == 2 and spec.shape[0] != spec.shape[1]:
+            yield spec.name, twins[0]
 
 
 def check_not_quantised(names: Iterable[str]) -> None:

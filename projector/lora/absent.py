@@ -26,6 +26,7 @@ def absent(
     """
     shape, reason = unknown[target], Reason.UNEXPECTED_TENSOR
     alike = [name for name, spec in base.items() if len(shape) > 1 and spec.shape == shape]
+    words = _words(target)
     if OFFSET in parts:
         detail, hint = "lora_bias adds to it", "train without lora_bias: the base's layer has no bias to add to"
     elif pair := _prefix(target, unknown, base):
@@ -34,10 +35,10 @@ def absent(
     elif len(alike) == 1:
         detail = f"if it is tied to {shown(alike[0])}, the two cannot change apart"
         hint = "train the embedding instead, or give this home a base in which the two are not tied"
-    elif A in parts and is_embedding(parts) and any(_words(name)[-2:] == _words(target)[-2:] for name in alike):
+    elif A in parts and is_embedding(parts) and any(_words(name)[-2:] == words[-2:] for name in alike):
         detail = "if it is tied to another tensor there, the two cannot change apart"
         hint = f"train that tensor instead, or {ANOTHER_BASE}; if it is a head of its own, name it in admission.ignore"
-    elif any(_words(name) == _words(target) for name in base):
+    elif any(_words(name) == words for name in base):
         detail, hint = "nothing there has that name", f"{ANOTHER_BASE}, of as many layers"
     elif FULL not in parts or not known:
         reason = reason if known else Reason.WRONG_BASE

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from projector.linalg import row_blocks
+from projector.linalg import one_thread, row_blocks
 from projector.lora.config import LoraConfig
 from projector.lora.delta import Parts, Patch, delta_of, factors_of, squared_columns
 from projector.lora.plan import planned
@@ -121,6 +121,7 @@ class LoraExpert(Checkpoint):
             values=values,
         )
 
+    @one_thread()
     def _scales(self, spec: TensorSpec, patch: Patch) -> Tensor:
         """m / ||column|| for every column of W0 + s B A, (n,), float64.
 

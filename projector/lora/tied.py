@@ -1,16 +1,24 @@
 """Which tensors of an adapter are there a second time: a tied weight, under its other name."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from projector.lora.config import LoraConfig
 from projector.lora.keys import FULL, A, B, is_embedding
 from projector.source import Checkpoint
 
+Values = tuple[torch.dtype, tuple[int, ...], bytes]
+
 
 class Tied:
-    """Knows the tensors that the adapter changes and the base has: the second copy of one of them may be left out."""
+    """Knows the tensors that the adapter changes and the base has: the second copy of one of them may be left out.
+
+    Each of those is read at most once, however many others are held against them.
+    """
 
     def __init__(self, adapter: Checkpoint, config: LoraConfig, at_home: Mapping[str, Mapping[str, str]]) -> None:
         self._adapter = adapter
@@ -25,32 +33,43 @@ class Tied:
             return False
         if parts.keys() == {FULL}:
             return True
-        return parts.keys() - {FULL} == {A, B} and any(
-            {A, B} <= other.keys()
-            and is_embedding(other)
-            and self._scaling(target) == self._scaling(name)
-            and self._turned(parts[A], other[B])
-            and self._turned(parts[B], other[A])
-            for name, other in self._at_home.items()
-        )
+        if parts.keys() - {FULL} != {A, B}:
+            return False
+        a, b = (self._adapter.read(parts[part]) for part in (A, B))
+        return (self._scaling(target), _values(b), _values(a)) in self._embeddings
 
     def _has_again(self, name: str) -> bool:
         """True where a whole tensor has the values of one that the base has, unless they are one value throughout, as
         those of two biases of zeros are by chance."""
-        spec, twins = self._adapter.schema[name], self._adapter.twins().get(name, ())
-        if len(spec.shape) > 1:
-            return not self._saved.isdisjoint(twins)
-        alike = (other for other in self._saved if self._adapter.schema[other].shape == spec.shape)
+        if len(self._adapter.schema[name].shape) > 1:
+            return not self._saved.isdisjoint(self._adapter.twins().get(name, ()))
         values = self._adapter.read(name)
         varied = bool((values != values.flatten()[:1]).any())
-        return varied and any(torch.equal(values, self._adapter.read(other)) for other in alike)
+        return varied and _values(values) in self._vectors
+
+    @cached_property
+    def _vectors(self) -> set[Values]:
+        """What the saved tensors that are no matrices hold."""
+        schema = self._adapter.schema
+        return {_values(self._adapter.read(name)) for name in self._saved if len(schema[name].shape) < 2}
+
+    @cached_property
+    def _embeddings(self) -> set[tuple[float, Values, Values]]:
+        """(scaling, A turned round, B turned round) of every embedding's factors."""
+        return set(self._turned())
+
+    def _turned(self) -> Iterator[tuple[float, Values, Values]]:
+        for name, parts in self._at_home.items():
+            if {A, B} <= parts.keys() and is_embedding(parts):
+                a, b = (self._adapter.read(parts[part]) for part in (A, B))
+                if a.ndim == b.ndim == 2:
+                    yield self._scaling(name), _values(a.T), _values(b.T)
 
     def _scaling(self, tensor: str) -> float:
         return self._config.scaling(tensor.rpartition(".")[0])
 
-    def _turned(self, one: str, other: str) -> bool:
-        """True where one is the other transposed."""
-        a, b = self._adapter.schema[one], self._adapter.schema[other]
-        if a.dtype != b.dtype or len(a.shape) != 2 or a.shape != b.shape[::-1]:
-            return False
-        return torch.equal(self._adapter.read(one), self._adapter.read(other).T)
+
+def _values(x: Tensor) -> Values:
+    """The same for tensors of the same bytes, shape and dtype."""
+    data = x.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return x.dtype, tuple(x.shape), hashlib.sha256(data).digest()  # type: ignore[arg-type]
