@@ -52,10 +52,10 @@ def _lines(record: Mapping[str, Any], indent: str = "") -> str:
     for key, value in record.items():
         if isinstance(value, dict) and value:
             lines.append(f"{indent}{key}\n{_lines(value, indent + '  ')}")
-        elif isinstance(value, list):
+        elif isinstance(value, list | tuple) and value:
             lines.append(f"{indent}{key}" + "".join(f"\n{indent}  {_one_line(item)}" for item in value))
         else:
-            lines.append(f"{indent}{key:<16} {'-' if value is None else value}")
+            lines.append(f"{indent}{key:<16} {'-' if value in (None, (), []) else value}")
     return "\n".join(lines)
 
 

@@ -57,12 +57,16 @@ def test_an_odd_norm_is_merged_and_said_everywhere(home: Home, base: Path, tmp_p
     put(home, write_expert(tmp_path / "short.safetensors", base, 6, SHORT))
     put(home, write_expert(tmp_path / "fine.safetensors", base, 7, USUAL))
     drain(home)
-    assert [one.flags for one in experts(home)[-2:]] == [(Flag.SHORT,), ()]
+    assert {one.name: one.flags for one in experts(home)[-2:]} == {
+        "short.safetensors": (Flag.SHORT,),
+        "fine.safetensors": (),
+    }
     assert listed(home, "any") == ["short.safetensors", "long.safetensors"]
     assert listed(home, "long") == ["long.safetensors"]
     table = forked("log", "--home", home.root)
     assert table.returncode == 0 and " long " in table.stdout and " short " in table.stdout
-    assert "long" in forked("show", odd.id, "--home", home.root).stdout
+    assert "\nflags\n  long\n" in forked("show", odd.id, "--home", home.root).stdout
+    assert re.search(r"\nflags +-\n", forked("show", 1, "--home", home.root).stdout)
     assert expert_row(odd)["flags"] == ["long"]
 
 

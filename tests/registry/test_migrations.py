@@ -120,7 +120,7 @@ def test_a_registry_of_the_first_layout_is_upgraded_with_its_rows(
     with Store.open(path) as store:
         (old,) = store.lineage()
         assert (old.id, old.name, old.norm, old.place) == (1, "one", 1.5, "archive/000001")
-        assert (old.about, old.sidecars, old.withdrawn_in, old.naming) == (None, None, None, None)
+        assert (old.about, old.sidecars, old.withdrawn_in, old.naming, old.flags) == (None, None, None, None, ())
         about, sidecars = {"task": "legal German", "weight": 2.5}, {"fisher": "cd" * 32}
         naming = {"prefixes": {"module.": ""}, "ignore": ["head.*"]}
         merged = store.commit(expert(2, about=about, sidecars=sidecars, naming=naming), versions(2))
