@@ -1,10 +1,12 @@
 """`mainstem demo`: real data, real training, the real daemon."""
 
+import shutil
 import signal
 import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,8 +40,11 @@ def command(
     elif home.exists() and any(home.iterdir()):
         raise BadHome(f"{home} is not empty", "choose another folder for the demo, or remove it")
     else:
+        from daemon.config import Http
+
         _demo(home, port, stay)
-        console.print(f"\nthe daemon has stopped; this starts it again: mainstem run --home {home}")
+        again = f"  {_mainstem()} run --home {quote(str(home))} &\n{_ways_in(f'http://127.0.0.1:{Http().port}')}"
+        console.print(f"\nthe daemon has stopped; this starts it again:\n{again}", markup=False, soft_wrap=True)
 
 
 def _demo(home: Path, port: int, stay: bool) -> None:
@@ -89,10 +94,20 @@ def _epilogue(live: "Live", stay: bool) -> None:
     console.print(
         "The base reads one place, an expert one other; the merged model reads every place merged so far (bold)."
     )
-    console.print(f"\nstatus page      {live.url}/")
-    console.print(f"a scraped metric {live.metric('mainstem_head_version')[0]}")
-    console.print(f"fetch the weights\n  curl -LO {live.url}/v1/heads/main/latest/files/model.safetensors")
+    console.print(f"a scraped metric: {live.metric('mainstem_head_version')[0]}")
     if stay:
-        console.print("\nthe daemon runs on: drop more experts, open the page. Ctrl-C ends the demo")
+        more = f"the daemon runs on: drop more experts into {live.inbox}. Ctrl-C ends the demo\n{_ways_in(live.url)}"
+        console.print(f"\n{more}", markup=False, soft_wrap=True)
         with suppress(KeyboardInterrupt):
             signal.pause()
+
+
+def _ways_in(url: str) -> str:
+    fetch = f"curl -fLO {url}/v1/heads/main/latest/files/model.safetensors"
+    return f"  {url}/ is its page, and this fetches the weights:\n  {fetch}"
+
+
+def _mainstem() -> str:
+    """What to type for this program: its path, where it was called by that and a shell would not find it."""
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "mainstem" and not shutil.which("mainstem") else "mainstem"

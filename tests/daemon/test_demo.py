@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from daemon.demo.live import Live
-from daemon.home import Home
 from tests.daemon.homes import make_home
-from tests.daemon.processes import mainstem
+from tests.daemon.processes import mainstem, running
 from tests.daemon.pulls import merge_one, served
 from tests.demo_table import check
 from tests.models import write_base
@@ -19,8 +18,9 @@ def test_the_demo_merges_every_expert_and_reads_every_place(tmp_path: Path) -> N
     done = mainstem("demo", "--home", tmp_path / "home")
     assert done.returncode == 0, done.stderr
     check(done.stdout)
-    assert "/v1/heads/main/latest/files/model.safetensors" in done.stdout
-    assert Home(tmp_path / "home").latest("main").resolve().name == "000008"
+    assert f"mainstem run --home {tmp_path / 'home'} &\n  http://127.0.0.1:8765/" in done.stdout
+    with running("run", "--home", tmp_path / "home", "--port", "0") as daemon:
+        assert daemon.live() == 8
 
 
 @pytest.mark.parametrize(
