@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -16,10 +17,14 @@ from daemon.attempts import DEATHS, FORGIVEN, Attempts
 from daemon.errors import BadHome
 from daemon.home import STATE_FILE, Home
 from daemon.inbox import Drop
+from daemon.merger import Merger
+from daemon.progress import Progress
 from daemon.service import Service
 from projector import fold
+from projector.methods import methods
 from projector.source import Checkpoint
 from registry.records import Status
+from registry.store import Store
 from tests.daemon.homes import count, drain, experts, live, make_home, put, quick, reason_of
 from tests.daemon.test_queue import scan
 from tests.models import write_base, write_expert
@@ -230,3 +235,19 @@ def test_a_power_failure_and_a_stop_are_nobodys_fault(waiting: Home) -> None:
     waiting.attempts.unlink()
     assert Attempts(waiting).order([bad]) == [bad]
     assert not waiting.attempts.exists() and not waiting.in_hand.exists()
+
+
+def test_the_base_itself_can_be_folded_into_every_method(base: Path, tmp_path: Path) -> None:
+    """Else an expert's fault would be taken for the state's."""
+    kinds = {name: cls for name, cls in methods().items() if not cls().needs}
+    heads = [(name, name, dict[str, Any]()) for name in kinds]
+    home = make_home(tmp_path / "home", base, heads)
+    put(home, write_expert(tmp_path / "first.safetensors", base, 2))
+    drain(home)
+    with Store.open(home.registry) as store:
+        merger = Merger(home, store, quick(), Progress(Event(), lambda share: None))
+        try:
+            merger._check_folds()
+        finally:
+            merger.close()
+    assert len(kinds) > 10 and not os.listdir(home.tmp)
