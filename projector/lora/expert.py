@@ -91,7 +91,13 @@ class LoraExpert(Checkpoint):
 
     def _content(self, patch: Patch) -> Mapping[str, object]:
         places = {part: self._places[name].content_entry() for part, name in patch.named().items()}
-        return {**places, "transposed": patch.transposed, "scaling": patch.scaling, "rows": list(patch.rows)}
+        scaled = patch.a or patch.offset
+        return {
+            **places,
+            "scaling": patch.scaling if scaled else None,  # of a whole tensor, the config's alpha says nothing
+            "transposed": bool(patch.a and patch.transposed),
+            "rows": list(patch.rows),
+        }
 
     def _parts(self, spec: TensorSpec, patch: Patch, rows: slice | None, *, columns: bool = True) -> Parts:
         """columns: with the factors of DoRA's columns, if it has any."""
