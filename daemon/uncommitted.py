@@ -6,6 +6,7 @@ restored from a backup, or a person put it there. It is never removed.
 """
 
 import json
+import os
 from pathlib import Path
 
 from daemon.errors import BadHome
@@ -24,7 +25,7 @@ def ahead(home: Home, reader: Reader) -> list[Path]:
     versions = {head.name: _Found(home, head.name) for head in reader.heads()}
     experts = {folder: _numbered(home.root / folder) for folder in ("archive", "quarantine")}
     last = reader.last_expert_id()  # asked last: what is committed meanwhile is known by then
-    found = [path for paths in experts.values() for n, path in paths.items() if n > last]
+    found = [path for paths in experts.values() for n, path in paths.items() if n > last and path.is_dir()]
     for head in reader.heads():
         if head.name in versions:
             found += versions[head.name].beyond(head, _live_manifest(reader, head))
@@ -90,14 +91,15 @@ class _Found:
     def beyond(self, head: Head, live_sha256: str | None) -> list[Path]:
         """What no crash leaves."""
         every = [(n, path) for paths in (self._versions, self._states, self._records) for n, path in paths.items()]
-        found = [path for n, path in every if n > head.newest + 1]
+        found = [path for n, path in every if n > head.newest + 1 and (path.suffix or path.is_dir())]
         if version := self._versions.get(head.newest + 1):
             if number(head.newest + 1) in self._named:
                 found.append(version)  # `latest` turns to a version once it is committed
             elif not _follows(version, head, live_sha256):
                 found.append(version)
-        if state := self._states.get(head.newest + 1):
-            found += [] if _holds_a_state(state) else [state]
+        state = self._states.get(head.newest + 1)
+        if state and state.is_dir() and not _holds_a_state(state):
+            found.append(state)
         return found
 
 
@@ -127,10 +129,9 @@ def _live_manifest(reader: Reader, head: Head) -> str | None:
 
 
 def _numbered(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """The folders (or, with a suffix, files) that are called after a number as ours are."""
+    """What is called after a number as our folders (or, with a suffix, files) are; of what kind it is stays open."""
     if not folder.is_dir():
         return {}
-    found = {path.name.removesuffix(suffix): path for path in folder.iterdir() if path.name.endswith(suffix)}
+    found = {name.removesuffix(suffix): folder / name for name in os.listdir(folder) if name.endswith(suffix)}
     ours = {name: path for name, path in found.items() if name.isascii() and name.isdecimal() and len(name) < 19}
-    kind = Path.is_file if suffix else Path.is_dir
-    return {int(name): path for name, path in ours.items() if name == number(int(name)) and kind(path)}
+    return {int(name): path for name, path in ours.items() if name == number(int(name))}

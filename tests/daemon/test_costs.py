@@ -117,10 +117,10 @@ def listed() -> Iterator[list[str]]:
 
 
 def no_crowd(home: Home, folders: list[str], looks: int = 0) -> None:
-    """Asserts that none of these with an entry for every expert is listed, or no more than `looks` times."""
+    """Asserts that those with an entry for every expert are listed exactly so often."""
     crowds = (home.root / "archive", home.root / "quarantine", home.views("own"))
     times = Counter(map(Path, folders))
-    assert all(times[folder] <= looks for folder in crowds), times
+    assert all(times[folder] == looks for folder in crowds), times
 
 
 def alike(what: str, counted: dict[int, Steps]) -> None:
