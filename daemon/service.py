@@ -173,6 +173,7 @@ class Service:
             except (OSError, DiskFull) as error:
                 self._make_room(error, store, merger, inbox, once)
                 continue  # with the oldest drop again: the order of merging does not change
+            self._show_disk(full=False)
             if once and not waiting and not scan.settled:
                 return
             if scan.settled and not waiting:
@@ -238,8 +239,7 @@ class Service:
         finally:
             self._metrics.progress.set(0)
             return_freed_memory()
-        self._metrics.disk_full.set(0)
-        self._health.clear("disk_full")
+        self._show_disk(full=False)
         moved = True
         try:
             self._attempts.let_go()
@@ -315,6 +315,14 @@ class Service:
         self._metrics.oldest_seconds.set(max((drop.rest_seconds for drop in scan.settled), default=0.0))
         self._metrics.disk_free.set(shutil.disk_usage(self._home.root).free)
 
+    def _show_disk(self, *, full: bool) -> None:
+        self._metrics.disk_full.set(full)
+        if full:
+            why = Trouble("disk_full", "the disk is full: merging waits for space", "make room for the home")
+            self._health.note(why)
+        else:
+            self._health.clear("disk_full")
+
     def _pause(self, waiting: bool) -> float:
         settings = self._settings.inbox
         return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
@@ -329,10 +337,7 @@ class Service:
             if not _is_full(error) or (wait and once):
                 raise error
             if wait:
-                self._metrics.disk_full.set(1)
-                self._health.note(
-                    Trouble("disk_full", "the disk is full: merging waits for space", "make room for the home")
-                )
+                self._show_disk(full=True)
                 self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
                 self._signalled.wait(DISK_FULL_WAIT_SECONDS)
                 self._signalled.clear()

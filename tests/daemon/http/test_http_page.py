@@ -145,3 +145,14 @@ def test_sizes_counts_and_ages() -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     ages = [human_ago(now - timedelta(seconds=s), now) for s in (0, 30, 90, 7200, 3 * 86400)]
     assert ages == ["just now", "30 s ago", "1 min ago", "2 h ago", "3 days ago"]
+
+
+def test_a_version_that_folds_no_expert_is_not_called_the_base(line: "Line", client: httpx.Client) -> None:
+    gone = line.publish(b"one", name="french.safetensors")
+    line.store.restate([lay(line.home, head.name, 2, b"two") for head in line.store.heads()], [gone.id])
+    stem = client.get("/").text.partition('class="stem"')[2]
+    assert re.findall(r'<b>v(\d)</b>\s*<(?:bdi|span) class="name"[^>]*>([^<]*)', stem) == [
+        ("2", "merged again by a rebuild"),
+        ("1", "french.safetensors"),
+        ("0", "the base, "),
+    ]
