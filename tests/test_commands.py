@@ -73,6 +73,7 @@ PAGES = {
     ),
     "docs/cli.md": Page(before=MERGED),
     "docs/settings.md": Page(before=HOME),
+    "docs/operating.md": Page(before=HOME + DAEMON, end="listening\nkill -0 %1\n"),
     "docs/methods.md": Page(end="test -e home2/published/soup/latest/config.json\n"),
     "docs/convert.md": Page(
         before=HOME + "cp -r pickled old-model\ncp pickled/pytorch_model.bin .\n",
