@@ -9,7 +9,7 @@ from daemon import durable
 from daemon.checkpoint import OpenCheckpoint
 from daemon.errors import DaemonError, Failed, Reason
 from daemon.progress import Abandoned
-from projector.errors import ProjectorError
+from projector.errors import DeviceLost, ProjectorError
 from registry.errors import RegistryError
 
 OUR_SHORTAGE = (EMFILE, ENFILE, ENOMEM)  # whatever is opened then
@@ -35,7 +35,7 @@ def blaming(expert: OpenCheckpoint | None = None) -> Iterator[None]:
             f"it cannot be read: {error.strerror or error}",
             "look for errors of its disk or server in the system's log, copy the file again, and drop it again",
         ) from error
-    except (DaemonError, ProjectorError, RegistryError, Abandoned):
+    except (DaemonError, ProjectorError, RegistryError, DeviceLost, Abandoned):
         raise
     except Exception as error:  # torch's, where memory is short or the arithmetic fails, or a fault of ours
         if failed := durable.failed_sync(error):

@@ -43,8 +43,8 @@ from daemon.progress import Abandoned, Progress
 from daemon.recording import arrived, changed, refused
 from daemon.retention import collect
 from daemon.sealing import origin, seal
-from daemon.uncommitted import clear
-from projector.errors import BadFile, BadMerged, ProjectorError
+from daemon.uncommitted import clear, temporaries
+from projector.errors import BadFile, BadMerged, DeviceLost, ProjectorError
 from projector.head import Folded, HeadFold
 from projector.method import Expert as View
 from projector.method import Totals
@@ -156,6 +156,8 @@ class Merger:
         them. Raises OSError or DiskFull where it still is.
         """
         self.preparations.discard()
+        for path in temporaries(self._home):  # to remove it may have been what failed
+            durable.remove(path)
         unplaced = self._store.unplaced()
         for expert in unplaced:
             self._tidy(expert)
@@ -354,7 +356,7 @@ class Merger:
                 outputs = [self._outputs(line, folder, files) for line in lines]
                 folded = self._fold(self._base.as_expert, lines, outputs, files)
                 self._read_out(lines, folded.totals, outputs)
-        except (OSError, RegistryError, Abandoned):
+        except (OSError, RegistryError, DeviceLost, Abandoned):
             raise
         except Exception as error:
             raise BadHome(

@@ -5,7 +5,6 @@ the start: going back is the person's decision, never ours.
 """
 
 import os
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,11 +18,10 @@ from daemon.home import Home, is_head_name
 from daemon.latest import PLAIN, point_latest
 from daemon.placing import place_all
 from daemon.retention import finish, remove_whole
-from daemon.uncommitted import leftovers, refuse_ahead
+from daemon.uncommitted import leftovers, refuse_ahead, temporaries
 from registry.errors import Busy
 from registry.store import Store
 
-TEMPORARY = re.compile(r"(prepared-)?[0-9a-f]{32}")
 UNFINISHED = (".founding", "..founding.tmp", ".clean.tmp", "registry.new", "registry.new-wal", "registry.new-shm")
 
 
@@ -111,7 +109,7 @@ def _check_live(home: Home, store: Store, *, hashes: bool, read: Callable[[int],
 
 def _strays(home: Home, store: Store) -> list[Path]:
     """Temporary files and folders of ours, and the homes of rebuilds; nothing that has another name than we give."""
-    strays = [path for path in home.tmp.iterdir() if TEMPORARY.fullmatch(path.name)]
+    strays = temporaries(home)
     strays += [home.uploads] if os.path.lexists(home.uploads) else []  # never what a link in its place leads to
     strays += [home.state / name for name in UNFINISHED]
     strays += [home.versions(head.name) / name for head in store.heads() for name in (".latest.tmp", f".{PLAIN}.tmp")]

@@ -103,6 +103,7 @@ class Restating:
                 head_fold = HeadFold(method, totals, view, before, output.state, record=output.record)
                 folded = self._driver.fold(self._base.tensors, expert_files.tensors, [head_fold])
                 (totals,) = folded.totals
+                self._base.confirm()
                 states.confirm()
                 _check(path, expert_files, folded.norm, expert)
                 self._driver.read_out(self._base.tensors, method, totals, output.state.reader(), output.weights)

@@ -7,6 +7,7 @@ restored from a backup, or a person put it there. It is never removed.
 
 import json
 import os
+import re
 from pathlib import Path
 
 from daemon.errors import BadHome
@@ -17,6 +18,7 @@ from projector.text import listed
 from registry.records import Head
 from registry.store import Reader
 
+TEMPORARY = re.compile(r"(prepared-)?[0-9a-f]{32}")
 IN_A_STATE = {STATE_FILE, PREPARED_FILE, PREPARED_DIGEST, f".{PREPARED_DIGEST}.tmp"}
 
 
@@ -60,6 +62,11 @@ def _stands(home: Home, head: Head) -> bool:
     """Whether what the registry calls live can be gone on from: the state of one that was followed has been removed."""
     state = home.head_state(head.name, head.live) / STATE_FILE
     return home.version(head.name, head.live).exists() and (head.live == 0 or state.exists())
+
+
+def temporaries(home: Home) -> list[Path]:
+    """What was being made, or was on its way out, in state/tmp: nothing that has another name than we give."""
+    return [path for path in home.tmp.iterdir() if TEMPORARY.fullmatch(path.name)]
 
 
 def clear(home: Home, reader: Reader) -> list[Path]:

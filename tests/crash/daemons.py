@@ -143,6 +143,7 @@ def _work(request: dict[str, Any]) -> None:
     from registry import engine
 
     signal.alarm(LIMIT_SECONDS)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one that ends by itself is not cut off in its last words
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -135,8 +135,13 @@ def _check_experts(home: Home, experts: list[Expert], lineage: list[Expert], dro
         files = {path.name: path for path in folder.iterdir()}
         if refused:
             assert json.loads(files.pop("reason.json").read_bytes())["reason"] == expert.reason, f"I8: {expert}"
-        if expert.status is Status.DUPLICATE:  # a bare file here: its twin's folder has the bytes, once
-            assert not files and expert.sha256 and expert.sha256 == archived[expert.duplicate_of], f"I2: {expert}"
+        if expert.status is Status.DUPLICATE:  # its twin's folder has the weights, once; what came besides is here
+            assert expert.sha256 and expert.sha256 == archived[expert.duplicate_of], f"I2: {expert}"
+            if expert.kind == "file":
+                assert not files, f"I2: {expert} and {list(files)}"
+            else:
+                beside = {path.name for path in files.pop(expert.name).iterdir()}
+                assert not files and beside and WEIGHTS not in beside, f"I2: {expert}"
             placed[expert.sha256] += 1
             continue
         assert list(files) == [expert.name], f"I2: {expert} and {list(files)}"
