@@ -151,7 +151,7 @@ def check_listings(home: Home, tmp_path: Path, base: Path) -> None:
     }
     verified = forked("verify", *at)
     (line,) = (verified.stdout + verified.stderr).splitlines()
-    assert line.startswith(f"the base, 12 versions and 4 archived experts: {len(read)} files, ")
+    assert line.startswith(f"the base, 12 versions and 3 archived experts: {len(read)} files, ")
     assert line.endswith(" kB read, no problems")
 
 
