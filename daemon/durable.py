@@ -354,6 +354,14 @@ class Folder:
         """As `durable.create`, in this folder."""
         return create(name, size, below=self.fd)
 
+    def holds(self, name: str) -> bool:
+        """Whether something of that name is in it."""
+        try:
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
     def move(self, name: str, new: str) -> None:
         """Renames within it, at once and durably, over a file of the new name if there is one."""
         hit("rename")

@@ -52,6 +52,14 @@ class Health:
     def troubles(self, reader: Reader, *, beside: bool = False) -> list[Trouble]:
         """All that is wrong now. `beside`: this process does not merge; somebody else should."""
         found = [*self._notes.values(), *self._in_the_registry(reader)]
+        try:
+            return found + self._on_the_disk(beside)
+        except OSError as error:
+            why = f"the home cannot be looked at: {error.strerror}"
+            return [*found, Trouble("damaged", why, "look at its disk, its mount and its owner")]
+
+    def _on_the_disk(self, beside: bool) -> list[Trouble]:
+        found = []
         if "no_inbox" not in self._notes and not self._home.inbox.is_dir():
             found.append(Trouble("no_inbox", "the inbox is gone", "make the folder `inbox` in the home again"))
         if "disk_full" not in self._notes and shutil.disk_usage(self._home.root).free < RESERVE_BYTES:

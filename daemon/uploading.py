@@ -33,6 +33,7 @@ AT_ONCE = 4  # files that come at the same time
 MOST_OPEN = 32  # experts of which something has come, but not all
 MOST_FILES = 1000  # in one folder
 STALE_SECONDS = 6 * 3600.0
+FAILING_SECONDS = 60.0  # so long is told that an upload could not be stored: behind a proxy none may come any more
 SHORTEST_TOKEN = 16
 
 Count = Callable[[str, int], None]
@@ -69,8 +70,7 @@ class Uploads:
         self._lock = Lock()
         self._open: dict[str, _Upload] = {}
         self._failed: OSError | None = None
-        self.failing: str | None = None
-        """Why the last upload that came whole, or was to begin, could not be stored; None where it could."""
+        self._failing: tuple[float, str] | None = None  # when, and why
 
     def adopt(self, settings: Http, token: str | None) -> None:
         """Asks for this token from here on, and takes experts of the size in the settings."""
@@ -78,6 +78,12 @@ class Uploads:
         self._limit = int(settings.upload_bytes)
         if settings.write_token_file:
             _warn_of_readers(self._home.root / settings.write_token_file)
+
+    @property
+    def failing(self) -> str | None:
+        """Why the last upload could not be stored; None where it could, or it was FAILING_SECONDS ago."""
+        when, why = self._failing or (float("-inf"), None)
+        return why if time.monotonic() - when < FAILING_SECONDS else None
 
     def begin(self, expert: str, file: str | None, size: int | None) -> Incoming:
         """A file to write to: the expert itself, or `file` of its folder. `size` in bytes where it is known.
@@ -160,9 +166,12 @@ class Uploads:
                 )
             upload.folder.sync()
             with Folder(self._home.uploads) as uploads:
-                self._enter(uploads, expert)
-            del self._open[expert]
-            upload.folder.close()
+                try:
+                    self._enter(uploads, expert)
+                finally:
+                    if not uploads.holds(expert):  # it is the inbox's now, whatever the disk says of its name there
+                        del self._open[expert]
+                        upload.folder.close()
         return sorted(upload.files.values(), key=lambda file: file.name)
 
     def abandon(self, expert: str) -> None:
@@ -250,10 +259,10 @@ class Uploads:
         try:
             yield
         except OSError as error:
-            self.failing = error.strerror or type(error).__name__
+            self._failing = time.monotonic(), error.strerror or type(error).__name__
             self._failed = self._failed or durable.failed_sync(error) or (error if error.errno == errno.EIO else None)
             raise
-        self.failing = None
+        self._failing = None
 
 
 def write_token(home: Home, settings: Http) -> str | None:

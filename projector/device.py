@@ -59,6 +59,9 @@ LOST = (
 DEVICE = ("CUDA", "CUBLAS", "cublas", "cusolver", "CUSOLVER", "cudaError", "NVIDIA")
 
 
+_here = threading.local()
+
+
 class Failure(Enum):
     """How a device failed."""
 
@@ -175,7 +178,7 @@ class Card(Device):
     def _tried(self, work: Callable[[torch.device], Out]) -> Out:
         if self._lost:
             raise self._gone(None)
-        with self.reading(), self.lane():
+        with self.reading(), _holding(), self.lane():
             return work(self.where)
 
     def _checked(self, ask: Callable[[], None]) -> None:
@@ -258,9 +261,23 @@ class Gate:
 def load(x: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on the device, in this thread's stream; from page-locked memory nobody waits for it.
 
-    On a device it is a copy always: what was read stays as it was, should the work have to be done again.
+    On a device it is a copy always: what was read stays as it was, should the work have to be done again. It is copied
+    when the device comes to it, so that its memory is nobody else's before the lane is left.
     """
-    return x if device == CPU else x.to(device, non_blocking=True, copy=True)
+    if device == CPU:
+        return x
+    _here.held.append(x)
+    return x.to(device, non_blocking=True, copy=True)
+
+
+@contextmanager
+def _holding() -> Iterator[None]:
+    """Keeps what this thread loads: entered around a lane, for nothing is certain to be copied before that is left."""
+    _here.held = []
+    try:
+        yield
+    finally:
+        del _here.held
 
 
 def load_each(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

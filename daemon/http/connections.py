@@ -18,6 +18,7 @@ from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_CONNECTIONS = 2000
+YOUNG_SECONDS = 1.0  # a connection's first request may be on its way for so long
 SHARE = 4  # connections have that part of all descriptors, one in so many; with their files it is twice as much
 TOLD = 32  # connections beyond the bound that are told why, instead of only closed
 REQUEST_SECONDS = 30.0  # for a whole head, and between two requests
@@ -51,8 +52,9 @@ class Guard:
             self._timer = connection.loop.call_later(LOOK_SECONDS, self._look, connection.loop)
         if len(self._all) <= self.most:
             return
-        self._warn(connection.loop.time())
-        idle = next((one for one in self._all if one is not connection and one.idle()), None)
+        now = connection.loop.time()
+        idle = next((one for one in self._all if one is not connection and one.makes_room(now)), None)
+        self._warn(now)
         if idle:
             self._drop(idle)
         elif len(self._all) <= self.most + TOLD:
@@ -69,11 +71,15 @@ class Guard:
         connection.transport.abort()
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        now = loop.time()
-        for connection in list(self._all):
-            if connection.overdue(now, self._stall_seconds):
-                self._drop(connection)
-        self._timer = loop.call_later(LOOK_SECONDS, self._look, loop) if self._all else None
+        self._timer = None
+        try:
+            now = loop.time()
+            for connection in list(self._all):
+                if connection.overdue(now, self._stall_seconds):
+                    self._drop(connection)
+        finally:
+            if self._all:
+                self._timer = loop.call_later(LOOK_SECONDS, self._look, loop)
 
     def _warn(self, now: float) -> None:
         if now - self._logged >= LOG_SECONDS:
@@ -95,7 +101,7 @@ class Connection(H11Protocol):
         self._guard = guard
         self._turned_away = False
         self._exchange: object = None  # what it was about when it was last looked at, and since when
-        self._since = self.loop.time()
+        self._since = self._began = self.loop.time()
         self._window: tuple[float, int] | None = None  # since when something waits for the client; what it had taken
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -120,8 +126,14 @@ class Connection(H11Protocol):
         return True
 
     def idle(self) -> bool:
-        """True where no request is being answered."""
-        return self.cycle is None or self.cycle.response_complete
+        """True where no request is being answered, and no answer is still on its way out."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return bool(answered) and not self.transport.get_write_buffer_size()
+
+    def makes_room(self, now: float) -> bool:
+        """True where it may go for a newcomer: it is idle, and no first request is on its way."""
+        young = self.cycle is None and now - self._began < YOUNG_SECONDS
+        return self.idle() and not young and not self._turned_away
 
     def turn_away(self) -> None:
         """Says that there are too many, and closes our side; what the client has to say is not listened to."""
@@ -159,10 +171,11 @@ class Connection(H11Protocol):
         """How many bytes have reached the client's system. What has left our buffer says little of a slow link: the
         system takes megabytes at a time. Where it does not say, on other systems than Linux, nobody is found slow.
         """
-        if not hasattr(socket, "TCP_INFO"):
-            return int(self.loop.time() * LEAST_BYTES_PER_SECOND) + 1
-        info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, ACKED.size)
-        return int(ACKED.unpack(info)[0])
+        if hasattr(socket, "TCP_INFO"):
+            info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, ACKED.size)
+            if len(info) == ACKED.size and (acked := ACKED.unpack(info)[0]):  # emulated kernels leave it out
+                return int(acked)
+        return int(self.loop.time() * 2 * LEAST_BYTES_PER_SECOND)
 
 
 def hung_up(scope: Scope) -> asyncio.Event:

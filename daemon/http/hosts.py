@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from daemon.config import taking_effect
 from daemon.http.answers import Problem
 from projector.text import shown
 
@@ -24,13 +25,22 @@ class Hosts:
         for any. With none, any name will do, except where only the loopback is listened on.
         """
         self._any = ANY in allowed or (not allowed and not _loopback(bound))
-        self._names = {name.lower().rstrip(".") for name in (bound, *allowed)}
+        self._names = {_name(name) for name in (bound, *allowed)}
 
     def __contains__(self, host: str) -> bool:
-        """True where a Host header is ours. Without one, as HTTP/1.0 may be, no browser is asking."""
+        """True where a Host header is ours. Without one, as HTTP/1.0 may be, no browser is asking; and who asks by an
+        address was led here by no name.
+        """
         name = _name(host)
         below = ("*." + name.split(".", n)[n] for n in range(1, name.count(".") + 1))
-        return self._any or not name or _loopback(name) or name in self._names or not self._names.isdisjoint(below)
+        return (
+            self._any
+            or not host
+            or _is_address(name)
+            or _loopback(name)
+            or name in self._names
+            or not self._names.isdisjoint(below)
+        )
 
 
 class HostCheck:
@@ -49,13 +59,16 @@ class HostCheck:
             421,
             "foreign_host",
             f"this server does not go by the name {shown(host)}",
-            "add that name to http.allowed_hosts in mainstem.toml, or ask by 127.0.0.1 or localhost",
+            taking_effect("add that name to http.allowed_hosts, or ask by 127.0.0.1 or localhost"),
         )
         await problem.response()(scope, receive, send)
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without brackets and port."""
+    """The name in a Host header, or as somebody sets it, without scheme, brackets and port."""
+    host = host.rpartition("://")[2].partition("/")[0]
+    if _is_address(host):  # an IPv6 one without brackets
+        return host
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return name.strip().lower().rstrip(".")
 
@@ -63,7 +76,12 @@ def _name(host: str) -> str:
 def _loopback(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
+    return _is_address(name) and ipaddress.ip_address(name).is_loopback
+
+
+def _is_address(name: str) -> bool:
     try:
-        return ipaddress.ip_address(name).is_loopback
+        ipaddress.ip_address(name)
     except ValueError:
         return False
+    return True

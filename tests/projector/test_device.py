@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from daemon.compute import exact_products
-from projector.device import Device, Failure, Gate, failure
+from projector.device import Device, Failure, Gate, failure, load
 from projector.errors import BadValues, DeviceLost, Reason
 from projector.fold import Driver
 from projector.linalg import eigenvectors
 from projector.methods import make
+from projector.slabs import empty
 from projector.trial import merge, stream
 from projector.watch import SILENT
 from tests.projector.cards import MIB, Listening, PretendCard, accelerator_error, arena
@@ -315,6 +316,18 @@ def test_operands_are_read_straight_into_the_slabs() -> None:
     assert taken.count(512 * 512 * 4) >= 2 * len(experts) + 1, "base, expert and state of each fold"
     gc.collect()
     assert slabs.free_bytes == slabs.nbytes, "all of them have come back"
+
+
+def test_what_is_loaded_stays_put_until_the_lane_is_left() -> None:
+    """The device copies when it comes to it: no other read may take the slab before."""
+    slabs = arena(1)
+
+    def work(device: torch.device) -> int:
+        load(empty(MIB), device)
+        return slabs.free_bytes
+
+    assert PretendCard(slabs=slabs).run(work, 1, "w", SILENT) == 0
+    assert slabs.free_bytes == MIB
 
 
 def test_the_cpu_has_no_slabs_and_no_pool_of_its_own() -> None:

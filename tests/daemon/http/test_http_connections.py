@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from daemon.home import Home
 from daemon.http import HttpServer, connections, create_app
@@ -162,6 +166,7 @@ def closed_by_them(connection: socket.socket) -> bool:
 def test_idle_connections_make_room(line: "Line", monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MOST_CONNECTIONS", 8)
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 60.0)
+    monkeypatch.setattr(connections, "YOUNG_SECONDS", 0.0)
     with serving(line) as address, ExitStack() as open_sockets:
         idle = [open_sockets.enter_context(asking(address, b"")) for _ in range(30)]
         assert until(lambda: sum(map(closed, idle)) == 22, 10)
@@ -188,6 +193,59 @@ def test_who_comes_when_all_are_answered_is_told(line: "Line", monkeypatch: pyte
         for connection in busy[:3]:
             connection.close()
         assert until(lambda: httpx.get(f"http://{host}:{port}/livez", trust_env=False).status_code == 200, 10)
+
+
+def test_never_more_are_answered_than_the_bound(line: "Line", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was turned away is no idle connection that would make room for the next one."""
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 4)
+    line.publish(os.urandom(BUFFERED))
+    with serving(line, 60) as address, ExitStack() as open_sockets:
+        for _ in range(4):
+            open_sockets.enter_context(asking(address, get(FILE), 4096))
+        time.sleep(0.3)
+        for _ in range(20):
+            connection = open_sockets.enter_context(asking(address, get("/livez")))
+            assert connection.recv(1000).startswith(b"HTTP/1.1 503 ")
+
+
+def test_an_answer_that_is_on_its_way_is_not_cut_for_a_newcomer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(connections, "YOUNG_SECONDS", 0.0)
+    whole = os.urandom(BUFFERED)
+
+    async def at_once(request: Request) -> Response:
+        return Response(whole)
+
+    server = HttpServer(Starlette(routes=[Route("/", at_once)]), "127.0.0.1", 0, 60.0)
+    with server as address, asking(address, get("/"), 4096) as slow, ExitStack() as open_sockets:
+        time.sleep(0.3)
+        for _ in range(6):
+            open_sockets.enter_context(asking(address, b""))
+        came = _all_of(slow, len(whole))
+    assert came.endswith(whole)
+
+
+def _all_of(connection: socket.socket, size: int) -> bytes:
+    """What comes until so many bytes of a body are there."""
+    came = bytearray()
+    while len(came.partition(b"\r\n\r\n")[2]) < size:
+        piece = connection.recv(1 << 20)
+        if not piece:
+            break
+        came += piece
+    return bytes(came)
+
+
+def test_a_request_on_its_way_is_not_cut_for_a_newcomer(line: "Line", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(connections, "YOUNG_SECONDS", 30.0)
+    with serving(line, 60) as address, ExitStack() as open_sockets:
+        first, second = (open_sockets.enter_context(asking(address, b"GET /livez HTTP/1.1\r\n")) for _ in range(2))
+        third = open_sockets.enter_context(asking(address, get("/livez")))
+        assert third.recv(1000).startswith(b"HTTP/1.1 503 ")
+        for connection in (first, second):
+            connection.sendall(b"Host: localhost\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
 def test_who_waits_leaves_room_for_others(line: "Line", monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from tests.daemon.processes import running
 if TYPE_CHECKING:
     from tests.daemon.http.conftest import Line
 
-EVIL = ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "localhost.evil.example", "[::2]", "10.0.0.1"]
+EVIL = ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "localhost.evil.example", "::evil", ":80"]
 EVIL += ["notlocalhost", "evil.example#localhost", "x@localhost", "%6cocalhost", "0x7f.1", "2130706433"]
 OURS = [
     "localhost",
@@ -29,6 +29,9 @@ OURS = [
     "[::1]:8765",
     "a.localhost",
     "",
+    "10.0.0.1:8765",  # no name led there
+    "[::2]",
+    "[::ffff:127.0.0.1]:8765",
 ]
 
 
@@ -47,6 +50,7 @@ def test_elsewhere_any_will_do_unless_some_are_named() -> None:
     for host in ("x.models.example", "lab.example", "xlab.example", "evil.example", "example"):
         assert host not in hosts, host
     assert "evil.example" in Hosts("127.0.0.1", ("*",))
+    assert "models.example" in Hosts("127.0.0.1", ("https://models.example:8765/",)), "as people write names"
     assert "192.0.2.7:8765" in Hosts("192.0.2.7", ("models.example",)), "the address that is listened on"
 
 

@@ -374,6 +374,29 @@ def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch, point: str
     assert server.client.get("/readyz").status_code == 200, "it is over"
 
 
+def test_that_an_upload_failed_is_not_told_for_ever(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a proxy that asks /readyz no other upload would come that could clear it."""
+    monkeypatch.setattr("daemon.failpoints._passes", {})
+    monkeypatch.setenv("MAINSTEM_FAILPOINT", "file.create=enospc")
+    assert server.put().status_code == 507
+    assert server.client.get("/readyz").status_code == 503
+    monkeypatch.setattr(uploading, "FAILING_SECONDS", 0.0)
+    assert server.client.get("/readyz").status_code == 200
+
+
+def test_what_has_entered_the_inbox_is_no_upload_any_more(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the disk fails right after the rename: nothing may be written into what is merged."""
+    assert server.put("/v1/experts/mine/files/a", b"a").status_code == 201
+    monkeypatch.setattr("daemon.failpoints._passes", {})
+    monkeypatch.setenv("MAINSTEM_FAILPOINT", "folder.sync=enospc:2")  # the upload's own folder comes first
+    assert server.client.post("/v1/experts/mine/commit", headers=BEARER).status_code == 507
+    monkeypatch.delenv("MAINSTEM_FAILPOINT")
+    assert server.inside() == ["mine"]
+    moved = (server.home.inbox / "mine").rename(server.home.root / "moved")
+    assert server.put("/v1/experts/mine/files/a", b"evil").status_code == 201
+    assert (moved / "a").read_bytes() == b"a"
+
+
 def test_what_could_not_be_begun_can_be_begun_again(server: Server) -> None:
     server.home.uploads.write_bytes(b"in the way")
     for _ in range(2):
