@@ -100,7 +100,11 @@ class Attempts:
             durable.remove(self._home.attempts)
             return
         content = {entry: [tried.failures, tried.deaths] for entry, tried in self._tried.items()}
-        durable.note(self._home.attempts, json.dumps(content).encode())
+        try:
+            durable.note(self._home.attempts, json.dumps(content).encode())
+        except OSError as error:  # a count that is lost with this process is no reason to end it
+            if not durable.is_full(error):
+                raise
 
 
 def _last(tried: Tried) -> int:

@@ -174,7 +174,7 @@ class OpenCheckpoint:
 
     def holds(self, fd: object) -> bool:
         """True for a descriptor of one of its files: an error that names it arose in reading this checkpoint."""
-        return fd in self._stamps
+        return fd in self._stamps or (fd is not None and fd == self._folder)
 
     def close(self) -> None:
         self._closing.close()

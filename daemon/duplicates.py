@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from daemon import durable
@@ -68,7 +69,8 @@ def _tensors(readers: Iterable[TensorReader]) -> Tensors:
 
 def _remove(own: Path, files: list[Path]) -> None:
     for path in files:
-        durable.remove(path)
+        with suppress(PermissionError):  # of another owner, or immutable: to spare room is a favour, no duty
+            durable.remove(path)
     durable.sync_folder(own if own.is_dir() else own.parent)
     if own.is_dir() and not any(own.iterdir()):
         durable.remove(own)

@@ -24,6 +24,7 @@ FOLDER_MODE = 0o755
 COPY_BYTES = 8 << 20
 FLUSH_SECONDS = 0.1
 PROBE_SECONDS = 0.2
+MOST_LEVELS = 32  # of folders in one that was dropped: every path below it stays short enough to be opened
 AT_FDCWD = -100  # of <fcntl.h>: paths count from the current folder
 RENAME_NOREPLACE = 1  # of <linux/fs.h>
 RENAME_EXCHANGE = 2
@@ -238,13 +239,24 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_names(folder_fd: int) -> None:
-    """Makes the names in a folder, and in those below it on its file system, durable."""
-    device = os.fstat(folder_fd).st_dev
-    for _, folders, _, fd in os.fwalk(".", dir_fd=folder_fd):
-        if os.fstat(fd).st_dev == device:
-            sync(fd)
-        else:
-            folders.clear()
+    """Makes the names in a folder, and in those below it on its file system, durable.
+
+    Raises OSError, which names the descriptor, where they lie deeper than MOST_LEVELS: others made them.
+    """
+    device, left = os.fstat(folder_fd).st_dev, [(".", 0)]
+    while left:
+        path, level = left.pop()
+        if level > MOST_LEVELS:
+            raise OSError(errno.ENAMETOOLONG, f"folders lie more than {MOST_LEVELS} deep", folder_fd)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder_fd)
+        try:
+            if os.fstat(fd).st_dev == device:
+                sync(fd)
+                with os.scandir(fd) as entries:
+                    below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+                left += [(f"{path}/{name}", level + 1) for name in below]
+        finally:
+            os.close(fd)
 
 
 def rename(source: Path, target: Path) -> None:

@@ -1,9 +1,10 @@
 """Which merged expert an arrival is once more: by its files, or by its tensors in other files."""
 
 from daemon.admission import naming_of
+from daemon.blame import OUR_SHORTAGE
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import Settings
-from daemon.errors import DaemonError
+from daemon.errors import BadHome, DaemonError
 from daemon.home import Home
 from projector.errors import ProjectorError
 from projector.source import Checkpoint
@@ -52,5 +53,12 @@ def _archived_content(home: Home, expert: Expert, base: Checkpoint, settings: Se
             archived.check(base)
             archived.digest_tensors()
             return archived.content() if archived.identity() == expert.sha256 else None
-    except (DaemonError, ProjectorError, OSError):
+    except (FileNotFoundError, NotADirectoryError, DaemonError, ProjectorError):
         return None
+    except OSError as error:
+        if error.errno in OUR_SHORTAGE:
+            raise
+        raise BadHome(
+            f"{path} cannot be read ({error.strerror}), and an expert came that may be the same",
+            "look for errors of the disk; put it back from a backup, or move it out of archive/, then start again",
+        ) from error

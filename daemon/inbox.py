@@ -117,7 +117,7 @@ class Watcher:
 
     def __init__(self, path: Path, wake: Event) -> None:
         self._observer: BaseObserver = Observer()
-        self._observer.schedule(_Waker(wake), str(path), recursive=True)
+        self._observer.schedule(_Waker(wake), str(path), recursive=False)
 
     def start(self) -> None:
         """Starts listening. Raises OSError where the system offers no (more) watches."""

@@ -122,12 +122,14 @@ class Merger:
                     if expert.unchanged():
                         raise
                     raise changed(drop) from None  # what it found may be half of the old and half of the new
-                except Failed as error:
+                except Failed:
                     if not expert.unchanged():
                         raise changed(drop) from None
-                    if error.reason is Reason.FAULT:
-                        self._check_folds()
                     raise
+        except Failed as error:
+            if error.reason is Reason.FAULT:
+                self._check_folds()
+            raise
         except NotYet as error:
             if error.reason is Reason.CHANGED or drop.rest_seconds < self._settings.inbox.patience_seconds:
                 raise
@@ -196,12 +198,13 @@ class Merger:
                         self._read_out(lines, folded.totals, outputs)
                 with self._progress.phase("fsync"):
                     files.close()
-            versions = [
-                self._seal(line, totals, output, number, new)
-                for line, totals, output in zip(lines, folded.totals, outputs, strict=True)
-            ]
+            with blaming(expert):
+                versions = [
+                    self._seal(line, totals, output, number, new)
+                    for line, totals, output in zip(lines, folded.totals, outputs, strict=True)
+                ]
             self._publish(lines, outputs, number)
-            with self._progress.phase("fsync"):
+            with self._progress.phase("fsync"), blaming(expert):
                 expert.sync()
             hit("commit.before")
             seconds = time.monotonic() - started
@@ -356,6 +359,9 @@ class Merger:
                 outputs = [self._outputs(line, folder, files) for line in lines]
                 folded = self._fold(self._base.as_expert, lines, outputs, files)
                 self._read_out(lines, folded.totals, outputs)
+            for line, output in zip(lines, outputs, strict=True):
+                if line.totals.experts:
+                    self._adapting.write(line.head.name, output.published, output.entries, self._store.base().name)
         except (OSError, RegistryError, DeviceLost, Abandoned):
             raise
         except Exception as error:

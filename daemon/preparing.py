@@ -193,10 +193,15 @@ class _Preparation:
             return
         try:
             reader = TensorReader(self._open(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)), watch=self._driver.watch)
+            made_here = reader.header.metadata == self._key and dict(reader.specs) == self._specs
+            sound = made_here and self._digest.exists() and self._hashed() == self._digest.read_text()
         except BadFile:
-            reader = None
-        made_here = reader and reader.header.metadata == self._key and dict(reader.specs) == self._specs
-        if reader and made_here and self._digest.exists() and self._hashed() == self._digest.read_text():
+            sound = False
+        except OSError as error:
+            if durable.out_of_descriptors(error):
+                raise
+            sound = False  # a disk that fails under what is derived is no reason to stop
+        if sound:
             self._reader, self._ready = reader, set(self._bytes)
             self._stamp = stamp(os.fstat(self._files[0]))
         else:

@@ -4,10 +4,12 @@ A terminal that closes sends the same signal, to what was started in it. Then th
 the process stops as it would by SIGTERM; one that logs elsewhere (a service, nohup) goes on.
 """
 
+import _thread
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Event
 from types import FrameType
 from typing import Any
 
@@ -93,6 +95,31 @@ def _values(settings: Settings) -> dict[str, Any]:
         if isinstance(value, SecretStr)
     }
     return settings.flat() | secrets
+
+
+def wake(*events: Event) -> None:
+    """Sets these from a signal handler. Whoever was interrupted may hold an event's lock, so another thread does it."""
+
+    def set_all() -> None:
+        for event in events:
+            event.set()
+
+    _thread.start_new_thread(set_all, ())  # not Thread.start, which takes locks of its own
+
+
+class Stop(Event):
+    """An event that a signal handler may set: `ask`. It is set at once for whoever looks, soon for whoever waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = False
+
+    def ask(self) -> None:
+        self._asked = True
+        wake(self)
+
+    def is_set(self) -> bool:
+        return self._asked or super().is_set()
 
 
 @contextmanager

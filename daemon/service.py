@@ -27,7 +27,7 @@ from daemon.merger import Merger
 from daemon.metrics import Metrics
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
-from daemon.reloading import Read, Reloading, hearing
+from daemon.reloading import Read, Reloading, Stop, hearing, wake
 from daemon.retention import collect
 from daemon.uploading import Uploads, write_token
 from daemon.watching import Watching
@@ -64,10 +64,11 @@ class Service:
         self._reloading = Reloading(read or (lambda: settings), self._metrics)
         self._health = Health(home)
         self._wake = Event()
-        self._stopping = Event()
+        self._stopping = Stop()
         self._signalled = Event()
         self._not_ready: str | None = "recovering"
         self._busy = False
+        self._interrupted = False
         self._told = 0  # the newest expert that the log has spoken of
         self._attempts: Attempts | None = None  # once the home's lock is held
         self._show: Callable[[float], None] = lambda _: None
@@ -96,10 +97,9 @@ class Service:
         check_heads(self._settings.heads, [head.name for head in store.heads()])
         if http:
             self._serve(closing)
-        recover(self._home, store, self._log.info, self._go_on)
+        self._recover(store, once)
         progress = Progress(self._stopping, self._report, self._fell_back)
         try:
-            collect(self._home, store, self._settings.retention)
             merger = Merger(self._home, store, self._settings, progress)
         except (DaemonError, ProjectorError, Abandoned):
             mark_clean(self._home)  # what this start found sound, the next one need not hash again
@@ -120,6 +120,22 @@ class Service:
         mark_clean(self._home)
         self._log.info("stopped")
 
+    def _recover(self, store: Store, once: bool) -> None:
+        """Makes the home sound; waits for space where that takes some."""
+        while True:
+            try:
+                recover(self._home, store, self._log.info, self._go_on)
+                collect(self._home, store, self._settings.retention)
+                return
+            except (OSError, DiskFull) as error:
+                if once or not _is_full(error):
+                    raise
+                self._show_disk(full=True)
+                self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
+                self._signalled.wait(DISK_FULL_WAIT_SECONDS)
+                self._signalled.clear()
+                self._go_on()
+
     def _go_on(self, _: int = 0) -> None:
         """Raises Abandoned once the daemon is to stop."""
         if self._stopping.is_set():
@@ -127,11 +143,8 @@ class Service:
 
     def _drain_on(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
         """Drains, and goes on where there were no descriptors left for a while."""
-        waited = False
         while True:
             try:
-                if waited:
-                    self._finish(store, merger)  # it may have been in the middle of a move
                 return self._drain(store, merger, progress, watching, once)
             except OSError as error:
                 if once or not durable.out_of_descriptors(error):
@@ -140,7 +153,7 @@ class Service:
                     "too many open files: waiting", error=str(error), hint="raise the limit (ulimit -n, LimitNOFILE=)"
                 )
                 self._stopping.wait(DESCRIPTORS_WAIT_SECONDS)
-                waited = True
+                self._interrupted = True  # perhaps in the middle of a move
 
     def _drain(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
         assert self._attempts
@@ -157,14 +170,17 @@ class Service:
                 continue
             try:
                 scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
                 continue  # to see what became of it
             self._show_inbox(scan)
-            if not scan.moving:
-                self._attempts.keep({drop.entry for drop in scan.settled})
             drops = self._attempts.order(scan.settled)
             waiting = scan.moving + len(scan.settled) - len(drops)
             try:
+                if self._interrupted:
+                    self._finish(store, merger)
+                    self._interrupted = False
+                if not scan.moving:
+                    self._attempts.keep({drop.entry for drop in scan.settled})
                 for drop in drops:
                     if self._stopping.is_set():
                         return
@@ -204,7 +220,7 @@ class Service:
                 self._uploads.tend()
                 try:
                     now = inbox.scan(skip)
-                except (FileNotFoundError, NotADirectoryError):
+                except (FileNotFoundError, NotADirectoryError, PermissionError):
                     self._wake.set()
                     return True
                 self._show_inbox(now)
@@ -418,16 +434,14 @@ class Service:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def stop(*_: int | FrameType | None) -> None:
-            self._stopping.set()
-            self._signalled.set()
-            self._wake.set()
+            self._stopping.ask()
+            wake(self._signalled, self._wake)
             if self._attempts:
                 self._attempts.let_go()  # whatever ends this process now, it is no expert's doing
 
         def reload() -> None:
             self._reloading.asked = True
-            self._signalled.set()
-            self._wake.set()
+            wake(self._signalled, self._wake)
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

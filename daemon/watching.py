@@ -10,6 +10,7 @@ import structlog
 from daemon.home import Home
 from daemon.inbox import Watcher
 
+CLOSED = (errno.EACCES, errno.EPERM)
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP, errno.ENOTCONN)
 
 
@@ -30,10 +31,13 @@ class Watching:
         path, why = self._home.inbox, None
         try:
             status = path.stat()
+            if stat.S_ISDIR(status.st_mode):
+                os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         except OSError as error:
-            if error.errno not in GONE:
+            if error.errno not in (*GONE, *CLOSED):
                 raise
-            why = f"the inbox is gone: {error.strerror}"
+            what = "cannot be listed" if error.errno in CLOSED else "is gone"
+            why = f"the inbox {what}: {error.strerror}"
         else:
             if not stat.S_ISDIR(status.st_mode):
                 why = "the inbox is no folder"
@@ -64,7 +68,7 @@ class Watching:
         watcher = Watcher(self._home.inbox, self._wake)
         try:
             watcher.start()
-        except OSError as error:
-            self._log.warning("no file system events: the inbox is only listed", error=os.strerror(error.errno or 0))
+        except (OSError, RecursionError) as error:  # too many watches, or folders deeper than the library goes
+            self._log.warning("no file system events: the inbox is only listed", error=str(error))
         else:
             self._watcher = watcher

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from daemon.errors import BadConfig, DaemonError, Reason
 from daemon.http.connections import Connection, Guard, hung_up, most_connections
-from daemon.reloading import hearing
+from daemon.reloading import hearing, wake
 
 GRACE_SECONDS = 5  # how long downloads may go on once we stop
 STALL_SECONDS = 60.0
@@ -119,11 +119,11 @@ class HttpServer:
         asked = threading.Event()
 
         def ask(_: int, __: FrameType | None) -> None:
-            asked.set()
+            wake(asked)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with hearing(reload, asked.set):
+            with hearing(reload, lambda: wake(asked)):
                 while not asked.wait(timeout=1) and self._thread.is_alive():
                     pass
                 self.stop()
