@@ -17,7 +17,8 @@ def command(home: HomeOption = None, as_json: JsonOption = False) -> None:
     with reader:
         base, heads, counts = reader.base(), reader.heads(), reader.counts()
         versions = {head.name: reader.version(head.name, head.live) for head in heads}
-    queue = sorted(shown(name) for name in os.listdir(where.inbox) if not TEMPORARY.fullmatch(name))
+    there = os.listdir(where.inbox) if where.inbox.is_dir() else []  # gone: /readyz says so, and the rest is to be seen
+    queue = sorted(shown(name) for name in there if not TEMPORARY.fullmatch(name))
     if as_json:
         print_json(
             {
