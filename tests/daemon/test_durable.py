@@ -227,3 +227,17 @@ def test_a_folder_that_was_opened_is_the_one_that_is_changed(tmp_path: Path) -> 
 def test_removing_a_tree_cannot_be_led_astray() -> None:
     """What others may write to while it is removed: the library promises it where the system can do it."""
     assert shutil.rmtree.avoids_symlink_attacks
+
+
+def test_folders_that_lie_too_deep_are_an_error_of_that_folder(tmp_path: Path) -> None:
+    """Others made them: neither the interpreter's stack nor the process's descriptors may be spent on them."""
+    (tmp_path / "/".join("d" * durable.MOST_LEVELS)).mkdir(parents=True)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        durable.sync_names(fd)
+        (tmp_path / "/".join("d" * (durable.MOST_LEVELS + 1))).mkdir()
+        with pytest.raises(OSError, match="deep") as raised:
+            durable.sync_names(fd)
+        assert raised.value.filename == fd
+    finally:
+        os.close(fd)

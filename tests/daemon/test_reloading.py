@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import httpx
 import pytest
@@ -28,7 +29,7 @@ from daemon.inbox import Drop, Inbox
 from daemon.logs import configure
 from daemon.merger import Merger
 from daemon.progress import Progress
-from daemon.reloading import differences, taken_up
+from daemon.reloading import Stop, differences, taken_up
 from daemon.service import Service
 from projector.head import Folded
 from registry.records import Expert, Status
@@ -390,3 +391,12 @@ def test_a_log_that_nobody_reads_any_more_ends_no_merge(home: Home, base: Path, 
     os.close(writing)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert live(home) == 1 and home.clean.exists()
+
+
+def test_a_signal_that_comes_while_an_events_lock_is_held_is_heard() -> None:
+    """A handler interrupts whoever holds the lock, in the same thread: to wait for it would be for ever."""
+    stop = Stop()
+    with stop._cond:
+        stop.ask()
+        assert stop.is_set()
+    assert stop.wait(10) and Event.is_set(stop)
