@@ -50,11 +50,11 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
             state = keeps_state(home, head, version.number)
             wrong = problems(home, version, hashes=True, state=state, read=checked.read)
             if wrong and (now := reader.head(head.name)) and now != head:  # beside a daemon: it has moved on meanwhile
-                row, state = reader.version(head.name, version.number), keeps_state(home, now, version.number)
-                gone = row is None or row.collected
-                wrong = [] if gone else problems(home, version, hashes=True, state=state, read=checked.read)
-                if gone:
+                row = reader.version(head.name, version.number)
+                if row is None or row.collected:
                     continue
+                state = keeps_state(home, now, version.number)
+                wrong = problems(home, version, hashes=True, state=state, read=checked.read)
             found += wrong or _chain(home, reader, version)
             checked.versions += 1
         plain = home.versions(head.name) / PLAIN

@@ -17,8 +17,7 @@ round differently).
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from daemon.errors import BadConfig
+from projector.linalg import one_thread
 
 DIGIT = 8  # pixels, the side of one image
 FIELD = 24  # pixels, the side of what the network sees
@@ -104,17 +104,6 @@ def _digits() -> _Digits:
     return _Digits(images[:n], labels[:n], images[n:], labels[n:])
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The order of additions, and with it the last bits of the weights, depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def network() -> nn.Module:
     """The untrained network: (n, 24, 24) to ten logits (n, 10). The same weights on every call."""
     with torch.random.fork_rng(devices=[]):
@@ -133,7 +122,7 @@ def network() -> nn.Module:
         )
 
 
-@_one_thread()
+@one_thread()
 def _train(model: nn.Module, task: Task, progress: Progress) -> dict[str, Tensor]:
     """Train in place on `task` and return the float32 weights. `progress` hears one line per epoch."""
     digits = _digits()
@@ -167,7 +156,7 @@ def finetune(base: Mapping[str, Tensor], task: Task, progress: Progress) -> dict
     return _train(_loaded(base), task, progress)
 
 
-@_one_thread()
+@one_thread()
 def accuracy(weights: Mapping[str, Tensor], task: Task) -> float:
     """The share, 0..1, of held-out digits that `weights` reads correctly. Raises BadConfig without scikit-learn."""
     digits = _digits()
