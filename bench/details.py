@@ -240,7 +240,7 @@ def _ended(step: Figures) -> str:
 def _good(found: Figures) -> str:
     judged = {name: one for name, one in found.items() if isinstance(one, Mapping)}
     bad = [name for name, one in judged.items() if not one["good"]]
-    worst = max((one["apart"] for one in judged.values()), default=0.0)
+    worst = max((one["apart"] for one in judged.values() if "apart" in one), default=0.0)
     said = f"{len(judged) - len(bad)} of {len(judged)} methods within 1e-5 and the same bits again"
     return f"{said}, {worst:.1e} at most" + (f"; not {', '.join(bad)}" if bad else "")
 

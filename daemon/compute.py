@@ -78,8 +78,8 @@ def faster_on_card(cpu_seconds: float, card_seconds: float, workers: int) -> boo
 def _card(settings: Compute) -> Device:
     """The CUDA device; with "auto" the CPU, where that is faster or the device does not work."""
     name, log = "cuda" if settings.device == "auto" else settings.device, structlog.get_logger()
-    where = torch.device(name)
-    if (where.index or 0) >= torch.cuda.device_count():
+    where = torch.device("cuda", torch.device(name).index or 0)  # some of torch's functions take no device without one
+    if where.index >= torch.cuda.device_count():
         raise BadConfig(
             f"compute.device is {name}, but torch sees {torch.cuda.device_count()} CUDA devices",
             "set it to auto or cpu, or install a torch built for this machine's GPU",
@@ -125,7 +125,7 @@ def _slabs(settings: Compute) -> Slabs | None:
     try:
         return Slabs(torch.empty(1 << (most.bit_length() - 1), dtype=torch.uint8, pin_memory=True))
     except RuntimeError as error:
-        if failure(error) is not Failure.MEMORY:
+        if failure(error) in (None, Failure.LOST):
             raise
         structlog.get_logger().warning("no page-locked memory: tensors go to the device more slowly", error=str(error))
         return None

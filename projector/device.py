@@ -205,6 +205,8 @@ class Cuda(Card):
     def __init__(self, where: torch.device, budget_bytes: int, slabs: Slabs | None = None) -> None:
         super().__init__(where, budget_bytes, slabs)
         self._mine = threading.local()
+        # torch loads its solvers at their first use, and fails where two threads come to that at once (pytorch 90613).
+        torch.linalg.eigh(torch.eye(2, device=where))
 
     @property
     def name(self) -> str:
