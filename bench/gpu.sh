@@ -8,7 +8,7 @@
 # PYTHON: the python that holds torch (python3). Wheels are unpacked beside each other, so that nothing is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON="${PYTHON:-python3}"
+PYTHON="$(command -v "${PYTHON:-python3}")"
 SITE="$(mktemp -d)"
 trap 'rm -rf "$SITE"' EXIT
 for name in mainstem fusionbench; do

@@ -87,10 +87,11 @@ def memory(device: torch.device, small: bool) -> Iterator[dict[str, Any]]:
     yield {"beyond the budget": {"fallbacks": heard.count, "the_cpus_bits": _same(here, there)}}
     if device.type == "cuda":
         heard = Listening()
+        card = _device(device)
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1e-5)  # less than a matrix
         try:
-            there = merge(make("opcm"), base, experts, Driver(_device(device), watch=heard))[0]
+            there = merge(make("opcm"), base, experts, Driver(card, watch=heard))[0]
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         yield {"out of memory": {"fallbacks": heard.count, "the_cpus_bits": _same(here, there)}}

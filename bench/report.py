@@ -132,7 +132,8 @@ def growth_size(figures: Figures) -> Outcome:
 
 
 def gpu(figures: Figures) -> Outcome:
-    """Prepare + update against merge_linear_weights, which decomposes at every arrival, on the layers that both did."""
+    """Prepare + update, and the update of what is prepared, against merge_linear_weights, which decomposes at every
+    arrival, on the layers that both did. The target is the backlog's."""
     if figures["rehearsal"]:
         return Outcome("-", "not measured: a rehearsal on the CPU")
     layers, peers = (figures["steps"].get(name, {}).get("found", {}) for name in ("layers", "fusionbench"))
@@ -140,12 +141,13 @@ def gpu(figures: Figures) -> Outcome:
     both = [(layer, theirs) for layer, theirs in pairs if layer and theirs]
     if not both:
         return Outcome("-", "not compared: see its steps below")
-    ratios = [theirs / (layer["prepare"] + layer["update"]) for layer, theirs in both]
+    backlogs = [theirs / (layer["prepare"] + layer["update"]) for layer, theirs in both]
+    readies = [theirs / layer["update"] for layer, theirs in both]
     floors = [(layer["update"] + layer["read"]) / max(layer["floor_bytes"], layer["floor_flops"]) for layer, _ in both]
-    said = " and ".join(f"{ratio:.1f}x" for ratio in ratios)
+    behind, ahead, above = (" and ".join(f"{ratio:.3g}" for ratio in all_) for all_ in (backlogs, readies, floors))
     return _judged(
-        f"{said}; ready, at {' and '.join(f'{floor:.1f}' for floor in floors)} times their floor",
-        min(ratios) >= 20 and len(both) == len(figures["shapes"]),
+        f"backlog {behind}x; ready {ahead}x, at {above} times their floor",
+        min(backlogs) >= 20 and len(both) == len(figures["shapes"]),
     )
 
 

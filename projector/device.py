@@ -44,7 +44,7 @@ LOST_CODES = {
 LOST = (
     "illegal memory access",
     "unspecified launch failure",
-    "device-side assert",
+    "device-side assert triggered",  # every error's text speaks of device-side assertions
     "launch timed out",
     "misaligned address",
     "illegal instruction",

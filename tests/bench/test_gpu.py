@@ -120,7 +120,7 @@ def test_the_report_says_what_each_step_found() -> None:
     }
     machine = {**results()["mean"]["machine"], "others": 0.0, "gpu": "a card"}
     whole = document({"gpu": {"machine": machine, "command": "x", "figures": figures}})
-    assert "| >= 20x faster | 30.0x and 30.0x; ready, at 2.0 and 2.0 times their floor | met |" in whole
+    assert "| >= 20x faster | backlog 30 and 30x; ready 150 and 150x, at 2 and 2 times their floor | met |" in whole
     assert "1 of 1 methods within 1e-5" in whole and "1024 float64" in whole
     for name in gpu.STEPS:  # whichever broke, the rest is still said
         broken = {**figures["steps"], name.name: {"status": "failed", "why": "a | b", "seconds": 1.0, "found": {}}}

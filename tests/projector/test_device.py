@@ -32,9 +32,14 @@ CONVERGE = (
     " repeated eigenvalues (error code: 511)."
 )
 ILLEGAL = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported"
+ADVICE = (  # which torch puts below each error of CUDA's
+    "\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html"
+    "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+)
 MEMORY = [
     torch.OutOfMemoryError(OUT_OF_MEMORY),
     accelerator_error("CUDA error: out of memory\nCUDA kernel errors might be reported later", 2),
+    RuntimeError("CUDA error: out of memory" + ADVICE),
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
@@ -47,6 +52,7 @@ ARITHMETIC = [
     RuntimeError(SYEVD),
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasDgemm( handle, opa, opb, m, n, k)`"),
     accelerator_error("CUDA error: no kernel image is available for execution on the device", 209),
+    accelerator_error("CUDA error: invalid argument" + ADVICE, 1),
 ]
 LOST = [
     accelerator_error(ILLEGAL, 700),
