@@ -283,7 +283,14 @@ class Merger:
             naming=asdict(expert.naming),
         )
         if twin := twin_of(
-            self._home, self._store, expert, folded.norm, self._base.tensors, self._settings, again=again
+            self._home,
+            self._store,
+            expert,
+            folded.norm,
+            self._base.tensors,
+            self._settings,
+            again=again,
+            watch=self._progress,
         ):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
         if again and self._store.merged_content(content):  # merged twice, when only the same files were the same expert
@@ -388,6 +395,6 @@ class Merger:
             for head in self._store.heads():
                 point_latest(self._home, head)
             hit("latest.after")
-        placed = place(self._home, self._store, expert)
+        placed = place(self._home, self._store, expert, self._progress)
         collect(self._home, self._store, self._settings.retention)
         return placed

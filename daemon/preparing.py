@@ -198,7 +198,7 @@ class _Preparation:
         except BadFile:
             sound = False
         except OSError as error:
-            if durable.out_of_descriptors(error):
+            if durable.is_short(error):
                 raise
             sound = False  # a disk that fails under what is derived is no reason to stop
         if sound:

@@ -19,16 +19,15 @@ from daemon.latest import PLAIN, point_latest
 from daemon.placing import place_all
 from daemon.retention import finish, remove_whole
 from daemon.uncommitted import leftovers, refuse_ahead, temporaries
+from projector.watch import SILENT, Watch
 from registry.errors import Busy
 from registry.store import Store
 
 UNFINISHED = (".founding", "..founding.tmp", ".clean.tmp", "registry.new", "registry.new-wal", "registry.new-shm")
 
 
-def recover(
-    home: Home, store: Store, say: Callable[..., object], read: Callable[[int], object] = lambda _: None
-) -> None:
-    """Makes the home sound. `say(event, **fields)` hears what was done, `read` of the bytes that are hashed: it may
+def recover(home: Home, store: Store, say: Callable[..., object], watch: Watch = SILENT) -> None:
+    """Makes the home sound. `say(event, **fields)` hears what was done, `watch` of the bytes that are read: it may
     raise, to leave the rest to the next start. Raises BadHome where a live version is damaged.
     """
     hit("recover.begin")
@@ -42,7 +41,7 @@ def recover(
     if unclean:
         say("the last stop was not clean: hashing the live versions")
     refuse_ahead(home, store)
-    _check_live(home, store, hashes=unclean, read=read)
+    _check_live(home, store, hashes=unclean, read=watch.advance)
     durable.remove(home.clean)
     durable.sync_folder(home.state)
     for path in [*leftovers(home, store), *_strays(home, store)]:
@@ -55,12 +54,12 @@ def recover(
         # Others may write there: what cannot be removed stays, and stops no start. A link is removed, not followed.
         with suppress(OSError, RecursionError):
             durable.remove(home.old_uploads)
-    _separate_base(home, store, say)
+    _separate_base(home, store, say, watch)
     finish(home, store)
     for head in store.heads():
         point_latest(home, head)
     hit("recover.swept")
-    place_all(home, store)
+    place_all(home, store, watch)
     hit("recover.end")
 
 
@@ -69,10 +68,10 @@ def mark_clean(home: Home) -> None:
     durable.replace_file(home.clean, b"")
 
 
-def _separate_base(home: Home, store: Store, say: Callable[..., object]) -> None:
+def _separate_base(home: Home, store: Store, say: Callable[..., object], watch: Watch) -> None:
     """A home that an earlier mainstem made shares the base's files with version 0."""
     try:
-        if names := separate(home, store):
+        if names := separate(home, store, watch):
             say("gave the base in state/base files of its own", files=len(names))
     except OSError as error:
         if not durable.is_full(error):
