@@ -1,10 +1,13 @@
 """A duplicate's weights are kept once, nothing else of it is removed, and a rebuild finds them all the same."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,3 +162,24 @@ def test_cut_short_anywhere_it_is_finished_by_recovery(
         assert not list(home.archive(2).rglob("*.safetensors"))
         assert (home.archive(2) / "again" / "config.json").exists()
     assert sound(home)
+
+
+def test_sigterm_while_it_is_compared_ends_that_and_the_next_start_goes_on(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(home, Path(shutil.copytree(tmp_path / "expert", tmp_path / "again")))
+    real = placing.spare
+
+    def told(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*given)
+
+    monkeypatch.setattr(placing, "spare", told)
+    drain(home)
+    twin = experts(home)[1]
+    assert (twin.status, twin.place) == (Status.DUPLICATE, None)
+    assert (home.archive(2) / "again" / "model.safetensors").exists() and home.clean.exists()
+    monkeypatch.undo()
+    drain(home)
+    assert experts(home)[1].place == "archive/000002"
+    assert not (home.archive(2) / "again" / "model.safetensors").exists() and sound(home)

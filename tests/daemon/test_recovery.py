@@ -11,16 +11,21 @@ from uuid import uuid4
 
 import pytest
 
-from daemon import generations
+from daemon import generations, service
 from daemon.errors import BadHome
 from daemon.home import Home
-from daemon.inbox import entry_id
+from daemon.inbox import Drop, entry_id
+from daemon.merger import Merger
 from daemon.placing import place_all
+from daemon.progress import Progress
+from daemon.rebuilding import into
 from daemon.recovery import mark_clean, recover
+from daemon.replay import Console
 from daemon.service import Service
-from registry.records import NewExpert, Status
+from registry.records import Expert, NewExpert, Status
 from registry.store import Store
 from tests.daemon.homes import drain, experts, live, put, quick, tree
+from tests.daemon.test_queue import scan
 from tests.models import write_expert
 
 
@@ -228,15 +233,75 @@ def test_sigterm_while_the_live_version_is_hashed_ends_at_the_next_piece(
     monkeypatch.setattr(generations, "HASH_BYTES", 100)
     pieces = []
 
-    class Told(Service):
-        def _go_on(self, nbytes: int = 0) -> None:
+    class Told(Progress):
+        def advance(self, nbytes: int) -> None:
             pieces.append(nbytes)
             if len(pieces) == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-            super()._go_on(nbytes)
+            super().advance(nbytes)
 
-    Told(home, quick()).run(once=True, http=False)
+    monkeypatch.setattr(service, "Progress", Told)
+    drain(home)
     assert len(pieces) <= 4 and not home.clean.exists()
     assert len(experts(home)) == 1
+    monkeypatch.undo()
     drain(home)
     assert len(experts(home)) == 2 and home.clean.exists()
+
+
+def archived(home: Home, expert: Expert) -> bool:
+    folder = home.archive(expert.id)
+    return expert.place == f"archive/{folder.name}" and (folder / expert.name).exists()
+
+
+def test_a_merged_expert_whose_inbox_was_replaced_is_not_filed_as_archived(
+    home: Home, base: Path, tmp_path: Path
+) -> None:
+    """Nor lost: it is filed once the old folder is back, also under a daemon that runs on."""
+    away, other = home.root / "inbox.old", home.root / "inbox.new"
+    put(home, write_expert(tmp_path / "first.safetensors", base, 2))
+    later = write_expert(tmp_path / "later.safetensors", base, 3)
+
+    class Replaced(Service):
+        def _decide(self, merger: Merger, drop: Drop) -> Expert:
+            decided = super()._decide(merger, drop)
+            if drop.name == "first.safetensors":
+                home.inbox.rename(away)
+                home.inbox.mkdir()
+                put(home, later)
+            return decided
+
+        def _tell(self, expert: Expert, *others: object) -> None:
+            super()._tell(expert, *others)  # type: ignore[arg-type]
+            if expert.name == "later.safetensors":
+                first, second = experts(home)
+                assert (first.status, first.place, archived(home, second)) == (Status.MERGED, None, True)
+                home.inbox.rename(other)
+                away.rename(home.inbox)
+
+    Replaced(home, quick()).run(once=True, http=False)
+    assert [archived(home, expert) for expert in experts(home)] == [True, True] and not os.listdir(home.inbox)
+
+
+def test_a_copy_of_a_merged_expert_that_was_lost_with_its_inbox_takes_its_place(
+    home: Home, base: Path, tmp_path: Path
+) -> None:
+    """As whoever finds the old inbox is likely to do; and a rebuild says where to put it."""
+    path = put(home, write_expert(tmp_path / "first.safetensors", base, 2))
+    copy = Path(shutil.copy(path, tmp_path / "copy.safetensors"))
+    with Store.open(home.registry) as store:
+        running = Merger(home, store, quick(), Console().progress())
+        (drop,) = scan(home).settled
+        expert = running.decide(drop)
+        home.inbox.rename(home.root / "inbox.old")
+        home.inbox.mkdir()
+        assert not running.tidy(expert)
+        running.close()
+    with pytest.raises(BadHome) as refused:
+        into(home, Home(tmp_path / "other"), quick(), None, [], Console())
+    assert str(home.archive(1)) in refused.value.hint
+    put(home, copy)
+    drain(home)
+    into(home, Home(tmp_path / "other"), quick(), None, [], Console())
+    drain(home)
+    assert experts(home)[0].place == "archive/000001" and live(Home(tmp_path / "other")) == 1
