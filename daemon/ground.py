@@ -246,6 +246,14 @@ class _Reading:
     hashing: _Hashing | None
 
 
+def damaged(error: BadFile) -> BadHome:
+    """What to raise where a file of ours cannot be read as what it is."""
+    return BadHome(
+        f"a file of the base or of a head's state is damaged: {error}",
+        "`mainstem verify` names it: restore it from a backup; the experts are still in the inbox",
+    )
+
+
 def touched_meanwhile(what: str) -> NotYet:
     """What to raise where one of our own files was written to while it was read: the expert is taken again."""
     return NotYet(Reason.CHANGED, f"{what} was touched while an expert was merged", "leave it alone: it is private")

@@ -30,7 +30,7 @@ from daemon.compute import check_budget, driver
 from daemon.config import Settings
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.failpoints import hit
-from daemon.ground import Base, States, touched_meanwhile
+from daemon.ground import Base, States, damaged, touched_meanwhile
 from daemon.home import Home
 from daemon.identity import twin_of
 from daemon.inbox import Drop, entry_id
@@ -348,10 +348,7 @@ class Merger:
     def _check_ours(self, error: ProjectorError | Refused, expert: OpenCheckpoint) -> None:
         """Raises BadHome where it was our own state or base that made an expert look bad."""
         if isinstance(error, BadFile) and error.fd is not None and not expert.holds(error.fd):
-            raise BadHome(
-                f"a file of the base or of a head's state is damaged: {error}",
-                "`mainstem verify` names it: restore it from a backup; the expert is still in the inbox",
-            ) from error
+            raise damaged(error) from error
         if isinstance(error, BadMerged):
             self._check_folds()
 
