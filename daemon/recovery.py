@@ -17,6 +17,7 @@ from daemon.ground import separate
 from daemon.home import Home, is_head_name
 from daemon.latest import PLAIN, point_latest
 from daemon.placing import place_all
+from daemon.restoring import restoring
 from daemon.retention import finish, remove_whole
 from daemon.uncommitted import leftovers, refuse_ahead, temporaries
 from projector.watch import SILENT, Watch
@@ -94,15 +95,14 @@ def _check_file_system(home: Home) -> None:
 def _check_live(home: Home, store: Store, *, hashes: bool, read: Callable[[int], object]) -> None:
     for head in store.heads():
         version = store.version(head.name, head.live)
-        found = (
-            problems(home, version, hashes=hashes, extras=False, read=read)
-            if version
-            else [f"version {head.live} is not in the registry"]
-        )
+        if version is None:
+            found, hint = [f"version {head.live} is not in the registry"], "restore the home from a backup"
+        elif found := problems(home, version, hashes=hashes, extras=False, read=read):
+            hint = restoring(home, version, found, read)
         if found:
             raise BadHome(
                 f"head {head.name}, version {head.live} is damaged: {'; '.join(found)}",
-                "restore these files from a backup; `mainstem verify` lists everything that differs",
+                f"{hint}; `mainstem verify` lists everything that differs",
             )
 
 

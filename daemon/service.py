@@ -17,7 +17,7 @@ from daemon.attempts import Attempts
 from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
-from daemon.health import Health, Trouble
+from daemon.health import FREEING, Health, Trouble
 from daemon.home import Home
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan
@@ -267,10 +267,7 @@ class Service:
             self._time(expert, drop, progress, started)
             self._tell(expert, store, log)
         if not moved:
-            hint = (
-                "look at its owner, then remove it; where another folder took the inbox's place, put the old one back"
-            )
-            log.warning("it cannot be moved out of the inbox", id=expert.id, hint=hint)
+            log.warning("it cannot be moved out of the inbox", id=expert.id, hint=FREEING)
         return True
 
     def _decide(self, merger: Merger, drop: Drop) -> Expert:

@@ -147,6 +147,7 @@ def check_listings(home: Home, tmp_path: Path, base: Path) -> None:
         "experts": 3,  # what came a second time is kept once
         "files": len(read),
         "size_bytes": sum(path.stat().st_size for path in read),
+        "hints": [],
         "problems": [],
     }
     verified = forked("verify", *at)

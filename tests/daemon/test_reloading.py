@@ -79,10 +79,10 @@ class Person:
         return one
 
     def drop_again(self, refused: Expert) -> None:
-        """As the hint says: from quarantine/<id>/ back into inbox/."""
+        """As the hint says."""
         assert refused.hint and refused.hint.endswith(
             "; once mainstem.toml says so, `kill -HUP` the daemon (or restart it),"
-            " then move the expert from quarantine/<id>/ back into inbox/"
+            f" then move the expert from quarantine/{refused.id:06d}/ back into inbox/"
         )
         folder = self.home.root / "quarantine" / f"{refused.id:06d}"
         (path,) = (path for path in folder.iterdir() if path.name != "reason.json")
