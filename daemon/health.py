@@ -69,7 +69,7 @@ class Health:
             found.append(Trouble("no_inbox", "the inbox is gone", "make the folder `inbox` in the home again"))
         if "disk_full" not in self._notes and shutil.disk_usage(self._home.root).free < RESERVE_BYTES:
             found.append(
-                Trouble("disk_full", f"less than {RESERVE_BYTES >> 20} MiB of disk are free", "make room for the home")
+                Trouble("disk_full", f"less than {RESERVE_BYTES >> 20} MiB of disk are free", "make room on its disk")
             )
         if beside and not durable.is_locked(self._home.lock):
             found.append(Trouble("no_daemon", "no daemon runs on this home: nothing is merged", "start `mainstem run`"))
