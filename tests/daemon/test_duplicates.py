@@ -7,15 +7,17 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from daemon import durable, placing
+from daemon import duplicates, durable, placing
 from daemon.config import Settings
 from daemon.home import Home
+from daemon.progress import Abandoned, Progress
 from daemon.rebuilding import into
 from daemon.recovery import recover
 from daemon.replay import Console
@@ -183,3 +185,11 @@ def test_sigterm_while_it_is_compared_ends_that_and_the_next_start_goes_on(
     drain(home)
     assert experts(home)[1].place == "archive/000002"
     assert not (home.archive(2) / "again" / "model.safetensors").exists() and sound(home)
+
+
+def test_a_stop_is_heeded_in_the_duplicates_own_files_too(tmp_path: Path) -> None:
+    stopping = Event()
+    stopping.set()
+    path = write_base(tmp_path / "base.safetensors", 1)
+    with pytest.raises(Abandoned):
+        duplicates._tensors_in(path, Progress(stopping, lambda _: None))
