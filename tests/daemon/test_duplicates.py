@@ -170,7 +170,7 @@ def test_sigterm_while_it_is_compared_ends_that_and_the_next_start_goes_on(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(home, Path(shutil.copytree(tmp_path / "expert", tmp_path / "again")))
-    real = placing.spare
+    real = duplicates.spare
 
     def told(*given: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
