@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.errors import DaemonError, NotYet, Reason
 from daemon.generations import problems
+from daemon.ground import Base
 from daemon.home import Home, number
 from daemon.latest import PLAIN, names_by_file, names_by_link
+from daemon.restoring import restoring
 from daemon.retention import keeps_state
 from daemon.uncommitted import ahead
 from projector.errors import ProjectorError
@@ -23,12 +25,14 @@ WITHOUT_WEIGHTS = (Reason.NO_WEIGHTS, Reason.INCOMPLETE, Reason.PICKLE)
 
 @dataclass
 class Checked:
-    """What was read: the base, so many versions and archived experts, in so many files."""
+    """What was read: the base, so many versions and archived experts, in so many files; and what to do about what is
+    wrong with it."""
 
     versions: int = 0
     experts: int = 0
     files: int = 0
     size_bytes: int = 0
+    hints: list[str] = field(default_factory=list)
 
     def read(self, size_bytes: int) -> None:
         """Counts one file."""
@@ -44,6 +48,7 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
     say("the base")
     if _base(home.base, checked) != reader.base().sha256:
         found.append("state/base: its sha256 is not the registry's")
+        checked.hints.append(f"the base: {_restoring_base(home, reader)}")
     for head in reader.heads():
         for version in reader.versions(head.name, newest_first=False, include_collected=False):
             say(f"{head.name} version {version.number}")
@@ -55,6 +60,9 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
                     continue
                 state = keeps_state(home, now, version.number)
                 wrong = problems(home, version, hashes=True, state=state, read=checked.read)
+            if wrong:
+                hint = restoring(home, version, wrong)
+                checked.hints.append(f"{head.name} version {version.number}: {hint}")
             found += wrong or _chain(home, reader, version)
             checked.versions += 1
         plain = home.versions(head.name) / PLAIN
@@ -66,7 +74,11 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
     for expert in _every(reader):
         if expert.status is not Status.QUARANTINED and expert.place:
             say(expert.place)
-            found += _archived(home, expert, checked)
+            wrong = _archived(home, expert, checked)
+            if wrong:
+                hint = "put it back from a backup: only `mainstem rebuild` reads it, which can also leave it out"
+                checked.hints.append(f"{expert.place}: {hint}")
+            found += wrong
     return checked, found
 
 
@@ -121,6 +133,17 @@ def _base(path: Path, checked: Checked) -> str | None:
             return _identity(checkpoint, checked)
     except (DaemonError, ProjectorError, OSError):
         return None
+
+
+def _restoring_base(home: Home, reader: Reader) -> str:
+    """What to do about a base that is not the registry's: as a merge would say it."""
+    try:
+        with Base(home, reader) as base:
+            base.check()
+            base.confirm()
+    except DaemonError as error:
+        return error.hint
+    return "it has changed meanwhile: verify again"
 
 
 def _identity(checkpoint: OpenCheckpoint, checked: Checked) -> str:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -195,7 +196,7 @@ def killed_with(home: Home, drop: Drop) -> Attempts:
     return Attempts(home)
 
 
-def test_who_is_in_hand_whenever_the_process_dies_is_refused_at_last(waiting: Home) -> None:
+def test_who_is_in_hand_whenever_the_process_dies_is_refused_at_last(waiting: Home, base: Path, tmp_path: Path) -> None:
     bad, good = scan(waiting).settled
     for deaths in range(1, DEATHS):
         tries = killed_with(waiting, bad)
@@ -208,7 +209,30 @@ def test_who_is_in_hand_whenever_the_process_dies_is_refused_at_last(waiting: Ho
         ("bad.safetensors", "fault"),
     ]
     assert "killed 5 times" in (experts(waiting)[1].detail or "")
-    assert not waiting.attempts.exists()
+    assert json.loads(waiting.attempts.read_text()) == {"tries": {}, "blamed": "bad.safetensors"}
+    put(waiting, write_expert(tmp_path / "next.safetensors", base, 4))
+    drain(waiting)
+    assert experts(waiting)[2].status is Status.MERGED and not waiting.attempts.exists()
+
+
+def test_of_two_in_a_row_the_home_is_to_blame_until_something_is_merged(waiting: Home) -> None:
+    bad, good = scan(waiting).settled
+    (waiting.root / "aside").mkdir()
+    aside = (waiting.inbox / "good.safetensors").rename(waiting.root / "aside" / "good.safetensors")
+    for _ in range(DEATHS):
+        killed_with(waiting, bad)
+    drain(waiting)
+    aside.rename(waiting.inbox / "good.safetensors")
+    for _ in range(2):
+        for _ in range(DEATHS):
+            killed_with(waiting, good)
+        with pytest.raises(BadHome, match=r"while it merged good\.safetensors, and before .* merged bad\.safetensors"):
+            drain(waiting)
+        assert [one.name for one in experts(waiting)] == ["bad.safetensors"]
+    drain(waiting)  # the machine was mended: what the hint says is enough
+    shutil.move(waiting.quarantine(1) / "bad.safetensors", waiting.inbox)
+    drain(waiting)
+    assert [one.status for one in experts(waiting)[1:]] == [Status.MERGED] * 2 and not waiting.attempts.exists()
 
 
 def test_where_the_process_dies_of_every_expert_none_is_to_blame(waiting: Home) -> None:

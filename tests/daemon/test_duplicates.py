@@ -1,18 +1,23 @@
 """A duplicate's weights are kept once, nothing else of it is removed, and a rebuild finds them all the same."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from daemon import durable, placing
+from daemon import duplicates, durable, placing
 from daemon.config import Settings
 from daemon.home import Home
+from daemon.progress import Abandoned, Progress
 from daemon.rebuilding import into
 from daemon.recovery import recover
 from daemon.replay import Console
@@ -159,3 +164,32 @@ def test_cut_short_anywhere_it_is_finished_by_recovery(
         assert not list(home.archive(2).rglob("*.safetensors"))
         assert (home.archive(2) / "again" / "config.json").exists()
     assert sound(home)
+
+
+def test_sigterm_while_it_is_compared_ends_that_and_the_next_start_goes_on(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(home, Path(shutil.copytree(tmp_path / "expert", tmp_path / "again")))
+    real = duplicates.spare
+
+    def told(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*given)
+
+    monkeypatch.setattr(placing, "spare", told)
+    drain(home)
+    twin = experts(home)[1]
+    assert (twin.status, twin.place) == (Status.DUPLICATE, None)
+    assert (home.archive(2) / "again" / "model.safetensors").exists() and home.clean.exists()
+    monkeypatch.undo()
+    drain(home)
+    assert experts(home)[1].place == "archive/000002"
+    assert not (home.archive(2) / "again" / "model.safetensors").exists() and sound(home)
+
+
+def test_a_stop_is_heeded_in_the_duplicates_own_files_too(tmp_path: Path) -> None:
+    stopping = Event()
+    stopping.set()
+    path = write_base(tmp_path / "base.safetensors", 1)
+    with pytest.raises(Abandoned):
+        duplicates._tensors_in(path, Progress(stopping, lambda _: None))

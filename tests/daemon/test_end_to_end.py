@@ -147,6 +147,7 @@ def check_listings(home: Home, tmp_path: Path, base: Path) -> None:
         "experts": 3,  # what came a second time is kept once
         "files": len(read),
         "size_bytes": sum(path.stat().st_size for path in read),
+        "hints": [],
         "problems": [],
     }
     verified = forked("verify", *at)
@@ -299,7 +300,8 @@ def test_damage_is_named_and_stops_the_start(someone: Path, tmp_path: Path) -> N
     home.clean.unlink()
     verified = forked("verify", "--home", home.root)
     assert verified.returncode == 1
-    problem, line = (verified.stdout + verified.stderr).splitlines()
+    problem, hint, line = (verified.stdout + verified.stderr).splitlines()
+    assert f"cp {home.base / WEIGHTS} {weights}" in hint
     assert problem.startswith("published/main/000000/model.safetensors: ") and line.endswith(" read, 1 problem")
     started = forked("run", "--once", "--no-http", "--home", home.root)
     assert started.returncode == 1 and "damaged" in started.stderr and "hint:" in started.stderr

@@ -1,17 +1,22 @@
 """The same tensors in other files are the same expert; anything else is another."""
 
 import json
+import os
 import shutil
+import signal
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from daemon import identity
+from daemon.checkpoint import OpenCheckpoint
 from daemon.config import Settings
 from daemon.home import Home
 from daemon.inspection import inspect
@@ -181,3 +186,23 @@ def test_what_was_merged_twice_before_is_rebuilt_as_it_was(merged: tuple[Home, W
         put(one, Path(shutil.copy(tmp_path / "third.safetensors", tmp_path / "copy.safetensors")))
         drain(one)
         assert experts(one)[-1].status is Status.DUPLICATE and live(one) == 2
+
+
+def test_sigterm_is_heeded_while_an_archived_expert_is_read(
+    merged: tuple[Home, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, weights = merged
+    forget(home)
+    put(home, with_metadata(weights, tmp_path))
+    real = identity.open_path
+
+    def told(*given: Any, **more: Any) -> OpenCheckpoint:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given, **more)
+
+    monkeypatch.setattr(identity, "open_path", told)
+    drain(home)
+    assert len(experts(home)) == 1 and os.listdir(home.inbox) == ["again.safetensors"]
+    monkeypatch.undo()
+    drain(home)
+    assert experts(home)[1].duplicate_of == 1

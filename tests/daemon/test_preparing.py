@@ -1,9 +1,11 @@
 """What is prepared between experts: it changes no bit, it can be lost, and an arrival does not wait for it."""
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
 
@@ -11,14 +13,17 @@ import pytest
 from torch import equal
 
 from daemon import durable
-from daemon.home import Home
+from daemon.errors import BadHome
+from daemon.home import STATE_FILE, Home
 from daemon.merger import Merger
 from daemon.progress import Progress
 from daemon.service import Service
+from daemon.verification import verify
 from registry.store import Store
-from tests.daemon.homes import MAIN, count, drain, latest, live, make_home, put, quick, tree
+from tests.daemon.homes import MAIN, count, drain, latest, lineage, live, make_home, put, quick, tree
 from tests.daemon.test_queue import scan
 from tests.models import write_base, write_expert
+from tests.projector.test_many_tensors import steps_of
 
 
 def never() -> bool:
@@ -190,3 +195,30 @@ def wait(true: Callable[[], bool], seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < deadline, "it did not come true"
         time.sleep(0.02)
+
+
+def test_how_far_it_is_costs_nothing_to_say(home: Home, base: Path, tmp_path: Path) -> None:
+    """A scrape may come at any moment, and a model may have tens of thousands of tensors."""
+    shares = []
+    with merging(home) as take:
+        preparations = take(write(tmp_path, base, 2)).preparations
+        sizes = preparations._heads["main"]._bytes
+        assert len(sizes) > 1
+        cost = steps_of(lambda: preparations.share("main"))
+        preparations.work(lambda: shares.append(preparations.share("main")) or False)  # type: ignore[func-returns-value]
+        assert steps_of(lambda: preparations.share("main")) == cost < 6
+    ready = [round(share * sum(sizes.values())) for share in dict.fromkeys([*shares, 1.0])]
+    assert [after - before for before, after in pairwise(ready)] == list(sizes.values())
+
+
+def test_a_state_that_is_cut_short_while_it_is_prepared_from_ends_the_daemon_with_a_hint(
+    home: Home, base: Path, tmp_path: Path
+) -> None:
+    with merging(home) as take:
+        preparations = take(write(tmp_path, base, 2)).preparations
+        os.truncate(home.head_state("main", 1) / STATE_FILE, 100)
+        with pytest.raises(BadHome, match="head's state is damaged") as ended:
+            preparations.work(never)
+    assert "mainstem verify" in ended.value.hint
+    with lineage(home) as reader:
+        assert any("state/heads/main/000001" in found for found in verify(home, reader, lambda _: None)[1])
