@@ -348,9 +348,11 @@ class Service:
 
         Raises `error` itself where it means anything but a full disk, or where there is nobody to wait.
         """
+        if not _is_full(error):
+            raise error
         wait = not merger.preparations.discard()  # that may be room enough
         while not self._stopping.is_set():
-            if not _is_full(error) or (wait and once):
+            if wait and once:
                 raise error
             if wait:
                 self._show_disk(full=True)
@@ -364,6 +366,8 @@ class Service:
                 self._finish(store, merger)
                 return
             except (OSError, DiskFull) as again:
+                if not _is_full(again):
+                    raise
                 error = again
 
     def _reload(self, store: Store, merger: Merger, inbox: Inbox) -> None:
