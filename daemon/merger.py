@@ -174,7 +174,7 @@ class Merger:
         with ExitStack() as closing:
             try:  # anew for each: another folder may have taken the inbox's place
                 inbox = os.open(self._home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
                 raise changed(drop) from None
             closing.callback(os.close, inbox)
             with blaming():

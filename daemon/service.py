@@ -367,6 +367,8 @@ class Service:
                 self._finish(store, merger)
                 return
             except (OSError, DiskFull) as again:
+                if not _is_full(again):
+                    raise
                 error = again
 
     def _reload(self, store: Store, merger: Merger, inbox: Inbox) -> None:

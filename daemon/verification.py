@@ -16,7 +16,7 @@ from daemon.retention import keeps_state
 from daemon.uncommitted import ahead
 from projector.errors import ProjectorError
 from registry.errors import Damaged
-from registry.records import Expert, Status, Version
+from registry.records import Expert, Head, Status, Version
 from registry.store import Reader
 
 PAGE = 1000
@@ -66,9 +66,8 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
             found += wrong or _chain(home, reader, version)
             checked.versions += 1
         plain = home.versions(head.name) / PLAIN
-        live = (reader.head(head.name) or head).live
         for path, names in ((home.latest(head.name), names_by_link), (plain, names_by_file)):
-            if names(path) != number(live):
+            if (live := _left_behind(reader, head, path, names)) is not None:
                 found.append(f"published/{head.name}/{path.name} does not name version {live}")
     found += [f"{path.relative_to(home.root)}: the registry does not know it" for path in ahead(home, reader)]
     for expert in _every(reader):
@@ -96,6 +95,18 @@ def _registry(reader: Reader) -> list[str]:
     except Damaged as error:
         return [str(error)]
     return []
+
+
+def _left_behind(reader: Reader, head: Head, path: Path, names: Callable[[Path], str | None]) -> int | None:
+    """The live version that `path` should name and does not. Not while the expert that made it is still in the inbox:
+    the daemon turns `path` to it first, and then moves the expert.
+    """
+    live = head.live
+    for _ in range(2):  # it may have been turned, and the expert moved, between the two looks
+        live = (reader.head(head.name) or head).live
+        if names(path) == number(live) or live in {expert.version for expert in reader.unplaced()}:
+            return None
+    return live
 
 
 def _chain(home: Home, reader: Reader, version: Version) -> list[str]:

@@ -1,5 +1,6 @@
 """A duplicate's weights are kept once, nothing else of it is removed, and a rebuild finds them all the same."""
 
+import errno
 import json
 import os
 import shutil
@@ -122,6 +123,24 @@ def test_one_of_another_weight_does_not_take_that_place(home: Home, tmp_path: Pa
     shutil.rmtree(home.archive(1))
     kept = again(home, tmp_path, heavier)
     assert (kept / "again" / "model.safetensors").exists() and not home.archive(1).exists()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_may_not_be_removed_stays_and_ends_nothing(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    """Immutable, or of another owner in a sticky folder: the others go all the same."""
+    real, denied = os.unlink, "model.safetensors" if shards == 1 else "model-00001-of-00002.safetensors"
+
+    def unlink(path: Any, **more: Any) -> None:
+        if Path(path).name == denied and home.archive(2) in Path(path).parents:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        real(path, **more)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    kept = again(home, tmp_path, sharded if shards == 2 else lambda folder: None)
+    assert [path.name for path in kept.rglob("*.safetensors")] == [denied]
+    assert experts(home)[-1].place and not os.listdir(home.inbox) and sound(home)
 
 
 class PowerCut(BaseException):

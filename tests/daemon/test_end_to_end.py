@@ -201,6 +201,17 @@ def test_a_home_can_be_named_in_three_ways(someone: Path) -> None:
     assert "is fine" in asked("config", "check", "--home", someone / "home")
 
 
+@pytest.mark.parametrize("there", ["nothing", "file"])
+def test_status_is_shown_without_an_inbox(someone: Path, tmp_path: Path, there: str) -> None:
+    home = Home(shutil.copytree(someone / "home", tmp_path / "home", symlinks=True))
+    home.inbox.rmdir()
+    if there == "file":
+        home.inbox.touch()
+    status = json.loads(asked("status", "--json", "--home", home.root))
+    assert status["inbox"] == [] and [head["name"] for head in status["heads"]] == ["main"]
+    assert "inbox  0 waiting" in asked("status", "--home", home.root)
+
+
 def test_methods_are_listed_with_what_can_be_set() -> None:
     listed = {method["name"]: method for method in json.loads(asked("methods", "--json"))}
     assert {"opcm", "ema", "mean", "task_arithmetic"} <= listed.keys()

@@ -1,5 +1,6 @@
 """What is prepared between experts: it changes no bit, it can be lost, and an arrival does not wait for it."""
 
+import errno
 import os
 import shutil
 import time
@@ -8,12 +9,14 @@ from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 from torch import equal
 
-from daemon import durable
+from daemon import durable, preparing
 from daemon.errors import BadHome
+from daemon.generations import FileEntry
 from daemon.home import STATE_FILE, Home
 from daemon.merger import Merger
 from daemon.progress import Progress
@@ -114,6 +117,53 @@ def test_a_file_that_is_not_what_was_finished_is_thrown_away(
     with Store.open(home.registry) as store:
         again = Merger(home, store, quick(), Progress(Event(), lambda share: None))
         assert again.preparations.share("main") == 0 and not path.exists()
+        again.close()
+
+
+def unreadable(path: Path, where: str) -> pytest.MonkeyPatch:
+    """The disk fails under this file from here on: when it is opened, in its header, or when it is hashed."""
+    patch, opened, preadv, hashed = pytest.MonkeyPatch(), os.open, os.preadv, preparing.entry
+    failed = OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    def at_open(name: Any, *args: Any, **more: Any) -> int:
+        if name == path:
+            raise failed
+        return opened(name, *args, **more)
+
+    def at_reading(fd: int, *args: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(path):
+            raise failed
+        return preadv(fd, *args)
+
+    def at_hashing(name: Path, *args: Any, **more: Any) -> FileEntry:
+        if name == path:
+            raise failed
+        return hashed(name, *args, **more)
+
+    if where == "opened":
+        patch.setattr(os, "open", at_open)
+    elif where == "its header":
+        patch.setattr(os, "preadv", at_reading)
+    else:
+        patch.setattr(preparing, "entry", at_hashing)
+    return patch
+
+
+@pytest.mark.parametrize("where", ["opened", "its header", "hashed"])
+def test_a_file_that_cannot_be_read_is_made_anew(home: Home, base: Path, tmp_path: Path, where: str) -> None:
+    with merging(home) as take:
+        take(write(tmp_path, base, 2)).preparations.work(never)
+    path = home.prepared("main", 1)
+    before = path.read_bytes()
+    with Store.open(home.registry) as store:
+        patch = unreadable(path, where)
+        try:
+            again = Merger(home, store, quick(), Progress(Event(), lambda share: None))
+        finally:
+            patch.undo()
+        assert again.preparations.share("main") == 0 and again.preparations.missing and not path.exists()
+        again.preparations.work(never)
+        assert again.preparations.share("main") == 1 and path.read_bytes() == before
         again.close()
 
 

@@ -1,5 +1,6 @@
 """Recovery, step by step on homes left in known states. The crash tests find the states by crashing."""
 
+import errno
 import json
 import os
 import re
@@ -8,11 +9,14 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from daemon import generations, service
+from daemon import durable, generations, service
+from daemon.durable import SyncFailed
 from daemon.errors import BadHome
 from daemon.home import Home
 from daemon.inbox import Drop, entry_id
@@ -371,3 +375,61 @@ def test_a_base_that_is_spoilt_too_is_not_offered_for_version_0(home: Home) -> N
     with lineage(home) as reader:
         checked, _ = verify(home, reader, lambda _: None)
     assert not any("cp " in hint for hint in checked.hints) and "backup" in checked.hints[1]
+
+
+def test_a_sync_that_fails_while_it_is_being_stopped_leaves_no_clean_mark(
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The move out of the inbox is not durable then, and only the next start finds out."""
+    put(home, write_expert(tmp_path / "a.safetensors", base, 2))
+    fsync = os.fsync
+
+    def failing(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(home.inbox) and not os.listdir(home.inbox):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(SyncFailed):
+            Service(home, quick()).run(http=False)
+    assert not home.clean.exists() and [one.version for one in experts(home)] == [1]
+    drain(home)
+    assert home.clean.exists() and experts(home)[0].place
+
+
+def test_a_start_waits_for_space_unless_it_is_to_drain_once(
+    merged: Home, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.close()
+    plain = merged.versions("main") / "LATEST"
+    plain.write_text("000001\n")  # to be put right
+    full, create = Event(), durable.create
+
+    def creating(path: Path, *args: Any, **more: Any) -> int:
+        if full.is_set() and path.name == ".LATEST.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return create(path, *args, **more)
+
+    class Waiting(Service):
+        waits = 0
+
+        def _show_disk(self, *, full: bool) -> None:
+            super()._show_disk(full=full)
+            self.waits += full
+            if self.waits == 3:
+                make_room()
+            if not full:
+                self._stopping.ask()
+
+    make_room = full.clear
+    full.set()
+    monkeypatch.setattr(durable, "create", creating)
+    monkeypatch.setattr(service, "DISK_FULL_WAIT_SECONDS", 0.01)
+    with pytest.raises(OSError, match="No space left"):
+        drain(merged)
+    daemon = Waiting(merged, quick())
+    daemon.run(http=False)
+    assert daemon.waits == 3 and plain.read_text() == "000002\n"
+    assert not daemon._health._notes, "it is over"
