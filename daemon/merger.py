@@ -70,7 +70,7 @@ class Merger:
         self._base = Base(home, store, progress)
         self._states = States(home, progress)
         self._base_config = read_config(home.base)
-        self._plan = planned(self._base.tensors.schema, settings.publish)
+        self._plan = planned(self._base.checkpoint, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._base_norm: float | None = None
         reserved = self._driver.device.slab_bytes
@@ -317,6 +317,7 @@ class Merger:
                 output.state_entry,
                 totals,
                 origin=origin(self._store, expert),
+                beside=self._base.beside,
                 dtype=self._settings.publish.dtype,
                 record=output.record_entry,
                 approximate=line.method.approximate,
@@ -357,7 +358,7 @@ class Merger:
         try:
             with ExitStack() as files:
                 outputs = [self._outputs(line, folder, files) for line in lines]
-                folded = self._fold(self._base.as_expert, lines, outputs, files)
+                folded = self._fold(self._base.checkpoint, lines, outputs, files)
                 self._read_out(lines, folded.totals, outputs)
             for line, output in zip(lines, outputs, strict=True):
                 if line.totals.experts:
