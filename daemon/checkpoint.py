@@ -172,6 +172,11 @@ class OpenCheckpoint:
         except OSError:  # of a server that has forgotten the file
             return False
 
+    @property
+    def folder(self) -> int | None:
+        """The descriptor of the folder that it is; None of a file."""
+        return self._folder
+
     def holds(self, fd: object) -> bool:
         """True for a descriptor of one of its files: an error that names it arose in reading this checkpoint."""
         return fd in self._stamps or (fd is not None and fd == self._folder)

@@ -72,7 +72,7 @@ def companions(folder: Path, weights: Sequence[str] = ()) -> Companions:
     BadHome where there are too many.
     """
     roots = [folder.resolve(), *{(folder / name).resolve().parent for name in weights if (folder / name).is_symlink()}]
-    modules = _modules(folder)
+    modules = modules_of(folder)
     files: list[str] = []
     left_out: list[str] = []
     for path in _walk(folder, folder, left_out):
@@ -138,7 +138,7 @@ def _why_not(path: Path, name: str, roots: Sequence[Path], modules: Sequence[str
     return None
 
 
-def _modules(folder: Path) -> Sequence[str]:
+def modules_of(folder: Path) -> Sequence[str]:
     """The folders of a sentence-transformers model's modules, as globs."""
     path = folder / "modules.json"
     if not path.is_file() or path.stat().st_size > MAX_MODULES_BYTES:

@@ -19,6 +19,7 @@ from daemon.generations import FileEntry, entry, manifest, names_below
 from daemon.home import CARD, MANIFEST, Home
 from daemon.latest import point_latest
 from daemon.layout import WEIGHTS
+from daemon.modules import check_pickled
 from daemon.sealing import copy_files, read_about_base, sync_folders
 from projector.errors import ProjectorError
 from projector.measure import count_finite
@@ -135,6 +136,7 @@ def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home, copies: int) 
     source = base.resolve()
     weights = [file.name for file in checkpoint.files]
     beside = companions(source, weights) if source.is_dir() else Companions((), ())
+    check_pickled(source, beside.files)
     size = sum(file.reader.header.size for file in checkpoint.files) * copies
     size += sum((source / name).stat().st_size for name in beside.files) * copies
     free = shutil.disk_usage(home.root).free

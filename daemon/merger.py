@@ -36,6 +36,7 @@ from daemon.identity import twin_of
 from daemon.inbox import Drop, entry_id
 from daemon.latest import point_latest
 from daemon.lines import Line, read_lines
+from daemon.modules import check_modules
 from daemon.outputs import Outputs, planned
 from daemon.placing import place
 from daemon.preparing import Preparations
@@ -115,6 +116,8 @@ class Merger:
                 try:
                     with blaming(expert):
                         expert.check(self._base.tensors, base_config)
+                        if not again:
+                            check_modules(expert.folder, self._home.base)
                         expert.digest_tensors()
                     return self._merge(drop, expert, again)
                 except (ProjectorError, Refused) as error:
