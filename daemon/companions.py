@@ -17,9 +17,11 @@ from daemon.adapter import ADAPTER
 from daemon.errors import BadHome
 from daemon.home import ADAPTER_FOLDER, CARD, MANIFEST, Home
 from daemon.layout import SUFFIX
+from daemon.pull.manifest import is_plain
 from projector.text import shown
 
 MOST_BYTES = 256 << 20  # of one file: the largest tokenizers have about 40 MB, and every version has a copy
+MOST_BYTES_TOGETHER = 1 << 30
 MOST_FILES = 2000
 MOST_DEEP = 8
 MOST_SAID = 20
@@ -47,6 +49,7 @@ OURS = (CARD.lower(), MANIFEST, ADAPTER, ABOUT)
 """What every version has of its own, and what would make an adapter of its folder."""
 NOT_BELOW = ("checkpoint-*", "global_step*", "__pycache__", "runs", "wandb", "mlruns", "node_modules", ADAPTER_FOLDER)
 MODULE = "[0-9]_[A-Z]*"  # a folder of sentence-transformers, such as 2_Dense
+KENLM = b"mmap lm http://kheafield.com/code"
 _INDEX = re.compile(r".+\.(safetensors|bin|h5|msgpack|onnx)\.index(\.\w+)?\.json")
 
 
@@ -69,12 +72,13 @@ def companions(folder: Path, weights: Sequence[str] = ()) -> Companions:
 
     The weights of a module of sentence-transformers, in a folder of its own, are: no expert brings them. A link is
     followed where it stays in the folder, or leads to where the weights themselves are (as in the hub's cache). Raises
-    BadHome where there are too many.
+    BadHome where there is too much.
     """
     roots = [folder.resolve(), *{(folder / name).resolve().parent for name in weights if (folder / name).is_symlink()}]
     modules = modules_of(folder)
     files: list[str] = []
     left_out: list[str] = []
+    size = 0
     for path in _walk(folder, folder, left_out):
         name = path.relative_to(folder).as_posix()
         if name in weights:
@@ -82,11 +86,13 @@ def companions(folder: Path, weights: Sequence[str] = ()) -> Companions:
         why = _why_not(path, name, roots, modules)
         if why is None:
             files.append(name)
+            size += 0 if name.endswith(SUFFIX) else path.stat().st_size
         elif why:
             left_out.append(f"{shown(name)} ({why})")
-        if len(files) > MOST_FILES:
+        if len(files) > MOST_FILES or size > MOST_BYTES_TOGETHER:
             raise BadHome(
-                f"{shown(str(folder))} holds more than {MOST_FILES} files beside its weights",
+                f"{shown(str(folder))} holds more than {MOST_FILES} files, or {MOST_BYTES_TOGETHER} bytes, beside its "
+                "weights",
                 "copy the model alone into a folder of its own: every version has a copy of them all",
             )
     return Companions(sorted(files), left_out)
@@ -119,11 +125,13 @@ def _why_not(path: Path, name: str, roots: Sequence[Path], modules: Sequence[str
     lower = path.name.lower()
     if name.lower() in OURS or _INDEX.fullmatch(lower):
         return ""
-    if not path.is_file():
-        return "no file"
+    if not path.is_file() or not os.access(path, os.R_OK):
+        return "no file, or none that can be read"
+    if not is_plain(name):
+        return "no pull takes such a name"
     if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
         return "a link that leads out of the folder"
-    if lower.endswith(WEIGHTS):
+    if lower.endswith(WEIGHTS) and not _is_language_model(path):
         above = name.rpartition("/")[0]
         of_module = lower.endswith(SUFFIX) and any(fnmatchcase(above, module) for module in modules)
         return None if of_module else "weights"
@@ -136,6 +144,12 @@ def _why_not(path: Path, name: str, roots: Sequence[Path], modules: Sequence[str
     if (size := path.stat().st_size) > MOST_BYTES:
         return f"{size} bytes, {MOST_BYTES} at the most"
     return None
+
+
+def _is_language_model(path: Path) -> bool:
+    """True for what a speech model's decoder looks words up in: named as weights often are, and nobody's weights."""
+    with path.open("rb") as file:
+        return path.suffix == ".bin" and file.read(len(KENLM)) == KENLM
 
 
 def modules_of(folder: Path) -> Sequence[str]:

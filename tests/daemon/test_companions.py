@@ -133,7 +133,7 @@ def test_a_link_is_followed_to_where_the_weights_are_and_nowhere_else(tmp_path: 
     assert found.files == ["again.txt", "vocab.txt"]
     assert sorted(found.left_out) == [
         "dict (a link to a folder)",
-        "gone.json (no file)",
+        "gone.json (no file, or none that can be read)",
         "merges.txt (a link that leads out of the folder)",
     ]
 
@@ -147,11 +147,25 @@ def test_what_is_huge_too_deep_or_not_to_be_read_is_left_out(tmp_path: Path, mon
         f"{room.MOST_BYTES + 1} bytes, {room.MOST_BYTES} at the most)",
         "a folder that lies too deep, or cannot be read)",
     ]
-    monkeypatch.setattr(room, "MOST_FILES", 3)
     lay(tmp_path, "a", "b", "c")
-    with pytest.raises(BadHome, match="more than 3 files") as refused:
-        companions(tmp_path)
-    assert "folder of its own" in refused.value.hint
+    for bound, most in (("MOST_FILES", 3), ("MOST_BYTES_TOGETHER", 12)):
+        with monkeypatch.context() as patched, pytest.raises(BadHome, match="holds more than") as refused:
+            patched.setattr(room, bound, most)
+            companions(tmp_path)
+        assert "folder of its own" in refused.value.hint
+
+
+def test_no_name_goes_that_no_pull_would_take(tmp_path: Path) -> None:
+    long = "/".join("n" * 200 for _ in range(6))
+    lay(tmp_path, f"{long}/x.json", "a/manifest.json")
+    found = companions(tmp_path)
+    assert found.files == ["a/manifest.json"] and "no pull takes" in found.left_out[0]
+
+
+def test_the_words_of_a_speech_decoder_go_though_they_are_called_like_weights(tmp_path: Path) -> None:
+    lay(tmp_path, "language_model/5gram.bin", "language_model/other.bin")
+    (tmp_path / "language_model" / "5gram.bin").write_bytes(room.KENLM + b" format version 5\n\0")
+    assert companions(tmp_path).files == ["language_model/5gram.bin"]
 
 
 def test_init_says_what_it_leaves_out(tmp_path: Path) -> None:
