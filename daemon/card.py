@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from daemon.generations import Withdrawal
+from daemon.home import is_weights
 from daemon.layout import SUFFIX, called
 from projector.method import Method
 from projector.text import shown
@@ -113,7 +114,7 @@ def render(card: Card) -> bytes:
 
 def _weights(files: Sequence[str]) -> Verbatim:
     """The one file that the weights are in, as it may stand in a program; else a glob of all of them."""
-    named = [name for name in files if name.endswith(SUFFIX)]
+    named = [name for name in files if is_weights(name) and name.endswith(SUFFIX)]
     return Verbatim(named[0] if len(named) == 1 and _FILE_NAME.fullmatch(named[0]) else f"*{SUFFIX}")
 
 

@@ -28,7 +28,7 @@ from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.index import check_places, read_index, shard_names
 from daemon.layout import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index
-from daemon.opening import not_a_file, open_entry
+from daemon.opening import folders_with, not_a_file, open_entry
 from projector.errors import BadFile
 from projector.errors import Reason as ProjectorReason
 from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
@@ -272,6 +272,8 @@ def _open_folder(
         raise NotYet(Reason.PICKLE, "the folder holds pickled weights only", PICKLE_HINT)
     elif below := adapters_below(fd):
         raise NotYet(Reason.NO_WEIGHTS, f"its adapters are in {listed(below)}", "drop the adapter's folder itself")
+    elif not there and (below := folders_with(fd, ".safetensors")):
+        raise NotYet(Reason.NO_WEIGHTS, f"its weights are in {listed(below)}", "name the folder itself that is meant")
     elif there:
         raise NotYet(
             Reason.NO_WEIGHTS, f"the folder holds several models: {listed(there)}", "give each a folder of its own"

@@ -264,6 +264,7 @@ def test_what_was_taken_out_is_named_and_counted() -> None:
     ("files", "wanted"),
     [
         (["model.safetensors"], 'load_file("path/to/this/folder/model.safetensors")'),
+        (["2_Dense/model.safetensors", "model.safetensors"], 'load_file("path/to/this/folder/model.safetensors")'),
         (["flux1-dev.safetensors"], 'load_file("path/to/this/folder/flux1-dev.safetensors")'),
         (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], 'glob("*.safetensors")'),
         (['a")\nimport os # .safetensors'], 'glob("*.safetensors")'),

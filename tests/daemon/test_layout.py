@@ -176,6 +176,18 @@ def test_an_expert_may_come_in_any_layout_and_two_models_in_none(tmp_path: Path)
     assert_close(found, wanted)
 
 
+def test_a_pipelines_folder_says_which_folders_hold_models(tmp_path: Path) -> None:
+    """As diffusers lays it out; each part of it that is fine-tuned can be a base."""
+    for part in ("vae", "unet"):
+        (tmp_path / "pipeline").mkdir(exist_ok=True)
+        write_base(tmp_path / "pipeline" / part, 1)
+    (tmp_path / "pipeline" / "scheduler").mkdir()
+    with pytest.raises(NotYet, match="its weights are in unet, vae") as refused:
+        make_home(tmp_path / "home", tmp_path / "pipeline")
+    assert "the folder itself" in refused.value.hint
+    assert make_home(tmp_path / "home", tmp_path / "pipeline" / "unet").exists()
+
+
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Bases of speech models with all that their processors are made of, each by its library's own save_pretrained."""
