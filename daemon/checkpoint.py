@@ -273,7 +273,9 @@ def _open_folder(
     elif below := adapters_below(fd):
         raise NotYet(Reason.NO_WEIGHTS, f"its adapters are in {listed(below)}", "drop the adapter's folder itself")
     elif not there and (below := folders_with(fd, ".safetensors")):
-        raise NotYet(Reason.NO_WEIGHTS, f"its weights are in {listed(below)}", "name the folder itself that is meant")
+        raise NotYet(
+            Reason.NO_WEIGHTS, f"its weights are in {listed(below)}", "drop, or give --base, the folder itself"
+        )
     elif there:
         raise NotYet(
             Reason.NO_WEIGHTS, f"the folder holds several models: {listed(there)}", "give each a folder of its own"

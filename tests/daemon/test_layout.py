@@ -101,7 +101,6 @@ def sharded(folder: Path, stem: str, index: str) -> Path:
     ("stem", "index"),
     [
         ("model", "model.safetensors.index.json"),
-        ("diffusion_pytorch_model", "diffusion_pytorch_model.safetensors.index.json"),
         ("diffusion_pytorch_model.fp16", "diffusion_pytorch_model.safetensors.index.fp16.json"),
         ("pytorch_model", "model.safetensors.index.json"),
     ],
