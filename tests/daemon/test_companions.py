@@ -9,11 +9,14 @@ from urllib.request import urlopen
 import pytest
 
 from daemon import companions as room
+from daemon import durable
 from daemon.companions import companions
 from daemon.errors import BadHome
 from daemon.founding import found
+from daemon.generations import FileEntry
 from daemon.home import Home
 from daemon.pull.pulling import pull
+from daemon.sealing import copy_files, sync_folders
 from projector.methods import make
 from tests.daemon.homes import drain, make_home, put
 from tests.daemon.pulls import served
@@ -203,3 +206,23 @@ def test_a_home_made_before_has_the_companions_that_it_has(tmp_path: Path) -> No
     drain(home)
     names = {path.name for path in home.version("main", 1).iterdir()}
     assert names == {"README.md", "manifest.json", "model.safetensors", "config.json", "vocab.txt"}
+
+
+def test_folders_below_folders_are_durable_and_for_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = lay(tmp_path / "source", "a/b/c.json"), tmp_path / "target"
+    before = os.umask(0o077)
+    try:
+        copy_files(source, target, ["a/b/c.json"])
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (target / "a", target / "a" / "b")} == {0o755}
+    synced: list[str] = []
+    sync = durable.sync_folder
+
+    def noted(path: Path) -> None:
+        synced.append(path.relative_to(target).as_posix())
+        sync(path)
+
+    monkeypatch.setattr(durable, "sync_folder", noted)
+    sync_folders(target, [FileEntry("a/b/c.json", 1, "")])
+    assert synced == ["a/b", "a", "."]  # a name counts once the folder that it is in is synced
