@@ -15,6 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from daemon.generations import Withdrawal
+from daemon.home import is_weights
+from daemon.layout import SUFFIX, called
 from projector.method import Method
 from projector.text import shown
 from registry.records import BaseModel, NewExpert
@@ -28,6 +30,7 @@ _LICENSE_FIELDS = {
     "license_link": re.compile(r"https://[A-Za-z0-9./_%~+-]{1,200}|[A-Za-z0-9][A-Za-z0-9._-]{0,63}"),
 }
 _REPOSITORY = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]{0,99}")
 # what is left as it is: letters, digits, blanks, and of punctuation what means nothing where it stands
 _MARKUP = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=[Ww]{3})\.|[^A-Za-z0-9 ._,'()/+\-\x80-\U0010ffff]")
@@ -54,8 +57,8 @@ class AboutBase:
 class Card:
     """Everything that a card says.
 
-    newest: its experts, newest first, MOST_EXPERTS of them at the most. adapter: the rank of the one beside the
-    weights, and the share of the task vector's squared norm that it keeps.
+    newest: its experts, newest first, MOST_EXPERTS of them at the most. files: those of its weights. adapter: the rank
+    of the one beside the weights, and the share of the task vector's squared norm that it keeps.
     """
 
     head: str
@@ -69,7 +72,7 @@ class Card:
     dtype: str
     approximate: bool = False
     withdrawal: Withdrawal | None = None
-    sharded: bool = False
+    files: Sequence[str] = ()
     adapter: tuple[int, float] | None = None
 
 
@@ -96,14 +99,23 @@ def render(card: Card) -> bytes:
         params=[(name, as_code(json.dumps(value), ends="`\n|")) for name, value in card.method.params().items()],
         figures=[(name, f"{value:.6g}") for name, value in card.figures.items()],
         rows=[
-            (card.experts - place, shown(one.name), f"{one.weight:g}", one.sha256)
+            (card.experts - place, shown(_called(one)), shown(_task(one)), f"{one.weight:g}", one.sha256)
             for place, one in enumerate(card.newest)
         ],
-        withdrawn=[(shown(one.name), one.sha256) for one in _first(card.withdrawal)],
+        tasks=any(_task(one) != "-" for one in card.newest),
+        weights=_weights(card.files),
+        variant=called(card.files).variant,
+        withdrawn=[(shown(_called(one)), one.sha256) for one in _first(card.withdrawal)],
         more_withdrawn=max(0, len(card.withdrawal.experts) - MOST_EXPERTS) if card.withdrawal else 0,
-        architecture=Verbatim(card.about.architecture or "AutoModel"),
+        architecture=Verbatim(card.about.architecture or ""),
     )
     return text.encode()
+
+
+def _weights(files: Sequence[str]) -> Verbatim:
+    """The one file that the weights are in, as it may stand in a program; else a glob of all of them."""
+    named = [name for name in files if is_weights(name) and name.endswith(SUFFIX)]
+    return Verbatim(named[0] if len(named) == 1 and _FILE_NAME.fullmatch(named[0]) else f"*{SUFFIX}")
 
 
 def about_base(readme: bytes, config: bytes, names: Sequence[str]) -> AboutBase:
@@ -114,6 +126,8 @@ def about_base(readme: bytes, config: bytes, names: Sequence[str]) -> AboutBase:
     library = None
     if "modules.json" in names:
         library = "sentence-transformers"
+    elif "_diffusers_version" in said:
+        library, first = "diffusers", said.get("_class_name")
     elif "transformers_version" in said or first:
         library = "transformers"
     named = isinstance(first, str) and _CLASS_NAME.fullmatch(first)
@@ -160,6 +174,15 @@ def _is_repository(name: str) -> bool:
     """True for what can be a model's name on the hub; the name of a single file cannot."""
     odd = "--" in name or ".." in name or name.endswith((".git", ".safetensors"))
     return len(name) <= 96 and _REPOSITORY.fullmatch(name) is not None and not odd
+
+
+def _called(one: NewExpert) -> str:
+    """What its expert.json calls it, else the name that it was dropped under."""
+    return one.given_name or one.name
+
+
+def _task(one: NewExpert) -> str:
+    return str((one.about or {}).get("task") or "-")
 
 
 def _first(withdrawal: Withdrawal | None) -> Sequence[NewExpert]:

@@ -1,11 +1,10 @@
-"""Opens a checkpoint in any layout: one .safetensors file, a folder with model.safetensors, or shards with their index.
+"""Opens a checkpoint in any layout: one .safetensors file, a folder with one, or shards with their index.
 
 Everything is opened relative to a descriptor, by a single path component, and from then on the descriptor is used, not
 the name. Raises Refused for what can never become good, NotYet for what may only be unfinished.
 """
 
 import os
-import re
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -27,9 +26,9 @@ from daemon.adapter import (
 )
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
-from daemon.index import INDEX as INDEX
 from daemon.index import check_places, read_index, shard_names
-from daemon.opening import not_a_file, open_entry
+from daemon.layout import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index
+from daemon.opening import folders_with, not_a_file, open_entry
 from projector.errors import BadFile
 from projector.errors import Reason as ProjectorReason
 from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
@@ -41,14 +40,12 @@ from projector.tensorfile import RunningDigest, TensorReader
 from projector.text import listed, shown
 from projector.watch import SILENT, Watch
 
-WEIGHTS = "model.safetensors"
 SIDECARS = ("fisher", "gram")
 PICKLED = "pytorch_model.bin"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLE_OPENINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PICKLE_HINT = "convert it, without running what is in it: mainstem convert FILE OUT"
 LFS_OPENING = b"version https://git-lfs"
-SHARD_OF_MANY = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,8 @@ class OpenCheckpoint:
 
     sidecars: by kind ("fisher", "gram"). about: its expert.json, None where there is none. naming: how its names become
     the base's once it is checked. adapter: the config of a LoRA, whose tensors are its own until it is checked. folder:
-    the descriptor of the folder that it is, if it is one.
+    the descriptor of the folder that it is, if it is one. index: the name of the file that lists its shards, if it has
+    shards.
     """
 
     def __init__(
@@ -89,8 +87,10 @@ class OpenCheckpoint:
         naming: Naming = SAME,
         adapter: OpenAdapter | None = None,
         folder: int | None = None,
+        index: str | None = None,
     ) -> None:
         self.kind = kind
+        self.index = index
         self.naming = naming
         self.files = files
         self.about = about.content if about else None
@@ -172,6 +172,11 @@ class OpenCheckpoint:
         except OSError:  # of a server that has forgotten the file
             return False
 
+    @property
+    def folder(self) -> int | None:
+        """The descriptor of the folder that it is; None of a file."""
+        return self._folder
+
     def holds(self, fd: object) -> bool:
         """True for a descriptor of one of its files: an error that names it arose in reading this checkpoint."""
         return fd in self._stamps or (fd is not None and fd == self._folder)
@@ -234,33 +239,47 @@ def _open_folder(
 ) -> OpenCheckpoint:
     names = set(os.listdir(fd))
     beside = {f"{kind}.safetensors" for kind in (*SIDECARS, *needs)}
-    plain = sorted(n for n in names if n.endswith(".safetensors") and n not in beside and not n.startswith("."))
+    there = checkpoints(names, beside)
 
     def opened(name: str) -> OpenFile:
         return _weights(open_entry(fd, name, follow, closing), name, watch)
 
-    adapter = None
+    def whole(name: str) -> list[OpenFile]:
+        """The files of the checkpoint that this file or index is."""
+        if not is_index(name):
+            return [opened(name)]
+        weight_map = read_index(open_entry(fd, name, follow, closing), name)
+        shards = [opened(shard) for shard in shard_names(weight_map, names, name)]
+        check_places(weight_map, {name: file.name for file in shards for name in file.reader.specs}, name)
+        return shards
+
+    adapter, index = None, next(filter(is_index, there), None)
+    kind = "sharded" if index else "folder"
     if ADAPTER_WEIGHTS in names:
         check_alone(fd, names, whole=(WEIGHTS, INDEX, PICKLED))
     if {ADAPTER, ADAPTER_WEIGHTS} <= names:
         adapter = open_adapter(open_entry(fd, ADAPTER, follow, closing))
-        files, kind = [opened(ADAPTER_WEIGHTS)], "adapter"
-    elif WEIGHTS in names:
-        files, kind = [opened(WEIGHTS)], "folder"
-    elif INDEX in names:
-        weight_map, kind = read_index(open_entry(fd, INDEX, follow, closing)), "sharded"
-        files = [opened(shard) for shard in shard_names(weight_map, names)]
-        check_places(weight_map, {name: file.name for file in files for name in file.reader.specs})
+        kind, index, files = "adapter", None, [opened(ADAPTER_WEIGHTS)]
+    elif there in ([WEIGHTS], [INDEX]):
+        files = whole(there[0])
     elif ADAPTER_WEIGHTS in names or (ADAPTER in names and not any(name.endswith(PICKLE_SUFFIXES) for name in names)):
         missing = ADAPTER if ADAPTER_WEIGHTS in names else ADAPTER_WEIGHTS
         raise NotYet(Reason.INCOMPLETE, f"{missing} of the adapter is missing", "copy both files of it")
-    elif len(plain) == 1 and not SHARD_OF_MANY.search(plain[0]):
-        files, kind = [opened(plain[0])], "folder"
-    elif not plain and any(name.endswith(PICKLE_SUFFIXES) for name in names):
+    elif len(there) == 1:
+        files = whole(there[0])
+    elif not there and any(name.endswith(PICKLE_SUFFIXES) for name in names):
         # not yet: what trainers save beside the weights is pickled too, and may come first
         raise NotYet(Reason.PICKLE, "the folder holds pickled weights only", PICKLE_HINT)
     elif below := adapters_below(fd):
         raise NotYet(Reason.NO_WEIGHTS, f"its adapters are in {listed(below)}", "drop the adapter's folder itself")
+    elif not there and (below := folders_with(fd, ".safetensors")):
+        raise NotYet(
+            Reason.NO_WEIGHTS, f"its weights are in {listed(below)}", "drop, or give --base, the folder itself"
+        )
+    elif there:
+        raise NotYet(
+            Reason.NO_WEIGHTS, f"the folder holds several models: {listed(there)}", "give each a folder of its own"
+        )
     else:
         raise NotYet(
             Reason.NO_WEIGHTS,
@@ -272,7 +291,7 @@ def _open_folder(
             raise NotYet(Reason.MISSING_SIDECAR, *_missing(need))
     sidecars = {need: opened(f"{need}.safetensors") for need in needs}
     about = _about(open_entry(fd, ABOUT, follow, closing)) if ABOUT in names else None
-    return OpenCheckpoint(kind, files, sidecars, about, closing, naming, adapter, fd)
+    return OpenCheckpoint(kind, files, sidecars, about, closing, naming, adapter, fd, index)
 
 
 def _about(fd: int) -> OpenAbout:

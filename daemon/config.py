@@ -100,7 +100,9 @@ class Publish(Section):
     dtype: Literal["base", "float32", "float16", "bfloat16"] = Field(
         "base", description="dtype of the published weights"
     )
-    shard_bytes: ByteSize = Field(ByteSize(5_000_000_000), gt=0, description="largest weights file before it is split")
+    shard_bytes: ByteSize = Field(
+        ByteSize(0), ge=0, description="largest weights file before it is split; 0 takes the files that the base has"
+    )
 
 
 class Adapter(Section):

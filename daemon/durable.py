@@ -89,9 +89,11 @@ def _flock(fd: int) -> None:
 
 
 def make_folder(path: Path, *, public: bool = False) -> None:
-    """Makes a folder and its parents; no error where it is there already. public: everybody may read in it, whatever
-    the umask says.
+    """Makes a folder and its parents; no error where it is there already. public: everybody may read in it, and in
+    the parents that it makes, whatever the umask says.
     """
+    if public and not path.parent.exists():
+        make_folder(path.parent, public=True)
     path.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
     if public:
         path.chmod(FOLDER_MODE)

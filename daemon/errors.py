@@ -28,6 +28,7 @@ class Reason(StrEnum):
     NO_WEIGHTS = "no_weights"
     BAD_INDEX = "bad_index"
     ADAPTER = "adapter"
+    MODULE = "module"
     MISSING_SIDECAR = "missing_sidecar"
     BAD_ABOUT = "bad_about"
     EQUALS_BASE = "equals_base"

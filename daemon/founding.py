@@ -10,14 +10,17 @@ from uuid import uuid4
 
 from daemon import durable
 from daemon.card import Card, render
-from daemon.checkpoint import INDEX, WEIGHTS, OpenCheckpoint, open_path
+from daemon.checkpoint import OpenCheckpoint, open_path
+from daemon.companions import Companions, companions
 from daemon.compute import check_budget
 from daemon.config import Compute
 from daemon.errors import BadHome, DaemonError
 from daemon.generations import FileEntry, entry, manifest, names_below
 from daemon.home import CARD, MANIFEST, Home
 from daemon.latest import point_latest
-from daemon.sealing import add_companions, read_about_base, sync_folders
+from daemon.layout import WEIGHTS
+from daemon.modules import check_pickled
+from daemon.sealing import copy_files, read_about_base, sync_folders
 from projector.errors import ProjectorError
 from projector.measure import count_finite
 from projector.method import Method
@@ -68,7 +71,9 @@ def found(
             for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.base, home.tmp):
                 durable.make_folder(folder)
             progress("copying the base")
-            _copy_base(base, checkpoint, home, copies=1 + len(heads))
+            left_out = _copy_base(base, checkpoint, home, copies=1 + len(heads))
+            if left_out:
+                progress(f"left out of every version: {left_out}")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadHome(f"the base {base}: {error.strerror}", "give --base a .safetensors file or a folder") from None
     except (DaemonError, ProjectorError) as error:
@@ -124,10 +129,16 @@ def _make_room(home: Home) -> None:
             durable.remove(path)
 
 
-def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home, copies: int) -> None:
-    """copies: how many there will be, of this one too: version 0 of each head is one more."""
+def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home, copies: int) -> str:
+    """copies: how many there will be, of this one too: version 0 of each head is one more. Returns what is left out of
+    them, in words.
+    """
     source = base.resolve()
+    weights = [file.name for file in checkpoint.files]
+    beside = companions(source, weights) if source.is_dir() else Companions((), ())
+    check_pickled(source, beside.files)
     size = sum(file.reader.header.size for file in checkpoint.files) * copies
+    size += sum((source / name).stat().st_size for name in beside.files) * copies
     free = shutil.disk_usage(home.root).free
     if size > free:
         raise BadHome(
@@ -137,14 +148,14 @@ def _copy_base(base: Path, checkpoint: OpenCheckpoint, home: Home, copies: int) 
         )
     if source.is_file():
         durable.copy_file(source, home.base / WEIGHTS)
-        return
-    sharded = checkpoint.kind == "sharded"
-    for file in checkpoint.files:
-        durable.copy_file(source / file.name, home.base / (file.name if sharded else WEIGHTS))
-    add_companions(source, home.base, leave={file.name for file in checkpoint.files})
-    for name in (CARD, *([INDEX] if sharded else [])):
-        if (source / name).is_file():  # its card is not published, but the license that it names is
-            durable.copy_file(source / name, home.base / name)
+        return ""
+    for name in weights:
+        durable.copy_file(source / name, home.base / (name if name.isprintable() else WEIGHTS))
+    copy_files(source, home.base, beside.files)
+    for own in (CARD, checkpoint.index):
+        if own and (source / own).is_file():  # its card is not published, but the license that it names is
+            durable.copy_file(source / own, home.base / own)
+    return beside.said
 
 
 def base_files(home: Home) -> list[FileEntry]:
@@ -179,7 +190,7 @@ def publish_base(home: Home, head: Head, base: BaseModel, files: Sequence[FileEn
         newest=(),
         figures={},
         dtype=dtype,
-        sharded=(folder / INDEX).exists(),
+        files=[file.name for file in files],
     )
     durable.write_file(folder / CARD, render(card))
     files = sorted([*files, entry(folder / CARD)], key=lambda file: file.name)

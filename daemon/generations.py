@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,41 +12,12 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from daemon.home import MANIFEST, STATE_FILE, Home
+from daemon.layout import Called
 from daemon.metrics import software_version
 from projector.header import ALIGNMENT, build_header, room
 from projector.spec import TensorSpec
 from registry.records import Expert, Head, NewExpert, Version
 
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "normalizer.json",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
-    "video_preprocessor_config.json",
-    "audio_tokenizer_config.json",
-    "modules.json",  # these three: sentence-transformers
-    "config_sentence_transformers.json",
-    "sentence_*_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-MODULE = "[0-9]_[A-Z]*"  # a folder of sentence-transformers, such as 1_Pooling
-COMPANIONS_BELOW = {
-    "additional_chat_templates": ("*.jinja",),
-    MODULE: ("config.json", "model.safetensors"),  # of a dense layer, as the base has it: no expert brings it
-}
 METADATA = {"format": "pt"}  # what the stock loaders ask of a file
 HASH_BYTES = 8 << 20
 
@@ -82,27 +52,16 @@ class Withdrawal:
         return {"experts": gone, "how": self.how}
 
 
-WeightsPlan = tuple[Sequence[WeightFile], bytes | None]
-"""The weights files of a version, and the bytes of their index where there is more than one."""
+@dataclass(frozen=True)
+class IndexFile:
+    """The index of shards, to be written: its name and its bytes."""
+
+    name: str
+    text: bytes
 
 
-def companions(folder: Path) -> list[Path]:
-    """The files beside the weights that loaders need: configuration, tokenizer, processor, and some that lie in folders
-    of their own. Sorted by name. Never the card, and nothing that is code or makes an adapter of the folder.
-    """
-    found = []
-    for path in folder.iterdir():
-        if path.is_dir() and path.name.isprintable():
-            globs = [glob for name, globs in COMPANIONS_BELOW.items() if fnmatchcase(path.name, name) for glob in globs]
-            found += [below for below in path.iterdir() if _any(below, globs)]
-        elif _any(path, COMPANIONS):
-            found.append(path)
-    return sorted(found)
-
-
-def _any(path: Path, globs: Iterable[str]) -> bool:
-    visible = path.name.isprintable() and not path.name.startswith(".")  # "._spiece.model" is what macOS leaves
-    return visible and path.is_file() and any(fnmatchcase(path.name, glob) for glob in globs)
+WeightsPlan = tuple[Sequence[WeightFile], IndexFile | None]
+"""The weights files of a version, and their index where it has one."""
 
 
 def names_below(folder: Path) -> list[str]:
@@ -110,7 +69,7 @@ def names_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
-def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int) -> WeightsPlan:
+def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int, names: Called = Called("model")) -> WeightsPlan:  # noqa: B008
     """How a version's weights are spread over files, of `shard_bytes` at the most, header and all; what is larger alone
     has a file of its own.
     """
@@ -119,17 +78,21 @@ def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int) -> WeightsPlan:
     plan = split_state_dict_into_shards_factory(
         by_name,
         get_storage_size=lambda spec: room(spec, shard_bytes),
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=names.pattern,
         max_shard_size=shard_bytes - opening,
     )
     files = [
         WeightFile(name, [by_name[tensor] for tensor in tensors]) for name, tensors in plan.filename_to_tensors.items()
     ]
-    if not plan.is_sharded:
-        return files, None
-    total = sum(spec.nbytes for spec in by_name.values())
-    index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
-    return files, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
+    return files, index_of(files, names.index) if plan.is_sharded else None
+
+
+def index_of(files: Sequence[WeightFile], name: str) -> IndexFile:
+    """The index of these shards."""
+    total = sum(spec.nbytes for file in files for spec in file.specs)
+    places = {spec.name: file.name for file in files for spec in file.specs}
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    return IndexFile(name, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def manifest(

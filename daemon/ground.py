@@ -16,11 +16,13 @@ from typing import NoReturn, Self
 from uuid import uuid4
 
 from daemon import durable
-from daemon.checkpoint import WEIGHTS, OpenCheckpoint, OpenFile, open_path
+from daemon.checkpoint import OpenCheckpoint, OpenFile, open_path
+from daemon.companions import companions
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
 from daemon.generations import HASH_BYTES, FileEntry, entry, names_below
-from daemon.home import CARD, STATE_FILE, Home
+from daemon.home import CARD, STATE_FILE, Home, is_weights
 from daemon.inbox import Stamp, stamp
+from daemon.layout import WEIGHTS
 from daemon.lines import Line
 from daemon.progress import Abandoned
 from projector.errors import BadFile, ProjectorError
@@ -33,6 +35,8 @@ from registry.store import Reader
 
 class Base:
     """The base, held open. Close it, or use it as a context manager.
+
+    beside: the files that every version has a copy of, as version 0 has them.
 
     `check` before an expert is folded and `confirm` after it: together they say that what was read is the base.
     """
@@ -50,6 +54,7 @@ class Base:
             self._refuse(next(others, WEIGHTS), str(error))
         weights = {file.name for file in self._opened.files}
         self._beside = [name for name in self._listed if name not in weights]
+        self.beside = [name for name in self._listed or companions(home.base).files if not is_weights(name)]
         self._hashed: dict[str, tuple[Stamp, str]] = {}
 
     @property
@@ -57,8 +62,8 @@ class Base:
         return self._opened.tensors
 
     @property
-    def as_expert(self) -> OpenCheckpoint:
-        """The base as if it were an expert, one that changes nothing."""
+    def checkpoint(self) -> OpenCheckpoint:
+        """Its files. As an expert it is one that changes nothing."""
         return self._opened
 
     def check(self) -> None:

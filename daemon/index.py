@@ -11,10 +11,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from daemon.errors import NotYet, Reason, Refused
+from daemon.layout import INDEX
 from daemon.opening import not_a_file
 from projector.text import listed, shown
 
-INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 16 << 20
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -57,12 +57,12 @@ def shard_names(
     return wanted
 
 
-def check_places(weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
+def check_places(weight_map: Mapping[str, str], found: Mapping[str, str], index: str = INDEX) -> None:
     """Raises Refused where a tensor was found in another file than the index says."""
     for name in found.keys() | weight_map.keys():
         if found.get(name) != weight_map.get(name):
             where = f"the index places {shown(name)} in {weight_map.get(name)}, it is in {found.get(name)}"
-            raise _bad_index(INDEX, where)
+            raise _bad_index(index, where)
 
 
 def _bad_index(name: str, detail: str) -> Refused:

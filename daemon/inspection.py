@@ -13,6 +13,7 @@ from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.home import Home
 from daemon.identity import twin_of
+from daemon.modules import check_modules
 from daemon.progress import Progress
 from projector.head import Folded
 from projector.lora.keys import tensor_parts
@@ -44,6 +45,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
     ):
         own = tensor_parts(expert.tensors.schema) if expert.kind == "adapter" else expert.tensors.schema
         expert.check(base.tensors, read_config(home.base))
+        check_modules(expert.folder, home.base)
         expert.digest_tensors()
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)

@@ -36,6 +36,7 @@ from daemon.identity import twin_of
 from daemon.inbox import Drop, entry_id
 from daemon.latest import point_latest
 from daemon.lines import Line, read_lines
+from daemon.modules import check_modules
 from daemon.outputs import Outputs, planned
 from daemon.placing import place
 from daemon.preparing import Preparations
@@ -70,7 +71,7 @@ class Merger:
         self._base = Base(home, store, progress)
         self._states = States(home, progress)
         self._base_config = read_config(home.base)
-        self._plan = planned(self._base.tensors.schema, settings.publish)
+        self._plan = planned(self._base.checkpoint, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._base_norm: float | None = None
         reserved = self._driver.device.slab_bytes
@@ -115,6 +116,8 @@ class Merger:
                 try:
                     with blaming(expert):
                         expert.check(self._base.tensors, base_config)
+                        if not again:
+                            check_modules(expert.folder, self._home.base)
                         expert.digest_tensors()
                     return self._merge(drop, expert, again)
                 except (ProjectorError, Refused) as error:
@@ -327,6 +330,7 @@ class Merger:
                 output.state_entry,
                 totals,
                 origin=origin(self._store, expert),
+                beside=self._base.beside,
                 dtype=self._settings.publish.dtype,
                 record=output.record_entry,
                 approximate=line.method.approximate,
@@ -364,7 +368,7 @@ class Merger:
         try:
             with ExitStack() as files:
                 outputs = [self._outputs(line, folder, files) for line in lines]
-                folded = self._fold(self._base.as_expert, lines, outputs, files)
+                folded = self._fold(self._base.checkpoint, lines, outputs, files)
                 self._read_out(lines, folded.totals, outputs)
             for line, output in zip(lines, outputs, strict=True):
                 if line.totals.experts:

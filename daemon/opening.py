@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from daemon.errors import NotYet, Reason, Refused
 from projector.text import shown
@@ -39,6 +39,21 @@ def open_entry(folder_fd: int, name: str, follow: bool, closing: ExitStack) -> i
     if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISDIR(os.fstat(fd).st_mode)):
         raise not_a_file(name)
     return fd
+
+
+def folders_with(folder_fd: int, suffix: str) -> list[str]:
+    """The folders just below that hold a file whose name ends so. Sorted."""
+    with os.scandir(folder_fd) as entries:
+        folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    found = []
+    for name in sorted(folders):
+        with suppress(OSError):  # one that cannot be read
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder_fd)
+            try:
+                found += [name] if any(below.endswith(suffix) for below in os.listdir(fd)) else []
+            finally:
+                os.close(fd)
+    return found
 
 
 def not_a_file(name: str) -> Refused:

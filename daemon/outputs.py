@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from daemon import durable
-from daemon.checkpoint import INDEX
+from daemon.checkpoint import OpenCheckpoint
 from daemon.config import Publish
-from daemon.generations import METADATA, FileEntry, WeightsPlan, plan_weights
+from daemon.generations import METADATA, FileEntry, WeightFile, WeightsPlan, index_of, plan_weights
 from daemon.home import STATE_FILE
+from daemon.layout import called
 from projector.header import build_header
 from projector.method import Method
 from projector.spec import Schema, TensorSpec
@@ -53,7 +54,7 @@ class Outputs:
             for name, writer in zip(self._names, self.weights, strict=True)
         ]
         if self._index is not None:
-            durable.write_file(self.published / INDEX, self._index)
+            durable.write_file(self.published / self._index.name, self._index.text)
 
     def _writer(self, path: Path, specs: list[TensorSpec]) -> TensorWriter:
         size = build_header(specs, METADATA)[1].size
@@ -62,9 +63,16 @@ class Outputs:
         return TensorWriter(fd, specs, METADATA, self._watch)
 
 
-def planned(base: Schema, settings: Publish) -> WeightsPlan:
-    """The files that every version's weights are published in, with the base's tensors in the dtype wanted."""
-    return plan_weights(published_specs(base, settings.dtype), settings.shard_bytes)
+def planned(base: OpenCheckpoint, settings: Publish) -> WeightsPlan:
+    """The files that every version's weights are published in, with the base's tensors in the dtype wanted: those that
+    the base has, or what `publish.shard_bytes` makes of them, called alike.
+    """
+    specs = {spec.name: spec for spec in published_specs(base.tensors.schema, settings.dtype)}
+    if settings.shard_bytes:
+        names = called([base.index] if base.index else [file.name for file in base.files])
+        return plan_weights(specs.values(), settings.shard_bytes, names)
+    files = [WeightFile(file.name, [specs[name] for name in file.reader.specs]) for file in base.files]
+    return files, index_of(files, base.index) if base.index else None
 
 
 def published_specs(base: Schema, dtype: str) -> list[TensorSpec]:

@@ -65,7 +65,7 @@ class Restating:
         self._driver = driver(settings.compute, progress)
         self._closing = ExitStack()
         self._base = self._closing.enter_context(Base(home, reader, progress))
-        self._plan = planned(self._base.tensors.schema, settings.publish)
+        self._plan = planned(self._base.checkpoint, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._folder = home.tmp / uuid4().hex
         self._closing.callback(durable.remove, self._folder)
@@ -153,6 +153,7 @@ class Restating:
             made.state,
             made.totals,
             origin=origin,
+            beside=self._base.beside,
             dtype=made.dtype,
             approximate=made.approximate,
             withdrawal=made.withdrawal,

@@ -1,7 +1,7 @@
 """The last step before a version is published: companions, card and manifest go beside its weights, all durable."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,10 +9,9 @@ from pathlib import Path
 from daemon import durable
 from daemon.adapting import Adapter
 from daemon.card import FRONT_MATTER_BYTES, MOST_EXPERTS, AboutBase, Card, about_base, render
-from daemon.checkpoint import INDEX
 from daemon.dtypes import config_in
 from daemon.failpoints import hit
-from daemon.generations import FileEntry, Withdrawal, companions, entry, manifest, names_below
+from daemon.generations import FileEntry, Withdrawal, entry, manifest, names_below
 from daemon.home import CARD, MANIFEST, Home
 from daemon.lines import Line
 from projector.method import Totals
@@ -53,6 +52,7 @@ def seal(
     totals: Totals,
     *,
     origin: Origin,
+    beside: Sequence[str],
     dtype: str,
     record: FileEntry | None = None,
     approximate: bool = False,
@@ -61,7 +61,8 @@ def seal(
 ) -> NewVersion:
     """Completes the folder `published`, which holds the files of `weights`, and returns what to commit of it.
 
-    Whatever else lies in the folder, or in one below it, is hashed and listed too. line: the head as it stands. totals:
+    beside: the files of the base that go with the weights. Whatever else lies in the folder, or in one below it, is
+    hashed and listed too. line: the head as it stands. totals:
     after this version. The folder of the state is the caller's to sync.
     """
     written = {file.name for file in weights}
@@ -69,7 +70,7 @@ def seal(
     if dtype != "base" and CONFIG not in written and config.is_file():
         durable.write_file(published / CONFIG, config_in(config.read_bytes(), dtype))
         there.add(CONFIG)
-    add_companions(home.base, published, leave=there)
+    copy_files(home.base, published, [name for name in beside if name not in there])
     figures = dict(line.method.figures(totals))
     card = Card(
         head=line.head.name,
@@ -83,12 +84,12 @@ def seal(
         dtype=dtype,
         approximate=approximate,
         withdrawal=withdrawal,
-        sharded=(published / INDEX).exists(),
+        files=[file.name for file in weights],
         adapter=(adapter.rank, adapter.kept) if adapter else None,
     )
     durable.write_file(published / CARD, render(card))
-    beside = [entry(published / name, name) for name in names_below(published) if name not in written]
-    files = sorted([*weights, *beside], key=lambda file: file.name)
+    others = [entry(published / name, name) for name in names_below(published) if name not in written]
+    files = sorted([*weights, *others], key=lambda file: file.name)
     text = manifest(
         head=line.head,
         number=number,
@@ -120,19 +121,17 @@ def seal(
     )
 
 
-def add_companions(source: Path, target: Path, leave: Collection[str] = ()) -> None:
-    """Copies the files that loaders need, but for those named in `leave`; the folders are the caller's to sync."""
-    for path in companions(source):
-        name = path.relative_to(source)
-        if name.as_posix() not in leave:
-            durable.make_folder((target / name).parent, public=True)
-            durable.copy_file(path, target / name)
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copies the files of these names, which may lie in folders below; the folders are the caller's to sync."""
+    for name in names:
+        durable.make_folder((target / name).parent, public=True)
+        durable.copy_file(source / name, target / name)
 
 
 def sync_folders(folder: Path, files: Sequence[FileEntry]) -> None:
     """Makes the names of these files durable, in the folders below first."""
-    below = {(folder / file.name).parent for file in files} - {folder}
-    for path in (*sorted(below), folder):
+    below = {folder / above for file in files for above in Path(file.name).parents}
+    for path in sorted(below | {folder}, reverse=True):
         durable.sync_folder(path)
 
 

@@ -20,11 +20,12 @@ from uuid import uuid4
 from daemon import durable
 from daemon.about import ABOUT
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
-from daemon.checkpoint import PICKLE_SUFFIXES, PICKLED, SIDECARS, WEIGHTS
+from daemon.checkpoint import PICKLE_SUFFIXES, PICKLED, SIDECARS
+from daemon.companions import companions
 from daemon.convert.confining import Options, Told, unpickle
 from daemon.errors import Reason, Refused
-from daemon.generations import companions
-from daemon.index import INDEX, read_index, shard_names
+from daemon.index import read_index, shard_names
+from daemon.layout import INDEX, WEIGHTS
 from daemon.opening import open_entry
 from projector.errors import ProjectorError
 from projector.source import identity
@@ -165,8 +166,8 @@ def _plan(source: Path, closing: ExitStack) -> tuple[list[_Part], list[Path], di
     more = {ABOUT, ADAPTER, *(f"{kind}{SUFFIX}" for kind in SIDECARS)} & names
     for name in more:  # a FIFO would keep us waiting
         part(name, "")
-    beside = [*(path.relative_to(source) for path in companions(source)), *map(Path, sorted(more))]
-    return parts, beside, weight_map
+    beside = companions(source, [one.name for one in parts]).files
+    return parts, [Path(name) for name in (*beside, *sorted(more))], weight_map
 
 
 def _shards(weight_map: Mapping[str, str], names: set[str]) -> list[str]:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from daemon.health import Health, Trouble
-from daemon.home import Home
+from daemon.home import Home, is_weights
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition
 from daemon.http.files import Entry, Published
@@ -26,8 +26,9 @@ from daemon.http.hosts import HostCheck, Hosts
 from daemon.http.rows import base_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
 from daemon.http.uploads import UploadRoutes
-from daemon.http.views import WEIGHTS, Views
+from daemon.http.views import Views
 from daemon.http.waiting import Waiting
+from daemon.layout import called
 from daemon.uploading import Uploads
 from registry.errors import Busy, RegistryError
 from registry.records import Head, Status, Version
@@ -78,7 +79,7 @@ def create_app(
             Route("/v1/heads/{head}/versions", api.versions),
             Route("/v1/heads/{head}/versions/{n}", api.version),
             Route("/v1/heads/{head}/versions/{n}/files/{name:path}", api.file),
-            Route("/v1/heads/{head}/versions/{n}/views/{expert}/files/{name}", api.view),
+            Route("/v1/heads/{head}/versions/{n}/views/{expert}/files/{name:path}", api.view),
             Route("/v1/experts", api.experts),
             Route("/v1/experts/{sha256}", api.expert),
             Route("/v1/lineage", api.lineage),
@@ -202,10 +203,11 @@ class _Api:
         row = self.published.version(head, _number(request))
         expert = merged(self.reader, request.path_params["expert"], row.number)
         name: str = request.path_params["name"]
-        if name == WEIGHTS:
+        weights = called(self.published.manifest(head, row).files).whole
+        if name == weights:
             return self.views.weights(request, head, row, expert)
-        if ".safetensors" in name:
-            raise Problem(404, "unknown_file", "a view has no such file", f"its weights are all in {WEIGHTS}")
+        if is_weights(name):
+            raise Problem(404, "unknown_file", "a view has no such file", f"its weights are all in {weights}")
         return self._file(request, head, row)
 
     def _file(self, request: Request, head: Head, row: Version) -> Response:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 AT_ONCE = 2  # views in the making: each keeps a core busy
 RETRY_SECONDS = 5
 SUMS_KEPT = 256
-WEIGHTS = "model.safetensors"
 HEADERS = {**NO_CACHE, "Accept-Ranges": "none"}
 
 Sums = Mapping[str, float]

@@ -16,13 +16,13 @@ from urllib.parse import quote
 from daemon import durable
 from daemon.errors import DaemonError, Reason
 from daemon.home import CARD, is_adapter, is_weights
+from daemon.layout import called
 from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
 from daemon.pull.fetching import PIECE_BYTES, Fetching, Report
 from daemon.pull.manifest import MOST_BYTES, Listed, Manifest
 from daemon.pull.target import MANIFEST_BYTES, Target
 from projector.text import shown
 
-WEIGHTS = "model.safetensors"
 CONNECTIONS = 4
 LATEST = "latest"
 VIEW_SECONDS = 300.0  # without a byte: a view may take a sweep over a large model before its first
@@ -165,7 +165,8 @@ def _fill_with(target: Target, source: Source, manifest: Manifest, report: Repor
         target.keep = view is None
         raise
     if view is not None:
-        weights = _fetch_view(source.origin, f"{version}/views/{quote(view, safe='')}/files/{WEIGHTS}", target, report)
+        name = called(manifest.files).whole
+        weights = _fetch_view(source.origin, f"{version}/views/{quote(view, safe='')}/files", name, target, report)
         target.put_in_place(None)
         fetched = fetching.fetched_bytes + weights
         return Pulled(manifest.head, manifest.version, len(files) + 1, size + weights, fetched, up_to_date=False)
@@ -230,24 +231,24 @@ def _manifest(source: Source, version: str) -> Manifest:
     return manifest
 
 
-def _fetch_view(origin: Origin, path: str, target: Target, report: Report) -> int:
+def _fetch_view(origin: Origin, folder: str, name: str, target: Target, report: Report) -> int:
     """An expert's weights, computed by the server while they are sent. Returns their size in bytes."""
-    done = 0
+    done, path = 0, f"{folder}/{quote(name)}"
     with Connection(origin, VIEW_SECONDS) as connection, connection.get(path) as answer:
         if answer.status != 200:
             raise connection.problem(path, answer)
         size = answer.length
         if size is None or size > MOST_BYTES:
             raise connection.refusal(path, "the answer does not say how long it is")
-        durable.remove(target.new / WEIGHTS)
-        with durable.new_file(target.new / WEIGHTS, size) as fd:
+        durable.remove(target.new / name)
+        with durable.new_file(target.new / name, size) as fd:
             for chunk in connection.body(path, answer, size):
                 durable.write_at(fd, chunk, done)
                 done += len(chunk)
                 report(done, size)
     from projector.tensorfile import TensorReader  # it brings torch
 
-    with (target.new / WEIGHTS).open("rb") as file:
+    with (target.new / name).open("rb") as file:
         TensorReader(file.fileno())  # BadFile where it is not what its own header says
     return done
 

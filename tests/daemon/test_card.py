@@ -191,7 +191,7 @@ def test_the_license_is_the_bases_own(readme: bytes, wanted: dict[str, str]) -> 
         (b'{"transformers_version": "5.0.0"}', ["config.json"], "transformers"),
         (b'{"architectures": ["LlamaForCausalLM"]}', ["config.json"], "transformers"),
         (b'{"architectures": ["BertModel"]}', ["config.json", "modules.json"], "sentence-transformers"),
-        (b'{"_class_name": "UNet2DModel", "_diffusers_version": "0.30"}', ["config.json"], None),
+        (b'{"_class_name": "UNet2DModel", "_diffusers_version": "0.30"}', ["config.json"], "diffusers"),
         (b'{"architectures": []}', ["config.json"], None),
         (b'["transformers_version"]', ["config.json"], None),
         (b"{", ["config.json"], None),
@@ -260,9 +260,53 @@ def test_what_was_taken_out_is_named_and_counted() -> None:
     assert "| g0 |" in text and "And 5 more." in text
 
 
-def test_without_a_configuration_it_is_loaded_as_tensors() -> None:
-    assert 'load_file("path/to/this/folder/model.safetensors")' in parts(card("a"))[1]
-    assert 'glob("model-*.safetensors")' in parts(card("a", sharded=True))[1]
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        (["model.safetensors"], 'load_file("path/to/this/folder/model.safetensors")'),
+        (["2_Dense/model.safetensors", "model.safetensors"], 'load_file("path/to/this/folder/model.safetensors")'),
+        (["flux1-dev.safetensors"], 'load_file("path/to/this/folder/flux1-dev.safetensors")'),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], 'glob("*.safetensors")'),
+        (['a")\nimport os # .safetensors'], 'glob("*.safetensors")'),
+    ],
+)
+def test_without_a_configuration_it_is_loaded_as_tensors(files: list[str], wanted: str) -> None:
+    assert wanted in parts(card("a", files=files))[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "wanted"),
+    [
+        (b'{"_class_name": "UNet2DModel", "_diffusers_version": "0.30"}', "diffusion_pytorch_model", "UNet2DModel"),
+        (
+            b'{"_class_name": "AutoencoderKL", "_diffusers_version": "1"}',
+            "diffusion_pytorch_model.fp16",
+            "AutoencoderKL",
+        ),
+        (b'{"architectures": ["BertModel"]}', "model", "BertModel"),
+        (b'{"transformers_version": "5.0.0"}', "model.bf16", "AutoModel"),
+    ],
+)
+def test_its_own_library_loads_it_by_the_name_of_its_files(config: bytes, file: str, wanted: str) -> None:
+    about = about_base(b"", config, [])
+    body = parts(card("a", about=about, files=[f"{file}.safetensors"]))[1]
+    assert f"from {about.library} import {wanted}\n" in body
+    variant = file.partition(".")[2]
+    asked = f', variant="{variant}"' if variant else ""
+    assert f'model = {wanted}.from_pretrained("path/to/this/folder"{asked})\n' in body
+
+
+def test_experts_are_called_what_their_expert_json_says() -> None:
+    plain, named = expert("run-17", 1), replace(expert("run-18", 2), about={"name": "Legal | German", "task": "<b>law"})
+    rows = Seen(parts(card("a", "b", newest=[named, plain]))[1]).rows
+    assert rows[-3:] == [
+        ["", "expert", "task", "weight", "sha256 of its weights"],
+        ["2", "Legal | German", "<b>law", "1", f"{2:064x}"],
+        ["1", "run-17", "-", "1", f"{1:064x}"],
+    ]
+    gone = replace(_gone("run-18"), about={"name": "Legal"})
+    rows = Seen(parts(card("a", withdrawal=Withdrawal([gone], "replayed")))[1]).rows
+    assert rows[-1] == ["Legal", "ab" * 32]
 
 
 def test_the_same_version_has_the_same_card() -> None:

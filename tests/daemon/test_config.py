@@ -19,7 +19,7 @@ def test_without_anything_the_defaults_hold(toml: Path) -> None:
     settings = load(toml)
     assert settings.flat() == Settings().flat()
     assert (settings.http.host, settings.http.port) == ("127.0.0.1", 8765)
-    assert settings.publish.shard_bytes == 5_000_000_000 and settings.retention.versions == 5
+    assert settings.publish.shard_bytes == 0 and settings.retention.versions == 5
 
 
 def test_later_sources_win_key_by_key(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_later_sources_win_key_by_key(toml: Path, monkeypatch: pytest.MonkeyPatc
         ('[compute]\ndevice = "cuda:x"\n', "compute.device"),
         ("[compute]\nblock_bytes = 1\n", "compute.block_bytes"),
         ('[publish]\ndtype = "int8"\n', "publish.dtype"),
-        ("[publish]\nshard_bytes = 0\n", "publish.shard_bytes"),
+        ("[publish]\nshard_bytes = -1\n", "publish.shard_bytes"),
         ("[retention]\nversions = 0\n", "retention.versions"),
         ("[admission]\nmax_norm_ratio = 1\n", "admission.max_norm_ratio"),
         ('[admission]\nprefixes = "module."\n', "admission.prefixes"),

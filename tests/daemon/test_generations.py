@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.generations import METADATA, companions, entry, plan_weights, problems
+from daemon.generations import METADATA, entry, plan_weights, problems
 from daemon.home import Home
 from projector.header import build_header
 from projector.spec import TensorSpec
@@ -32,17 +32,6 @@ def version_of(home: Home, number: int) -> Version:
     return found
 
 
-def test_companions_are_what_loaders_need_and_nothing_else(tmp_path: Path) -> None:
-    wanted = ["config.json", "merges.txt", "spiece.model", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
-    for name in [*wanted, "model.safetensors", "adapter_config.json", "optimizer.pt", "README.md", "pytorch_model.bin"]:
-        (tmp_path / name).touch()
-    (tmp_path / "tokenizer").mkdir()
-    for name in ("._spiece.model", "additional_chat_templates/._tool.jinja", "1_Line\nBreak/config.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()  # no pull takes such a name
-    assert [path.name for path in companions(tmp_path)] == wanted
-
-
 def test_a_small_model_is_one_file_without_an_index() -> None:
     specs = [TensorSpec(name, (4, 4), torch.float32) for name in "ab"]
     (file,), index = plan_weights(specs, 1000)
@@ -53,7 +42,8 @@ def test_a_large_one_is_split_and_indexed() -> None:
     specs = [TensorSpec(name, (4, 4), torch.float32) for name in "abc"]
     files, index = plan_weights(specs, 100)
     assert index is not None
-    read = json.loads(index)
+    read = json.loads(index.text)
+    assert index.name == "model.safetensors.index.json"
     assert read["metadata"]["total_size"] == 3 * 64
     assert read["weight_map"] == {spec.name: file.name for file in files for spec in file.specs}
     assert sorted(file.name for file in files) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
@@ -66,7 +56,7 @@ def test_no_file_of_several_tensors_is_larger_than_allowed(limit: int) -> None:
     specs = [TensorSpec(f"schicht.{n}.größe", shape, torch.float16) for n, shape in enumerate(shapes)]
     specs.insert(20, TensorSpec("large", (200, 100), torch.float64))
     files, index = plan_weights(specs, limit)
-    assert index is not None and json.loads(index)["metadata"]["total_size"] == sum(spec.nbytes for spec in specs)
+    assert index is not None and json.loads(index.text)["metadata"]["total_size"] == sum(spec.nbytes for spec in specs)
     assert [spec for file in files for spec in file.specs if spec.name != "large"] == specs[:20] + specs[21:]
     sizes = {file.name: build_header(file.specs, METADATA)[1].size for file in files if len(file.specs) > 1}
     assert max(sizes.values()) <= limit

@@ -16,9 +16,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from daemon import durable, sealing
+from daemon.companions import companions
 from daemon.errors import BadHome
 from daemon.founding import name_of
-from daemon.generations import companions, entry
+from daemon.generations import entry
 from daemon.home import Home
 from daemon.latest import point_latest
 from daemon.rebuilding import add_head, into, withdraw
@@ -143,7 +144,7 @@ def test_companions_are_files_with_plain_names(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling" / "nested").mkdir()
     (tmp_path / "1_Pooling" / "config.json").mkdir()
     (tmp_path / "additional_chat_templates" / "a\n.jinja").touch()
-    assert companions(tmp_path) == []
+    assert companions(tmp_path).files == []
 
 
 @pytest.mark.usefixtures("secretive")
