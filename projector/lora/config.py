@@ -44,6 +44,10 @@ class LoraConfig:
         rank = self.rank(module)
         return self._alphas.first(module, self.lora_alpha) / (sqrt(rank) if self.use_rslora else rank)
 
+    def says(self, module: str) -> tuple[int, float]:
+        """(rank, scaling) of this module."""
+        return self.rank(module), self.scaling(module)
+
     def tokens(self, module: str) -> Sequence[int]:
         """The rows of this embedding that the adapter replaces."""
         indices = self.trainable_token_indices
