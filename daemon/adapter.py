@@ -17,12 +17,14 @@ from daemon.opening import not_a_file
 from projector.errors import BadSchema
 from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.expert import LoraExpert
+from projector.lora.foreign import MLX, command, recognised, recognised_other
 from projector.lora.patterns import Patterns
 from projector.spec import Schema
 from projector.text import listed, shown
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"
 MAX_CONFIG_BYTES = 4 << 20
 FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
 TRAINERS_OWN = re.compile(r"checkpoint-\d+|\..*")
@@ -112,6 +114,15 @@ def adapters_below(folder_fd: int) -> list[str]:
 
 def check_no_factors(names: Iterable[str], name: str) -> None:
     """Raises Refused where tensors that should be a model's are an adapter's."""
+    names = list(names)
+    if other := recognised_other(names):
+        whose, hint, tensor = other
+        raise Refused(Reason.ADAPTER, f"{shown(name)} holds an adapter of {whose}, {shown(tensor)}", hint)
+    if found := recognised(names):
+        tool, tensor = found
+        detail = f"{shown(name)} holds an adapter as {tool.name} saves it, {shown(tensor)}"
+        hint = f"make a PEFT adapter of it, and drop that: {command(tool, names)}"
+        raise Refused(Reason.ADAPTER, detail, hint)
     if factor := next((tensor for tensor in names if FACTOR.search(tensor)), None):
         raise Refused(
             Reason.ADAPTER,
@@ -139,6 +150,8 @@ def check_tied(expert: LoraExpert, base: Schema, base_config: Mapping[str, Any])
 def read_config(content: Mapping[str, Any]) -> LoraConfig:
     """What the fields of adapter_config.json say. Raises Refused, which names what cannot be merged."""
     kind = content.get("peft_type")
+    if "lora_parameters" in content:
+        _refuse("it is mlx-lm's", f"make a PEFT adapter of it, and drop that: {command(MLX, ())}")
     if kind != "LORA":
         detail = f"peft_type is {_value(kind)}" if kind else "it has no peft_type"
         _refuse(detail, f"only LORA can be merged here: {MERGE_FIRST}")

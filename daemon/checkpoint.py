@@ -18,6 +18,7 @@ from daemon.about import ABOUT, About, read_about
 from daemon.adapter import ADAPTER as ADAPTER
 from daemon.adapter import (
     ADAPTER_WEIGHTS,
+    MLX_WEIGHTS,
     OpenAdapter,
     adapters_below,
     check_alone,
@@ -251,6 +252,8 @@ def _open_folder(
         weight_map, kind = read_index(open_entry(fd, INDEX, follow, closing)), "sharded"
         files = [opened(shard) for shard in shard_names(weight_map, names)]
         check_places(weight_map, {name: file.name for file in files for name in file.reader.specs})
+    elif MLX_WEIGHTS in names:
+        files, kind = [opened(MLX_WEIGHTS)], "folder"
     elif ADAPTER_WEIGHTS in names or (ADAPTER in names and not any(name.endswith(PICKLE_SUFFIXES) for name in names)):
         missing = ADAPTER if ADAPTER_WEIGHTS in names else ADAPTER_WEIGHTS
         raise NotYet(Reason.INCOMPLETE, f"{missing} of the adapter is missing", "copy both files of it")
