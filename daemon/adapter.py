@@ -43,6 +43,12 @@ VARIANTS = {
 }
 """The key that turns it on -> what it is called, and what to do."""
 
+NO_WEIGHTS_CHANGED = {
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT"),
+    *("POLY", "XLORA", "LILY", "SHADOW"),
+}
+"""The kinds of PEFT that merge_and_unload() cannot merge: they change what goes into a model, or choose as it runs."""
+
 SOUND_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Ways to start the factors that leave the base as it is."""
 
@@ -61,6 +67,7 @@ NO_MATTER = {
     *("lora_ga_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision"),
     *("runtime_config", "target_modules", "task_type"),
     *("lora_dtype", "lorap_emb_lr", "lorap_lr_ratio"),  # of ms-swift: how it was trained
+    "merge_weights",  # of peft's first versions: whether layers merged while they evaluated
 }
 """Keys that say where the adapter is, which its tensors' names say too, or how it was trained."""
 
@@ -147,6 +154,15 @@ def check_tied(expert: LoraExpert, base: Schema, base_config: Mapping[str, Any])
             )
 
 
+def check_not_merged(expert: LoraExpert) -> None:
+    """Raises Refused where the adapter is already in the weights that its file brings for the layers under it, as
+    model.state_dict() has them after merge_adapter(): it would count twice."""
+    if name := expert.merged_already():
+        detail = f"the weight that {ADAPTER_WEIGHTS} has for {shown(name)} has the adapter in it already"
+        hint = "save it with save_pretrained, after model.unmerge_adapter(); or merge_and_unload(), and drop the model"
+        _refuse(detail, hint)
+
+
 def read_config(content: Mapping[str, Any]) -> LoraConfig:
     """What the fields of adapter_config.json say. Raises Refused, which names what cannot be merged."""
     kind = content.get("peft_type")
@@ -154,6 +170,8 @@ def read_config(content: Mapping[str, Any]) -> LoraConfig:
         _refuse("it is mlx-lm's", f"make a PEFT adapter of it, and drop that: {command(MLX, ())}")
     if kind != "LORA":
         detail = f"peft_type is {_value(kind)}" if kind else "it has no peft_type"
+        if kind in NO_WEIGHTS_CHANGED:
+            _refuse(f"{detail}, which changes no weights: no merge can take it", "train a LoRA, or the whole model")
         _refuse(detail, f"only LORA can be merged here: {MERGE_FIRST}")
     for key, (name, hint) in VARIANTS.items():
         if _is_set(content.get(key)):
@@ -197,7 +215,7 @@ def _check_start(start: Any) -> None:
 
 def _is_set(value: Any) -> bool:
     """False for the values that leave a field of peft's off."""
-    return value is not None and value is not False and value != [] and value != {}
+    return value is not None and value is not False and value not in ([], {}, "")
 
 
 def _rank(value: Any, key: str) -> int:

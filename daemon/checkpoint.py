@@ -23,6 +23,7 @@ from daemon.adapter import (
     adapters_below,
     check_alone,
     check_no_factors,
+    check_not_merged,
     check_tied,
     open_adapter,
 )
@@ -129,6 +130,7 @@ class OpenCheckpoint:
             beside = {kind: file.reader for kind, file in self._sidecars.items()}
             self.tensors = adapted = LoraExpert(readers, beside, self._adapter.config, base, self.naming)
             if base_config is not None:
+                check_not_merged(adapted)
                 check_tied(adapted, base.schema, base_config)
         else:
             resolved = self.naming.resolve(self.tensors.schema, base.schema).values()

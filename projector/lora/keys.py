@@ -109,7 +109,7 @@ def _without_adapter(name: str, adapter: str | None) -> str:
 
 def is_embedding(parts: Mapping[str, str]) -> bool:
     """True where A, which must be there, is an embedding's."""
-    return parts[A].endswith("lora_embedding_A")
+    return ".lora_embedding_A" in parts[A]
 
 
 def _target(name: str) -> tuple[str, str]:

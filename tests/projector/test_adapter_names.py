@@ -13,7 +13,7 @@ from torch import Tensor
 from daemon.adapter import ADAPTER_WEIGHTS
 from projector.errors import BadSchema
 from projector.naming import Naming
-from tests.adapters import configure, deltas, llama, merged, rewrite, train, trained, write
+from tests.adapters import configure, deltas, expert, llama, merged, rewrite, train, trained, write
 from tests.projector.test_lora import assert_same, model_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
@@ -92,7 +92,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear and a saved head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
     "tokens, tied": ("tied_llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
-    "dora of an embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"], "use_dora": True}),
+    "dora of an embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
     "biases": (
         "bert",
         {
@@ -127,3 +127,20 @@ def test_an_adapter_saved_by_hand(tmp_path: Path, kind: str, name: str, whole: b
     save_file(state, folder / ADAPTER_WEIGHTS)
     assert any(f".{name}" in n for n in load_file(folder / ADAPTER_WEIGHTS))
     assert_same(deltas(base, folder), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [CARET, {"target_modules": ["embed_tokens", "q_proj"]}])
+def test_an_adapter_that_is_in_the_weights_already_is_not_added_again(
+    tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """A state_dict() after merge_adapter(), told from one before it by its values, also when it was rounded."""
+    base = write(llama, tmp_path)
+    adapted = trained(llama, r=4, **settings)
+    adapted.save_pretrained(str(tmp_path))
+    for merged_first in (False, True):
+        if merged_first:
+            adapted.merge_adapter()
+        save_file({n: t.to(dtype).clone() for n, t in adapted.state_dict().items()}, tmp_path / ADAPTER_WEIGHTS)
+        with expert(base, tmp_path) as (source, _):
+            assert (source.merged_already() is not None) is merged_first
