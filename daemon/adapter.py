@@ -19,6 +19,7 @@ from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.expert import LoraExpert
 from projector.lora.foreign import MLX, command, recognised, recognised_other
 from projector.lora.patterns import Patterns
+from projector.lora.targets import Targets
 from projector.spec import Schema
 from projector.text import listed, shown
 
@@ -188,6 +189,7 @@ def read_config(content: Mapping[str, Any]) -> LoraConfig:
         rank_pattern={key: _rank(value, "rank_pattern") for key, value in _map(content, "rank_pattern").items()},
         alpha_pattern={key: _number(value, "alpha_pattern") for key, value in _map(content, "alpha_pattern").items()},
         trainable_token_indices=_tokens(content.get("trainable_token_indices")),
+        targets=_targets(content),
         **{key: _flag(content, key) for key in FLAGS},
     )
     for patterns in (config.rank_pattern, config.alpha_pattern):
@@ -251,6 +253,26 @@ def _tokens(value: Any) -> Mapping[str, Sequence[int]]:
         if not isinstance(rows, list) or not all(type(row) is int for row in rows):
             _refuse("trainable_token_indices are no lists of whole numbers")
     return by_name
+
+
+def _targets(content: Mapping[str, Any]) -> Targets:
+    """Which modules it is for; what is of another form than PEFT writes says nothing."""
+    if content.get("ensure_weight_tying"):  # which adds modules that are not in target_modules
+        return Targets()
+
+    def names(key: str) -> str | Sequence[str] | None:
+        value = content.get(key)
+        known = isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+        return value if known else None
+
+    layers = content.get("layers_to_transform")
+    layers = [layers] if type(layers) is int else layers
+    sound = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    return Targets(
+        names("target_modules"),
+        names("exclude_modules"),
+        layers if sound and not content.get("layers_pattern") else None,
+    )
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:

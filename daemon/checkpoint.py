@@ -9,7 +9,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +36,7 @@ from projector.errors import BadFile
 from projector.errors import Reason as ProjectorReason
 from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
 from projector.lora.expert import LoraExpert
+from projector.lora.targets import Targets
 from projector.matching import matched
 from projector.naming import SAME, Naming
 from projector.source import Checkpoint, identity
@@ -128,7 +129,10 @@ class OpenCheckpoint:
         if self._adapter:
             readers = [file.reader for file in self.files]
             beside = {kind: file.reader for kind, file in self._sidecars.items()}
-            self.tensors = adapted = LoraExpert(readers, beside, self._adapter.config, base, self.naming)
+            config = self._adapter.config
+            if base_config is None:  # it was let in before, maybe when nobody looked for that
+                config = replace(config, targets=Targets())
+            self.tensors = adapted = LoraExpert(readers, beside, config, base, self.naming)
             if base_config is not None:
                 check_not_merged(adapted)
                 check_tied(adapted, base.schema, base_config)

@@ -94,6 +94,7 @@ class _Shaper:
             patch = replace(patch, full=parts[FULL])
         if A in parts or B in parts:
             patch = self._factors(patch, module, target, parts, spec)
+            self._check_targeted(module_names(target, spec.name, parts), parts[A])
         if MAGNITUDE in parts or (self._config.use_dora and patch.a):
             patch = replace(patch, magnitude=self._magnitude(module, parts, spec, patch))
         if OFFSET in parts:
@@ -115,6 +116,16 @@ class _Shaper:
                     "save the adapter with save_pretrained, or write these patterns without ^, as the end of the name",
                 )
         return first
+
+    def _check_targeted(self, modules: Sequence[str], factor: str) -> None:
+        """Raises BadSchema where PEFT would put no LoRA into the module, by any of its names."""
+        if all(map(self._config.targets.leaves_out, modules)):
+            raise BadSchema(
+                Reason.UNEXPECTED_TENSOR,
+                f"adapter_config.json gives {shown(modules[0])} no LoRA, but there is {shown(factor)}: peft leaves it out",
+                "save both files again; or, if it was trained, take target_modules, exclude_modules and "
+                "layers_to_transform out of adapter_config.json",
+            )
 
     def check_squares(self) -> None:
         """A square matrix lies as the flag says; raises BadSchema where another of this adapter belies the flag."""

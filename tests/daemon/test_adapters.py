@@ -284,6 +284,15 @@ def test_a_config_that_cannot_be_merged_is_refused_by_name(adapter: Path, case: 
     assert caught.value.reason is Reason.ADAPTER and caught.value.hint
 
 
+def test_what_peft_would_leave_out_is_refused_of_arrivals_alone(home: Home, base: Path, adapter: Path) -> None:
+    """What was merged before is still read as it was."""
+    configure(adapter, layers_to_transform=[0])
+    drop(home, adapter)
+    assert "peft leaves it out" in (experts(home)[0].detail or "")
+    with open_path(base) as there, open_path(adapter) as merged_before:
+        merged_before.check(there.tensors)
+
+
 def test_a_state_dict_of_the_merged_model_is_refused_and_mended(home: Home, base: Path, tmp_path: Path) -> None:
     """save_file(model.state_dict()) after merge_adapter() would count the adapter twice; the hint is followed."""
     model = trained_model(llama, r=3, target_modules=["q_proj"])

@@ -79,7 +79,7 @@ def diffusers_noted(folder: Path, state: State) -> None:
     """As diffusers writes it since 0.34, with peft's config in the header."""
     diffusers_peft(folder, state)
     file = folder / "pytorch_lora_weights.safetensors"
-    noted = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.target_modules": ["q_proj"]}
+    noted = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.target_modules": LINEAR["target_modules"]}
     save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(noted)})
 
 
