@@ -15,6 +15,7 @@ from projector.spec import Schema, TensorSpec, check_not_quantised, resized_rows
 from projector.text import shown
 
 GATHER = "gather the parameters before save_pretrained (ZeRO-3, FSDP), and drop the adapter again"
+ALONE = "save the adapter with peft's save_pretrained, which leaves out the quantised layers that it lies over"
 RESIZED = "nothing is cut off here: train on this home's base without resizing its vocabulary"
 MOST_RANK = 1024  # of a weight whose shorter side is less: a factor is in memory whole
 MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one adapter: save both again"
@@ -28,7 +29,10 @@ def planned(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Namin
     Raises BadSchema.
     """
     schema = adapter.schema
-    check_not_quantised(schema)
+    try:
+        check_not_quantised(schema)
+    except BadSchema as error:
+        raise BadSchema(error.reason, str(error), ALONE) from None
     known = tensor_parts(schema)
     if not known:
         raise BadSchema(Reason.MISSING_TENSOR, "the adapter's file has no tensor", GATHER)
@@ -87,7 +91,8 @@ class _Shaper:
         for name in parts.values():
             if not self._schema[name].floating:
                 detail = f"{shown(name)} is {self._schema[name].dtype}".replace("torch.", "")
-                raise BadSchema(Reason.UNSUPPORTED_DTYPE, detail, "save the adapter as float32, float16 or bfloat16")
+                hint = "save the adapter as float32, float16 or bfloat16" if name != parts.get(FULL) else ALONE
+                raise BadSchema(Reason.UNSUPPORTED_DTYPE, detail, hint)
         if FULL in parts:
             resized = resized_rows(spec.shape, self._schema[parts[FULL]].shape)
             self._hold(parts[FULL], spec.shape, RESIZED if resized else ANOTHER_BASE)
@@ -122,7 +127,8 @@ class _Shaper:
         if all(map(self._config.targets.leaves_out, modules)):
             raise BadSchema(
                 Reason.UNEXPECTED_TENSOR,
-                f"adapter_config.json gives {shown(modules[0])} no LoRA, but there is {shown(factor)}: peft leaves it out",
+                f"{shown(factor)} is there, but adapter_config.json has no LoRA of {shown(modules[0])}: "
+                "peft leaves it out",
                 "save both files again; or, if it was trained, take target_modules, exclude_modules and "
                 "layers_to_transform out of adapter_config.json",
             )

@@ -144,3 +144,19 @@ def test_an_adapter_that_is_in_the_weights_already_is_not_added_again(
         save_file({n: t.to(dtype).clone() for n, t in adapted.state_dict().items()}, tmp_path / ADAPTER_WEIGHTS)
         with expert(base, tmp_path) as (source, _):
             assert (source.merged_already() is not None) is merged_first
+
+
+@pytest.mark.parametrize("end", ["weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"])
+def test_the_quantised_layers_under_an_adapter_are_to_be_left_out(tmp_path: Path, end: str) -> None:
+    """A state_dict() of a QLoRA model; save_pretrained writes the adapter alone, which is merged."""
+    base = write(llama, tmp_path)
+    adapted = trained(llama, r=4, **CARET)
+    adapted.save_pretrained(str(tmp_path))
+    state = {name: tensor.clone() for name, tensor in adapted.state_dict().items() if "base_layer" not in name}
+    quantised = {n.replace("lora_A.default.weight", f"base_layer.{end}") for n in state if "lora_A" in n}
+    save_file(state | {name: torch.zeros(128, dtype=torch.uint8) for name in quantised}, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(BadSchema, match="base_layer") as caught:
+        deltas(base, tmp_path)
+    assert "save_pretrained" in caught.value.hint
+    adapted.save_pretrained(str(tmp_path))
+    assert_same(deltas(base, tmp_path), merged(llama, tmp_path))
