@@ -19,8 +19,8 @@ from safetensors.torch import save
 
 from daemon import durable
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS, MLX_WEIGHTS, read_config
-from daemon.checkpoint import PICKLE_SUFFIXES, open_path
-from daemon.convert.converting import SUFFIX, Converted, check_out
+from daemon.checkpoint import PICKLED, open_path
+from daemon.convert.converting import PICKLED_ADAPTER, PICKLED_INDEX, SUFFIX, Converted, check_out
 from daemon.errors import Reason, Refused
 from daemon.opening import open_entry
 from projector.lora.foreign import MLX, Said, Tool, as_peft, recognised, recognised_other
@@ -46,12 +46,11 @@ def weights_of(source: Path) -> Path | None:
     """The file of tensors of what may be an adapter of another tool: a .safetensors file, or a folder with one."""
     if source.is_dir():
         names = {path.name for path in source.iterdir()}
+        if not names.isdisjoint((PICKLED, PICKLED_INDEX, PICKLED_ADAPTER)):
+            return None
         plain = [name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
         found = next((name for name in FILES if name in names), plain[0] if len(plain) == 1 else None)
-        pickled = any(
-            name.endswith(PICKLE_SUFFIXES) and name not in ("optimizer.bin", "training_args.bin") for name in names
-        )
-        return source / found if found and not (pickled and found == "model.safetensors") else None
+        return source / found if found else None
     return source if source.suffix == SUFFIX else None
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.checkpoint import open_path
 from daemon.cli.app import app
-from daemon.convert.adapters import How, convert_adapter
+from daemon.convert.adapters import How, convert_adapter, weights_of
 from daemon.errors import Reason, Refused
 from projector.errors import BadSchema
 from tests.adapters import configure, convolutions, llama, merged, train, write
@@ -271,3 +271,13 @@ def test_a_model_with_gates_of_its_own_is_not_taken_for_an_adapter(tmp_path: Pat
     save_file({name: tensor + 0.1 for name, tensor in load_file(base).items()}, home.inbox / "one.safetensors")
     drain(home)
     assert experts(home)[0].status == "merged"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"])
+def test_a_folder_of_pickles_is_none_of_these(tmp_path: Path, name: str) -> None:
+    """Whatever lies beside them: a Fisher sidecar, what a trainer kept."""
+    for there in (name, "fisher.safetensors"):
+        (tmp_path / there).write_bytes(b"")
+    assert weights_of(tmp_path) is None
+    (tmp_path / name).unlink()
+    assert weights_of(tmp_path) == tmp_path / "fisher.safetensors"
