@@ -18,7 +18,7 @@ from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.checkpoint import open_path
 from daemon.cli.app import app
 from daemon.convert.adapters import How, convert_adapter, weights_of
-from daemon.errors import Reason, Refused
+from daemon.errors import BadHome, Reason, Refused
 from projector.errors import BadSchema
 from tests.adapters import configure, convolutions, llama, merged, train, write
 from tests.daemon.homes import drain, experts, latest, make_home
@@ -281,3 +281,10 @@ def test_a_folder_of_pickles_is_none_of_these(tmp_path: Path, name: str) -> None
     assert weights_of(tmp_path) is None
     (tmp_path / name).unlink()
     assert weights_of(tmp_path) == tmp_path / "fisher.safetensors"
+
+
+@pytest.mark.parametrize("state", [ONE, UNET, FLAT], ids=["torchtune", "diffusers", "sd-scripts"])
+def test_they_are_no_base(tmp_path: Path, state: State) -> None:
+    save_file(state, tmp_path / "base.safetensors")
+    with pytest.raises(BadHome, match="an adapter, not a model"):
+        make_home(tmp_path / "home", tmp_path / "base.safetensors")
