@@ -17,12 +17,15 @@ from daemon.opening import not_a_file
 from projector.errors import BadSchema
 from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.expert import LoraExpert
+from projector.lora.foreign import MLX, command, recognised, recognised_other
 from projector.lora.patterns import Patterns
+from projector.lora.targets import Targets
 from projector.spec import Schema
 from projector.text import listed, shown
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"
 MAX_CONFIG_BYTES = 4 << 20
 FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
 TRAINERS_OWN = re.compile(r"checkpoint-\d+|\..*")
@@ -40,6 +43,12 @@ VARIANTS = {
     "velora_config": ("VeLoRA", MERGE_FIRST),
 }
 """The key that turns it on -> what it is called, and what to do."""
+
+NO_WEIGHTS_CHANGED = {
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT"),
+    *("POLY", "XLORA", "LILY", "SHADOW"),
+}
+"""The kinds of PEFT that merge_and_unload() cannot merge: they change what goes into a model, or choose as it runs."""
 
 SOUND_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Ways to start the factors that leave the base as it is."""
@@ -59,6 +68,7 @@ NO_MATTER = {
     *("lora_ga_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision"),
     *("runtime_config", "target_modules", "task_type"),
     *("lora_dtype", "lorap_emb_lr", "lorap_lr_ratio"),  # of ms-swift: how it was trained
+    "merge_weights",  # of peft's first versions: whether layers merged while they evaluated
 }
 """Keys that say where the adapter is, which its tensors' names say too, or how it was trained."""
 
@@ -112,6 +122,15 @@ def adapters_below(folder_fd: int) -> list[str]:
 
 def check_no_factors(names: Iterable[str], name: str) -> None:
     """Raises Refused where tensors that should be a model's are an adapter's."""
+    names = list(names)
+    if other := recognised_other(names):
+        whose, hint, tensor = other
+        raise Refused(Reason.ADAPTER, f"{shown(name)} holds an adapter of {whose}, {shown(tensor)}", hint)
+    if found := recognised(names):
+        tool, tensor = found
+        detail = f"{shown(name)} holds an adapter as {tool.name} saves it, {shown(tensor)}"
+        hint = f"make a PEFT adapter of it, and drop that: {command(tool, names)}"
+        raise Refused(Reason.ADAPTER, detail, hint)
     if factor := next((tensor for tensor in names if FACTOR.search(tensor)), None):
         raise Refused(
             Reason.ADAPTER,
@@ -136,11 +155,24 @@ def check_tied(expert: LoraExpert, base: Schema, base_config: Mapping[str, Any])
             )
 
 
+def check_not_merged(expert: LoraExpert) -> None:
+    """Raises Refused where the adapter is already in the weights that its file brings for the layers under it, as
+    model.state_dict() has them after merge_adapter(): it would count twice."""
+    if name := expert.merged_already():
+        detail = f"the weight that {ADAPTER_WEIGHTS} has for {shown(name)} has the adapter in it already"
+        hint = "save it with save_pretrained, after model.unmerge_adapter(); or merge_and_unload(), and drop the model"
+        _refuse(detail, hint)
+
+
 def read_config(content: Mapping[str, Any]) -> LoraConfig:
     """What the fields of adapter_config.json say. Raises Refused, which names what cannot be merged."""
     kind = content.get("peft_type")
+    if "lora_parameters" in content:
+        _refuse("it is mlx-lm's", f"make a PEFT adapter of it, and drop that: {command(MLX, ())}")
     if kind != "LORA":
         detail = f"peft_type is {_value(kind)}" if kind else "it has no peft_type"
+        if kind in NO_WEIGHTS_CHANGED:
+            _refuse(f"{detail}, which changes no weights: no merge can take it", "train a LoRA, or the whole model")
         _refuse(detail, f"only LORA can be merged here: {MERGE_FIRST}")
     for key, (name, hint) in VARIANTS.items():
         if _is_set(content.get(key)):
@@ -157,6 +189,7 @@ def read_config(content: Mapping[str, Any]) -> LoraConfig:
         rank_pattern={key: _rank(value, "rank_pattern") for key, value in _map(content, "rank_pattern").items()},
         alpha_pattern={key: _number(value, "alpha_pattern") for key, value in _map(content, "alpha_pattern").items()},
         trainable_token_indices=_tokens(content.get("trainable_token_indices")),
+        targets=_targets(content),
         **{key: _flag(content, key) for key in FLAGS},
     )
     for patterns in (config.rank_pattern, config.alpha_pattern):
@@ -184,7 +217,7 @@ def _check_start(start: Any) -> None:
 
 def _is_set(value: Any) -> bool:
     """False for the values that leave a field of peft's off."""
-    return value is not None and value is not False and value != [] and value != {}
+    return value is not None and value is not False and value not in ([], {}, "")
 
 
 def _rank(value: Any, key: str) -> int:
@@ -220,6 +253,26 @@ def _tokens(value: Any) -> Mapping[str, Sequence[int]]:
         if not isinstance(rows, list) or not all(type(row) is int for row in rows):
             _refuse("trainable_token_indices are no lists of whole numbers")
     return by_name
+
+
+def _targets(content: Mapping[str, Any]) -> Targets:
+    """Which modules it is for; what is of another form than PEFT writes says nothing."""
+    if content.get("ensure_weight_tying"):  # which adds modules that are not in target_modules
+        return Targets()
+
+    def names(key: str) -> str | Sequence[str] | None:
+        value = content.get(key)
+        known = isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+        return value if known else None
+
+    layers = content.get("layers_to_transform")
+    layers = [layers] if type(layers) is int else layers
+    sound = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    return Targets(
+        names("target_modules"),
+        names("exclude_modules"),
+        layers if sound and not content.get("layers_pattern") else None,
+    )
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,10 +17,12 @@ from daemon.about import ABOUT, About, read_about
 from daemon.adapter import ADAPTER as ADAPTER
 from daemon.adapter import (
     ADAPTER_WEIGHTS,
+    MLX_WEIGHTS,
     OpenAdapter,
     adapters_below,
     check_alone,
     check_no_factors,
+    check_not_merged,
     check_tied,
     open_adapter,
 )
@@ -33,6 +35,7 @@ from projector.errors import BadFile
 from projector.errors import Reason as ProjectorReason
 from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
 from projector.lora.expert import LoraExpert
+from projector.lora.targets import Targets
 from projector.matching import matched
 from projector.naming import SAME, Naming
 from projector.source import Checkpoint, identity
@@ -126,8 +129,12 @@ class OpenCheckpoint:
         if self._adapter:
             readers = [file.reader for file in self.files]
             beside = {kind: file.reader for kind, file in self._sidecars.items()}
-            self.tensors = adapted = LoraExpert(readers, beside, self._adapter.config, base, self.naming)
+            config = self._adapter.config
+            if base_config is None:  # it was let in before, maybe when nobody looked for that
+                config = replace(config, targets=Targets())
+            self.tensors = adapted = LoraExpert(readers, beside, config, base, self.naming)
             if base_config is not None:
+                check_not_merged(adapted)
                 check_tied(adapted, base.schema, base_config)
         else:
             resolved = self.naming.resolve(self.tensors.schema, base.schema).values()
@@ -260,7 +267,7 @@ def _open_folder(
     if {ADAPTER, ADAPTER_WEIGHTS} <= names:
         adapter = open_adapter(open_entry(fd, ADAPTER, follow, closing))
         kind, index, files = "adapter", None, [opened(ADAPTER_WEIGHTS)]
-    elif there in ([WEIGHTS], [INDEX]):
+    elif there in ([WEIGHTS], [INDEX], [MLX_WEIGHTS]):
         files = whole(there[0])
     elif ADAPTER_WEIGHTS in names or (ADAPTER in names and not any(name.endswith(PICKLE_SUFFIXES) for name in names)):
         missing = ADAPTER if ADAPTER_WEIGHTS in names else ADAPTER_WEIGHTS

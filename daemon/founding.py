@@ -22,6 +22,7 @@ from daemon.layout import WEIGHTS
 from daemon.modules import check_pickled
 from daemon.sealing import copy_files, read_about_base, sync_folders
 from projector.errors import ProjectorError
+from projector.lora.foreign import recognised
 from projector.measure import count_finite
 from projector.method import Method
 from projector.methods import make
@@ -59,7 +60,8 @@ def found(
     _refuse_occupied(home)
     try:
         with open_path(base) as checkpoint:
-            if checkpoint.kind == "adapter":
+            theirs = recognised(checkpoint.tensors.schema)
+            if checkpoint.kind == "adapter" or (theirs and all(map(theirs[0].split, checkpoint.tensors.schema))):
                 raise BadHome("it is an adapter, not a model", "give --base the model that it was trained on")
             progress("checking the base")
             check_base(checkpoint.tensors.schema)

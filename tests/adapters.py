@@ -109,15 +109,23 @@ def write(model: Callable[[], nn.Module], folder: Path, *, seed: int = 1) -> Pat
 
 def train(model: Callable[[], nn.Module], folder: Path, *, seed: int = 1, steps: int = 1, **settings: Any) -> Path:
     """An adapter as peft saves it, as if trained: its weights are drawn at random. `steps` draws others."""
+    adapted = trained(model, seed=seed, steps=steps, **settings)
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def trained(
+    model: Callable[[], nn.Module], *, seed: int = 1, steps: int = 1, name: str = "default", **settings: Any
+) -> Any:
+    """The model with that adapter in it, of this name."""
     torch.manual_seed(seed)
-    adapted = peft.get_peft_model(model(), peft.LoraConfig(**settings))
+    adapted = peft.get_peft_model(model(), peft.LoraConfig(**settings), name)
     torch.manual_seed(1000 + steps)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    adapted.save_pretrained(str(folder))
-    return folder
+    return adapted
 
 
 def merged(model: Callable[[], nn.Module], folder: Path, *, seed: int = 1) -> dict[str, Tensor]:

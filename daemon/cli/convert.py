@@ -1,4 +1,4 @@
-"""`mainstem convert`: a pickled checkpoint as safetensors."""
+"""`mainstem convert`: a pickled checkpoint as safetensors, another tool's adapter as one of PEFT."""
 
 import signal
 import sys
@@ -23,7 +23,8 @@ def command(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A pickled checkpoint, or a folder with pytorch_model.bin or its shards.", show_default=False
+            help="A pickled checkpoint, a folder with pytorch_model.bin or its shards, or another tool's LoRA adapter.",
+            show_default=False,
         ),
     ],
     out: Annotated[
@@ -43,19 +44,34 @@ def command(
         float | None,
         typer.Option(metavar="SECONDS", min=0.001, help="Time for one file; by default 300 s and 50 s per GB."),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Of an adapter of sd-scripts: a checkpoint with the base's names."),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Of an adapter that does not say it: the alpha that it was trained with.")
+    ] = None,
+    only: Annotated[
+        str, typer.Option(metavar="PREFIX", help="Of an adapter for several models: the one, for example unet.")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Turn a pickled checkpoint (.bin, .pt, .pth, .ckpt) into safetensors without running what is in it.
 
-    A process of its own, with limits on memory, time and files, reads it.
+    A process of its own, with limits on memory, time and files, reads it. A LoRA adapter of mlx-lm, torchtune,
+    sd-scripts or diffusers becomes one of PEFT.
     """
+    from daemon.convert.adapters import How, convert_adapter, weights_of
     from daemon.convert.confining import Options
     from daemon.convert.converting import convert
 
     options = Options(_bytes(memory) if memory else None, timeout, key, strip_prefix)
     signal.signal(signal.SIGTERM, _leave)
-    with _bar() as report:
-        converted = convert(file, out, options, report)
+    if weights_of(file):
+        converted = convert_adapter(file, out, How(base, alpha, only))
+    else:
+        with _bar() as report:
+            converted = convert(file, out, options, report)
     if as_json:
         print_json(converted)
     else:

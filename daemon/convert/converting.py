@@ -94,7 +94,7 @@ def convert(
     """
     started = monotonic()
     source, out = (Path(os.path.abspath(path)) for path in (source, out))  # noqa: PTH100 - a link keeps its own name
-    _check_out(out)
+    check_out(out)
     folder = out.with_name(f".{out.name}.{uuid4().hex}.tmp")
     with ExitStack() as closing:
         parts, beside, weight_map = _plan(source, closing)
@@ -121,7 +121,8 @@ def convert(
     return _summary(out, done, [str(path) for path in beside], monotonic() - started)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Raises Refused where `out` cannot be made."""
     if os.path.lexists(out):
         raise Refused(Reason.CONVERT, f"{out} is there already", "name one that does not exist")
     if out.suffix in PICKLE_SUFFIXES:

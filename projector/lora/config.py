@@ -6,6 +6,7 @@ from functools import cached_property
 from math import sqrt
 
 from projector.lora.patterns import Patterns
+from projector.lora.targets import Targets
 
 MERGE_FIRST = "merge it into its base first (peft: model.merge_and_unload()) and drop the whole model"
 
@@ -16,6 +17,7 @@ class LoraConfig:
 
     rank_pattern, alpha_pattern: what replaces `r` and `lora_alpha` in some modules (see `scaling`).
     trainable_token_indices: rows of an embedding, by the end of its module's name; "" stands for the only one there is.
+    targets: which modules have a LoRA at all.
     """
 
     r: int
@@ -27,6 +29,7 @@ class LoraConfig:
     lora_bias: bool = False
     use_dora: bool = False
     trainable_token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    targets: Targets = field(default_factory=Targets)
 
     def rank(self, module: str) -> int:
         """The rank of this module's factors: of the first pattern that it matches, else `r`."""
@@ -43,6 +46,10 @@ class LoraConfig:
         """
         rank = self.rank(module)
         return self._alphas.first(module, self.lora_alpha) / (sqrt(rank) if self.use_rslora else rank)
+
+    def says(self, module: str) -> tuple[int, float]:
+        """(rank, scaling) of this module."""
+        return self.rank(module), self.scaling(module)
 
     def tokens(self, module: str) -> Sequence[int]:
         """The rows of this embedding that the adapter replaces."""

@@ -4,6 +4,7 @@ What an adapter does not touch costs nothing to read, and a full expert is never
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,17 +55,41 @@ class LoraExpert(Checkpoint):
         """
         return content_of(PATCHES, ([name, self._content(patch)] for name, patch in sorted(self._patches.items())))
 
-    def replaces(self, name: str) -> bool:
-        """True where the adapter brings a whole matrix of other values than this one of the base, for this one name
-        alone: not for a tied weight's other name as well. The base's values in the adapter's dtype are no others."""
+    def replaces(self, name: str, *, alone: bool = True) -> bool:
+        """True where the adapter brings a whole matrix of other values than this one of the base. The base's values in
+        the adapter's dtype are no others.
+
+        alone: and nothing else for it, and for this one name only, not for a tied weight's other name as well.
+        """
         patch = self._patches.get(name)
-        if patch is None or not patch.full or patch.a or self.twins().get(patch.full):
+        if patch is None or not patch.full or (alone and (patch.a or self.twins().get(patch.full))):
             return False
         spec, dtype = self._base.schema[name], self.schema[patch.full].dtype
         blocks = row_blocks(torch.empty(spec.shape[0], spec.row_numel, device="meta"))
         return not all(
             torch.equal(self.read(patch.full, rows), self._base.read(name, rows).to(dtype)) for rows in blocks
         )
+
+    def merged_already(self) -> str | None:
+        """A tensor of the base for which the adapter brings factors, and a weight that has their product in it already;
+        None where there is none. Of a weight that is the base's, in the adapter's dtype, nothing more is read."""
+        for name, patch in self._patches.items():
+            if patch.full and patch.a and self.replaces(name, alone=False) and self._has_product(name, patch):
+                return name
+        return None
+
+    @one_thread()
+    def _has_product(self, name: str, patch: Patch) -> bool:
+        """True where the weight, less the base's, is rather s B A than nothing."""
+        spec, product = self._base.schema[name], replace(patch, full=None, magnitude=None, offset=None, tokens=None)
+        without = within = 0.0
+        for rows in row_blocks(torch.empty(spec.shape[0], spec.row_numel, device="meta")):
+            base = self._base.read(name, rows)
+            moved = self.read(str(patch.full), rows).double() - base.double()
+            added = delta_of(base, product, self._parts(spec, product, rows)).double()
+            without += float(moved.square().sum())
+            within += float((moved - added).square().sum())
+        return within < without / 4
 
     def touches(self, name: str) -> bool:
         """True where the adapter changes this tensor of the base."""

@@ -69,6 +69,32 @@ class _Expression:
     engine: SchemaValidator
 
 
+class Expression:
+    """A pattern for the whole name of a module, as re.fullmatch takes it."""
+
+    def __init__(self, letters: int, engine: SchemaValidator) -> None:
+        self._letters = letters
+        self._engine = engine
+        self._steps = 0
+
+    def matches(self, module: str) -> bool | None:
+        """None where a name cannot be held against it, or all of them together take too long."""
+        self._steps += (len(module) + 1) * self._letters
+        if "\n" in module or not module.isascii() or len(module) > MAX_LETTERS or self._steps > MAX_STEPS:
+            return None
+        return self._engine.isinstance_python(module)
+
+
+def whole(pattern: str) -> Expression | None:
+    """The pattern for whole names; None where it is none that is understood here."""
+    if len(pattern) > MAX_LETTERS:
+        return None
+    try:
+        return Expression(*_translated(pattern, "^(?:{})$"))
+    except BadSchema:
+        return None
+
+
 @dataclass
 class _Names:
     """The patterns of one length, to be looked up."""
@@ -150,8 +176,11 @@ class Patterns:
             raise _bad(f"its patterns could take for ever to match: {MAX_STEPS} steps were not enough at {shown(name)}")
 
 
-def _translated(pattern: str) -> tuple[int, SchemaValidator]:
-    """How many letters the pattern has once repetitions are written out, and itself, for Rust's engine."""
+def _translated(pattern: str, frame: str = r"^(?:.*\.)?(?:{})$") -> tuple[int, SchemaValidator]:
+    """How many letters the pattern has once repetitions are written out, and itself, for Rust's engine.
+
+    frame: what stands around it, which says how much of a name it is for.
+    """
     unknown = _bad(f"the pattern {shown(pattern)} is no regular expression, or one that is not known here")
     letters, place, parts = 0, 0, []
     for piece in PIECE.finditer(pattern):
@@ -170,9 +199,8 @@ def _translated(pattern: str) -> tuple[int, SchemaValidator]:
         raise unknown
     try:
         re.compile(pattern)
-        return letters, SchemaValidator(
-            core_schema.str_schema(pattern=f"^(?:.*\\.)?(?:{''.join(parts)})$", strict=True)
-        )
+        framed = frame.replace("{}", "".join(parts))
+        return letters, SchemaValidator(core_schema.str_schema(pattern=framed, strict=True))
     except (re.error, OverflowError, RecursionError, SchemaError):
         raise unknown from None
 

@@ -1,13 +1,13 @@
 """Which tensors of the base an adapter changes, and how: its names and shapes held against the base's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from projector.errors import BadSchema, Reason
 from projector.lora.absent import ANOTHER_BASE, absent
 from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.delta import Patch
-from projector.lora.keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, is_embedding, tensor_parts
+from projector.lora.keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, is_embedding, module_names, tensor_parts, wrapped
 from projector.lora.tied import Tied
 from projector.naming import Naming
 from projector.source import Checkpoint
@@ -15,6 +15,7 @@ from projector.spec import Schema, TensorSpec, check_not_quantised, resized_rows
 from projector.text import shown
 
 GATHER = "gather the parameters before save_pretrained (ZeRO-3, FSDP), and drop the adapter again"
+ALONE = "save the adapter with peft's save_pretrained, which leaves out the quantised layers that it lies over"
 RESIZED = "nothing is cut off here: train on this home's base without resizing its vocabulary"
 MOST_RANK = 1024  # of a weight whose shorter side is less: a factor is in memory whole
 MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one adapter: save both again"
@@ -28,11 +29,14 @@ def planned(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Namin
     Raises BadSchema.
     """
     schema = adapter.schema
-    check_not_quantised(schema)
+    try:
+        check_not_quantised(schema)
+    except BadSchema as error:
+        raise BadSchema(error.reason, str(error), ALONE) from None
     known = tensor_parts(schema)
     if not known:
         raise BadSchema(Reason.MISSING_TENSOR, "the adapter's file has no tensor", GATHER)
-    resolved = naming.resolve(known, base)
+    resolved = _resolved(known, base, naming)
     at_home = {theirs: known[theirs] for theirs, ours in resolved.items() if ours in base}
     tied = Tied(adapter, config, at_home)
     shaper = _Shaper(schema, config, known)
@@ -47,6 +51,16 @@ def planned(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Namin
             patches[ours] = shaper.patch(theirs, base[ours])
     shaper.check_squares()
     return patches
+
+
+def _resolved(known: Mapping[str, Mapping[str, str]], base: Collection[str], naming: Naming) -> dict[str, str]:
+    """The base's name of each tensor, as Naming.resolve finds it: first by what PEFT calls it, then by the name with
+    what a wrapper put before that, of which the settings may speak too."""
+    plain = naming.resolve(known, base)
+    names = {theirs: theirs if ours in base else wrapped(theirs, known[theirs]) for theirs, ours in plain.items()}
+    found = naming.resolve(names.values(), base)
+    kept = {theirs: found[name] for theirs, name in names.items() if name in found}
+    return {theirs: ours if ours in base else plain[theirs] for theirs, ours in kept.items()}
 
 
 class _Shaper:
@@ -71,18 +85,21 @@ class _Shaper:
 
     def patch(self, target: str, spec: TensorSpec) -> Patch:
         """What the parts for `target`, a name as the adapter has it, do to the tensor `spec` of the base."""
-        parts, module = self._known[target], target.rpartition(".")[0]
+        parts = self._known[target]
+        module = self._module(target, spec.name, parts)
         patch = Patch(scaling=self._config.scaling(module))
         for name in parts.values():
             if not self._schema[name].floating:
                 detail = f"{shown(name)} is {self._schema[name].dtype}".replace("torch.", "")
-                raise BadSchema(Reason.UNSUPPORTED_DTYPE, detail, "save the adapter as float32, float16 or bfloat16")
+                hint = "save the adapter as float32, float16 or bfloat16" if name != parts.get(FULL) else ALONE
+                raise BadSchema(Reason.UNSUPPORTED_DTYPE, detail, hint)
         if FULL in parts:
             resized = resized_rows(spec.shape, self._schema[parts[FULL]].shape)
             self._hold(parts[FULL], spec.shape, RESIZED if resized else ANOTHER_BASE)
             patch = replace(patch, full=parts[FULL])
         if A in parts or B in parts:
-            patch = self._factors(patch, module, parts, spec)
+            patch = self._factors(patch, module, target, parts, spec)
+            self._check_targeted(module_names(target, spec.name, parts), parts[A])
         if MAGNITUDE in parts or (self._config.use_dora and patch.a):
             patch = replace(patch, magnitude=self._magnitude(module, parts, spec, patch))
         if OFFSET in parts:
@@ -90,6 +107,31 @@ class _Shaper:
         if TOKENS in parts:
             patch = replace(patch, tokens=parts[TOKENS], rows=self._tokens(module, parts[TOKENS], spec))
         return patch
+
+    def _module(self, target: str, ours: str, parts: Mapping[str, str]) -> str:
+        """The name by which the config's patterns go. Raises BadSchema where it could be two of which they say
+        different things."""
+        first, *others = module_names(target, ours, parts)
+        for other in others:
+            if A in parts and self._config.says(first) != self._config.says(other):
+                raise BadSchema(
+                    Reason.UNEXPECTED_TENSOR,
+                    f"rank_pattern or alpha_pattern says one thing of {shown(first)}, another of {shown(other)}, and "
+                    "the module may have been called either when it was trained",
+                    "save the adapter with save_pretrained, or write these patterns without ^, as the end of the name",
+                )
+        return first
+
+    def _check_targeted(self, modules: Sequence[str], factor: str) -> None:
+        """Raises BadSchema where PEFT would put no LoRA into the module, by any of its names."""
+        if all(map(self._config.targets.leaves_out, modules)):
+            raise BadSchema(
+                Reason.UNEXPECTED_TENSOR,
+                f"{shown(factor)} is there, but adapter_config.json has no LoRA of {shown(modules[0])}: "
+                "peft leaves it out",
+                "save both files again; or, if it was trained, take target_modules, exclude_modules and "
+                "layers_to_transform out of adapter_config.json",
+            )
 
     def check_squares(self) -> None:
         """A square matrix lies as the flag says; raises BadSchema where another of this adapter belies the flag."""
@@ -101,7 +143,7 @@ class _Shaper:
                 MERGE_FIRST,
             )
 
-    def _factors(self, patch: Patch, module: str, parts: Mapping[str, str], spec: TensorSpec) -> Patch:
+    def _factors(self, patch: Patch, module: str, target: str, parts: Mapping[str, str], spec: TensorSpec) -> Patch:
         if A not in parts or B not in parts:
             there, missing = (A, B) if A in parts else (B, A)
             detail = f"{shown(parts[there])} has no lora_{missing} beside it"
@@ -122,7 +164,7 @@ class _Shaper:
         if rank > (most := max(MOST_RANK, min(spec.shape[0], spec.row_numel))):
             detail = f"{shown(module)} has factors of rank {rank}, more than {most} add nothing to {list(spec.shape)}"
             raise BadSchema(Reason.WRONG_SHAPE, detail, MERGE_FIRST)
-        if self._config.lora_bias and OFFSET not in self._known.get(f"{module}.bias", {}):
+        if self._config.lora_bias and OFFSET not in self._known.get(f"{target.rpartition('.')[0]}.bias", {}):
             raise BadSchema(Reason.MISSING_TENSOR, f"{shown(module)} has no lora_B.bias, lora_bias is set", MISMATCH)
         return replace(patch, a=parts[A], b=parts[B], transposed=transposed)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from projector.lora.config import LoraConfig
-from projector.lora.keys import FULL, A, B, is_embedding
+from projector.lora.keys import FULL, TOKENS, A, B, is_embedding
 from projector.source import Checkpoint
 
 Values = tuple[torch.dtype, tuple[int, ...], bytes]
@@ -27,12 +27,14 @@ class Tied:
         self._saved = {parts[FULL] for parts in at_home.values() if FULL in parts}
 
     def repeats(self, target: str, parts: Mapping[str, str]) -> bool:
-        """True for a whole tensor with the values of one that the base has, and for the factors of an embedding that
-        the base has, turned round, as ensure_weight_tying repeats them for the output layer."""
+        """True for a whole tensor with the values of one that the base has, for the tokens of one, and for the factors
+        of an embedding that the base has, turned round, as ensure_weight_tying repeats them for the output layer."""
         if FULL in parts and not self._has_again(parts[FULL]):
             return False
         if parts.keys() == {FULL}:
             return True
+        if parts.keys() - {FULL} == {TOKENS}:
+            return _values(self._adapter.read(parts[TOKENS])) in self._tokens
         if parts.keys() - {FULL} != {A, B}:
             return False
         a, b = (self._adapter.read(parts[part]) for part in (A, B))
@@ -52,6 +54,11 @@ class Tied:
         """What the saved tensors that are no matrices hold."""
         schema = self._adapter.schema
         return {_values(self._adapter.read(name)) for name in self._saved if len(schema[name].shape) < 2}
+
+    @cached_property
+    def _tokens(self) -> set[Values]:
+        """The rows that an embedding gets."""
+        return {_values(self._adapter.read(parts[TOKENS])) for parts in self._at_home.values() if TOKENS in parts}
 
     @cached_property
     def _embeddings(self) -> set[tuple[float, Values, Values]]:

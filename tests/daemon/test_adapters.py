@@ -20,6 +20,7 @@ from daemon.home import Home
 from daemon.verification import verify
 from registry.records import Status
 from tests.adapters import configure, llama, merged, train, write
+from tests.adapters import trained as trained_model
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, live, make_home, put, reason_of
 from tests.daemon.processes import forked, running
 from tests.oracles import mean, opcm
@@ -241,6 +242,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "peft_type": ({"peft_type": "LOHA"}, "peft_type is LOHA"),
     "ia3": ({"peft_type": "IA3"}, "peft_type is IA3"),
     "adalora": ({"peft_type": "ADALORA"}, "peft_type is ADALORA"),
+    "prompts": ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING, which changes no weights"),
     "no peft_type": ({"peft_type": None}, "no peft_type"),
     "kasa": ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
     "qalora": ({"use_qalora": True}, "QA-LoRA"),
@@ -280,6 +282,51 @@ def test_a_config_that_cannot_be_merged_is_refused_by_name(adapter: Path, case: 
     with pytest.raises(Refused, match=words) as caught, open_path(adapter):
         pass
     assert caught.value.reason is Reason.ADAPTER and caught.value.hint
+
+
+def test_what_peft_would_leave_out_is_refused_of_arrivals_alone(home: Home, base: Path, adapter: Path) -> None:
+    """What was merged before is still read as it was."""
+    configure(adapter, layers_to_transform=[0])
+    drop(home, adapter)
+    assert "peft leaves it out" in (experts(home)[0].detail or "")
+    with open_path(base) as there, open_path(adapter) as merged_before:
+        merged_before.check(there.tensors)
+
+
+def test_a_state_dict_of_the_merged_model_is_refused_and_mended(home: Home, base: Path, tmp_path: Path) -> None:
+    """save_file(model.state_dict()) after merge_adapter() would count the adapter twice; the hint is followed."""
+    model = trained_model(llama, r=3, target_modules=["q_proj"])
+    folder = tmp_path / "merged"
+    model.save_pretrained(str(folder))
+    wanted = merged(llama, folder)
+    model.merge_adapter()
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / ADAPTER_WEIGHTS)
+    drop(home, folder)
+    assert "has the adapter in it already" in (experts(home)[0].detail or "")
+    assert "unmerge_adapter" in (experts(home)[0].hint or "")
+    model.unmerge_adapter()
+    model.save_pretrained(str(tmp_path / "mended"))
+    drop(home, tmp_path / "mended")
+    assert experts(home)[1].status is Status.MERGED
+    assert_close(latest(home, "soup"), {n: t.double() + wanted[n] for n, t in load_file(base).items()})
+
+
+def test_a_model_file_with_an_adapter_in_it_is_merged_once_it_has_its_name(home: Home, adapter: Path) -> None:
+    """What accelerate and Trainer subclasses save of a PeftModel: model.safetensors, adapter and all."""
+    model = trained_model(llama, r=3, target_modules=["q_proj"])
+    model.save_pretrained(str(home.tmp / "whole"))
+    (home.tmp / "whole" / ADAPTER_WEIGHTS).unlink()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(state, home.tmp / "whole" / "model.safetensors")
+    put(home, home.tmp / "whole")
+    drain(home)
+    (refused,) = experts(home)
+    assert refused.reason == "adapter" and f"{ADAPTER_WEIGHTS} by that name" in (refused.hint or "")
+    there = home.quarantine(refused.id) / "whole"
+    (there / "model.safetensors").rename(there / ADAPTER_WEIGHTS)
+    put(home, there)
+    drain(home)
+    assert experts(home)[-1].status is Status.MERGED
 
 
 def test_the_daemon_tells_why(home: Home, adapter: Path) -> None:

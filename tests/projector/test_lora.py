@@ -375,10 +375,10 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Tensor]], object], Reason, str]] = 
         Reason.UNEXPECTED_TENSOR,
         "lora_diag",
     ),
-    "the adapter's name left in": (
-        lambda t: t.update({A.replace(".weight", ".default.weight"): t.pop(A)}),
+    "two adapters in one file": (
+        lambda t: t.update({A.replace(".weight", f".{name}.weight"): t[A].clone() for name in ("one", "two")}),
         Reason.UNEXPECTED_TENSOR,
-        "default",
+        "several adapters: one, two",
     ),
     "a magnitude without DoRA": (
         lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(16)}),

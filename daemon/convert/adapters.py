@@ -1,0 +1,158 @@
+"""Makes a PEFT adapter of one that another tool saved: a folder that can be dropped.
+
+What each tool's tensors mean is in projector/lora/foreign.py. The files are read by the strict rules for any expert.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+from uuid import uuid4
+
+from safetensors.torch import save
+
+from daemon import durable
+from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS, MLX_WEIGHTS, read_config
+from daemon.checkpoint import PICKLED, open_path
+from daemon.convert.converting import PICKLED_ADAPTER, PICKLED_INDEX, SUFFIX, Converted, check_out
+from daemon.errors import Reason, Refused
+from daemon.opening import open_entry
+from projector.lora.foreign import MLX, Said, Tool, as_peft, recognised, recognised_other
+from projector.source import identity
+from projector.tensorfile import TensorReader
+from projector.text import shown
+
+FILES = (MLX_WEIGHTS, "pytorch_lora_weights.safetensors", ADAPTER_WEIGHTS, "model.safetensors")
+METADATA = "lora_adapter_metadata"  # what diffusers writes of PEFT's config, into the file's header
+
+
+@dataclass(frozen=True)
+class How:
+    """base: a checkpoint whose names say which modules there are. alpha: for an adapter that does not say its own.
+    only: what the names of its tensors must begin with."""
+
+    base: Path | None = None
+    alpha: float | None = None
+    only: str = ""
+
+
+def weights_of(source: Path) -> Path | None:
+    """The file of tensors of what may be an adapter of another tool: a .safetensors file, or a folder with one."""
+    if source.is_dir():
+        names = {path.name for path in source.iterdir()}
+        if not names.isdisjoint((PICKLED, PICKLED_INDEX, PICKLED_ADAPTER)):
+            return None
+        plain = [name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
+        found = next((name for name in FILES if name in names), plain[0] if len(plain) == 1 else None)
+        return source / found if found else None
+    return source if source.suffix == SUFFIX else None
+
+
+def convert_adapter(source: Path, out: Path, how: How) -> Converted:
+    """Converts an adapter, a file or its folder, to the new folder `out`, which appears whole or not at all.
+
+    Raises Refused, BadFile, BadSchema or OSError.
+    """
+    started = monotonic()
+    source, out = (Path(os.path.abspath(path)) for path in (source, out))  # noqa: PTH100 - a link keeps its own name
+    check_out(out)
+    if out.suffix == SUFFIX:
+        raise Refused(Reason.CONVERT, "an adapter is a folder with two files", "let OUT be a folder")
+    file = weights_of(source)
+    if file is None:
+        raise Refused(
+            Reason.NO_WEIGHTS, f"{shown(source.name)} has no tensors of an adapter", "name its .safetensors file"
+        )
+    with ExitStack() as closing:
+        parent = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        closing.callback(os.close, parent)
+        reader = TensorReader(open_entry(parent, file.name, True, closing))
+        tool = _tool(reader, file.name)
+        said = Said(
+            scale=_scale(file.parent / ADAPTER) if tool is MLX else None,
+            config=_configs(reader.header.metadata),
+            alpha=how.alpha,
+            only=how.only,
+            modules=_modules(how.base) if how.base else None,
+        )
+        tensors, config = as_peft(tool, {name: reader.read(name) for name in reader.specs}, said)
+        read_config(config)
+        folder = out.with_name(f".{out.name}.{uuid4().hex}.tmp")
+        closing.callback(durable.remove, folder)
+        durable.make_folder(folder, public=True)
+        written = {ADAPTER: json.dumps(config, indent=2).encode(), ADAPTER_WEIGHTS: save(tensors, {"format": "pt"})}
+        for name, data in written.items():
+            durable.write_file(folder / name, data)
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
+        durable.sync_folder(folder)
+        durable.rename_new(folder, out)
+    return Converted(
+        out=str(out),
+        sha256=identity(digests),
+        size_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        tensors=len(tensors),
+        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())),
+        inside="",
+        stripped=0,
+        shared=[],
+        left_out=[],
+        files=[
+            {"name": name, "of": file.name, "kind": tool.name, "sha256": digest} for name, digest in digests.items()
+        ],
+        copied=[],
+        seconds=monotonic() - started,
+    )
+
+
+def _scale(path: Path) -> float:
+    """What mlx-lm multiplies by, from its adapter_config.json."""
+    hint = "put mlx-lm's own adapter_config.json beside the file"
+    try:
+        content = json.loads(path.read_bytes())
+        parameters = content["lora_parameters"]
+        scale = parameters["scale"]
+    except (OSError, ValueError, TypeError, LookupError):
+        raise Refused(Reason.CONVERT, f"{ADAPTER} with lora_parameters is not beside it", hint) from None
+    if content.get("fine_tune_type", "lora") != "lora":
+        detail = f"its fine_tune_type is {shown(str(content['fine_tune_type']))}"
+        raise Refused(Reason.CONVERT, detail, f"{MLX.fuse}; drop the whole model")
+    if "alpha" in parameters or type(scale) not in (int, float):  # some versions multiply by alpha / rank besides
+        detail = "its lora_parameters have an alpha, which not every version of mlx-lm counts"
+        raise Refused(Reason.CONVERT, detail, f"{MLX.fuse}, with the version that trained it; drop the whole model")
+    return float(scale)
+
+
+def _configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What diffusers noted of PEFT's config, by what the names of that model's tensors begin with."""
+    try:
+        noted = json.loads(metadata.get(METADATA, "{}"))
+    except (ValueError, RecursionError):
+        noted = None
+    if not isinstance(noted, dict):
+        raise Refused(Reason.CONVERT, f"its metadata has a {METADATA} that is no JSON object", "save the adapter again")
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in noted.items():
+        first, dot, name = key.partition(".")
+        found.setdefault(first + dot, {"peft_type": "LORA"})[name] = value
+    return found
+
+
+def _modules(base: Path) -> set[str]:
+    with open_path(base) as opened:
+        return {name.rpartition(".")[0] for name in opened.tensors.schema}
+
+
+def _tool(reader: TensorReader, name: str) -> Tool:
+    """Whose adapter the tensors are; raises Refused where that is nobody who is known."""
+    if other := recognised_other(reader.specs):
+        whose, hint, _ = other
+        raise Refused(Reason.CONVERT, f"{shown(name)} holds an adapter of {whose}", hint)
+    if found := recognised(reader.specs):
+        return found[0]
+    raise Refused(Reason.CONVERT, f"{shown(name)} is safetensors, and no adapter of another tool", "drop it as it is")
