@@ -267,8 +267,10 @@ def _open_folder(
     if {ADAPTER, ADAPTER_WEIGHTS} <= names:
         adapter = open_adapter(open_entry(fd, ADAPTER, follow, closing))
         kind, index, files = "adapter", None, [opened(ADAPTER_WEIGHTS)]
-    elif there in ([WEIGHTS], [INDEX], [MLX_WEIGHTS]):
+    elif there in ([WEIGHTS], [INDEX]):
         files = whole(there[0])
+    elif MLX_WEIGHTS in names:  # its checkpoints may lie beside it
+        files = [opened(MLX_WEIGHTS)]
     elif ADAPTER_WEIGHTS in names or (ADAPTER in names and not any(name.endswith(PICKLE_SUFFIXES) for name in names)):
         missing = ADAPTER if ADAPTER_WEIGHTS in names else ADAPTER_WEIGHTS
         raise NotYet(Reason.INCOMPLETE, f"{missing} of the adapter is missing", "copy both files of it")
