@@ -19,10 +19,19 @@ from daemon.latest import PLAIN, point_latest
 from daemon.placing import place_all
 from daemon.retention import finish, remove_whole
 from daemon.uncommitted import leftovers, refuse_ahead, temporaries
+from daemon.versions import called
 from registry.errors import Busy
 from registry.store import Store
 
-UNFINISHED = (".founding", "..founding.tmp", ".clean.tmp", "registry.new", "registry.new-wal", "registry.new-shm")
+UNFINISHED = (
+    ".founding",
+    "..founding.tmp",
+    ".clean.tmp",
+    ".daemon.json.tmp",
+    "registry.new",
+    "registry.new-wal",
+    "registry.new-shm",
+)
 
 
 def recover(
@@ -98,11 +107,11 @@ def _check_live(home: Home, store: Store, *, hashes: bool, read: Callable[[int],
         found = (
             problems(home, version, hashes=hashes, extras=False, read=read)
             if version
-            else [f"version {head.live} is not in the registry"]
+            else [f"{called(head.name, head.live)} is not in the registry"]
         )
         if found:
             raise BadHome(
-                f"head {head.name}, version {head.live} is damaged: {'; '.join(found)}",
+                f"{called(head.name, head.live)} is damaged: {'; '.join(found)}",
                 "restore these files from a backup; `mainstem verify` lists everything that differs",
             )
 

@@ -25,6 +25,7 @@ from daemon.cli.common import JsonOption, complain, print_json, size
 from daemon.errors import DaemonError
 from daemon.pull.fetching import Report
 from daemon.pull.pulling import CONNECTIONS, LATEST, Pulled, follow, pull
+from daemon.versions import called, read_name
 
 
 def command(
@@ -32,8 +33,8 @@ def command(
     dest: Annotated[
         Path, typer.Argument(help="The folder to make, or to replace if a pull made it.", show_default=False)
     ],
-    head: Annotated[str, typer.Option(help="The head to fetch from.")] = "main",
-    version: Annotated[str, typer.Option(help="A version's number, or latest.")] = LATEST,
+    head: Annotated[str | None, typer.Option(help="The head to fetch from: main, unless told otherwise.")] = None,
+    version: Annotated[str, typer.Option(help="HEAD/N, a version's number, or latest.")] = LATEST,
     view: Annotated[
         str | None,
         typer.Option(metavar="EXPERT", help="That expert's own model out of an emr head: its sha256, name or id."),
@@ -48,19 +49,30 @@ def command(
     """Fetch a version into the folder DEST and check every file; all of it arrives, or nothing."""
     if adapter and view is not None:
         raise typer.BadParameter("a view has no adapter: leave --view out", param_hint="--adapter")
+    chosen, version = _named(head, version)
     if watch:
         if version != LATEST or view is not None:
             raise typer.BadParameter(
                 "it follows the latest version: leave --version and --view out", param_hint="--watch"
             )
-        _watch(url, dest, head, connections, as_json, adapter)
+        _watch(url, dest, chosen, connections, as_json, adapter)
         return
     with _bar() as bar:
-        pulled = pull(url, dest, head, version, view, bar, connections, adapter=adapter)
+        pulled = pull(url, dest, chosen, version, view, bar, connections, adapter=adapter)
     if as_json:
         print_json({**asdict(pulled), "dest": str(dest)})
     else:
         typer.echo(_line(pulled, dest, view))
+
+
+def _named(head: str | None, version: str) -> tuple[str, str]:
+    """The head, and its version's number or LATEST."""
+    named = read_name(version)
+    if named is None:
+        raise typer.BadParameter("give HEAD/N as main/12, a number, or latest", param_hint="--version")
+    if head and named.head and named.head != head:
+        raise typer.BadParameter(f"{version} is none of --head {head}", param_hint="--version")
+    return head or named.head or "main", LATEST if named.number is None else str(named.number)
 
 
 def _watch(url: str, dest: Path, head: str, connections: int, as_json: bool, adapter: bool) -> None:
@@ -80,7 +92,7 @@ def _trouble(error: DaemonError, pause: float) -> None:
 
 
 def _line(pulled: Pulled, dest: Path, view: str | None = None) -> str:
-    what = f"{pulled.head} version {pulled.version}" + (f", the view of {view}" if view else "")
+    what = called(pulled.head, pulled.version) + (f", the view of {view}" if view else "")
     if pulled.up_to_date:
         return f"{what} is in {dest} already: nothing to fetch"
     came = "" if pulled.fetched_bytes == pulled.size_bytes else f" ({size(pulled.fetched_bytes)} of it fetched)"

@@ -8,17 +8,17 @@ from dataclasses import asdict
 import typer
 from rich.console import Console
 
-from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json, size
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, open_reader, print_json, size
 
 
-def command(home: HomeOption = None, as_json: JsonOption = False) -> None:
+def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Re-hash the base, every version and every archived expert against manifests and registry.
 
     Prints what differs, and a line at the end. Exit status 1 where anything does.
     """
     from daemon.verification import verify
 
-    where, reader = open_reader(home)
+    where, reader = open_reader(at, home)
     with reader, _status() as say:
         checked, found = verify(where, reader, say)
     if as_json:

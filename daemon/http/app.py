@@ -29,6 +29,7 @@ from daemon.http.uploads import UploadRoutes
 from daemon.http.views import WEIGHTS, Views
 from daemon.http.waiting import Waiting
 from daemon.uploading import Uploads
+from daemon.versions import called
 from registry.errors import Busy, RegistryError
 from registry.records import Head, Status, Version
 from registry.store import Reader
@@ -218,7 +219,7 @@ class _Api:
             raise Problem(
                 404,
                 "unknown_file",
-                f"version {row.number} of head {head.name} has no such file",
+                f"{called(head.name, row.number)} has no such file",
                 f"GET /v1/heads/{head.name}/versions/{row.number} lists its files",
             )
         return entry

@@ -20,6 +20,7 @@ from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origi
 from daemon.pull.fetching import PIECE_BYTES, Fetching, Report
 from daemon.pull.manifest import MOST_BYTES, Listed, Manifest
 from daemon.pull.target import MANIFEST_BYTES, Target
+from daemon.versions import called
 from projector.text import shown
 
 WEIGHTS = "model.safetensors"
@@ -179,7 +180,7 @@ def adapter_of(manifest: Manifest) -> list[Listed]:
     if not found:
         raise DaemonError(
             Reason.PULL,
-            f"{manifest.head} version {manifest.version} has no adapter",
+            f"{called(manifest.head, manifest.version)} has no adapter",
             f"set heads.{manifest.head}.adapter.rank on the server: versions from then on have one",
         )
     return found
@@ -226,7 +227,7 @@ def _manifest(source: Source, version: str) -> Manifest:
         what = f"{path}: the manifest came with the sha256 {manifest.sha256}, its ETag is {shown(tag)}"
         raise Passing(Reason.PULL, what, "something between here and the server changes what it sends")
     if (manifest.head, str(manifest.version)) != (source.head, version):
-        raise connection.refusal(path, f"this is the manifest of {shown(manifest.head)} version {manifest.version}")
+        raise connection.refusal(path, f"this is the manifest of {shown(called(manifest.head, manifest.version))}")
     return manifest
 
 

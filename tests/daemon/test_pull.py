@@ -268,8 +268,8 @@ def test_pull_believes_no_manifest(change: dict[str, Any], message: str, home: H
     [
         ({}, '"sha256:' + "0" * 64 + '"', "came with the sha256"),
         ({}, None, "its ETag is none"),
-        ({"head": "other"}, "right", "the manifest of other version 3"),
-        ({"version": 2}, "right", "the manifest of main version 2"),
+        ({"head": "other"}, "right", "the manifest of other/3"),
+        ({"version": 2}, "right", "the manifest of main/2"),
         ({"files": [{"name": "a", "size": 0, "sha256": "0" * 64}] * 2}, "right", "lists a file twice"),
     ],
 )
@@ -336,7 +336,7 @@ def test_the_command_line_says_what_it_did(origin: str, tmp_path: Path) -> None:
     first = json.loads(done.stdout)
     assert (first["version"], first["up_to_date"], first["dest"]) == (2, False, str(dest))
     assert first["fetched_bytes"] == first["size_bytes"] > 0
-    assert "main version 3: 3 files" in forked("pull", origin, dest, "--connections", "1").stdout
+    assert "main/3: 3 files" in forked("pull", origin, dest, "--connections", "1").stdout
     assert "is in" in forked("pull", origin, dest).stdout
     assert version_in(dest) == 3
     wrong = forked("pull", origin, dest, "--watch", "--version", "2")

@@ -177,7 +177,7 @@ def test_a_damaged_live_version_stops_the_start_and_nothing_is_rolled_back(
     damage(merged)
     merged.clean.unlink()
     before = sound(merged)
-    with pytest.raises(BadHome, match=f"head main, version 2 is damaged.*{named}") as refused:
+    with pytest.raises(BadHome, match=f"main/2 is damaged.*{named}") as refused:
         recover(merged, store, quiet)
     assert "backup" in refused.value.hint
     assert sound(merged) == before and live(merged) == 2

@@ -40,8 +40,8 @@ def test_it_tells_what_happened(line: "Line", client: httpx.Client, readiness: "
         line.expert("bad.bin", Status.QUARANTINED, None, reason="pickle", detail="it is a pickle", hint="convert it")
     )
     text = client.get("/").text
-    for expected in ("v1", "opcm", "alpha 0.5", "ema", "french.safetensors", "pickle", "it is a pickle", "convert it",
-                     f"the same bytes as #{merged.id}", "lambda 1.5", ">ready<"):  # fmt: skip
+    for expected in ("main/1", "opcm", "alpha 0.5", "ema", "french.safetensors", "pickle", "it is a pickle",
+                     "convert it", f"the same bytes as #{merged.id}", "lambda 1.5", ">ready<"):  # fmt: skip
         assert expected in text
     readiness.why_not = "the disk is <full>"
     text = client.get("/").text
@@ -131,7 +131,7 @@ def test_a_real_browser_shows_it(line: "Line", origin: str, tmp_path: Path) -> N
     )
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", origin + "/"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "<title>main v2 · mainstem</title>" in shown.stdout, shown.stderr
+    assert "<title>main/2 · mainstem</title>" in shown.stdout, shown.stderr
     assert "french.safetensors" in shown.stdout
     assert "<script" not in shown.stdout
     assert "Content Security Policy" not in shown.stderr, "the browser blocked a part of the page"
@@ -151,7 +151,7 @@ def test_a_version_that_folds_no_expert_is_not_called_the_base(line: "Line", cli
     gone = line.publish(b"one", name="french.safetensors")
     line.store.restate([lay(line.home, head.name, 2, b"two") for head in line.store.heads()], [gone.id])
     stem = client.get("/").text.partition('class="stem"')[2]
-    assert re.findall(r'<b>v(\d)</b>\s*<(?:bdi|span) class="name"[^>]*>([^<]*)', stem) == [
+    assert re.findall(r'<b>main/(\d)</b>\s*<(?:bdi|span) class="name"[^>]*>([^<]*)', stem) == [
         ("2", "merged again by a rebuild"),
         ("1", "french.safetensors"),
         ("0", "the base, "),
