@@ -97,7 +97,12 @@ class Health:
         if not wrong or reader.head(head.name) != head:  # it has moved on, and that version may have been collected
             return None
         text = f"{called(head.name, head.live)}: missing or not what was published: {listed(wrong, most=3)}"
-        return Trouble("damaged", text, "restore these files from a backup; `mainstem verify` names all that differ")
+        return Trouble(
+            "damaged",
+            text,
+            "restore these files from a backup, or merge the archive again (mainstem rebuild HOME --into NEWHOME); "
+            "`mainstem verify` names all that differ",
+        )
 
     def _wrong(self, head: Head, manifest_sha256: str) -> list[str]:
         folder = self._home.version(head.name, head.live)

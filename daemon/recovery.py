@@ -112,7 +112,8 @@ def _check_live(home: Home, store: Store, *, hashes: bool, read: Callable[[int],
         if found:
             raise BadHome(
                 f"{called(head.name, head.live)} is damaged: {'; '.join(found)}",
-                "restore these files from a backup; `mainstem verify` lists everything that differs",
+                f"restore these files from a backup, or merge the archive again: mainstem rebuild --home {home.root} "
+                "--into NEWHOME; `mainstem verify` lists everything that differs",
             )
 
 

@@ -154,5 +154,5 @@ def damaged(head: Head, n: int, what: str) -> Problem:
         500,
         "damaged",
         f"{called(head.name, n)}: {what} is missing or not what was published",
-        "run `mainstem verify` on the server",
+        "run `mainstem verify` on the server, which says how to mend it",
     )

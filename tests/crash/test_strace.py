@@ -52,7 +52,7 @@ def fail_one(world: World, root: Path, nth: int, expected: dict[str, object]) ->
     if "registry.sqlite" not in path:  # SQLite's last checkpoint may fail in silence: its log still holds everything
         assert ended.returncode == 1, (path, ended.stderr)
     if ended.returncode:
-        assert "hint:" in ended.stderr and "Traceback" not in ended.stderr, (path, ended.stderr)
+        assert '"hint"' in ended.stderr and "Traceback" not in ended.stderr, (path, ended.stderr)
         assert path not in [later for later, _ in calls[failed + 1 :] if "registry" not in later], "it was retried"
     world.finish(home, {})
     assert outcome(home) == expected

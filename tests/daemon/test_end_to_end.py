@@ -299,7 +299,8 @@ def test_damage_is_named_and_stops_the_start(someone: Path, tmp_path: Path) -> N
     home.clean.unlink()
     verified = forked("verify", "--home", home.root)
     assert verified.returncode == 1
-    problem, line = (verified.stdout + verified.stderr).splitlines()
+    problem, line, hint = (verified.stdout + verified.stderr).splitlines()
+    assert "--into NEWHOME" in hint
     assert problem.startswith("published/main/000000/model.safetensors: ") and line.endswith(" read, 1 problem")
     started = forked("run", "--once", "--no-http", "--home", home.root)
     assert started.returncode == 1 and "damaged" in started.stderr and '"hint"' in started.stderr
