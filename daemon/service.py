@@ -463,7 +463,8 @@ class Service:
         http = self._settings.http
         hosts = Hosts(http.host, http.allowed_hosts)
         metrics = self._metrics.registry
-        app = create_app(self._home, reader, metrics, lambda: self._not_ready, self._uploads, hosts, self._health)
+        asked = self._uploads, hosts, self._health
+        app = create_app(self._home, reader, metrics, lambda: self._not_ready, *asked, proxies=http.trusted_proxies)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)

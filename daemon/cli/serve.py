@@ -38,9 +38,8 @@ def _serve(where: Home, reader: "Reader", host: str | None, port: int | None) ->
     metrics = HeadMetrics()
     metrics.follow(reader)
     http = settings.http
-    app = create_app(
-        where, reader, metrics.registry, lambda: None, hosts=Hosts(http.host, http.allowed_hosts), beside=True
-    )
+    hosts, proxies = Hosts(http.host, http.allowed_hosts), http.trusted_proxies
+    app = create_app(where, reader, metrics.registry, lambda: None, hosts=hosts, proxies=proxies, beside=True)
     server = HttpServer(app, http.host, http.port, http.stall_seconds)
     bound, number = server.start()
     typer.echo(f"serving {where.root} on {base_url(bound, number)}")
