@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from daemon import durable
@@ -18,7 +19,7 @@ from daemon.health import Trouble
 from daemon.home import Home
 from projector.text import shown
 
-MOST_WAITING = 1000  # entries of which it is noted why they wait
+MOST_WAITING = 100  # entries of which it is noted why they wait: the last that were looked at
 RECOVERING, MERGING, WATCHING = "recovering", "merging", "watching the inbox"
 BUSY = "busy with another command of mainstem"
 
@@ -42,19 +43,24 @@ class Running:
 
 
 class Presence:
-    """The note of this process. Who calls holds the home's lock."""
+    """The note of this process. Who calls holds the home's lock. Safe to use from any thread.
+
+    It is written when something changed, and not each time that an entry is looked at in vain.
+    """
 
     def __init__(self, home: Home) -> None:
         self._path = home.presence
         self._now = Running(os.getpid(), _time(datetime.now(UTC)))
         self._there = False
+        self._in_hand: tuple[str, str] | None = None
+        self._saying = Lock()
 
-    def begin(self) -> None:
+    def starts(self) -> None:
         """From here on there is a note."""
         self._there = True
         self._say()
 
-    def end(self) -> None:
+    def ends(self) -> None:
         """There is none any more."""
         self._there = False
         with suppress(OSError):
@@ -74,25 +80,35 @@ class Presence:
 
     @contextmanager
     def merging(self, name: str) -> Iterator[None]:
-        """While the entry of that name is in hand."""
-        rest = {other: why for other, why in self._now.waiting.items() if other != shown(name)}
-        since = _time(datetime.now(UTC))
-        self._say(doing=MERGING, merging=shown(name), merging_since=since, waiting=rest)
+        """While the entry of that name is in hand. It is said once there is progress."""
+        self._in_hand = shown(name), _time(datetime.now(UTC))
         try:
             yield
         finally:
-            self._say(doing=WATCHING, merging=None, merging_since=None)
+            self._in_hand = None
+            if self._now.merging:
+                self._say(doing=WATCHING, merging=None, merging_since=None)
+
+    def progresses(self) -> None:
+        """Some of the entry in hand has been read."""
+        if self._in_hand and not self._now.merging:
+            name, since = self._in_hand
+            rest = {other: why for other, why in self._now.waiting.items() if other != name}
+            self._say(doing=MERGING, merging=name, merging_since=since, waiting=rest)
 
     def waits(self, name: str, why: str) -> None:
         """That entry was looked at and not taken."""
-        if len(self._now.waiting) < MOST_WAITING:
-            self._say(waiting={**self._now.waiting, shown(name): why})
+        name, waiting = shown(name), self._now.waiting
+        if waiting.get(name) != why:
+            others = [one for one in waiting.items() if one[0] != name][1 - MOST_WAITING :]
+            self._say(waiting={**dict(others), name: why})
 
     def _say(self, **changes: Any) -> None:
-        self._now = replace(self._now, **changes)
-        if self._there:
-            with suppress(OSError):  # a full disk, most likely
-                durable.note(self._path, json.dumps(asdict(self._now)).encode())
+        with self._saying:
+            self._now = replace(self._now, **changes)
+            if self._there:
+                with suppress(OSError):  # a full disk, most likely
+                    durable.note(self._path, json.dumps(asdict(self._now)).encode())
 
 
 def running(home: Home) -> Running | None:

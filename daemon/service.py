@@ -86,8 +86,8 @@ class Service:
         self._metrics.memory_budget.set(memory_budget(self._settings.compute))
         with ExitStack() as closing:
             closing.callback(os.close, self._lock())
-            closing.callback(self._presence.end)
-            self._presence.begin()
+            closing.callback(self._presence.ends)
+            self._presence.starts()
             self._attempts = Attempts(self._home)
             closing.enter_context(self._signals())
             try:
@@ -293,6 +293,7 @@ class Service:
 
     def _report(self, share: float) -> None:
         self._metrics.progress.set(share)
+        self._presence.progresses()
         self._show(share)
 
     def _fell_back(self, name: str, why: str) -> None:

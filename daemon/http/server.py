@@ -107,7 +107,7 @@ class HttpServer:
             listener = socket.create_server((self.host, self.port), family=family)
         except (OSError, UnicodeError) as error:
             why = str(error.strerror or error if isinstance(error, OSError) else "no host can be called so")
-            what = f"cannot listen on {shown(self.host)}, port {self.port}: {why.partition(' (while')[0]}"
+            what = f"cannot listen on {shown(self.host)}:{self.port}: {why.partition(' (while')[0]}"
             raise BadConfig(what, _advice(error)) from None
         # Bound here and not in the thread: a port in use must fail the start, not a thread that nobody watches.
         host, port = listener.getsockname()[:2]

@@ -14,7 +14,7 @@ import pytest
 from daemon import durable
 from daemon.health import Health, Trouble
 from daemon.home import Home
-from daemon.presence import Presence
+from daemon.presence import MOST_WAITING, Presence
 from daemon.presence import running as look
 from daemon.service import Service
 from tests.daemon.homes import drain, make_home, put, quick
@@ -49,11 +49,11 @@ def told(home: Home) -> dict[str, Any]:
 def present(home: Home) -> Iterator[Presence]:
     """What a daemon says of itself, in this process."""
     fd, presence = durable.lock(home.lock), Presence(home)
-    presence.begin()
+    presence.starts()
     try:
         yield presence
     finally:
-        presence.end()
+        presence.ends()
         os.close(fd)
 
 
@@ -80,6 +80,10 @@ def test_what_the_daemon_does_and_why_each_entry_waits(home: Home) -> None:
         presence.watches()
         presence.waits("half", "it has no weights yet")
         with presence.merging("in-hand"):
+            before = home.presence.stat().st_mtime_ns
+            presence.waits("half", "it has no weights yet")
+            assert home.presence.stat().st_mtime_ns == before, "nothing has changed"
+            presence.progresses()
             said = told(home)
             daemon, why = said["daemon"], {one["name"]: one["why"] for one in said["waiting"]}
             assert (daemon["pid"], daemon["url"], daemon["merging"]) == (
@@ -101,9 +105,17 @@ def test_what_the_daemon_does_and_why_each_entry_waits(home: Home) -> None:
     assert told(home)["daemon"] is None
 
 
+def test_of_many_that_wait_the_last_are_noted(home: Home) -> None:
+    with present(home) as presence:
+        for n in range(MOST_WAITING + 5):
+            presence.waits(f"{n}", "why")
+        found = look(home)
+        assert found and list(found.waiting) == [str(n) for n in range(5, MOST_WAITING + 5)]
+
+
 def test_a_note_of_another_process_is_not_believed(home: Home) -> None:
     """A daemon was killed, and a rebuild holds the lock now."""
-    Presence(home).begin()
+    Presence(home).starts()
     home.presence.write_text(home.presence.read_text().replace(str(os.getpid()), "1"))
     assert look(home) is None
     fd = durable.lock(home.lock)
