@@ -1,6 +1,8 @@
 """One notation for versions, and one way to name a home, in every command."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,14 @@ def test_a_version_is_shown_by_its_name(merged: Home) -> None:
         shown = json.loads(forked("show", words, "--json", "--home", merged.root).stdout)
         assert (shown["called"], shown["manifest"]["head"]) == ("soup/1", "soup")
     assert json.loads(forked("show", "1", "--json", "--home", merged.root).stdout)["name"] == "e.safetensors"
+
+
+def test_several_experts_of_one_name_are_set_apart(merged: Home, tmp_path: Path) -> None:
+    home = Home(shutil.copytree(merged.root, tmp_path / "home", symlinks=True))
+    write_expert(home.inbox / "e.safetensors", home.base / "model.safetensors", 7)
+    drain(home)
+    blocks = forked("show", "e.safetensors", home.root).stdout.split("\n\n")
+    assert [re.findall(r"^id +(\d)", block, re.MULTILINE) for block in blocks] == [["2"], ["1"]]
 
 
 COMMANDS = {
