@@ -325,7 +325,7 @@ def _check_environment() -> None:
             alike = get_close_matches(table.lower(), Settings.model_fields, n=1)
             hint = f"MAINSTEM_{alike[0].upper()}__{rest}?" if alike else f"there are {', '.join(Settings.model_fields)}"
             raise BadConfig(f"{shown(given)} in the environment names no table of settings", hint)
-        if name in single:
+        if name in single and not os.environ[given].startswith("tcp://"):  # Kubernetes names services of its own so
             raise BadConfig(
                 f"{given} in the environment is no setting",
                 f"two underscores: MAINSTEM_{single[name].replace('.', '__').upper()}",

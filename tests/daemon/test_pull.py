@@ -341,3 +341,12 @@ def test_the_command_line_says_what_it_did(origin: str, tmp_path: Path) -> None:
     assert version_in(dest) == 3
     wrong = forked("pull", origin, dest, "--watch", "--version", "2")
     assert wrong.returncode == 2 and "leave --version and --view out" in wrong.stderr
+
+
+def test_a_version_is_named_as_it_is_printed(origin: str, tmp_path: Path) -> None:
+    for n, words in enumerate((["init/1"], ["init@v1"], ["v1", "--head", "init"], ["000001", "--head", "init"])):
+        done = forked("pull", origin, tmp_path / f"{n}", "--version", *words)
+        assert done.returncode == 0 and done.stdout.startswith("init/1: "), done.stderr
+    for words in (["init/1", "--head", "main"], ["x/y/z"], ["1.0"]):
+        wrong = forked("pull", origin, tmp_path / "no", "--version", *words)
+        assert wrong.returncode == 2 and "--version" in wrong.stderr
