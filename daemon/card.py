@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from daemon.generations import Withdrawal
 from daemon.home import is_weights
-from daemon.layout import SUFFIX, called
+from daemon.layout import SUFFIX, weight_names
 from projector.method import Method
 from projector.text import shown
 from registry.records import BaseModel, NewExpert
@@ -104,7 +104,7 @@ def render(card: Card) -> bytes:
         ],
         tasks=any(_task(one) != "-" for one in card.newest),
         weights=_weights(card.files),
-        variant=called(card.files).variant,
+        variant=weight_names(card.files).variant,
         withdrawn=[(shown(_called(one)), one.sha256) for one in _first(card.withdrawal)],
         more_withdrawn=max(0, len(card.withdrawal.experts) - MOST_EXPERTS) if card.withdrawal else 0,
         architecture=Verbatim(card.about.architecture or ""),

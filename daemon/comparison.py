@@ -9,6 +9,7 @@ from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.home import Home
+from daemon.versions import called, find_version
 from projector.measure import Pair, pairs
 from projector.source import Checkpoint
 from registry.records import Expert, Version
@@ -17,34 +18,15 @@ from registry.store import Reader
 PARAMETER_NAMES = ("weight", "bias")
 
 
-def find_version(reader: Reader, words: str) -> Version:
-    """The version that HEAD (its live one), HEAD/N, or N of the first head names; N may be written vN.
-
-    Raises DaemonError where there is none, or where retention has removed its files.
-    """
-    heads = {head.name: head for head in reader.heads()}
-    name, _, number = words.rpartition("/")
-    if words in heads:
-        name, number = words, str(heads[words].live)
-    head = heads.get(name or next(iter(heads)))
-    digits = number.removeprefix("v")
-    if head is None or not (digits.isascii() and digits.isdecimal() and len(digits) < 19):
-        raise DaemonError(
-            Reason.UNKNOWN,
-            f"{words!r} names no version",
-            f"give a head ({', '.join(heads)}), HEAD/N, or N of {next(iter(heads))}",
-        )
-    version = reader.version(head.name, int(digits))
-    if version is None:
-        raise DaemonError(
-            Reason.UNKNOWN,
-            f"{head.name} has no version {digits}",
-            f"its newest is {head.newest}: see `mainstem status`",
-        )
+def find_published(reader: Reader, words: str) -> Version:
+    """The version that is named so. Raises DaemonError where there is none, or retention has removed its files."""
+    version = find_version(reader, words)
     if version.collected:
-        kept = ", ".join(str(one.number) for one in reader.versions(head.name, include_collected=False))
+        kept = reader.versions(version.head, include_collected=False)
         raise DaemonError(
-            Reason.UNKNOWN, f"the files of {head.name}/v{digits} were removed by retention", f"there are still {kept}"
+            Reason.UNKNOWN,
+            f"the files of {called(version.head, version.number)} were removed by retention",
+            f"there are still {', '.join(called(one.head, one.number) for one in kept)}",
         )
     return version
 
@@ -59,8 +41,8 @@ def compare(home: Home, reader: Reader, a: Version, b: Version, *, experts: bool
         opened = [versions.enter_context(open_path(home.version(one.head, one.number))) for one in (a, b)]
         groups = pairs(base.tensors, opened[0].tensors, [opened[1].tensors], layer_group)
         found: dict[str, Any] = {
-            "a": _name(a),
-            "b": _name(b),
+            "a": called(a.head, a.number),
+            "b": called(b.head, b.number),
             "groups": [{"group": group, **_described(pair)} for group, (pair,) in groups.items()],
             "total": _described(sum((pair for (pair,) in groups.values()), Pair())),
         }
@@ -110,7 +92,3 @@ def _described(pair: Pair) -> Mapping[str, Any]:
         "b_norm": pair.b_norm,
         "cosine": pair.cosine,
     }
-
-
-def _name(version: Version) -> str:
-    return f"{version.head}/v{version.number}"

@@ -9,7 +9,9 @@ of them may be set, under a head's name: [heads.main.adapter].
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +46,7 @@ class Http(Section):
     """The HTTP service."""
 
     enabled: bool = Field(True, description="serve HTTP while merging")
-    host: str = Field("127.0.0.1", description="address to listen on; anybody who reaches it may read")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; anybody who reaches it may read")
     port: int = Field(8765, ge=0, le=65535, description="port; 0 takes a free one")
     write_token: SecretStr = Field(
         SecretStr(""), description="token with which experts may be uploaded; with none they may not"
@@ -60,6 +62,19 @@ class Http(Section):
         (),
         description="names by which it may be asked, beside loopback's; none is any where host is not loopback",
     )
+
+    trusted_proxies: tuple[str, ...] = Field(
+        (),
+        description="addresses or networks of proxies whose X-Forwarded-Proto, -For and -Prefix are believed; * is any",
+    )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            if proxy != "*":
+                ip_network(proxy)
+        return proxies
 
 
 class Inbox(Section):
@@ -243,6 +258,33 @@ def _read(path: Path | None, needed: bool) -> dict[str, Any]:
         return {}
 
 
+class _LogAlone(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="MAINSTEM_",
+        env_nested_delimiter="__",
+        extra="ignore",
+        nested_model_default_partial_update=True,
+    )
+
+    log: Log = Log()
+
+
+def log_of(path: Path | None) -> Log:
+    """What the file at `path` and the environment say of the log alone, however wrong the rest of them is."""
+
+    class Bound(_LogAlone):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **sources: PydanticBaseSettingsSource
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return sources["env_settings"], InitSettingsSource(settings_cls, _read(path, needed=False))
+
+    for settings in (Bound, _LogAlone):
+        with suppress(ValueError, OSError):
+            return settings().log
+    return Log()
+
+
 def is_live(name: str) -> bool:
     """True for a setting that a running daemon takes up."""
     return name in LIVE or f"{name.partition('.')[0]}.*" in LIVE
@@ -293,13 +335,16 @@ def _advice(errors: Sequence[Mapping[str, Any]]) -> str:
 def _check_environment() -> None:
     """Refuses a table that does not exist, and a setting with one underscore for two."""
     single = {f"MAINSTEM_{name.replace('.', '_')}".upper(): name for name, _, _ in described()}
-    for name in os.environ:
-        table, nested, _ = name.removeprefix("MAINSTEM_").partition("__")
+    for given in os.environ:
+        name = given.upper()  # they are read without regard to case
+        table, nested, rest = name.removeprefix("MAINSTEM_").partition("__")
         if name.startswith("MAINSTEM_") and nested and table.lower() not in Settings.model_fields:
-            raise BadConfig(f"{name} in the environment names no table of settings", "see `mainstem config show`")
-        if name in single:
+            alike = get_close_matches(table.lower(), Settings.model_fields, n=1)
+            hint = f"MAINSTEM_{alike[0].upper()}__{rest}?" if alike else f"there are {', '.join(Settings.model_fields)}"
+            raise BadConfig(f"{shown(given)} in the environment names no table of settings", hint)
+        if name in single and not os.environ[given].startswith("tcp://"):  # Kubernetes names services of its own so
             raise BadConfig(
-                f"{name} in the environment is no setting",
+                f"{given} in the environment is no setting",
                 f"two underscores: MAINSTEM_{single[name].replace('.', '__').upper()}",
             )
 

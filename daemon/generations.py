@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from daemon.home import MANIFEST, STATE_FILE, Home
-from daemon.layout import Called
+from daemon.layout import WeightNames
 from daemon.metrics import software_version
 from projector.header import ALIGNMENT, build_header, room
 from projector.spec import TensorSpec
@@ -69,7 +69,9 @@ def names_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
-def plan_weights(specs: Iterable[TensorSpec], shard_bytes: int, names: Called = Called("model")) -> WeightsPlan:  # noqa: B008
+def plan_weights(
+    specs: Iterable[TensorSpec], shard_bytes: int, names: WeightNames = WeightNames("model")
+) -> WeightsPlan:  # noqa: B008
     """How a version's weights are spread over files, of `shard_bytes` at the most, header and all; what is larger alone
     has a file of its own.
     """

@@ -290,7 +290,8 @@ def _manifest(home: Home, version: Version) -> dict | None:  # type: ignore[type
 def _bad_state(home: Home, path: Path, why: str) -> BadHome:
     return BadHome(
         f"{path.relative_to(home.root)} is damaged: {why}",
-        "nothing was merged; put it back from a backup, or merge the archive again: mainstem rebuild --into NEWHOME",
+        "nothing was merged; put it back from a backup, or merge the archive again: "
+        f"mainstem rebuild --home {home.root} --into NEWHOME",
     )
 
 

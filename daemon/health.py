@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -17,6 +17,7 @@ from pathlib import Path
 from daemon import durable
 from daemon.home import MANIFEST, Home
 from daemon.incoming import RESERVE_BYTES
+from daemon.versions import called
 from projector.text import listed
 from registry.errors import Busy, RegistryError
 from registry.records import Head
@@ -42,17 +43,24 @@ class Trouble:
 class Health:
     """One home's troubles. Safe to use from any thread."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, told: Callable[[Sequence[Trouble]], None] = lambda _: None) -> None:
+        """`told` hears of all that is noted, where that changes."""
         self._home = home
+        self._told = told
         self._notes: Mapping[str, Trouble] = {}
 
     def note(self, trouble: Trouble) -> None:
         """Something is wrong, until it is cleared."""
-        self._notes = {**self._notes, trouble.reason: trouble}
+        self._set({**self._notes, trouble.reason: trouble})
 
     def clear(self, reason: str) -> None:
         """What was noted under that word is over."""
-        self._notes = {word: trouble for word, trouble in self._notes.items() if word != reason}
+        self._set({word: trouble for word, trouble in self._notes.items() if word != reason})
+
+    def _set(self, notes: Mapping[str, Trouble]) -> None:
+        if notes != self._notes:
+            self._notes = notes
+            self._told(list(notes.values()))
 
     def troubles(self, reader: Reader, *, beside: bool = False) -> list[Trouble]:
         """All that is wrong now. `beside`: this process does not merge; somebody else should."""
@@ -67,7 +75,7 @@ class Health:
         found = []
         if "no_inbox" not in self._notes and not self._home.inbox.is_dir():
             found.append(Trouble("no_inbox", "the inbox is gone", "make the folder `inbox` in the home again"))
-        if "disk_full" not in self._notes and shutil.disk_usage(self._home.root).free < RESERVE_BYTES:
+        if "disk_full" not in self._notes and _free(self._home.root) < RESERVE_BYTES:
             found.append(
                 Trouble("disk_full", f"less than {RESERVE_BYTES >> 20} MiB of disk are free", "make room on its disk")
             )
@@ -93,7 +101,7 @@ class Health:
         wrong = self._wrong(head, version.manifest_sha256) if version else ["its row"]
         if not wrong or reader.head(head.name) != head:  # it has moved on, and that version may have been collected
             return None
-        text = f"head {head.name}, version {head.live}: missing or not what was published: {listed(wrong, most=3)}"
+        text = f"{called(head.name, head.live)}: missing or not what was published: {listed(wrong, most=3)}"
         return Trouble("damaged", text, "`mainstem verify` names all that differ, and where to take it from")
 
     def _wrong(self, head: Head, manifest_sha256: str) -> list[str]:
@@ -103,6 +111,11 @@ class Health:
         except (OSError, ValueError, KeyError, TypeError):
             return [MANIFEST]
         return [name for name, size in sizes.items() if _size(folder / name) != size]
+
+
+def _free(folder: Path) -> float:
+    """The free bytes of a disk; as many as one likes where nothing is to be written on it."""
+    return float("inf") if os.statvfs(folder).f_flag & os.ST_RDONLY else shutil.disk_usage(folder).free
 
 
 def _size(path: Path) -> int | None:

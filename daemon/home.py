@@ -10,6 +10,7 @@ HOME/
   state/
     registry.sqlite  lock  clean
     in-hand  attempts.json   what is being worked on; what was tried in vain
+    daemon.json            what the running daemon says of itself
     base/                  the base itself, copied when the home was made
     heads/main/000012/state.safetensors
     heads/main/views/000012.safetensors      what the method keeps of the expert that version 12 folded
@@ -94,6 +95,11 @@ class Home:
     def in_hand(self) -> Path:
         """Which entry of the inbox is being worked on."""
         return self.state / "in-hand"
+
+    @property
+    def presence(self) -> Path:
+        """What the running daemon says of itself."""
+        return self.state / "daemon.json"
 
     @property
     def attempts(self) -> Path:

@@ -15,6 +15,7 @@ from daemon.home import Home
 from daemon.identity import twin_of
 from daemon.modules import check_modules
 from daemon.progress import Progress
+from daemon.versions import called
 from projector.head import Folded
 from projector.lora.keys import tensor_parts
 from projector.measure import overlap
@@ -73,7 +74,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "flags": [odd.flag] if odd else [],
             "warning": odd.detail if odd else None,
             "hint": odd.hint if odd else None,
-            "compared_with": f"{head.name}/v{head.live}",
+            "compared_with": called(head.name, head.live),
             "overlap": found.cosine,
             "reads_bytes": expert.size_bytes + base.size_bytes,
             "writes_bytes": writes,

@@ -20,7 +20,7 @@ _VARIANT = re.compile(rf"({'|'.join(FIRST)})\.(?P<variant>\w+)")
 
 
 @dataclass(frozen=True)
-class Called:
+class WeightNames:
     """What a model's weights are called, less what says that it is a file: "model", or "model.fp16"."""
 
     name: str
@@ -48,18 +48,18 @@ class Called:
         return f"{plain}{SUFFIX}.index{f'.{self.variant}' if self.variant else ''}.json"
 
 
-def called(files: Iterable[str]) -> Called:
+def weight_names(files: Iterable[str]) -> WeightNames:
     """What the weights in these files are called, of which some may be others: by their index, else by a file.
 
-    >>> called(["config.json", "model-00001-of-00002.safetensors"]).name
+    >>> weight_names(["config.json", "model-00001-of-00002.safetensors"]).name
     'model'
     """
     own = sorted(file for file in files if "/" not in file)
     if index := next(filter(None, map(_INDEX.fullmatch, own)), None):
-        return Called(_joined(index))
+        return WeightNames(_joined(index))
     found = next((file.removesuffix(SUFFIX) for file in own if file.endswith(SUFFIX)), FIRST[0])
     shard = _SHARD.fullmatch(found)
-    return Called(shard["name"] if shard else found)
+    return WeightNames(shard["name"] if shard else found)
 
 
 def _joined(index: re.Match[str]) -> str:

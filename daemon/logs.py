@@ -38,10 +38,20 @@ def standard_error() -> TextIO:
     return cast(TextIO, Unfailing(sys.stderr))
 
 
+def _is_console(settings: Log) -> bool:
+    return settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
+
+
+def is_json() -> bool:
+    """True where the log was set up, as lines of JSON."""
+    processors = structlog.get_config()["processors"] if structlog.is_configured() else []
+    return any(isinstance(processor, structlog.processors.JSONRenderer) for processor in processors)
+
+
 def configure(settings: Log) -> None:
     """Sets up structlog for this process."""
     logging.getLogger("watchdog").setLevel(logging.CRITICAL)  # it reports its own stopping as a warning
-    console = settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
+    console = _is_console(settings)
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
     )

@@ -29,8 +29,8 @@ def software_version() -> str:
         return "0"
 
 
-class Metrics:
-    """One process's metrics, in a registry of their own."""
+class HeadMetrics:
+    """What any process over a home can tell: of itself, and of the heads. In a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -45,6 +45,41 @@ class Metrics:
             ["head", "figure"],
             registry=registry,
         )
+        self.last_success = Gauge(
+            "mainstem_last_success_timestamp_seconds", "When the last version was committed.", registry=registry
+        )
+        self._figures: set[tuple[str, str]] = set()
+
+    def show_heads(self, reader: Reader) -> None:
+        """Sets what the registry says of the heads."""
+        told = set()
+        for head in reader.heads():
+            self.head_version.labels(head.name).set(head.live)
+            version = reader.version(head.name, head.live)
+            if version and version.number and version.created_at:
+                self.last_success.set(version.created_at.timestamp())
+            for figure, value in (version.figures if version else {}).items():
+                self.head_figure.labels(head.name, figure).set(value)
+                told.add((head.name, figure))
+        for gone in self._figures - told:  # a version in which no expert is left reports nothing
+            self.head_figure.remove(*gone)
+        self._figures = told
+
+    def follow(self, reader: Reader) -> None:
+        """Reads the heads from the registry at every scrape: for a process that does not merge itself."""
+        self.registry.register(_Heads(self, reader))
+        # collectors are asked in the order they came
+        for gauge in (self.head_version, self.head_figure, self.last_success):
+            self.registry.unregister(gauge)
+            self.registry.register(gauge)
+
+
+class Metrics(HeadMetrics):
+    """The metrics of a daemon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        registry = self.registry
         self.experts = Counter(
             "mainstem_experts", "Experts taken from the inbox, by what became of them.", ["outcome"], registry=registry
         )
@@ -96,9 +131,6 @@ class Metrics:
             "Where merging spent its time, over all threads.",
             ["phase"],
             registry=registry,
-        )
-        self.last_success = Gauge(
-            "mainstem_last_success_timestamp_seconds", "When the last version was committed.", registry=registry
         )
         self.disk_free = Gauge("mainstem_disk_free_bytes", "Free bytes on the file system of HOME.", registry=registry)
         self.disk_full = Gauge("mainstem_disk_full", "1 while merging waits for disk space.", registry=registry)
@@ -155,26 +187,9 @@ class Metrics:
         if successful:
             self.reload_seconds.set_to_current_time()
 
-    def show_heads(self, reader: Reader) -> None:
-        """Sets what the registry says of the heads."""
-        for head in reader.heads():
-            self.head_version.labels(head.name).set(head.live)
-            version = reader.version(head.name, head.live)
-            if version and version.number and version.created_at:
-                self.last_success.set(version.created_at.timestamp())
-            for figure, value in (version.figures if version else {}).items():
-                self.head_figure.labels(head.name, figure).set(value)
-
-    def follow(self, reader: Reader) -> None:
-        """Reads the heads from the registry at every scrape: for a process that does not merge itself."""
-        self.registry.register(_Heads(self, reader))
-        for gauge in (self.head_version, self.head_figure):  # collectors are asked in the order they came
-            self.registry.unregister(gauge)
-            self.registry.register(gauge)
-
 
 class _Heads(Collector):
-    def __init__(self, metrics: Metrics, reader: Reader) -> None:
+    def __init__(self, metrics: HeadMetrics, reader: Reader) -> None:
         self._metrics = metrics
         self._reader = reader
 

@@ -11,7 +11,7 @@ from daemon.checkpoint import OpenCheckpoint
 from daemon.config import Publish
 from daemon.generations import METADATA, FileEntry, WeightFile, WeightsPlan, index_of, plan_weights
 from daemon.home import STATE_FILE
-from daemon.layout import called
+from daemon.layout import weight_names
 from projector.header import build_header
 from projector.method import Method
 from projector.spec import Schema, TensorSpec
@@ -69,7 +69,7 @@ def planned(base: OpenCheckpoint, settings: Publish) -> WeightsPlan:
     """
     specs = {spec.name: spec for spec in published_specs(base.tensors.schema, settings.dtype)}
     if settings.shard_bytes:
-        names = called([base.index] if base.index else [file.name for file in base.files])
+        names = weight_names([base.index] if base.index else [file.name for file in base.files])
         return plan_weights(specs.values(), settings.shard_bytes, names)
     files = [WeightFile(file.name, [specs[name] for name in file.reader.specs]) for file in base.files]
     return files, index_of(files, base.index) if base.index else None

@@ -12,13 +12,14 @@ from registry.store import Reader
 @dataclass(frozen=True)
 class Plan:
     """What a rebuild would do: per head how it comes about, the experts it reads, how often it reads one in all, and
-    the usual seconds for one.
+    the usual seconds for one. number: of the version that it has made, once it has.
     """
 
     how: Mapping[str, str]
     reads: Sequence[Expert]
     readings: int
     usual_seconds: float | None
+    number: int | None = None
 
 
 def readings(replayed: Heads, experts: Sequence[Expert]) -> int:

@@ -93,7 +93,7 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
             with Restating(home, store, settings, to.progress()) as restating:
                 made = _from_inside(restating, inner, name, home, experts)
                 _link_records(home, inner, name, experts)
-                _adopt(home, store, name, method, made, restating)
+                plan = replace(plan, number=_adopt(home, store, name, method, made, restating))
             remove_whole(home, inner.root)
         return plan
 
@@ -140,9 +140,9 @@ def withdraw(
                 else:
                     new = _from_inside(restating, inner, name, home, rest)
                 made[name] = replace(new, withdrawal=Withdrawal(gone, how[name]))
-            restating.commit(store, lines, made, gone)
+            number = restating.commit(store, lines, made, gone)
         remove_whole(home, inner.root)
-        return plan
+        return replace(plan, number=number)
 
 
 def _archived(home: Home, gone: Sequence[Expert], lines: Sequence[Line], to: Console) -> bool:
@@ -258,8 +258,8 @@ def _arrival(archive: Home, expert: Expert, index: int, sign: float = 1.0) -> Ar
     return archived(archive, expert), View(index, weight=sign * expert.weight), expert
 
 
-def _adopt(home: Home, store: Store, name: str, method: Method, made: Made, restating: Restating) -> None:
-    """Gives the home a further head: version 0, and the version that the other heads stand at."""
+def _adopt(home: Home, store: Store, name: str, method: Method, made: Made, restating: Restating) -> int:
+    """Gives the home a further head: version 0, and the version that the other heads stand at, whose number it says."""
     newest = max(head.newest for head in store.heads())
     head = Head(name, method.name, method.params(), live=0, newest=0)
     with open_path(home.base) as base:
@@ -275,6 +275,7 @@ def _adopt(home: Home, store: Store, name: str, method: Method, made: Made, rest
     store.adopt(adopted, versions)
     hit("commit.after")
     point_latest(home, adopted)
+    return newest
 
 
 def _link_records(home: Home, inner: Home, name: str, experts: Sequence[Expert]) -> None:

@@ -20,11 +20,20 @@ from daemon.placing import place_all
 from daemon.restoring import restoring
 from daemon.retention import finish, remove_whole
 from daemon.uncommitted import leftovers, refuse_ahead, temporaries
+from daemon.versions import called
 from projector.watch import SILENT, Watch
 from registry.errors import Busy
 from registry.store import Store
 
-UNFINISHED = (".founding", "..founding.tmp", ".clean.tmp", "registry.new", "registry.new-wal", "registry.new-shm")
+UNFINISHED = (
+    ".founding",
+    "..founding.tmp",
+    ".clean.tmp",
+    ".daemon.json.tmp",
+    "registry.new",
+    "registry.new-wal",
+    "registry.new-shm",
+)
 
 
 def recover(home: Home, store: Store, say: Callable[..., object], watch: Watch = SILENT) -> None:
@@ -96,12 +105,12 @@ def _check_live(home: Home, store: Store, *, hashes: bool, read: Callable[[int],
     for head in store.heads():
         version = store.version(head.name, head.live)
         if version is None:
-            found, hint = [f"version {head.live} is not in the registry"], "restore the home from a backup"
+            found, hint = [f"{called(head.name, head.live)} is not in the registry"], "restore the home from a backup"
         elif found := problems(home, version, hashes=hashes, extras=False, read=read):
             hint = restoring(home, version, found, read)
         if found:
             raise BadHome(
-                f"head {head.name}, version {head.live} is damaged: {'; '.join(found)}",
+                f"{called(head.name, head.live)} is damaged: {'; '.join(found)}",
                 f"{hint}; `mainstem verify` lists everything that differs",
             )
 

@@ -25,6 +25,7 @@ from daemon.logs import configure
 from daemon.memory import return_freed_memory, reuse_freed_memory
 from daemon.merger import Merger
 from daemon.metrics import Metrics
+from daemon.presence import Presence
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
 from daemon.reloading import Read, Reloading, Stop, hearing, wake
@@ -62,7 +63,8 @@ class Service:
         self._log = structlog.get_logger()
         self._metrics = Metrics()
         self._reloading = Reloading(read or (lambda: settings), self._metrics)
-        self._health = Health(home)
+        self._presence = Presence(home)
+        self._health = Health(home, self._presence.wrong)
         self._wake = Event()
         self._uploads = Uploads(home, settings.http, self._metrics.uploaded, self._wake.set)
         self._stopping = Stop()
@@ -87,6 +89,8 @@ class Service:
         self._metrics.memory_budget.set(memory_budget(self._settings.compute))
         with ExitStack() as closing:
             closing.callback(os.close, self._lock())
+            closing.callback(self._presence.ends)
+            self._presence.starts()
             self._attempts = Attempts(self._home)
             closing.enter_context(self._signals())
             try:
@@ -111,12 +115,12 @@ class Service:
         self._told = max((expert.id for expert in store.experts(limit=1)), default=0)
         self._metrics.show_heads(store)
         for head in store.heads():
-            share = partial(merger.preparations.share, head.name)
-            self._metrics.prepared.labels(head.name).set_function(share)
+            self._metrics.prepared.labels(head.name).set_function(partial(merger.preparations.share, head.name))
         watching = Watching(self._home, self._wake, events=self._settings.inbox.watch != "poll")
         closing.callback(watching.close)
         self._look(watching)
         self._not_ready = None
+        self._presence.watches()
         self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
         with suppress(Abandoned):  # what is recorded is finished by the next start
             self._drain_on(store, merger, progress, watching, once)
@@ -240,12 +244,13 @@ class Service:
         log = self._log.bind(drop=shown(drop.name))
         started = time.monotonic()
         try:
-            with self._display(drop) as self._show:
+            with self._presence.merging(drop.name), self._display(drop) as self._show:
                 expert = self._decide(merger, drop)
         except NotYet as error:
             log.debug("not complete yet", reason=str(error.reason), detail=str(error))
             if error.reason is Reason.CHANGED:
                 self._metrics.experts.labels("requeued").inc()
+            self._presence.waits(drop.name, str(error))
             return False
         except Abandoned:
             self._metrics.experts.labels("abandoned").inc()
@@ -254,6 +259,7 @@ class Service:
         except Failed as error:
             self._metrics.experts.labels("requeued").inc()
             log.warning("it failed and will be tried again", reason=str(error.reason), detail=str(error))
+            self._presence.waits(drop.name, f"it failed, and is tried again: {error}")
             return False
         finally:
             self._metrics.progress.set(0)
@@ -292,6 +298,7 @@ class Service:
 
     def _report(self, share: float) -> None:
         self._metrics.progress.set(share)
+        self._presence.progresses()
         self._show(share)
 
     def _fell_back(self, name: str, why: str) -> None:
@@ -466,10 +473,12 @@ class Service:
         http = self._settings.http
         hosts = Hosts(http.host, http.allowed_hosts)
         metrics = self._metrics.registry
-        app = create_app(self._home, reader, metrics, lambda: self._not_ready, self._uploads, hosts, self._health)
+        asked = self._uploads, hosts, self._health
+        app = create_app(self._home, reader, metrics, lambda: self._not_ready, *asked, proxies=http.trusted_proxies)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)
+        self._presence.answers(base_url(host, port))
         self._log.info("listening", url=base_url(host, port))
 
     @contextmanager

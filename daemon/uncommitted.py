@@ -50,7 +50,7 @@ def refuse_ahead(home: Home, reader: Reader) -> None:
     if all(_stands(home, head) for head in heads):
         ways.append("move them out of the home: the next versions then take their numbers")
     else:
-        ways.append("mainstem rebuild --into NEWHOME, which merges what this registry knows")
+        ways.append(f"mainstem rebuild --home {home.root} --into NEWHOME, which merges what this registry knows")
     raise BadHome(
         f"the registry is older than the rest of the home, or somebody put these there: {names}",
         f"{'; or '.join(ways)}; experts that it does not know lie in archive/ and can be dropped again"

@@ -14,6 +14,7 @@ from daemon.latest import PLAIN, names_by_file, names_by_link
 from daemon.restoring import restoring
 from daemon.retention import keeps_state
 from daemon.uncommitted import ahead
+from daemon.versions import called
 from projector.errors import ProjectorError
 from registry.errors import Damaged
 from registry.records import Expert, Head, Status, Version
@@ -51,7 +52,7 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
         checked.hints.append(f"the base: {_restoring_base(home, reader)}")
     for head in reader.heads():
         for version in reader.versions(head.name, newest_first=False, include_collected=False):
-            say(f"{head.name} version {version.number}")
+            say(called(head.name, version.number))
             state = keeps_state(home, head, version.number)
             wrong = problems(home, version, hashes=True, state=state, read=checked.read)
             if wrong and (now := reader.head(head.name)) and now != head:  # beside a daemon: it has moved on meanwhile
@@ -68,7 +69,7 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
         plain = home.versions(head.name) / PLAIN
         for path, names in ((home.latest(head.name), names_by_link), (plain, names_by_file)):
             if (live := _left_behind(reader, head, path, names)) is not None:
-                found.append(f"published/{head.name}/{path.name} does not name version {live}")
+                found.append(f"published/{head.name}/{path.name} does not name {called(head.name, live)}")
     found += [f"{path.relative_to(home.root)}: the registry does not know it" for path in ahead(home, reader)]
     for expert in _every(reader):
         if expert.status is not Status.QUARANTINED and expert.place:
@@ -114,7 +115,7 @@ def _chain(home: Home, reader: Reader, version: Version) -> list[str]:
     named = json.loads(home.manifest(version.head, version.number).read_bytes())["parent"]
     parent = reader.version(version.head, version.parent) if version.parent is not None else None
     expected = {"version": parent.number, "manifest_sha256": parent.manifest_sha256} if parent else None
-    return [] if named == expected else [f"{version.head} version {version.number}: its parent is not the registry's"]
+    return [] if named == expected else [f"{called(version.head, version.number)}: its parent is not the registry's"]
 
 
 def _archived(home: Home, expert: Expert, checked: Checked) -> list[str]:

@@ -3,7 +3,9 @@
 One process writes, through one connection: `writing`. Everybody else opens the file read-only: `reading`. The journal
 is a WAL, so readers never wait for the writer and see the state as of their own first read. A reader still needs to
 write to the `-shm` file beside the database, unless a writer that is running keeps it there; and one that closes after
-the writer leaves that file and an empty log behind, which is harmless.
+the writer leaves that file and an empty log behind, which is harmless. Where it cannot write (a read-only disk, another
+user's folder) and there is no log, nobody has the database open: it is read as a file that does not change, as long as
+it does not.
 
 Nothing may open the database file by any other way than SQLite while it is in use: closing such a descriptor drops
 the locks that SQLite holds on the file for the whole process.
@@ -12,12 +14,12 @@ the locks that SQLite holds on the file for the whole process.
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
-from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from registry.errors import (
@@ -34,16 +36,24 @@ from registry.errors import (
 
 APPLICATION_ID = 0x6D61696E  # "main": written into the file's header, tells our databases from all others
 BUSY_TIMEOUT_S = 5.0
+Stamp = tuple[int, int, int]
 REBUILD_HINT = "restore the registry from a backup, or make a new home and merge the archive into it again"
 
 
-def connect(path: Path, mode: str) -> sqlite3.Connection:
+class Raw(sqlite3.Connection):
+    """A connection to SQLite. `unchanged`: of a file that is taken not to change, what it is as long as it does not."""
+
+    unchanged: Stamp | None = None
+
+
+def connect(path: Path, mode: str) -> Raw:
     """A raw connection: mode "ro", "rw" (the file must exist) or "rwc". Transactions are the caller's to begin."""
-    uri = f"file://{quote(os.fsencode(path.absolute()))}?mode={mode}"
-    connection = sqlite3.connect(
-        uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-    )  # the pools hand a connection from thread to thread, never to two at once
+    connection = _connect(path, mode)
     try:
+        if mode == "ro" and (unchanged := _out_of_reach(connection, path)):
+            connection.close()
+            connection = _connect(path, "ro&immutable=1")
+            connection.unchanged = unchanged
         connection.execute("PRAGMA foreign_keys = ON")
         if mode != "ro":
             (journal,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -57,6 +67,37 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _connect(path: Path, mode: str) -> Raw:
+    uri = f"file://{quote(os.fsencode(path.absolute()))}?mode={mode}"
+    return sqlite3.connect(
+        uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, factory=Raw
+    )  # the pools hand a connection from thread to thread, never to two at once
+
+
+def _out_of_reach(connection: Raw, path: Path) -> Stamp | None:
+    """What the database file is, where it can only be read as it lies there: SQLite may make no file beside it, and no
+    log is there, so that all is in it and nobody writes it. None where it can be read as ever.
+    """
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+            raise
+        if (stamp := _stamp(path)) is None:
+            raise
+        return stamp
+    return None
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """Inode, size in bytes and time of the last change (ns) of a database; None where a log has more of it."""
+    with suppress(FileNotFoundError):
+        if path.with_name(f"{path.name}-wal").stat().st_size:
+            return None
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def reading(path: Path) -> Engine:
@@ -77,6 +118,11 @@ def _engine(path: Path, mode: str, connections: int) -> Engine:
         pool_size=connections,
         max_overflow=0,
     )
+
+    @event.listens_for(engine, "checkout")
+    def checkout(raw: Raw, *_: object) -> None:
+        if raw.unchanged and raw.unchanged != _stamp(path):
+            raise DisconnectionError("it has changed: the pool is to open it anew")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -149,8 +195,8 @@ def _meaning(path: Path, error: BaseException | None) -> RegistryError:
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
             return NoAccess(
                 detail,
-                "the registry's folder must be writable, even to read it while no daemon runs (SQLite keeps its shared "
-                "memory there): check its owner and permissions, and that its disk is not mounted read-only",
+                "the registry's folder must be writable, but to read it after a clean stop or beside a daemon: check "
+                "its owner and permissions, or start and stop `mainstem run` once where it can be written",
             )
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return Busy(detail, "another program has the registry open: close it (only one may write), then try again")

@@ -13,7 +13,7 @@ LEAST = 80.0  # per cent, the last merged mean
 
 def check(printed: str) -> None:
     """ValueError, saying what is wrong, where the table is not what it has to be."""
-    rows = re.findall(r"^│ merged v(\d+)\s+│.*│\s*([\d.]+)\s*│$", printed, re.MULTILINE)
+    rows = re.findall(r"^│ merged main/(\d+)\s+│.*│\s*([\d.]+)\s*│$", printed, re.MULTILINE)
     if [int(version) for version, _ in rows] != VERSIONS:
         raise ValueError(f"the merged versions in the demo's table are {[version for version, _ in rows]}")
     if (mean := float(rows[-1][1])) < LEAST:

@@ -42,10 +42,9 @@ def test_every_address_is_documented() -> None:
     assert plain == set(documented)
 
 
-def test_the_prometheus_configuration_is_the_one_that_ships() -> None:
-    shown = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/metrics.md").read_text(), re.DOTALL)
-    assert shown
-    assert shown[1] == (ROOT / "deploy/prometheus.yml").read_text()
+def test_the_prometheus_configuration_and_the_alerts_are_those_that_ship() -> None:
+    shown = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/metrics.md").read_text(), re.DOTALL)
+    assert shown == [(ROOT / f"deploy/{name}.yml").read_text() for name in ("prometheus", "alerts")]
 
 
 def anchors(page: Path) -> set[str]:

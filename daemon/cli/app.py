@@ -28,9 +28,7 @@ from daemon.cli import (
     verify,
 )
 from daemon.cli.common import complain
-from daemon.errors import DaemonError
-from projector.errors import DeviceLost, ProjectorError
-from registry.errors import RegistryError
+from daemon.cli.logged import KNOWN, SAFE
 
 app = typer.Typer(
     name="mainstem",
@@ -58,9 +56,9 @@ def main() -> None:
     """Runs the command line."""
     try:
         app()
-    except (DaemonError, ProjectorError, RegistryError, DeviceLost) as error:
+    except KNOWN as error:
         complain(str(error), error.hint)
         sys.exit(1)
     except OSError as error:
-        complain(str(error), "see the message; what was already published is safe")
+        complain(str(error), SAFE)
         sys.exit(1)

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from daemon.config import Settings
     from registry.store import Reader
 
-HomeOption = Annotated[
-    Path | None, typer.Option("--home", envvar="MAINSTEM_HOME", help="The home; by default the current folder.")
+HomeArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="HOME", help="The home; else MAINSTEM_HOME, or the current folder.", show_default=False),
 ]
+HomeOption = Annotated[Path | None, typer.Option("--home", metavar="HOME", help="The same as an option.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PathArgument = Annotated[Path, typer.Argument(show_default=False)]
 
@@ -34,21 +36,32 @@ def complain(message: str, hint: str) -> None:
         typer.echo(f"    hint: {hint}", err=True)
 
 
-def find_home(option: Path | None) -> Home:
-    """The home that --home, MAINSTEM_HOME or the current folder names. Raises BadHome where it is none."""
-    home = Home((option or Path.cwd()).resolve())
+def one_home(argument: Path | None, option: Path | None) -> Path | None:
+    """The home that was named as an argument or as an option, which is the same."""
+    if argument and option and argument.resolve() != option.resolve():
+        raise typer.BadParameter(f"{argument} is another home than --home {option}", param_hint="HOME")
+    return argument or option
+
+
+def named_home(argument: Path | None, option: Path | None) -> Path | None:
+    """The home that was named: as an argument, as an option or by MAINSTEM_HOME; None where it was not."""
+    always = os.environ.get("MAINSTEM_HOME")
+    return one_home(argument, option) or (Path(always) if always else None)
+
+
+def find_home(argument: Path | None, option: Path | None) -> Home:
+    """The home that was named, or the current folder. Raises BadHome where it is none."""
+    home = Home((named_home(argument, option) or Path.cwd()).resolve())
     if not home.exists():
-        raise BadHome(
-            f"{home.root} is not a mainstem home", "name one with --home, or make one: mainstem init HOME --base PATH"
-        )
+        raise BadHome(f"{home.root} is not a mainstem home", "name one, or make one: mainstem init HOME --base PATH")
     return home
 
 
-def open_reader(option: Path | None) -> tuple[Home, "Reader"]:
+def open_reader(argument: Path | None, option: Path | None) -> tuple[Home, "Reader"]:
     """The home and its registry, read-only."""
     from registry.store import Reader
 
-    home = find_home(option)
+    home = find_home(argument, option)
     return home, Reader.open(home.registry)
 
 
@@ -75,9 +88,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     Console(width=width, highlight=False, markup=False, emoji=False).print(table)
 
 
-def ago(then: datetime | None) -> str:
-    """A moment as people read it, in local time."""
-    return then.astimezone().strftime("%Y-%m-%d %H:%M:%S") if then else "-"
+def local(moment: datetime | str | None) -> str:
+    """A moment, or one in ISO 8601, as people read it: in local time, with its zone."""
+    then = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+    return then.astimezone().isoformat(" ", "seconds") if then else "-"
 
 
 def size(nbytes: int) -> str:

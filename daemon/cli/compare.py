@@ -4,14 +4,15 @@ from typing import Annotated
 
 import typer
 
-from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json, print_table
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, open_reader, print_json, print_table
 
-VERSION_HELP = "A head (its live version), HEAD/N, or N of the first head."
+VERSION_HELP = "HEAD/N, a head for its live version, or N of the first head."
 
 
 def command(
     a: Annotated[str, typer.Argument(metavar="A", help=VERSION_HELP, show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="The same for the other.", show_default=False)],
+    at: HomeArgument = None,
     home: HomeOption = None,
     experts: Annotated[
         bool, typer.Option("--experts", help="Also what each keeps of every archived expert: reads them all.")
@@ -23,11 +24,11 @@ def command(
     A task vector is the merged model less the base. Kept is <expert, merged> / <expert, expert>: how far the merged
     task vector goes along the expert's, 1 where it goes as far as the expert itself.
     """
-    from daemon.comparison import compare, find_version
+    from daemon.comparison import compare, find_published
 
-    where, reader = open_reader(home)
+    where, reader = open_reader(at, home)
     with reader:
-        found = compare(where, reader, find_version(reader, a), find_version(reader, b), experts=experts)
+        found = compare(where, reader, find_published(reader, a), find_published(reader, b), experts=experts)
     if as_json:
         print_json(found)
         return

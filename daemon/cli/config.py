@@ -2,17 +2,26 @@
 
 import typer
 
-from daemon.cli.common import HomeOption, JsonOption, find_home, open_reader, print_json, print_table, settings_of
+from daemon.cli.common import (
+    HomeArgument,
+    HomeOption,
+    JsonOption,
+    find_home,
+    open_reader,
+    print_json,
+    print_table,
+    settings_of,
+)
 
 app = typer.Typer(help="The settings in force.", no_args_is_help=True)
 
 
 @app.command()
-def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
+def show(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Print every setting with its value: defaults, mainstem.toml and the environment taken together."""
     from daemon.config import meaning
 
-    values = settings_of(find_home(home)).flat()
+    values = settings_of(find_home(at, home)).flat()
     if as_json:
         print_json(values)
         return
@@ -23,12 +32,12 @@ def show(home: HomeOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def check(home: HomeOption = None) -> None:
+def check(at: HomeArgument = None, home: HomeOption = None) -> None:
     """Check mainstem.toml and the environment; exit status 1 and the reason where they are wrong."""
     from daemon.config import check_heads
     from daemon.uploading import write_token
 
-    where, reader = open_reader(home)
+    where, reader = open_reader(at, home)
     with reader:
         settings = settings_of(where)
         check_heads(settings.heads, [head.name for head in reader.heads()])

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from daemon.cli.common import HomeOption, one_home
 from daemon.errors import BadHome
 
 if TYPE_CHECKING:
@@ -24,15 +25,18 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
 
 def command(
-    home: Annotated[
-        Path | None, typer.Option(help="Where to make the demo's home; by default a temporary folder.")
+    at: Annotated[
+        Path | None,
+        typer.Argument(metavar="HOME", help="Where to make its home, else a temporary folder.", show_default=False),
     ] = None,
+    home: HomeOption = None,
     port: Annotated[int, typer.Option(help="Port of the demo's daemon, 0 for a free one.")] = 0,
     stay: Annotated[bool, typer.Option("--stay", help="Leave the daemon running at the end, until Ctrl-C.")] = False,
 ) -> None:
     """Train a base and eight experts on handwritten digits, let the daemon merge them, and show what came out."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # the daemon ends with us, also where the terminal is closed
         signal.signal(number, lambda *_: sys.exit(1))
+    home = one_home(at, home)
     if home is None:
         with tempfile.TemporaryDirectory(prefix="mainstem-demo-") as folder:
             _demo(Path(folder) / "home", port, stay)
@@ -84,8 +88,8 @@ def _demo(home: Path, port: int, stay: bool) -> None:
         for number, (task, expert) in enumerate(zip(TASKS, experts, strict=True), start=1):
             live.drop(f"{task.name}.safetensors", expert)
             live.wait_for(number)
-            row(f"merged v{number}", live.fetch(), number)
-            console.print(f"dropped {task.name}.safetensors into the inbox: version {number} is out")
+            row(f"merged main/{number}", live.fetch(), number)
+            console.print(f"dropped {task.name}.safetensors into the inbox: main/{number} is out")
         console.print(table)
         _epilogue(live, stay)
 

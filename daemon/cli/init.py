@@ -6,16 +6,26 @@ from typing import Annotated
 
 import typer
 
-from daemon.cli.common import settings_of, size
+from daemon.cli.common import HomeOption, named_home, settings_of, size
 from daemon.errors import BadConfig
 from daemon.home import Home, is_head_name
+from projector.text import shown
+
+MOST_LETTERS = 200  # in a base's name
 
 
 def command(
-    home: Annotated[Path, typer.Argument(help="The folder to make, new or empty.", show_default=False)],
     base: Annotated[
         Path, typer.Option(help="The base: a Hugging Face folder or a .safetensors file.", show_default=False)
     ],
+    at: Annotated[
+        Path | None, typer.Argument(metavar="HOME", help="The folder to make, new or empty.", show_default=False)
+    ] = None,
+    home: HomeOption = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What the base is called: in cards, over HTTP, on the page. By default as its folder."),
+    ] = None,
     method: Annotated[str, typer.Option(help="The method of the head `main`; see `mainstem methods`.")] = "opcm",
     settings: Annotated[
         list[str] | None,
@@ -34,12 +44,17 @@ def command(
 
     chosen = {"main": method, **heads_of(heads or [])}
     params = params_of(settings or [], chosen)
-    made = [(name, make(method, params[name])) for name, method in chosen.items()]
-    target = Home(home.resolve())
+    made = [(head, make(method, params[head])) for head, method in chosen.items()]
+    folder = named_home(at, home)
+    if folder is None:
+        raise typer.BadParameter("name the folder to make", param_hint="HOME")
+    if name is not None and (not name.strip() or shown(name) != name or len(name) > MOST_LETTERS):
+        raise BadConfig(f"--name {shown(name)}: no name", f"give 1 to {MOST_LETTERS} printable letters, as org/model")
+    target = Home(folder.resolve())
     compute = settings_of(target).compute
-    record = found(target, base, made, lambda step: typer.echo(f"{step} ...", err=True), compute)
+    record = found(target, base, made, lambda step: typer.echo(f"{step} ...", err=True), compute, name=name)
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
-    typer.echo(f"next: mainstem run --home {home}    then drop experts into {home / 'inbox'}")
+    typer.echo(f"next: mainstem run --home {folder}    then drop experts into {folder / 'inbox'}")
 
 
 def heads_of(words: Sequence[str]) -> dict[str, str]:

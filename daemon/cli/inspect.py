@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from daemon.cli.common import HomeOption, JsonOption, PathArgument, open_reader, print_json, size
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, PathArgument, open_reader, print_json, size
 from daemon.errors import BadConfig, DaemonError
 from projector.errors import ProjectorError
 from projector.text import shown
@@ -15,6 +15,7 @@ MOST_NAMES = 40
 
 def command(
     path: PathArgument,
+    at: HomeArgument = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
     head: Annotated[str | None, typer.Option(help="The head to compare with; by default the first.")] = None,
@@ -26,7 +27,7 @@ def command(
     from daemon.config import taking_effect
     from daemon.inspection import inspect
 
-    where, reader = open_reader(home)
+    where, reader = open_reader(at, home)
     with reader:
         try:
             found: dict[str, Any] = {"accepted": True, **inspect(where, reader, path, head)}

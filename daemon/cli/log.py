@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from daemon.cli.common import HomeOption, JsonOption, ago, open_reader, print_json, print_table
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, local, open_reader, print_json, print_table
 from registry.records import Flag, Status
 
 
@@ -20,6 +20,7 @@ class Flagged(StrEnum):
 
 
 def command(
+    at: HomeArgument = None,
     home: HomeOption = None,
     limit: Annotated[int, typer.Option(help="How many experts, newest first.", min=1, max=1_000_000)] = 20,
     status: Annotated[Status | None, typer.Option(help="Only experts of this status.")] = None,
@@ -33,7 +34,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """List the experts, newest first: what became of each, and in which version it is."""
-    _, reader = open_reader(home)
+    _, reader = open_reader(at, home)
     with reader:
         experts = reader.experts(status, limit, name=name, flags=_flags(flag))
     if as_json:
@@ -44,7 +45,7 @@ def command(
         (
             (
                 e.id,
-                ago(e.finished_at),
+                local(e.finished_at),
                 e.status,
                 e.version,
                 e.norm,

@@ -10,10 +10,11 @@ import typer
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from daemon.cli.common import HomeOption, find_home, settings_of
+from daemon.cli.common import HomeArgument, HomeOption, find_home, settings_of
 from daemon.cli.init import heads_of, params_of
 from daemon.errors import BadConfig
 from daemon.home import Home
+from daemon.versions import called
 
 if TYPE_CHECKING:
     from daemon.planning import Plan
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    at: HomeArgument = None,
     home: HomeOption = None,
     target: Annotated[
         Path | None, typer.Option("--into", help="Make a new home there, and merge the archive into it.")
@@ -58,7 +60,7 @@ def command(
     from daemon import rebuilding
     from projector.methods import make
 
-    where, gone = find_home(home), without or []
+    where, gone = find_home(at, home), without or []
     if replay and (target is not None or not gone):
         raise BadConfig("--replay is for --without", "everything else is replayed in any case")
     with _console() as to:
@@ -79,12 +81,12 @@ def command(
             words = [word if word.startswith(f"{name}.") else f"{name}.{word}" for word in settings or []]
             added = make(named, params_of(words, chosen)[name])
             plan = rebuilding.add_head(where, settings_of(where), name, added, to, dry=dry_run)
-            done = f"{name}: {len(plan.reads)} experts are merged"
+            done = f"{_called(name, plan)}: {len(plan.reads)} experts are merged"
         elif gone:
             if method or settings:
                 raise BadConfig("--without keeps every head's method", "give --into for a home with other methods")
             plan = rebuilding.withdraw(where, settings_of(where), gone, to, always_replay=replay, dry=dry_run)
-            done = "\n".join(f"{head}: {how}" for head, how in plan.how.items())
+            done = "\n".join(f"{_called(head, plan)}: {how}" for head, how in plan.how.items())
         else:
             raise BadConfig("there is nothing to rebuild", "give --into, --head or --without; see --help")
     typer.echo(_planned(plan) if dry_run else done)
@@ -99,6 +101,10 @@ def _heads(method: str | None, heads: Sequence[str], settings: Sequence[str]) ->
     chosen = {"main": method or "opcm", **heads_of(heads)}
     params = params_of(settings, chosen)
     return {name: make(named, params[name]) for name, named in chosen.items()}
+
+
+def _called(head: str, plan: "Plan") -> str:
+    return head if plan.number is None else called(head, plan.number)
 
 
 def _planned(plan: "Plan") -> str:

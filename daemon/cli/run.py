@@ -5,13 +5,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from daemon.cli.common import HomeOption, find_home, settings_of
+from daemon.cli.common import HomeArgument, HomeOption, find_home, named_home, settings_of
+from daemon.cli.logged import logged
+from daemon.home import Home
 from projector.text import shown
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    at: HomeArgument = None,
     home: HomeOption = None,
     once: Annotated[bool, typer.Option("--once", help="Drain the inbox, then exit.")] = False,
     no_http: Annotated[bool, typer.Option("--no-http", help="Do not serve HTTP.")] = False,
@@ -29,10 +33,14 @@ def command(
     """Watch the inbox, merge, publish and serve, until SIGTERM or Ctrl-C."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the service hears it: the settings have not been read yet
 
+    with logged(Home(named_home(at, home) or Path.cwd()).config):
+        _run(find_home(at, home), once, no_http, host, port, device)
+
+
+def _run(where: Home, once: bool, no_http: bool, host: str | None, port: int | None, device: str | None) -> None:
     from daemon.logs import configure
     from daemon.service import Service
 
-    where = find_home(home)
     flags: dict[str, dict[str, Any]] = {"http": {"host": host, "port": port}, "compute": {"device": device}}
     given = {table: {k: v for k, v in keys.items() if v is not None} for table, keys in flags.items()}
     read = partial(settings_of, where, {table: keys for table, keys in given.items() if keys})

@@ -1,14 +1,21 @@
 """`mainstem serve`: read-only HTTP over an existing home, without torch."""
 
 import signal
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from daemon.cli.common import HomeOption, open_reader, settings_of
+from daemon.cli.common import HomeArgument, HomeOption, named_home, open_reader, settings_of
+from daemon.cli.logged import logged
+from daemon.home import Home
+
+if TYPE_CHECKING:
+    from registry.store import Reader
 
 
 def command(
+    at: HomeArgument = None,
     home: HomeOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (http.host).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (http.port).")] = None,
@@ -16,23 +23,27 @@ def command(
     """Serve the versions of an existing home over HTTP; reads only, needs no daemon."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server hears it
 
-    from daemon.http import Hosts, HttpServer, base_url, create_app
-    from daemon.metrics import Metrics
+    with logged(Home(named_home(at, home) or Path.cwd()).config):
+        where, reader = open_reader(at, home)
+        with reader:
+            _serve(where, reader, host, port)
 
-    where, reader = open_reader(home)
+
+def _serve(where: Home, reader: "Reader", host: str | None, port: int | None) -> None:
+    from daemon.http import Hosts, HttpServer, base_url, create_app
+    from daemon.metrics import HeadMetrics
+
     flags: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = settings_of(where, {"http": flags} if flags else None)
-    with reader:
-        metrics = Metrics()
-        metrics.follow(reader)
-        http = settings.http
-        app = create_app(
-            where, reader, metrics.registry, lambda: None, hosts=Hosts(http.host, http.allowed_hosts), beside=True
-        )
-        server = HttpServer(app, http.host, http.port, http.stall_seconds)
-        bound, number = server.start()
-        typer.echo(f"serving {where.root} on {base_url(bound, number)}")
-        server.wait_for_signal(_nothing_to_reload)
+    metrics = HeadMetrics()
+    metrics.follow(reader)
+    http = settings.http
+    hosts, proxies = Hosts(http.host, http.allowed_hosts), http.trusted_proxies
+    app = create_app(where, reader, metrics.registry, lambda: None, hosts=hosts, proxies=proxies, beside=True)
+    server = HttpServer(app, http.host, http.port, http.stall_seconds)
+    bound, number = server.start()
+    typer.echo(f"serving {where.root} on {base_url(bound, number)}")
+    server.wait_for_signal(_nothing_to_reload)
 
 
 def _nothing_to_reload() -> None:

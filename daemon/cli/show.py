@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from daemon.cli.common import HomeOption, JsonOption, complain, open_reader, print_json
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, complain, open_reader, print_json
 from daemon.errors import DaemonError, Reason
+from daemon.versions import called, find_version, read_name
 
 MOST = 100  # experts that are shown where many have one name
 
@@ -17,26 +18,26 @@ def command(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="ID", help="An expert: its id, sha256 or name. A version: vN or HEAD/vN.", show_default=False
+            metavar="ID", help="An expert: its id, sha256 or name. A version: HEAD/N, as main/12.", show_default=False
         ),
     ],
+    at: HomeArgument = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show one expert, or one version with its manifest."""
-    where, reader = open_reader(home)
-    head, _, number = what.rpartition("/")
+    where, reader = open_reader(at, home)
     with reader:
-        if number[:1] == "v" and number[1:].isdecimal() and len(number) < 19:
-            version = reader.version(head or reader.heads()[0].name, int(number[1:]))
-            if version is None:
-                raise DaemonError(Reason.UNKNOWN, f"there is no version {what}", "see `mainstem status` for the heads")
+        named = read_name(what)
+        if named and not what.isdecimal():
+            version = find_version(reader, what)
             path = where.manifest(version.head, version.number)
-            found = [{**asdict(version), "manifest": json.loads(path.read_bytes()) if path.exists() else None}]
+            manifest = json.loads(path.read_bytes()) if path.exists() else None
+            found = [{"called": called(version.head, version.number), **asdict(version), "manifest": manifest}]
         else:
             found = [asdict(expert) for expert in reader.find_experts(what, MOST + 1)]
     if not found:
-        hint = "see `mainstem log`, which takes --name GLOB; versions are named v12"
+        hint = "see `mainstem log`, which takes --name GLOB; versions are named HEAD/N, as main/12"
         raise DaemonError(Reason.UNKNOWN, f"no expert is called {what!r}", hint)
     if len(found) > MOST:
         found = found[:MOST]

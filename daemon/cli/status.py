@@ -1,51 +1,132 @@
-"""`mainstem status`: the heads, the queue, and what became of the experts."""
+"""`mainstem status`: the daemon, the heads, the queue, and what became of the experts."""
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 
-from daemon.cli.common import HomeOption, JsonOption, ago, open_reader, print_json, print_table, size
+from daemon.cli.common import (
+    HomeArgument,
+    HomeOption,
+    JsonOption,
+    local,
+    open_reader,
+    print_json,
+    print_table,
+    size,
+)
+from daemon.home import Home
+from daemon.versions import called
 from projector.text import shown
+from registry.records import Flag
+
+if TYPE_CHECKING:
+    from daemon.presence import Running
+    from registry.records import Expert
+
+FLAGGED = 5  # the newest of them are named
+NOBODY = "no daemon runs"
 
 
-def command(home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Show the live version of every head, what waits in the inbox, and the counts."""
-    from daemon.inbox import TEMPORARY
+def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Show whether a daemon runs and what it does, the live version of every head, what waits and why, the counts."""
+    from daemon.health import Health
+    from daemon.presence import running
 
-    where, reader = open_reader(home)
+    where, reader = open_reader(at, home)
+    daemon = running(where)
     with reader:
         base, heads, counts = reader.base(), reader.heads(), reader.counts()
         versions = {head.name: reader.version(head.name, head.live) for head in heads}
-    there = os.listdir(where.inbox) if where.inbox.is_dir() else []  # gone: /readyz says so, and the rest is to be seen
-    queue = sorted(shown(name) for name in there if not TEMPORARY.fullmatch(name))
+        flagged = reader.experts(limit=FLAGGED, flags=tuple(Flag))
+        noted = list(daemon.troubles) if daemon else []
+        seen = [asdict(trouble) for trouble in Health(where).troubles(reader, beside=True)]
+        waiting = _waiting(where, daemon, [expert.name for expert in reader.unplaced()], noted)
+    troubles = noted + [one for one in seen if one["reason"] not in {other["reason"] for other in noted}]
     if as_json:
         print_json(
             {
                 "home": str(where.root),
                 "base": asdict(base),
+                "daemon": daemon and asdict(daemon),
                 "heads": [{**asdict(head), "figures": getattr(versions[head.name], "figures", {})} for head in heads],
-                "inbox": queue,
+                "inbox": [one["name"] for one in waiting],
+                "waiting": waiting,
                 "experts": {str(status): count for status, count in counts.items()},
+                "flagged": [{"id": expert.id, "name": expert.name, "flags": expert.flags} for expert in flagged],
+                "troubles": troubles,
             }
         )
         return
-    typer.echo(f"home   {where.root}")
+    typer.echo(f"home     {where.root}")
     typer.echo(
-        f"base   {base.name}  {base.parameters:,} parameters, {size(base.size_bytes)}, sha256 {base.sha256[:12]}"
+        f"base     {base.name}  {base.parameters:,} parameters, {size(base.size_bytes)}, sha256 {base.sha256[:12]}"
     )
-    typer.echo(
-        f"inbox  {len(queue)} waiting{': ' + ', '.join(queue[:5]) if queue else ''}{' ...' if len(queue) > 5 else ''}"
-    )
-    typer.echo("       " + ", ".join(f"{count} {status}" for status, count in counts.items()) + "\n")
+    typer.echo(f"daemon   {_daemon(daemon)}")
+    typer.echo(f"inbox    {len(waiting)} waiting")
+    for one in waiting[:5]:
+        typer.echo(f"         {one['name']}: {one['why']}")
+    if len(waiting) > 5:
+        typer.echo(f"         and {len(waiting) - 5} more: --json has them all")
+    typer.echo("experts  " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    if flagged:
+        typer.echo(f"flagged  {_flagged(flagged)}; `mainstem log --flag any` has them all")
+    for trouble in (one for one in troubles if one["reason"] != "no_daemon"):
+        typer.echo(f"wrong    {trouble['text']} ({trouble['hint']})")
+    typer.echo()
     print_table(
         ("head", "method", "live", "since", "figures"),
         (
-            (head.name, head.method, head.live, ago(version.created_at) if version else "-", _figures(version))
+            (
+                head.name,
+                head.method,
+                called(head.name, head.live),
+                local(version.created_at) if version else "-",
+                _figures(version),
+            )
             for head in heads
             for version in [versions[head.name]]
         ),
     )
+
+
+def _waiting(
+    home: Home, daemon: "Running | None", decided: Sequence[str], troubles: Sequence[Mapping[str, str]]
+) -> list[dict[str, str]]:
+    """What lies in the inbox, by name, and why it was not taken yet."""
+    from daemon.inbox import TEMPORARY
+    from daemon.presence import BUSY, RECOVERING
+
+    def why(name: str) -> str:
+        if name in decided:
+            return "decided, but it could not be moved out of the inbox"
+        if daemon is None or daemon.doing == BUSY:
+            return NOBODY
+        if name == daemon.merging:
+            return f"being merged since {local(daemon.merging_since)}"
+        if name in daemon.waiting:
+            return daemon.waiting[name]
+        if troubles:
+            return troubles[0]["text"]
+        return "the daemon is recovering" if daemon.doing == RECOVERING else "waits to come to rest, or for its turn"
+
+    there = os.listdir(home.inbox) if home.inbox.is_dir() else []  # gone: the troubles say so
+    names = sorted(shown(name) for name in there if not TEMPORARY.fullmatch(name))
+    return [{"name": name, "why": why(name)} for name in names]
+
+
+def _daemon(daemon: "Running | None") -> str:
+    if daemon is None:
+        return f"{NOBODY}: start `mainstem run`"
+    where = f", at {daemon.url}" if daemon.url else ""
+    what = f"merging {daemon.merging} since {local(daemon.merging_since)}" if daemon.merging else daemon.doing
+    return f"{what} (process {daemon.pid} since {local(daemon.since)}{where})"
+
+
+def _flagged(experts: "Sequence[Expert]") -> str:
+    return ", ".join(f"{expert.name} ({', '.join(expert.flags)})" for expert in experts)
 
 
 def _figures(version: object) -> str:

@@ -1,28 +1,30 @@
 """`mainstem verify`: re-hash everything."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from shlex import quote
 
 import typer
 from rich.console import Console
 
-from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json, size
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, open_reader, print_json, size
 
 
-def command(home: HomeOption = None, as_json: JsonOption = False) -> None:
+def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Re-hash the base, every version and every archived expert against manifests and registry.
 
     Prints what differs, what to do about it, and a line at the end. Exit status 1 where anything does.
     """
     from daemon.verification import verify
 
-    where, reader = open_reader(home)
+    where, reader = open_reader(at, home)
     with reader, _status() as say:
         checked, found = verify(where, reader, say)
     if as_json:
-        print_json({**asdict(checked), "problems": found})
+        print_json({**asdict(checked), "problems": found, **({"hint": _advice(where.root, found)} if found else {})})
     else:
         for problem in found:
             typer.echo(problem)
@@ -32,7 +34,18 @@ def command(home: HomeOption = None, as_json: JsonOption = False) -> None:
         read = f"{_count(checked.files, 'file')}, {size(checked.size_bytes)} read"
         typer.echo(f"{things}: {read}, {_count(len(found), 'problem') if found else 'no problems'}")
     if found:
+        if not as_json:
+            typer.echo(f"    hint: {_advice(where.root, found)}", err=True)
         raise typer.Exit(1)
+
+
+def _advice(home: Path, found: Sequence[str]) -> str:
+    again = f"`mainstem rebuild --home {quote(str(home))} --into NEWHOME` merges the archive again"
+    if any(problem.startswith("state/base") for problem in found):
+        return f"put the base back into state/base, from a backup or from where it came; then {again}"
+    if any(problem.startswith(("archive/", "quarantine/")) for problem in found):
+        return f"put back what is named from a backup; or {again}, with --without ID for what is damaged in archive/"
+    return f"put back what is named from a backup; or {again}"
 
 
 def _count(number: int, what: str) -> str:

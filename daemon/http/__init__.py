@@ -8,6 +8,7 @@
     views.py         experts' own models, computed while they are sent
     uploads.py       experts that are sent to us
     hosts.py         by which names it may be asked
+    forwarded.py     what a proxy in front says
     app.py           the routes
     page.py          the status page
     connections.py   how many there may be, and how long one may keep us waiting

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -38,6 +39,12 @@ class Problem(Exception):
         """The problem as JSON."""
         body = {"error": str(self), "reason": self.reason, "hint": self.hint}
         return JSONResponse(body, self.status, headers={**NO_CACHE, **SECURITY, **self.headers, **(headers or {})})
+
+
+def root_of(request: HTTPConnection) -> str:
+    """What stands before our addresses: nothing, unless a proxy took it off."""
+    root: str = request.scope.get("root_path", "")
+    return root
 
 
 def etag(sha256: str) -> str:

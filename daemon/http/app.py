@@ -19,17 +19,19 @@ from starlette.routing import Route
 from daemon.health import Health, Trouble
 from daemon.home import Home, is_weights
 from daemon.http import page
-from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition
+from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition, root_of
 from daemon.http.files import Entry, Published
 from daemon.http.finding import arrivals, merged
+from daemon.http.forwarded import Forwarded
 from daemon.http.hosts import HostCheck, Hosts
 from daemon.http.rows import base_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
 from daemon.http.uploads import UploadRoutes
 from daemon.http.views import Views
 from daemon.http.waiting import Waiting
-from daemon.layout import called
+from daemon.layout import weight_names
 from daemon.uploading import Uploads
+from daemon.versions import called
 from registry.errors import Busy, RegistryError
 from registry.records import Head, Status, Version
 from registry.store import Reader
@@ -49,12 +51,14 @@ def create_app(
     hosts: Hosts | None = None,
     health: Health | None = None,
     *,
+    proxies: Sequence[str] = (),
     beside: bool = False,
 ) -> Starlette:
     """The application over one home. `ready` returns None once this process can do its part, else why it cannot.
 
     Without `uploads` everything is read only. `hosts`: the names it may be asked by, by default any. `health`: where
-    this process notes what is wrong. `beside`: merging is another process's part.
+    this process notes what is wrong. `proxies`: whose X-Forwarded headers are believed. `beside`: merging is
+    another process's part.
     """
     noted = health or Health(home)
 
@@ -84,7 +88,11 @@ def create_app(
             Route("/v1/experts/{sha256}", api.expert),
             Route("/v1/lineage", api.lineage),
         ],
-        middleware=[Middleware(SecurityHeaders), *([Middleware(HostCheck, hosts=hosts)] if hosts else ())],
+        middleware=[
+            Middleware(SecurityHeaders),
+            *([Middleware(HostCheck, hosts=hosts)] if hosts else ()),
+            *([Middleware(Forwarded, proxies=proxies)] if proxies else ()),
+        ],
         exception_handlers={
             Problem: _on_problem,
             HTTPException: _on_http_exception,
@@ -124,7 +132,8 @@ class _Api:
         self.waiting = Waiting(lambda: {head.name: head.live for head in reader.heads()})
 
     def status_page(self, request: Request) -> Response:
-        return page.render(self.published, self.troubles(), request.headers.get("host", ""), datetime.now(UTC))
+        origin = page.Origin(request.url.scheme, request.headers.get("host", ""), root_of(request))
+        return page.render(self.published, self.troubles(), origin, datetime.now(UTC))
 
     async def livez(self, _: Request) -> Response:
         return JSONResponse({"live": True}, headers=NO_CACHE)
@@ -149,8 +158,9 @@ class _Api:
             encode, content_type = choose_encoder("")
         return Response(encode(self.metrics), headers={**NO_CACHE, "Content-Type": content_type})
 
-    def heads(self, _: Request) -> Response:
-        return JSONResponse({"heads": [head_row(head) for head in self.reader.heads()]}, headers=NO_CACHE)
+    def heads(self, request: Request) -> Response:
+        rows = [head_row(head, root_of(request)) for head in self.reader.heads()]
+        return JSONResponse({"heads": rows}, headers=NO_CACHE)
 
     async def latest(self, request: Request) -> Response:
         name = request.path_params["head"]
@@ -203,7 +213,7 @@ class _Api:
         row = self.published.version(head, _number(request))
         expert = merged(self.reader, request.path_params["expert"], row.number)
         name: str = request.path_params["name"]
-        weights = called(self.published.manifest(head, row).files).whole
+        weights = weight_names(self.published.manifest(head, row).files).whole
         if name == weights:
             return self.views.weights(request, head, row, expert)
         if is_weights(name):
@@ -220,7 +230,7 @@ class _Api:
             raise Problem(
                 404,
                 "unknown_file",
-                f"version {row.number} of head {head.name} has no such file",
+                f"{called(head.name, row.number)} has no such file",
                 f"GET /v1/heads/{head.name}/versions/{row.number} lists its files",
             )
         return entry

@@ -19,6 +19,7 @@ from pathlib import Path
 from daemon.durable import is_short
 from daemon.home import MANIFEST, Home
 from daemon.http.answers import Problem
+from daemon.versions import called
 from registry.records import Head, Version
 from registry.store import Reader
 
@@ -62,7 +63,10 @@ class Published:
         version = self.reader.version(head.name, n)
         if version is None:
             raise Problem(
-                404, "unknown_version", f"head {head.name} has no version {n}", f"its live version is {head.live}"
+                404,
+                "unknown_version",
+                f"there is no version {called(head.name, n)}",
+                f"{called(head.name, head.live)} is live",
             )
         if version.collected:
             raise _gone(head, n)
@@ -135,8 +139,8 @@ def _gone(head: Head, n: int) -> Problem:
     return Problem(
         410,
         "collected",
-        f"version {n} of head {head.name} was removed by retention",
-        f"the live version is {head.live}: GET /v1/heads/{head.name}/latest",
+        f"{called(head.name, n)} was removed by retention",
+        f"the live version is {called(head.name, head.live)}: GET /v1/heads/{head.name}/latest",
     )
 
 
@@ -149,6 +153,6 @@ def damaged(head: Head, n: int, what: str) -> Problem:
     return Problem(
         500,
         "damaged",
-        f"version {n} of head {head.name}: {what} is missing or not what was published",
-        "run `mainstem verify` on the server",
+        f"{called(head.name, n)}: {what} is missing or not what was published",
+        "run `mainstem verify` on the server, which says how to mend it",
     )

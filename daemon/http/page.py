@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +23,7 @@ from registry.records import Expert, Head, Status, Version
 ARRIVALS = 12  # rows shown
 VERSIONS = 10  # rows shown
 REFRESH_SECONDS = 5
+PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)  # names without a letter that a shell or curl takes as its own
 
 _TEMPLATES = Path(__file__).parent.parent / "templates"
 _STYLE = (_TEMPLATES / "status.css").read_text(encoding="utf-8")
@@ -52,8 +54,32 @@ class Step:
     expert: Expert | None
 
 
-def render(published: Published, troubles: Sequence[Trouble], host: str, now: datetime) -> Response:
-    """The page as of `now`. `troubles`: all that is wrong. `host`: the Host header, as the visitor sent it."""
+def _curl(address: str, names: Sequence[str]) -> str:
+    """The command that fetches these files from below an address, each under its own name, folders and all."""
+    if all(PLAIN.fullmatch(name) for name in names):
+        listed = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+        called = f"-o {names[0]}" if len(names) == 1 else "-o '#1'"
+        return f"curl -fL --create-dirs {called} '{address}/{listed}'"
+    pairs = " ".join(f"-o {shlex.quote(name)} '{address}/{quote(name)}'" for name in names)
+    return f"curl -fL --create-dirs --globoff {pairs}"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """By what address the visitor came: the Host header as it was sent, and what stands before our own addresses."""
+
+    scheme: str
+    host: str
+    root: str
+
+    def __str__(self) -> str:
+        """The address that ours begin with; without scheme and host where the header is not a plain host and port."""
+        plain = re.fullmatch(r"[A-Za-z0-9.\-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", self.host)
+        return f"{self.scheme}://{self.host}{self.root}" if plain else self.root
+
+
+def render(published: Published, troubles: Sequence[Trouble], origin: Origin, now: datetime) -> Response:
+    """The page as of `now`. `troubles`: all that is wrong. `origin`: by what address the visitor came."""
     reader = published.reader
     heads = reader.heads()
     lineage = _lineage(published, heads[0])
@@ -69,7 +95,8 @@ def render(published: Published, troubles: Sequence[Trouble], host: str, now: da
         counts={status: counts.get(status, 0) for status in Status},
         arrivals=reader.experts(limit=ARRIVALS),
         lineage=lineage,
-        commands=_commands(published, heads[0], _origin(host)),
+        commands=_commands(published, heads[0], str(origin)),
+        root=origin.root,
     )
     return HTMLResponse(html, headers=_HEADERS)
 
@@ -97,11 +124,9 @@ def _commands(published: Published, head: Head, origin: str) -> Sequence[tuple[s
         manifest = published.manifest(head, published.version(head, head.live))
     except Problem:
         return []  # the page must come up on a damaged home too; readiness says what is wrong
-    # Percent-encoded, hence without a character that a shell or curl would take as its own.
-    names = [quote(name, safe="") for name in manifest.files if not is_adapter(name)]
-    listed = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
-    address = f"{origin}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}/files/{listed}"
-    commands = [("Download this version", f"curl -fL --remote-name-all '{address}'")]
+    names = [name for name in manifest.files if not is_adapter(name)]
+    address = f"{origin}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}/files"
+    commands = [("Download this version into the current folder", _curl(address, names))]
     home = published.home
     # Not the whole path: the page may be read by many, and where things lie on this machine is nobody's business.
     latest = str(home.latest(head.name).absolute().relative_to(home.root.absolute().parent))
@@ -109,11 +134,6 @@ def _commands(published: Published, head: Head, origin: str) -> Sequence[tuple[s
         where = "Load the newest on this machine, from the folder that the home is in"
         commands.insert(0, (where, f"AutoModel.from_pretrained({latest!r})"))
     return commands
-
-
-def _origin(host: str) -> str:
-    """The address the visitor came by, unless the header is not a plain host and port."""
-    return f"http://{host}" if re.fullmatch(r"[A-Za-z0-9.\-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host) else ""
 
 
 def human_bytes(size: int) -> str:

@@ -10,15 +10,15 @@ from registry.records import BaseModel, Expert, Head, Version
 Row = dict[str, object]
 
 
-def head_row(head: Head) -> Row:
-    """A head, with the address of its live manifest."""
+def head_row(head: Head, root: str = "") -> Row:
+    """A head, with the address of its live manifest; `root` stands before it."""
     return {
         "name": head.name,
         "method": head.method,
         "params": dict(head.params),
         "live": head.live,
         "newest": head.newest,
-        "manifest": f"/v1/heads/{quote(head.name, safe='')}/versions/{head.live}",
+        "manifest": f"{root}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}",
     }
 
 

@@ -1,6 +1,7 @@
 """The socket and the thread: uvicorn beside the merge loop, without signal handlers of its own."""
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from daemon.errors import BadConfig, DaemonError, Reason
 from daemon.http.connections import Connection, Guard, hung_up, most_connections
 from daemon.reloading import hearing, wake
+from projector.text import shown
 
 GRACE_SECONDS = 5  # how long downloads may go on once we stop
 STALL_SECONDS = 60.0
@@ -28,6 +30,22 @@ TICK_SECONDS = 0.02  # between looks at whether the server has started
 def base_url(host: str, port: int) -> str:
     """The address as it is typed: an IPv6 host goes into brackets."""
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def _advice(error: OSError | UnicodeError) -> str:
+    """What to do where the address cannot be listened on."""
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return (
+            "http.host (--host) is an address or a name of this machine, without scheme, port and brackets: 127.0.0.1, "
+            "0.0.0.0 for all of IPv4, :: for all"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "http.host (--host) must be an address of this machine: 127.0.0.1, or 0.0.0.0 for all that it has"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "ports below 1024 are for root: choose another http.port (--port)"
+    return (
+        "another program, or another mainstem, may be using it: choose another http.port (--port; 0 for any free one)"
+    )
 
 
 class _Server(uvicorn.Server):
@@ -84,14 +102,13 @@ class HttpServer:
 
     def start(self) -> tuple[str, int]:
         """Listens, and returns the host and port that were bound. BadConfig when the address cannot be used."""
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
+            family = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][0]
             listener = socket.create_server((self.host, self.port), family=family)
-        except OSError as error:
-            raise BadConfig(
-                f"cannot listen on {self.host}:{self.port}: {error.strerror or error}",
-                "another program, or another mainstem, may be using it: choose another http.port (0 for any free one)",
-            ) from error
+        except (OSError, UnicodeError) as error:
+            why = str(error.strerror or error if isinstance(error, OSError) else "no host can be called so")
+            what = f"cannot listen on {shown(self.host)}:{self.port}: {why.partition(' (while')[0]}"
+            raise BadConfig(what, _advice(error)) from None
         # Bound here and not in the thread: a port in use must fail the start, not a thread that nobody watches.
         host, port = listener.getsockname()[:2]
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="http", daemon=True)

@@ -24,7 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 from daemon.config import taking_effect
 from daemon.durable import is_full
 from daemon.errors import NotUploaded, Reason
-from daemon.http.answers import NO_CACHE, Problem
+from daemon.http.answers import NO_CACHE, Problem, root_of
 from daemon.http.connections import LEAST_BYTES_PER_SECOND
 from daemon.incoming import Incoming, Stored
 from daemon.uploading import Uploads
@@ -130,11 +130,11 @@ class UploadRoutes:
                 await run_in_threadpool(self._uploads.drop, incoming, outcome)
             raise
         if file is not None:
-            commit = f"/v1/experts/{expert}/commit"
+            commit = f"{root_of(request)}/v1/experts/{expert}/commit"
             return JSONResponse({**_row(stored), "commit": commit}, 201, headers=NO_CACHE)
         self._log.info("uploaded", drop=expert, size_bytes=stored.size_bytes, sha256=stored.sha256)
-        merged = f"/v1/experts/{stored.sha256}"  # one file: it is known by its own sha256
-        body = {**_row(stored), "merged": merged, "experts": "/v1/experts"}
+        merged = f"{root_of(request)}/v1/experts/{stored.sha256}"  # one file: it is known by its own sha256
+        body = {**_row(stored), "merged": merged, "experts": f"{root_of(request)}/v1/experts"}
         return JSONResponse(body, 201, headers={**NO_CACHE, "Location": merged})
 
     async def _commit(self, request: Request) -> Response:
@@ -142,8 +142,9 @@ class UploadRoutes:
         wanted = _listed(await _body(_Stream(request, self._uploads.stall_seconds)))
         files = await run_in_threadpool(self._uploads.commit, expert, wanted)
         self._log.info("uploaded", drop=expert, size_bytes=sum(file.size_bytes for file in files), files=len(files))
-        body = {"name": expert, "files": [_row(file) for file in files], "experts": "/v1/experts"}
-        return JSONResponse(body, 201, headers={**NO_CACHE, "Location": "/v1/experts"})
+        experts = f"{root_of(request)}/v1/experts"
+        body = {"name": expert, "files": [_row(file) for file in files], "experts": experts}
+        return JSONResponse(body, 201, headers={**NO_CACHE, "Location": experts})
 
     async def _abandon(self, request: Request) -> Response:
         await run_in_threadpool(self._uploads.abandon, request.path_params["name"])

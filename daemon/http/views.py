@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from daemon.errors import DaemonError
 from daemon.http.answers import NO_CACHE, Problem
 from daemon.http.files import Published, damaged
+from daemon.versions import called
 from projector.errors import ProjectorError
 from registry.records import Expert, Head, Version
 
@@ -68,7 +69,7 @@ class Views:
             raise Problem(
                 404,
                 "not_merged",
-                f"version {n} of head {head.name} does not have this expert",
+                f"{called(head.name, n)} does not have this expert",
                 "GET /v1/lineage lists the merged experts with the version that each came with",
             )
         if not home.views(head.name).is_dir():

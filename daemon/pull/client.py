@@ -6,11 +6,12 @@ used. Whatever the network does is `Passing`; what the server says for good is a
 
 import http.client
 import json
+import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -37,16 +38,21 @@ class Damaged(DaemonError):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a mainstem serves. `root` is the path in front of /v1: empty, unless a proxy put one there."""
+    """Where a mainstem serves. `root` is the path in front of /v1: empty, unless a proxy put one there. `token`: what
+    that proxy wants to see.
+    """
 
     scheme: str
     host: str
     port: int | None
     root: str
+    token: str | None = field(default=None, repr=False)
 
     @staticmethod
-    def of(url: str) -> "Origin":
-        """The origin that a person typed. DaemonError where it is none."""
+    def of(url: str, token: str | None = None) -> "Origin":
+        """The origin that a person typed. DaemonError where it, or the token, is none."""
+        if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise DaemonError(Reason.PULL, "the token has letters that none can have", "it is ASCII without spaces")
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -56,7 +62,7 @@ class Origin:
             raise _no_address(url)
         if parts.username is not None or not f"{parts.hostname}{parts.path}".isascii() or not url.isprintable():
             raise _no_address(url)
-        return Origin(parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
+        return Origin(parts.scheme, parts.hostname, port, parts.path.rstrip("/"), token)
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -86,6 +92,8 @@ class Connection:
     def __init__(self, origin: Origin, timeout: float = TIMEOUT_SECONDS) -> None:
         self._origin = origin
         secure = origin.scheme == "https"
+        known = {"Authorization": f"Bearer {origin.token}"} if origin.token else {}
+        self._always = {"Accept-Encoding": "identity", **known}
         self._http = (HTTPSConnection if secure else HTTPConnection)(origin.host, origin.port, timeout=timeout)
 
     def __enter__(self) -> "Connection":
@@ -101,7 +109,7 @@ class Connection:
         An answer that was not read to its end costs the connection, and the next request opens another.
         """
         try:
-            self._http.request("GET", path, headers={"Accept-Encoding": "identity", **(headers or {})})
+            self._http.request("GET", path, headers={**self._always, **(headers or {})})
             answer = self._http.getresponse()
         except (HTTPException, OSError) as error:
             self._http.close()
@@ -152,6 +160,8 @@ class Connection:
         kind: type[DaemonError] = Damaged if answer.status >= 500 else DaemonError
         kind = Gone if answer.status == 410 else Passing if answer.status in MAY_PASS else kind
         detail, hint = f"{answer.status} {shown(answer.reason)}", "is this the address of a mainstem?"
+        if answer.status in (401, 403):
+            hint = "what stands before the server wants a token, or another one: --token, or MAINSTEM_TOKEN"
         with suppress(ValueError, KeyError, TypeError, RecursionError, HTTPException, OSError):
             said = json.loads(answer.read(PROBLEM_BYTES))
             detail, hint = shown(str(said["error"])), shown(str(said["hint"]))

@@ -16,11 +16,12 @@ from urllib.parse import quote
 from daemon import durable
 from daemon.errors import DaemonError, Reason
 from daemon.home import CARD, is_adapter, is_weights
-from daemon.layout import called
+from daemon.layout import weight_names
 from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
 from daemon.pull.fetching import PIECE_BYTES, Fetching, Report
 from daemon.pull.manifest import MOST_BYTES, Listed, Manifest
 from daemon.pull.target import MANIFEST_BYTES, Target
+from daemon.versions import called
 from projector.text import shown
 
 CONNECTIONS = 4
@@ -74,16 +75,18 @@ def pull(
     connections: int = CONNECTIONS,
     *,
     adapter: bool = False,
+    token: str | None = None,
 ) -> Pulled:
     """Makes the folder `dest` what a version is, at once and durably, also where an earlier pull made it.
 
     Every file is held against the manifest's sha256, and the manifest against the server's; a view's weights have
-    none and are held against their own header. What is missing of an interrupted pull is all that is fetched.
+    none and are held against their own header. What is missing of an interrupted pull is all that is fetched. `token`
+    goes to the server, or what stands before it, with every request.
     Raises DaemonError where the server has it not, cannot be reached or sent something else.
     """
     if re.fullmatch(r"[0-9]{1,12}", version):
         version = str(int(version))  # it may be given as its folder is called
-    source = Source(Origin.of(url), head, version, view, connections, adapter)
+    source = Source(Origin.of(url, token), head, version, view, connections, adapter)
     with Target(dest) as target:
         return _fill(target, source, report or (lambda *_: None))
 
@@ -97,13 +100,15 @@ def follow(
     connections: int = CONNECTIONS,
     *,
     adapter: bool = False,
+    token: str | None = None,
+    answered: Callable[[], None] = lambda: None,
 ) -> Generator[Pulled, None, None]:
-    """Pulls each new live version into `dest`, for as long as it is iterated over.
+    """Pulls each new live version into `dest`, while it is iterated over. `answered` hears of the end of troubles.
 
     Raises DaemonError where no patience helps: no such head, no mainstem at the address, a destination that must not
     be touched.
     """
-    source = Source(Origin.of(url), head, connections=connections, adapter=adapter)
+    source = Source(Origin.of(url, token), head, connections=connections, adapter=adapter)
     in_place: int | None = None
     faults = 0
     with Target(dest) as target:
@@ -113,13 +118,15 @@ def follow(
                 live = _live(source, None if in_place is None else in_place + 1)
                 if live is None:  # it waited in vain; a head that was rolled back shows only now
                     live = _live(source)
-                if live != in_place:
-                    pulled = _fill(target, source, report or (lambda *_: None))
+                pulled = _fill(target, source, report or (lambda *_: None)) if live != in_place else None
+                if faults:
+                    answered()
+                faults = 0
+                if pulled is not None:
                     in_place = pulled.version
                     yield pulled
                 else:
                     time.sleep(max(0.0, asked + POLL_SECONDS - time.monotonic()))
-                faults = 0
             except (Passing, Damaged) as error:
                 away = AWAY_SECONDS[min(faults, len(AWAY_SECONDS) - 1)]
                 pause = DAMAGED_SECONDS if isinstance(error, Damaged) else away
@@ -165,7 +172,7 @@ def _fill_with(target: Target, source: Source, manifest: Manifest, report: Repor
         target.keep = view is None
         raise
     if view is not None:
-        name = called(manifest.files).whole
+        name = weight_names(manifest.files).whole
         weights = _fetch_view(source.origin, f"{version}/views/{quote(view, safe='')}/files", name, target, report)
         target.put_in_place(None)
         fetched = fetching.fetched_bytes + weights
@@ -180,7 +187,7 @@ def adapter_of(manifest: Manifest) -> list[Listed]:
     if not found:
         raise DaemonError(
             Reason.PULL,
-            f"{manifest.head} version {manifest.version} has no adapter",
+            f"{called(manifest.head, manifest.version)} has no adapter",
             f"set heads.{manifest.head}.adapter.rank on the server: versions from then on have one",
         )
     return found
@@ -227,7 +234,7 @@ def _manifest(source: Source, version: str) -> Manifest:
         what = f"{path}: the manifest came with the sha256 {manifest.sha256}, its ETag is {shown(tag)}"
         raise Passing(Reason.PULL, what, "something between here and the server changes what it sends")
     if (manifest.head, str(manifest.version)) != (source.head, version):
-        raise connection.refusal(path, f"this is the manifest of {shown(manifest.head)} version {manifest.version}")
+        raise connection.refusal(path, f"this is the manifest of {shown(called(manifest.head, manifest.version))}")
     return manifest
 
 

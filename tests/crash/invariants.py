@@ -44,7 +44,9 @@ def check(home: Home, dropped: Iterable[str], history: History | None = None, ve
         lineage, experts = store.lineage(), store.experts(limit=-1)
         heads = [(head, store.versions(head.name, newest_first=False)) for head in store.heads()]
     assert set(os.listdir(home.root)) == ROOT, f"I7: {os.listdir(home.root)}"
-    assert set(os.listdir(home.state)) - {"lock", "in-hand", "attempts.json"} == STATE, f"I7: {os.listdir(home.state)}"
+    assert set(os.listdir(home.state)) - {"lock", "in-hand", "attempts.json", "daemon.json"} == STATE, (
+        f"I7: {os.listdir(home.state)}"
+    )
     assert not os.listdir(home.tmp), "I7: something temporary is left"
     for head, rows in heads:
         _check_head(home, head, rows, lineage, {} if history is None else history, versions)

@@ -76,7 +76,7 @@ def fill_up(world: World, disk: Disk, expected: dict[str, object], free: int) ->
     disk.grow()
     ended = settle(home, daemon, len(world.drops))
     if ended.code:  # it was too full even to start: with a word, and with a hint
-        assert ended.code == 1 and "hint:" in ended.log and "Traceback" not in ended.log, ended.log
+        assert ended.code == 1 and '"hint"' in ended.log and "Traceback" not in ended.log, ended.log
     world.finish(home, {})
     assert outcome(home) == expected
     shutil.rmtree(home.root)

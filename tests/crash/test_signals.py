@@ -60,7 +60,7 @@ def test_sigterm_while_idle_and_a_second_daemon(world: World, tmp_path: Path) ->
     wait_for(lambda: '"ready"' in log.read_text())
     second = world.zygote.run("run", "--no-http", "--home", home.root)
     assert second.code == 1
-    assert "another mainstem is running" in second.log and "hint:" in second.log
+    assert "another mainstem is running" in second.log and '"hint"' in second.log
     assert daemon.poll() is None
     daemon.send_signal(signal.SIGTERM)
     assert daemon.wait(timeout=20) == 0, log.read_text()

@@ -88,7 +88,7 @@ def fail_one(world: World, root: Path, which: Nth, expected: dict[str, object]) 
     if "registry.sqlite" not in path:  # SQLite's last checkpoint may fail in silence: its log still holds everything
         assert ended.returncode == 1, (path, ended.stderr)
     if ended.returncode:
-        assert "hint:" in ended.stderr and "Traceback" not in ended.stderr, (path, ended.stderr)
+        assert '"hint"' in ended.stderr and "Traceback" not in ended.stderr, (path, ended.stderr)
         later = [call.path for call in calls[failed + 1 :] if "registry" not in call.path]
         assert path not in later, "it was retried"
     world.finish(home, {})

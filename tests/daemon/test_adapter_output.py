@@ -594,11 +594,11 @@ def test_it_is_served_and_pulled_on_its_own(tmp_path: Path) -> None:
         assert pull(url, tmp_path / "alone", version="1", adapter=True).version == 1  # in its place
         assert pull(url, tmp_path / "whole").files == len(manifest(home, 2)["files"])
         assert (tmp_path / "whole" / ADAPTER_FOLDER / ADAPTER_WEIGHTS).exists()
-        with pytest.raises(DaemonError, match="main version 0 has no adapter") as refused:
+        with pytest.raises(DaemonError, match="main/0 has no adapter") as refused:
             pull(url, tmp_path / "none", version="0", adapter=True)
         assert "heads.main.adapter.rank" in refused.value.hint
         done = forked("pull", url, tmp_path / "verb", "--adapter")
-        assert done.returncode == 0 and "main version 2: 2 files" in done.stdout, done.stderr
+        assert done.returncode == 0 and "main/2: 2 files" in done.stdout, done.stderr
         assert forked("pull", url, tmp_path / "verb2", "--adapter", "--view", "1").returncode == 2
 
 

@@ -118,7 +118,7 @@ def test_a_name_is_shown_and_can_be_nothing_else(name: str, of_base: bool) -> No
     assert ["2", wanted, "1", f"{0:064x}"] in [[cell.strip() for cell in row] for row in seen.rows]
     assert [wanted, "ab" * 32] in [[cell.strip() for cell in row] for row in seen.rows]
     if of_base:
-        assert seen.headings[0] == f"{shown(name)}: main, version 2".lstrip()
+        assert seen.headings[0] == f"{shown(name)}: main/2".lstrip()
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -251,7 +251,7 @@ def test_version_0_is_the_base_and_says_so() -> None:
     head, text = parts(card(figures={}))
     assert yaml.safe_load(head) == {"base_model": "org/model", "tags": ["mainstem"]}
     assert "This is the base itself" in text and "merged out of" not in text
-    assert Seen(text).headings == ["org/model: main, version 0", "Load it", "Base"]
+    assert Seen(text).headings == ["org/model: main/0", "Load it", "Base"]
 
 
 def test_what_was_taken_out_is_named_and_counted() -> None:

@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Path]:
 def test_norms_and_cosines_are_those_of_the_weights(made: tuple[Home, Path]) -> None:
     home, base = made
     found = compared(home, "main", "soup")
-    assert (found["a"], found["b"]) == ("main/v3", "soup/v3") and "experts" not in found
+    assert (found["a"], found["b"]) == ("main/3", "soup/3") and "experts" not in found
     a, b = (difference(home.version(head, 3), base) for head in ("main", "soup"))
     total = found["total"]
     assert total["tensors"] == len(a) and total["parameters"] == sum(tensor.numel() for tensor in a.values())
@@ -89,7 +89,7 @@ def test_what_is_kept_of_each_expert(made: tuple[Home, Path]) -> None:
 
 def test_a_version_is_one_with_itself_and_has_no_angle_with_the_base(made: tuple[Home, Path]) -> None:
     home, _ = made
-    same = compared(home, "v3", "main/v3")
+    same = compared(home, "v3", "main@3")
     assert same["total"]["cosine"] == pytest.approx(1, abs=1e-12)
     assert same["total"]["a_norm"] == same["total"]["b_norm"]
 
@@ -100,7 +100,7 @@ def test_the_base_has_no_direction(tmp_path: Path) -> None:
     put(home, write_expert(tmp_path / "e.safetensors", base, 2))
     drain(home)
     found = compared(home, "0", "main", "--experts")
-    assert found["a"] == "main/v0" and found["total"]["a_norm"] == 0 and found["total"]["b_norm"] > 0
+    assert found["a"] == "main/0" and found["total"]["a_norm"] == 0 and found["total"]["b_norm"] > 0
     assert found["total"]["cosine"] is None
     (expert,) = found["experts"]
     assert expert["a_kept"] == 0 and expert["a_cosine"] is None
@@ -121,7 +121,7 @@ def test_people_get_tables(made: tuple[Home, Path]) -> None:
     home, _ = made
     done = forked("compare", "main", "soup", "--experts", "--home", home.root)
     assert done.returncode == 0, done.stderr
-    for word in ("norm main/v3", "norm soup/v3", "kept soup/v3", "layers.*.up", "total", "e3.safetensors"):
+    for word in ("norm main/3", "norm soup/3", "kept soup/3", "layers.*.up", "total", "e3.safetensors"):
         assert word in done.stdout
     short = forked("compare", "main", "soup", "--home", home.root)
     assert "kept" not in short.stdout and "e3" not in short.stdout
@@ -136,7 +136,7 @@ def test_people_get_tables(made: tuple[Home, Path]) -> None:
         ("main/", "names no version"),
         ("²", "names no version"),
         ("9" * 30, "names no version"),
-        ("soup/9", "soup has no version 9"),
+        ("soup/9", "no version soup/9"),
         ("soup/1", "removed by retention"),
     ],
 )

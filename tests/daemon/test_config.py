@@ -106,8 +106,9 @@ def test_a_list_that_is_not_json_is_told_what_it_should_be(toml: Path, monkeypat
     assert "are JSON" in str(refused.value.hint)
 
 
-def test_the_home_in_the_environment_is_no_setting(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_and_a_service_in_the_environment_are_no_settings(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAINSTEM_HOME", "/somewhere")
+    monkeypatch.setenv("MAINSTEM_HTTP_PORT", "tcp://10.0.0.1:80")  # as Kubernetes sets it for a service mainstem-http
     assert load(toml).flat() == Settings().flat()
 
 

@@ -33,7 +33,7 @@ def test_the_demo_merges_every_expert_and_reads_every_place(tmp_path: Path) -> N
 )
 def test_a_table_that_lacks_a_version_or_reads_badly_is_found(rows: list[tuple[int, float]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check("".join(f"│ merged v{version} │ 96.1 │ {mean} │\n" for version, mean in rows))
+        check("".join(f"│ merged main/{version} │ 96.1 │ {mean} │\n" for version, mean in rows))
 
 
 @pytest.mark.parametrize("shard_bytes", [5_000_000_000, 10_000])

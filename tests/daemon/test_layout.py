@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from daemon.checkpoint import open_path
 from daemon.errors import NotYet, Reason
 from daemon.home import Home
-from daemon.layout import called, checkpoints
+from daemon.layout import checkpoints, weight_names
 from tests.daemon.homes import assert_close, drain, experts, make_home, put, quick
 from tests.models import read_weights, write_base, write_expert
 
@@ -80,7 +80,7 @@ def test_which_files_are_a_folders_weights(names: Sequence[str], wanted: Sequenc
 )
 def test_how_more_of_them_are_called(file: str, whole: str, pattern: str, index: str) -> None:
     """As transformers' and diffusers' save_pretrained(variant=...) write them."""
-    found = called(["config.json", file])
+    found = weight_names(["config.json", file])
     assert (found.whole, found.pattern, found.index) == (whole, pattern, index)
 
 
@@ -122,7 +122,7 @@ def test_shards_stay_as_the_base_has_them(stem: str, index: str, tmp_path: Path)
     drain(home, quick(publish={"shard_bytes": 1 << 30}))
     put(home, write_expert(tmp_path / "f.safetensors", whole, 3))
     drain(home, quick(publish={"shard_bytes": 1 << 30}))
-    name = called([index]).whole
+    name = weight_names([index]).whole
     assert [path.name for path in home.latest("main").glob("*.safetensors*")] == [name]
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
-from daemon.comparison import compare, find_version
+from daemon.comparison import compare, find_published
 from daemon.home import Home
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, lineage, make_home, quick
 from tests.daemon.processes import environment, forked, rebuild
@@ -91,7 +91,7 @@ def test_what_is_left_after_another_is_taken_out(merged: Home, base: Path, model
 
 def test_compare_reads_it_by_those_names_too(merged: Home) -> None:
     with lineage(merged) as reader:
-        first = find_version(reader, "soup/1")
+        first = find_published(reader, "soup/1")
         (kept,) = compare(merged, reader, first, first, experts=True)["experts"]
     assert kept["a_kept"] == pytest.approx(1, abs=1e-4)
 

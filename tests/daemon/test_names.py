@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from daemon.comparison import compare, find_version
+from daemon.comparison import compare, find_published
 from daemon.config import load
 from daemon.home import Home
 from daemon.inspection import inspect
@@ -113,7 +113,7 @@ def test_an_expert_with_a_prefix_is_read_the_same_by_every_command(home: Home, b
 
     with lineage(home) as reader:
         assert verify(home, reader, lambda _: None)[1] == []
-        a, b = find_version(reader, "1"), find_version(reader, "2")
+        a, b = find_published(reader, "1"), find_published(reader, "2")
         kept = compare(home, reader, a, b, experts=True)["experts"]
     assert kept[0]["a_kept"] == pytest.approx(1, abs=1e-4)
 

@@ -149,7 +149,7 @@ def test_where_nothing_can_be_gone_on_from_a_new_home_is_made_of_it(
     restore(backup, home)
     with pytest.raises(BadHome, match="the registry is older") as refused:
         drain(home)
-    assert "mainstem rebuild --into NEWHOME" in refused.value.hint and "move them out" not in refused.value.hint
+    assert "--into NEWHOME" in refused.value.hint and "move them out" not in refused.value.hint
     new = Home(tmp_path / "new")
     into(home, new, Settings(), None, [], Console())
     for n in (2, 3):

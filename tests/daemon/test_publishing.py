@@ -221,7 +221,7 @@ def test_what_is_taken_out_leaves_the_card(rich: Path, tmp_path: Path, method: s
     gone = experts(home)[1]
     withdraw(home, quick(), ["3.safetensors"], Console())
     text = card(home, 4)
-    assert "# rich: main, version 4\n" in text and "merged out of 2 fine-tuned copies" in text
+    assert "# rich: main/4\n" in text and "merged out of 2 fine-tuned copies" in text
     listing, _, taken_out = text.partition("## Taken out")
     assert str(gone.sha256) in taken_out and str(gone.sha256) not in listing
     assert "| 2 | 4.safetensors" in listing and "| 1 | 2.safetensors" in listing
@@ -347,7 +347,7 @@ def test_latest_and_its_plain_file_change_one_after_the_other(
 def test_a_damaged_latest_file_is_named_and_mended(home: Home, base: Path, content: bytes) -> None:
     merge(home, base, 2)
     (home.versions("main") / "LATEST").write_bytes(content)
-    assert sound(home) == ["published/main/LATEST does not name version 1"]
+    assert sound(home) == ["published/main/LATEST does not name main/1"]
     drain(home)
     assert (home.versions("main") / "LATEST").read_bytes() == b"000001\n"
 

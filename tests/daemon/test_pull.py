@@ -268,8 +268,8 @@ def test_pull_believes_no_manifest(change: dict[str, Any], message: str, home: H
     [
         ({}, '"sha256:' + "0" * 64 + '"', "came with the sha256"),
         ({}, None, "its ETag is none"),
-        ({"head": "other"}, "right", "the manifest of other version 3"),
-        ({"version": 2}, "right", "the manifest of main version 2"),
+        ({"head": "other"}, "right", "the manifest of other/3"),
+        ({"version": 2}, "right", "the manifest of main/2"),
         ({"files": [{"name": "a", "size": 0, "sha256": "0" * 64}] * 2}, "right", "lists a file twice"),
     ],
 )
@@ -336,8 +336,17 @@ def test_the_command_line_says_what_it_did(origin: str, tmp_path: Path) -> None:
     first = json.loads(done.stdout)
     assert (first["version"], first["up_to_date"], first["dest"]) == (2, False, str(dest))
     assert first["fetched_bytes"] == first["size_bytes"] > 0
-    assert "main version 3: 3 files" in forked("pull", origin, dest, "--connections", "1").stdout
+    assert "main/3: 3 files" in forked("pull", origin, dest, "--connections", "1").stdout
     assert "is in" in forked("pull", origin, dest).stdout
     assert version_in(dest) == 3
     wrong = forked("pull", origin, dest, "--watch", "--version", "2")
     assert wrong.returncode == 2 and "leave --version and --view out" in wrong.stderr
+
+
+def test_a_version_is_named_as_it_is_printed(origin: str, tmp_path: Path) -> None:
+    for n, words in enumerate((["init/1"], ["init@v1"], ["v1", "--head", "init"], ["000001", "--head", "init"])):
+        done = forked("pull", origin, tmp_path / f"{n}", "--version", *words)
+        assert done.returncode == 0 and done.stdout.startswith("init/1: "), done.stderr
+    for words in (["init/1", "--head", "main"], ["x/y/z"], ["1.0"]):
+        wrong = forked("pull", origin, tmp_path / "no", "--version", *words)
+        assert wrong.returncode == 2 and "--version" in wrong.stderr

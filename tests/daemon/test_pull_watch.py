@@ -18,11 +18,12 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from daemon.cli.pull import _Troubles
 from daemon.errors import DaemonError
 from daemon.home import MANIFEST, Home
 from daemon.pull.pulling import follow, pull
 from tests.daemon.homes import lineage
-from tests.daemon.processes import Daemon, running, until
+from tests.daemon.processes import Daemon, forked, running, until
 from tests.daemon.pulls import make_line, merge_one, same_bytes, served, version_in
 from tests.models import WEIGHTS
 
@@ -145,7 +146,12 @@ def test_a_head_that_is_rolled_back_is_followed(home: Home, tmp_path: Path) -> N
 def test_a_server_may_go_away_and_be_damaged_meanwhile(home: Home, tmp_path: Path) -> None:
     troubles: list[tuple[str, float]] = []
     dest = tmp_path / "model"
-    following = follow(origin_of_nobody(), dest, trouble=lambda error, pause: troubles.append((str(error), pause)))
+    back: list[int] = []
+
+    def heard(error: DaemonError, pause: float) -> None:
+        troubles.append((str(error), pause))
+
+    following = follow(origin_of_nobody(), dest, trouble=heard, answered=lambda: back.append(len(troubles)))
     with closing(following) as versions:
         port = int(origin_of_nobody().rpartition(":")[2])
         starting = threading.Thread(target=next, args=(versions,))
@@ -169,6 +175,49 @@ def test_a_server_may_go_away_and_be_damaged_meanwhile(home: Home, tmp_path: Pat
             mending.join(20)
         assert version_in(dest) == 2
     assert {pause for _, pause in troubles} == {0.05, 0.1}
+    assert len(back) == 2 and back[1] == len(troubles)  # each time once, when the version was in place
+
+
+def test_a_server_that_is_away_for_long_is_told_of_once(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = int(origin_of_nobody().rpartition(":")[2])
+    troubles = _Troubles(origin_of_nobody())
+    heard: list[str] = []
+
+    def told(error: DaemonError, pause: float) -> None:
+        heard.append(str(error))
+        troubles.told(error, pause)
+
+    following = follow(origin_of_nobody(), tmp_path / "model", trouble=told, answered=troubles.over)
+    with closing(following) as versions:
+        for _ in range(2):
+            before, got = len(heard), threading.Thread(target=next, args=(versions,))
+            got.start()
+            assert until(lambda: len(heard) > before + 3, 20)  # noqa: B023
+            with served(home, port=port):
+                got.join(20)
+            merge_one(home, 2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("    hint")]
+    lines = [line for line in lines if line.startswith("mainstem: ")]
+    assert [line.endswith("answers again") for line in lines] == [False, True, False, True]
+
+
+def test_a_token_goes_with_every_request_and_into_no_message(home: Home, tmp_path: Path) -> None:
+    def guarded(request: Request) -> Response | None:
+        known = request.headers.get("authorization") == "Bearer open-sesame"
+        return None if known else Response("<html>", status_code=401)
+
+    with served(home, guarded) as origin:
+        for token in (None, "wrong-one"):
+            with pytest.raises(DaemonError) as refused:
+                pull(origin, tmp_path / "model", token=token)
+            assert "--token" in refused.value.hint and "wrong-one" not in f"{refused.value}{refused.value.hint}"
+        assert pull(origin, tmp_path / "model", token="open-sesame").version == 1
+        done = forked("pull", origin, tmp_path / "again", "--token", "open-sesame")
+        assert done.returncode == 0, done.stderr
+    with pytest.raises(DaemonError, match="letters that none can have"):
+        pull(origin, tmp_path / "model", token="a\r\nHost: b")
 
 
 def origin_of_nobody() -> str:

@@ -286,7 +286,7 @@ def test_taking_an_expert_out_subtracts_where_it_can_and_replays_where_it_must(
 ) -> None:
     before = {head: latest(merged, head) for head in ("main", "soup")}
     said = rebuild(merged, "--without", "3")
-    assert said.splitlines() == ["main: replayed", "soup: subtracted"]
+    assert said.splitlines() == ["main/5: replayed", "soup/5: subtracted"]
     assert live(merged) == live(merged, "soup") == 5
     assert_close(latest(merged), opcm(*weights(model, 0, 1, 3)))
     assert_close(latest(merged, "soup"), soup(model, [0, 1, 3]))
@@ -322,7 +322,7 @@ def test_taking_several_out_and_then_all(merged: Home, model: tuple[Path, list[P
     assert "expert 1 (a.safetensors) went with version 5 already" in refused(merged, "--without", "1")
     assert "no merged expert is called '99'" in refused(merged, "--without", "99")
     assert merged.clean.exists()  # what is refused leaves no mark of a crash
-    assert rebuild(merged, "--without", "2", "--without", "4").splitlines() == ["main: replayed", "soup: replayed"]
+    assert rebuild(merged, "--without", "2", "--without", "4").splitlines() == ["main/6: replayed", "soup/6: replayed"]
     base = read_weights(model[0])
     assert live(merged) == 6
     assert_close(latest(merged), base, 0)
@@ -444,9 +444,9 @@ def test_an_expert_that_is_no_longer_in_the_archive_is_taken_out_by_a_replay(
     merged: Home, model: tuple[Path, list[Path]]
 ) -> None:
     shutil.rmtree(merged.archive(3))
-    assert rebuild(merged, "--without", "3").splitlines() == ["main: replayed", "soup: replayed"]
+    assert rebuild(merged, "--without", "3").splitlines() == ["main/5: replayed", "soup/5: replayed"]
     assert_close(latest(merged, "soup"), soup(model, [0, 1, 3]))
-    assert rebuild(merged, "--without", "1", "--replay").splitlines() == ["main: replayed", "soup: replayed"]
+    assert rebuild(merged, "--without", "1", "--replay").splitlines() == ["main/6: replayed", "soup/6: replayed"]
     assert_close(latest(merged, "soup"), soup(model, [1, 3]))
     check(merged)
 
@@ -461,7 +461,7 @@ def test_an_expert_that_outweighs_the_others_is_taken_out_by_a_replay(
         (copy / "expert.json").write_text(json.dumps({"weight": weight}))
         put(home, copy)
         drain(home)
-    assert rebuild(home, "--without", "2").splitlines() == ["main: replayed"]
+    assert rebuild(home, "--without", "2").splitlines() == ["main/3: replayed"]
     assert_close(latest(home), soup(model, [1]))
 
 

@@ -30,9 +30,10 @@ from daemon.service import Service
 from daemon.verification import verify
 from registry.records import Expert, NewExpert, Status
 from registry.store import Store
-from tests.daemon.homes import drain, experts, lineage, live, make_home, put, quick, tree
+from tests.daemon.homes import assert_close, drain, experts, latest, lineage, live, make_home, put, quick, tree
+from tests.daemon.processes import forked
 from tests.daemon.test_queue import scan
-from tests.models import write_base, write_expert
+from tests.models import read_weights, write_base, write_expert
 
 
 @pytest.fixture
@@ -188,10 +189,29 @@ def test_a_damaged_live_version_stops_the_start_and_nothing_is_rolled_back(
     damage(merged)
     merged.clean.unlink()
     before = sound(merged)
-    with pytest.raises(BadHome, match=f"head main, version 2 is damaged.*{named}") as refused:
+    with pytest.raises(BadHome, match=f"main/2 is damaged.*{named}") as refused:
         recover(merged, store, quiet)
     assert "backup" in refused.value.hint
     assert sound(merged) == before and live(merged) == 2
+
+
+def test_what_is_advised_for_a_damaged_version_makes_a_sound_home(merged: Home, tmp_path: Path) -> None:
+    weights = read_weights(merged.version("main", 2))
+    _spoil(merged.version("main", 2) / "model.safetensors")
+    merged.clean.unlink()
+    with pytest.raises(BadHome, match="main/2 is damaged") as refused:
+        drain(merged)
+    verified = forked("verify", merged.root)
+    assert verified.returncode == 1
+    for n, hint in enumerate((refused.value.hint, verified.stderr)):
+        command = re.search(r"mainstem (rebuild .*--into NEWHOME)", hint)
+        assert command, hint
+        done = forked(*command[1].replace("NEWHOME", str(tmp_path / f"new{n}")).split())
+        assert done.returncode == 0, done.stderr
+        new = Home(tmp_path / f"new{n}")
+        drain(new)
+        assert live(new) == 2 and forked("verify", new.root).returncode == 0
+        assert_close(latest(new), weights)
 
 
 def test_after_a_clean_stop_the_hashing_is_left_out(merged: Home, store: Store) -> None:

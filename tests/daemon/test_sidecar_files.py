@@ -275,7 +275,7 @@ def test_dare_draws_the_same_whatever_else_the_home_needs(merged: Home, tmp_path
     for other, head in (("all", "thin"), ("three", "main")):
         found = latest(Home(tmp_path / other), head)
         assert all(tensor.equal(found[name]) for name, tensor in latest(merged, "thin").items())
-    assert "thin: subtracted" in rebuild(merged, "--without", "2")
+    assert "thin/4: subtracted" in rebuild(merged, "--without", "2")
     assert_close(latest(merged, "thin"), latest(Home(tmp_path / "two")))
     assert problems(merged) == problems(Home(tmp_path / "all")) == []
 

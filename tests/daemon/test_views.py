@@ -294,7 +294,7 @@ def test_pull_fetches_a_view_with_what_a_loader_needs_beside_it(
     ("more", "message"),
     [
         ({"head": "nobody"}, "no such head"),
-        ({"version": "77"}, "no version 77"),
+        ({"version": "77"}, "no version main/77"),
         ({"version": "../../livez"}, "Not Found"),
         ({"version": "1", "view": "3"}, "does not have this expert"),
         ({"view": "1", "head": "init"}, "its method is ema"),

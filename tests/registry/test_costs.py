@@ -40,6 +40,8 @@ ASKED: dict[str, Ask] = {
     "the newest experts": lambda reader: reader.experts(limit=100),
     "the newest that are merged": lambda reader: reader.experts(Status.MERGED, limit=100, before=900),
     "ancestors": lambda reader: reader.comes_from("main", reader.heads()[0].newest, 1),
+    "experts whose name begins so": lambda reader: reader.experts(name="expert-500.*"),
+    "experts of a name": lambda reader: reader.experts(name="task 500"),
     "heads": lambda reader: reader.heads(),
     "a version": lambda reader: reader.version("main", 500),
 }

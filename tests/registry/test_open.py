@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from registry import migrations
-from registry.engine import connect, translated
+from registry.engine import _stamp, connect, translated
 from registry.errors import Busy, Damaged, Missing, NoAccess, NotOurs, RegistryError
 from registry.records import Status
 from registry.store import Reader, Store
@@ -264,12 +264,45 @@ def as_nobody(path: Path, kind: type[Reader]) -> str:
     return said
 
 
-@both
-def test_a_folder_that_cannot_be_written_gives_a_hint(sealed: Path, kind: type[Reader]) -> None:
-    said = as_nobody(sealed, kind)
+def test_a_folder_that_cannot_be_written_can_be_read_and_gives_a_writer_a_hint(sealed: Path) -> None:
+    assert as_nobody(sealed, Reader) == "live 0"
+    said = as_nobody(sealed, Store)
     assert said.startswith("NoAccess:")
     assert "must be writable" in said
     assert list(sealed.parent.iterdir()) == [sealed]
+
+
+def test_where_a_killed_writer_left_a_log_nothing_older_is_read(sealed: Path) -> None:
+    sealed.parent.chmod(0o755)
+    sealed.chmod(0o644)
+    if os.fork() == 0:
+        store = Store.open(sealed)
+        store.commit(expert(1), versions(1))
+        os._exit(0)
+    os.wait()
+    assert sealed.with_name("registry.sqlite-wal").stat().st_size
+    sealed.parent.chmod(0o555)
+    assert as_nobody(sealed, Reader) == "live 1"
+    sealed.parent.chmod(0o755)
+    sealed.with_name("registry.sqlite-shm").unlink()
+    sealed.parent.chmod(0o555)
+    assert as_nobody(sealed, Reader).startswith("NoAccess:")
+    sealed.parent.chmod(0o755)  # as the hint says
+    Store.open(sealed).close()
+    sealed.parent.chmod(0o555)
+    assert as_nobody(sealed, Reader) == "live 1"
+
+
+def test_what_is_read_as_unchanging_is_read_anew_once_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path / "registry.sqlite")
+    monkeypatch.setattr("registry.engine._out_of_reach", lambda _, path: _stamp(path))
+    with Reader.open(path) as reader:
+        assert reader.heads()[0].live == 0
+        with Store.open(path) as store:
+            store.commit(expert(1), versions(1))
+        assert reader.heads()[0].live == 1
 
 
 def test_beside_a_running_writer_such_a_folder_can_be_read(sealed: Path) -> None:

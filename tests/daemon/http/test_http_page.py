@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 
 from daemon.http.page import human_ago, human_bytes, human_count
 from registry.records import Flag, Status
-from tests.daemon.http.conftest import lay
+from tests.daemon.http.conftest import lay, sha256
 
 if TYPE_CHECKING:
     from tests.daemon.http.conftest import Line, Readiness
@@ -40,8 +42,8 @@ def test_it_tells_what_happened(line: "Line", client: httpx.Client, readiness: "
         line.expert("bad.bin", Status.QUARANTINED, None, reason="pickle", detail="it is a pickle", hint="convert it")
     )
     text = client.get("/").text
-    for expected in ("v1", "opcm", "alpha 0.5", "ema", "french.safetensors", "pickle", "it is a pickle", "convert it",
-                     f"the same bytes as #{merged.id}", "lambda 1.5", ">ready<"):  # fmt: skip
+    for expected in ("main/1", "opcm", "alpha 0.5", "ema", "french.safetensors", "pickle", "it is a pickle",
+                     "convert it", f"the same bytes as #{merged.id}", "lambda 1.5", ">ready<"):  # fmt: skip
         assert expected in text
     readiness.why_not = "the disk is <full>"
     text = client.get("/").text
@@ -69,6 +71,49 @@ def test_its_commands_work(line: "Line", client: httpx.Client, tmp_path: Path) -
     subprocess.run(curl.replace("curl ", "curl -sS --noproxy '*' "), shell=True, cwd=tmp_path, check=True, timeout=30)
     assert (tmp_path / "model.safetensors").read_bytes() == b"one"
     assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.safetensors"],
+        ["config.json", "model.safetensors", "1_Pooling/config.json", "2_Dense/model.safetensors"],
+        ["config.json", "a b$(x)'{1}[2]#1/w,é%20.json", "-o.json"],
+    ],
+    ids=["one", "folders", "odd"],
+)
+def test_what_it_says_fetches_all_files_under_their_names(
+    line: "Line", client: httpx.Client, tmp_path: Path, names: list[str]
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    rows = [lay(line.home, head.name, 1, b"w") for head in line.store.heads()]
+    folder = line.home.version("main", 1)
+    shutil.rmtree(folder)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    listed = [{"name": name, "size": len(name.encode()), "sha256": sha256(name.encode())} for name in names]
+    manifest = json.dumps({"files": [*listed, {"name": "adapter/x", "size": 0, "sha256": sha256(b"")}]}).encode()
+    (folder / "manifest.json").write_bytes(manifest)
+    rows[0] = replace(rows[0], manifest_sha256=sha256(manifest))
+    line.store.commit(line.expert("e", Status.MERGED, "ef" * 32), rows)
+    command = html.unescape(re.findall(r"<pre[^>]*>(curl.*?)</pre>", client.get("/").text)[0])
+    got = tmp_path / "got"
+    got.mkdir()
+    pasted = command.replace("curl ", "curl -sS --noproxy '*' ", 1)
+    subprocess.run(["bash", "-c", pasted], cwd=got, check=True, timeout=30)
+    found = {path.relative_to(got).as_posix(): path.read_text() for path in got.rglob("*") if path.is_file()}
+    assert found == {name: name for name in names}
+
+
+def test_without_any_expert_left_it_says_the_base(line: "Line", client: httpx.Client) -> None:
+    gone = line.publish(b"one", name="french.safetensors")
+    rows = [lay(line.home, head.name, 2, b"base") for head in line.store.heads()]
+    line.store.restate([replace(row, totals={"experts": 0.0}) for row in rows], [gone.id])
+    text = client.get("/").text
+    assert "the base again, <bdi>tiny-base</bdi>" in text and "None" not in text
+    assert "taken out with main/2" in text and re.search(r"<dt>taken out</dt><dd>1</dd>", text)
 
 
 def test_nobody_is_told_where_things_lie_on_this_machine(line: "Line", client: httpx.Client) -> None:
@@ -131,7 +176,7 @@ def test_a_real_browser_shows_it(line: "Line", origin: str, tmp_path: Path) -> N
     )
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", origin + "/"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "<title>main v2 · mainstem</title>" in shown.stdout, shown.stderr
+    assert "<title>main/2 · mainstem</title>" in shown.stdout, shown.stderr
     assert "french.safetensors" in shown.stdout
     assert "<script" not in shown.stdout
     assert "Content Security Policy" not in shown.stderr, "the browser blocked a part of the page"
@@ -151,7 +196,7 @@ def test_a_version_that_folds_no_expert_is_not_called_the_base(line: "Line", cli
     gone = line.publish(b"one", name="french.safetensors")
     line.store.restate([lay(line.home, head.name, 2, b"two") for head in line.store.heads()], [gone.id])
     stem = client.get("/").text.partition('class="stem"')[2]
-    assert re.findall(r'<b>v(\d)</b>\s*<(?:bdi|span) class="name"[^>]*>([^<]*)', stem) == [
+    assert re.findall(r'<b>main/(\d)</b>\s*<(?:bdi|span) class="name"[^>]*>([^<]*)', stem) == [
         ("2", "merged again by a rebuild"),
         ("1", "french.safetensors"),
         ("0", "the base, "),

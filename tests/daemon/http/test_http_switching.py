@@ -35,7 +35,7 @@ def test_a_collected_version_is_gone_and_names_the_live_one(one: "Line", client:
     for path in ("", "/files/model.safetensors"):
         answer = client.get("/v1/heads/main/versions/1" + path)
         assert (answer.status_code, answer.json()["reason"]) == (410, "collected")
-        assert "live version is 2" in answer.json()["hint"]
+        assert "live version is main/2" in answer.json()["hint"]
 
 
 def test_files_that_retention_is_removing_are_gone(one: "Line", client: httpx.Client) -> None:

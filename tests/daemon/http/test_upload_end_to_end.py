@@ -148,7 +148,7 @@ def test_config_show_hides_the_token(home: Home) -> None:
 def test_a_token_that_is_easily_guessed_stops_the_start(home: Home) -> None:
     done = mainstem("run", "--home", home.root, "--once", "--no-http", MAINSTEM_HTTP__WRITE_TOKEN="secret")
     assert done.returncode != 0
-    assert "hint:" in done.stderr
+    assert '"hint"' in done.stderr
     assert "secret" not in done.stderr.replace("write token", "")
 
 

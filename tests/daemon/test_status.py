@@ -1,0 +1,187 @@
+"""`mainstem status`: whether a daemon runs, where, what it merges, why something waits; homes that are only read."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon import durable
+from daemon.health import Health, Trouble
+from daemon.home import Home
+from daemon.presence import MOST_WAITING, Presence
+from daemon.presence import running as look
+from daemon.service import Service
+from tests.daemon.homes import drain, make_home, put, quick
+from tests.daemon.processes import forked, running, until
+from tests.daemon.pulls import forking
+from tests.models import write_base, write_expert
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A home at version 4, whose last expert is far longer than the others."""
+    root = tmp_path_factory.mktemp("status")
+    base = write_base(root / "base.safetensors", seed=1)
+    home = make_home(root / "home", base)
+    for seed, scale in ((2, 0.01), (3, 0.01), (4, 0.01), (5, 0.2)):
+        put(home, write_expert(root / f"{seed}.safetensors", base, seed, scale=scale))
+        drain(home)
+    return home
+
+
+@pytest.fixture
+def home(made: Home, tmp_path: Path) -> Home:
+    return Home(shutil.copytree(made.root, tmp_path / "home", symlinks=True))
+
+
+def told(home: Home) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(forked("status", home.root, "--json").stdout)
+    return found
+
+
+@contextmanager
+def present(home: Home) -> Iterator[Presence]:
+    """What a daemon says of itself, in this process."""
+    fd, presence = durable.lock(home.lock), Presence(home)
+    presence.starts()
+    try:
+        yield presence
+    finally:
+        presence.ends()
+        os.close(fd)
+
+
+def test_without_a_daemon_it_says_so_and_nothing_is_left_of_one(home: Home) -> None:
+    (home.inbox / "one.safetensors").write_bytes(b"")
+    (home.inbox / ".one.part").write_bytes(b"")
+    said = told(home)
+    assert said["daemon"] is None and said["inbox"] == ["one.safetensors"]
+    assert said["waiting"] == [{"name": "one.safetensors", "why": "no daemon runs"}]
+    assert [one["reason"] for one in said["troubles"]] == ["no_daemon"]
+    assert said["flagged"] == [{"id": 4, "name": "5.safetensors", "flags": ["long"]}]
+    text = forked("status", home.root).stdout
+    assert "daemon   no daemon runs: start `mainstem run`" in text and "main/4" in text
+    assert "one.safetensors: no daemon runs" in text and "flagged  5.safetensors (long)" in text
+    assert not home.presence.exists()
+
+
+def test_what_the_daemon_does_and_why_each_entry_waits(home: Home) -> None:
+    for name in ("in-hand", "half", "next"):
+        (home.inbox / name).mkdir()
+    with present(home) as presence:
+        assert {one["why"] for one in told(home)["waiting"]} == {"the daemon is recovering"}
+        presence.answers("http://127.0.0.1:1234/")
+        presence.watches()
+        presence.waits("half", "it has no weights yet")
+        with presence.merging("in-hand"):
+            before = home.presence.stat().st_mtime_ns
+            presence.waits("half", "it has no weights yet")
+            assert home.presence.stat().st_mtime_ns == before, "nothing has changed"
+            presence.progresses()
+            said = told(home)
+            daemon, why = said["daemon"], {one["name"]: one["why"] for one in said["waiting"]}
+            assert (daemon["pid"], daemon["url"], daemon["merging"]) == (
+                os.getpid(),
+                "http://127.0.0.1:1234/",
+                "in-hand",
+            )
+            assert daemon["since"].endswith("+00:00") and daemon["merging_since"].endswith("+00:00")
+            assert why["in-hand"].startswith("being merged since 20") and why["half"] == "it has no weights yet"
+            assert "turn" in why["next"]
+            text = forked("status", home.root).stdout
+            assert f"merging in-hand since {daemon['merging_since'][:4]}" in text
+            assert f"(process {os.getpid()} since" in text and "at http://127.0.0.1:1234/" in text
+        Health(home, presence.wrong).note(Trouble("disk_full", "the disk is full", "make room"))
+        said = told(home)
+        assert said["daemon"]["merging"] is None and said["troubles"][0]["reason"] == "disk_full"
+        assert {one["name"]: one["why"] for one in said["waiting"]}["next"] == "the disk is full"
+        assert "wrong    the disk is full (make room)" in forked("status", home.root).stdout
+    assert told(home)["daemon"] is None
+
+
+def test_of_many_that_wait_the_last_are_noted(home: Home) -> None:
+    with present(home) as presence:
+        for n in range(MOST_WAITING + 5):
+            presence.waits(f"{n}", "why")
+        found = look(home)
+        assert found and list(found.waiting) == [str(n) for n in range(5, MOST_WAITING + 5)]
+
+
+def test_a_note_of_another_process_is_not_believed(home: Home) -> None:
+    """A daemon was killed, and a rebuild holds the lock now."""
+    Presence(home).starts()
+    home.presence.write_text(home.presence.read_text().replace(str(os.getpid()), "1"))
+    assert look(home) is None
+    fd = durable.lock(home.lock)
+    try:
+        found = look(home)
+        assert found and (found.pid, found.url) == (os.getpid(), None) and "another command" in found.doing
+        (home.inbox / "one").mkdir()
+        assert told(home)["waiting"][0]["why"] == "no daemon runs"
+        home.presence.write_text("{")
+        assert look(home) == found
+    finally:
+        os.close(fd)
+
+
+def test_a_real_daemon_tells_of_itself(home: Home) -> None:
+    (home.inbox / "half").mkdir()
+    (home.inbox / "half" / "config.json").write_text("{}")
+    settings = quick(http={"port": 0}, inbox={"patience_seconds": 3600})
+    with forking(lambda: Service(home, settings).run()) as child:
+        assert until(lambda: (now := look(home)) and now.url and now.waiting, 30)
+        (waiting,) = told(home)["waiting"]
+        assert waiting["name"] == "half" and "model.safetensors" in waiting["why"]
+        os.kill(child, 15)
+        os.waitpid(child, 0)
+    assert look(home) is None and not home.presence.exists()
+
+
+@pytest.fixture
+def read_only(home: Home, tmp_path: Path) -> Iterator[Home]:
+    """The same home on a mount that nobody can write to."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    for words in (["--bind", home.root, place], ["-o", "remount,ro,bind", place]):
+        done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+    try:
+        yield Home(place)
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_home_on_a_read_only_mount_is_told_of_and_served(read_only: Home) -> None:
+    with pytest.raises(OSError, match="Read-only"):
+        (read_only.inbox / "x").mkdir()
+    for words in (["status"], ["log"], ["show", "main/2"], ["show", "1"], ["compare", "main/1", "main/2"]):
+        done = forked(*words, read_only.root)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert [one["reason"] for one in told(read_only)["troubles"]] == ["no_daemon"]
+    with running("serve", read_only.root, "--port", "0") as server:
+        assert server.live() == 4
+        assert server.get("/").status_code == 200
+        assert [one["reason"] for one in server.get("/readyz").json()["troubles"]] == ["no_daemon"]
+        told_of = {line.split("{")[0].split()[0] for line in server.get("/metrics").text.splitlines()}
+        ours = {name for name in told_of if name.startswith("mainstem_")}
+        assert ours == {
+            "mainstem_build_info",
+            "mainstem_head_version",
+            "mainstem_head_figure",
+            "mainstem_last_success_timestamp_seconds",
+        }
+        assert server.stop() == 0
+
+
+def test_it_is_seen_from_a_read_only_mount_whether_a_daemon_runs(home: Home, read_only: Home) -> None:
+    with present(home) as presence:
+        presence.watches()
+        said = told(read_only)
+        assert said["daemon"]["doing"] == "watching the inbox" and said["troubles"] == []
