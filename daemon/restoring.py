@@ -6,6 +6,7 @@ from shlex import quote
 
 from daemon.generations import entry, names_below
 from daemon.home import Home
+from daemon.versions import called
 from registry.records import Version
 
 
@@ -29,10 +30,15 @@ def restoring(
     if len(problems) > len(copied) + len(extra):
         commands.append(
             f"put {'the others' if commands else 'them'} back from a backup, or from what `mainstem pull` made of "
-            f"{version.head} {version.number}; weights and state also from `mainstem rebuild --into NEWHOME`, which "
-            "makes the same ones (docs/operating.md)"
+            f"{called(version.head, version.number)}; weights and state also from `{again(home)}`, which makes the same "
+            "ones (docs/operating.md)"
         )
     return "; ".join(commands)
+
+
+def again(home: Home) -> str:
+    """The command that merges the archive again, into a home that is still to be named."""
+    return f"mainstem rebuild --home {quote(str(home.root))} --into NEWHOME"
 
 
 def _is_copy(home: Home, version: Version, name: str, read: Callable[[int], object]) -> bool:

@@ -11,7 +11,7 @@ from daemon.generations import problems
 from daemon.ground import Base
 from daemon.home import Home, number
 from daemon.latest import PLAIN, names_by_file, names_by_link
-from daemon.restoring import restoring
+from daemon.restoring import again, restoring
 from daemon.retention import keeps_state
 from daemon.uncommitted import ahead
 from daemon.versions import called
@@ -63,7 +63,7 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
                 wrong = problems(home, version, hashes=True, state=state, read=checked.read)
             if wrong:
                 hint = restoring(home, version, wrong)
-                checked.hints.append(f"{head.name} version {version.number}: {hint}")
+                checked.hints.append(f"{called(head.name, version.number)}: {hint}")
             found += wrong or _chain(home, reader, version)
             checked.versions += 1
         plain = home.versions(head.name) / PLAIN
@@ -76,7 +76,7 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
             say(expert.place)
             wrong = _archived(home, expert, checked)
             if wrong:
-                hint = "put it back from a backup: only `mainstem rebuild` reads it, which can also leave it out"
+                hint = f"put it back from a backup: only a rebuild reads it, and `{again(home)} --without {expert.id}` does not"
                 checked.hints.append(f"{expert.place}: {hint}")
             found += wrong
     return checked, found

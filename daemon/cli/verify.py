@@ -1,11 +1,9 @@
 """`mainstem verify`: re-hash everything."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from shlex import quote
 
 import typer
 from rich.console import Console
@@ -24,7 +22,7 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
     with reader, _status() as say:
         checked, found = verify(where, reader, say)
     if as_json:
-        print_json({**asdict(checked), "problems": found, **({"hint": _advice(where.root, found)} if found else {})})
+        print_json({**asdict(checked), "problems": found})
     else:
         for problem in found:
             typer.echo(problem)
@@ -34,18 +32,7 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
         read = f"{_count(checked.files, 'file')}, {size(checked.size_bytes)} read"
         typer.echo(f"{things}: {read}, {_count(len(found), 'problem') if found else 'no problems'}")
     if found:
-        if not as_json:
-            typer.echo(f"    hint: {_advice(where.root, found)}", err=True)
         raise typer.Exit(1)
-
-
-def _advice(home: Path, found: Sequence[str]) -> str:
-    again = f"`mainstem rebuild --home {quote(str(home))} --into NEWHOME` merges the archive again"
-    if any(problem.startswith("state/base") for problem in found):
-        return f"put the base back into state/base, from a backup or from where it came; then {again}"
-    if any(problem.startswith(("archive/", "quarantine/")) for problem in found):
-        return f"put back what is named from a backup; or {again}, with --without ID for what is damaged in archive/"
-    return f"put back what is named from a backup; or {again}"
 
 
 def _count(number: int, what: str) -> str:

@@ -209,7 +209,7 @@ def test_status_is_shown_without_an_inbox(someone: Path, tmp_path: Path, there: 
         home.inbox.touch()
     status = json.loads(asked("status", "--json", "--home", home.root))
     assert status["inbox"] == [] and [head["name"] for head in status["heads"]] == ["main"]
-    assert "inbox  0 waiting" in asked("status", "--home", home.root)
+    assert "inbox    0 waiting" in asked("status", "--home", home.root)
 
 
 def test_methods_are_listed_with_what_can_be_set() -> None:

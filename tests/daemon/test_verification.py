@@ -77,14 +77,14 @@ def test_while_versions_come_and_go(home: Home, base: Path) -> None:
 
         assert verify(home, reader, merge)[1] == []
     assert live(home) == 1 + len(said) and not home.version("main", 1).exists()
-    assert {"the registry", "the base", "main version 1", "seen version 1"} & set(said)
+    assert {"the registry", "the base", "main/1", "seen/1"} & set(said)
 
 
 def test_beside_a_daemon_damage_is_found_all_the_same(home: Home, base: Path) -> None:
     with merging(home) as merger, lineage(home) as reader:
 
         def merge(what: str) -> None:
-            if what == "main version 0":
+            if what == "main/0":
                 take(home, merger, base, 3)
                 (home.version("main", 2) / "model.safetensors").write_bytes(b"")
                 home.archived(1).write_bytes(b"")  # type: ignore[union-attr]
