@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from projector.naming import Naming
+from projector.resized import common_rows
 from projector.source import Checkpoint
 from projector.spec import Schema, check_schema, check_sidecar
 
@@ -17,19 +18,22 @@ def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
     - a name of the base that the expert has not gets what the expert has for a twin of it in the base: the task vector
       of both is one.
 
-    A sidecar's names follow the same rules.
+    A vocabulary of another size is merged in the rows that both have (see `common_rows`). A sidecar's names follow the
+    same rules.
     """
     schema = base.schema
     own = {ours: theirs for theirs, ours in naming.resolve(expert.schema, schema).items()}
     aliases = _aliases(own, schema, expert)
     own = {ours: theirs for ours, theirs in own.items() if ours not in aliases}
-    absent = [name for name, spec in schema.items() if spec.floating and name not in own]
+    absent = [name for name, spec in schema.items() if spec.merged and name not in own]
     twins = base.twins() if absent else {}
     follows = {name: twin for name in absent for twin in twins.get(name, ()) if twin in own}
     own |= {name: own[twin] for name, twin in follows.items()}
-    check_schema(schema, expert.under(own).schema)
+    resized = common_rows(base, expert.under(own))
+    check_schema(schema, expert.under(own, resized=resized, base=base).schema)
     beside = {kind: _sidecar(naming, sidecar, schema, aliases) for kind, sidecar in expert.beside.items()}
-    found = expert.under({name: theirs for name, theirs in own.items() if name in schema}, beside, follows)
+    own = {name: theirs for name, theirs in own.items() if name in schema and not schema[name].derived}
+    found = expert.under(own, beside, follows, resized, base)
     for kind, sidecar in found.beside.items():
         check_sidecar(schema, kind, sidecar)
     return found
@@ -38,7 +42,7 @@ def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
 def _aliases(own: Mapping[str, str], base: Schema, expert: Checkpoint) -> set[str]:
     """The floating tensors that the base has not, and the expert has twice."""
     schema = expert.schema
-    surplus = [name for name, theirs in own.items() if name not in base and schema[theirs].floating]
+    surplus = [name for name, theirs in own.items() if name not in base and schema[theirs].merged]
     known = {theirs for ours, theirs in own.items() if ours in base}
     twins = expert.twins() if surplus else {}
     return {name for name in surplus if not known.isdisjoint(twins.get(own[name], ()))}

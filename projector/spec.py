@@ -6,6 +6,7 @@ from math import prod
 
 import torch
 
+from projector.buffers import is_derived, is_statistic
 from projector.errors import BadSchema, Reason
 from projector.naming import mending
 from projector.text import listed, shown
@@ -26,6 +27,18 @@ QUANTISED = {
     "quant_map": "bitsandbytes",
 }
 """How the last part of a name ends that only quantised models have, and which those are."""
+
+UNGATHERED = (
+    "its weights were not gathered before they were saved (ZeRO-3, FSDP): `python zero_to_fp32.py CHECKPOINT OUT"
+    " --safe_serialization`, the script that DeepSpeed puts beside a checkpoint, and drop OUT; or save again with"
+    " stage3_gather_16bit_weights_on_model_save; where whole shards lie beside it, drop them without this file"
+)
+
+LEAST_ROWS = 16  # among fewer, rows that mean something else would be taken for the same ones by chance
+OTHER_ROWS = (
+    f"more or fewer rows are merged as far as both have them, but only where {LEAST_ROWS} or more are seen to be the"
+    " same ones, as tokens are: fine-tune from this home's base, with its vocabulary and its labels"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,21 @@ class TensorSpec:
         return self.dtype.is_floating_point
 
     @property
+    def derived(self) -> bool:
+        """True for a buffer that follows from the configuration, such as rotary frequencies or a causal mask."""
+        return is_derived(self.name, self.shape)
+
+    @property
+    def merged(self) -> bool:
+        """True where experts are merged in it: it floats, and is not derived. All else is the base's."""
+        return self.dtype.is_floating_point and not self.derived
+
+    @property
+    def statistic(self) -> bool:
+        """True for the running statistics of a layer's inputs, which every method averages."""
+        return is_statistic(self.name)
+
+    @property
     def row_numel(self) -> int:
         """Elements of one row, that is one index of the first dimension; 1 for a scalar."""
         return prod(self.shape[1:])
@@ -62,18 +90,21 @@ class TensorSpec:
 def check_schema(base: Schema, expert: Schema) -> None:
     """Holds an expert's tensors against the base's: the same names and shapes, floating where the base is.
 
-    The dtype may differ (deltas are taken in float32). Integer and bool buffers come from the base: an expert may leave
-    them out, and may bring some that the base has not. Raises BadSchema, which names the first tensors that differ.
+    The dtype may differ (deltas are taken in float32). Integer, bool and derived buffers come from the base: an expert
+    may leave them out, and may bring some that the base has not. Raises BadSchema, which names the first tensors that
+    differ.
     """
-    missing = [name for name, spec in base.items() if spec.floating and name not in expert]
-    unexpected = [name for name, spec in expert.items() if name not in base and spec.floating]
+    missing = [name for name, spec in base.items() if spec.merged and name not in expert]
+    unexpected = [name for name, spec in expert.items() if name not in base and spec.merged]
     check_not_quantised(name for name in expert if name not in base)
+    if not expert:
+        raise BadSchema(Reason.MISSING_TENSOR, "there is no tensor in it", UNGATHERED)
     mended = mending(missing, unexpected, [name for name in expert if name in base])
     mend = f"put {mended} under [admission] in mainstem.toml" if mended else None
-    if missing and len(missing) == sum(spec.floating for spec in base.values()):
+    if missing and len(missing) == sum(spec.merged for spec in base.values()):
         raise BadSchema(
             Reason.WRONG_BASE,
-            f"none of the base's tensors is there; it has {listed(expert) or 'no tensor at all'}",
+            f"none of the base's tensors is there; it has {listed(expert)}",
             mend or "this is another architecture, or its names carry a prefix: save it with the names of the base",
         )
     if missing:
@@ -82,7 +113,8 @@ def check_schema(base: Schema, expert: Schema) -> None:
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
             mend
             or _other_name(base, expert, missing, unexpected)
-            or f"save the whole model, with the names of the base, as save_pretrained does{_strange(unexpected)}",
+            or f"save the whole model, with the names of the base, as save_pretrained does{_strange(unexpected)}"
+            + (f"; or {UNGATHERED}" if len(missing) > len(expert) else ""),
         )
     for untied, twin in _untied(base, [expert[name] for name in unexpected]):
         raise BadSchema(
@@ -98,8 +130,11 @@ def check_schema(base: Schema, expert: Schema) -> None:
             "leave out what the base has not, such as a task's own head; a second copy of a tied weight must equal the"
             f" first{f'; or {mend}' if mend else ''}",
         )
+    empty = [name for name, spec in expert.items() if name in base and base[name].numel and not spec.numel]
+    if any(base[name].merged for name in empty):
+        raise BadSchema(Reason.WRONG_SHAPE, f"{len(empty)} tensors are empty: {listed(empty)}", UNGATHERED)
     for name, spec in expert.items():
-        if name in base:
+        if name in base and not base[name].derived:
             _check_tensor(base[name], spec)
 
 
@@ -164,7 +199,7 @@ def check_sidecar(base: Schema, kind: str, sidecar: Schema) -> None:
     """
     floating = {name for name, spec in base.items() if spec.floating}
     known = floating | {name.removesuffix(".weight") for name in floating}
-    unknown = [name for name in sidecar if name not in known]
+    unknown = [name for name, spec in sidecar.items() if name not in known and not spec.derived]
     if unknown:
         raise BadSchema(
             Reason.BAD_SIDECAR,
@@ -205,11 +240,8 @@ def resized_rows(base: tuple[int, ...], expert: tuple[int, ...]) -> bool:
 def _shape_hint(base: tuple[int, ...], expert: tuple[int, ...]) -> str:
     if len(base) > 1 and expert == base[::-1]:
         return "it is the transpose: save it as the base has it"
-    if resized_rows(base, expert) and expert[0] < base[0]:
-        return f"if its vocabulary was cut from {base[0]} to {expert[0]}: save it with all {base[0]} rows"
+    if len(expert) == 1 < len(base):
+        return f"it is flattened, and it may be a part of it: {UNGATHERED}"
     if resized_rows(base, expert):
-        return (
-            f"if its vocabulary was resized from {base[0]} to {expert[0]}: nothing is cut off here; fine-tune without "
-            f"resizing, or call resize_token_embeddings({base[0]}) before saving if the rows past that do not matter"
-        )
+        return OTHER_ROWS
     return "fine-tune from this home's base"

@@ -72,6 +72,17 @@ def test_only_equal_matrices_are_twins(opens: Opens) -> None:
     }
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32])
+def test_twins_may_be_of_two_dtypes_where_no_value_is_rounded(opens: Opens, narrow: torch.dtype) -> None:
+    wide = {torch.float32: torch.float64}.get(narrow, torch.float32)
+    one = matrix(1, 3000, 200).to(narrow)  # more than a block
+    late, between = one.to(wide), one.to(wide)
+    late[-1, -1] += 1
+    between[0, 0] *= 1 + torch.finfo(narrow).eps / 4
+    checkpoint = opens({"embed": one, "head": one.to(wide), "late": late, "between": between})
+    assert checkpoint.twins() == {"embed": ["head"], "head": ["embed"]}
+
+
 def test_what_the_file_says_was_one_tensor_is_as_long_as_it_still_is(opens: Opens) -> None:
     """Its metadata, alias -> name, is believed of no tensors that differ, and of none that are not there."""
     bias, zeros = matrix(1, 9), torch.zeros(8, 4)
