@@ -1,5 +1,6 @@
 """What a tensor is, without its values: name, shape, dtype; and what a whole checkpoint is: a schema."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -9,29 +10,28 @@ import torch
 from projector.buffers import is_derived, is_statistic
 from projector.errors import BadSchema, Reason
 from projector.naming import mending
+from projector.quantised import BEFORE, check_not_quantised
 from projector.text import listed, shown
 
 Schema = Mapping[str, "TensorSpec"]
-
-QUANTISED = {
-    "qweight": "GPTQ or AWQ",
-    "qzeros": "GPTQ or AWQ",
-    "g_idx": "GPTQ",
-    "scales": "GPTQ, AWQ or MXFP4",
-    "blocks": "MXFP4",
-    "weight_scale": "FP8 or compressed-tensors",
-    "weight_scale_inv": "FP8",
-    "weight_packed": "compressed-tensors",
-    "SCB": "bitsandbytes",
-    "absmax": "bitsandbytes",
-    "quant_map": "bitsandbytes",
-}
-"""How the last part of a name ends that only quantised models have, and which those are."""
 
 UNGATHERED = (
     "its weights were not gathered before they were saved (ZeRO-3, FSDP): `python zero_to_fp32.py CHECKPOINT OUT"
     " --safe_serialization`, the script that DeepSpeed puts beside a checkpoint, and drop OUT; or save again with"
     " stage3_gather_16bit_weights_on_model_save; where whole shards lie beside it, drop them without this file"
+)
+
+ONE_BY_ONE = re.compile(r"(^|\.)experts\.\d+\.")
+FUSED = re.compile(r"(^|\.)experts\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
+LOADED = 'AutoModelForCausalLM.from_pretrained("EXPERT")'
+UNFUSE = (
+    f"the experts of its mixture are fused, the base's stand one by one: with transformers, model = {LOADED};"
+    " again = AutoModelForCausalLM.from_config(model.config); again.load_state_dict(model.state_dict());"
+    ' again.save_pretrained("OUT"), and drop OUT'
+)
+FUSE = (
+    "the experts of its mixture stand one by one, the base's are fused: with transformers,"
+    f' safetensors.torch.save_model({LOADED}, "OUT.safetensors"), and drop that'
 )
 
 LEAST_ROWS = 16  # among fewer, rows that mean something else would be taken for the same ones by chance
@@ -113,6 +113,7 @@ def check_schema(base: Schema, expert: Schema) -> None:
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
             mend
             or _other_name(base, expert, missing, unexpected)
+            or _other_layout(missing, unexpected)
             or f"save the whole model, with the names of the base, as save_pretrained does{_strange(unexpected)}"
             + (f"; or {UNGATHERED}" if len(missing) > len(expert) else ""),
         )
@@ -153,6 +154,14 @@ def _other_name(base: Schema, expert: Schema, missing: Sequence[str], unexpected
     return f"if {shown(alike[0])} is that weight, tied, under its other name: save it as {shown(missing[0])}"
 
 
+def _other_layout(missing: Iterable[str], unexpected: Iterable[str]) -> str | None:
+    """What to do where a mixture's experts are stacked in one of the two, and stand one by one in the other."""
+    for ours, theirs, hint in ((ONE_BY_ONE, FUSED, UNFUSE), (FUSED, ONE_BY_ONE, FUSE)):
+        if any(map(ours.search, missing)) and any(map(theirs.search, unexpected)):
+            return hint
+    return None
+
+
 def _untied(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[str, str]]:
     """Those that have the shape of just one matrix of the base, each with its name: as an output layer has that of the
     embedding. A task's own head shares its shape with none, or with many layers, above all where it is square."""
@@ -165,19 +174,6 @@ def _untied(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[st
             yield spec.name, twins[0]
 
 
-def check_not_quantised(names: Iterable[str]) -> None:
-    """Raises BadSchema where a tensor's name is one that only quantised models have."""
-    for name in names:
-        last = name.rpartition(".")[2]
-        scheme = next((scheme for end, scheme in QUANTISED.items() if last == end or last.endswith(f"_{end}")), None)
-        if scheme:
-            raise BadSchema(
-                Reason.UNSUPPORTED_DTYPE,
-                f"{shown(name)} belongs to quantised weights ({scheme})",
-                "quantised weights cannot be merged: take the model as it was before it was quantised",
-            )
-
-
 def check_base(base: Schema) -> None:
     """Raises BadSchema where the base's weights are quantised: what does not float is never merged."""
     whole = [name for name, spec in base.items() if not spec.floating]
@@ -187,7 +183,7 @@ def check_base(base: Schema) -> None:
         raise BadSchema(
             Reason.UNSUPPORTED_DTYPE,
             f"{shown(weights[0])} is {base[weights[0]].dtype}".replace("torch.", ""),
-            "quantised weights cannot be merged: take the model as it was before it was quantised",
+            BEFORE,
         )
 
 
@@ -226,7 +222,7 @@ def _check_tensor(base: TensorSpec, expert: TensorSpec) -> None:
         raise BadSchema(
             Reason.UNSUPPORTED_DTYPE,
             f"{shown(base.name)} is {expert.dtype}, the base {base.dtype}".replace("torch.", ""),
-            "save it as float32, float16 or bfloat16; quantised weights cannot be merged"
+            f"save it as float32, float16 or bfloat16; {BEFORE}"
             if base.floating
             else f"save it as {base.dtype}, or leave it out: what does not float is the base's".replace("torch.", ""),
         )

@@ -15,9 +15,10 @@ from projector.lora.keys import FULL, tensor_parts
 from projector.lora.plan import planned
 from projector.method import Factors
 from projector.naming import SAME, Naming
+from projector.quantised import check_not_quantised
 from projector.resized import common_rows
 from projector.source import Checkpoint, content_of
-from projector.spec import TensorSpec, check_not_quantised, check_sidecar
+from projector.spec import TensorSpec, check_sidecar
 from projector.tensorfile import TensorReader
 
 PATCHES = "patches"

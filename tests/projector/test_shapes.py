@@ -55,3 +55,42 @@ def test_a_flattened_matrix_is_said_to_be_one() -> None:
         error = refused({**BASE, "up.weight": (numel,)})
         assert str(error) == f"up.weight has shape [{numel}], the base [16, 8]"
         assert error.hint.startswith("it is flattened") and "zero_to_fp32.py" in error.hint
+
+
+QUANTISED = {
+    "GPTQ": ["up.qweight", "up.qzeros", "up.g_idx"],
+    "bitsandbytes": [
+        "up.weight.absmax",
+        "up.weight.nested_quant_map",
+        "up.weight.quant_state.bitsandbytes__nf4",
+        "up.SCB",
+    ],
+    "compressed-tensors": ["up.weight_packed", "up.weight_zero_point"],
+    "NVFP4": ["up.weight_scale_2", "up.input_global_scale"],
+    "FineGrainedFP8Config": ["up.weight_scale_inv", "up.input_scale", "attn.k_scale"],
+    "Mxfp4Config": ["experts.gate_up_proj_blocks"],
+    "HQQ": ["up.W_q"],
+    "torchao": ["up._weight_qdata"],
+}
+
+
+@pytest.mark.parametrize("scheme", QUANTISED)
+def test_quantised_weights_are_called_by_their_scheme(scheme: str) -> None:
+    for name in QUANTISED[scheme]:
+        error = refused({**{n: s for n, s in BASE.items() if n != "up.weight"}, name: (3,)})
+        assert error.reason is Reason.UNSUPPORTED_DTYPE and name in str(error)
+        assert scheme in str(error) + error.hint
+
+
+def test_the_scheme_that_can_be_widened_is_told_first() -> None:
+    error = refused({**BASE, "experts.down_proj_scales": (2,), "experts.down_proj_blocks": (2,)})
+    assert "(MXFP4)" in str(error) and "dequantize=True" in error.hint
+
+
+def test_a_mixtures_layout_is_told_from_names_that_are_missing() -> None:
+    fused = {"layers.0.mlp.experts.gate_up_proj": (2, 8, 4), "layers.0.mlp.experts.down_proj": (2, 4, 4)}
+    single = {f"layers.0.mlp.experts.{n}.{part}_proj.weight": (4, 4) for n in (0, 1) for part in ("gate", "up", "down")}
+    for ours, theirs, told in ((fused, single, "are fused: with"), (single, fused, "stand one by one: with")):
+        with pytest.raises(BadSchema) as raised:
+            check_schema(schema({**BASE, **ours}), schema({**BASE, **theirs}))
+        assert raised.value.reason is Reason.MISSING_TENSOR and told in raised.value.hint
