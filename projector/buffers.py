@@ -26,7 +26,7 @@ DERIVED = frozenset(
 """The last part of a name. All are registered buffers, worked out from the configuration or fixed with the model; no
 optimiser ever changes them, and libraries save them or not from one release to the next."""
 
-DERIVED_BELOW = re.compile(r"(^|[._])(rope\.freqs|inv_freq|(attn|attention)\.mask|(spectrogram|stft)\.window)$")
+ENDS = ("_inv_freq", "rope.freqs", "attn.mask", "attention.mask", "spectrogram.window", "stft.window")
 CAUSAL_MASK = re.compile(r"(^|\.)\w*(attn|attention)\.bias$")  # of GPT-2, GPT-Neo, GPT-J, GPT-NeoX: (1, 1, n, n)
 
 RUNNING = ("running_", "moving_")
@@ -41,7 +41,7 @@ def is_derived(name: str, shape: Sequence[int]) -> bool:
     >>> is_derived("h.0.attn.bias", [16]), is_derived("embeddings.position_embeddings.weight", [512, 16])
     (False, False)
     """
-    if name.rpartition(".")[2] in DERIVED or DERIVED_BELOW.search(name):
+    if name.rpartition(".")[2] in DERIVED or name.endswith(ENDS):
         return True
     square = len(shape) == 4 and shape[0] == shape[1] == 1 and shape[2] == shape[3]
     return square and bool(CAUSAL_MASK.search(name))

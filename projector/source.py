@@ -188,7 +188,9 @@ class Checkpoint:
         for kind, places in self._beside.items():
             known = (place for name in names for place in (name, name.removesuffix(".weight")) if place in places)
             if name := next(known, None):
-                place = places[name]
+                place, own = places[name], self._places.get(spec.name)
+                if own and own.beyond and own.file.specs[own.name].shape == place.spec.shape > spec.shape:
+                    place = replace(place, beyond=own.beyond)  # of a vocabulary with more rows than the base's
                 found[kind] = place.read(rows if place.spec.shape == spec.shape else None)
         return found
 

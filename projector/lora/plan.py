@@ -15,7 +15,10 @@ from projector.spec import OTHER_ROWS, Schema, TensorSpec, resized_rows
 from projector.text import shown
 
 GATHER = "gather the parameters before save_pretrained (ZeRO-3, FSDP), and drop the adapter again"
-RESIZED = "nothing is cut off here: train on this home's base without resizing its vocabulary"
+RESIZED = (
+    "merge it into the model that it was trained on (merge_and_unload), save that and drop it: of a vocabulary of"
+    " another size the rows that both have are merged"
+)
 MOST_RANK = 1024  # of a weight whose shorter side is less: a factor is in memory whole
 MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one adapter: save both again"
 
@@ -149,7 +152,7 @@ class _Shaper:
         if len(spec.shape) > 2 and len(a.shape) > 1 and spec.shape[1] != a.shape[1]:
             return BadSchema(Reason.WRONG_SHAPE, f"{detail}: a convolution in groups", MERGE_FIRST)
         resized = resized_rows(spec.shape, (b.shape[0], *a.shape[1:])[:: -1 if embedding else 1])
-        return BadSchema(Reason.WRONG_SHAPE, detail, f"{ANOTHER_BASE}; {RESIZED}" if resized else ANOTHER_BASE)
+        return BadSchema(Reason.WRONG_SHAPE, detail, RESIZED if resized else ANOTHER_BASE)
 
     def _magnitude(self, module: str, parts: Mapping[str, str], spec: TensorSpec, patch: Patch) -> str:
         if MAGNITUDE not in parts or not patch.a or not self._config.use_dora:

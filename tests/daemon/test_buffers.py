@@ -9,7 +9,7 @@ from torch import Tensor
 
 from daemon.errors import BadHome
 from daemon.home import Home
-from daemon.rebuilding import into
+from daemon.rebuilding import into, withdraw
 from daemon.replay import Console
 from projector.buffers import is_derived
 from registry.records import Status
@@ -91,6 +91,22 @@ def test_what_is_trained_is_no_derived_buffer(tmp_path: Path) -> None:
     expert = moved(base, 1)
     assert drop(home, expert, "y.safetensors").detail is None
     assert_close(latest(home), mean(base, [expert]))
+
+
+def test_statistics_are_averaged_over_whoever_is_left(tmp_path: Path) -> None:
+    """Whether an expert is subtracted, or the rest is replayed, or a second pass refines them."""
+    base = weights() | {"bn.running_var": torch.full((4,), 9.0)}
+    save_file(base, tmp_path / "base.safetensors")
+    heads = tuple((name, name, {}) for name in ("mean", "ties", "pcb"))
+    home = make_home(tmp_path / "home", tmp_path / "base.safetensors", heads)
+    variances = torch.tensor([[1.0], [2.0], [6.0]]).expand(3, 4)
+    for n, variance in enumerate(variances):
+        assert drop(home, {**moved(base, n), "bn.running_var": variance}, f"{n}.safetensors").detail is None
+    into(home, Home(tmp_path / "again"), quick(), None, ["0.safetensors"], Console())
+    withdraw(home, quick(), ["0.safetensors"], Console())
+    for where in (home, Home(tmp_path / "again")):
+        for name, _, _ in heads:
+            assert torch.allclose(latest(where, name)["bn.running_var"], torch.full((4,), 4.0))
 
 
 def test_a_state_without_its_statistics_is_no_experts_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,6 +250,19 @@ def test_whole_numbers_are_the_bases_whatever_the_expert_has(tmp_path: Path) -> 
     assert drop(home, {**arrived[0], "ids": torch.arange(4.0)}).reason == "unsupported_dtype"
 
 
+def test_what_does_not_fit_into_float16_is_published_wider_as_the_hint_says(tmp_path: Path) -> None:
+    base = {"w": torch.full((4, 4), 60000.0, dtype=torch.float16)}
+    save_file(base, tmp_path / "base.safetensors")
+    home = make_home(tmp_path / "home", tmp_path / "base.safetensors", MEAN)
+    expert = {"w": torch.full((4, 4), 70000.0)}
+    refused = drop(home, expert)
+    assert (refused.reason, refused.detail) == ("not_finite", "the merged w does not fit into float16")
+    assert refused.hint and 'publish.dtype = "float32"' in refused.hint
+    save_file(expert, home.inbox / "y.safetensors")
+    drain(home, quick(publish={"dtype": "float32"}))
+    assert torch.equal(latest(home)["w"], expert["w"])
+
+
 @pytest.mark.parametrize(
     ("change", "named", "hint"),
     [

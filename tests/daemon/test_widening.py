@@ -110,3 +110,24 @@ def test_fp8(tmp_path: Path) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": quantised}))
     follow(home, tmp_path / "expert", tmp_path / "OUT")
     assert all(torch.allclose(x, wanted[name], atol=0.01) for name, x in latest(home).items())
+
+
+def test_an_adapter_of_a_resized_embedding_is_merged_into_its_model_first(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    model.save_pretrained(tmp_path / "base")
+    home = make_home(tmp_path / "home", tmp_path / "base", MEAN)
+    model.resize_token_embeddings(64)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    moved(adapted).save_pretrained(home.inbox / "adapter")
+    drain(home)
+    refused = experts(home)[-1]
+    assert refused.reason == "wrong_shape" and "merge_and_unload" in (refused.hint or "")
+    adapted.merge_and_unload().save_pretrained(home.inbox / "whole")
+    drain(home)
+    merged = experts(home)[-1]
+    assert merged.status is Status.MERGED and [*merged.flags] == ["resized"]

@@ -148,6 +148,30 @@ def test_names_shapes_and_rows_are_those_of_the_base(opens: Opens) -> None:
     torch.testing.assert_close(delta, theirs["m.b.bias"] - matrix(2, 5))
 
 
+def test_further_rows_of_a_vocabulary_are_left_out_of_its_sidecar_too(opens: Opens) -> None:
+    base, more = opens({"embed": matrix(1, 40, 4)}), matrix(2, 2, 4)
+    fisher = torch.rand(42, 4)
+    found = matched(base, opens({"embed": torch.cat([matrix(1, 40, 4) + 0.01, more])}, fisher={"embed": fisher}), SAME)
+    assert found.resized == {"embed": (42, 40)} and found.schema == base.schema
+    for rows in (None, slice(30, 40)):
+        assert torch.equal(found.sidecars(base.schema["embed"], rows)["fisher"], fisher[:40][rows or slice(None)])
+        assert torch.equal(found.read("embed", rows), (matrix(1, 40, 4) + 0.01)[rows or slice(None)])
+
+
+def test_rows_that_are_missing_are_the_bases_bit_for_bit(opens: Opens) -> None:
+    base = opens({"embed": matrix(1, 40, 4), "bias": matrix(3, 40)})
+    found = matched(base, opens({"embed": matrix(1, 40, 4)[:37].bfloat16(), "bias": matrix(3, 40)[:37].clone()}), SAME)
+    spec = base.schema["embed"]
+    for rows in (slice(0, 20), slice(30, 40), slice(38, 40), None):
+        theta0 = base.read("embed", rows)
+        delta = found.delta(spec, theta0, found.fetch(spec, rows))
+        assert delta.shape == theta0.shape
+        end = max(0, 37 - (rows.start if rows else 0))
+        assert torch.equal(delta[:end], (theta0.bfloat16().float() - theta0)[:end])
+        assert not delta[end:].any()
+    assert torch.equal(found.read("bias"), matrix(3, 40))
+
+
 def test_an_alias_that_is_left_out_has_the_delta_and_the_sidecars_of_its_twin(opens: Opens) -> None:
     base = opens({"embed.weight": matrix(1), "up.weight": matrix(2), "head.weight": matrix(1)})
     fisher = {"embed.weight": matrix(5), "up": matrix(6)}
