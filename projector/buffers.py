@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from torch import Tensor
+
 DERIVED = frozenset(
     {
         # rotary positions
@@ -26,9 +28,18 @@ DERIVED = frozenset(
 """The last part of a name. All are registered buffers, worked out from the configuration or fixed with the model; no
 optimiser ever changes them, and libraries save them or not from one release to the next."""
 
-ENDS = ("_inv_freq", "rope.freqs", "attn.mask", "attention.mask", "spectrogram.window", "stft.window")
+ENDS = (
+    "_inv_freq",
+    "rope.freqs",
+    "attn.mask",
+    "attention.mask",
+    "spectrogram.window",
+    "stft.window",
+    "embed_positions.weights",
+)
 CAUSAL_MASK = re.compile(r"(^|\.)\w*(attn|attention)\.bias$")  # of GPT-2, GPT-Neo, GPT-J, GPT-NeoX: (1, 1, n, n)
 
+ROUNDED = 0.03  # what bfloat16 may make of a sum of two squares that is 1
 RUNNING = ("running_", "moving_")
 RUNNING_SUMS = frozenset({"cluster_size", "embed_avg", "ema_cluster_size", "ema_w"})  # of a quantiser's codebook
 
@@ -45,6 +56,25 @@ def is_derived(name: str, shape: Sequence[int]) -> bool:
         return True
     square = len(shape) == 4 and shape[0] == shape[1] == 1 and shape[2] == shape[3]
     return square and bool(CAUSAL_MASK.search(name))
+
+
+def is_sinusoidal(rows_KN: Tensor) -> bool:
+    """True for rows of a table of sines and cosines, halves or turn by turn: positions that nobody trained.
+
+    Models call it as others do what is trained ("embed_positions.weight"). A row of zeros is that of padding.
+
+    >>> angles = torch.arange(8.0)[:, None] * torch.tensor([1.0, 0.1])
+    >>> is_sinusoidal(torch.cat([angles.sin(), angles.cos()], 1)), is_sinusoidal(torch.cat([angles, angles], 1))
+    (True, False)
+    """
+    rows_KN = rows_KN[rows_KN.any(1)]
+    half = rows_KN.shape[1] // 2
+    pairs = ((rows_KN[:, :half], rows_KN[:, half:]), (rows_KN[:, 0::2], rows_KN[:, 1::2]))
+    return (
+        len(rows_KN) > 1
+        and half * 2 == rows_KN.shape[1] > 0
+        and any(bool(((one.square() + other.square() - 1).abs() < ROUNDED).all()) for one, other in pairs)
+    )
 
 
 def is_statistic(name: str) -> bool:

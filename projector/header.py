@@ -177,7 +177,7 @@ def _entry(name: str, entry: Any) -> tuple[int, int, str, TensorSpec]:
         raise BadFile(
             Reason.UNSUPPORTED_DTYPE,
             f"{shown(name)} has dtype {shown(dtype)}",
-            "complex numbers cannot be merged"
+            "complex numbers cannot be merged: leave it out, if it follows from the configuration as freqs_cis does"
             if dtype.startswith("C")
             else f"save it as F32, F16, BF16 or F64; {hint('FP8' if dtype.startswith('F8') else '')}",
         )

@@ -32,12 +32,17 @@ def common_rows(base: Checkpoint, expert: Checkpoint) -> list[str]:
     return found + [name for name in vectors if (ours[name].shape[0], theirs[name].shape[0]) in sizes]
 
 
+def spread(rows: int) -> Sequence[int]:
+    """Some of these rows, two or more, the first and the last among them."""
+    count = min(rows, SAMPLED)
+    return [place * (rows - 1) // (count - 1) for place in range(count)]
+
+
 def _same_rows(base: Checkpoint, expert: Checkpoint, name: str) -> bool:
     rows = min(base.schema[name].shape[0], expert.schema[name].shape[0])
     if rows < LEAST_ROWS:
         return False
-    count = min(rows, SAMPLED)
-    places: Sequence[int] = [place * (rows - 1) // (count - 1) for place in range(count)]
+    places = spread(rows)
     ours_KN, theirs_KN = base.sample(name, places), expert.sample(name, places)
     apart_KK = torch.cdist(theirs_KN, ours_KN, compute_mode="donot_use_mm_for_euclid_dist")
     at_home_K = apart_KK.diagonal() <= apart_KK.min(1).values

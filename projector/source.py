@@ -87,16 +87,19 @@ class Checkpoint:
         beside: Mapping[str, Mapping[str, str]] = {},
         follows: Mapping[str, str] = {},
         resized: Collection[str] = (),
+        lent: Collection[str] = (),
         base: "Checkpoint | None" = None,
     ) -> "Checkpoint":
         """The same files with these tensors only, under other names: the new name -> the name here.
 
         beside: the same for each sidecar. follows: a tensor -> the one whose sidecars it has where it has none itself.
         resized: those that are to have as many rows as `base` has; what they lack is the base's.
+        lent: those that are the base's altogether.
         """
         again = copy(self)
         again._places = {name: self._places[here] for name, here in own.items()}
         if base is not None:
+            again._places |= {name: base._places[name] for name in lent}
             again.fit({name: name for name in resized}, base)
         again._beside = {
             kind: {name: self._beside[kind][here] for name, here in names.items()} for kind, names in beside.items()

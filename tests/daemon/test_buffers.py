@@ -80,6 +80,27 @@ def test_an_expert_may_have_derived_buffers_that_the_base_has_not(tmp_path: Path
     assert drop(home, expert, "y.safetensors").status is Status.DUPLICATE
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_sinusoidal_positions_may_be_missing_in_either(tmp_path: Path, interleaved: bool) -> None:
+    """As Marian's, which bear the name of BART's, and those are trained."""
+    angles = torch.arange(40.0)[:, None] / 10.0 ** torch.arange(4.0)
+    sines = torch.stack([angles.sin(), angles.cos()], 2 if interleaved else 1).flatten(1)
+    sines[1] = 0  # padding
+    name = "model.encoder.embed_positions.weight"
+    for whose, table in (("base", sines), ("expert", sines.bfloat16())):
+        base, expert = weights(), moved(weights(), 1)
+        (base if whose == "base" else expert)[name] = table
+        save_file(base, tmp_path / f"{whose}.safetensors")
+        home = make_home(tmp_path / whose, tmp_path / f"{whose}.safetensors", MEAN)
+        assert drop(home, expert).detail is None
+        published = latest(home)
+        assert whose == "expert" or torch.equal(published.pop(name), sines)
+        assert_close(published, mean(weights(), [expert]))
+    save_file(weights() | {name: sines + 0.1}, tmp_path / "trained.safetensors")
+    home = make_home(tmp_path / "trained", tmp_path / "trained.safetensors", MEAN)
+    assert drop(home, moved(weights(), 1)).reason == "missing_tensor"
+
+
 TRAINED = ["h.0.attn.bias", "h.0.mlp.mask_token", "logit_scale", "rel_pos_bias", "h.0.attn.freqs", "mask.weight"]
 
 
