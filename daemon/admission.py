@@ -47,25 +47,36 @@ def usual_norm(norms: Sequence[float]) -> float | None:
 
 
 def check_norm(folded: Folded, usual: float | None, limits: Admission) -> None:
-    """Refuses a task vector that is nothing, as long as the base, or far from the usual norm (Refused)."""
+    """Refuses a task vector that is nothing, as long as the base, or far from the usual norm (Refused). The hint names
+    every limit that is in its way: once they are raised, it is merged.
+    """
     if folded.norm <= NEGLIGIBLE * folded.base_norm:
         raise Refused(
             Reason.EQUALS_BASE,
             f"its weights are the base's (the task vector has norm {folded.norm:.3g}): there is nothing to merge",
             "drop the fine-tuned model, not the base; an adapter only once it is trained",
         )
+    far = usual is not None and _beyond(folded.norm, usual, limits.max_norm_ratio)
+    ratio = f"admission.max_norm_ratio to {_over(folded.norm / usual)}" if usual and far else ""
     if folded.norm >= limits.max_base_ratio * folded.base_norm:
-        times = f"{folded.norm / folded.base_norm:.3g} times" if folded.base_norm else "infinitely"
+        if not folded.base_norm:
+            raise Refused(
+                Reason.FOREIGN_BASE,
+                "its task vector is infinitely as long as the base itself, which is all zeros",
+                "make a home over another base: nothing can be merged into this one",
+            )
+        times = folded.norm / folded.base_norm
         raise Refused(
             Reason.FOREIGN_BASE,
-            f"its task vector is {times} as long as the base itself",
-            "fine-tune from this home's base; if you did, raise admission.max_base_ratio",
+            f"its task vector is {times:.3g} times as long as the base itself",
+            f"fine-tune from this home's base; if you did, raise admission.max_base_ratio to {_over(times)}"
+            + (f" and {ratio}, or it is refused for that next" if ratio else ""),
         )
-    if usual is not None and _beyond(folded.norm, usual, limits.max_norm_ratio):
+    if usual and far:
         raise Refused(
             Reason.NORM_OUTLIER,
             _compared(folded.norm, usual),
-            "look at its training; if it is sound, raise admission.max_norm_ratio",
+            f"look at its training; if it is sound, raise {ratio}",
         )
 
 
@@ -87,6 +98,11 @@ def _odd_rows(resized: Mapping[str, tuple[int, int]]) -> Oddity | None:
         f"{shown(name)} has {theirs} rows, the base {ours}: the first {min(theirs, ours)} are merged, {lost}",
         "nothing is to be done if its added tokens are not needed here; if they are, found a home on a base with them",
     )
+
+
+def _over(ratio: float) -> str:
+    """A limit that lets this ratio, or its inverse, pass, in few digits: as mainstem.toml has it."""
+    return f"{1.1 * max(ratio, 1 / ratio):.2g}"
 
 
 def oddity(norm: float, usual: float | None, limits: Admission) -> Oddity | None:

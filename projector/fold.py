@@ -273,10 +273,9 @@ class Driver:
                 for key, value in tensors.items():
                     piece = file.put(slot_name(key, step.spec.name), unload(value), step.part.start)
                     written.append((file, piece))
-            for writer in head.weights:
-                if step.spec.name in writer.specs:
-                    merged = self._merged(head.method, head.foreseen, state, theta0, step, writer.specs)
-                    written.append((writer, writer.put(step.spec.name, merged, step.part.start)))
+            for writer in head.weights_of.get(step.spec.name, ()):
+                merged = self._merged(head.method, head.foreseen, state, theta0, step, writer.specs)
+                written.append((writer, writer.put(step.spec.name, merged, step.part.start)))
         return _FoldedPart(step, written, sums, delta_energy, base_energy)
 
     def _state(self, method: Method, file: TensorReader | None, step: Step, device: torch.device) -> State:
