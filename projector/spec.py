@@ -195,7 +195,7 @@ def check_sidecar(base: Schema, kind: str, sidecar: Schema) -> None:
     """
     floating = {name for name, spec in base.items() if spec.floating}
     known = floating | {name.removesuffix(".weight") for name in floating}
-    unknown = [name for name, spec in sidecar.items() if name not in known and not spec.derived]
+    unknown = [name for name, spec in sidecar.items() if name not in known and (name in base or not spec.derived)]
     if unknown:
         raise BadSchema(
             Reason.BAD_SIDECAR,
