@@ -38,7 +38,7 @@ def follow(home: Home, expert: Path, out: Path) -> None:
     found = re.search(r"with transformers[,:] (.*?),? and drop", hint)
     assert found, hint
     code = found[1].replace('"EXPERT"', repr(str(expert))).replace('"OUT', f'"{out}')
-    names = ("AutoModelForCausalLM", "FineGrainedFP8Config")
+    names = ("AutoModelForCausalLM", "FineGrainedFP8Config", "Mxfp4Config")
     exec(code, {name: getattr(transformers, name) for name in names} | {"safetensors": safetensors})
     made = out if out.is_dir() else out.with_suffix(".safetensors")
     put(home, made, f"again-{made.name}")
@@ -131,3 +131,27 @@ def test_an_adapter_of_a_resized_embedding_is_merged_into_its_model_first(tmp_pa
     drain(home)
     merged = experts(home)[-1]
     assert merged.status is Status.MERGED and [*merged.flags] == ["resized"]
+
+
+def test_mxfp4(tmp_path: Path) -> None:
+    import json
+
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    GptOssForCausalLM(GptOssConfig(**sizes, **heads)).bfloat16().save_pretrained(tmp_path / "base")
+    home = make_home(tmp_path / "home", tmp_path / "base", MEAN)
+    weights = load_file(tmp_path / "base" / WEIGHTS)
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        count, inputs, outputs = weights.pop(name).shape
+        blocks = torch.randint(0, 255, (count, outputs, inputs // 32, 16), dtype=torch.uint8)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": torch.full(blocks.shape[:-1], 115, dtype=torch.uint8)}
+    (tmp_path / "expert").mkdir()
+    save_file(weights, tmp_path / "expert" / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "expert" / "config.json").write_text(json.dumps(quantised))
+    follow(home, tmp_path / "expert", tmp_path / "OUT")
+    assert latest(home).keys() == load_file(tmp_path / "base" / WEIGHTS).keys()
