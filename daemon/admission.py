@@ -1,6 +1,6 @@
 """What an expert's numbers must be like to be merged. Its form was checked when it was opened."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -8,6 +8,7 @@ from daemon.config import Admission
 from daemon.errors import Reason, Refused
 from projector.head import Folded
 from projector.naming import Naming
+from projector.text import shown
 from registry.records import Expert, Flag, NewExpert
 
 NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
@@ -23,9 +24,13 @@ class Oddity:
     detail: str
     hint: str
 
-    def on(self, expert: NewExpert) -> NewExpert:
-        """The expert with this flag on it."""
-        return replace(expert, flags=(self.flag,), detail=self.detail, hint=self.hint)
+
+def flagged(expert: NewExpert, odd: Sequence[Oddity]) -> NewExpert:
+    """The expert with these flags on it."""
+    if not odd:
+        return expert
+    detail, hint = ("; ".join(words) for words in ([one.detail for one in odd], [one.hint for one in odd]))
+    return replace(expert, flags=tuple(one.flag for one in odd), detail=detail, hint=hint)
 
 
 def naming_of(expert: Expert, settings: Admission) -> Naming:
@@ -75,13 +80,32 @@ def check_norm(folded: Folded, usual: float | None, limits: Admission) -> None:
         )
 
 
+def oddities(
+    norm: float, usual: float | None, limits: Admission, resized: Mapping[str, tuple[int, int]]
+) -> list[Oddity]:
+    """What is odd about a task vector that is merged: of a norm that `check_norm` lets pass, and with these tensors of
+    other sizes (rows in the expert, rows in the base)."""
+    return [odd for odd in (oddity(norm, usual, limits), _odd_rows(resized)) if odd]
+
+
+def _odd_rows(resized: Mapping[str, tuple[int, int]]) -> Oddity | None:
+    if not resized:
+        return None
+    name, (theirs, ours) = next(iter(resized.items()))
+    lost = "what its further rows learnt is left out" if theirs > ours else "the other rows are the base's"
+    return Oddity(
+        Flag.RESIZED,
+        f"{shown(name)} has {theirs} rows, the base {ours}: the first {min(theirs, ours)} are merged, {lost}",
+        "nothing is to be done if its added tokens are not needed here; if they are, found a home on a base with them",
+    )
+
+
 def _over(ratio: float) -> str:
     """A limit that lets this ratio, or its inverse, pass, in few digits: as mainstem.toml has it."""
     return f"{1.1 * max(ratio, 1 / ratio):.2g}"
 
 
 def oddity(norm: float, usual: float | None, limits: Admission) -> Oddity | None:
-    """What is odd about a task vector of a norm that `check_norm` lets pass."""
     flag = None if usual is None else _beyond(norm, usual, limits.warn_norm_ratio)
     if usual is None or flag is None:
         return None

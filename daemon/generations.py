@@ -70,8 +70,10 @@ def names_below(folder: Path) -> list[str]:
 
 
 def plan_weights(
-    specs: Iterable[TensorSpec], shard_bytes: int, names: WeightNames = WeightNames("model")
-) -> WeightsPlan:  # noqa: B008
+    specs: Iterable[TensorSpec],
+    shard_bytes: int,
+    names: WeightNames = WeightNames("model"),  # noqa: B008
+) -> WeightsPlan:
     """How a version's weights are spread over files, of `shard_bytes` at the most, header and all; what is larger alone
     has a file of its own.
     """

@@ -27,7 +27,10 @@ from daemon.lines import Line
 from daemon.progress import Abandoned
 from projector.errors import BadFile, ProjectorError
 from projector.source import Checkpoint, identity
+from projector.spec import Schema
+from projector.steps import state_specs
 from projector.tensorfile import RunningDigest, TensorReader
+from projector.text import shown
 from projector.watch import SILENT, Watch
 from registry.records import Version
 from registry.store import Reader
@@ -172,7 +175,7 @@ class States:
         self._sound: dict[Path, tuple[str, Stamp]] = {}  # the manifest's sha256 and the file's stamp
         self._reading: list[_Reading] = []
 
-    def open(self, line: Line, files: ExitStack) -> TensorReader:
+    def open(self, line: Line, base: Schema, files: ExitStack) -> TensorReader:
         """The accumulators of a head's live version, until `files` closes. Raises BadHome."""
         path = self._home.head_state(line.head.name, line.version.number) / STATE_FILE
         try:
@@ -184,6 +187,13 @@ class States:
             raise _bad_state(self._home, path, "it is gone") from None
         except BadFile as error:
             raise _bad_state(self._home, path, str(error)) from error
+        lacking = [spec.name for spec in state_specs(line.method, base) if spec.name not in reader.specs]
+        if lacking:
+            raise BadHome(
+                f"{path.relative_to(self._home.root)} has no {shown(lacking[0])}: an earlier mainstem merged running"
+                " statistics as if they were weights",
+                "nothing was merged; merge the archive again, by today's rules: mainstem rebuild --into NEWHOME",
+            )
         known = self._sound.get(path) == (line.version.manifest_sha256, now)
         hashing = None if known else files.enter_context(_Hashing(fd, now[2], self._watch))
         self._reading.append(_Reading(path, fd, now, line.version, hashing))

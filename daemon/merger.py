@@ -23,7 +23,7 @@ from uuid import uuid4
 from daemon import durable
 from daemon.adapter_modules import read_config
 from daemon.adapting import Adapting
-from daemon.admission import USUAL_EXPERTS, check_norm, oddity, usual_norm
+from daemon.admission import USUAL_EXPERTS, check_norm, flagged, oddities, usual_norm
 from daemon.blame import blaming
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint
 from daemon.compute import check_budget, driver
@@ -222,10 +222,10 @@ class Merger:
             durable.remove(folder)
 
     def _work_bytes(self) -> int:
-        """What the driver will have reported at the end: the floating tensors once for each sweep over them."""
+        """What the driver will have reported at the end: the tensors that are merged once for each sweep over them."""
         specs = self._base.tensors.schema.values()
         sweeps = 1 + sum(method.rounds + (not method.one_sweep) for method in self._methods.values())
-        return sweeps * sum(spec.nbytes for spec in specs if spec.floating) + self._adapting.work_bytes(self._methods)
+        return sweeps * sum(spec.nbytes for spec in specs if spec.merged) + self._adapting.work_bytes(self._methods)
 
     def _outputs(self, line: Line, folder: Path, files: ExitStack) -> Outputs:
         schema = self._base.tensors.schema
@@ -272,7 +272,7 @@ class Merger:
                 raise touched_meanwhile(f"what was prepared for {line.head.name}")
 
     def _state(self, line: Line, files: ExitStack) -> TensorReader | None:
-        return self._states.open(line, files) if line.totals.experts else None
+        return self._states.open(line, self._base.tensors.schema, files) if line.totals.experts else None
 
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded, again: bool) -> NewExpert:
         sha256, content, sidecars = expert.identity(), expert.content(), expert.sidecar_digests()
@@ -306,8 +306,7 @@ class Merger:
             check_norm(folded, usual, limits)
         except Refused as error:
             return self._refused(new, error)
-        odd = oddity(folded.norm, usual, limits)
-        return odd.on(new) if odd else new
+        return flagged(new, oddities(folded.norm, usual, limits, expert.tensors.resized))
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
         for line, after, output in zip(lines, totals, outputs, strict=True):

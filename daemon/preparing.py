@@ -22,6 +22,7 @@ from daemon.inbox import Stamp, stamp
 from daemon.lines import Line
 from daemon.metrics import software_version
 from daemon.retention import numbered
+from projector.averages import rule_of
 from projector.device import Device
 from projector.errors import BadFile
 from projector.fold import Driver
@@ -255,7 +256,10 @@ def _next_version_bytes(lines: Sequence[Line], base: Checkpoint) -> int:
 def _bytes_by_tensor(line: Line, base: Checkpoint) -> Mapping[str, int]:
     """What is prepared for each of the base's tensors, in bytes; without those for which nothing is."""
     schema = base.schema
-    sizes = {name: sum(s.nbytes for s in line.method.prepares(schema[name]).values()) for name in base.order}
+    sizes = {
+        name: sum(spec.nbytes for spec in rule_of(line.method, schema[name]).prepares(schema[name]).values())
+        for name in base.order
+    }
     return {name: size for name, size in sizes.items() if size}
 
 

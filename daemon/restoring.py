@@ -30,8 +30,8 @@ def restoring(
     if len(problems) > len(copied) + len(extra):
         commands.append(
             f"put {'the others' if commands else 'them'} back from a backup, or from what `mainstem pull` made of "
-            f"{called(version.head, version.number)}; weights and state also from `{again(home)}`, which makes the same "
-            "ones (docs/operating.md)"
+            f"{called(version.head, version.number)}; weights and state also from `{again(home)}`, which makes the "
+            "same ones (docs/operating.md)"
         )
     return "; ".join(commands)
 

@@ -76,7 +76,7 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
             say(expert.place)
             wrong = _archived(home, expert, checked)
             if wrong:
-                hint = f"put it back from a backup: only a rebuild reads it, and `{again(home)} --without {expert.id}` does not"
+                hint = f"put it back from a backup, or do without it: `{again(home)} --without {expert.id}`"
                 checked.hints.append(f"{expert.place}: {hint}")
             found += wrong
     return checked, found
