@@ -42,6 +42,7 @@ WITH_UNKNOWN_HEAD = (  # whose name is another in each of them
 )
 WITH_OUTPUT = (*WITH_HEAD, *WITH_UNKNOWN_HEAD, "DoubleHeadsModel")
 WITHOUT_OUTPUT = ("ElectraForPreTraining",)
+BARE = ("Model", "Classification", "QuestionAnswering", "MultipleChoice")
 OUTPUTS = ("lm_head", "embed_out", "output_projection", "proj_out", "decoder", "output")
 """What an output layer is called where its matrix is stored."""
 COMPOSITE = "EncoderDecoderModel"  # of two models: whether either is tied stands in the config of that part
@@ -130,6 +131,14 @@ def modules_of(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> lis
         head = "proj_out" if kind == "whisper" else "lm_head"
         found.append(Module(head, spec, False, False))
     return [found[0], *(module for module in found[1:] if f"{module.path}.weight" not in base)]
+
+
+def has_output(config: Mapping[str, Any]) -> bool:
+    """True unless the architecture is known to have no output layer, to which an embedding could be tied."""
+    architecture = _architecture(config)
+    if architecture.endswith(WITHOUT_OUTPUT):
+        return False
+    return architecture.endswith((*WITH_OUTPUT, COMPOSITE)) or not architecture.endswith(BARE)
 
 
 def is_tied(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> bool:

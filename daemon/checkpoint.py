@@ -25,6 +25,7 @@ from daemon.adapter import (
     check_tied,
     open_adapter,
 )
+from daemon.adapter_modules import has_output
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.index import INDEX as INDEX
@@ -32,6 +33,7 @@ from daemon.index import check_places, read_index, shard_names
 from daemon.opening import not_a_file, open_entry
 from projector.errors import BadFile
 from projector.errors import Reason as ProjectorReason
+from projector.fitting import fitted
 from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
 from projector.lora.expert import LoraExpert
 from projector.matching import matched
@@ -121,8 +123,14 @@ class OpenCheckpoint:
     def check(self, base: Checkpoint, base_config: Mapping[str, Any] | None = None) -> None:
         """Holds its tensors, and its sidecars', against the base's; from here on they have the base's names.
 
-        base_config: the base's config.json, for an expert that arrives. Raises BadSchema and Refused.
+        base_config: the base's config.json, for an expert that arrives: then its own expert.json counts, and what
+        its names need to fit is found where the naming is lenient; one that was merged is read as it was then.
+        Raises BadSchema and Refused.
         """
+        if base_config is not None:
+            naming = self.about.naming(self.naming) if self.about else self.naming
+            tied = has_output(base_config)
+            self.naming = naming if self._adapter else fitted(naming, self.tensors, base, tied=tied)
         if self._adapter:
             readers = [file.reader for file in self.files]
             beside = {kind: file.reader for kind, file in self._sidecars.items()}

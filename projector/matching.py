@@ -17,7 +17,7 @@ def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
     - a name of the base that the expert has not gets what the expert has for a twin of it in the base: the task vector
       of both is one.
 
-    A sidecar's names follow the same rules.
+    A tensor of the base that `naming` lets the expert lack is the base's. A sidecar's names follow the same rules.
     """
     schema = base.schema
     own = {ours: theirs for theirs, ours in naming.resolve(expert.schema, schema).items()}
@@ -27,26 +27,38 @@ def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
     twins = base.twins() if absent else {}
     follows = {name: twin for name in absent for twin in twins.get(name, ()) if twin in own}
     own |= {name: own[twin] for name, twin in follows.items()}
-    check_schema(schema, expert.under(own).schema)
+    unchanged = [name for name in absent if name not in own and naming.lacks(name)]
+    check_schema(schema, expert.under(own, base=base, unchanged=unchanged).schema)
     beside = {kind: _sidecar(naming, sidecar, schema, aliases) for kind, sidecar in expert.beside.items()}
-    found = expert.under({name: theirs for name, theirs in own.items() if name in schema}, beside, follows)
+    known = {name: theirs for name, theirs in own.items() if name in schema}
+    found = expert.under(known, beside, follows, base, unchanged)
     for kind, sidecar in found.beside.items():
         check_sidecar(schema, kind, sidecar)
     return found
 
 
 def _aliases(own: Mapping[str, str], base: Schema, expert: Checkpoint) -> set[str]:
-    """The floating tensors that the base has not, and the expert has twice."""
+    """The floating tensors that the base has not, and the expert has twice: with the same bytes, or in another dtype
+    with the same values as the one matrix of that shape that the base has."""
     schema = expert.schema
     surplus = [name for name, theirs in own.items() if name not in base and schema[theirs].floating]
     known = {theirs for ours, theirs in own.items() if ours in base}
     twins = expert.twins() if surplus else {}
-    return {name for name in surplus if not known.isdisjoint(twins.get(own[name], ()))}
+    found = {name for name in surplus if not known.isdisjoint(twins.get(own[name], ()))}
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for theirs in known:
+        shapes.setdefault(schema[theirs].shape, []).append(theirs)
+    for name in surplus:
+        if len(alike := shapes.get(schema[own[name]].shape, [])) == 1 and name not in found:
+            found |= {name} if expert.same_values(own[name], alike[0]) else set()
+    return found
 
 
 def _sidecar(naming: Naming, sidecar: Schema, base: Schema, aliases: Iterable[str]) -> dict[str, str]:
     """The names of the tensors in a sidecar that count: the base's, or a layer's -> the sidecar's own."""
-    resolved = naming.resolve(sidecar, base.keys() | _layers(base))
+    layers = _layers(base)
+    names = (name for name in sidecar if name in layers or not naming.ignores(f"{name}.weight"))
+    resolved = naming.resolve(names, base.keys() | layers)
     left_out = {*aliases, *_layers(aliases)}
     return {ours: theirs for theirs, ours in resolved.items() if ours not in left_out}
 

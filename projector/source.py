@@ -5,7 +5,7 @@ A full checkpoint, in one file or in shards, is the difference of its weights an
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadSchema, Reason
+from projector.linalg import row_blocks
 from projector.method import Factors
 from projector.spec import Schema, TensorSpec
 from projector.tensorfile import TensorReader
@@ -66,6 +67,7 @@ class Checkpoint:
             kind: {name: _Place(file, name) for name in file.specs} for kind, file in (sidecars or {}).items()
         }
         self._follows: Mapping[str, str] = {}
+        self._unchanged: Collection[str] = ()
         self._twins: Mapping[str, Sequence[str]] | None = None
         self._schema = _schema(self._places)
         self.order: Sequence[str] = _floating(self.schema)
@@ -85,17 +87,23 @@ class Checkpoint:
         own: Mapping[str, str],
         beside: Mapping[str, Mapping[str, str]] = {},
         follows: Mapping[str, str] = {},
+        base: "Checkpoint | None" = None,
+        unchanged: Collection[str] = (),
     ) -> "Checkpoint":
         """The same files with these tensors only, under other names: the new name -> the name here.
 
         beside: the same for each sidecar. follows: a tensor -> the one whose sidecars it has where it has none itself.
+        unchanged: tensors that are those of `base`.
         """
         again = copy(self)
         again._places = {name: self._places[here] for name, here in own.items()}
+        if base is not None:
+            again._places |= {name: base._places[name] for name in unchanged}
         again._beside = {
             kind: {name: self._beside[kind][here] for name, here in names.items()} for kind, names in beside.items()
         }
         again._follows = follows
+        again._unchanged = frozenset(unchanged)
         again._twins = None
         again._schema = _schema(again._places)
         again.order = _floating(again.schema)
@@ -127,6 +135,20 @@ class Checkpoint:
             self._twins = {name: [twin for twin in group if twin != name] for group in same for name in group}
         return self._twins
 
+    def same_values(self, one: str, other: str) -> bool:
+        """True for two matrices of the same shape, in different floating dtypes, of which each value is the same; not
+        where they are one value throughout. Read in blocks of rows, up to the first that differs."""
+        a, b = self._places[one].spec, self._places[other].spec
+        if a.dtype == b.dtype or a.shape != b.shape or len(a.shape) < 2 or not a.numel:
+            return False
+        varied, first = False, self.read(one, slice(0, 1)).flatten()[0].double()
+        for rows in row_blocks(torch.empty(a.shape[0], a.row_numel, device="meta")):
+            x, y = self.read(one, rows).double(), self.read(other, rows).double()
+            if not torch.equal(x, y):
+                return False
+            varied = varied or bool((x != first).any())
+        return varied
+
     def content(self) -> str:
         """The sha256 that stands for the floating tensors, however they are laid out in files; of an expert that was
         matched with the base, by the base's names.
@@ -150,7 +172,8 @@ class Checkpoint:
     def sidecars(self, spec: TensorSpec, rows: slice | None) -> Mapping[str, Tensor]:
         """A sidecar names a tensor as the base does, or its layer: the tensor's name less ".weight".
 
-        One with the tensor's own shape is read in the same rows as the tensor, any other as a whole.
+        One with the tensor's own shape is read in the same rows as the tensor, any other as a whole. Of a tensor that
+        is the base's there is nothing to know: its Fisher and its Gram matrix are zero where there is none.
         """
         names = [spec.name, self._follows.get(spec.name, spec.name)]
         found = {}
@@ -159,6 +182,10 @@ class Checkpoint:
             if name := next(known, None):
                 place = places[name]
                 found[kind] = place.read(rows if place.spec.shape == spec.shape else None)
+            elif spec.name in self._unchanged and kind == "fisher":
+                found[kind] = torch.zeros(self.read(spec.name, rows).shape)
+            elif spec.name in self._unchanged and kind == "gram" and len(spec.shape) == 2:
+                found[kind] = torch.zeros(spec.shape[1], spec.shape[1])
         return found
 
 

@@ -1,5 +1,6 @@
 """What a tensor is, without its values: name, shape, dtype; and what a whole checkpoint is: a schema."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,10 @@ QUANTISED = {
     "quant_map": "bitsandbytes",
 }
 """How the last part of a name ends that only quantised models have, and which those are."""
+
+
+NEVER_TIED = re.compile(r"token_type|segment|position|wpe|modality|lang_embed|language_embed")
+"""Embeddings of few rows, as many as a classifier may have labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ def check_schema(base: Schema, expert: Schema) -> None:
             or _other_name(base, expert, missing, unexpected)
             or f"save the whole model, with the names of the base, as save_pretrained does{_strange(unexpected)}",
         )
-    for untied, twin in _untied(base, [expert[name] for name in unexpected]):
+    for untied, twin in sole_twins(base, [expert[name] for name in unexpected]):
         raise BadSchema(
             Reason.UNEXPECTED_TENSOR,
             f"{shown(untied)} is not the base's, and differs from the expert's own {shown(twin)}",
@@ -118,12 +123,14 @@ def _other_name(base: Schema, expert: Schema, missing: Sequence[str], unexpected
     return f"if {shown(alike[0])} is that weight, tied, under its other name: save it as {shown(missing[0])}"
 
 
-def _untied(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[str, str]]:
+def sole_twins(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[str, str]]:
     """Those that have the shape of just one matrix of the base, each with its name: as an output layer has that of the
-    embedding. A task's own head shares its shape with none, or with many layers, above all where it is square."""
+    embedding. A task's own head shares its shape with none, or with many layers, above all where it is square; or with
+    an embedding of positions or token types, which no output layer is tied to."""
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, other in base.items():
-        alike.setdefault(other.shape, []).append(name)
+        if not NEVER_TIED.search(name):
+            alike.setdefault(other.shape, []).append(name)
     for spec in unexpected:
         twins = alike.get(spec.shape, [])
         if len(twins) == 1 and len(spec.shape) == 2 and spec.shape[0] != spec.shape[1]:
