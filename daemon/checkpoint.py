@@ -8,8 +8,8 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +31,7 @@ from daemon.inbox import Stamp, stamp
 from daemon.index import INDEX as INDEX
 from daemon.index import check_places, read_index, shard_names
 from daemon.opening import not_a_file, open_entry
-from projector.errors import BadFile
+from projector.errors import BadFile, BadSchema
 from projector.errors import Reason as ProjectorReason
 from projector.fitting import fitted
 from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
@@ -127,20 +127,38 @@ class OpenCheckpoint:
         its names need to fit is found where the naming is lenient; one that was merged is read as it was then.
         Raises BadSchema and Refused.
         """
-        if base_config is not None:
-            naming = self.about.naming(self.naming) if self.about else self.naming
-            tied = has_output(base_config)
-            self.naming = naming if self._adapter else fitted(naming, self.tensors, base, tied=tied)
+        if base_config is not None and self.about:
+            self.naming = self.about.naming(self.naming)
         if self._adapter:
-            readers = [file.reader for file in self.files]
-            beside = {kind: file.reader for kind, file in self._sidecars.items()}
-            self.tensors = adapted = LoraExpert(readers, beside, self._adapter.config, base, self.naming)
-            if base_config is not None:
-                check_tied(adapted, base.schema, base_config)
-        else:
-            resolved = self.naming.resolve(self.tensors.schema, base.schema).values()
-            check_no_factors((name for name in resolved if name not in base.schema), self.files[0].name)
-            self.tensors = matched(base, self.tensors, self.naming)
+            self._check_adapter(self._adapter, base, base_config)
+            return
+        try:
+            self.naming, self.tensors = self._fitted(self.naming, base, base_config)
+        except BadSchema as error:
+            if base_config is None or self.naming.lenient:
+                raise
+            with suppress(BadSchema, Refused):
+                self._fitted(replace(self.naming, lenient=True), base, base_config)
+                hint = f"{error.hint}; or let admission.lenient_names be true, with which it is merged as it is"
+                error = BadSchema(error.reason, str(error), hint)
+            raise error from None
+
+    def _fitted(
+        self, naming: Naming, base: Checkpoint, base_config: Mapping[str, Any] | None
+    ) -> tuple[Naming, Checkpoint]:
+        """How its names are read, and its tensors under the base's names."""
+        if base_config is not None:
+            naming = fitted(naming, self.tensors, base, tied=has_output(base_config))
+        resolved = naming.resolve(self.tensors.schema, base.schema).values()
+        check_no_factors((name for name in resolved if name not in base.schema), self.files[0].name)
+        return naming, matched(base, self.tensors, naming)
+
+    def _check_adapter(self, adapter: OpenAdapter, base: Checkpoint, base_config: Mapping[str, Any] | None) -> None:
+        readers = [file.reader for file in self.files]
+        beside = {kind: file.reader for kind, file in self._sidecars.items()}
+        self.tensors = adapted = LoraExpert(readers, beside, adapter.config, base, self.naming)
+        if base_config is not None:
+            check_tied(adapted, base.schema, base_config)
 
     def identity(self) -> str:
         """The sha256 that stands for this checkpoint: that of its weights, and of an adapter's config.

@@ -7,13 +7,12 @@ alone is added to the `Naming`; what could be meant in two ways is refused, and 
 What this adds is noted with the expert, and read by from then on: what is added to others later may be other things.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from projector.errors import BadSchema, Reason
-from projector.naming import Naming, globs, with_parts
+from projector.naming import IN_ABOUT, Naming, globs, in_about, with_parts
 from projector.source import Checkpoint
 from projector.spec import Schema, check_not_quantised, sole_twins
 from projector.text import listed
@@ -63,7 +62,6 @@ NOT_WRITTEN_TODAY = re.compile(r"(^|\.)(inv_freq|masked_bias|attn\.bias|attentio
 """Buffers of floating numbers that older libraries saved. Whether they may be missing is decided elsewhere."""
 
 MOST_GLOBS = 64
-IN_ABOUT = "expert.json beside the weights:"
 
 
 def fitted(naming: Naming, expert: Checkpoint, base: Checkpoint, *, tied: bool) -> Naming:
@@ -273,6 +271,5 @@ def _ambiguous(openings: Iterable[str]) -> BadSchema:
     return BadSchema(
         Reason.UNEXPECTED_TENSOR,
         f"it has all of the base's tensors {len(globbed)} times: {listed(globbed)}",
-        f"leave all but one of them out, or name those that do not count in an {IN_ABOUT} "
-        f'{{"ignore": {json.dumps(globbed[1:4])}}}',
+        f"leave all but one of them out; or drop it with {in_about(ignore=globbed[1:4]) or IN_ABOUT}",
     )

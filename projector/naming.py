@@ -13,6 +13,7 @@ from projector.errors import BadSchema, Reason
 from projector.text import shown
 
 LONGEST_HINT = 200
+IN_ABOUT = "an expert.json beside the weights, in one folder, that says"
 
 
 @dataclass(frozen=True)
@@ -130,21 +131,32 @@ def mending(missing: Sequence[str], unexpected: Sequence[str], known: Collection
     >>> mending(["embed.weight", "layer.0.weight"], ["model.embed.weight", "model.layer.0.weight", "head.weight"])
     'prefixes = {"model." = ""} and ignore = ["head.*"]'
     """
+    found = mended(missing, unexpected, known)
+    pairs = ", ".join(f"{json.dumps(theirs)} = {json.dumps(ours)}" for theirs, ours in found.prefixes.items())
+    lines = [f"prefixes = {{{pairs}}}"] if pairs else []
+    lines += [f"ignore = {json.dumps(list(found.ignore))}"] if found.ignore else []
+    words = " and ".join(lines)
+    return words if 0 < len(words) <= LONGEST_HINT else None
+
+
+def mended(missing: Sequence[str], unexpected: Sequence[str], known: Collection[str] = ()) -> Naming:
+    """The same, to be read by; `SAME` where there is nothing that would do."""
     pair = next((pair for pair in _pairs(missing, unexpected) if _mends(pair, missing, unexpected)), None)
     if missing and pair is None:
-        return None
-    lines = []
+        return SAME
     rest, used = list(unexpected), set(known)
     if pair is not None:
         theirs, ours = pair
-        lines.append(f"prefixes = {{{json.dumps(theirs)} = {json.dumps(ours)}}}")
         wanted = set(missing)
         used |= {name for name in rest if name.startswith(theirs) and ours + name.removeprefix(theirs) in wanted}
         rest = [name for name in rest if name not in used]
-    if rest:
-        lines.append(f"ignore = {json.dumps(globs(rest, used))}")
-    words = " and ".join(lines)
-    return words if 0 < len(words) <= LONGEST_HINT else None
+    return Naming(dict([pair] if pair else []), globs(rest, used) if rest else ())
+
+
+def in_about(**fields: object) -> str | None:
+    """What an expert.json has to say, in words that end a hint; None where that is too long, or nothing."""
+    text = json.dumps({key: value for key, value in fields.items() if value})
+    return f"{IN_ABOUT} {text}" if 2 < len(text) <= LONGEST_HINT else None
 
 
 def fitting_prefix(

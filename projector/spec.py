@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from projector.errors import BadSchema, Reason
-from projector.naming import mending
+from projector.naming import SAME, globs, in_about, mended, mending
 from projector.text import listed, shown
 
 Schema = Mapping[str, "TensorSpec"]
@@ -73,8 +73,8 @@ def check_schema(base: Schema, expert: Schema) -> None:
     missing = [name for name, spec in base.items() if spec.floating and name not in expert]
     unexpected = [name for name, spec in expert.items() if name not in base and spec.floating]
     check_not_quantised(name for name in expert if name not in base)
-    mended = mending(missing, unexpected, [name for name in expert if name in base])
-    mend = f"put {mended} under [admission] in mainstem.toml" if mended else None
+    known = [name for name in expert if name in base]
+    mend = _mend(missing, unexpected, known)
     if missing and len(missing) == sum(spec.floating for spec in base.values()):
         raise BadSchema(
             Reason.WRONG_BASE,
@@ -87,7 +87,8 @@ def check_schema(base: Schema, expert: Schema) -> None:
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
             mend
             or _other_name(base, expert, missing, unexpected)
-            or f"save the whole model, with the names of the base, as save_pretrained does{_strange(unexpected)}",
+            or "save the whole model, with the names of the base, as save_pretrained does"
+            + (_strange(unexpected) or _left(missing, known)),
         )
     for untied, twin in sole_twins(base, [expert[name] for name in unexpected]):
         raise BadSchema(
@@ -106,6 +107,20 @@ def check_schema(base: Schema, expert: Schema) -> None:
     for name, spec in expert.items():
         if name in base:
             _check_tensor(base[name], spec)
+
+
+def _mend(missing: Sequence[str], unexpected: Sequence[str], known: Sequence[str]) -> str | None:
+    """What to set, or to say in expert.json, if one prefix and a few globs mend it."""
+    words = mending(missing, unexpected, known)
+    naming = mended(missing, unexpected, known) if words else SAME
+    told = in_about(prefixes=dict(naming.prefixes), ignore=list(naming.ignore))
+    return words and f"put {words} under [admission] in mainstem.toml{told and f', or drop it with {told}'}"
+
+
+def _left(missing: Sequence[str], known: Sequence[str]) -> str:
+    """What else to do where the base's are simply not there."""
+    told = in_about(unchanged=globs(missing, known)) if known else None
+    return f"; or, if it leaves these as they are, drop it with {told}" if told else ""
 
 
 def _strange(unexpected: Sequence[str]) -> str:
