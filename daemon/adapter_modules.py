@@ -143,14 +143,15 @@ def has_output(config: Mapping[str, Any]) -> bool:
 
 def is_tied(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> bool:
     """True for an embedding of tokens that is the output layer's matrix too: the architecture has one, config.json does
-    not say that they are two, and the base stores no other matrix of its shape by the name of one."""
+    not say that they are two, and the base stores no other matrix of its shape by the name of one. Where the parts of a
+    model say different things (a vision-language model's text_config does), one that ties is believed."""
     return (
         len(spec.shape) == 2
         and spec.name.endswith(".weight")
         and _of_tokens(spec, config)
         and _architecture(config).endswith(WITH_OUTPUT)
         and not _architecture(config).endswith(WITHOUT_OUTPUT)
-        and not any(part.get("tie_word_embeddings") is False for part in _parts(config))
+        and _may_tie(config)
         and not any(_leaf(other) in OUTPUTS and other.shape == spec.shape for other in base.values())
     )
 
@@ -195,6 +196,11 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The model's own config, and its parts'."""
     yield config
     yield from (part for part in config.values() if isinstance(part, dict))
+
+
+def _may_tie(config: Mapping[str, Any]) -> bool:
+    said = [part["tie_word_embeddings"] for part in _parts(config) if "tie_word_embeddings" in part]
+    return not said or any(value is not False for value in said)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

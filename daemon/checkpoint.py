@@ -36,6 +36,7 @@ from projector.errors import Reason as ProjectorReason
 from projector.fitting import fitted
 from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
 from projector.lora.expert import LoraExpert
+from projector.lora.fitting import fitted_adapter
 from projector.matching import matched
 from projector.naming import SAME, Naming
 from projector.source import Checkpoint, identity
@@ -156,6 +157,9 @@ class OpenCheckpoint:
     def _check_adapter(self, adapter: OpenAdapter, base: Checkpoint, base_config: Mapping[str, Any] | None) -> None:
         readers = [file.reader for file in self.files]
         beside = {kind: file.reader for kind, file in self._sidecars.items()}
+        if base_config is not None:
+            tied = has_output(base_config)
+            self.naming = fitted_adapter(self.naming, self.tensors.schema, base.schema, tied=tied)
         self.tensors = adapted = LoraExpert(readers, beside, adapter.config, base, self.naming)
         if base_config is not None:
             check_tied(adapted, base.schema, base_config)

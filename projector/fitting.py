@@ -85,7 +85,7 @@ def fitted(naming: Naming, expert: Checkpoint, base: Checkpoint, *, tied: bool) 
     output = dict(sole_twins(base.schema, (expert.schema[name] for name in extra))) if tied else {}
     own = [name for name in extra if name not in output]
     bare = any(name != ours and ours.endswith(f".{name}") for ours, name in found.items())
-    heads = _heads(own, list(found.values()))
+    heads = own_heads(own, list(found.values()))
     lacking = _lacking(missing, list(found), other_task=bare or bool(heads))
     return replace(naming, ignore=(*naming.ignore, *heads), unchanged=(*naming.unchanged, *lacking))
 
@@ -106,7 +106,7 @@ def _renamed(
 ) -> Naming:
     """With the one prefix, the parts, or the known renaming that make the base's body of what the base has not."""
     wanted = _floating(base.schema)
-    body = [name for name in wanted if not _is_head(name) and not NOT_WRITTEN_TODAY.search(name)] or list(wanted)
+    body = [name for name in wanted if not is_head(name) and not NOT_WRITTEN_TODAY.search(name)] or list(wanted)
     missing = [name for name in body if name not in found and not naming.lacks(name)]
     if len(extra) < len(missing) // 2 or (not missing and len(extra) < len(body)):
         return naming
@@ -186,14 +186,14 @@ class _Copies:
         stay: any two modules have a "weight"."""
         probe = min(self._wanted, key=lambda name: (-name.count("."), name))
         parts = probe.split(".")
-        for cut in range(min(_common(self._wanted), max(0, len(parts) - 2)) + 1):
+        for cut in range(min(common_parts(self._wanted), max(0, len(parts) - 2)) + 1):
             ours = "".join(f"{part}." for part in parts[:cut])
             tail = probe.removeprefix(ours)
             longer = f"{parts[cut - 1]}.{tail}" if cut else None  # with which the pair has been found already
             yield from (
                 (name.removesuffix(tail), ours)
                 for name in self.keys
-                if _ends(name, tail) and not (longer and _ends(name, longer))
+                if ends_with(name, tail) and not (longer and ends_with(name, longer))
             )
 
     def _completes(self, pair: tuple[str, str]) -> bool:
@@ -211,29 +211,31 @@ class _Copies:
         return theirs + key.removeprefix(ours)
 
 
-def _ends(name: str, parts: str) -> bool:
+def ends_with(name: str, parts: str) -> bool:
+    """True where the name ends with these parts, whole ones."""
     return name.endswith(parts) and (name == parts or name[-len(parts) - 1] == ".")
 
 
-def _common(names: Collection[str]) -> int:
+def common_parts(names: Collection[str]) -> int:
     """How many parts all of these names begin with."""
     first, last = min(names).split("."), max(names).split(".")
     return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first) - 1)
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """True for a tensor of a head, by what heads are called."""
     return not HEADS.isdisjoint(name.split("."))
 
 
-def _heads(extra: Sequence[str], used: Sequence[str]) -> list[str]:
+def own_heads(extra: Sequence[str], used: Sequence[str]) -> list[str]:
     """Globs of these tensors, which are none of the base's, where all are of heads; none otherwise.
 
     A head lies beside the body, or beside a part of it that holds all of it: nothing of a layer is one.
     """
-    body = [name for name in used if not _is_head(name)] or list(used)
+    body = [name for name in used if not is_head(name)] or list(used)
     if not extra or not body:
         return []
-    root = body[0].split(".")[: _common(body)]
+    root = body[0].split(".")[: common_parts(body)]
     found = globs(extra, used)
     return (
         found
