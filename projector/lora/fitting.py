@@ -55,10 +55,10 @@ def _unknown(naming: Naming, shapes: Mapping[str, Shape], base: Schema) -> dict[
 
 def _renamed(naming: Naming, body: Mapping[str, Shape], base: Schema) -> Naming:
     """With the one prefix, or the known renaming, by which the base has all of these, in these shapes."""
-    found = {ours: theirs for theirs, ours in _pairs(body, base) if _fits({theirs: ours}, body, base)}
-    wanted = [{theirs: ours} for ours, theirs in found.items()] or [
-        table for table in RENAMED if _fits(table, body, base)
-    ]
+    found = {pair for pair in _pairs(body, base) if _fits(dict([pair]), body, base)}
+    wanted = [dict([pair]) for pair in found]
+    if len(wanted) != 1:  # what the library did says which of several is meant
+        wanted = [dict(table) for table in RENAMED if _fits(table, body, base)]
     return replace(naming, prefixes={**naming.prefixes, **wanted[0]}) if len(wanted) == 1 else naming
 
 
