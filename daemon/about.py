@@ -6,7 +6,7 @@ It is not part of the expert's identity: the same weights with another expert.js
 import json
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3  # further apart, rounding would eat what the
 MAX_NOTES = 4000
 MAX_NAMES = 64  # of prefixes and of globs
 MAX_NAME = 200
+MAX_STEPS = 1 << 30  # characters of globs times characters of names: seconds at most
 SHORT = f"at most {MAX_NAMES}, of at most {MAX_NAME} printable characters each"
 ONE_LINE = "one printable line of at most 200 characters"
 
@@ -73,8 +74,16 @@ class About(BaseModel):
         default=[], description=f"a list of globs of the base's tensors that it lacks and leaves as they are; {SHORT}"
     )
 
-    def naming(self, settings: Naming) -> Naming:
-        """How its names are read: as it says, else as the settings say."""
+    def naming(self, settings: Naming, names: Iterable[str]) -> Naming:
+        """How its names are read: as it says, else as the settings say.
+
+        Raises Refused where its globs could take for ever to hold against these names.
+        """
+        letters = sum(map(len, (*self.ignore, *self.unchanged)))
+        if letters and letters * sum(map(len, names)) > MAX_STEPS:
+            raise _bad(
+                f"it has globs of {letters} characters, which could take for ever with so many and so long names"
+            )
         return replace(
             settings,
             prefixes={**settings.prefixes, **self.prefixes},

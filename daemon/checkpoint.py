@@ -130,7 +130,7 @@ class OpenCheckpoint:
         Raises BadSchema and Refused.
         """
         if base_config is not None and self.about:
-            self.naming = self.about.naming(self.naming)
+            self.naming = self.about.naming(self.naming, (*self.tensors.schema, *base.schema))
         if self._adapter:
             self._check_adapter(self._adapter, base, base_config)
             return
