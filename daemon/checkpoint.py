@@ -30,7 +30,6 @@ from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.index import INDEX as INDEX
 from daemon.index import check_places, read_index, shard_names
-from daemon.modules import check_modules, check_nested
 from daemon.opening import not_a_file, open_entry
 from projector.errors import BadFile, BadSchema
 from projector.errors import Reason as ProjectorReason
@@ -165,11 +164,6 @@ class OpenCheckpoint:
         if base_config is not None:
             check_tied(adapted, base.schema, base_config)
 
-    def check_modules(self, base: Path) -> None:
-        """Raises BadSchema where it brings more weights that no merge reads; `base`: the folder of the base."""
-        if self._folder is not None:
-            check_modules(self._folder, base)
-
     def identity(self) -> str:
         """The sha256 that stands for this checkpoint: that of its weights, and of an adapter's config.
 
@@ -276,8 +270,6 @@ def _open_folder(
         return _weights(open_entry(fd, name, follow, closing), name, watch)
 
     adapter = None
-    if names.isdisjoint((WEIGHTS, INDEX, ADAPTER_WEIGHTS)):
-        check_nested(fd)
     if ADAPTER_WEIGHTS in names:
         check_alone(fd, names, whole=(WEIGHTS, INDEX, PICKLED))
     if {ADAPTER, ADAPTER_WEIGHTS} <= names:

@@ -45,7 +45,6 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
     ):
         own = tensor_parts(expert.tensors.schema) if expert.kind == "adapter" else expert.tensors.schema
         expert.check(base.tensors, read_config(home.base))
-        expert.check_modules(home.base)
         expert.digest_tensors()
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)

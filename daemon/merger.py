@@ -115,8 +115,6 @@ class Merger:
                 try:
                     with blaming(expert):
                         expert.check(self._base.tensors, base_config)
-                        if not again:
-                            expert.check_modules(self._home.base)
                         expert.digest_tensors()
                     return self._merge(drop, expert, again)
                 except (ProjectorError, Refused) as error:

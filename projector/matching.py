@@ -27,31 +27,23 @@ def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
     twins = base.twins() if absent else {}
     follows = {name: twin for name in absent for twin in twins.get(name, ()) if twin in own}
     own |= {name: own[twin] for name, twin in follows.items()}
-    unchanged = [name for name in absent if name not in own and naming.lacks(name)]
-    check_schema(schema, expert.under(own, base=base, unchanged=unchanged).schema)
+    lent = [name for name in absent if name not in own and naming.lacks(name)]
+    check_schema(schema, expert.under(own, lent=lent, base=base).schema)
     beside = {kind: _sidecar(naming, sidecar, schema, aliases) for kind, sidecar in expert.beside.items()}
     known = {name: theirs for name, theirs in own.items() if name in schema}
-    found = expert.under(known, beside, follows, base, unchanged)
+    found = expert.under(known, beside, follows, lent, base)
     for kind, sidecar in found.beside.items():
         check_sidecar(schema, kind, sidecar)
     return found
 
 
 def _aliases(own: Mapping[str, str], base: Schema, expert: Checkpoint) -> set[str]:
-    """The floating tensors that the base has not, and the expert has twice: with the same bytes, or in another dtype
-    with the same values as the one matrix of that shape that the base has."""
+    """The floating tensors that the base has not, and the expert has twice."""
     schema = expert.schema
     surplus = [name for name, theirs in own.items() if name not in base and schema[theirs].floating]
     known = {theirs for ours, theirs in own.items() if ours in base}
     twins = expert.twins() if surplus else {}
-    found = {name for name in surplus if not known.isdisjoint(twins.get(own[name], ()))}
-    shapes: dict[tuple[int, ...], list[str]] = {}
-    for theirs in known:
-        shapes.setdefault(schema[theirs].shape, []).append(theirs)
-    for name in surplus:
-        if len(alike := shapes.get(schema[own[name]].shape, [])) == 1 and name not in found:
-            found |= {name} if expert.same_values(own[name], alike[0]) else set()
-    return found
+    return {name for name in surplus if not known.isdisjoint(twins.get(own[name], ()))}
 
 
 def _sidecar(naming: Naming, sidecar: Schema, base: Schema, aliases: Iterable[str]) -> dict[str, str]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadSchema, Reason
-from projector.linalg import row_blocks
 from projector.method import Factors
 from projector.spec import Schema, TensorSpec
 from projector.tensorfile import TensorReader
@@ -67,7 +66,7 @@ class Checkpoint:
             kind: {name: _Place(file, name) for name in file.specs} for kind, file in (sidecars or {}).items()
         }
         self._follows: Mapping[str, str] = {}
-        self._unchanged: Collection[str] = ()
+        self._lent: Collection[str] = ()
         self._twins: Mapping[str, Sequence[str]] | None = None
         self._schema = _schema(self._places)
         self.order: Sequence[str] = _floating(self.schema)
@@ -87,23 +86,23 @@ class Checkpoint:
         own: Mapping[str, str],
         beside: Mapping[str, Mapping[str, str]] = {},
         follows: Mapping[str, str] = {},
+        lent: Collection[str] = (),
         base: "Checkpoint | None" = None,
-        unchanged: Collection[str] = (),
     ) -> "Checkpoint":
         """The same files with these tensors only, under other names: the new name -> the name here.
 
         beside: the same for each sidecar. follows: a tensor -> the one whose sidecars it has where it has none itself.
-        unchanged: tensors that are those of `base`.
+        lent: those that are `base`'s altogether.
         """
         again = copy(self)
         again._places = {name: self._places[here] for name, here in own.items()}
         if base is not None:
-            again._places |= {name: base._places[name] for name in unchanged}
+            again._places |= {name: base._places[name] for name in lent}
         again._beside = {
             kind: {name: self._beside[kind][here] for name, here in names.items()} for kind, names in beside.items()
         }
         again._follows = follows
-        again._unchanged = frozenset(unchanged)
+        again._lent = frozenset(lent)
         again._twins = None
         again._schema = _schema(again._places)
         again.order = _floating(again.schema)
@@ -134,20 +133,6 @@ class Checkpoint:
             same += [group for some in told for group in _groups({n: others[n] for n in some}, _Place.content)]
             self._twins = {name: [twin for twin in group if twin != name] for group in same for name in group}
         return self._twins
-
-    def same_values(self, one: str, other: str) -> bool:
-        """True for two matrices of the same shape, in different floating dtypes, of which each value is the same; not
-        where they are one value throughout. Read in blocks of rows, up to the first that differs."""
-        a, b = self._places[one].spec, self._places[other].spec
-        if a.dtype == b.dtype or a.shape != b.shape or len(a.shape) < 2 or not a.numel:
-            return False
-        varied, first = False, self.read(one, slice(0, 1)).flatten()[0].double()
-        for rows in row_blocks(torch.empty(a.shape[0], a.row_numel, device="meta")):
-            x, y = self.read(one, rows).double(), self.read(other, rows).double()
-            if not torch.equal(x, y):
-                return False
-            varied = varied or bool((x != first).any())
-        return varied
 
     def content(self) -> str:
         """The sha256 that stands for the floating tensors, however they are laid out in files; of an expert that was
@@ -182,9 +167,9 @@ class Checkpoint:
             if name := next(known, None):
                 place = places[name]
                 found[kind] = place.read(rows if place.spec.shape == spec.shape else None)
-            elif spec.name in self._unchanged and kind == "fisher":
+            elif spec.name in self._lent and kind == "fisher":
                 found[kind] = torch.zeros(self.read(spec.name, rows).shape)
-            elif spec.name in self._unchanged and kind == "gram" and len(spec.shape) == 2:
+            elif spec.name in self._lent and kind == "gram" and len(spec.shape) == 2:
                 found[kind] = torch.zeros(spec.shape[1], spec.shape[1])
         return found
 
