@@ -78,7 +78,7 @@ class Adapting:
     def work_bytes(self, heads: Iterable[str]) -> int:
         """What the watch will have been told once the adapters of these heads are written."""
         wanted = sum(head in self._wanted for head in heads)
-        return SWEEPS * wanted * sum(spec.nbytes for spec in self._floating())
+        return SWEEPS * wanted * sum(spec.nbytes for spec in self._merged())
 
     def write(self, head: str, published: Path, files: Sequence[FileEntry], base_name: str) -> Adapter | None:
         """Puts the adapter into a folder in `published` where the head is to have one; that folder is the caller's to
@@ -137,7 +137,7 @@ class Adapting:
     def _moved(self, merged: Checkpoint) -> dict[str, float]:
         """The squared norm of each floating tensor's task vector, where it is not zero."""
         found = {}
-        for spec in self._floating():
+        for spec in self._merged():
             norm = fsum(energy(delta) for _, delta in self._deltas(merged, spec))
             if norm:
                 found[spec.name] = norm
@@ -169,7 +169,7 @@ class Adapting:
                         writer.write(name, factor)
                 tensors[spec.name] = {"rank": found.rank, "kept": found.kept / found.total}
                 self._watch.advance(spec.nbytes)
-        self._watch.advance(sum(spec.nbytes for spec in self._floating() if spec.name not in modules))
+        self._watch.advance(sum(spec.nbytes for spec in self._merged() if spec.name not in modules))
         return tensors
 
     def _approximated(self, spec: TensorSpec, delta_MN: Tensor, rank: int) -> LowRank:
@@ -191,8 +191,8 @@ class Adapting:
         for step in steps(self._base.schema, [spec.name], [], 4 * BLOCK_NUMEL):
             yield step.rows, merged.delta(spec, self._base.read(spec.name, step.rows), merged.fetch(spec, step.rows))
 
-    def _floating(self) -> Iterator[TensorSpec]:
-        return (spec for spec in self._base.schema.values() if spec.floating)
+    def _merged(self) -> Iterator[TensorSpec]:
+        return (spec for spec in self._base.schema.values() if spec.merged)
 
 
 def _bytes(spec: TensorSpec, rank: int) -> int:

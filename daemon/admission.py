@@ -9,6 +9,7 @@ from daemon.config import Admission
 from daemon.errors import Reason, Refused
 from projector.head import Folded
 from projector.naming import Naming
+from projector.text import shown
 from registry.records import Expert, Flag, NewExpert
 
 NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
@@ -24,9 +25,13 @@ class Oddity:
     detail: str
     hint: str
 
-    def on(self, expert: NewExpert) -> NewExpert:
-        """The expert with this flag on it."""
-        return replace(expert, flags=(self.flag,), detail=self.detail, hint=self.hint)
+
+def flagged(expert: NewExpert, odd: Sequence[Oddity]) -> NewExpert:
+    """The expert with these flags on it."""
+    if not odd:
+        return expert
+    detail, hint = ("; ".join(words) for words in ([one.detail for one in odd], [one.hint for one in odd]))
+    return replace(expert, flags=tuple(one.flag for one in odd), detail=detail, hint=hint)
 
 
 def naming_of(expert: Expert, settings: Admission) -> Naming:
@@ -55,30 +60,65 @@ def usual_norm(norms: Sequence[float]) -> float | None:
 
 
 def check_norm(folded: Folded, usual: float | None, limits: Admission) -> None:
-    """Refuses a task vector that is nothing, as long as the base, or far from the usual norm (Refused)."""
+    """Refuses a task vector that is nothing, as long as the base, or far from the usual norm (Refused). The hint names
+    every limit that is in its way: once they are raised, it is merged.
+    """
     if folded.norm <= NEGLIGIBLE * folded.base_norm:
         raise Refused(
             Reason.EQUALS_BASE,
             f"its weights are the base's (the task vector has norm {folded.norm:.3g}): there is nothing to merge",
             "drop the fine-tuned model, not the base; an adapter only once it is trained",
         )
+    far = usual is not None and _beyond(folded.norm, usual, limits.max_norm_ratio)
+    ratio = f"admission.max_norm_ratio to {_over(folded.norm / usual)}" if usual and far else ""
     if folded.norm >= limits.max_base_ratio * folded.base_norm:
-        times = f"{folded.norm / folded.base_norm:.3g} times" if folded.base_norm else "infinitely"
+        if not folded.base_norm:
+            raise Refused(
+                Reason.FOREIGN_BASE,
+                "its task vector is infinitely as long as the base itself, which is all zeros",
+                "make a home over another base: nothing can be merged into this one",
+            )
+        times = folded.norm / folded.base_norm
         raise Refused(
             Reason.FOREIGN_BASE,
-            f"its task vector is {times} as long as the base itself",
-            "fine-tune from this home's base; if you did, raise admission.max_base_ratio",
+            f"its task vector is {times:.3g} times as long as the base itself",
+            f"fine-tune from this home's base; if you did, raise admission.max_base_ratio to {_over(times)}"
+            + (f" and {ratio}, or it is refused for that next" if ratio else ""),
         )
-    if usual is not None and _beyond(folded.norm, usual, limits.max_norm_ratio):
+    if usual and far:
         raise Refused(
             Reason.NORM_OUTLIER,
             _compared(folded.norm, usual),
-            "look at its training; if it is sound, raise admission.max_norm_ratio",
+            f"look at its training; if it is sound, raise {ratio}",
         )
 
 
+def oddities(
+    norm: float, usual: float | None, limits: Admission, resized: Mapping[str, tuple[int, int]]
+) -> list[Oddity]:
+    """What is odd about a task vector that is merged: of a norm that `check_norm` lets pass, and with these tensors of
+    other sizes (rows in the expert, rows in the base)."""
+    return [odd for odd in (oddity(norm, usual, limits), _odd_rows(resized)) if odd]
+
+
+def _odd_rows(resized: Mapping[str, tuple[int, int]]) -> Oddity | None:
+    if not resized:
+        return None
+    name, (theirs, ours) = next(iter(resized.items()))
+    lost = "what its further rows learnt is left out" if theirs > ours else "the other rows are the base's"
+    return Oddity(
+        Flag.RESIZED,
+        f"{shown(name)} has {theirs} rows, the base {ours}: the first {min(theirs, ours)} are merged, {lost}",
+        "nothing is to be done if its added tokens are not needed here; if they are, found a home on a base with them",
+    )
+
+
+def _over(ratio: float) -> str:
+    """A limit that lets this ratio, or its inverse, pass, in few digits: as mainstem.toml has it."""
+    return f"{1.1 * max(ratio, 1 / ratio):.2g}"
+
+
 def oddity(norm: float, usual: float | None, limits: Admission) -> Oddity | None:
-    """What is odd about a task vector of a norm that `check_norm` lets pass."""
     flag = None if usual is None else _beyond(norm, usual, limits.warn_norm_ratio)
     if usual is None or flag is None:
         return None

@@ -3,7 +3,8 @@
 A try that fails is counted, others go first, and after TRIES it is refused. A process that is killed with an expert in
 hand (out of memory, a crash of a library) is known by the note that it leaves. That may have been a person: FORGIVEN
 times change nothing, not even the order of merging, then others go first, and it takes DEATHS to refuse it, all with
-this expert alone. What is no expert's doing leaves no note: a stop by SIGTERM takes it away even if it is followed by
+this expert alone. Where a second one in a row would be refused for that, it is rather the home or the machine, and the
+daemon ends. What is no expert's doing leaves no note: a stop by SIGTERM takes it away even if it is followed by
 SIGKILL, and a note of another boot, after a power failure, does not count.
 """
 
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daemon import durable
-from daemon.errors import Failed, Reason
+from daemon.errors import BadHome, Failed, Reason
 from daemon.home import Home
 from daemon.inbox import Drop
+from projector.text import shown
 
 TRIES = 3
 DEATHS = 5
@@ -40,7 +42,7 @@ class Attempts:
     def __init__(self, home: Home) -> None:
         self._home = home
         self._boot = BOOT.read_text().strip() if BOOT.exists() else ""
-        self._tried = _read(home.attempts)
+        self._tried, self._blamed = _read(home.attempts)
         self._again: dict[str, float] = {}
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             note = json.loads(home.in_hand.read_bytes())
@@ -66,17 +68,38 @@ class Attempts:
         return tried.failures >= TRIES
 
     def killed(self, drop: Drop) -> Failed | None:
-        """Why a drop must not be tried again, where processes died of it and of nothing else."""
+        """Why a drop must not be tried again, where processes died of it and of nothing else.
+
+        Raises BadHome where the last to be tried was refused for the same: the next start tries this one anew.
+        """
         others = [tried.deaths for entry, tried in self._tried.items() if entry != drop.entry]
         deaths = self._tried.get(drop.entry, Tried()).deaths
         if deaths < DEATHS or max(others, default=0) >= FORGIVEN:
             return None
+        name = shown(drop.name)
+        if self._blamed:
+            del self._tried[drop.entry]
+            self._write()
+            raise BadHome(
+                f"the daemon was killed {deaths} times while it merged {name}, and before as often while it merged "
+                f"{self._blamed}, which was refused: nothing was merged in between",
+                "look into the system's log (out of memory?), give the daemon more or set compute.memory_budget, start "
+                f"again, and drop {self._blamed} again; if it is these two alone, move {name} out of the inbox",
+            )
+        self._blamed = name
+        self._write()
         return Failed(
             Reason.FAULT,
             f"the daemon was killed {deaths} times while it merged this",
             "look into the system's log (out of memory?), give the daemon more or set compute.memory_budget, and drop "
             "it again",
         )
+
+    def merged(self) -> None:
+        """An expert was merged: neither the home nor the machine is what others died of."""
+        if self._blamed:
+            self._blamed = None
+            self._write()
 
     def order(self, drops: Sequence[Drop]) -> list[Drop]:
         """Those that may be tried now: who was tried in vain after the others."""
@@ -96,10 +119,11 @@ class Attempts:
         return self._tried.setdefault(entry, Tried())
 
     def _write(self) -> None:
-        if not self._tried:
+        if not self._tried and not self._blamed:
             durable.remove(self._home.attempts)
             return
-        content = {entry: [tried.failures, tried.deaths] for entry, tried in self._tried.items()}
+        tries = {entry: [tried.failures, tried.deaths] for entry, tried in self._tried.items()}
+        content = {"tries": tries, "blamed": self._blamed}
         try:
             durable.note(self._home.attempts, json.dumps(content).encode())
         except OSError as error:  # a count that is lost with this process is no reason to end it
@@ -111,8 +135,12 @@ def _last(tried: Tried) -> int:
     return tried.failures + max(0, tried.deaths - FORGIVEN)
 
 
-def _read(path: Path) -> dict[str, Tried]:
-    """What an earlier process noted; nothing where a power failure left no whole note."""
-    with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):
-        return {str(entry): Tried(int(f), int(d)) for entry, (f, d) in json.loads(path.read_bytes()).items()}
-    return {}
+def _read(path: Path) -> tuple[dict[str, Tried], str | None]:
+    """What an earlier process noted: the tries, and who was blamed last; nothing where a power failure left no whole
+    note.
+    """
+    with suppress(FileNotFoundError, ValueError, TypeError, AttributeError, KeyError):
+        content = json.loads(path.read_bytes())
+        tried = {str(entry): Tried(int(f), int(d)) for entry, (f, d) in content["tries"].items()}
+        return tried, content["blamed"]
+    return {}, None

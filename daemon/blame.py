@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from errno import EMFILE, ENFILE, ENOMEM
 
 from daemon import durable
 from daemon.checkpoint import OpenCheckpoint
@@ -11,8 +10,6 @@ from daemon.errors import DaemonError, Failed, Reason
 from daemon.progress import Abandoned
 from projector.errors import DeviceLost, ProjectorError
 from registry.errors import RegistryError
-
-OUR_SHORTAGE = (EMFILE, ENFILE, ENOMEM)  # whatever is opened then
 
 
 @contextmanager
@@ -25,7 +22,7 @@ def blaming(expert: OpenCheckpoint | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        theirs = expert.holds(error.filename) if expert else error.errno not in OUR_SHORTAGE
+        theirs = expert.holds(error.filename) if expert else not durable.is_short(error)
         if failed := durable.failed_sync(error):
             raise failed from None
         if not theirs:

@@ -7,13 +7,14 @@ of them may be set, under a head's name: [heads.main.adapter].
 """
 
 import os
+import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.errors import BadConfig
 from projector.naming import Naming, check_prefixes
@@ -199,8 +200,10 @@ class Settings(BaseSettings):
         return {**values, **adapters}
 
 
-def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
-    """The settings in force for the file at `path` (it may be missing) and these flags. Raises BadConfig."""
+def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None, *, needed: bool = False) -> Settings:
+    """The settings in force for the file at `path` and these flags; it may be missing, unless it is `needed`. Raises
+    BadConfig.
+    """
 
     class Bound(Settings):
         @classmethod
@@ -212,22 +215,34 @@ def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            toml = TomlConfigSettingsSource(settings_cls, toml_file=path)
-            return init_settings, env_settings, toml
+            return init_settings, env_settings, InitSettingsSource(settings_cls, content)
 
     _check_environment()
     try:
+        content = _read(path, needed)
         return Bound(**(flags or {}))  # type: ignore[arg-type]
     except ValidationError as error:
         raise BadConfig("; ".join(map(_problem, error.errors())), _advice(error.errors())) from None
     except OSError as error:
-        raise BadConfig(f"{path} cannot be read: {error.strerror}", "mend its permissions, or its disk") from None
+        gone = isinstance(error, FileNotFoundError)
+        hint = "put it back; an empty one stands for the defaults" if gone else "mend its permissions, or its disk"
+        raise BadConfig(f"{path} cannot be read: {error.strerror}", hint) from None
     except ValueError as error:
         raise BadConfig(
             f"{path} or the environment: {error}",
             "the file is TOML, where a key stands once, be it prefixes = {...} or a table [admission.prefixes]; lists"
             " and tables in the environment are JSON: MAINSTEM_ADMISSION__IGNORE='[\"head.*\"]'",
         ) from None
+
+
+def _read(path: Path | None, needed: bool) -> dict[str, Any]:
+    """What the file says. Raises OSError, and ValueError where it is no TOML."""
+    try:
+        return tomllib.loads(path.read_bytes().decode()) if path else {}
+    except FileNotFoundError:
+        if needed:
+            raise
+        return {}
 
 
 def is_live(name: str) -> bool:

@@ -12,6 +12,7 @@ from daemon.errors import DaemonError
 from daemon.home import Home
 from projector.errors import ProjectorError
 from projector.tensorfile import TensorReader
+from projector.watch import SILENT, Watch
 from registry.records import Expert, Status
 from registry.store import Reader
 
@@ -19,20 +20,20 @@ Tensors = set[tuple[str, tuple[int, ...], str]]
 """Of each tensor its dtype, shape and sha256."""
 
 
-def spare(home: Home, reader: Reader, expert: Expert) -> None:
+def spare(home: Home, reader: Reader, expert: Expert, watch: Watch = SILENT) -> None:
     """Removes the weights of a duplicate from archive/<id>/: each file of which every tensor is in its twin's files,
     as long as those are what was merged. All of them are read for that. What the drop brought besides stays.
 
     Where the twin's files are gone, they take their place, if a rebuild could not tell the two apart. Repeatable, and
-    after a crash the rest goes.
+    after a crash, or where `watch` put an end to the reading, the rest goes.
     """
     twin = reader.expert(expert.duplicate_of) if expert.duplicate_of else None
     own = home.archived(expert.id)
-    if own is None or twin is None or twin.place is None:
+    if own is None or twin is None:
         return
     kept = home.archived(twin.id)
     if kept is not None:
-        _remove(own, _held_twice(own, kept, twin))
+        _remove(own, _held_twice(own, kept, twin, watch))
     elif _stands_for(expert, twin):
         folder = home.archive(twin.id)
         durable.make_folder(folder)
@@ -40,24 +41,26 @@ def spare(home: Home, reader: Reader, expert: Expert) -> None:
         durable.rename_new(own, folder / own.name)
 
 
-def _held_twice(own: Path, kept: Path, twin: Expert) -> list[Path]:
+def _held_twice(own: Path, kept: Path, twin: Expert, watch: Watch) -> list[Path]:
     """The files of `own` with nothing in them that is not in the twin's too."""
     files = sorted(own.glob("*.safetensors")) if own.is_dir() else [own]
     try:
-        with open_path(kept, follow=False) as archived:
+        with open_path(kept, watch, follow=False) as archived:
             archived.digest_tensors()
             if archived.identity() != twin.sha256:
                 return []
             there = _tensors(file.reader for file in archived.files)
-        return [path for path in files if _tensors_in(path) <= there]
+        return [path for path in files if _tensors_in(path, watch) <= there]
     except (DaemonError, ProjectorError, OSError):
         return []  # a file that cannot be read now is no reason to remove another
 
 
-def _tensors_in(path: Path) -> Tensors:
+def _tensors_in(path: Path, watch: Watch) -> Tensors:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        return _tensors([TensorReader(fd)]) if stat.S_ISREG(os.fstat(fd).st_mode) else {("", (), "no file")}
+        return (
+            _tensors([TensorReader(fd, watch=watch)]) if stat.S_ISREG(os.fstat(fd).st_mode) else {("", (), "no file")}
+        )
     finally:
         os.close(fd)
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -40,13 +40,12 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT) and failed_sync(error) is None
 
 
-def out_of_descriptors(error: BaseException | None) -> bool:
-    """True where there were too many open files, and no sync had failed before: it passes."""
-    out = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-    while error is not None:
-        out = out and not isinstance(error, SyncFailed)
-        error = error.__cause__ or error.__context__
-    return out
+def is_short(error: BaseException) -> bool:
+    """True where this machine was short of descriptors or of memory, and no sync had failed before: it passes, whatever
+    was opened then.
+    """
+    short = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return short and failed_sync(error) is None
 
 
 def lock(path: Path) -> int:
@@ -146,11 +145,12 @@ def note(path: Path, data: bytes) -> None:
     new.rename(path)
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copies a file's bytes, durably."""
+def copy_file(source: Path, target: Path, copied: Callable[[int], object] = lambda _: None) -> None:
+    """Copies a file's bytes, durably. `copied` hears of each piece, and may raise to give up."""
     with source.open("rb") as file, new_file(target, source.stat().st_size) as fd:
         while chunk := file.read(COPY_BYTES):
             _write(fd, chunk)
+            copied(len(chunk))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -62,7 +62,7 @@ def found(
             check_base(checkpoint.tensors.schema)
             parameters = count_finite(checkpoint.tensors)
             if not parameters:
-                raise BadHome("it has no floating tensor", "give --base the weights of a model")
+                raise BadHome("it has no floating tensor that could be merged", "give --base the weights of a model")
             check_budget(checkpoint.tensors.schema, [method for _, method in heads], compute)
             _make_room(home)
             for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.base, home.tmp):
@@ -96,7 +96,7 @@ def found(
 
 def floating_dtypes(base: OpenCheckpoint) -> str:
     """The dtypes of the floating tensors, in words: "bfloat16", or "bfloat16/float32"."""
-    found = {str(s.dtype).removeprefix("torch.") for s in base.tensors.schema.values() if s.floating}
+    found = {str(s.dtype).removeprefix("torch.") for s in base.tensors.schema.values() if s.merged}
     return "/".join(sorted(found))
 
 

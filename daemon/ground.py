@@ -22,9 +22,13 @@ from daemon.generations import HASH_BYTES, FileEntry, entry, names_below
 from daemon.home import CARD, STATE_FILE, Home
 from daemon.inbox import Stamp, stamp
 from daemon.lines import Line
+from daemon.progress import Abandoned
 from projector.errors import BadFile, ProjectorError
 from projector.source import Checkpoint, identity
+from projector.spec import Schema
+from projector.steps import state_specs
 from projector.tensorfile import RunningDigest, TensorReader
+from projector.text import shown
 from projector.watch import SILENT, Watch
 from registry.records import Version
 from registry.store import Reader
@@ -38,13 +42,14 @@ class Base:
 
     def __init__(self, home: Home, reader: Reader, watch: Watch = SILENT) -> None:
         self._home = home
+        self._watch = watch
         self._record = reader.base()
         self._listed = _listed(home, reader)
         self._heads = [head.name for head in reader.heads()]
         try:
             self._opened = open_path(home.base, watch)
         except (DaemonError, ProjectorError) as error:
-            others = (name for name, file in self._listed.items() if _sha256(home.base / name) != file.sha256)
+            others = (name for name, file in self._listed.items() if self._sha256(home.base / name) != file.sha256)
             self._refuse(next(others, WEIGHTS), str(error))
         weights = {file.name for file in self._opened.files}
         self._beside = [name for name in self._listed if name not in weights]
@@ -72,7 +77,7 @@ class Base:
                 )
             known = self._hashed.get(file.name)
             if known and known[0] != now:
-                digest = RunningDigest(file.fd).finish(os.fstat(file.fd).st_size)
+                digest = RunningDigest(file.fd, self._watch).finish(os.fstat(file.fd).st_size)
                 self._hashed[file.name] = now, digest
         self._judge()
 
@@ -126,24 +131,30 @@ class Base:
         wanted = self._listed.get(name)
         for head in self._heads:
             copy = self._home.version(head, 0) / name
-            if wanted and _sha256(copy) == wanted.sha256:
+            if wanted and self._sha256(copy) == wanted.sha256:
                 raise BadHome(damaged, f"nothing was merged; cp {copy} {self._home.base / name}, then start again")
         raise BadHome(damaged, f"nothing was merged; put {self._home.base / name} back from a backup, then start again")
 
+    def _sha256(self, path: Path) -> str | None:
+        try:
+            return entry(path, read=self._watch.advance).sha256
+        except OSError:
+            return None
 
-def separate(home: Home, reader: Reader) -> list[str]:
+
+def separate(home: Home, reader: Reader, watch: Watch = SILENT) -> list[str]:
     """Gives each file of the base that has further names, such as version 0's in a home made by an earlier mainstem, an
     inode of its own; returns their names. Raises BadHome where the base is damaged, and OSError.
     """
     shared = [name for name in names_below(home.base) if (home.base / name).stat().st_nlink > 1]
     if shared:
-        with Base(home, reader) as base:
+        with Base(home, reader, watch) as base:
             base.check()
             base.confirm()
         for name in shared:
             new = home.tmp / uuid4().hex
             try:
-                durable.copy_file(home.base / name, new)
+                durable.copy_file(home.base / name, new, watch.advance)
                 durable.rename(new, home.base / name)
             finally:
                 durable.remove(new)
@@ -159,7 +170,7 @@ class States:
         self._sound: dict[Path, tuple[str, Stamp]] = {}  # the manifest's sha256 and the file's stamp
         self._reading: list[_Reading] = []
 
-    def open(self, line: Line, files: ExitStack) -> TensorReader:
+    def open(self, line: Line, base: Schema, files: ExitStack) -> TensorReader:
         """The accumulators of a head's live version, until `files` closes. Raises BadHome."""
         path = self._home.head_state(line.head.name, line.version.number) / STATE_FILE
         try:
@@ -171,6 +182,13 @@ class States:
             raise _bad_state(self._home, path, "it is gone") from None
         except BadFile as error:
             raise _bad_state(self._home, path, str(error)) from error
+        lacking = [spec.name for spec in state_specs(line.method, base) if spec.name not in reader.specs]
+        if lacking:
+            raise BadHome(
+                f"{path.relative_to(self._home.root)} has no {shown(lacking[0])}: an earlier mainstem merged running"
+                " statistics as if they were weights",
+                "nothing was merged; merge the archive again, by today's rules: mainstem rebuild --into NEWHOME",
+            )
         known = self._sound.get(path) == (line.version.manifest_sha256, now)
         hashing = None if known else files.enter_context(_Hashing(fd, now[2], self._watch))
         self._reading.append(_Reading(path, fd, now, line.version, hashing))
@@ -205,9 +223,9 @@ class _Hashing:
         self._thread = Thread(target=self._work, name="hash")
 
     def finish(self) -> str | None:
-        """The sha256; None where the file has become shorter. Raises OSError where it cannot be read."""
+        """The sha256; None where the file has become shorter. Raises what reading it raised: OSError, or Abandoned."""
         self._thread.join()
-        if isinstance(self._failed, OSError):
+        if self._failed and not isinstance(self._failed, BadFile):
             raise self._failed
         return None if self._failed else self._digest.finish(self._size)
 
@@ -223,7 +241,7 @@ class _Hashing:
         try:
             while self._digest.frontier < self._size and not self._given_up:
                 self._digest.catch_up(min(self._size, self._digest.frontier + HASH_BYTES))
-        except (OSError, BadFile) as error:
+        except (OSError, BadFile, Abandoned) as error:
             self._failed = error
 
 
@@ -236,6 +254,14 @@ class _Reading:
     stamp: Stamp
     version: Version
     hashing: _Hashing | None
+
+
+def damaged(error: BadFile) -> BadHome:
+    """What to raise where a file of ours cannot be read as what it is."""
+    return BadHome(
+        f"a file of the base or of a head's state is damaged: {error}",
+        "`mainstem verify` names it: restore it from a backup; the experts are still in the inbox",
+    )
 
 
 def touched_meanwhile(what: str) -> NotYet:
@@ -279,10 +305,3 @@ def _inode(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        return entry(path).sha256
-    except OSError:
-        return None

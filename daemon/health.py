@@ -23,6 +23,11 @@ from registry.records import Head
 from registry.store import Reader
 
 STUCK = timedelta(seconds=10)  # what is decided is moved out of the inbox at once
+FREEING = (
+    "look at who owns it, and move it yourself: what was merged into archive/ID/, what was refused anywhere else;"
+    " or, where another folder took the inbox's place, put the old one back; then restart the daemon"
+)
+"""What to do about an entry of the inbox that was decided and cannot be moved. ID: six digits, as `show` has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ class Health:
             found.append(Trouble("no_inbox", "the inbox is gone", "make the folder `inbox` in the home again"))
         if "disk_full" not in self._notes and shutil.disk_usage(self._home.root).free < RESERVE_BYTES:
             found.append(
-                Trouble("disk_full", f"less than {RESERVE_BYTES >> 20} MiB of disk are free", "make room for the home")
+                Trouble("disk_full", f"less than {RESERVE_BYTES >> 20} MiB of disk are free", "make room on its disk")
             )
         if beside and not durable.is_locked(self._home.lock):
             found.append(Trouble("no_daemon", "no daemon runs on this home: nothing is merged", "start `mainstem run`"))
@@ -80,7 +85,7 @@ class Health:
             return [Trouble("registry", text, error.hint)]
         if stuck:
             text = f"decided, but not to be moved out of the inbox: {listed(stuck, most=3)}"
-            found.append(Trouble("stuck", text, "look at who owns them, then move or remove them"))
+            found.append(Trouble("stuck", text, FREEING))
         return found
 
     def _of_head(self, reader: Reader, head: Head) -> Trouble | None:
@@ -89,7 +94,7 @@ class Health:
         if not wrong or reader.head(head.name) != head:  # it has moved on, and that version may have been collected
             return None
         text = f"head {head.name}, version {head.live}: missing or not what was published: {listed(wrong, most=3)}"
-        return Trouble("damaged", text, "restore these files from a backup; `mainstem verify` names all that differ")
+        return Trouble("damaged", text, "`mainstem verify` names all that differ, and where to take it from")
 
     def _wrong(self, head: Head, manifest_sha256: str) -> list[str]:
         folder = self._home.version(head.name, head.live)

@@ -1,13 +1,14 @@
 """Which merged expert an arrival is once more: by its files, or by its tensors in other files."""
 
+from daemon import durable
 from daemon.admission import naming_of
-from daemon.blame import OUR_SHORTAGE
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import Settings
 from daemon.errors import BadHome, DaemonError
 from daemon.home import Home
 from projector.errors import ProjectorError
 from projector.source import Checkpoint
+from projector.watch import SILENT, Watch
 from registry.records import Expert
 from registry.store import Reader, Store
 
@@ -23,6 +24,7 @@ def twin_of(
     settings: Settings,
     *,
     again: bool,
+    watch: Watch = SILENT,
 ) -> Expert | None:
     """The merged expert that this one is, if any. again: it was merged before, and only the same files are the same.
 
@@ -35,7 +37,7 @@ def twin_of(
         return None
     content = expert.content()
     for older in reader.without_content(norm * (1 - SAME_NORM), norm * (1 + SAME_NORM)):
-        found = _archived_content(home, older, base, settings)
+        found = _archived_content(home, older, base, settings, watch)
         if found and isinstance(reader, Store):
             reader.note_content(older.id, found)
         if found == content:
@@ -43,20 +45,21 @@ def twin_of(
     return reader.merged_content(content)
 
 
-def _archived_content(home: Home, expert: Expert, base: Checkpoint, settings: Settings) -> str | None:
+def _archived_content(home: Home, expert: Expert, base: Checkpoint, settings: Settings, watch: Watch) -> str | None:
     """What a merged expert does to the base; None where it is not in the archive any more, or not as it was."""
     path = home.archived(expert.id)
     if path is None:
         return None
     try:
-        with open_path(path, follow=False, naming=naming_of(expert, settings.admission)) as archived:
+        naming = naming_of(expert, settings.admission)
+        with open_path(path, watch, follow=False, naming=naming) as archived:
             archived.check(base)
             archived.digest_tensors()
             return archived.content() if archived.identity() == expert.sha256 else None
     except (FileNotFoundError, NotADirectoryError, DaemonError, ProjectorError):
         return None
     except OSError as error:
-        if error.errno in OUR_SHORTAGE:
+        if durable.is_short(error):
             raise
         raise BadHome(
             f"{path} cannot be read ({error.strerror}), and an expert came that may be the same",

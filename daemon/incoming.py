@@ -96,5 +96,7 @@ def check_name(name: str) -> None:
 def _check_space(folder: Folder, size: int) -> None:
     if shutil.disk_usage(folder.fd).free < size + RESERVE_BYTES:
         raise NotUploaded(
-            Reason.UPLOAD_SPACE, "there is not enough free space for it", "make room for HOME, or lower the retention"
+            Reason.UPLOAD_SPACE,
+            "there is not enough free space for it",
+            "make room on the home's disk, or lower the retention",
         )

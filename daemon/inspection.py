@@ -7,7 +7,7 @@ from threading import Event
 from typing import Any
 
 from daemon.adapter_modules import read_config
-from daemon.admission import USUAL_EXPERTS, check_norm, oddity, usual_norm
+from daemon.admission import USUAL_EXPERTS, check_norm, oddities, usual_norm
 from daemon.checkpoint import open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
@@ -51,7 +51,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         folded = Folded(found.norm, found.base_norm, ())
         usual = usual_norm(reader.merged_norms(limit=USUAL_EXPERTS))
         check_norm(folded, usual, limits)
-        odd = oddity(folded.norm, usual, limits)
+        odd = oddities(folded.norm, usual, limits, expert.tensors.resized)
         twin = twin_of(home, reader, expert, found.norm, base.tensors, settings, again=False)
         schema = base.tensors.schema
         published = sum(spec.nbytes for spec in schema.values())
@@ -71,9 +71,9 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "norm": found.norm,
             "norm_over_base": found.norm / found.base_norm,
             "norm_over_usual": found.norm / usual if usual else None,
-            "flags": [odd.flag] if odd else [],
-            "warning": odd.detail if odd else None,
-            "hint": odd.hint if odd else None,
+            "flags": [one.flag for one in odd],
+            "warning": "; ".join(one.detail for one in odd) or None,
+            "hint": "; ".join(one.hint for one in odd) or None,
             "compared_with": f"{head.name}/v{head.live}",
             "overlap": found.cosine,
             "reads_bytes": expert.size_bytes + base.size_bytes,

@@ -23,14 +23,14 @@ from uuid import uuid4
 from daemon import durable
 from daemon.adapter_modules import read_config
 from daemon.adapting import Adapting
-from daemon.admission import USUAL_EXPERTS, check_norm, oddity, usual_norm
+from daemon.admission import USUAL_EXPERTS, check_norm, flagged, oddities, usual_norm
 from daemon.blame import blaming
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint
 from daemon.compute import check_budget, driver
 from daemon.config import Settings
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.failpoints import hit
-from daemon.ground import Base, States, touched_meanwhile
+from daemon.ground import Base, States, damaged, touched_meanwhile
 from daemon.home import Home
 from daemon.identity import twin_of
 from daemon.inbox import Drop, entry_id
@@ -139,9 +139,12 @@ class Merger:
 
     def refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
         """Notes that the drop is refused, and why. `tidy` is to follow."""
-        recorded = self._store.record(refused(arrived(drop, Status.QUARANTINED), error))
+        recorded = self._store.record(self._refused(arrived(drop, Status.QUARANTINED), error))
         hit("refuse.recorded")
         return recorded
+
+    def _refused(self, expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
+        return refused(expert, error, self._store.last_expert_id() + 1)  # nobody else records any
 
     def tidy(self, expert: Expert) -> bool:
         """Finishes an expert whose fate is recorded; False where it cannot be moved out of the inbox.
@@ -171,7 +174,7 @@ class Merger:
         with ExitStack() as closing:
             try:  # anew for each: another folder may have taken the inbox's place
                 inbox = os.open(self._home.inbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
                 raise changed(drop) from None
             closing.callback(os.close, inbox)
             with blaming():
@@ -216,10 +219,10 @@ class Merger:
             durable.remove(folder)
 
     def _work_bytes(self) -> int:
-        """What the driver will have reported at the end: the floating tensors once for each sweep over them."""
+        """What the driver will have reported at the end: the tensors that are merged once for each sweep over them."""
         specs = self._base.tensors.schema.values()
         sweeps = 1 + sum(method.rounds + (not method.one_sweep) for method in self._methods.values())
-        return sweeps * sum(spec.nbytes for spec in specs if spec.floating) + self._adapting.work_bytes(self._methods)
+        return sweeps * sum(spec.nbytes for spec in specs if spec.merged) + self._adapting.work_bytes(self._methods)
 
     def _outputs(self, line: Line, folder: Path, files: ExitStack) -> Outputs:
         schema = self._base.tensors.schema
@@ -266,7 +269,7 @@ class Merger:
                 raise touched_meanwhile(f"what was prepared for {line.head.name}")
 
     def _state(self, line: Line, files: ExitStack) -> TensorReader | None:
-        return self._states.open(line, files) if line.totals.experts else None
+        return self._states.open(line, self._base.tensors.schema, files) if line.totals.experts else None
 
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded, again: bool) -> NewExpert:
         sha256, content, sidecars = expert.identity(), expert.content(), expert.sidecar_digests()
@@ -283,7 +286,14 @@ class Merger:
             naming=expert.naming.noted(),
         )
         if twin := twin_of(
-            self._home, self._store, expert, folded.norm, self._base.tensors, self._settings, again=again
+            self._home,
+            self._store,
+            expert,
+            folded.norm,
+            self._base.tensors,
+            self._settings,
+            again=again,
+            watch=self._progress,
         ):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
         if again and self._store.merged_content(content):  # merged twice, when only the same files were the same expert
@@ -292,9 +302,8 @@ class Merger:
         try:
             check_norm(folded, usual, limits)
         except Refused as error:
-            return refused(new, error)
-        odd = oddity(folded.norm, usual, limits)
-        return odd.on(new) if odd else new
+            return self._refused(new, error)
+        return flagged(new, oddities(folded.norm, usual, limits, expert.tensors.resized))
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
         for line, after, output in zip(lines, totals, outputs, strict=True):
@@ -341,10 +350,7 @@ class Merger:
     def _check_ours(self, error: ProjectorError | Refused, expert: OpenCheckpoint) -> None:
         """Raises BadHome where it was our own state or base that made an expert look bad."""
         if isinstance(error, BadFile) and error.fd is not None and not expert.holds(error.fd):
-            raise BadHome(
-                f"a file of the base or of a head's state is damaged: {error}",
-                "`mainstem verify` names it: restore it from a backup; the expert is still in the inbox",
-            ) from error
+            raise damaged(error) from error
         if isinstance(error, BadMerged):
             self._check_folds()
 
@@ -388,6 +394,6 @@ class Merger:
             for head in self._store.heads():
                 point_latest(self._home, head)
             hit("latest.after")
-        placed = place(self._home, self._store, expert)
+        placed = place(self._home, self._store, expert, self._progress)
         collect(self._home, self._store, self._settings.retention)
         return placed

@@ -72,4 +72,4 @@ def published_specs(base: Schema, dtype: str) -> list[TensorSpec]:
     if dtype == "base":
         return list(base.values())
     wanted: torch.dtype = getattr(torch, dtype)
-    return [replace(spec, dtype=wanted) if spec.floating else spec for spec in base.values()]
+    return [replace(spec, dtype=wanted) if spec.merged else spec for spec in base.values()]

@@ -18,6 +18,7 @@ from daemon.duplicates import spare
 from daemon.failpoints import hit
 from daemon.home import Home, number
 from daemon.inbox import entry_id
+from projector.watch import SILENT, Watch
 from registry.records import Expert, Status
 from registry.store import Store
 
@@ -25,8 +26,10 @@ REASON_FILE = "reason.json"
 IMMOVABLE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)
 
 
-def place(home: Home, store: Store, expert: Expert) -> bool:
-    """Moves one expert to where its status says, and notes it in the registry; False where it cannot be moved."""
+def place(home: Home, store: Store, expert: Expert, watch: Watch = SILENT) -> bool:
+    """Moves one expert to where its status says, and notes it in the registry; False where it cannot be moved, or
+    where a merged one is gone: another folder may have taken the inbox's place, and the old one may come back.
+    """
     if not home.inbox.is_dir():
         return False  # nor can it be said that it is not in there
     refused = expert.status is Status.QUARANTINED
@@ -52,16 +55,18 @@ def place(home: Home, store: Store, expert: Expert) -> bool:
         durable.sync_folder(folder)
         durable.sync_folder(home.inbox)
     hit("archive.after")
+    if expert.status is Status.MERGED and home.archived(expert.id) is None:
+        return False
     if expert.status is Status.DUPLICATE:
-        spare(home, store, expert)
+        spare(home, store, expert, watch)
     store.placed(expert.id, f"{folder.parent.name}/{number(expert.id)}")
     return True
 
 
-def place_all(home: Home, store: Store) -> None:
+def place_all(home: Home, store: Store, watch: Watch = SILENT) -> None:
     """Finishes every move that a crash left undone."""
     for expert in store.unplaced():
-        place(home, store, expert)
+        place(home, store, expert, watch)
 
 
 def _find(home: Home, expert: Expert) -> Path | None:

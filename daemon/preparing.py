@@ -16,11 +16,13 @@ import torch
 from daemon import durable
 from daemon.failpoints import hit
 from daemon.generations import entry
+from daemon.ground import damaged
 from daemon.home import PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home
 from daemon.inbox import Stamp, stamp
 from daemon.lines import Line
 from daemon.metrics import software_version
 from daemon.retention import numbered
+from projector.averages import rule_of
 from projector.device import Device
 from projector.errors import BadFile
 from projector.fold import Driver
@@ -74,12 +76,15 @@ class Preparations:
     def work(self, stop: Callable[[], bool]) -> str | None:
         """Prepares until all is ready or `stop` says so; returns why it gave up, if it did.
 
-        A full disk or arithmetic that fails do no harm: the next expert works out what it needs.
+        A full disk or arithmetic that fails do no harm: the next expert works out what it needs. Raises BadHome where a
+        file that it reads is damaged.
         """
         gave_up = None
         for preparation in self._heads.values():
             try:
                 preparation.work(stop)
+            except BadFile as error:
+                raise damaged(error) from error
             except OSError as error:
                 if durable.failed_sync(error) or not (durable.is_full(error) or error.errno == errno.EFBIG):
                     raise
@@ -132,13 +137,14 @@ class _Preparation:
         self._writer: TensorWriter | None = None
         self._reader: TensorReader | None = None
         self._ready: set[str] = set()
+        self._ready_bytes = 0
+        self._all_bytes = sum(self._bytes.values())
         self._given_up = False
         self._take_up()
 
     @property
     def share(self) -> float:
-        total = sum(self._bytes.values())
-        return sum(self._bytes[name] for name in tuple(self._ready)) / total if total else 1.0
+        return self._ready_bytes / self._all_bytes if self._all_bytes else 1.0
 
     def made_from(self, line: Line) -> bool:
         return self._key["version"] == line.version.manifest_sha256
@@ -170,6 +176,7 @@ class _Preparation:
         state = TensorReader(self._open(os.open(self._state, os.O_RDONLY | os.O_CLOEXEC)), watch=self._driver.watch)
         for name in self._driver.prepare(self._base, self._method, state, writer, missing, stop):
             self._ready.add(name)
+            self._ready_bytes += self._bytes[name]
         os.close(self._files.pop())
         if len(self._ready) == len(self._bytes):
             self._keep()
@@ -178,7 +185,7 @@ class _Preparation:
     def give_up(self) -> None:
         self.close()
         self._remove()
-        self._ready, self._reader, self._given_up = set(), None, True
+        self._ready, self._ready_bytes, self._reader, self._given_up = set(), 0, None, True
 
     def close(self) -> None:
         while self._files:
@@ -198,11 +205,11 @@ class _Preparation:
         except BadFile:
             sound = False
         except OSError as error:
-            if durable.out_of_descriptors(error):
+            if durable.is_short(error):
                 raise
             sound = False  # a disk that fails under what is derived is no reason to stop
         if sound:
-            self._reader, self._ready = reader, set(self._bytes)
+            self._reader, self._ready, self._ready_bytes = reader, set(self._bytes), self._all_bytes
             self._stamp = stamp(os.fstat(self._files[0]))
         else:
             self.close()
@@ -249,7 +256,10 @@ def _next_version_bytes(lines: Sequence[Line], base: Checkpoint) -> int:
 def _bytes_by_tensor(line: Line, base: Checkpoint) -> Mapping[str, int]:
     """What is prepared for each of the base's tensors, in bytes; without those for which nothing is."""
     schema = base.schema
-    sizes = {name: sum(s.nbytes for s in line.method.prepares(schema[name]).values()) for name in base.order}
+    sizes = {
+        name: sum(spec.nbytes for spec in rule_of(line.method, schema[name]).prepares(schema[name]).values())
+        for name in base.order
+    }
     return {name: size for name, size in sizes.items() if size}
 
 

@@ -5,12 +5,11 @@ from datetime import UTC, datetime, timedelta
 
 from daemon.config import taking_effect
 from daemon.errors import DaemonError, NotYet, Reason
+from daemon.home import number
 from daemon.inbox import Drop
 from projector.errors import ProjectorError
 from projector.text import shown
 from registry.records import NewExpert, Status
-
-DROP_AGAIN = "move the expert from quarantine/<id>/ back into inbox/"
 
 
 def arrived(drop: Drop, status: Status) -> NewExpert:
@@ -19,9 +18,9 @@ def arrived(drop: Drop, status: Status) -> NewExpert:
     return NewExpert(shown(drop.name), "unknown", None, drop.size_bytes, status, received, drop.entry)
 
 
-def refused(expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
-    """The expert as one that was refused, and why."""
-    hint = taking_effect(error.hint, DROP_AGAIN)
+def refused(expert: NewExpert, error: DaemonError | ProjectorError, expert_id: int) -> NewExpert:
+    """The expert as one that was refused, and why. expert_id: the one that it will have."""
+    hint = taking_effect(error.hint, f"move the expert from quarantine/{number(expert_id)}/ back into inbox/")
     return replace(expert, status=Status.QUARANTINED, reason=str(error.reason), detail=str(error), hint=hint)
 
 

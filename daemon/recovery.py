@@ -17,18 +17,18 @@ from daemon.ground import separate
 from daemon.home import Home, is_head_name
 from daemon.latest import PLAIN, point_latest
 from daemon.placing import place_all
+from daemon.restoring import restoring
 from daemon.retention import finish, remove_whole
 from daemon.uncommitted import leftovers, refuse_ahead, temporaries
+from projector.watch import SILENT, Watch
 from registry.errors import Busy
 from registry.store import Store
 
 UNFINISHED = (".founding", "..founding.tmp", ".clean.tmp", "registry.new", "registry.new-wal", "registry.new-shm")
 
 
-def recover(
-    home: Home, store: Store, say: Callable[..., object], read: Callable[[int], object] = lambda _: None
-) -> None:
-    """Makes the home sound. `say(event, **fields)` hears what was done, `read` of the bytes that are hashed: it may
+def recover(home: Home, store: Store, say: Callable[..., object], watch: Watch = SILENT) -> None:
+    """Makes the home sound. `say(event, **fields)` hears what was done, `watch` of the bytes that are read: it may
     raise, to leave the rest to the next start. Raises BadHome where a live version is damaged.
     """
     hit("recover.begin")
@@ -42,7 +42,7 @@ def recover(
     if unclean:
         say("the last stop was not clean: hashing the live versions")
     refuse_ahead(home, store)
-    _check_live(home, store, hashes=unclean, read=read)
+    _check_live(home, store, hashes=unclean, read=watch.advance)
     durable.remove(home.clean)
     durable.sync_folder(home.state)
     for path in [*leftovers(home, store), *_strays(home, store)]:
@@ -55,12 +55,12 @@ def recover(
         # Others may write there: what cannot be removed stays, and stops no start. A link is removed, not followed.
         with suppress(OSError, RecursionError):
             durable.remove(home.old_uploads)
-    _separate_base(home, store, say)
+    _separate_base(home, store, say, watch)
     finish(home, store)
     for head in store.heads():
         point_latest(home, head)
     hit("recover.swept")
-    place_all(home, store)
+    place_all(home, store, watch)
     hit("recover.end")
 
 
@@ -69,10 +69,10 @@ def mark_clean(home: Home) -> None:
     durable.replace_file(home.clean, b"")
 
 
-def _separate_base(home: Home, store: Store, say: Callable[..., object]) -> None:
+def _separate_base(home: Home, store: Store, say: Callable[..., object], watch: Watch) -> None:
     """A home that an earlier mainstem made shares the base's files with version 0."""
     try:
-        if names := separate(home, store):
+        if names := separate(home, store, watch):
             say("gave the base in state/base files of its own", files=len(names))
     except OSError as error:
         if not durable.is_full(error):
@@ -95,15 +95,14 @@ def _check_file_system(home: Home) -> None:
 def _check_live(home: Home, store: Store, *, hashes: bool, read: Callable[[int], object]) -> None:
     for head in store.heads():
         version = store.version(head.name, head.live)
-        found = (
-            problems(home, version, hashes=hashes, extras=False, read=read)
-            if version
-            else [f"version {head.live} is not in the registry"]
-        )
+        if version is None:
+            found, hint = [f"version {head.live} is not in the registry"], "restore the home from a backup"
+        elif found := problems(home, version, hashes=hashes, extras=False, read=read):
+            hint = restoring(home, version, found, read)
         if found:
             raise BadHome(
                 f"head {head.name}, version {head.live} is damaged: {'; '.join(found)}",
-                "restore these files from a backup; `mainstem verify` lists everything that differs",
+                f"{hint}; `mainstem verify` lists everything that differs",
             )
 
 

@@ -57,7 +57,7 @@ def archived(home: Home, expert: Expert) -> Path:
     if path is None and expert.place is None:
         raise BadHome(
             f"expert {expert.id} ({expert.name}) is merged, but the daemon has not archived it yet",
-            "try again in a moment",
+            f"try again in a moment; if the inbox was replaced meanwhile, put its file into {home.archive(expert.id)}",
         )
     if path is None:
         raise BadHome(

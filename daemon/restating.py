@@ -88,7 +88,7 @@ class Restating:
             last = place == len(arrivals)
             self._progress.begin(self._sweep_bytes() * (1 + method.rounds + last))
             with ExitStack() as files:
-                before = _state(state, files) if state else states.open(line, files)
+                before = _state(state, files) if state else states.open(line, self._base.tensors.schema, files)
                 output = Outputs(
                     folder, self._base.tensors.schema, method, self._plan if last else STATE_ONLY, files, self._progress
                 )
@@ -183,7 +183,7 @@ class Restating:
         return number
 
     def _sweep_bytes(self) -> int:
-        return sum(spec.nbytes for spec in self._base.tensors.schema.values() if spec.floating)
+        return sum(spec.nbytes for spec in self._base.tensors.schema.values() if spec.merged)
 
 
 def changed(expert: Expert, sha256: str | None, sidecars: Mapping[str, str]) -> str | None:

@@ -18,7 +18,7 @@ from daemon.attempts import Attempts
 from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
-from daemon.health import Health, Trouble
+from daemon.health import FREEING, Health, Trouble
 from daemon.home import Home
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan
@@ -42,7 +42,8 @@ from registry.store import Reader, Store
 Display = Callable[[Drop], AbstractContextManager[Callable[[float], None]]]
 
 DISK_FULL_WAIT_SECONDS = 15.0
-DESCRIPTORS_WAIT_SECONDS = 2.0
+SHORTAGE_WAIT_SECONDS = 2.0
+ONCE_WAITS_SECONDS = 60.0  # for a registry that another program holds: whoever drains once wants an answer
 LOG_EVERY_SHARE = 0.25
 WAKE_SECONDS = 0.01
 
@@ -61,14 +62,15 @@ class Service:
         self._display = display or self._log_progress
         self._log = structlog.get_logger()
         self._metrics = Metrics()
-        self._uploads = Uploads(home, settings.http, self._metrics.uploaded)
         self._reloading = Reloading(read or (lambda: settings), self._metrics)
         self._health = Health(home)
         self._wake = Event()
+        self._uploads = Uploads(home, settings.http, self._metrics.uploaded, self._wake.set)
         self._stopping = Stop()
         self._signalled = Event()
         self._not_ready: str | None = "recovering"
-        self._busy = False
+        self._busy_since: float | None = None
+        self._once = False
         self._interrupted = False
         self._told = 0  # the newest expert that the log has spoken of
         self._attempts: Attempts | None = None  # once the home's lock is held
@@ -78,9 +80,10 @@ class Service:
         """Runs until SIGTERM or SIGINT; with `once`, until the inbox is drained.
 
         Raises BadHome where the home is in use or damaged, SyncFailed where the disk failed and DeviceLost where
-        the device did; then only a restart helps.
+        the device did; then only a restart helps. With `once` also Busy, where another program holds the registry.
         """
         reuse_freed_memory()
+        self._once = once
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
         self._metrics.memory_budget.set(memory_budget(self._settings.compute))
         with ExitStack() as closing:
@@ -122,38 +125,38 @@ class Service:
         self._log.info("stopped")
 
     def _recover(self, store: Store, once: bool) -> None:
-        """Makes the home sound; waits for space where that takes some."""
+        """Makes the home sound; waits for space where that takes some. Raises Abandoned once the daemon is to stop."""
+        watch = Progress(self._stopping, lambda _: None)
         while True:
             try:
-                recover(self._home, store, self._log.info, self._go_on)
+                recover(self._home, store, self._log.info, watch)
                 collect(self._home, store, self._settings.retention)
                 return
             except (OSError, DiskFull) as error:
-                if once or not _is_full(error):
-                    raise
-                self._show_disk(full=True)
-                self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
-                self._signalled.wait(DISK_FULL_WAIT_SECONDS)
-                self._signalled.clear()
-                self._go_on()
+                self._wait_for_space(error, once)
+                watch.advance(0)
 
-    def _go_on(self, _: int = 0) -> None:
-        """Raises Abandoned once the daemon is to stop."""
-        if self._stopping.is_set():
-            raise Abandoned
+    def _wait_for_space(self, error: OSError | DiskFull, once: bool) -> None:
+        """Raises `error` itself where it means anything but a full disk, or where there is nobody to wait."""
+        if once or not _is_full(error):
+            raise error
+        self._show_disk(full=True)
+        hint = f"make room on the disk of {self._home.root}; nothing is lost"
+        self._log.error("the disk is full: waiting for space", hint=hint)
+        self._signalled.wait(DISK_FULL_WAIT_SECONDS)
+        self._signalled.clear()
 
     def _drain_on(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
-        """Drains, and goes on where there were no descriptors left for a while."""
+        """Drains, and goes on where descriptors or memory were short for a while."""
         while True:
             try:
                 return self._drain(store, merger, progress, watching, once)
             except OSError as error:
-                if once or not durable.out_of_descriptors(error):
+                if once or not durable.is_short(error):
                     raise
-                self._log.error(
-                    "too many open files: waiting", error=str(error), hint="raise the limit (ulimit -n, LimitNOFILE=)"
-                )
-                self._stopping.wait(DESCRIPTORS_WAIT_SECONDS)
+                hint = "raise the limit (ulimit -n, LimitNOFILE=), or give it more memory"
+                self._log.error("too many open files, or no memory: waiting", error=str(error), hint=hint)
+                self._stopping.wait(SHORTAGE_WAIT_SECONDS)
                 self._interrupted = True  # perhaps in the middle of a move
 
     def _drain(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
@@ -265,7 +268,7 @@ class Service:
             self._time(expert, drop, progress, started)
             self._tell(expert, store, log)
         if not moved:
-            log.warning("it cannot be moved out of the inbox", id=expert.id, hint="look at its owner, then remove it")
+            log.warning("it cannot be moved out of the inbox", id=expert.id, hint=FREEING)
         return True
 
     def _decide(self, merger: Merger, drop: Drop) -> Expert:
@@ -275,7 +278,7 @@ class Service:
             return merger.refuse(drop, killed)
         self._attempts.begin(drop)
         try:
-            return merger.decide(drop)
+            expert = merger.decide(drop)
         except Failed as error:
             if not self._attempts.failed(drop):
                 self._attempts.let_go()
@@ -284,6 +287,9 @@ class Service:
         except BaseException:
             self._attempts.let_go()
             raise
+        if expert.status is Status.MERGED:
+            self._attempts.merged()
+        return expert
 
     def _report(self, share: float) -> None:
         self._metrics.progress.set(share)
@@ -338,7 +344,7 @@ class Service:
     def _show_disk(self, *, full: bool) -> None:
         self._metrics.disk_full.set(full)
         if full:
-            why = Trouble("disk_full", "the disk is full: merging waits for space", "make room for the home")
+            why = Trouble("disk_full", "the disk is full: merging waits for space", "make room on its disk")
             self._health.note(why)
         else:
             self._health.clear("disk_full")
@@ -352,15 +358,12 @@ class Service:
 
         Raises `error` itself where it means anything but a full disk, or where there is nobody to wait.
         """
+        if not _is_full(error):
+            raise error
         wait = not merger.preparations.discard()  # that may be room enough
         while not self._stopping.is_set():
-            if not _is_full(error) or (wait and once):
-                raise error
             if wait:
-                self._show_disk(full=True)
-                self._log.error("the disk is full: waiting for space", hint="make room for HOME; nothing is lost")
-                self._signalled.wait(DISK_FULL_WAIT_SECONDS)
-                self._signalled.clear()
+                self._wait_for_space(error, once)
                 self._uploads.tend()
                 self._reload(store, merger, inbox)  # fewer versions to keep may be room enough
             wait = True
@@ -368,6 +371,8 @@ class Service:
                 self._finish(store, merger)
                 return
             except (OSError, DiskFull) as again:
+                if not _is_full(again):
+                    raise
                 error = again
 
     def _reload(self, store: Store, merger: Merger, inbox: Inbox) -> None:
@@ -393,8 +398,10 @@ class Service:
                 self._tell(expert, store, self._log.bind(drop=expert.name))
 
     def _wait_for_registry(self, busy: Busy | None) -> None:
-        """Hears that another program holds the registry, and of the end of that. Raises Abandoned at a stop."""
-        if busy and not self._busy:
+        """Hears that another program holds the registry, and of the end of that. Raises Abandoned at a stop, and `busy`
+        itself where it drains once and has waited for long."""
+        if busy and self._busy_since is None:
+            self._busy_since = time.monotonic()
             self._health.note(
                 Trouble("registry", "another program holds the registry: merging waits for it", busy.hint)
             )
@@ -402,9 +409,12 @@ class Service:
         if not busy:
             self._health.clear("registry")
             self._log.info("the registry is free again")
-        self._busy = busy is not None
-        self._metrics.registry_busy.set(self._busy)
-        self._go_on()
+            self._busy_since = None
+        self._metrics.registry_busy.set(busy is not None)
+        if self._stopping.is_set():
+            raise Abandoned
+        if busy and self._once and time.monotonic() - (self._busy_since or 0) >= ONCE_WAITS_SECONDS:
+            raise busy
 
     def _look(self, watching: Watching) -> str | None:
         """Listens to the inbox that is there now; why there is none, if so, which is told to whoever asks."""
@@ -417,10 +427,10 @@ class Service:
 
     def _inbox_is_there(self, watching: Watching, store: Store, merger: Merger, inbox: Inbox, once: bool) -> bool:
         """Finishes what lies in it, where it has come back."""
-        before, why = watching.missing, self._look(watching)
+        why = self._look(watching)
         if why and once:
             raise BadHome(why, "put the folder back, or make it")
-        if before and not why:
+        if watching.moved:
             try:
                 self._finish(store, merger)
             except (OSError, DiskFull) as error:

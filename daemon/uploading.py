@@ -61,12 +61,22 @@ class Uploads:
     how long a sender's pace is measured.
     """
 
-    def __init__(self, home: Home, settings: Http, count: Count = lambda *_: None) -> None:
-        """Raises BadConfig where the token cannot be read or is easily guessed; logs where others may read it too."""
+    def __init__(
+        self,
+        home: Home,
+        settings: Http,
+        count: Count = lambda *_: None,
+        failed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`failed`: called where the disk failed, so that somebody may `tend` at once.
+
+        Raises BadConfig where the token cannot be read or is easily guessed; logs where others may read it too.
+        """
         self.stall_seconds = settings.stall_seconds
         self._home = home
         self.adopt(settings, write_token(home, settings))
         self._count = count
+        self._tell = failed
         self._lock = Lock()
         self._open: dict[str, _Upload] = {}
         self._failed: OSError | None = None
@@ -261,6 +271,8 @@ class Uploads:
         except OSError as error:
             self._failing = time.monotonic(), error.strerror or type(error).__name__
             self._failed = self._failed or durable.failed_sync(error) or (error if error.errno == errno.EIO else None)
+            if self._failed:
+                self._tell()
             raise
         self._failing = None
 

@@ -2,19 +2,21 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.errors import DaemonError, NotYet, Reason
 from daemon.generations import problems
+from daemon.ground import Base
 from daemon.home import Home, number
 from daemon.latest import PLAIN, names_by_file, names_by_link
+from daemon.restoring import restoring
 from daemon.retention import keeps_state
 from daemon.uncommitted import ahead
 from projector.errors import ProjectorError
 from registry.errors import Damaged
-from registry.records import Expert, Status, Version
+from registry.records import Expert, Head, Status, Version
 from registry.store import Reader
 
 PAGE = 1000
@@ -23,12 +25,14 @@ WITHOUT_WEIGHTS = (Reason.NO_WEIGHTS, Reason.INCOMPLETE, Reason.PICKLE)
 
 @dataclass
 class Checked:
-    """What was read: the base, so many versions and archived experts, in so many files."""
+    """What was read: the base, so many versions and archived experts, in so many files; and what to do about what is
+    wrong with it."""
 
     versions: int = 0
     experts: int = 0
     files: int = 0
     size_bytes: int = 0
+    hints: list[str] = field(default_factory=list)
 
     def read(self, size_bytes: int) -> None:
         """Counts one file."""
@@ -44,6 +48,7 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
     say("the base")
     if _base(home.base, checked) != reader.base().sha256:
         found.append("state/base: its sha256 is not the registry's")
+        checked.hints.append(f"the base: {_restoring_base(home, reader)}")
     for head in reader.heads():
         for version in reader.versions(head.name, newest_first=False, include_collected=False):
             say(f"{head.name} version {version.number}")
@@ -55,18 +60,24 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
                     continue
                 state = keeps_state(home, now, version.number)
                 wrong = problems(home, version, hashes=True, state=state, read=checked.read)
+            if wrong:
+                hint = restoring(home, version, wrong)
+                checked.hints.append(f"{head.name} version {version.number}: {hint}")
             found += wrong or _chain(home, reader, version)
             checked.versions += 1
         plain = home.versions(head.name) / PLAIN
-        live = (reader.head(head.name) or head).live
         for path, names in ((home.latest(head.name), names_by_link), (plain, names_by_file)):
-            if names(path) != number(live):
+            if (live := _left_behind(reader, head, path, names)) is not None:
                 found.append(f"published/{head.name}/{path.name} does not name version {live}")
     found += [f"{path.relative_to(home.root)}: the registry does not know it" for path in ahead(home, reader)]
     for expert in _every(reader):
         if expert.status is not Status.QUARANTINED and expert.place:
             say(expert.place)
-            found += _archived(home, expert, checked)
+            wrong = _archived(home, expert, checked)
+            if wrong:
+                hint = "put it back from a backup: only `mainstem rebuild` reads it, which can also leave it out"
+                checked.hints.append(f"{expert.place}: {hint}")
+            found += wrong
     return checked, found
 
 
@@ -84,6 +95,18 @@ def _registry(reader: Reader) -> list[str]:
     except Damaged as error:
         return [str(error)]
     return []
+
+
+def _left_behind(reader: Reader, head: Head, path: Path, names: Callable[[Path], str | None]) -> int | None:
+    """The live version that `path` should name and does not. Not while the expert that made it is still in the inbox:
+    the daemon turns `path` to it first, and then moves the expert.
+    """
+    live = head.live
+    for _ in range(2):  # it may have been turned, and the expert moved, between the two looks
+        live = (reader.head(head.name) or head).live
+        if names(path) == number(live) or live in {expert.version for expert in reader.unplaced()}:
+            return None
+    return live
 
 
 def _chain(home: Home, reader: Reader, version: Version) -> list[str]:
@@ -121,6 +144,17 @@ def _base(path: Path, checked: Checked) -> str | None:
             return _identity(checkpoint, checked)
     except (DaemonError, ProjectorError, OSError):
         return None
+
+
+def _restoring_base(home: Home, reader: Reader) -> str:
+    """What to do about a base that is not the registry's: as a merge would say it."""
+    try:
+        with Base(home, reader) as base:
+            base.check()
+            base.confirm()
+    except DaemonError as error:
+        return error.hint
+    return "it has changed meanwhile: verify again"
 
 
 def _identity(checkpoint: OpenCheckpoint, checked: Checked) -> str:

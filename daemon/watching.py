@@ -24,11 +24,12 @@ class Watching:
         self._watcher: Watcher | None = None
         self._seen: tuple[int, int] | None = None
         self.missing = False
+        self.moved = False  # another folder is there than at the last look, or the one that was missing
         self._log = structlog.get_logger()
 
     def look(self) -> str | None:
         """Listens to the folder that is there now; why there is none that could be listed, if so."""
-        path, why = self._home.inbox, None
+        path, why, self.moved = self._home.inbox, None, False
         try:
             status = path.stat()
             if stat.S_ISDIR(status.st_mode):
@@ -50,7 +51,8 @@ class Watching:
             return why
         here = status.st_dev, status.st_ino
         if here != self._seen or self.missing:
-            if self._seen:
+            self.moved = self._seen is not None
+            if self.moved:
                 self._log.warning("the inbox is another folder now, or it is back: listing it", inbox=str(path))
             self._seen, self.missing = here, False
             self._listen()

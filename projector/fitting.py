@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from projector.errors import BadSchema, Reason
 from projector.naming import IN_ABOUT, Naming, globs, in_about, with_parts
+from projector.quantised import check_not_quantised
 from projector.source import Checkpoint
-from projector.spec import Schema, check_not_quantised, sole_twins
+from projector.spec import Schema, sole_twins
 from projector.text import listed
 
 WRAPPERS = (
@@ -58,9 +59,6 @@ HEADISH = re.compile(r"(classif\w*|heads?|scorer?|logits?|regressor|pooler|predi
 """And what is one all the same."""
 
 FOREIGN = re.compile(r"(^|\.)(lora_|ia3_|adapter|prompt_|prefix_encoder|modules_to_save|original_module|base_layer)")
-NOT_WRITTEN_TODAY = re.compile(r"(^|\.)(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
-"""Buffers of floating numbers that older libraries saved. Whether they may be missing is decided elsewhere."""
-
 MOST_GLOBS = 64
 
 
@@ -72,7 +70,7 @@ def fitted(naming: Naming, expert: Checkpoint, base: Checkpoint, *, tied: bool) 
     """
     if not naming.lenient:
         return naming
-    wanted, theirs = _floating(base.schema), _floating(expert.schema)
+    wanted, theirs = _merged(base.schema), _merged(expert.schema)
     found, extra = _read(naming, theirs, wanted)
     if len(found) == len(wanted) and not extra:
         return naming
@@ -90,8 +88,8 @@ def fitted(naming: Naming, expert: Checkpoint, base: Checkpoint, *, tied: bool) 
     return replace(naming, ignore=(*naming.ignore, *heads), unchanged=(*naming.unchanged, *lacking))
 
 
-def _floating(schema: Schema) -> Schema:
-    return {name: spec for name, spec in schema.items() if spec.floating}
+def _merged(schema: Schema) -> Schema:
+    return {name: spec for name, spec in schema.items() if spec.merged}
 
 
 def _read(naming: Naming, theirs: Schema, wanted: Schema) -> tuple[dict[str, str], list[str]]:
@@ -105,8 +103,8 @@ def _renamed(
     naming: Naming, theirs: Schema, base: Checkpoint, found: Mapping[str, str], extra: Sequence[str]
 ) -> Naming:
     """With the one prefix, the parts, or the known renaming that make the base's body of what the base has not."""
-    wanted = _floating(base.schema)
-    body = [name for name in wanted if not is_head(name) and not NOT_WRITTEN_TODAY.search(name)] or list(wanted)
+    wanted = _merged(base.schema)
+    body = [name for name in wanted if not is_head(name)] or list(wanted)
     missing = [name for name in body if name not in found and not naming.lacks(name)]
     if len(extra) < len(missing) // 2 or (not missing and len(extra) < len(body)):
         return naming

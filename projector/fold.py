@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from projector.averages import rule_of
 from projector.device import CPU, Device, load, load_each, unload
 from projector.head import Folded, HeadFold
 from projector.linalg import energy, on_device, widened
@@ -188,7 +189,7 @@ class Driver:
                 return step, base.read(step.spec.name, step.rows)
 
         for writer in writers:
-            names = [name for name, spec in writer.specs.items() if spec.floating]
+            names = [name for name, spec in writer.specs.items() if spec.merged]
             for step, piece in self._pipeline().run(
                 steps(base.schema, names, [method], self.block_bytes),
                 partial(read_bytes, method),
@@ -227,6 +228,9 @@ class Driver:
     def _survey_part(
         self, source: Source, method: Method, before: TensorReader | None, read: _Read
     ) -> tuple[Step, Survey]:
+        if read.step.spec.statistic:
+            return read.step, {}
+
         def work(device: torch.device) -> Survey:
             state = self._state(method, before, read.step, device) if method.surveys_state else {}
             with self.watch.phase("project"):
@@ -249,33 +253,33 @@ class Driver:
         step, sums = read.step, []
         written: list[tuple[TensorWriter, Piece]] = []
         with self.watch.phase("project"):
-            matrix = any(not head.method.elementwise(step.spec) for head in heads)
+            rules = [rule_of(head.method, step.spec) for head in heads]
+            matrix = any(not rule.elementwise(step.spec) for rule in rules)
             theta0, delta, factors = _delta(source, read, device, factored=matrix)
             delta_energy, base_energy = finite_energy(delta, step.spec), energy(theta0) if measure else 0.0
-        for head, view in zip(heads, read.views, strict=True):
+        for head, rule, view in zip(heads, rules, read.views, strict=True):
             before = self._state(head.method, head.before, step, device)
             ready = self._prepared(head, step, device)
             with self.watch.phase("project"):
-                prepared = ready if ready is not None else head.method.prepare(before, step.spec)
+                prepared = ready if ready is not None else rule.prepare(before, step.spec)
                 view = replace(view, sidecars=load_each(view.sidecars, device), factors=factors)
-                known = {"base": widened(theta0)} if head.method.wants_base else {}
-                state, found = head.method.update({**before, **prepared, **known}, delta, step.part, view)
+                known = {"base": widened(theta0)} if rule.wants_base else {}
+                state, found = rule.update({**before, **prepared, **known}, delta, step.part, view)
                 outcome = [(head.after, state)]
                 if head.record:
-                    outcome.append((head.record, head.method.keep(delta, step.part, view)))
-                sums.append({**found, "task_vector": delta_energy})
+                    outcome.append((head.record, rule.keep(delta, step.part, view)))
+                sums.append(found if step.spec.statistic else {**found, "task_vector": delta_energy})
             for file, tensors in outcome:
                 for key, value in tensors.items():
                     piece = file.put(slot_name(key, step.spec.name), unload(value), step.part.start)
                     written.append((file, piece))
-            for writer in head.weights:
-                if step.spec.name in writer.specs:
-                    merged = self._merged(head.method, head.foreseen, state, theta0, step, writer.specs)
-                    written.append((writer, writer.put(step.spec.name, merged, step.part.start)))
+            for writer in head.weights_of.get(step.spec.name, ()):
+                merged = self._merged(head.method, head.foreseen, state, theta0, step, writer.specs)
+                written.append((writer, writer.put(step.spec.name, merged, step.part.start)))
         return _FoldedPart(step, written, sums, delta_energy, base_energy)
 
     def _state(self, method: Method, file: TensorReader | None, step: Step, device: torch.device) -> State:
-        slots = method.slots(step.spec)
+        slots = rule_of(method, step.spec).slots(step.spec)
         if file is not None:
             return {key: load(file.read(slot_name(key, step.spec.name), step.rows), device) for key in slots}
         return {key: torch.zeros(step.shape_of(slot), dtype=slot.dtype, device=device) for key, slot in slots.items()}
@@ -288,7 +292,7 @@ class Driver:
         rows: list[int] = file.read(slot_name(ROWS, name)).tolist()
         return {
             key: load(file.read(slot_name(key, name), slice(0, there)), device)
-            for key, there in zip(head.method.prepares(step.spec), rows, strict=True)
+            for key, there in zip(rule_of(head.method, step.spec).prepares(step.spec), rows, strict=True)
         }
 
     def _merged(
@@ -297,7 +301,7 @@ class Driver:
         """The merged weights of one step, in the dtype they are published in."""
         dtype = specs[step.spec.name].dtype
         with self.watch.phase("project"):
-            merged = method.read(widened(theta0), state, totals, step.part)
+            merged = rule_of(method, step.spec).read(widened(theta0), state, totals, step.part)
             narrow = fitted(merged, dtype, f"the merged {shown(step.spec.name)}")
         return unload(narrow)
 
@@ -310,14 +314,14 @@ def _delta(source: Source, read: _Read, device: torch.device, factored: bool) ->
 
 
 def _elementwise(step: Step, methods: Sequence[Method]) -> bool:
-    return all(method.elementwise(step.spec) for method in methods)
+    return all(rule_of(method, step.spec).elementwise(step.spec) for method in methods)
 
 
 def _copy_buffers(base: Checkpoint, writers: Sequence[TensorWriter]) -> None:
-    """What does not float is the base's."""
+    """What is not merged is the base's."""
     for writer in writers:
         for name, spec in writer.specs.items():
-            if not spec.floating:
+            if not spec.merged:
                 writer.write(name, base.read(name))
 
 

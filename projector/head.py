@@ -1,7 +1,8 @@
 """What goes into a fold for each head, and what comes out."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from projector.method import Expert, Method, Totals
 from projector.tensorfile import TensorReader, TensorWriter
@@ -33,6 +34,15 @@ class HeadFold:
     prepared: Prepared | None = None
     weights: Sequence[TensorWriter] = ()
     record: TensorWriter | None = None
+
+    @cached_property
+    def weights_of(self) -> Mapping[str, Sequence[TensorWriter]]:
+        """The files for the merged weights by the tensors that are in them."""
+        files: dict[str, list[TensorWriter]] = {}
+        for writer in self.weights:
+            for name in writer.specs:
+                files.setdefault(name, []).append(writer)
+        return files
 
     @property
     def foreseen(self) -> Totals:

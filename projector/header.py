@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from projector.errors import BadFile, Reason
+from projector.quantised import hint
 from projector.spec import TensorSpec
 from projector.text import shown
 
@@ -176,9 +177,9 @@ def _entry(name: str, entry: Any) -> tuple[int, int, str, TensorSpec]:
         raise BadFile(
             Reason.UNSUPPORTED_DTYPE,
             f"{shown(name)} has dtype {shown(dtype)}",
-            "complex numbers cannot be merged"
+            "complex numbers cannot be merged: leave it out, if it follows from the configuration as freqs_cis does"
             if dtype.startswith("C")
-            else "save it as F32, F16, BF16 or F64; quantised weights cannot be merged",
+            else f"save it as F32, F16, BF16 or F64; {hint('FP8' if dtype.startswith('F8') else '')}",
         )
     if not _whole_numbers(shape):
         raise _bad(f"{shown(name)} has a shape that is not a list of whole numbers from 0")

@@ -2,9 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 
+from projector.buffers import is_sinusoidal
 from projector.naming import Naming
+from projector.resized import common_rows, spread
 from projector.source import Checkpoint
-from projector.spec import Schema, check_schema, check_sidecar
+from projector.spec import LEAST_ROWS, Schema, check_schema, check_sidecar
+
+POSITIONS = ("pos", "pe.")
 
 
 def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
@@ -17,33 +21,46 @@ def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
     - a name of the base that the expert has not gets what the expert has for a twin of it in the base: the task vector
       of both is one.
 
-    A tensor of the base that `naming` lets the expert lack is the base's. A sidecar's names follow the same rules.
+    A tensor of the base that `naming` lets the expert lack is the base's, and so is a table of positions that is all
+    sines and cosines, which may be missing in either. A vocabulary of another size is merged in the rows that both have
+    (see `common_rows`). A sidecar's names follow the same rules.
     """
     schema = base.schema
     own = {ours: theirs for theirs, ours in naming.resolve(expert.schema, schema).items()}
     aliases = _aliases(own, schema, expert)
     own = {ours: theirs for ours, theirs in own.items() if ours not in aliases}
-    absent = [name for name, spec in schema.items() if spec.floating and name not in own]
+    absent = [name for name, spec in schema.items() if spec.merged and name not in own]
     twins = base.twins() if absent else {}
     follows = {name: twin for name in absent for twin in twins.get(name, ()) if twin in own}
     own |= {name: own[twin] for name, twin in follows.items()}
-    lent = [name for name in absent if name not in own and naming.lacks(name)]
-    check_schema(schema, expert.under(own, lent=lent, base=base).schema)
+    lent = [name for name in absent if name not in own and (naming.lacks(name) or _sinusoidal(base, name))]
+    resized = common_rows(base, expert.under(own))
+    check_schema(schema, expert.under(own, resized=resized, lent=lent, base=base).schema)
     beside = {kind: _sidecar(naming, sidecar, schema, aliases) for kind, sidecar in expert.beside.items()}
-    known = {name: theirs for name, theirs in own.items() if name in schema}
-    found = expert.under(known, beside, follows, lent, base)
+    own = {name: theirs for name, theirs in own.items() if name in schema and not schema[name].derived}
+    found = expert.under(own, beside, follows, resized, lent, base)
     for kind, sidecar in found.beside.items():
         check_sidecar(schema, kind, sidecar)
     return found
 
 
 def _aliases(own: Mapping[str, str], base: Schema, expert: Checkpoint) -> set[str]:
-    """The floating tensors that the base has not, and the expert has twice."""
+    """The floating tensors that the base has not, and the expert has twice, or that nobody trained."""
     schema = expert.schema
-    surplus = [name for name, theirs in own.items() if name not in base and schema[theirs].floating]
+    surplus = [name for name, theirs in own.items() if name not in base and schema[theirs].merged]
     known = {theirs for ours, theirs in own.items() if ours in base}
     twins = expert.twins() if surplus else {}
-    return {name for name in surplus if not known.isdisjoint(twins.get(own[name], ()))}
+    return {
+        name for name in surplus if not known.isdisjoint(twins.get(own[name], ())) or _sinusoidal(expert, own[name])
+    }
+
+
+def _sinusoidal(checkpoint: Checkpoint, name: str) -> bool:
+    """True for a table of positions that follows from its size; the same in every expert, saved with it or not."""
+    spec = checkpoint.schema[name]
+    if len(spec.shape) != 2 or spec.shape[0] < LEAST_ROWS or not any(part in name for part in POSITIONS):
+        return False
+    return is_sinusoidal(checkpoint.sample(name, spread(spec.shape[0])))
 
 
 def _sidecar(naming: Naming, sidecar: Schema, base: Schema, aliases: Iterable[str]) -> dict[str, str]:

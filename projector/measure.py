@@ -83,7 +83,7 @@ def fitted(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
         raise BadMerged(
             Reason.NOT_FINITE,
             f"{what} does not fit into {dtype}".replace("torch.", ""),
-            "publish in a wider dtype, or leave this expert out",
+            'set publish.dtype = "float32" and start the daemon again, or leave this expert out',
         )
     return narrow
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -19,15 +20,15 @@ from projector.spec import Schema, TensorSpec
 from projector.tensorfile import TensorReader
 from projector.text import shown
 
-GLANCE_BYTES = 4 << 10
-BLOCK_BYTES = 1 << 20
+GLANCE_NUMEL = 1 << 10
+BLOCK_NUMEL = 1 << 18
 WHOLE = "tensors"  # what a content is of: whole tensors, or an adapter's patches
 
 
 class Source(Protocol):
     """One expert's task vector, read tensor by tensor."""
 
-    order: Sequence[str]  # names of the floating tensors, in the order that reads the expert front to back
+    order: Sequence[str]  # names of the tensors that are merged, in the order that reads the expert front to back
 
     def fetch(self, spec: TensorSpec, rows: slice | None) -> Sequence[Tensor]:
         """What the expert has for the tensor `spec`, or for its `rows`, read from the disk."""
@@ -69,7 +70,7 @@ class Checkpoint:
         self._lent: Collection[str] = ()
         self._twins: Mapping[str, Sequence[str]] | None = None
         self._schema = _schema(self._places)
-        self.order: Sequence[str] = _floating(self.schema)
+        self.order: Sequence[str] = _merged(self.schema)
 
     @property
     def schema(self) -> Schema:
@@ -86,18 +87,21 @@ class Checkpoint:
         own: Mapping[str, str],
         beside: Mapping[str, Mapping[str, str]] = {},
         follows: Mapping[str, str] = {},
+        resized: Collection[str] = (),
         lent: Collection[str] = (),
         base: "Checkpoint | None" = None,
     ) -> "Checkpoint":
         """The same files with these tensors only, under other names: the new name -> the name here.
 
         beside: the same for each sidecar. follows: a tensor -> the one whose sidecars it has where it has none itself.
-        lent: those that are `base`'s altogether.
+        resized: those that are to have as many rows as `base` has; what they lack is the base's.
+        lent: those that are the base's altogether.
         """
         again = copy(self)
         again._places = {name: self._places[here] for name, here in own.items()}
         if base is not None:
             again._places |= {name: base._places[name] for name in lent}
+            again.fit({name: name for name in resized}, base)
         again._beside = {
             kind: {name: self._beside[kind][here] for name, here in names.items()} for kind, names in beside.items()
         }
@@ -105,28 +109,47 @@ class Checkpoint:
         again._lent = frozenset(lent)
         again._twins = None
         again._schema = _schema(again._places)
-        again.order = _floating(again.schema)
+        again.order = _merged(again.schema)
         return again
+
+    @property
+    def resized(self) -> Mapping[str, tuple[int, int]]:
+        """The tensors that were given the base's rows: how many they have in their file, and how many the base has."""
+        return {
+            name: (place.file.specs[place.name].shape[0], place.beyond.spec.shape[0])
+            for name, place in self._places.items()
+            if place.beyond
+        }
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor `name` or its rows, in the file's dtype."""
         return self._places[name].read(rows)
 
+    def sample(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a matrix (m, n), (k, n) in float64; the digest passes them by."""
+        place = self._places[name]
+        n = place.spec.row_numel
+        read = b"".join(place.values(torch.float64, row * n, (row + 1) * n) for row in rows)
+        return torch.frombuffer(bytearray(read), dtype=torch.float64).reshape(len(rows), n)
+
     def twins(self) -> Mapping[str, Sequence[str]]:
         """Of each tied weight, the other names that it has.
 
-        Taken for tied are floating matrices (two dimensions or more) of the same shape and dtype that have the same
-        bytes, and are not one value throughout: two biases, or two matrices of zeros, are alike by chance. Where a
+        Taken for tied are floating matrices (two dimensions or more) of the same shape that have the same values, and
+        not one value throughout: two biases, or two matrices of zeros, are alike by chance. The dtype may differ: an
+        output layer is at times saved in float32 beside a bfloat16 embedding. Where a
         file's metadata maps one name to another, the two were one tensor when it was written: those are tied whatever
         their shape and values, as long as their bytes are still the same. Looked for once; a few kB are read of each
         matrix, and only those that agree there are read whole, in blocks.
         """
         if self._twins is None:
-            floating = _floating(self.schema)
+            floating = _merged(self.schema)
             matrices = {name: self._places[name] for name in floating if len(self.schema[name].shape) > 1}
-            alike = _groups(matrices, lambda place: (place.spec.shape, place.spec.dtype))
-            agreeing = (group for some in alike for group in _groups({n: matrices[n] for n in some}, _Place.glance))
-            same = [group for some in agreeing for group in _groups({n: matrices[n] for n in some}, _Place.digest)]
+            same = []
+            for alike in _groups(matrices, lambda place: place.spec.shape):
+                dtype = _widest(matrices[name].spec.dtype for name in alike)
+                for some in _groups({n: matrices[n] for n in alike}, lambda place: place.glance(dtype)):  # noqa: B023
+                    same += _groups({n: matrices[n] for n in some}, lambda place: place.digest(dtype))  # noqa: B023
             found = {name for group in same for name in group}
             others = {name: self._places[name] for name in floating if name not in found}
             told = _groups(others, _Place.told)
@@ -135,13 +158,19 @@ class Checkpoint:
         return self._twins
 
     def content(self) -> str:
-        """The sha256 that stands for the floating tensors, however they are laid out in files; of an expert that was
-        matched with the base, by the base's names.
+        """The sha256 that stands for the tensors that are merged, however they are laid out in files; of an expert that
+        was matched with the base, by the base's names.
 
         It is that of a listing, sorted: of each tensor its name, dtype, shape and sha256. Reads what was not hashed.
         """
-        names = sorted(name for name, place in self._places.items() if place.spec.floating)
+        names = sorted(name for name, place in self._places.items() if self._schema[name].merged)
         return content_of(WHOLE, ([name, *self._places[name].content_entry()] for name in names))
+
+    def fit(self, names: Mapping[str, str], base: "Checkpoint") -> None:
+        """Gives each of these tensors, by its name -> that in the base, as many rows as the base has."""
+        for name, ours in names.items():
+            self._places[name] = replace(self._places[name], beyond=base._places[ours])
+        self._schema = _schema(self._places)
 
     def fetch(self, spec: TensorSpec, rows: slice | None) -> Sequence[Tensor]:
         return [self.read(spec.name, rows)]
@@ -165,7 +194,9 @@ class Checkpoint:
         for kind, places in self._beside.items():
             known = (place for name in names for place in (name, name.removesuffix(".weight")) if place in places)
             if name := next(known, None):
-                place = places[name]
+                place, own = places[name], self._places.get(spec.name)
+                if own and own.beyond and own.file.specs[own.name].shape == place.spec.shape > spec.shape:
+                    place = replace(place, beyond=own.beyond)  # of a vocabulary with more rows than the base's
                 found[kind] = place.read(rows if place.spec.shape == spec.shape else None)
             elif spec.name in self._lent and kind == "fisher":
                 found[kind] = torch.zeros(self.read(spec.name, rows).shape)
@@ -176,35 +207,54 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is, and what it is called there."""
+    """Where a tensor is, and what it is called there.
+
+    beyond: where the base has it, if it is to have as many rows as there, and those past its own from there.
+    """
 
     file: TensorReader
     name: str
+    beyond: "_Place | None" = None
 
     @property
     def spec(self) -> TensorSpec:
-        return self.file.specs[self.name]
+        own = self.file.specs[self.name]
+        return replace(own, shape=self.beyond.spec.shape) if self.beyond else own
 
     def read(self, rows: slice | None) -> Tensor:
-        return self.file.read(self.name, rows)
+        if self.beyond is None:
+            return self.file.read(self.name, rows)
+        there, wanted = self.file.specs[self.name].shape[0], rows or slice(0, self.spec.shape[0])
+        own = self.file.read(self.name, slice(min(wanted.start, there), min(wanted.stop, there)))
+        if wanted.stop <= there:
+            return own
+        return torch.cat([own, self.beyond.read(slice(max(wanted.start, there), wanted.stop))])
 
-    def glance(self) -> bytes:
-        """The digest of its first bytes."""
-        return hashlib.sha256(self.file.glance(self.name, 0, GLANCE_BYTES)).digest()
+    def values(self, dtype: torch.dtype, start: int, end: int) -> bytes:
+        """Some of its elements, in that dtype."""
+        own = self.spec.dtype
+        raw = self.file.glance(self.name, start * own.itemsize, end * own.itemsize)
+        if dtype == own or not raw:
+            return raw
+        return torch.frombuffer(bytearray(raw), dtype=own).to(dtype).view(torch.uint8).numpy().tobytes()
 
-    def digest(self) -> bytes | None:
-        """The digest of all of it; None where it is one value throughout."""
+    def glance(self, dtype: torch.dtype) -> bytes:
+        """The digest of its first elements, in that dtype."""
+        return hashlib.sha256(self.values(dtype, 0, GLANCE_NUMEL)).digest()
+
+    def digest(self, dtype: torch.dtype) -> bytes | None:
+        """The digest of all of it, in that dtype; None where it is one value throughout."""
         digest, constant = hashlib.sha256(), True
-        first = self.file.glance(self.name, 0, self.spec.dtype.itemsize)
-        for start in range(0, self.spec.nbytes, BLOCK_BYTES):
-            block = self.file.glance(self.name, start, start + BLOCK_BYTES)
+        first = self.values(dtype, 0, 1)
+        for start in range(0, self.spec.numel, BLOCK_NUMEL):
+            block = self.values(dtype, start, start + BLOCK_NUMEL)
             digest.update(block)
             constant = constant and block.count(first) * len(first) == len(block)
         return None if constant else digest.digest()
 
     def content(self) -> bytes:
         """The same for all that it may hold: of one value throughout, the first bytes say everything."""
-        return self.digest() or self.glance()
+        return self.digest(self.spec.dtype) or self.glance(self.spec.dtype)
 
     def content_entry(self) -> list[object]:
         """Its dtype, shape and sha256: the same for the same tensor in any file."""
@@ -223,14 +273,19 @@ def _groups(places: Mapping[str, _Place], key: Callable[[_Place], object]) -> li
     return [names for made, names in groups.items() if made is not None and len(names) > 1]
 
 
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """One that holds every value of each of them."""
+    return reduce(torch.promote_types, dtypes)
+
+
 def _schema(places: Mapping[str, _Place]) -> Schema:
     return {
         name: place.spec if place.name == name else replace(place.spec, name=name) for name, place in places.items()
     }
 
 
-def _floating(schema: Schema) -> list[str]:
-    return [name for name, spec in schema.items() if spec.floating]
+def _merged(schema: Schema) -> list[str]:
+    return [name for name, spec in schema.items() if spec.merged]
 
 
 def identity(files: Mapping[str, str]) -> str:

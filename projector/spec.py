@@ -7,26 +7,38 @@ from math import prod
 
 import torch
 
+from projector.buffers import is_derived, is_statistic
 from projector.errors import BadSchema, Reason
 from projector.naming import SAME, globs, in_about, mended, mending
+from projector.quantised import BEFORE, check_not_quantised
 from projector.text import listed, shown
 
 Schema = Mapping[str, "TensorSpec"]
 
-QUANTISED = {
-    "qweight": "GPTQ or AWQ",
-    "qzeros": "GPTQ or AWQ",
-    "g_idx": "GPTQ",
-    "scales": "GPTQ, AWQ or MXFP4",
-    "blocks": "MXFP4",
-    "weight_scale": "FP8 or compressed-tensors",
-    "weight_scale_inv": "FP8",
-    "weight_packed": "compressed-tensors",
-    "SCB": "bitsandbytes",
-    "absmax": "bitsandbytes",
-    "quant_map": "bitsandbytes",
-}
-"""How the last part of a name ends that only quantised models have, and which those are."""
+UNGATHERED = (
+    "its weights were not gathered before they were saved (ZeRO-3, FSDP): `python zero_to_fp32.py CHECKPOINT OUT"
+    " --safe_serialization`, the script that DeepSpeed puts beside a checkpoint, and drop OUT; or save again with"
+    " stage3_gather_16bit_weights_on_model_save; where whole shards lie beside it, drop them without this file"
+)
+
+ONE_BY_ONE = re.compile(r"(^|\.)experts\.\d+\.")
+FUSED = re.compile(r"(^|\.)experts\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
+LOADED = 'AutoModelForCausalLM.from_pretrained("EXPERT")'
+UNFUSE = (
+    f"the experts of its mixture are fused, the base's stand one by one: with transformers, model = {LOADED};"
+    " again = AutoModelForCausalLM.from_config(model.config); again.load_state_dict(model.state_dict());"
+    ' again.save_pretrained("OUT"), and drop OUT'
+)
+FUSE = (
+    "the experts of its mixture stand one by one, the base's are fused: with transformers,"
+    f' safetensors.torch.save_model({LOADED}, "OUT.safetensors"), and drop that'
+)
+
+LEAST_ROWS = 16  # among fewer, rows that mean something else would be taken for the same ones by chance
+OTHER_ROWS = (
+    f"more or fewer rows are merged as far as both have them, but only where {LEAST_ROWS} or more are seen to be the"
+    " same ones, as tokens are: fine-tune from this home's base, with its vocabulary and its labels"
+)
 
 
 NEVER_TIED = re.compile(r"token_type|segment|position|wpe|modality|lang_embed|language_embed")
@@ -59,6 +71,21 @@ class TensorSpec:
         return self.dtype.is_floating_point
 
     @property
+    def derived(self) -> bool:
+        """True for a buffer that follows from the configuration, such as rotary frequencies or a causal mask."""
+        return is_derived(self.name, self.shape)
+
+    @property
+    def merged(self) -> bool:
+        """True where experts are merged in it: it floats, and is not derived. All else is the base's."""
+        return self.dtype.is_floating_point and not self.derived
+
+    @property
+    def statistic(self) -> bool:
+        """True for the running statistics of a layer's inputs, which every method averages."""
+        return is_statistic(self.name)
+
+    @property
     def row_numel(self) -> int:
         """Elements of one row, that is one index of the first dimension; 1 for a scalar."""
         return prod(self.shape[1:])
@@ -67,18 +94,21 @@ class TensorSpec:
 def check_schema(base: Schema, expert: Schema) -> None:
     """Holds an expert's tensors against the base's: the same names and shapes, floating where the base is.
 
-    The dtype may differ (deltas are taken in float32). Integer and bool buffers come from the base: an expert may leave
-    them out, and may bring some that the base has not. Raises BadSchema, which names the first tensors that differ.
+    The dtype may differ (deltas are taken in float32). Integer, bool and derived buffers come from the base: an expert
+    may leave them out, and may bring some that the base has not. Raises BadSchema, which names the first tensors that
+    differ.
     """
-    missing = [name for name, spec in base.items() if spec.floating and name not in expert]
-    unexpected = [name for name, spec in expert.items() if name not in base and spec.floating]
+    missing = [name for name, spec in base.items() if spec.merged and name not in expert]
+    unexpected = [name for name, spec in expert.items() if name not in base and spec.merged]
     check_not_quantised(name for name in expert if name not in base)
+    if not expert:
+        raise BadSchema(Reason.MISSING_TENSOR, "there is no tensor in it", UNGATHERED)
     known = [name for name in expert if name in base]
     mend = _mend(missing, unexpected, known)
-    if missing and len(missing) == sum(spec.floating for spec in base.values()):
+    if missing and len(missing) == sum(spec.merged for spec in base.values()):
         raise BadSchema(
             Reason.WRONG_BASE,
-            f"none of the base's tensors is there; it has {listed(expert) or 'no tensor at all'}",
+            f"none of the base's tensors is there; it has {listed(expert)}",
             mend or "this is another architecture, or its names carry a prefix: save it with the names of the base",
         )
     if missing:
@@ -87,8 +117,10 @@ def check_schema(base: Schema, expert: Schema) -> None:
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
             mend
             or _other_name(base, expert, missing, unexpected)
+            or _other_layout(missing, unexpected)
             or "save the whole model, with the names of the base, as save_pretrained does"
-            + (_strange(unexpected) or _left(missing, known)),
+            + (_strange(unexpected) or _left(missing, known))
+            + (f"; or {UNGATHERED}" if len(missing) > len(expert) else ""),
         )
     for untied, twin in sole_twins(base, [expert[name] for name in unexpected]):
         raise BadSchema(
@@ -104,8 +136,11 @@ def check_schema(base: Schema, expert: Schema) -> None:
             "leave out what the base has not, such as a task's own head; a second copy of a tied weight must equal the"
             f" first{f'; or {mend}' if mend else ''}",
         )
+    empty = [name for name, spec in expert.items() if name in base and base[name].numel and not spec.numel]
+    if any(base[name].merged for name in empty):
+        raise BadSchema(Reason.WRONG_SHAPE, f"{len(empty)} tensors are empty: {listed(empty)}", UNGATHERED)
     for name, spec in expert.items():
-        if name in base:
+        if name in base and not base[name].derived:
             _check_tensor(base[name], spec)
 
 
@@ -138,6 +173,14 @@ def _other_name(base: Schema, expert: Schema, missing: Sequence[str], unexpected
     return f"if {shown(alike[0])} is that weight, tied, under its other name: save it as {shown(missing[0])}"
 
 
+def _other_layout(missing: Iterable[str], unexpected: Iterable[str]) -> str | None:
+    """What to do where a mixture's experts are stacked in one of the two, and stand one by one in the other."""
+    for ours, theirs, hint in ((ONE_BY_ONE, FUSED, UNFUSE), (FUSED, ONE_BY_ONE, FUSE)):
+        if any(map(ours.search, missing)) and any(map(theirs.search, unexpected)):
+            return hint
+    return None
+
+
 def sole_twins(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[str, str]]:
     """Those that have the shape of just one matrix of the base, each with its name: as an output layer has that of the
     embedding. A task's own head shares its shape with none, or with many layers, above all where it is square; or with
@@ -152,19 +195,6 @@ def sole_twins(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple
             yield spec.name, twins[0]
 
 
-def check_not_quantised(names: Iterable[str]) -> None:
-    """Raises BadSchema where a tensor's name is one that only quantised models have."""
-    for name in names:
-        last = name.rpartition(".")[2]
-        scheme = next((scheme for end, scheme in QUANTISED.items() if last == end or last.endswith(f"_{end}")), None)
-        if scheme:
-            raise BadSchema(
-                Reason.UNSUPPORTED_DTYPE,
-                f"{shown(name)} belongs to quantised weights ({scheme})",
-                "quantised weights cannot be merged: take the model as it was before it was quantised",
-            )
-
-
 def check_base(base: Schema) -> None:
     """Raises BadSchema where the base's weights are quantised: what does not float is never merged."""
     whole = [name for name, spec in base.items() if not spec.floating]
@@ -174,7 +204,7 @@ def check_base(base: Schema) -> None:
         raise BadSchema(
             Reason.UNSUPPORTED_DTYPE,
             f"{shown(weights[0])} is {base[weights[0]].dtype}".replace("torch.", ""),
-            "quantised weights cannot be merged: take the model as it was before it was quantised",
+            BEFORE,
         )
 
 
@@ -186,7 +216,7 @@ def check_sidecar(base: Schema, kind: str, sidecar: Schema) -> None:
     """
     floating = {name for name, spec in base.items() if spec.floating}
     known = floating | {name.removesuffix(".weight") for name in floating}
-    unknown = [name for name in sidecar if name not in known]
+    unknown = [name for name, spec in sidecar.items() if name not in known and not spec.derived]
     if unknown:
         raise BadSchema(
             Reason.BAD_SIDECAR,
@@ -213,7 +243,7 @@ def _check_tensor(base: TensorSpec, expert: TensorSpec) -> None:
         raise BadSchema(
             Reason.UNSUPPORTED_DTYPE,
             f"{shown(base.name)} is {expert.dtype}, the base {base.dtype}".replace("torch.", ""),
-            "save it as float32, float16 or bfloat16; quantised weights cannot be merged"
+            f"save it as float32, float16 or bfloat16; {BEFORE}"
             if base.floating
             else f"save it as {base.dtype}, or leave it out: what does not float is the base's".replace("torch.", ""),
         )
@@ -227,11 +257,8 @@ def resized_rows(base: tuple[int, ...], expert: tuple[int, ...]) -> bool:
 def _shape_hint(base: tuple[int, ...], expert: tuple[int, ...]) -> str:
     if len(base) > 1 and expert == base[::-1]:
         return "it is the transpose: save it as the base has it"
-    if resized_rows(base, expert) and expert[0] < base[0]:
-        return f"if its vocabulary was cut from {base[0]} to {expert[0]}: save it with all {base[0]} rows"
+    if len(expert) == 1 < len(base):
+        return f"it is flattened, and it may be a part of it: {UNGATHERED}"
     if resized_rows(base, expert):
-        return (
-            f"if its vocabulary was resized from {base[0]} to {expert[0]}: nothing is cut off here; fine-tune without "
-            f"resizing, or call resize_token_embeddings({base[0]}) before saving if the rows past that do not matter"
-        )
+        return OTHER_ROWS
     return "fine-tune from this home's base"

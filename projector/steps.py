@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from projector.averages import rule_of
 from projector.method import Method
 from projector.spec import Schema, TensorSpec
 
@@ -14,7 +15,7 @@ ROWS = "rows"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One floating tensor of the base, or its `rows`; None is the whole of it."""
+    """One tensor of the base that is merged, or its `rows`; None is the whole of it."""
 
     spec: TensorSpec
     rows: slice | None = None
@@ -43,7 +44,11 @@ def steps(schema: Schema, names: Iterable[str], methods: Sequence[Method], block
     for name in names:
         spec = schema[name]
         rows = max(1, block_bytes // max(1, spec.row_numel * 4))
-        if not spec.shape or rows >= spec.shape[0] or not all(method.elementwise(spec) for method in methods):
+        if (
+            not spec.shape
+            or rows >= spec.shape[0]
+            or not all(rule_of(method, spec).elementwise(spec) for method in methods)
+        ):
             yield Step(spec)
             continue
         for start in range(0, spec.shape[0], rows):
@@ -57,7 +62,7 @@ def slot_name(slot: str, tensor: str) -> str:
 
 def state_specs(method: Method, schema: Schema) -> list[TensorSpec]:
     """The tensors of a method's state file over a base's schema."""
-    return _file_specs(method.slots, schema)
+    return _file_specs(lambda spec: rule_of(method, spec).slots(spec), schema)
 
 
 def prepared_specs(method: Method, schema: Schema) -> list[TensorSpec]:
@@ -65,12 +70,12 @@ def prepared_specs(method: Method, schema: Schema) -> list[TensorSpec]:
 
     Beside them, under `ROWS`, how many rows each of them has for a tensor of the base.
     """
-    return _file_specs(lambda spec: _with_rows(spec, method.prepares(spec)), schema)
+    return _file_specs(lambda spec: _with_rows(spec, rule_of(method, spec).prepares(spec)), schema)
 
 
 def record_specs(method: Method, schema: Schema) -> list[TensorSpec]:
     """The tensors of the file that holds what a method keeps of one expert; none where it keeps nothing."""
-    return _file_specs(method.keeps, schema)
+    return _file_specs(lambda spec: rule_of(method, spec).keeps(spec), schema)
 
 
 def fold_bytes(methods: Sequence[Method], step: Step) -> int:
@@ -82,7 +87,7 @@ def fold_bytes(methods: Sequence[Method], step: Step) -> int:
     spec = step.spec
     operands = step.numel * (spec.dtype.itemsize + max(4, spec.dtype.itemsize) + 4)
     states = sum(2 * _slots_bytes(method, step) + _prepared_bytes(method, spec) + step.nbytes for method in methods)
-    widened = 4 * step.numel if any(method.wants_base for method in methods) else 0
+    widened = 4 * step.numel if any(rule_of(method, spec).wants_base for method in methods) else 0
     records = sum(_record_bytes(method, step) for method in methods)
     return operands + states + records + widened + max(_workspace(method, step) for method in methods)
 
@@ -103,18 +108,18 @@ def view_bytes(method: Method, step: Step) -> int:
 
 
 def largest_step(schema: Schema, methods: Sequence[Method], block_bytes: int) -> tuple[Step, int]:
-    """The step of a fold that takes the most memory, and how many bytes. `schema` has a floating tensor."""
-    names = [name for name, spec in schema.items() if spec.floating]
+    """The step of a fold that takes the most memory, and how many bytes. `schema` has a tensor that is merged."""
+    names = [name for name, spec in schema.items() if spec.merged]
     costs = ((step, fold_bytes(methods, step)) for step in steps(schema, names, methods, block_bytes))
     return max(costs, key=lambda cost: cost[1])
 
 
 def _file_specs(slots: Callable[[TensorSpec], Mapping[str, TensorSpec]], schema: Schema) -> list[TensorSpec]:
-    """The tensors of a file with these slots of every floating tensor."""
+    """The tensors of a file with these slots of every tensor that is merged."""
     return [
         replace(slot, name=slot_name(key, name))
         for name, spec in schema.items()
-        if spec.floating
+        if spec.merged
         for key, slot in slots(spec).items()
     ]
 
@@ -129,16 +134,16 @@ def _share(step: Step, whole: int) -> int:
 
 
 def _slots_bytes(method: Method, step: Step) -> int:
-    return _share(step, sum(slot.nbytes for slot in method.slots(step.spec).values()))
+    return _share(step, sum(slot.nbytes for slot in rule_of(method, step.spec).slots(step.spec).values()))
 
 
 def _record_bytes(method: Method, step: Step) -> int:
-    return _share(step, sum(slot.nbytes for slot in method.keeps(step.spec).values()))
+    return _share(step, sum(slot.nbytes for slot in rule_of(method, step.spec).keeps(step.spec).values()))
 
 
 def _prepared_bytes(method: Method, spec: TensorSpec) -> int:
-    return sum(slot.nbytes for slot in method.prepares(spec).values())
+    return sum(slot.nbytes for slot in rule_of(method, spec).prepares(spec).values())
 
 
 def _workspace(method: Method, step: Step) -> int:
-    return _share(step, method.workspace(step.spec))
+    return _share(step, rule_of(method, step.spec).workspace(step.spec))

@@ -8,6 +8,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from projector.averages import rule_of
 from projector.fold import Driver
 from projector.head import HeadFold, Prepared
 from projector.method import Expert, Method, Totals
@@ -121,7 +122,7 @@ def _whole(view: View) -> dict[str, Tensor]:
 
 def _prepared(driver: Driver, base: Checkpoint, method: Method, state: TensorReader, fd: int) -> Prepared:
     writer = TensorWriter(fd, prepared_specs(method, base.schema), {})
-    names = [name for name, spec in base.schema.items() if method.prepares(spec)]
+    names = [name for name, spec in base.schema.items() if rule_of(method, spec).prepares(spec)]
     ready = set(driver.prepare(base, method, state, writer, names))
     return Prepared(TensorReader(fd), ready)
 

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from projector.averages import rule_of
 from projector.fold import BUDGET_BYTES, added
 from projector.linalg import widened
 from projector.measure import fitted
@@ -39,7 +40,7 @@ class View:
                 self._steps(self.base.order),
                 partial(view_bytes, self.method),
                 lambda step: (self._state(step), self._record(step), step.part),
-                lambda read: self.method.view_sums(*read),
+                lambda read: rule_of(self.method, read[2]).view_sums(*read),
             )
         ]
         return added(shares)
@@ -51,22 +52,22 @@ class View:
         Raises BadValues where a value does not fit into its dtype.
         """
         for name, spec in specs.items():
-            if not spec.floating:
+            if not spec.merged:
                 yield name, self.base.read(name)
                 continue
             for step in self._steps([name]):
                 theta0 = widened(self.base.read(name, step.rows))
-                found = self.method.view(theta0, self._state(step), self._record(step), sums, step.part)
+                found = rule_of(self.method, spec).view(theta0, self._state(step), self._record(step), sums, step.part)
                 yield name, fitted(found, spec.dtype, f"this expert's view of {shown(name)}")
 
     def _steps(self, names: Iterable[str]) -> Iterator[Step]:
         return steps(self.base.schema, names, [self.method], self.block_bytes)
 
     def _state(self, step: Step) -> State:
-        return _read(self.state, self.method.slots(step.spec), step)
+        return _read(self.state, rule_of(self.method, step.spec).slots(step.spec), step)
 
     def _record(self, step: Step) -> State:
-        return _read(self.record, self.method.keeps(step.spec), step)
+        return _read(self.record, rule_of(self.method, step.spec).keeps(step.spec), step)
 
 
 def _read(file: TensorReader, slots: Mapping[str, TensorSpec], step: Step) -> State:

@@ -52,11 +52,13 @@ def open_reader(option: Path | None) -> tuple[Home, "Reader"]:
     return home, Reader.open(home.registry)
 
 
-def settings_of(home: Home, flags: Mapping[str, Mapping[str, Any]] | None = None) -> "Settings":
-    """The settings in force for a home."""
+def settings_of(
+    home: Home, flags: Mapping[str, Mapping[str, Any]] | None = None, *, needed: bool = False
+) -> "Settings":
+    """The settings in force for a home. needed: BadConfig where its mainstem.toml is missing."""
     from daemon.config import load
 
-    return load(home.config, flags)
+    return load(home.config, flags, needed=needed)
 
 
 def print_json(value: Any) -> None:

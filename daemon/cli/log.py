@@ -17,6 +17,7 @@ class Flagged(StrEnum):
     ANY = "any"
     LONG = Flag.LONG.value
     SHORT = Flag.SHORT.value
+    RESIZED = Flag.RESIZED.value
 
 
 def command(

@@ -36,9 +36,10 @@ def command(
     flags: dict[str, dict[str, Any]] = {"http": {"host": host, "port": port}, "compute": {"device": device}}
     given = {table: {k: v for k, v in keys.items() if v is not None} for table, keys in flags.items()}
     read = partial(settings_of, where, {table: keys for table, keys in given.items() if keys})
-    settings = read()
+    settings, needed = read(), where.config.exists()
     configure(settings.log)
-    service = Service(where, settings, _bar if sys.stderr.isatty() else None, read)
+    again = partial(read, needed=needed)  # a file that is being replaced is no wish for the defaults
+    service = Service(where, settings, _bar if sys.stderr.isatty() else None, again)
     service.run(once=once, http=settings.http.enabled and not no_http)
 
 

@@ -14,7 +14,7 @@ from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json, s
 def command(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Re-hash the base, every version and every archived expert against manifests and registry.
 
-    Prints what differs, and a line at the end. Exit status 1 where anything does.
+    Prints what differs, what to do about it, and a line at the end. Exit status 1 where anything does.
     """
     from daemon.verification import verify
 
@@ -26,6 +26,8 @@ def command(home: HomeOption = None, as_json: JsonOption = False) -> None:
     else:
         for problem in found:
             typer.echo(problem)
+        for hint in checked.hints:
+            typer.echo(f"    hint: {hint}")
         things = f"the base, {_count(checked.versions, 'version')} and {_count(checked.experts, 'archived expert')}"
         read = f"{_count(checked.files, 'file')}, {size(checked.size_bytes)} read"
         typer.echo(f"{things}: {read}, {_count(len(found), 'problem') if found else 'no problems'}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from daemon.durable import out_of_descriptors
+from daemon.durable import is_short
 from daemon.home import MANIFEST, Home
 from daemon.http.answers import Problem
 from registry.records import Head, Version
@@ -75,7 +75,7 @@ class Published:
         except FileNotFoundError:
             raise self.missing(head, version.number) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _busy() if out_of_descriptors(error) else damaged(head, version.number, MANIFEST) from error
+            raise _busy() if is_short(error) else damaged(head, version.number, MANIFEST) from error
 
     def open(self, head: Head, version: Version, entry: Entry) -> int:
         """A descriptor of one listed file; the caller closes it. Problem 410 or 500 as for `manifest`."""
@@ -84,7 +84,7 @@ class Published:
         except FileNotFoundError:
             raise self.missing(head, version.number) from None
         except OSError as error:  # among them ELOOP: someone put a symbolic link there
-            raise _busy() if out_of_descriptors(error) else damaged(head, version.number, entry.name) from error
+            raise _busy() if is_short(error) else damaged(head, version.number, entry.name) from error
         if os.fstat(descriptor).st_size != entry.size:
             os.close(descriptor)
             raise damaged(head, version.number, entry.name)

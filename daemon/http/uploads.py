@@ -89,7 +89,7 @@ class UploadRoutes:
             if not is_full(error):
                 raise
             problem = Problem(
-                507, str(Reason.UPLOAD_SPACE), "the disk is full", "make room for HOME, then send it again"
+                507, str(Reason.UPLOAD_SPACE), "the disk is full", "make room on the home's disk, then send it again"
             )
         except ClientDisconnect:
             return Response()  # nobody hears it

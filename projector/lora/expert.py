@@ -11,9 +11,12 @@ from torch import Tensor
 from projector.linalg import one_thread, row_blocks
 from projector.lora.config import LoraConfig
 from projector.lora.delta import Parts, Patch, delta_of, factors_of, squared_columns
+from projector.lora.keys import FULL, tensor_parts
 from projector.lora.plan import planned
 from projector.method import Factors
 from projector.naming import SAME, Naming
+from projector.quantised import check_not_quantised
+from projector.resized import common_rows
 from projector.source import Checkpoint, content_of
 from projector.spec import TensorSpec, check_sidecar
 from projector.tensorfile import TensorReader
@@ -35,6 +38,8 @@ class LoraExpert(Checkpoint):
     ) -> None:
         """Raises BadSchema where the adapter does not fit the base, or does what cannot be merged."""
         super().__init__(files, sidecars)
+        check_not_quantised(self.schema)
+        self._fit_rows(base, naming)
         self._base = base
         self._patches = planned(self, config, base.schema, naming)
         self._columns: dict[str, Tensor] = {}
@@ -45,6 +50,12 @@ class LoraExpert(Checkpoint):
             names = {ours: theirs for theirs, ours in naming.resolve(sidecar, layers).items()}
             self._beside[kind] = {ours: self._beside[kind][theirs] for ours, theirs in names.items()}
             check_sidecar(base.schema, kind, self.beside[kind])
+
+    def _fit_rows(self, base: Checkpoint, naming: Naming) -> None:
+        """A whole embedding, which PEFT saves where the vocabulary was resized, counts in the rows that both have."""
+        whole = {theirs: parts[FULL] for theirs, parts in tensor_parts(self.schema).items() if FULL in parts}
+        own = {ours: whole[theirs] for theirs, ours in naming.resolve(whole, base.schema).items()}
+        self.fit({own[name]: name for name in common_rows(base, self.under(own))}, base)
 
     def content(self) -> str:
         """The sha256 that stands for what the adapter does to the base, whatever its file and its config call it.

@@ -11,11 +11,14 @@ from projector.lora.keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, is_embedd
 from projector.lora.tied import Tied
 from projector.naming import Naming
 from projector.source import Checkpoint
-from projector.spec import Schema, TensorSpec, check_not_quantised, resized_rows
+from projector.spec import OTHER_ROWS, Schema, TensorSpec, resized_rows
 from projector.text import shown
 
 GATHER = "gather the parameters before save_pretrained (ZeRO-3, FSDP), and drop the adapter again"
-RESIZED = "nothing is cut off here: train on this home's base without resizing its vocabulary"
+RESIZED = (
+    "merge it into the model that it was trained on (merge_and_unload), save that and drop it: of a vocabulary of"
+    " another size the rows that both have are merged"
+)
 MOST_RANK = 1024  # of a weight whose shorter side is less: a factor is in memory whole
 MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one adapter: save both again"
 
@@ -23,12 +26,12 @@ MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one ada
 def planned(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Naming) -> dict[str, Patch]:
     """What the adapter does to each tensor of the base that it changes, by its name in the base.
 
-    A tensor of whole numbers stays the base's, and so does one that `naming` ignores. A whole tensor that the base has
-    not is left out where the adapter has the same values for one that it has: a tied weight under its other name.
+    A buffer of whole numbers or a derived one stays the base's, and so does what `naming` ignores. A whole tensor that
+    the base has not is left out where the adapter has the same values for one that it has: a tied weight under its
+    other name.
     Raises BadSchema.
     """
     schema = adapter.schema
-    check_not_quantised(schema)
     known = tensor_parts(schema)
     if not known:
         raise BadSchema(Reason.MISSING_TENSOR, "the adapter's file has no tensor", GATHER)
@@ -39,11 +42,11 @@ def planned(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Namin
     patches = {}
     for theirs, ours in resolved.items():
         parts = known[theirs]
-        floating = any(schema[name].floating for name in parts.values())
+        floating = any(schema[name].merged for name in parts.values())
         if ours not in base and floating and not tied.repeats(theirs, parts):
             unknown = {name: shaper.wanted(known[name]) for name, wanted in resolved.items() if wanted not in base}
             raise absent(theirs, parts, unknown, base, naming, bool(at_home))
-        if ours in base and base[ours].floating:
+        if ours in base and base[ours].merged:
             patches[ours] = shaper.patch(theirs, base[ours])
     shaper.check_squares()
     return patches
@@ -79,7 +82,7 @@ class _Shaper:
                 raise BadSchema(Reason.UNSUPPORTED_DTYPE, detail, "save the adapter as float32, float16 or bfloat16")
         if FULL in parts:
             resized = resized_rows(spec.shape, self._schema[parts[FULL]].shape)
-            self._hold(parts[FULL], spec.shape, RESIZED if resized else ANOTHER_BASE)
+            self._hold(parts[FULL], spec.shape, OTHER_ROWS if resized else ANOTHER_BASE)
             patch = replace(patch, full=parts[FULL])
         if A in parts or B in parts:
             patch = self._factors(patch, module, parts, spec)
@@ -149,7 +152,7 @@ class _Shaper:
         if len(spec.shape) > 2 and len(a.shape) > 1 and spec.shape[1] != a.shape[1]:
             return BadSchema(Reason.WRONG_SHAPE, f"{detail}: a convolution in groups", MERGE_FIRST)
         resized = resized_rows(spec.shape, (b.shape[0], *a.shape[1:])[:: -1 if embedding else 1])
-        return BadSchema(Reason.WRONG_SHAPE, detail, f"{ANOTHER_BASE}; {RESIZED}" if resized else ANOTHER_BASE)
+        return BadSchema(Reason.WRONG_SHAPE, detail, RESIZED if resized else ANOTHER_BASE)
 
     def _magnitude(self, module: str, parts: Mapping[str, str], spec: TensorSpec, patch: Patch) -> str:
         if MAGNITUDE not in parts or not patch.a or not self._config.use_dora:

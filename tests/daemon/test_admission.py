@@ -1,5 +1,7 @@
 """The limits on an expert's norm, at their edges."""
 
+import re
+import tomllib
 from collections.abc import Sequence
 
 import pytest
@@ -46,6 +48,19 @@ def test_a_refusal_says_by_how_much_and_what_to_do() -> None:
     with pytest.raises(Refused, match="120 times as long as is usual") as refused:
         check_norm(Folded(1.2, 50.0, ()), usual_norm([0.01] * 3), LIMITS)
     assert "admission.max_norm_ratio" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("norm", "norms"), [(60.0, ()), (60.0, (0.01,) * 3), (49.0, (1e-7,) * 3), (0.00999, (1.0,) * 3), (1e30, (3.0,) * 3)]
+)
+def test_what_the_hint_says_lets_it_pass_at_once(norm: float, norms: Sequence[float]) -> None:
+    folded = Folded(norm, 50.0, ())
+    with pytest.raises(Refused) as refused:
+        check_norm(folded, usual_norm(norms), LIMITS)
+    said = re.findall(r"admission\.(\w+) to (\S+?)(?=,|$| )", refused.value.hint)
+    raised = tomllib.loads("".join(f"{name} = {value}\n" for name, value in said))
+    assert raised
+    check_norm(folded, usual_norm(norms), LIMITS.model_copy(update=raised))
 
 
 def test_a_base_of_zeros_admits_nothing() -> None:

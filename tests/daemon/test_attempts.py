@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -12,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from daemon import attempts
+from daemon import adapting, attempts, service
 from daemon.attempts import DEATHS, FORGIVEN, Attempts
 from daemon.errors import BadHome
-from daemon.home import STATE_FILE, Home
+from daemon.home import ADAPTER_FOLDER, STATE_FILE, Home
 from daemon.inbox import Drop
 from daemon.merger import Merger
 from daemon.progress import Progress
@@ -28,6 +29,8 @@ from registry.store import Store
 from tests.daemon.homes import count, drain, experts, live, make_home, put, quick, reason_of
 from tests.daemon.test_queue import scan
 from tests.models import write_base, write_expert
+
+ADAPTER = quick(heads={"main": {"adapter": {"rank": 2}}})
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +156,106 @@ def test_what_fails_for_the_base_too_is_no_experts_fault(
     assert live(waiting) == 1 and os.listdir(waiting.inbox) == ["good.safetensors"]
 
 
+def fail_adapters(patch: pytest.MonkeyPatch, only_over: float) -> None:
+    """Lets torch fail to cut a task vector to a rank, where a value in it is larger."""
+    real = adapting.low_rank
+
+    def low_rank(delta_MN: torch.Tensor, rank: int) -> object:
+        if delta_MN.abs().max() > only_over:
+            raise RuntimeError("linalg.svd: the algorithm failed to converge")
+        return real(delta_MN, rank)
+
+    patch.setattr(adapting, "low_rank", low_rank)
+
+
+def test_what_torch_cannot_seal_is_its_experts_fault_alone(
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are merged and written by then, but no adapter can be made of them."""
+    put(home, write_expert(tmp_path / "first.safetensors", base, 2))
+    drain(home, ADAPTER)
+    for seed, name, scale in ((3, "bad", 1.0), (4, "good", 0.01)):
+        path = put(home, write_expert(tmp_path / f"{name}.safetensors", base, seed, scale))
+        os.utime(path, (seed, seed))
+    fail_adapters(monkeypatch, only_over=0.5)
+    metrics = drain(home, ADAPTER)
+    _, good, bad = experts(home)
+    assert (good.name, good.status, live(home)) == ("good.safetensors", Status.MERGED, 2)
+    assert (bad.name, bad.status, bad.reason) == ("bad.safetensors", Status.QUARANTINED, "fault")
+    assert "RuntimeError: linalg.svd" in (bad.detail or "")
+    assert count(metrics, "mainstem_experts_total", outcome="requeued") == attempts.TRIES - 1
+    assert (home.latest("main") / ADAPTER_FOLDER).exists()
+    assert not home.attempts.exists() and not home.in_hand.exists() and not os.listdir(home.tmp)
+
+
+def test_where_nothing_can_be_sealed_no_expert_is_to_blame(
+    waiting: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged_without(waiting, "good.safetensors", tmp_path)
+    fail_adapters(monkeypatch, only_over=0.0)
+    with pytest.raises(BadHome, match=r"not even the base itself.*linalg\.svd"):
+        drain(waiting, ADAPTER)
+    assert live(waiting) == 1 and os.listdir(waiting.inbox) == ["good.safetensors"]
+
+
+class UntilEmpty(Service):
+    """A daemon that stops once its inbox is empty, and whose disk has room again when it has waited twice."""
+
+    waits = 0
+
+    def __init__(self, home: Home, full: Path) -> None:
+        super().__init__(home, quick())
+        self._full = full
+
+    def _show_disk(self, *, full: bool) -> None:
+        super()._show_disk(full=full)
+        self.waits += full
+        if self.waits == 2:
+            self._full.unlink(missing_ok=True)
+
+    def _tell(self, *args: Any) -> None:
+        super()._tell(*args)
+        if not os.listdir(self._home.inbox):
+            self._stopping.ask()
+
+
+def fill_up(note: Path) -> Path:
+    """The kernel says that the disk is full whenever this note is written, until what is returned is removed."""
+    new = note.with_name(f".{note.name}.tmp")
+    new.symlink_to("/dev/full")
+    return new
+
+
+def test_a_full_disk_under_the_note_of_what_is_in_hand_is_waited_for(
+    waiting: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "DISK_FULL_WAIT_SECONDS", 0.01)
+    full = fill_up(waiting.in_hand)
+    with pytest.raises(OSError, match="No space left"):
+        drain(waiting)
+    assert sorted(os.listdir(waiting.inbox)) == ["bad.safetensors", "good.safetensors"] and not experts(waiting)
+    daemon = UntilEmpty(waiting, full)
+    daemon.run(http=False)
+    assert daemon.waits == 2
+    assert [(one.name, one.status) for one in experts(waiting)] == [
+        ("bad.safetensors", Status.MERGED),
+        ("good.safetensors", Status.MERGED),
+    ]
+
+
+def test_tries_are_counted_on_a_full_disk_too(waiting: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, _ = scan(waiting).settled
+    full = fill_up(waiting.attempts)
+    killed_with(waiting, bad)
+    fail_reading(monkeypatch, errno.EIO, "bad.safetensors")
+    drain(waiting)
+    assert [(one.name, one.reason) for one in experts(waiting)] == [
+        ("good.safetensors", None),
+        ("bad.safetensors", "unreadable"),
+    ]
+    assert full.is_symlink() and not waiting.attempts.exists()
+
+
 def spoilt(data: bytearray) -> None:
     data[-4:] = b"\xff\xff\xff\x7f"  # NaN
 
@@ -195,7 +298,7 @@ def killed_with(home: Home, drop: Drop) -> Attempts:
     return Attempts(home)
 
 
-def test_who_is_in_hand_whenever_the_process_dies_is_refused_at_last(waiting: Home) -> None:
+def test_who_is_in_hand_whenever_the_process_dies_is_refused_at_last(waiting: Home, base: Path, tmp_path: Path) -> None:
     bad, good = scan(waiting).settled
     for deaths in range(1, DEATHS):
         tries = killed_with(waiting, bad)
@@ -208,7 +311,30 @@ def test_who_is_in_hand_whenever_the_process_dies_is_refused_at_last(waiting: Ho
         ("bad.safetensors", "fault"),
     ]
     assert "killed 5 times" in (experts(waiting)[1].detail or "")
-    assert not waiting.attempts.exists()
+    assert json.loads(waiting.attempts.read_text()) == {"tries": {}, "blamed": "bad.safetensors"}
+    put(waiting, write_expert(tmp_path / "next.safetensors", base, 4))
+    drain(waiting)
+    assert experts(waiting)[2].status is Status.MERGED and not waiting.attempts.exists()
+
+
+def test_of_two_in_a_row_the_home_is_to_blame_until_something_is_merged(waiting: Home) -> None:
+    bad, good = scan(waiting).settled
+    (waiting.root / "aside").mkdir()
+    aside = (waiting.inbox / "good.safetensors").rename(waiting.root / "aside" / "good.safetensors")
+    for _ in range(DEATHS):
+        killed_with(waiting, bad)
+    drain(waiting)
+    aside.rename(waiting.inbox / "good.safetensors")
+    for _ in range(2):
+        for _ in range(DEATHS):
+            killed_with(waiting, good)
+        with pytest.raises(BadHome, match=r"while it merged good\.safetensors, and before .* merged bad\.safetensors"):
+            drain(waiting)
+        assert [one.name for one in experts(waiting)] == ["bad.safetensors"]
+    drain(waiting)  # the machine was mended: what the hint says is enough
+    shutil.move(waiting.quarantine(1) / "bad.safetensors", waiting.inbox)
+    drain(waiting)
+    assert [one.status for one in experts(waiting)[1:]] == [Status.MERGED] * 2 and not waiting.attempts.exists()
 
 
 def test_where_the_process_dies_of_every_expert_none_is_to_blame(waiting: Home) -> None:

@@ -1,18 +1,24 @@
 """A duplicate's weights are kept once, nothing else of it is removed, and a rebuild finds them all the same."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from daemon import durable, placing
+from daemon import duplicates, durable, placing
 from daemon.config import Settings
 from daemon.home import Home
+from daemon.progress import Abandoned, Progress
 from daemon.rebuilding import into
 from daemon.recovery import recover
 from daemon.replay import Console
@@ -119,6 +125,24 @@ def test_one_of_another_weight_does_not_take_that_place(home: Home, tmp_path: Pa
     assert (kept / "again" / "model.safetensors").exists() and not home.archive(1).exists()
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_may_not_be_removed_stays_and_ends_nothing(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    """Immutable, or of another owner in a sticky folder: the others go all the same."""
+    real, denied = os.unlink, "model.safetensors" if shards == 1 else "model-00001-of-00002.safetensors"
+
+    def unlink(path: Any, **more: Any) -> None:
+        if Path(path).name == denied and home.archive(2) in Path(path).parents:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        real(path, **more)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    kept = again(home, tmp_path, sharded if shards == 2 else lambda folder: None)
+    assert [path.name for path in kept.rglob("*.safetensors")] == [denied]
+    assert experts(home)[-1].place and not os.listdir(home.inbox) and sound(home)
+
+
 class PowerCut(BaseException):
     """Ends what is going on where it stands."""
 
@@ -159,3 +183,32 @@ def test_cut_short_anywhere_it_is_finished_by_recovery(
         assert not list(home.archive(2).rglob("*.safetensors"))
         assert (home.archive(2) / "again" / "config.json").exists()
     assert sound(home)
+
+
+def test_sigterm_while_it_is_compared_ends_that_and_the_next_start_goes_on(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(home, Path(shutil.copytree(tmp_path / "expert", tmp_path / "again")))
+    real = duplicates.spare
+
+    def told(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*given)
+
+    monkeypatch.setattr(placing, "spare", told)
+    drain(home)
+    twin = experts(home)[1]
+    assert (twin.status, twin.place) == (Status.DUPLICATE, None)
+    assert (home.archive(2) / "again" / "model.safetensors").exists() and home.clean.exists()
+    monkeypatch.undo()
+    drain(home)
+    assert experts(home)[1].place == "archive/000002"
+    assert not (home.archive(2) / "again" / "model.safetensors").exists() and sound(home)
+
+
+def test_a_stop_is_heeded_in_the_duplicates_own_files_too(tmp_path: Path) -> None:
+    stopping = Event()
+    stopping.set()
+    path = write_base(tmp_path / "base.safetensors", 1)
+    with pytest.raises(Abandoned):
+        duplicates._tensors_in(path, Progress(stopping, lambda _: None))

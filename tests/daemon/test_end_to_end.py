@@ -147,6 +147,7 @@ def check_listings(home: Home, tmp_path: Path, base: Path) -> None:
         "experts": 3,  # what came a second time is kept once
         "files": len(read),
         "size_bytes": sum(path.stat().st_size for path in read),
+        "hints": [],
         "problems": [],
     }
     verified = forked("verify", *at)
@@ -198,6 +199,17 @@ def test_a_home_can_be_named_in_three_ways(someone: Path) -> None:
     assert json.loads(here.stdout)["heads"][0]["params"]["alpha"] == 0.7
     assert "http.port" in asked("config", "show", "--home", someone / "home")
     assert "is fine" in asked("config", "check", "--home", someone / "home")
+
+
+@pytest.mark.parametrize("there", ["nothing", "file"])
+def test_status_is_shown_without_an_inbox(someone: Path, tmp_path: Path, there: str) -> None:
+    home = Home(shutil.copytree(someone / "home", tmp_path / "home", symlinks=True))
+    home.inbox.rmdir()
+    if there == "file":
+        home.inbox.touch()
+    status = json.loads(asked("status", "--json", "--home", home.root))
+    assert status["inbox"] == [] and [head["name"] for head in status["heads"]] == ["main"]
+    assert "inbox  0 waiting" in asked("status", "--home", home.root)
 
 
 def test_methods_are_listed_with_what_can_be_set() -> None:
@@ -299,7 +311,8 @@ def test_damage_is_named_and_stops_the_start(someone: Path, tmp_path: Path) -> N
     home.clean.unlink()
     verified = forked("verify", "--home", home.root)
     assert verified.returncode == 1
-    problem, line = (verified.stdout + verified.stderr).splitlines()
+    problem, hint, line = (verified.stdout + verified.stderr).splitlines()
+    assert f"cp {home.base / WEIGHTS} {weights}" in hint
     assert problem.startswith("published/main/000000/model.safetensors: ") and line.endswith(" read, 1 problem")
     started = forked("run", "--once", "--no-http", "--home", home.root)
     assert started.returncode == 1 and "damaged" in started.stderr and "hint:" in started.stderr

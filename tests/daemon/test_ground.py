@@ -1,10 +1,12 @@
 """The base and the states are looked at with every expert: nothing is merged onto what was edited."""
 
+import hashlib
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from daemon.errors import BadHome, NotYet
 from daemon.home import Home
 from daemon.inbox import Inbox
 from daemon.merger import Merger
+from daemon.progress import Abandoned, Progress
 from daemon.recovery import recover
 from daemon.replay import Console
 from projector.tensorfile import RunningDigest
@@ -226,7 +229,7 @@ def test_a_home_of_before_whose_published_file_was_edited_does_not_start(home: H
 def test_a_home_of_before_starts_on_a_full_disk(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     link_version_0(home)
 
-    def full(source: Path, target: Path) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(durable, "copy_file", full)
@@ -279,3 +282,42 @@ def test_a_subtraction_reads_a_sound_state_only(home: Home, tmp_path: Path) -> N
     with pytest.raises(BadHome, match=r"state\.safetensors is damaged"):
         withdraw(home, Settings(), ["1"], Console())
     assert live(home) == 2
+
+
+def test_who_is_told_to_stop_separates_no_base_first(home: Home) -> None:
+    link_version_0(home)
+    stopping = Event()
+    stopping.set()
+    with Store.open(home.registry) as store, pytest.raises(Abandoned):
+        ground.separate(home, store, Progress(stopping, lambda _: None))
+    assert (home.base / "model.safetensors").stat().st_nlink == 3 and not os.listdir(home.tmp)
+
+
+def test_a_copy_is_given_up_at_its_next_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "COPY_BYTES", 10)
+    (tmp_path / "source").write_bytes(bytes(100))
+    copied: list[int] = []
+
+    def stop(nbytes: int) -> None:
+        copied.append(nbytes)
+        if len(copied) == 3:
+            raise Abandoned
+
+    with pytest.raises(Abandoned):
+        durable.copy_file(tmp_path / "source", tmp_path / "target", stop)
+    assert copied == [10, 10, 10]
+
+
+def test_a_thread_that_hashes_a_state_hears_of_a_stop_and_says_so(tmp_path: Path) -> None:
+    """An error that nobody takes from it would be told by the interpreter, which the suite takes for a failure."""
+    path, stopping = tmp_path / "state", Event()
+    path.write_bytes(bytes(100))
+    with path.open("rb") as file, ground._Hashing(file.fileno(), 100, Progress(stopping, lambda _: None)) as hashing:
+        assert hashing.finish() == hashlib.sha256(bytes(100)).hexdigest()
+    stopping.set()
+    with (
+        path.open("rb") as file,
+        pytest.raises(Abandoned),
+        ground._Hashing(file.fileno(), 100, Progress(stopping, lambda _: None)) as hashing,
+    ):
+        hashing.finish()

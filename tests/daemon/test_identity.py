@@ -1,24 +1,33 @@
 """The same tensors in other files are the same expert; anything else is another."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from daemon import identity
+from daemon.attempts import TRIES
+from daemon.checkpoint import OpenCheckpoint
 from daemon.config import Settings
+from daemon.errors import BadHome
 from daemon.home import Home
 from daemon.inspection import inspect
 from daemon.rebuilding import into, withdraw
 from daemon.replay import Console
 from registry.records import Status
 from tests.daemon.homes import drain, experts, latest, lineage, live, put, quick
+from tests.daemon.test_attempts import fail_reading
 from tests.models import write_expert
 
 Weights = dict[str, Tensor]
@@ -165,6 +174,41 @@ def test_where_the_archive_cannot_tell_it_is_merged(merged: tuple[Home, Weights]
     assert live(home) == 2
 
 
+def test_an_archive_that_cannot_be_read_is_no_experts_fault(
+    merged: tuple[Home, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is the same is not known: it is neither refused nor merged twice."""
+    home, weights = merged
+    forget(home)
+    put(home, with_metadata(weights, tmp_path))
+    with monkeypatch.context() as patch:
+        fail_reading(patch, errno.EIO, f"{home.archive(1).name}/first.safetensors")
+        for _ in range(TRIES + 1):
+            with pytest.raises(BadHome, match=r"archive/000001.*cannot be read \(Input/output error\)") as stopped:
+                drain(home)
+    assert [one.status for one in experts(home)] == [Status.MERGED] and os.listdir(home.inbox) == ["again.safetensors"]
+    assert not home.attempts.exists() and not home.in_hand.exists() and not os.listdir(home.tmp)
+    assert "put it back from a backup, or move it out of archive/" in stopped.value.hint
+    aside = home.archive(1).rename(tmp_path / "aside")
+    drain(home)
+    assert live(home) == 2, "the hint's second way"
+    assert aside.exists()
+
+
+def test_no_descriptor_for_the_archive_is_no_damage(
+    merged: tuple[Home, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, weights = merged
+    forget(home)
+    put(home, with_metadata(weights, tmp_path))
+    with monkeypatch.context() as patch:
+        fail_reading(patch, errno.EMFILE, f"{home.archive(1).name}/first.safetensors")
+        with pytest.raises(OSError, match="Too many open files"):
+            drain(home)
+    drain(home)
+    assert (experts(home)[-1].status, experts(home)[-1].duplicate_of) == (Status.DUPLICATE, 1)
+
+
 def test_what_was_merged_twice_before_is_rebuilt_as_it_was(merged: tuple[Home, Weights], tmp_path: Path) -> None:
     home, weights = merged
     forget(home)
@@ -181,3 +225,23 @@ def test_what_was_merged_twice_before_is_rebuilt_as_it_was(merged: tuple[Home, W
         put(one, Path(shutil.copy(tmp_path / "third.safetensors", tmp_path / "copy.safetensors")))
         drain(one)
         assert experts(one)[-1].status is Status.DUPLICATE and live(one) == 2
+
+
+def test_sigterm_is_heeded_while_an_archived_expert_is_read(
+    merged: tuple[Home, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, weights = merged
+    forget(home)
+    put(home, with_metadata(weights, tmp_path))
+    real = identity.open_path
+
+    def told(*given: Any, **more: Any) -> OpenCheckpoint:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given, **more)
+
+    monkeypatch.setattr(identity, "open_path", told)
+    drain(home)
+    assert len(experts(home)) == 1 and os.listdir(home.inbox) == ["again.safetensors"]
+    monkeypatch.undo()
+    drain(home)
+    assert experts(home)[1].duplicate_of == 1

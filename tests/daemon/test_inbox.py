@@ -1,15 +1,28 @@
 """The inbox: what counts as an entry, when it has come to rest, and in which order."""
 
+import errno
 import os
+import shutil
+import tempfile
 import threading
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 
 from daemon.home import Home
-from daemon.inbox import TEMPORARY, Inbox, Watcher, entry_id, stamp
+from daemon.inbox import TEMPORARY, Inbox, Scan, Watcher, entry_id, stamp
+from daemon.service import Service
 from daemon.watching import Watching
+from registry.records import Status
+from tests.daemon.homes import experts, make_home, put, quick
+from tests.models import write_expert
+
+NOBODY = 65534
 
 
 class Clock:
@@ -200,3 +213,119 @@ def test_a_folder_that_takes_the_inboxs_place_is_listened_to(home: Home, tmp_pat
         assert wake.wait(30)
     finally:
         watching.close()
+
+
+def inotify_watches() -> int:
+    """How many this process has, by the kernel's count."""
+    found = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found += Path(f"/proc/self/fdinfo/{fd}").read_text().count("inotify wd:")
+    return found
+
+
+def test_one_watch_is_kept_however_many_folders_there_are(home: Home) -> None:
+    """Watches are the system's, and few: what comes and goes below the inbox must take none."""
+    for n in range(20):
+        (home.inbox / f"{n}" / "below").mkdir(parents=True)
+    before, wake = inotify_watches(), Event()
+    watching = Watching(home, wake, events=True)
+    try:
+        assert watching.look() is None
+        assert inotify_watches() == before + 1
+        (home.inbox / "later" / "below").mkdir(parents=True)
+        assert wake.wait(30)
+        wake.clear()
+        (home.inbox / "x").touch()
+        assert wake.wait(30), "what came before was dealt with by then"
+        assert inotify_watches() == before + 1
+    finally:
+        watching.close()
+    assert inotify_watches() == before
+
+
+def as_nobody(ask: Callable[[], str]) -> str:
+    """What an unprivileged process is told, in a fork, which has everything imported."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+            answer = ask()
+        except BaseException as error:
+            answer = repr(error)
+        os.write(write, answer.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read().decode()
+    os.waitpid(child, 0)
+    return said
+
+
+def test_an_inbox_that_may_not_be_listed_is_missing_until_it_may_be(base: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        Path(folder).chmod(0o755)
+        home = make_home(Path(folder) / "home", base)
+        watching = Watching(home, Event(), events=False)
+        for mode, said in ((0o755, "None"), (0o311, "the inbox cannot be listed: Permission denied"), (0o755, "None")):
+            home.inbox.chmod(mode)
+            assert as_nobody(lambda: str(watching.look())) == said
+
+
+class Denied:
+    """From its nth access on, the inbox may not be listed or opened `times` times over."""
+
+    def __init__(self, inbox: Path, nth: int, times: int, patch: pytest.MonkeyPatch) -> None:
+        self.accesses = 0
+        for name in ("open", "listdir", "scandir"):
+            real = getattr(os, name)
+
+            def access(path: Any, *args: Any, real: Any = real, **more: Any) -> Any:
+                if path == inbox:
+                    self.accesses += 1
+                    if nth <= self.accesses < nth + times:
+                        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                return real(path, *args, **more)
+
+            patch.setattr(os, name, access)
+
+
+class UntilEmpty(Service):
+    """A daemon that stops once its inbox is empty."""
+
+    def __init__(self, home: Home) -> None:
+        super().__init__(home, quick(inbox={"scan_seconds": 0.01}))
+        self.missing: list[str] = []
+
+    def _look(self, watching: Watching) -> str | None:
+        why = super()._look(watching)
+        self.missing += [why] if why else []
+        assert bool(why) == any(one.reason == "no_inbox" for one in self._health._notes.values())
+        return why
+
+    def _show_inbox(self, found: Scan) -> None:
+        if not found.settled and experts(self._home):
+            self._stopping.ask()
+
+
+def test_wherever_the_inbox_is_closed_to_the_daemon_it_goes_on_once_it_is_open(
+    home: Home, base: Path, tmp_path: Path
+) -> None:
+    missing = 0
+    for nth in count(1):
+        other = Home(shutil.copytree(home.root, tmp_path / f"{nth}", symlinks=True))
+        put(other, write_expert(tmp_path / "x.safetensors", base, 2))
+        with pytest.MonkeyPatch.context() as patch:
+            denied = Denied(other.inbox, nth, 2, patch)
+            daemon = UntilEmpty(other)
+            daemon.run(http=False)
+        assert [(one.status, bool(one.place)) for one in experts(other)] == [(Status.MERGED, True)]
+        assert not daemon._health._notes and not os.listdir(other.inbox)
+        missing += set(daemon.missing) == {"the inbox cannot be listed: Permission denied"}
+        if denied.accesses < nth:
+            break
+    assert nth > 4 and missing > 2

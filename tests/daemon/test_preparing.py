@@ -1,24 +1,32 @@
 """What is prepared between experts: it changes no bit, it can be lost, and an arrival does not wait for it."""
 
+import errno
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 from torch import equal
 
-from daemon import durable
-from daemon.home import Home
+from daemon import durable, preparing
+from daemon.errors import BadHome
+from daemon.generations import FileEntry
+from daemon.home import STATE_FILE, Home
 from daemon.merger import Merger
 from daemon.progress import Progress
 from daemon.service import Service
+from daemon.verification import verify
 from registry.store import Store
-from tests.daemon.homes import MAIN, count, drain, latest, live, make_home, put, quick, tree
+from tests.daemon.homes import MAIN, count, drain, latest, lineage, live, make_home, put, quick, tree
 from tests.daemon.test_queue import scan
 from tests.models import write_base, write_expert
+from tests.projector.test_many_tensors import steps_of
 
 
 def never() -> bool:
@@ -112,6 +120,53 @@ def test_a_file_that_is_not_what_was_finished_is_thrown_away(
         again.close()
 
 
+def unreadable(path: Path, where: str) -> pytest.MonkeyPatch:
+    """The disk fails under this file from here on: when it is opened, in its header, or when it is hashed."""
+    patch, opened, preadv, hashed = pytest.MonkeyPatch(), os.open, os.preadv, preparing.entry
+    failed = OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    def at_open(name: Any, *args: Any, **more: Any) -> int:
+        if name == path:
+            raise failed
+        return opened(name, *args, **more)
+
+    def at_reading(fd: int, *args: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(path):
+            raise failed
+        return preadv(fd, *args)
+
+    def at_hashing(name: Path, *args: Any, **more: Any) -> FileEntry:
+        if name == path:
+            raise failed
+        return hashed(name, *args, **more)
+
+    if where == "opened":
+        patch.setattr(os, "open", at_open)
+    elif where == "its header":
+        patch.setattr(os, "preadv", at_reading)
+    else:
+        patch.setattr(preparing, "entry", at_hashing)
+    return patch
+
+
+@pytest.mark.parametrize("where", ["opened", "its header", "hashed"])
+def test_a_file_that_cannot_be_read_is_made_anew(home: Home, base: Path, tmp_path: Path, where: str) -> None:
+    with merging(home) as take:
+        take(write(tmp_path, base, 2)).preparations.work(never)
+    path = home.prepared("main", 1)
+    before = path.read_bytes()
+    with Store.open(home.registry) as store:
+        patch = unreadable(path, where)
+        try:
+            again = Merger(home, store, quick(), Progress(Event(), lambda share: None))
+        finally:
+            patch.undo()
+        assert again.preparations.share("main") == 0 and again.preparations.missing and not path.exists()
+        again.preparations.work(never)
+        assert again.preparations.share("main") == 1 and path.read_bytes() == before
+        again.close()
+
+
 def test_a_full_disk_ends_preparing_and_nothing_else(
     home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,3 +245,30 @@ def wait(true: Callable[[], bool], seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < deadline, "it did not come true"
         time.sleep(0.02)
+
+
+def test_how_far_it_is_costs_nothing_to_say(home: Home, base: Path, tmp_path: Path) -> None:
+    """A scrape may come at any moment, and a model may have tens of thousands of tensors."""
+    shares = []
+    with merging(home) as take:
+        preparations = take(write(tmp_path, base, 2)).preparations
+        sizes = preparations._heads["main"]._bytes
+        assert len(sizes) > 1
+        cost = steps_of(lambda: preparations.share("main"))
+        preparations.work(lambda: shares.append(preparations.share("main")) or False)  # type: ignore[func-returns-value]
+        assert steps_of(lambda: preparations.share("main")) == cost < 6
+    ready = [round(share * sum(sizes.values())) for share in dict.fromkeys([*shares, 1.0])]
+    assert [after - before for before, after in pairwise(ready)] == list(sizes.values())
+
+
+def test_a_state_that_is_cut_short_while_it_is_prepared_from_ends_the_daemon_with_a_hint(
+    home: Home, base: Path, tmp_path: Path
+) -> None:
+    with merging(home) as take:
+        preparations = take(write(tmp_path, base, 2)).preparations
+        os.truncate(home.head_state("main", 1) / STATE_FILE, 100)
+        with pytest.raises(BadHome, match="head's state is damaged") as ended:
+            preparations.work(never)
+    assert "mainstem verify" in ended.value.hint
+    with lineage(home) as reader:
+        assert any("state/heads/main/000001" in found for found in verify(home, reader, lambda _: None)[1])

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from daemon import service
 from daemon.compute import device
 from daemon.config import Compute, load
 from daemon.errors import BadConfig, BadHome, NotYet
@@ -13,7 +16,10 @@ from daemon.home import Home
 from daemon.inbox import Inbox, Scan
 from daemon.merger import Merger
 from daemon.progress import Progress
+from daemon.service import Service
 from daemon.verification import verify
+from registry import engine
+from registry.errors import Busy
 from registry.records import Status
 from registry.store import Store
 from tests.daemon.homes import drain, experts, lineage, live, make_home, put, quick
@@ -170,3 +176,27 @@ def test_every_name_in_a_dropped_folder_is_durable_before_the_commit(
     monkeypatch.setattr(Store, "commit", committed)
     drain(home)
     assert [one.version for one in experts(home)] == [1]
+
+
+@pytest.mark.parametrize("when", ["at the start", "in a merge"])
+def test_who_drains_once_does_not_wait_for_a_busy_registry_for_ever(
+    when: str, home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "BUSY_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(service, "ONCE_WAITS_SECONDS", 0.1)
+    put(home, write_expert(tmp_path / "a.safetensors", base, 2))
+    with closing(sqlite3.connect(home.registry, isolation_level=None)) as other:
+
+        class Held(Service):
+            def _take(self, *given: object) -> bool:
+                other.execute("BEGIN IMMEDIATE")
+                return super()._take(*given)  # type: ignore[arg-type]
+
+        if when == "at the start":
+            other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Busy) as stopped:
+            (Service if when == "at the start" else Held)(home, quick()).run(once=True, http=False)
+        assert "close it" in stopped.value.hint and os.listdir(home.inbox) == ["a.safetensors"]
+        other.execute("ROLLBACK")
+    drain(home)
+    assert live(home) == 1

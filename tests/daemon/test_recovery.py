@@ -1,27 +1,38 @@
 """Recovery, step by step on homes left in known states. The crash tests find the states by crashing."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from daemon import generations
+from daemon import durable, generations, service
+from daemon.durable import SyncFailed
 from daemon.errors import BadHome
 from daemon.home import Home
-from daemon.inbox import entry_id
+from daemon.inbox import Drop, entry_id
+from daemon.merger import Merger
 from daemon.placing import place_all
+from daemon.progress import Progress
+from daemon.rebuilding import into
 from daemon.recovery import mark_clean, recover
+from daemon.replay import Console
 from daemon.service import Service
-from registry.records import NewExpert, Status
+from daemon.verification import verify
+from registry.records import Expert, NewExpert, Status
 from registry.store import Store
-from tests.daemon.homes import drain, experts, live, put, quick, tree
-from tests.models import write_expert
+from tests.daemon.homes import drain, experts, lineage, live, make_home, put, quick, tree
+from tests.daemon.test_queue import scan
+from tests.models import write_base, write_expert
 
 
 @pytest.fixture
@@ -228,15 +239,197 @@ def test_sigterm_while_the_live_version_is_hashed_ends_at_the_next_piece(
     monkeypatch.setattr(generations, "HASH_BYTES", 100)
     pieces = []
 
-    class Told(Service):
-        def _go_on(self, nbytes: int = 0) -> None:
+    class Told(Progress):
+        def advance(self, nbytes: int) -> None:
             pieces.append(nbytes)
             if len(pieces) == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-            super()._go_on(nbytes)
+            super().advance(nbytes)
 
-    Told(home, quick()).run(once=True, http=False)
+    monkeypatch.setattr(service, "Progress", Told)
+    drain(home)
     assert len(pieces) <= 4 and not home.clean.exists()
     assert len(experts(home)) == 1
+    monkeypatch.undo()
     drain(home)
     assert len(experts(home)) == 2 and home.clean.exists()
+
+
+def archived(home: Home, expert: Expert) -> bool:
+    folder = home.archive(expert.id)
+    return expert.place == f"archive/{folder.name}" and (folder / expert.name).exists()
+
+
+def test_a_merged_expert_whose_inbox_was_replaced_is_not_filed_as_archived(
+    home: Home, base: Path, tmp_path: Path
+) -> None:
+    """Nor lost: it is filed once the old folder is back, also under a daemon that runs on."""
+    away, other = home.root / "inbox.old", home.root / "inbox.new"
+    put(home, write_expert(tmp_path / "first.safetensors", base, 2))
+    later = write_expert(tmp_path / "later.safetensors", base, 3)
+
+    class Replaced(Service):
+        def _decide(self, merger: Merger, drop: Drop) -> Expert:
+            decided = super()._decide(merger, drop)
+            if drop.name == "first.safetensors":
+                home.inbox.rename(away)
+                home.inbox.mkdir()
+                put(home, later)
+            return decided
+
+        def _tell(self, expert: Expert, *others: object) -> None:
+            super()._tell(expert, *others)  # type: ignore[arg-type]
+            if expert.name == "later.safetensors":
+                first, second = experts(home)
+                assert (first.status, first.place, archived(home, second)) == (Status.MERGED, None, True)
+                home.inbox.rename(other)
+                away.rename(home.inbox)
+
+    Replaced(home, quick()).run(once=True, http=False)
+    assert [archived(home, expert) for expert in experts(home)] == [True, True] and not os.listdir(home.inbox)
+
+
+@pytest.mark.parametrize("how", ["a copy is dropped", "it is filed by hand"])
+def test_a_merged_expert_that_was_lost_with_its_inbox_gets_its_place(
+    how: str, home: Home, base: Path, tmp_path: Path
+) -> None:
+    """As whoever finds the old inbox is likely to do, or as the hints say."""
+    path = put(home, write_expert(tmp_path / "first.safetensors", base, 2))
+    copy = Path(shutil.copy(path, tmp_path / "copy.safetensors"))
+    with Store.open(home.registry) as store:
+        running = Merger(home, store, quick(), Console().progress())
+        (drop,) = scan(home).settled
+        expert = running.decide(drop)
+        home.inbox.rename(home.root / "inbox.old")
+        home.inbox.mkdir()
+        assert not running.tidy(expert)
+        running.close()
+    with pytest.raises(BadHome) as refused:
+        into(home, Home(tmp_path / "other"), quick(), None, [], Console())
+    assert str(home.archive(1)) in refused.value.hint
+    if how == "a copy is dropped":
+        put(home, copy)
+        drain(home)
+    else:
+        shutil.move(home.root / "inbox.old" / "first.safetensors", home.archive(1))
+    into(home, Home(tmp_path / "other"), quick(), None, [], Console())
+    drain(home)
+    assert experts(home)[0].place == "archive/000001" and live(Home(tmp_path / "other")) == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("damage", [_spoil, Path.unlink], ids=["edited", "lost"])
+def test_what_was_edited_of_version_0_is_put_back_as_the_hint_says(
+    name: str, damage: Callable[[Path], object], tmp_path: Path
+) -> None:
+    home = make_home(tmp_path / "a home", write_base(tmp_path / "base", 1))
+    damage(home.version("main", 0) / name)
+    (home.version("main", 0) / "notes").touch()
+    home.clean.unlink(missing_ok=True)
+    hints = []
+    with lineage(home) as reader:
+        checked, found = verify(home, reader, lambda _: None)
+        assert len(found) == 2
+        hints += checked.hints
+    with Store.open(home.registry) as store, pytest.raises(BadHome) as refused:
+        recover(home, store, quiet)
+    hints.append(refused.value.hint)
+    commands = [re.findall(r"cp '[^']+' '[^']+'", hint) for hint in hints]
+    assert len(commands[0]) == 1 and commands[0] == commands[1] and "backup" not in "".join(hints)
+    subprocess.run(commands[0][0], shell=True, check=True)
+    assert "remove what is not in the manifest" in hints[0]
+    (home.version("main", 0) / "notes").unlink()
+    with lineage(home) as reader:
+        assert verify(home, reader, lambda _: None)[1] == []
+
+
+def test_what_was_edited_of_a_merged_version_comes_back_from_a_rebuild_as_the_hint_says(
+    merged: Home, store: Store, tmp_path: Path
+) -> None:
+    other = Home(tmp_path / "other")
+    spoilt = [merged.version("main", 2) / "model.safetensors", merged.head_state("main", 2) / "state.safetensors"]
+    for path in spoilt:
+        _spoil(path)
+    merged.clean.unlink()
+    with pytest.raises(BadHome, match="version 2 is damaged") as refused:
+        recover(merged, store, quiet)
+    assert "mainstem rebuild --into NEWHOME" in refused.value.hint
+    into(merged, other, quick(), None, [], Console())
+    for path in spoilt:
+        shutil.copy(other.root / path.relative_to(merged.root), path)
+    recover(merged, store, quiet)
+    assert verify(merged, store, lambda _: None)[1] == []
+
+
+def test_what_was_edited_of_the_base_is_put_back_as_verify_says(home: Home) -> None:
+    _spoil(home.base / "model.safetensors")
+    with lineage(home) as reader:
+        (hint,) = verify(home, reader, lambda _: None)[0].hints
+        subprocess.run(re.findall(r"cp \S+ \S+(?=,)", hint)[0], shell=True, check=True)
+        assert verify(home, reader, lambda _: None)[1] == []
+
+
+def test_a_base_that_is_spoilt_too_is_not_offered_for_version_0(home: Home) -> None:
+    for path in (home.version("main", 0), home.base):
+        _spoil(path / "model.safetensors")
+    with lineage(home) as reader:
+        checked, _ = verify(home, reader, lambda _: None)
+    assert not any("cp " in hint for hint in checked.hints) and "backup" in checked.hints[1]
+
+
+def test_a_sync_that_fails_while_it_is_being_stopped_leaves_no_clean_mark(
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The move out of the inbox is not durable then, and only the next start finds out."""
+    put(home, write_expert(tmp_path / "a.safetensors", base, 2))
+    fsync = os.fsync
+
+    def failing(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(home.inbox) and not os.listdir(home.inbox):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(SyncFailed):
+            Service(home, quick()).run(http=False)
+    assert not home.clean.exists() and [one.version for one in experts(home)] == [1]
+    drain(home)
+    assert home.clean.exists() and experts(home)[0].place
+
+
+def test_a_start_waits_for_space_unless_it_is_to_drain_once(
+    merged: Home, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.close()
+    plain = merged.versions("main") / "LATEST"
+    plain.write_text("000001\n")  # to be put right
+    full, create = Event(), durable.create
+
+    def creating(path: Path, *args: Any, **more: Any) -> int:
+        if full.is_set() and path.name == ".LATEST.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return create(path, *args, **more)
+
+    class Waiting(Service):
+        waits = 0
+
+        def _show_disk(self, *, full: bool) -> None:
+            super()._show_disk(full=full)
+            self.waits += full
+            if self.waits == 3:
+                make_room()
+            if not full:
+                self._stopping.ask()
+
+    make_room = full.clear
+    full.set()
+    monkeypatch.setattr(durable, "create", creating)
+    monkeypatch.setattr(service, "DISK_FULL_WAIT_SECONDS", 0.01)
+    with pytest.raises(OSError, match="No space left"):
+        drain(merged)
+    daemon = Waiting(merged, quick())
+    daemon.run(http=False)
+    assert daemon.waits == 3 and plain.read_text() == "000002\n"
+    assert not daemon._health._notes, "it is over"

@@ -79,10 +79,10 @@ class Person:
         return one
 
     def drop_again(self, refused: Expert) -> None:
-        """As the hint says: from quarantine/<id>/ back into inbox/."""
+        """As the hint says."""
         assert refused.hint and refused.hint.endswith(
             "; once mainstem.toml says so, `kill -HUP` the daemon (or restart it),"
-            " then move the expert from quarantine/<id>/ back into inbox/"
+            f" then move the expert from quarantine/{refused.id:06d}/ back into inbox/"
         )
         folder = self.home.root / "quarantine" / f"{refused.id:06d}"
         (path,) = (path for path in folder.iterdir() if path.name != "reason.json")
@@ -114,7 +114,7 @@ def test_a_refusals_hint_is_followed_while_the_daemon_runs(person: Person, base:
         (
             "short",
             {n: w + 1e-5 * torch.ones_like(w) if w.is_floating_point() else w for n, w in weights.items()},
-            lambda _: "max_norm_ratio = 100000",
+            raised,
         ),
     ]
     settings: list[str] = []
@@ -130,6 +130,13 @@ def test_a_refusals_hint_is_followed_while_the_daemon_runs(person: Person, base:
         assert person.fate(5 + 2 * place).status is Status.MERGED
     assert live(home) == 6
     assert [one.reason for one in experts(home) if one.reason] == ["wrong_base", "unexpected_tensor", "norm_outlier"]
+
+
+def raised(refused: Expert) -> str:
+    """The limit that a hint names."""
+    found = re.search(r"raise admission\.(max_norm_ratio) to (\S+);", refused.hint or "")
+    assert found, refused.hint
+    return f"{found[1]} = {found[2]}"
 
 
 def advised(refused: Expert) -> str:
@@ -321,6 +328,22 @@ def test_no_hint_speaks_of_dropping_again_by_itself(norm: float) -> None:
     with pytest.raises(Refused) as refused:
         check_norm(Folded(norm, 50.0, ()), 1.0, Settings().admission)
     assert "again" not in refused.value.hint and taking_effect(refused.value.hint) != refused.value.hint
+
+
+def test_a_file_that_was_there_and_is_gone_changes_nothing(person: Person) -> None:
+    """As while an editor, or a tool that brings settings along, puts another in its place."""
+    kept = person.home.config.read_text()
+    person.home.config.unlink()
+    told = person.hang_up("the settings cannot be read again: those in force stay")
+    assert "mainstem.toml cannot be read: No such file" in str(told["error"]) and "put it back" in str(told["hint"])
+    person.edit(kept)
+    assert person.hang_up()["changed"] == 0
+
+
+def test_a_file_that_never_was_is_not_missed(tmp_path: Path) -> None:
+    assert load(tmp_path / "mainstem.toml").flat() == load(None).flat()
+    with pytest.raises(BadConfig, match="No such file"):
+        load(tmp_path / "mainstem.toml", needed=True)
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The driver: what it refuses, what it reports, and that neither workers nor a second head change a bit."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 import pytest
@@ -134,3 +134,30 @@ def test_a_watch_that_raises_stops_the_work(files: Files) -> None:
     base, (expert,) = stream(1)
     with pytest.raises(Stop):
         fold(files, Driver(watch=Stopping(), workers=2), dict(base), dict(expert), "mean")
+
+
+def test_a_merged_tensor_is_written_without_a_look_at_every_file(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    def specs(writer: TensorWriter) -> Mapping[str, TensorSpec]:
+        nonlocal looks
+        looks += 1
+        return writer.header.specs
+
+    monkeypatch.setattr(TensorWriter, "specs", property(specs))
+    base = {f"layers.{i}.weight": torch.full((2, 2), 1.0 + i) for i in range(40)}
+    expert = {name: 2 * tensor for name, tensor in base.items()}
+    found = []
+    for count in (1, 20):
+        origin, method = files.checkpoint(base), make("mean")
+        schema = list(origin.schema.values())
+        shards = [TensorWriter(files.new(), schema[i::count], {}) for i in range(count)]
+        state, looks = TensorWriter(files.new(), state_specs(method, origin.schema), {}), 0
+        head = HeadFold(method, Totals(), Expert(1), None, state, weights=shards)
+        Driver().fold(origin, files.checkpoint(expert), [head])
+        found.append(looks)
+        for writer in shards:
+            reader = writer.reader()
+            for name in reader.specs:
+                assert torch.equal(reader.read(name), expert[name])
+    assert found[1] - found[0] <= 4 * 20, found

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from projector.checks import LAWS, Law
+from projector.checks import (
+    LAWS,
+    Law,
+    blocks_equal_the_whole,
+    every_shape_is_taken,
+    finite_in_finite_out,
+    zero_delta_is_harmless,
+)
 from projector.errors import BadParameter
 from projector.method import Expert, Method, State, Sums, Survey, Totals, method_params, param
 from projector.methods import make, methods
@@ -21,22 +28,27 @@ from projector.trial import merge, stream
 ROOT = Path(__file__).parents[2]
 
 
-def variants(name: str) -> Iterator[dict[str, Any]]:
-    """The defaults, then each choice and each end of a range of each parameter, or the value next to it."""
-    yield {}
+AT_ENDS = (zero_delta_is_harmless, finite_in_finite_out, every_shape_is_taken, blocks_equal_the_whole)
+"""What the end of a range may break; it takes no other way through a method than the values inside."""
+
+
+def variants(name: str) -> Iterator[tuple[dict[str, Any], Sequence[Law]]]:
+    """The defaults and each choice of each parameter under all laws; each end of a range, or the value next to it."""
+    yield {}, LAWS
     for key, about in method_params(methods()[name]).items():
         inwards = ((about["low"], 1e-6), (about["high"], -1e-6))
-        ends = (end + step if end is not None and end == about["idle"] else end for end, step in inwards)
-        for value in (*(about["choices"] or ()), *ends):
-            if value is not None and value != about["default"]:
-                yield {key: value}
+        ends = [end + step if end is not None and end == about["idle"] else end for end, step in inwards]
+        for values, laws in ((about["choices"] or (), LAWS), (ends, AT_ENDS)):
+            for value in values:
+                if value is not None and value != about["default"]:
+                    yield {key: value}, laws
 
 
 def cases() -> Iterator[Any]:
     for name in methods():
-        for params in variants(name):
+        for params, laws in variants(name):
             words = ", ".join(f"{key}={value}" for key, value in params.items())
-            for law in LAWS:
+            for law in laws:
                 yield pytest.param(name, params, law, id=f"{name}({words}):{law.__name__}")
 
 

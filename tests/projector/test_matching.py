@@ -45,6 +45,17 @@ def test_only_equal_matrices_are_twins(opens: Opens) -> None:
     }
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32])
+def test_twins_may_be_of_two_dtypes_where_no_value_is_rounded(opens: Opens, narrow: torch.dtype) -> None:
+    wide = {torch.float32: torch.float64}.get(narrow, torch.float32)
+    one = matrix(1, 3000, 200).to(narrow)  # more than a block
+    late, between = one.to(wide), one.to(wide)
+    late[-1, -1] += 1
+    between[0, 0] *= 1 + torch.finfo(narrow).eps / 4
+    checkpoint = opens({"embed": one, "head": one.to(wide), "late": late, "between": between})
+    assert checkpoint.twins() == {"embed": ["head"], "head": ["embed"]}
+
+
 def test_what_the_file_says_was_one_tensor_is_as_long_as_it_still_is(opens: Opens) -> None:
     """Its metadata, alias -> name, is believed of no tensors that differ, and of none that are not there."""
     bias, zeros = matrix(1, 9), torch.zeros(8, 4)
@@ -108,6 +119,30 @@ def test_names_shapes_and_rows_are_those_of_the_base(opens: Opens) -> None:
     (fetched,) = found.fetch(base.schema["b.bias"], None)
     delta = found.delta(base.schema["b.bias"], base.read("b.bias"), [fetched])
     torch.testing.assert_close(delta, theirs["m.b.bias"] - matrix(2, 5))
+
+
+def test_further_rows_of_a_vocabulary_are_left_out_of_its_sidecar_too(opens: Opens) -> None:
+    base, more = opens({"embed": matrix(1, 40, 4)}), matrix(2, 2, 4)
+    fisher = torch.rand(42, 4)
+    found = matched(base, opens({"embed": torch.cat([matrix(1, 40, 4) + 0.01, more])}, fisher={"embed": fisher}), SAME)
+    assert found.resized == {"embed": (42, 40)} and found.schema == base.schema
+    for rows in (None, slice(30, 40)):
+        assert torch.equal(found.sidecars(base.schema["embed"], rows)["fisher"], fisher[:40][rows or slice(None)])
+        assert torch.equal(found.read("embed", rows), (matrix(1, 40, 4) + 0.01)[rows or slice(None)])
+
+
+def test_rows_that_are_missing_are_the_bases_bit_for_bit(opens: Opens) -> None:
+    base = opens({"embed": matrix(1, 40, 4), "bias": matrix(3, 40)})
+    found = matched(base, opens({"embed": matrix(1, 40, 4)[:37].bfloat16(), "bias": matrix(3, 40)[:37].clone()}), SAME)
+    spec = base.schema["embed"]
+    for rows in (slice(0, 20), slice(30, 40), slice(38, 40), None):
+        theta0 = base.read("embed", rows)
+        delta = found.delta(spec, theta0, found.fetch(spec, rows))
+        assert delta.shape == theta0.shape
+        end = max(0, 37 - (rows.start if rows else 0))
+        assert torch.equal(delta[:end], (theta0.bfloat16().float() - theta0)[:end])
+        assert not delta[end:].any()
+    assert torch.equal(found.read("bias"), matrix(3, 40))
 
 
 def test_an_alias_that_is_left_out_has_the_delta_and_the_sidecars_of_its_twin(opens: Opens) -> None:

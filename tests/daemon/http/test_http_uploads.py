@@ -24,8 +24,10 @@ from daemon.errors import BadConfig
 from daemon.home import Home
 from daemon.http import HttpServer, create_app, uploads
 from daemon.inbox import Inbox
+from daemon.service import Service
 from daemon.uploading import Uploads
 from registry.store import Reader
+from tests.daemon.homes import quick
 from tests.daemon.processes import until
 
 if TYPE_CHECKING:
@@ -430,6 +432,20 @@ def test_a_failed_sync_ends_the_daemon(server: Server, monkeypatch: pytest.Monke
     assert (server.left(), server.inside()) == ([], [])
     with pytest.raises(OSError, match="fsync failed"):
         server.uploads.tend()
+
+
+def test_a_failed_sync_wakes_the_daemon_at_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be asleep for inbox.scan_seconds, or prepare for the next expert."""
+    daemon = Service(home, quick(http={"write_token": TOKEN}))
+    coming = daemon._uploads.begin("mine.safetensors", None, 3)
+    coming.write(b"abc")
+    assert not daemon._wake.is_set()
+    monkeypatch.setattr("daemon.failpoints._passes", {})
+    monkeypatch.setenv("MAINSTEM_FAILPOINT", "file.sync=eio")
+    with pytest.raises(OSError, match="fsync failed"):
+        daemon._uploads.finish(coming, set())
+    assert daemon._wake.is_set()
+    daemon._uploads.drop(coming)
 
 
 def test_digests(server: Server) -> None:
