@@ -58,6 +58,9 @@ BODY = re.compile(
 HEADISH = re.compile(r"(classif\w*|heads?|scorer?|logits?|regressor|pooler|predict\w*)$", re.IGNORECASE)
 """And what is one all the same."""
 
+COUNTED = re.compile(r"(^|\.)\d+\.")
+LAYER = re.compile(r"([^.]+\.)?(?<![^.])\d+\..*$")
+"""A tensor of a layer, from the name of the list of layers on."""
 FOREIGN = re.compile(r"(^|\.)(lora_|ia3_|adapter|prompt_|prefix_encoder|modules_to_save|original_module|base_layer)")
 MOST_GLOBS = 64
 
@@ -234,14 +237,20 @@ def own_heads(extra: Sequence[str], used: Sequence[str]) -> list[str]:
     if not extra or not body:
         return []
     root = body[0].split(".")[: common_parts(body)]
+    layers = {found[0] for found in map(LAYER.search, body) if found}
+    again = any(tail in layers for name in extra for tail in _tails(name))  # a part of the body, once more
+    if again or any(map(FOREIGN.search, extra)):
+        return []
     found = globs(extra, used)
-    return (
-        found
-        if len(found) <= MOST_GLOBS
-        and all(_is_own(glob, root) for glob in found)
-        and not any(map(FOREIGN.search, extra))
-        else []
-    )
+    return found if len(found) <= MOST_GLOBS and all(_is_own(glob, root) for glob in found) else []
+
+
+def _tails(name: str) -> Iterator[str]:
+    """What the name ends with, in whole parts, the longest first."""
+    tail, dot = name, "."
+    while dot:
+        yield tail
+        _, dot, tail = tail.partition(".")
 
 
 def _is_own(glob: str, root: Sequence[str]) -> bool:

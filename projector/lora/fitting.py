@@ -3,16 +3,14 @@
 An adapter touches a part of the base only, so all that it touches has to fit, by name and by shape.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from projector.fitting import RENAMED, common_parts, ends_with, is_head, own_heads
+from projector.fitting import COUNTED, RENAMED, common_parts, ends_with, is_head, own_heads
 from projector.lora.keys import FULL, A, B, is_embedding, tensor_parts
 from projector.naming import Naming
 from projector.spec import Schema, sole_twins
 
-COUNTED = re.compile(r"(^|\.)\d+\.")
 Shape = tuple[int, ...]
 
 

@@ -134,6 +134,8 @@ def test_what_is_unambiguous_is_made_to_fit(
         (BARE, BARE | {"norm.weight": (4,)}),
         (BARE, BARE | {"classifier.lora_A.weight": (9, 4)}),
         (BARE, BARE | {"mask": (9, 4)}),
+        (BARE, BARE | {"average.layer.0.query.weight": (4, 4)}),  # a part of the body, once more
+        (under("bert.", BARE), under("bert.", BARE) | {"average.encoder.layer.0.query.weight": (4, 4)}),
         (BARE, BARE | {f"head_{n}.weight": (3, 4) for n in range(100)}),
         (BARE, BARE | {"lm_head.weight": (30, 4)}),  # the embedding's shape: an output layer that was untied
         (layers(3), under("bert.", BARE)),  # fewer layers
