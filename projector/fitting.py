@@ -107,9 +107,12 @@ def _renamed(
 ) -> Naming:
     """With the one prefix, the parts, or the known renaming that make the base's body of what the base has not."""
     wanted = _merged(base.schema)
-    body = [name for name in wanted if not is_head(name)] or list(wanted)
-    missing = [name for name in body if name not in found and not naming.lacks(name)]
+    needed = [name for name in wanted if not naming.lacks(name)]
+    body = [name for name in needed if not is_head(name)] or needed
+    missing = [name for name in body if name not in found]
     if len(extra) < len(missing) // 2 or (not missing and len(extra) < len(body)):
+        return naming
+    if not body:
         return naming
     copies = _Copies(extra, missing or body, base)
     pairs = copies.complete()

@@ -35,7 +35,7 @@ def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
     own |= {name: own[twin] for name, twin in follows.items()}
     lent = [name for name in absent if name not in own and (naming.lacks(name) or _sinusoidal(base, name))]
     resized = common_rows(base, expert.under(own))
-    check_schema(schema, expert.under(own, resized=resized, lent=lent, base=base).schema)
+    check_schema(schema, expert.under(own, resized=resized, lent=lent, base=base).schema, own)
     beside = {kind: _sidecar(naming, sidecar, schema, aliases) for kind, sidecar in expert.beside.items()}
     own = {name: theirs for name, theirs in own.items() if name in schema and not schema[name].derived}
     found = expert.under(own, beside, follows, resized, lent, base)

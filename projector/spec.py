@@ -91,8 +91,10 @@ class TensorSpec:
         return prod(self.shape[1:])
 
 
-def check_schema(base: Schema, expert: Schema) -> None:
+def check_schema(base: Schema, expert: Schema, theirs: Mapping[str, str] = {}) -> None:
     """Holds an expert's tensors against the base's: the same names and shapes, floating where the base is.
+
+    theirs: what the expert calls a tensor, by its name here, where that is another.
 
     The dtype may differ (deltas are taken in float32). Integer, bool and derived buffers come from the base: an expert
     may leave them out, and may bring some that the base has not. Raises BadSchema, which names the first tensors that
@@ -104,7 +106,7 @@ def check_schema(base: Schema, expert: Schema) -> None:
     if not expert:
         raise BadSchema(Reason.MISSING_TENSOR, "there is no tensor in it", UNGATHERED)
     known = [name for name in expert if name in base]
-    mend = _mend(missing, unexpected, known)
+    mend = _mend(missing, unexpected, [theirs.get(name, name) for name in known])
     if missing and len(missing) == sum(spec.merged for spec in base.values()):
         raise BadSchema(
             Reason.WRONG_BASE,
