@@ -6,18 +6,24 @@ It is not part of the expert's identity: the same weights with another expert.js
 import json
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from daemon.errors import NotYet, Reason, Refused
+from projector.naming import Naming, check_prefixes
 from projector.text import shown
 
 ABOUT = "expert.json"
 MAX_ABOUT_BYTES = 64 << 10
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3  # further apart, rounding would eat what the lighter one brings
 MAX_NOTES = 4000
+MAX_NAMES = 64  # of prefixes and of globs
+MAX_NAME = 200
+MAX_STEPS = 1 << 30  # characters of globs times characters of names: seconds at most
+SHORT = f"at most {MAX_NAMES}, of at most {MAX_NAME} printable characters each"
 ONE_LINE = "one printable line of at most 200 characters"
 
 
@@ -28,12 +34,19 @@ def _printable(text: str) -> str:
     return text
 
 
+def _stars(prefixes: dict[str, str]) -> dict[str, str]:
+    check_prefixes(prefixes)
+    return prefixes
+
+
 def _printable_lines(text: str) -> str:
     _printable(text.replace("\n", "").replace("\t", ""))
     return text
 
 
 Line = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
+Name = Annotated[str, Field(max_length=MAX_NAME), AfterValidator(_printable)]
+Names = Annotated[list[Name], Field(max_length=MAX_NAMES)]
 Lines = Annotated[str, Field(max_length=MAX_NOTES), AfterValidator(_printable_lines)]
 Origin = Annotated[str, Field(pattern=r"^([A-Za-z_][A-Za-z0-9_]*/[0-9]{1,18}|[0-9a-f]{64})$", max_length=200)]
 
@@ -52,6 +65,31 @@ class About(BaseModel):
         default=None, description="a version such as main/12, or a sha256 in lower case"
     )
     notes: Lines | None = Field(default=None, description=f"printable text of at most {MAX_NOTES} characters")
+
+    prefixes: Annotated[dict[Name, Name], Field(max_length=MAX_NAMES), AfterValidator(_stars)] = Field(
+        default={}, description=f"an object: what names begin with -> what the base's do; {SHORT}, a * on both sides"
+    )
+    ignore: Names = Field(default=[], description=f"a list of globs of its tensors that are left out; {SHORT}")
+    unchanged: Names = Field(
+        default=[], description=f"a list of globs of the base's tensors that it lacks and leaves as they are; {SHORT}"
+    )
+
+    def naming(self, settings: Naming, names: Iterable[str]) -> Naming:
+        """How its names are read: as it says, else as the settings say.
+
+        Raises Refused where its globs could take for ever to hold against these names.
+        """
+        letters = sum(map(len, (*self.ignore, *self.unchanged)))
+        if letters and letters * sum(map(len, names)) > MAX_STEPS:
+            raise _bad(
+                f"it has globs of {letters} characters, which could take for ever with so many and so long names"
+            )
+        return replace(
+            settings,
+            prefixes={**settings.prefixes, **self.prefixes},
+            ignore=(*settings.ignore, *self.ignore),
+            unchanged=(*settings.unchanged, *self.unchanged),
+        )
 
     def given(self) -> dict[str, Any]:
         """The fields that the file has, ready for JSON."""

@@ -42,6 +42,7 @@ WITH_UNKNOWN_HEAD = (  # whose name is another in each of them
 )
 WITH_OUTPUT = (*WITH_HEAD, *WITH_UNKNOWN_HEAD, "DoubleHeadsModel")
 WITHOUT_OUTPUT = ("ElectraForPreTraining",)
+BARE = ("Model", "Classification", "QuestionAnswering", "MultipleChoice")
 OUTPUTS = ("lm_head", "embed_out", "output_projection", "proj_out", "decoder", "output")
 """What an output layer is called where its matrix is stored."""
 COMPOSITE = "EncoderDecoderModel"  # of two models: whether either is tied stands in the config of that part
@@ -132,16 +133,25 @@ def modules_of(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> lis
     return [found[0], *(module for module in found[1:] if f"{module.path}.weight" not in base)]
 
 
+def has_output(config: Mapping[str, Any]) -> bool:
+    """True unless the architecture is known to have no output layer, to which an embedding could be tied."""
+    architecture = _architecture(config)
+    if architecture.endswith(WITHOUT_OUTPUT):
+        return False
+    return architecture.endswith((*WITH_OUTPUT, COMPOSITE)) or not architecture.endswith(BARE)
+
+
 def is_tied(spec: TensorSpec, base: Schema, config: Mapping[str, Any]) -> bool:
     """True for an embedding of tokens that is the output layer's matrix too: the architecture has one, config.json does
-    not say that they are two, and the base stores no other matrix of its shape by the name of one."""
+    not say that they are two, and the base stores no other matrix of its shape by the name of one. Where the parts of a
+    model say different things (a vision-language model's text_config does), one that ties is believed."""
     return (
         len(spec.shape) == 2
         and spec.name.endswith(".weight")
         and _of_tokens(spec, config)
         and _architecture(config).endswith(WITH_OUTPUT)
         and not _architecture(config).endswith(WITHOUT_OUTPUT)
-        and not any(part.get("tie_word_embeddings") is False for part in _parts(config))
+        and _may_tie(config)
         and not any(_leaf(other) in OUTPUTS and other.shape == spec.shape for other in base.values())
     )
 
@@ -186,6 +196,11 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The model's own config, and its parts'."""
     yield config
     yield from (part for part in config.values() if isinstance(part, dict))
+
+
+def _may_tie(config: Mapping[str, Any]) -> bool:
+    said = [part["tie_word_embeddings"] for part in _parts(config) if "tie_word_embeddings" in part]
+    return not said or any(value is not False for value in said)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 from daemon.config import Admission
 from daemon.errors import Reason, Refused
@@ -36,6 +37,18 @@ def flagged(expert: NewExpert, odd: Sequence[Oddity]) -> NewExpert:
 def naming_of(expert: Expert, settings: Admission) -> Naming:
     """How the names of a merged expert became the base's: as it was merged, else by the settings."""
     return Naming(**expert.naming) if expert.naming is not None else settings.naming
+
+
+def added(naming: Mapping[str, Any], settings: Naming) -> dict[str, Any]:
+    """What the settings do not say of how an expert's names were read: its expert.json does, or it was made to fit."""
+    said = settings.noted()
+    return {
+        key: {old: new for old, new in value.items() if said.get(key, {}).get(old) != new}
+        if isinstance(value, dict)
+        else [glob for glob in value if glob not in said.get(key, ())]
+        for key, value in naming.items()
+        if value != said.get(key)
+    }
 
 
 def usual_norm(norms: Sequence[float]) -> float | None:

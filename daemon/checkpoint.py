@@ -7,7 +7,7 @@ the name. Raises Refused for what can never become good, NotYet for what may onl
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -26,15 +26,18 @@ from daemon.adapter import (
     check_tied,
     open_adapter,
 )
+from daemon.adapter_modules import has_output
 from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.index import check_places, read_index, shard_names
 from daemon.layout import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index
 from daemon.opening import folders_with, not_a_file, open_entry
-from projector.errors import BadFile
+from projector.errors import BadFile, BadSchema
 from projector.errors import Reason as ProjectorReason
+from projector.fitting import fitted
 from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
 from projector.lora.expert import LoraExpert
+from projector.lora.fitting import fitted_adapter
 from projector.lora.targets import Targets
 from projector.matching import matched
 from projector.naming import SAME, Naming
@@ -124,22 +127,48 @@ class OpenCheckpoint:
     def check(self, base: Checkpoint, base_config: Mapping[str, Any] | None = None) -> None:
         """Holds its tensors, and its sidecars', against the base's; from here on they have the base's names.
 
-        base_config: the base's config.json, for an expert that arrives. Raises BadSchema and Refused.
+        base_config: the base's config.json, for an expert that arrives: then its own expert.json counts, and what
+        its names need to fit is found where the naming is lenient; one that was merged is read as it was then.
+        Raises BadSchema and Refused.
         """
+        if base_config is not None and self.about:
+            self.naming = self.about.naming(self.naming, (*self.tensors.schema, *base.schema))
         if self._adapter:
-            readers = [file.reader for file in self.files]
-            beside = {kind: file.reader for kind, file in self._sidecars.items()}
-            config = self._adapter.config
-            if base_config is None:  # it was let in before, maybe when nobody looked for that
-                config = replace(config, targets=Targets())
-            self.tensors = adapted = LoraExpert(readers, beside, config, base, self.naming)
-            if base_config is not None:
-                check_not_merged(adapted)
-                check_tied(adapted, base.schema, base_config)
-        else:
-            resolved = self.naming.resolve(self.tensors.schema, base.schema).values()
-            check_no_factors((name for name in resolved if name not in base.schema), self.files[0].name)
-            self.tensors = matched(base, self.tensors, self.naming)
+            self._check_adapter(self._adapter, base, base_config)
+            return
+        try:
+            self.naming, self.tensors = self._fitted(self.naming, base, base_config)
+        except BadSchema as error:
+            if base_config is None or self.naming.lenient:
+                raise
+            with suppress(BadSchema, Refused):
+                self._fitted(replace(self.naming, lenient=True), base, base_config)
+                hint = f"{error.hint}; or let admission.lenient_names be true, with which it is merged as it is"
+                error = BadSchema(error.reason, str(error), hint)
+            raise error from None
+
+    def _fitted(
+        self, naming: Naming, base: Checkpoint, base_config: Mapping[str, Any] | None
+    ) -> tuple[Naming, Checkpoint]:
+        """How its names are read, and its tensors under the base's names."""
+        if base_config is not None:
+            naming = fitted(naming, self.tensors, base, tied=has_output(base_config))
+        resolved = naming.resolve(self.tensors.schema, base.schema).values()
+        check_no_factors((name for name in resolved if name not in base.schema), self.files[0].name)
+        return naming, matched(base, self.tensors, naming)
+
+    def _check_adapter(self, adapter: OpenAdapter, base: Checkpoint, base_config: Mapping[str, Any] | None) -> None:
+        readers = [file.reader for file in self.files]
+        beside = {kind: file.reader for kind, file in self._sidecars.items()}
+        if base_config is not None:
+            tied = has_output(base_config)
+            self.naming = fitted_adapter(self.naming, self.tensors.schema, base.schema, tied=tied)
+        # one that was merged was let in before, maybe when nobody looked for its targets
+        config = adapter.config if base_config is not None else replace(adapter.config, targets=Targets())
+        self.tensors = adapted = LoraExpert(readers, beside, config, base, self.naming)
+        if base_config is not None:
+            check_not_merged(adapted)
+            check_tied(adapted, base.schema, base_config)
 
     def identity(self) -> str:
         """The sha256 that stands for this checkpoint: that of its weights, and of an adapter's config.

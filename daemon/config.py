@@ -158,6 +158,10 @@ class Admission(Section):
     )
     prefixes: dict[str, str] = Field({}, description="what an expert's names begin with, and the base's: a TOML table")
     ignore: tuple[str, ...] = Field((), description="globs of an expert's tensors that are left out: heads of its own")
+    lenient_names: bool = Field(
+        True,
+        description="make an expert's names fit where that is unambiguous, and set heads aside; false: as they are",
+    )
 
     @field_validator("prefixes")
     @classmethod
@@ -168,7 +172,7 @@ class Admission(Section):
     @property
     def naming(self) -> Naming:
         """How an expert's names become the base's."""
-        return Naming(self.prefixes, self.ignore)
+        return Naming(self.prefixes, self.ignore, lenient=self.lenient_names)
 
 
 class Log(Section):

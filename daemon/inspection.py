@@ -28,7 +28,8 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
     """What `mainstem inspect` prints of an expert that would be accepted. Raises what merging would raise.
 
     overlap: the cosine between its task vector and the head's merged one, in [-1, 1]. renamed: by the expert's names of
-    tensors, what they are in the base, where that is another name. ignored: those that are left out.
+    tensors, what they are in the base, where that is another name. ignored: those that are left out. unchanged: the
+    base's that it lacks, and leaves as they are.
     """
     head = reader.head(head_name) if head_name else reader.heads()[0]
     if head is None:
@@ -60,12 +61,14 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         states = [state_specs(method, schema) for method in methods]
         writes = sum(published + sum(spec.nbytes for spec in specs) for specs in states)
         names = expert.naming.resolve(own, schema)
+        there = set(names.values())
         seconds = [v.seconds for v in reader.versions(head.name, limit=5) if v.seconds is not None]
         return {
             "kind": expert.kind,
             "weight": expert.weight,
             "renamed": {theirs: ours for theirs, ours in names.items() if theirs != ours},
             "ignored": [name for name in own if name not in names],
+            "unchanged": [name for name in schema if expert.naming.lacks(name) and name not in there],
             "sha256": expert.identity(),
             "duplicate_of": twin.id if twin else None,
             "norm": found.norm,

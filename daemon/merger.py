@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -286,7 +286,7 @@ class Merger:
             norm=folded.norm,
             about=expert.about.given() if expert.about else None,
             sidecars=sidecars or None,
-            naming=asdict(expert.naming),
+            naming=expert.naming.noted(),
         )
         if twin := twin_of(
             self._home,

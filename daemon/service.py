@@ -13,6 +13,7 @@ from types import FrameType
 import structlog
 
 from daemon import durable
+from daemon.admission import added
 from daemon.attempts import Attempts
 from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
@@ -324,6 +325,9 @@ class Service:
             for flag in expert.flags:
                 self._metrics.flagged.labels(str(flag)).inc()
             log.info("merged", id=expert.id, version=expert.version, norm=expert.norm, sha256=expert.sha256)
+            if expert.naming and (made := added(expert.naming, self._settings.admission.naming)):
+                tell = log.warning if made.keys() & {"ignore", "unchanged"} else log.info
+                tell("its names were made to fit", id=expert.id, **made)
             if expert.flags:
                 log.warning(
                     "merged, but look at it", id=expert.id, flags=expert.flags, detail=expert.detail, hint=expert.hint

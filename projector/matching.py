@@ -21,8 +21,9 @@ def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
     - a name of the base that the expert has not gets what the expert has for a twin of it in the base: the task vector
       of both is one.
 
-    A table of positions that is all sines and cosines may be missing in either. A vocabulary of another size is merged
-    in the rows that both have (see `common_rows`). A sidecar's names follow the same rules.
+    A tensor of the base that `naming` lets the expert lack is the base's, and so is a table of positions that is all
+    sines and cosines, which may be missing in either. A vocabulary of another size is merged in the rows that both have
+    (see `common_rows`). A sidecar's names follow the same rules.
     """
     schema = base.schema
     own = {ours: theirs for theirs, ours in naming.resolve(expert.schema, schema).items()}
@@ -32,9 +33,9 @@ def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
     twins = base.twins() if absent else {}
     follows = {name: twin for name in absent for twin in twins.get(name, ()) if twin in own}
     own |= {name: own[twin] for name, twin in follows.items()}
-    lent = [name for name in absent if name not in own and _sinusoidal(base, name)]
+    lent = [name for name in absent if name not in own and (naming.lacks(name) or _sinusoidal(base, name))]
     resized = common_rows(base, expert.under(own))
-    check_schema(schema, expert.under(own, resized=resized, lent=lent, base=base).schema)
+    check_schema(schema, expert.under(own, resized=resized, lent=lent, base=base).schema, own)
     beside = {kind: _sidecar(naming, sidecar, schema, aliases) for kind, sidecar in expert.beside.items()}
     own = {name: theirs for name, theirs in own.items() if name in schema and not schema[name].derived}
     found = expert.under(own, beside, follows, resized, lent, base)
@@ -64,7 +65,9 @@ def _sinusoidal(checkpoint: Checkpoint, name: str) -> bool:
 
 def _sidecar(naming: Naming, sidecar: Schema, base: Schema, aliases: Iterable[str]) -> dict[str, str]:
     """The names of the tensors in a sidecar that count: the base's, or a layer's -> the sidecar's own."""
-    resolved = naming.resolve(sidecar, base.keys() | _layers(base))
+    layers = _layers(base)
+    names = (name for name in sidecar if name in layers or not naming.ignores(f"{name}.weight"))
+    resolved = naming.resolve(names, base.keys() | layers)
     left_out = {*aliases, *_layers(aliases)}
     return {ours: theirs for theirs, ours in resolved.items() if ours not in left_out}
 

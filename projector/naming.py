@@ -4,22 +4,28 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from functools import cache, cached_property
+from fnmatch import translate
+from functools import cached_property, lru_cache
+from glob import escape
+from typing import Any
 
 from projector.errors import BadSchema, Reason
 from projector.text import shown
 
 LONGEST_HINT = 200
+IN_ABOUT = "an expert.json beside the weights, in one folder, that says"
 
 
 @dataclass(frozen=True)
 class Naming:
-    """What the settings say of names. Both are about the names as the expert has them.
+    """How an expert's names are read. All but `unchanged` is about the names as the expert has them.
 
     prefixes: what a name begins with in the expert -> what it begins with in the base; either may be "". A * stands for
     one whole part of a name, between dots; the base's n-th * is what the expert's n-th * is.
     ignore: globs (*, ?, [...]; a * also matches dots) of tensors that are left out.
+    parts: whole parts of a name, wherever they stand -> what the base calls them; "" takes one out.
+    unchanged: globs of the base's tensors that the expert may lack: it leaves them as they are.
+    lenient: what fits in one way alone may be added to all these (`fitted`).
 
     >>> base = ["bert.embeddings.weight", "bert.pooler.weight"]
     >>> names = ["module.embeddings.weight", "module.pooler.weight", "module.classifier.weight"]
@@ -27,10 +33,21 @@ class Naming:
     {'module.embeddings.weight': 'bert.embeddings.weight', 'module.pooler.weight': 'bert.pooler.weight'}
     >>> Naming({"layers.*.q_proj": "layer.*.query"}).resolve(["layers.7.q_proj.bias"], ["layer.7.query.bias"])
     {'layers.7.q_proj.bias': 'layer.7.query.bias'}
+    >>> Naming(parts={"_orig_mod": "", "gamma": "weight"}).resolve(["h.0._orig_mod.norm.gamma"], ["h.0.norm.weight"])
+    {'h.0._orig_mod.norm.gamma': 'h.0.norm.weight'}
     """
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
     ignore: Sequence[str] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
+    unchanged: Sequence[str] = ()
+    lenient: bool = False
+
+    def noted(self) -> dict[str, Any]:
+        """What it says, ready for JSON, of which Naming reads the same; `prefixes` and `ignore` are always there."""
+        found = {"prefixes": dict(self.prefixes), "ignore": list(self.ignore)}
+        more = {"parts": dict(self.parts), "unchanged": list(self.unchanged)}
+        return found | {key: value for key, value in more.items() if value}
 
     def resolve(self, names: Iterable[str], base: Collection[str]) -> dict[str, str]:
         """The expert's name -> the base's, for every name that is not ignored, in the order of `names`.
@@ -41,14 +58,15 @@ class Naming:
         2. A name that a glob of `ignore` matches is left out.
         3. The prefixes that the name begins with are tried, the longest first, of equally long ones that with fewer *.
            The first whose replacement makes it a name of the base does so. One prefix is replaced, once.
-        4. Any other name stays as it is; whoever holds the names against the base finds it there.
+        4. The same of the name with all those `parts` taken out that become "", then with the others replaced as well.
+        5. Any other name stays as it is; whoever holds the names against the base finds it there.
 
         Raises BadSchema where two names become one. `base` should answer `in` quickly.
         """
         resolved: dict[str, str] = {}
         taken: dict[str, str] = {}
         for name in names:
-            if name not in base and any(fnmatchcase(name, glob) for glob in self.ignore):
+            if name not in base and self.ignores(name):
                 continue
             wanted = name if name in base else next((n for n in self.tried(name) if n in base), name)
             if wanted in taken:
@@ -63,7 +81,24 @@ class Naming:
 
     def tried(self, name: str) -> list[str]:
         """What the prefixes make of an expert's name, whether the base has it or not; the longest prefix first."""
-        return list(_renamed(name, self._longest_first))
+        found = list(_renamed(name, self._longest_first))
+        if self.parts:
+            inner = with_parts(name, self._taken_out)
+            for other in dict.fromkeys((inner, with_parts(inner, self.parts))):
+                found += [] if other == name else [other, *_renamed(other, self._longest_first)]
+        return found
+
+    def lacks(self, name: str) -> bool:
+        """True for a tensor of the base that the expert may lack."""
+        return bool(self.unchanged) and _any_of(tuple(self.unchanged)).match(name) is not None
+
+    def ignores(self, name: str) -> bool:
+        """True for a name that is left out where the base has it not."""
+        return bool(self.ignore) and _any_of(tuple(self.ignore)).match(name) is not None
+
+    @cached_property
+    def _taken_out(self) -> dict[str, str]:
+        return {part: new for part, new in self.parts.items() if not new}
 
     @cached_property
     def _longest_first(self) -> list[tuple[str, str]]:
@@ -96,21 +131,32 @@ def mending(missing: Sequence[str], unexpected: Sequence[str], known: Collection
     >>> mending(["embed.weight", "layer.0.weight"], ["model.embed.weight", "model.layer.0.weight", "head.weight"])
     'prefixes = {"model." = ""} and ignore = ["head.*"]'
     """
+    found = mended(missing, unexpected, known)
+    pairs = ", ".join(f"{json.dumps(theirs)} = {json.dumps(ours)}" for theirs, ours in found.prefixes.items())
+    lines = [f"prefixes = {{{pairs}}}"] if pairs else []
+    lines += [f"ignore = {json.dumps(list(found.ignore))}"] if found.ignore else []
+    words = " and ".join(lines)
+    return words if 0 < len(words) <= LONGEST_HINT else None
+
+
+def mended(missing: Sequence[str], unexpected: Sequence[str], known: Collection[str] = ()) -> Naming:
+    """The same, to be read by; `SAME` where there is nothing that would do."""
     pair = next((pair for pair in _pairs(missing, unexpected) if _mends(pair, missing, unexpected)), None)
     if missing and pair is None:
-        return None
-    lines = []
+        return SAME
     rest, used = list(unexpected), set(known)
     if pair is not None:
         theirs, ours = pair
-        lines.append(f"prefixes = {{{json.dumps(theirs)} = {json.dumps(ours)}}}")
         wanted = set(missing)
         used |= {name for name in rest if name.startswith(theirs) and ours + name.removeprefix(theirs) in wanted}
         rest = [name for name in rest if name not in used]
-    if rest:
-        lines.append(f"ignore = {json.dumps(_globs(rest, used))}")
-    words = " and ".join(lines)
-    return words if 0 < len(words) <= LONGEST_HINT else None
+    return Naming(dict([pair] if pair else []), globs(rest, used) if rest else ())
+
+
+def in_about(**fields: object) -> str | None:
+    """What an expert.json has to say, in words that end a hint; None where that is too long, or nothing."""
+    text = json.dumps({key: value for key, value in fields.items() if value})
+    return f"{IN_ABOUT} {text}" if 2 < len(text) <= LONGEST_HINT else None
 
 
 def fitting_prefix(
@@ -137,11 +183,22 @@ def fitting_prefix(
     return next((pair for pair in pairs if fits(*pair)), None)
 
 
-def _globs(names: Iterable[str], used: Iterable[str]) -> list[str]:
-    """Globs for these names, each for as large a module as holds none of the names that are used."""
+def with_parts(name: str, parts: Mapping[str, str]) -> str:
+    """The name with its parts replaced; those that become "" are taken out."""
+    if not parts:
+        return name
+    return ".".join(new for new in (parts.get(part, part) for part in name.split(".")) if new)
+
+
+def globs(names: Iterable[str], used: Iterable[str]) -> list[str]:
+    """Globs for these names, each for as large a module as holds none of the names that are used.
+
+    >>> globs(["m.head.0.weight", "m.head.0.bias", "m.mask[0]"], ["m.layer.weight"])
+    ['m.head.*', 'm.mask[[]0]']
+    """
     taken = {name[:dot] for name in used for dot in _dots(name)}
     modules = ((name, next((name[:dot] for dot in _dots(name) if name[:dot] not in taken), None)) for name in names)
-    return sorted({f"{module}.*" if module else name for name, module in modules})
+    return sorted({f"{escape(module)}.*" if module else escape(name) for name, module in modules})
 
 
 def _dots(name: str) -> list[int]:
@@ -187,7 +244,12 @@ def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
             yield _filled(new, begins.groups()) + name[begins.end() :]
 
 
-@cache
+@lru_cache(maxsize=1024)  # of expert.json too: never one for every expert
+def _any_of(globs: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, globs)))
+
+
+@lru_cache(maxsize=1024)
 def _pattern(prefix: str) -> re.Pattern[str]:
     return re.compile("([^.]+)".join(map(re.escape, prefix.split("*"))))
 

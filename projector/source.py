@@ -67,6 +67,7 @@ class Checkpoint:
             kind: {name: _Place(file, name) for name in file.specs} for kind, file in (sidecars or {}).items()
         }
         self._follows: Mapping[str, str] = {}
+        self._lent: Collection[str] = ()
         self._twins: Mapping[str, Sequence[str]] | None = None
         self._schema = _schema(self._places)
         self.order: Sequence[str] = _merged(self.schema)
@@ -105,6 +106,7 @@ class Checkpoint:
             kind: {name: self._beside[kind][here] for name, here in names.items()} for kind, names in beside.items()
         }
         again._follows = follows
+        again._lent = frozenset(lent)
         again._twins = None
         again._schema = _schema(again._places)
         again.order = _merged(again.schema)
@@ -184,7 +186,8 @@ class Checkpoint:
     def sidecars(self, spec: TensorSpec, rows: slice | None) -> Mapping[str, Tensor]:
         """A sidecar names a tensor as the base does, or its layer: the tensor's name less ".weight".
 
-        One with the tensor's own shape is read in the same rows as the tensor, any other as a whole.
+        One with the tensor's own shape is read in the same rows as the tensor, any other as a whole. Of a tensor that
+        is the base's there is nothing to know: its Fisher and its Gram matrix are zero where there is none.
         """
         names = [spec.name, self._follows.get(spec.name, spec.name)]
         found = {}
@@ -195,6 +198,10 @@ class Checkpoint:
                 if own and own.beyond and own.file.specs[own.name].shape == place.spec.shape > spec.shape:
                     place = replace(place, beyond=own.beyond)  # of a vocabulary with more rows than the base's
                 found[kind] = place.read(rows if place.spec.shape == spec.shape else None)
+            elif spec.name in self._lent and kind == "fisher":
+                found[kind] = torch.zeros(self.read(spec.name, rows).shape)
+            elif spec.name in self._lent and kind == "gram" and len(spec.shape) == 2:
+                found[kind] = torch.zeros(spec.shape[1], spec.shape[1])
         return found
 
 

@@ -9,7 +9,7 @@ import torch
 
 from projector.buffers import is_derived, is_statistic
 from projector.errors import BadSchema, Reason
-from projector.naming import mending
+from projector.naming import SAME, globs, in_about, mended, mending
 from projector.quantised import BEFORE, check_not_quantised
 from projector.text import listed, shown
 
@@ -39,6 +39,10 @@ OTHER_ROWS = (
     f"more or fewer rows are merged as far as both have them, but only where {LEAST_ROWS} or more are seen to be the"
     " same ones, as tokens are: fine-tune from this home's base, with its vocabulary and its labels"
 )
+
+
+NEVER_TIED = re.compile(r"token_type|segment|position|wpe|modality|lang_embed|language_embed")
+"""Embeddings of few rows, as many as a classifier may have labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +91,10 @@ class TensorSpec:
         return prod(self.shape[1:])
 
 
-def check_schema(base: Schema, expert: Schema) -> None:
+def check_schema(base: Schema, expert: Schema, theirs: Mapping[str, str] = {}) -> None:
     """Holds an expert's tensors against the base's: the same names and shapes, floating where the base is.
+
+    theirs: what the expert calls a tensor, by its name here, where that is another.
 
     The dtype may differ (deltas are taken in float32). Integer, bool and derived buffers come from the base: an expert
     may leave them out, and may bring some that the base has not. Raises BadSchema, which names the first tensors that
@@ -99,8 +105,8 @@ def check_schema(base: Schema, expert: Schema) -> None:
     check_not_quantised(name for name in expert if name not in base)
     if not expert:
         raise BadSchema(Reason.MISSING_TENSOR, "there is no tensor in it", UNGATHERED)
-    mended = mending(missing, unexpected, [name for name in expert if name in base])
-    mend = f"put {mended} under [admission] in mainstem.toml" if mended else None
+    known = [name for name in expert if name in base]
+    mend = _mend(missing, unexpected, [theirs.get(name, name) for name in known])
     if missing and len(missing) == sum(spec.merged for spec in base.values()):
         raise BadSchema(
             Reason.WRONG_BASE,
@@ -114,10 +120,11 @@ def check_schema(base: Schema, expert: Schema) -> None:
             mend
             or _other_name(base, expert, missing, unexpected)
             or _other_layout(missing, unexpected)
-            or f"save the whole model, with the names of the base, as save_pretrained does{_strange(unexpected)}"
+            or "save the whole model, with the names of the base, as save_pretrained does"
+            + (_strange(unexpected) or _left(missing, known))
             + (f"; or {UNGATHERED}" if len(missing) > len(expert) else ""),
         )
-    for untied, twin in _untied(base, [expert[name] for name in unexpected]):
+    for untied, twin in sole_twins(base, [expert[name] for name in unexpected]):
         raise BadSchema(
             Reason.UNEXPECTED_TENSOR,
             f"{shown(untied)} is not the base's, and differs from the expert's own {shown(twin)}",
@@ -137,6 +144,20 @@ def check_schema(base: Schema, expert: Schema) -> None:
     for name, spec in expert.items():
         if name in base and not base[name].derived:
             _check_tensor(base[name], spec)
+
+
+def _mend(missing: Sequence[str], unexpected: Sequence[str], known: Sequence[str]) -> str | None:
+    """What to set, or to say in expert.json, if one prefix and a few globs mend it."""
+    words = mending(missing, unexpected, known)
+    naming = mended(missing, unexpected, known) if words else SAME
+    told = in_about(prefixes=dict(naming.prefixes), ignore=list(naming.ignore))
+    return words and f"put {words} under [admission] in mainstem.toml{told and f', or drop it with {told}'}"
+
+
+def _left(missing: Sequence[str], known: Sequence[str]) -> str:
+    """What else to do where the base's are simply not there."""
+    told = in_about(unchanged=globs(missing, known)) if known else None
+    return f"; or, if it leaves these as they are, drop it with {told}" if told else ""
 
 
 def _strange(unexpected: Sequence[str]) -> str:
@@ -162,12 +183,14 @@ def _other_layout(missing: Iterable[str], unexpected: Iterable[str]) -> str | No
     return None
 
 
-def _untied(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[str, str]]:
+def sole_twins(base: Schema, unexpected: Iterable[TensorSpec]) -> Iterator[tuple[str, str]]:
     """Those that have the shape of just one matrix of the base, each with its name: as an output layer has that of the
-    embedding. A task's own head shares its shape with none, or with many layers, above all where it is square."""
+    embedding. A task's own head shares its shape with none, or with many layers, above all where it is square; or with
+    an embedding of positions or token types, which no output layer is tied to."""
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, other in base.items():
-        alike.setdefault(other.shape, []).append(name)
+        if not NEVER_TIED.search(name):
+            alike.setdefault(other.shape, []).append(name)
     for spec in unexpected:
         twins = alike.get(spec.shape, [])
         if len(twins) == 1 and len(spec.shape) == 2 and spec.shape[0] != spec.shape[1]:

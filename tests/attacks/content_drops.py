@@ -123,8 +123,8 @@ _changed("resized_vocabulary", "wrong_shape", lambda w: w | {"embed_tokens.weigh
 _changed("quantised", "unsupported_dtype", lambda w: w | {_UP: w[_UP].to(torch.int8)})
 _changed("floating_buffer", "unsupported_dtype", lambda w: w | {"position_ids": w["position_ids"].float()})
 _changed("tensor_missing", "missing_tensor", lambda w: {n: t for n, t in w.items() if n != _UP})
-_changed("tensor_too_many", "unexpected_tensor", lambda w: w | {"lm_head.weight": torch.zeros(2)})
-_changed("another_architecture", "wrong_base", lambda w: {f"model.{n}": t for n, t in w.items()})
+_changed("tensor_too_many", "unexpected_tensor", lambda w: w | {"layers.0.extra.weight": torch.zeros(2)})
+_changed("another_architecture", "wrong_base", lambda w: {f"h.{n}.w": t for n, t in enumerate(w.values())})
 given(
     "float8",
     "float8.safetensors",

@@ -18,6 +18,7 @@ from daemon.checkpoint import open_checkpoint, open_path
 from daemon.errors import NotYet, Reason, Refused
 from daemon.home import Home
 from daemon.http import create_app
+from projector.naming import Naming
 from registry.records import Status
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, make_home, reason_of
 from tests.daemon.processes import forked
@@ -59,6 +60,8 @@ def said(folder: Path, **about: object) -> Path:
         {"trained_from": "0" * 64},
         {"trained_from": "soup_2/0"},
         {"name": "x" * 200, "notes": "y" * 4000},
+        {"prefixes": {"net.*.": "bert.*.", "": "x."}, "ignore": ["ema.*", "*"], "unchanged": ["lm_head.?"]},
+        {"prefixes": {}, "ignore": ["x" * 200] * 64},
     ],
 )
 def test_what_is_given_is_kept(content: dict[str, Any], tmp_path: Path) -> None:
@@ -75,6 +78,14 @@ def test_a_field_may_be_null_as_if_it_were_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_other_unicode_is_read_too(encoding: str, tmp_path: Path) -> None:
     assert read(json.dumps(EVERYTHING, ensure_ascii=False).encode(encoding), tmp_path).given() == EVERYTHING
+
+
+def test_globs_that_could_take_for_ever_are_refused(tmp_path: Path) -> None:
+    about = read(json.dumps({"ignore": ["*" + "a" * 190 + "b"] * 64}), tmp_path)
+    assert about.naming(Naming(), ["a" * 1000]).ignore == (*about.ignore,)
+    with pytest.raises(Refused, match="could take for ever") as refused:
+        about.naming(Naming(), ["a" * 1000] * 1000)
+    assert refused.value.reason is Reason.BAD_ABOUT
 
 
 WEIGHT = "weight must be a number from 0.001 to 1000"
@@ -116,6 +127,14 @@ LINE = "must be one printable line of at most 200 characters"
             for value in ("main", "main/-1", "main/12\n", "../main/1", "A" * 64, "0" * 63, "", 12, "x" * 500 + "/1")
         ),
         ('{"wieght": 2}', "wieght is none of its fields"),
+        *(
+            (json.dumps({"prefixes": value}), "prefixes must be an object: what names begin with")
+            for value in (["a."], {"a.": 1}, {"a*.": "b."}, {"*.": "b."}, {"x" * 201: ""}, {"a\n": ""}, None)
+        ),
+        (json.dumps({"prefixes": {str(n): "" for n in range(65)}}), "prefixes must be an object"),
+        (json.dumps({"ignore": "head.*"}), "ignore must be a list of globs"),
+        (json.dumps({"ignore": ["x"] * 65}), "ignore must be a list of globs"),
+        (json.dumps({"unchanged": ["x" * 201]}), "unchanged must be a list of globs"),
         (json.dumps({"a\x1b[2J" + "b" * 500: 2}), r"a\\x1b\[2Jbbb"),
         ('{"weight": 1, "weight": 2}', "a field is there twice"),
         ('{"notes": {"a": 1, "a": 2}}', "a field is there twice"),

@@ -114,11 +114,11 @@ def test_the_home_and_a_service_in_the_environment_are_no_settings(toml: Path, m
 
 def test_names_come_as_a_table_and_a_list_or_as_json(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toml.write_text('[admission]\nignore = ["cls.*", "*.head.*"]\n[admission.prefixes]\n"module." = ""\n"" = "bert."\n')
-    assert load(toml).admission.naming == Naming({"module.": "", "": "bert."}, ("cls.*", "*.head.*"))
+    assert load(toml).admission.naming == Naming({"module.": "", "": "bert."}, ("cls.*", "*.head.*"), lenient=True)
     assert load(toml).flat()["admission.prefixes"] == {"module.": "", "": "bert."}
     monkeypatch.setenv("MAINSTEM_ADMISSION__PREFIXES", '{"Model.": "a.", "b": ""}')
     monkeypatch.setenv("MAINSTEM_ADMISSION__IGNORE", '["score.*"]')
-    assert load(None).admission.naming == Naming({"Model.": "a.", "b": ""}, ("score.*",))
+    assert load(None).admission.naming == Naming({"Model.": "a.", "b": ""}, ("score.*",), lenient=True)
     assert load(toml).admission.ignore == ("score.*",)
 
 

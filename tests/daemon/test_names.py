@@ -27,6 +27,7 @@ from tests.oracles import mean
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the library is imported
 
 MEAN: Heads = (("main", "mean", {}),)
+STRICT = "[admission]\nlenient_names = false\n"
 EMBED, UP = "embed_tokens.weight", "layers.0.up.weight"
 Weights = dict[str, Tensor]
 
@@ -61,7 +62,7 @@ def follow(home: Home, expert: Expert) -> None:
     assert expert.hint
     found = re.search(r"put (.*) under \[admission\] in mainstem\.toml", expert.hint)
     assert found, expert.hint
-    home.config.write_text("[admission]\n" + found[1].replace(" and ignore", "\nignore") + "\n")
+    home.config.write_text(STRICT + found[1].replace(" and ignore", "\nignore") + "\n")
 
 
 def test_factors_that_the_settings_leave_out_are_no_matter(home: Home) -> None:
@@ -88,6 +89,7 @@ def test_the_hint_says_the_setting_that_mends_the_names(
     base = {name: torch.randn(4, 4) for name in ("layers.0.up.weight", "layers.1.up.weight")}
     save_file(base, tmp_path / "base.safetensors")
     home = make_home(tmp_path / "home", tmp_path / "base.safetensors", MEAN)
+    home.config.write_text(STRICT)
     expert = moved(base, seed=1)
     theirs = {rename(name): tensor for name, tensor in expert.items()} | extra
 
@@ -171,7 +173,7 @@ class TestTied:
         expert = moved(self.model(head=False), seed=1)
         other = expert["embed.weight"].clone()
         other[-1, -1] += 1e-6
-        for head in (other, expert["embed.weight"].double() + 1e-9):
+        for head in (other, other.double(), expert["embed.weight"].half(), expert["embed.weight"].double() + 1e-9):
             refused = drop(home, expert | {self.HEAD: head})
             assert (refused.reason, refused.detail) == (
                 "unexpected_tensor",
@@ -179,8 +181,16 @@ class TestTied:
             )
             assert refused.hint and "ignore" not in refused.hint and "tied" in refused.hint
 
+    def test_an_alias_in_another_dtype_is_one_where_no_value_differs(self, tmp_path: Path) -> None:
+        """As where the output layer was cast to float32 beside an embedding in bfloat16."""
+        home = self.home(tmp_path, head=False)
+        expert = moved(self.model(head=False), seed=1)
+        assert drop(home, expert | {self.HEAD: expert["embed.weight"].double()}).detail is None
+        assert_close(latest(home), mean(self.model(head=False), [expert]))
+
     def test_what_is_alike_by_chance_is_no_alias(self, tmp_path: Path) -> None:
         home = self.home(tmp_path, head=False)
+        home.config.write_text(STRICT)
         expert = moved(self.model(head=False), seed=1)
         zeros = {"zero.weight": torch.zeros(4, 4), "head.weight": torch.zeros(4, 4)}
         assert drop(home, expert | zeros).reason == "unexpected_tensor"

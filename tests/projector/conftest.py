@@ -1,9 +1,20 @@
 """What several of the projector's tests share."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from projector.source import Checkpoint
+from projector.tensorfile import RunningDigest, TensorReader
+
+Weights = dict[str, Tensor]
+Opens = Callable[..., Checkpoint]
 
 
 @pytest.fixture
@@ -13,3 +24,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def opens(tmp_path: Path) -> Iterator[Opens]:
+    """Writes tensors into one file and opens it; `told` is the file's metadata, keywords are sidecars."""
+    with ExitStack() as closing:
+
+        def reader(name: str, weights: Weights, told: dict[str, str] | None = None) -> TensorReader:
+            save_file(weights, tmp_path / name, told)
+            fd = os.open(tmp_path / name, os.O_RDONLY)
+            closing.callback(os.close, fd)
+            return TensorReader(fd, RunningDigest(fd))
+
+        def checkpoint(weights: Weights, told: dict[str, str] | None = None, **sidecars: Weights) -> Checkpoint:
+            name = f"{len(os.listdir(tmp_path))}"
+            beside = {kind: reader(f"{name}-{kind}", tensors) for kind, tensors in sidecars.items()}
+            return Checkpoint([reader(name, weights, told)], beside)
+
+        yield checkpoint

@@ -1,44 +1,17 @@
 """Which tensor of an expert stands for which of the base, and which matrices of one checkpoint are tied."""
 
 import hashlib
-import os
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from projector.errors import BadSchema, Reason
 from projector.matching import matched
 from projector.naming import SAME, Naming
-from projector.source import Checkpoint
-from projector.tensorfile import RunningDigest, TensorReader
-
-Weights = dict[str, Tensor]
-Opens = Callable[..., Checkpoint]
-
-
-@pytest.fixture
-def opens(tmp_path: Path) -> Iterator[Opens]:
-    """Writes tensors into one file and opens it; `told` is the file's metadata, keywords are sidecars."""
-    with ExitStack() as closing:
-
-        def reader(name: str, weights: Weights, told: dict[str, str] | None = None) -> TensorReader:
-            save_file(weights, tmp_path / name, told)
-            fd = os.open(tmp_path / name, os.O_RDONLY)
-            closing.callback(os.close, fd)
-            return TensorReader(fd, RunningDigest(fd))
-
-        def checkpoint(weights: Weights, told: dict[str, str] | None = None, **sidecars: Weights) -> Checkpoint:
-            name = f"{len(os.listdir(tmp_path))}"
-            beside = {kind: reader(f"{name}-{kind}", tensors) for kind, tensors in sidecars.items()}
-            return Checkpoint([reader(name, weights, told)], beside)
-
-        yield checkpoint
+from tests.projector.conftest import Opens
 
 
 def matrix(seed: int, *shape: int) -> Tensor:
