@@ -29,6 +29,7 @@ from daemon.errors import NotYet, Reason, Refused
 from daemon.inbox import Stamp, stamp
 from daemon.index import INDEX as INDEX
 from daemon.index import check_places, read_index, shard_names
+from daemon.nesting import checkpoint_in
 from daemon.opening import not_a_file, open_entry
 from projector.errors import BadFile
 from projector.errors import Reason as ProjectorReason
@@ -76,8 +77,12 @@ class OpenCheckpoint:
 
     sidecars: by kind ("fisher", "gram"). about: its expert.json, None where there is none. naming: how its names become
     the base's once it is checked. adapter: the config of a LoRA, whose tensors are its own until it is checked. folder:
-    the descriptor of the folder that it is, if it is one.
+    the descriptor of the folder that it is, if it is one. within: the path of the folder below that in which it is, if
+    it is not that itself. names: all that is in the folder with the weights.
     """
+
+    within: str | None = None
+    names: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -212,7 +217,9 @@ def open_checkpoint(
                 raise Refused(Reason.MISSING_SIDECAR, *_missing(needs[0]))
             opened = OpenCheckpoint("file", [_weights(fd, name, watch)], {}, None, closing, naming)
         else:
-            opened = _open_folder(fd, follow, needs, watch, closing, naming)
+            inner, within = checkpoint_in(fd, follow, closing)
+            opened = _open_folder(inner, follow, needs, watch, closing, naming)
+            opened.within, opened.names, opened._folder = within, frozenset(os.listdir(inner)), fd
         opened._closing = closing.pop_all()
         return opened
 
@@ -262,8 +269,9 @@ def _open_folder(
     elif below := adapters_below(fd):
         raise NotYet(Reason.NO_WEIGHTS, f"its adapters are in {listed(below)}", "drop the adapter's folder itself")
     else:
+        coming = any(SHARD_OF_MANY.search(name) for name in names)
         raise NotYet(
-            Reason.NO_WEIGHTS,
+            Reason.INCOMPLETE if coming else Reason.NO_WEIGHTS,
             f"the folder has neither {WEIGHTS} nor {INDEX}",
             "save the model with save_pretrained(..., safe_serialization=True)",
         )
@@ -287,7 +295,7 @@ def _weights(fd: int, name: str, watch: Watch) -> OpenFile:
     before = stamp(os.fstat(fd))
     opening = os.pread(fd, len(LFS_OPENING), 0)
     if opening == LFS_OPENING:
-        raise Refused(
+        raise NotYet(
             Reason.LFS_POINTER,
             f"{shown(name)} is a git-lfs pointer, not the file it stands for",
             "run `git lfs pull` where it came from and drop the file itself",

@@ -21,10 +21,12 @@ from daemon.health import Health, Trouble
 from daemon.home import Home
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan
+from daemon.lingering import Lingering
 from daemon.logs import configure
 from daemon.memory import return_freed_memory, reuse_freed_memory
 from daemon.merger import Merger
 from daemon.metrics import Metrics
+from daemon.placing import say_immovable
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
 from daemon.reloading import Read, Reloading, Stop, hearing, wake
@@ -158,6 +160,7 @@ class Service:
     def _drain(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
         assert self._attempts
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
+        lingering = Lingering(store, merger)
         while not self._stopping.is_set():
             self._stopping.wait(WAKE_SECONDS)  # many events come at once
             self._wake.clear()
@@ -169,28 +172,30 @@ class Service:
                 self._stopping.wait(self._settings.inbox.scan_seconds)
                 continue
             try:
-                scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
+                scan = inbox.scan(skip=lingering.decided())
             except (FileNotFoundError, NotADirectoryError, PermissionError):
                 continue  # to see what became of it
             self._show_inbox(scan)
             drops = self._attempts.order(scan.settled)
             waiting = scan.moving + len(scan.settled) - len(drops)
+            lingering.held(scan, self._settings.inbox)
             try:
                 if self._interrupted:
                     self._finish(store, merger)
                     self._interrupted = False
+                lingering.look(scan)
                 if not scan.moving:
                     self._attempts.keep({drop.entry for drop in scan.settled})
                 for drop in drops:
                     if self._stopping.is_set():
                         return
                     self._reload(store, merger, inbox)
-                    waiting += not self._take(store, merger, progress, drop)
+                    waiting += not self._take(store, merger, progress, drop, lingering)
             except (OSError, DiskFull) as error:
                 self._make_room(error, store, merger, inbox, once)
                 continue  # with the oldest drop again: the order of merging does not change
             self._show_disk(full=False)
-            if once and not waiting and not scan.settled:
+            if once and lingering.patient(scan, self._settings.inbox):
                 return
             if scan.settled and not waiting:
                 continue
@@ -199,7 +204,7 @@ class Service:
                     self._log.warning("gave up preparing for the next expert: it will take longer", error=why)
                 return_freed_memory()
                 continue  # with a new listing: what came meanwhile may have settled
-            self._wake.wait(self._pause(bool(waiting)))
+            self._wake.wait(self._pause(lingering.soon(scan, waiting, self._settings.inbox)))
 
     def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
         """A question to be asked between two pieces of idle work: is there something else to do?
@@ -231,9 +236,10 @@ class Service:
 
         return stop
 
-    def _take(self, store: Store, merger: Merger, progress: Progress, drop: Drop) -> bool:
+    def _take(self, store: Store, merger: Merger, progress: Progress, drop: Drop, lingering: Lingering) -> bool:
         """Takes one drop; False where it must be looked at again."""
         assert self._attempts
+        lingering.begin(drop)
         log = self._log.bind(drop=shown(drop.name))
         started = time.monotonic()
         try:
@@ -243,6 +249,8 @@ class Service:
             log.debug("not complete yet", reason=str(error.reason), detail=str(error))
             if error.reason is Reason.CHANGED:
                 self._metrics.experts.labels("requeued").inc()
+            else:
+                lingering.incomplete(drop, error)
             return False
         except Abandoned:
             self._metrics.experts.labels("abandoned").inc()
@@ -264,7 +272,7 @@ class Service:
             self._time(expert, drop, progress, started)
             self._tell(expert, store, log)
         if not moved:
-            log.warning("it cannot be moved out of the inbox", id=expert.id, hint="look at its owner, then remove it")
+            say_immovable(self._home, expert)
         return True
 
     def _decide(self, merger: Merger, drop: Drop) -> Expert:
@@ -327,7 +335,7 @@ class Service:
 
     def _show_inbox(self, scan: Scan) -> None:
         self._metrics.inbox_settled.set(len(scan.settled))
-        self._metrics.inbox_moving.set(scan.moving)
+        self._metrics.inbox_moving.set(scan.moving + len(scan.held))
         self._metrics.oldest_seconds.set(max((drop.rest_seconds for drop in scan.settled), default=0.0))
         self._metrics.disk_free.set(shutil.disk_usage(self._home.root).free)
 
