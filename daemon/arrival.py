@@ -32,8 +32,8 @@ def check_arrival(expert: OpenCheckpoint) -> None:
                 raise NotYet(
                     Reason.INCOMPLETE,
                     f"{shown(file.name)} was never written at byte {hole} (and elsewhere?): its space is only reserved",
-                    "let the copy finish, or copy it again; if it is whole all the same, cp --sparse=never, or drop it in"
-                    f" a folder with an empty file {READY_MARKER}",
+                    "let the copy finish, or copy it again; if it is whole all the same, cp --sparse=never, or drop it"
+                    f" in a folder with an empty file {READY_MARKER}",
                 )
 
 
