@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -164,7 +165,7 @@ def test_a_whole_file_with_holes_is_merged_as_the_hint_says(hollow: tuple[Path, 
     assert wanted(folder) == [WEIGHTS]
 
 
-def below(tmp_path: Path, base: Path, *numbers: int, state: dict[str, object] | None = None) -> Path:
+def below(tmp_path: Path, base: Path, *numbers: int, state: Mapping[str, object] | None = None) -> Path:
     """What a Trainer leaves in its output folder: checkpoints, with their states."""
     out = tmp_path / "out"
     out.mkdir()
