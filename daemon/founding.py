@@ -16,10 +16,9 @@ from daemon.config import Compute
 from daemon.errors import BadHome, DaemonError
 from daemon.generations import FileEntry, entry, manifest, names_below
 from daemon.home import CARD, MANIFEST, Home
-from daemon.inbox import still_coming
+from daemon.inbox import check_finished
 from daemon.latest import point_latest
 from daemon.sealing import add_companions, read_about_base, sync_folders
-from daemon.unfinished import hint_for
 from projector.errors import ProjectorError
 from projector.measure import count_finite
 from projector.method import Method
@@ -55,10 +54,9 @@ def found(
     """
     if not base.exists():
         raise BadHome(f"the base {base} does not exist", "give --base a .safetensors file or a folder")
-    if note := still_coming(base.resolve()):
-        raise BadHome(f"the base {base}: {shown(note)} says that it is not finished", hint_for(note))
     _refuse_occupied(home)
     try:
+        check_finished(base.resolve())
         with open_path(base) as checkpoint:
             if checkpoint.within:
                 raise BadHome(f"it is in {checkpoint.within}", f"give --base {base / checkpoint.within}")

@@ -19,8 +19,10 @@ from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
 from daemon.durable import MOST_LEVELS
+from daemon.errors import NotYet, Reason
 from daemon.unfinished import TEMPORARY as TEMPORARY
-from daemon.unfinished import noted, unfinished
+from daemon.unfinished import hint_for, noted, unfinished
+from projector.text import shown
 
 READY_MARKER = "_READY"
 
@@ -127,11 +129,12 @@ def fingerprint(path: Path) -> Fingerprint:
     return _look(path).fingerprint
 
 
-def still_coming(path: Path) -> str | None:
-    """The file beside a path, or in it, that tells that another program is still writing it. Raises OSError where there
-    is no such path.
+def check_finished(path: Path) -> None:
+    """Raises NotYet where a file beside a path that a person names, or in it, tells that it is still being written, or
+    OSError where there is no such path.
     """
-    return noted(os.listdir(path.parent)).get(path.name) or _look(path).unfinished
+    if note := noted(os.listdir(path.parent)).get(path.name) or _look(path).unfinished:
+        raise NotYet(Reason.INCOMPLETE, f"{shown(note)} says that it is not finished", hint_for(note))
 
 
 class Watcher:

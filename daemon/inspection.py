@@ -11,18 +11,16 @@ from daemon.admission import USUAL_EXPERTS, check_norm, oddity, usual_norm
 from daemon.arrival import check_arrival
 from daemon.checkpoint import open_path
 from daemon.config import load
-from daemon.errors import DaemonError, NotYet, Reason
+from daemon.errors import DaemonError, Reason
 from daemon.home import Home
 from daemon.identity import twin_of
-from daemon.inbox import still_coming
+from daemon.inbox import check_finished
 from daemon.progress import Progress
-from daemon.unfinished import hint_for
 from projector.head import Folded
 from projector.lora.keys import tensor_parts
 from projector.measure import overlap
 from projector.methods import make
 from projector.steps import state_specs
-from projector.text import shown
 from registry.store import Reader
 
 
@@ -37,8 +35,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         raise DaemonError(Reason.UNKNOWN, f"there is no head {head_name!r}", "see `mainstem status` for the heads")
     if not path.exists():
         raise DaemonError(Reason.UNKNOWN, f"{path} does not exist", "give the path of a checkpoint")
-    if note := still_coming(path):
-        raise NotYet(Reason.INCOMPLETE, f"{shown(note)} says that it is not finished", hint_for(note))
+    check_finished(path)
     methods = [make(row.method, row.params) for row in reader.heads()]
     needs = sorted({need for method in methods for need in method.needs})
     settings = load(home.config)

@@ -41,8 +41,9 @@ class Lingering:
             now = scan.skipped.get(expert.entry)
             first, before = number not in self._seen, self._seen.get(number)
             self._seen[number] = now
-            if now is None or not (first or now == before):
-                self._merger.again(expert, there=now is not None)
+            gone = now is None and before is None  # twice: once, something in it may just have gone
+            if not first and (gone or (None not in (now, before) and now != before)):
+                self._merger.again(expert, there=not gone)
         self._seen = {number: seen for number, seen in self._seen.items() if number in self._decided}
 
     def begin(self, drop: Drop) -> None:

@@ -24,6 +24,7 @@ from daemon.checkpoint import PICKLE_SUFFIXES, PICKLED, SIDECARS, WEIGHTS
 from daemon.convert.confining import Options, Told, unpickle
 from daemon.errors import Reason, Refused
 from daemon.generations import companions
+from daemon.inbox import check_finished
 from daemon.index import INDEX, read_index, shard_names
 from daemon.opening import open_entry
 from projector.errors import ProjectorError
@@ -97,6 +98,7 @@ def convert(
     folder = out.with_name(f".{out.name}.{uuid4().hex}.tmp")
     with ExitStack() as closing:
         parts, beside, weight_map = _plan(source, closing)
+        check_finished(source)
         whole = out.suffix != SUFFIX
         if not whole and len(parts) > 1:
             raise Refused(Reason.CONVERT, f"{shown(source.name)} has {len(parts)} shards", "let OUT be a folder")

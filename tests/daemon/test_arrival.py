@@ -280,7 +280,7 @@ def test_a_base_that_is_still_being_downloaded_makes_no_home(base: Path, tmp_pat
         path = write_base(tmp_path / "base", seed=1)
         note = path / "model.safetensors.aria2"
     note.touch()
-    with pytest.raises(BadHome, match="is not finished"):
+    with pytest.raises(NotYet, match="is not finished"):
         make_home(tmp_path / "home", path)
     note.unlink()
     assert make_home(tmp_path / "home", path).exists()
