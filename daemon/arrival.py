@@ -27,7 +27,7 @@ def check_arrival(expert: OpenCheckpoint) -> None:
             + (f"; where {other} is to stay, {PICKLE_HINT}" if pickled else ""),
         )
     if READY_MARKER not in expert.names:
-        for file in expert.files:
+        for file in expert.every_file:
             if (hole := _hole(file.fd, file.reader.header.size)) is not None:
                 raise NotYet(
                     Reason.INCOMPLETE,

@@ -26,7 +26,7 @@ from daemon.adapter import (
     open_adapter,
 )
 from daemon.errors import NotYet, Reason, Refused
-from daemon.inbox import Stamp, stamp
+from daemon.inbox import READY_MARKER, Stamp, stamp
 from daemon.index import INDEX as INDEX
 from daemon.index import check_places, read_index, shard_names
 from daemon.nesting import checkpoint_in
@@ -78,7 +78,8 @@ class OpenCheckpoint:
     sidecars: by kind ("fisher", "gram"). about: its expert.json, None where there is none. naming: how its names become
     the base's once it is checked. adapter: the config of a LoRA, whose tensors are its own until it is checked. folder:
     the descriptor of the folder that it is, if it is one. within: the path of the folder below that in which it is, if
-    it is not that itself. names: all that is in the folder with the weights.
+    it is not that itself. names: all that is in the folder with the weights, and the ready
+    marker of the one that was dropped.
     """
 
     within: str | None = None
@@ -115,9 +116,14 @@ class OpenCheckpoint:
         return self.about.weight if self.about else 1.0
 
     @property
+    def every_file(self) -> list[OpenFile]:
+        """Its weights, and its sidecars."""
+        return [*self.files, *self._sidecars.values()]
+
+    @property
     def sizes(self) -> list[int]:
         """The bytes of each file of tensors, its sidecars among them."""
-        return [file.reader.header.size for file in (*self.files, *self._sidecars.values())]
+        return [file.reader.header.size for file in self.every_file]
 
     @property
     def size_bytes(self) -> int:
@@ -219,7 +225,8 @@ def open_checkpoint(
         else:
             inner, within = checkpoint_in(fd, follow, closing)
             opened = _open_folder(inner, follow, needs, watch, closing, naming)
-            opened.within, opened.names, opened._folder = within, frozenset(os.listdir(inner)), fd
+            opened.within, opened._folder = within, fd
+            opened.names = frozenset(os.listdir(inner)) | ({READY_MARKER} & set(os.listdir(fd)))
         opened._closing = closing.pop_all()
         return opened
 
