@@ -274,7 +274,7 @@ daemon.cli.main()
 
 def _run_as(uid: int, home: Home) -> subprocess.CompletedProcess[str]:
     """`mainstem run --once` as another user."""
-    settle = {"MAINSTEM_INBOX__SETTLE_SECONDS": "0", "MAINSTEM_INBOX__PATIENCE_SECONDS": "0"}
+    settle = {f"MAINSTEM_INBOX__{name}_SECONDS": "0" for name in ("SETTLE", "PATIENCE", "RESUME")}
     command = [sys.executable, "-c", RUN_AS, str(uid), str(home.root)]
     return subprocess.run(command, env={**os.environ, **settle}, capture_output=True, text=True, timeout=120)
 
