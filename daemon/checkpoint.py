@@ -28,9 +28,10 @@ from daemon.adapter import (
 )
 from daemon.adapter_modules import has_output
 from daemon.errors import NotYet, Reason, Refused
-from daemon.inbox import Stamp, stamp
+from daemon.inbox import READY_MARKER, Stamp, stamp
 from daemon.index import check_places, read_index, shard_names
 from daemon.layout import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index
+from daemon.nesting import checkpoint_in
 from daemon.opening import folders_with, not_a_file, open_entry
 from projector.errors import BadFile, BadSchema
 from projector.errors import Reason as ProjectorReason
@@ -79,9 +80,14 @@ class OpenCheckpoint:
 
     sidecars: by kind ("fisher", "gram"). about: its expert.json, None where there is none. naming: how its names become
     the base's once it is checked. adapter: the config of a LoRA, whose tensors are its own until it is checked. folder:
-    the descriptor of the folder that it is, if it is one. index: the name of the file that lists its shards, if it has
-    shards.
+    the descriptor of the folder with its weights, if it is one. index: the name of the file that lists its shards, if
+    it has shards. outer, within: the descriptor of the folder that was dropped, and the path of `folder` below it, if
+    it is not that itself. names: all that is in `folder`, and the ready marker of the one that was dropped.
     """
+
+    outer: int | None = None
+    within: str | None = None
+    names: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -104,7 +110,7 @@ class OpenCheckpoint:
         self._adapter = adapter
         held = [*files, *sidecars.values(), *(one for one in (about, adapter) if one)]
         self._stamps = {one.fd: one.stamp for one in held}
-        self._folder = folder
+        self.folder = folder
         self._closing = closing
         self.tensors = Checkpoint(
             [file.reader for file in files], {need: file.reader for need, file in sidecars.items()}
@@ -116,9 +122,14 @@ class OpenCheckpoint:
         return self.about.weight if self.about else 1.0
 
     @property
+    def every_file(self) -> list[OpenFile]:
+        """Its weights, and its sidecars."""
+        return [*self.files, *self._sidecars.values()]
+
+    @property
     def sizes(self) -> list[int]:
         """The bytes of each file of tensors, its sidecars among them."""
-        return [file.reader.header.size for file in (*self.files, *self._sidecars.values())]
+        return [file.reader.header.size for file in self.every_file]
 
     @property
     def size_bytes(self) -> int:
@@ -198,8 +209,8 @@ class OpenCheckpoint:
         """Makes the checkpoint's own bytes durable, and every name in its folder: whoever dropped it may not have."""
         for fd in self._stamps:
             durable.sync(fd)
-        if self._folder is not None:
-            durable.sync_names(self._folder)
+        if self.outer is not None:
+            durable.sync_names(self.outer)
 
     def unchanged(self) -> bool:
         """True while no file has been written to, renamed or replaced since it was opened."""
@@ -208,14 +219,9 @@ class OpenCheckpoint:
         except OSError:  # of a server that has forgotten the file
             return False
 
-    @property
-    def folder(self) -> int | None:
-        """The descriptor of the folder that it is; None of a file."""
-        return self._folder
-
     def holds(self, fd: object) -> bool:
         """True for a descriptor of one of its files: an error that names it arose in reading this checkpoint."""
-        return fd in self._stamps or (fd is not None and fd == self._folder)
+        return fd in self._stamps or (fd is not None and fd in (self.folder, self.outer))
 
     def close(self) -> None:
         self._closing.close()
@@ -253,7 +259,10 @@ def open_checkpoint(
                 raise Refused(Reason.MISSING_SIDECAR, *_missing(needs[0]))
             opened = OpenCheckpoint("file", [_weights(fd, name, watch)], {}, None, closing, naming)
         else:
-            opened = _open_folder(fd, follow, needs, watch, closing, naming)
+            inner, within = checkpoint_in(fd, follow, closing)
+            opened = _open_folder(inner, follow, needs, watch, closing, naming)
+            opened.outer, opened.within = fd, within
+            opened.names = frozenset(os.listdir(inner)) | ({READY_MARKER} & set(os.listdir(fd)))
         opened._closing = closing.pop_all()
         return opened
 
@@ -319,8 +328,9 @@ def _open_folder(
             Reason.NO_WEIGHTS, f"the folder holds several models: {listed(there)}", "give each a folder of its own"
         )
     else:
+        coming = any(SHARD_OF_MANY.search(name) for name in names)
         raise NotYet(
-            Reason.NO_WEIGHTS,
+            Reason.INCOMPLETE if coming else Reason.NO_WEIGHTS,
             f"the folder has neither {WEIGHTS} nor {INDEX}",
             "save the model with save_pretrained(..., safe_serialization=True)",
         )
@@ -344,7 +354,7 @@ def _weights(fd: int, name: str, watch: Watch) -> OpenFile:
     before = stamp(os.fstat(fd))
     opening = os.pread(fd, len(LFS_OPENING), 0)
     if opening == LFS_OPENING:
-        raise Refused(
+        raise NotYet(
             Reason.LFS_POINTER,
             f"{shown(name)} is a git-lfs pointer, not the file it stands for",
             "run `git lfs pull` where it came from and drop the file itself",

@@ -18,7 +18,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from daemon.errors import BadConfig
+from daemon.errors import RESUMABLE, BadConfig, Reason
+from projector.errors import Reason as ProjectorReason
 from projector.naming import Naming, check_prefixes
 from projector.text import listed, shown
 
@@ -28,6 +29,7 @@ LIVE = (
     "http.upload_bytes",
     "inbox.settle_seconds",
     "inbox.patience_seconds",
+    "inbox.resume_seconds",
     "inbox.scan_seconds",
     "retention.*",
     "admission.*",
@@ -84,12 +86,22 @@ class Inbox(Section):
     patience_seconds: float = Field(
         60.0, ge=0, le=86400, description="how long an incomplete expert may stand still before refusal"
     )
+    resume_seconds: float = Field(
+        3600.0,
+        ge=0,
+        le=604800,
+        description="the same where a copy may go on: a file ends early, a shard is missing, it may not be read",
+    )
     scan_seconds: float = Field(
         5.0, gt=0, le=86400, description="how often an idle daemon lists the inbox, whatever events say"
     )
     watch: Literal["auto", "poll"] = Field(
         "auto", description="auto also listens to file system events; poll only lists"
     )
+
+    def patience_with(self, reason: Reason | ProjectorReason) -> float:
+        """How many seconds what is incomplete for that reason may stand still."""
+        return max(self.patience_seconds, self.resume_seconds if reason in RESUMABLE else 0.0)
 
 
 class Compute(Section):

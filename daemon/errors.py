@@ -36,6 +36,7 @@ class Reason(StrEnum):
     NORM_OUTLIER = "norm_outlier"
     FAULT = "fault"
     INCOMPLETE = "incomplete"
+    AMBIGUOUS = "ambiguous"
     CHANGED = "changed"
     UNKNOWN = "unknown"
     HOME = "home"
@@ -50,6 +51,10 @@ class Reason(StrEnum):
     UPLOAD_SIZE = "upload_size"
     UPLOAD_SPACE = "upload_space"
     UPLOAD_LIMIT = "upload_limit"
+
+
+RESUMABLE = (ProjectorReason.TRUNCATED, Reason.INCOMPLETE, Reason.UNREADABLE)
+"""What whoever drops it may still be busy with, however long nothing happens."""
 
 
 class DaemonError(Exception):

@@ -17,6 +17,7 @@ from daemon.config import Compute
 from daemon.errors import BadHome, DaemonError
 from daemon.generations import FileEntry, entry, manifest, names_below
 from daemon.home import CARD, MANIFEST, Home
+from daemon.inbox import check_finished
 from daemon.latest import point_latest
 from daemon.layout import WEIGHTS
 from daemon.modules import check_pickled
@@ -59,7 +60,10 @@ def found(
         raise BadHome(f"the base {base} does not exist", "give --base a .safetensors file or a folder")
     _refuse_occupied(home)
     try:
+        check_finished(base.resolve())
         with open_path(base) as checkpoint:
+            if checkpoint.within:
+                raise BadHome(f"it is in {checkpoint.within}", f"give --base {base / checkpoint.within}")
             theirs = recognised(checkpoint.tensors.schema)
             if checkpoint.kind == "adapter" or (theirs and all(map(theirs[0].split, checkpoint.tensors.schema))):
                 raise BadHome("it is an adapter, not a model", "give --base the model that it was trained on")

@@ -20,15 +20,10 @@ from daemon.incoming import RESERVE_BYTES
 from daemon.versions import called
 from projector.text import listed
 from registry.errors import Busy, RegistryError
-from registry.records import Head
+from registry.records import Expert, Head, Status
 from registry.store import Reader
 
 STUCK = timedelta(seconds=10)  # what is decided is moved out of the inbox at once
-FREEING = (
-    "look at who owns it, and move it yourself: what was merged into archive/ID/, what was refused anywhere else;"
-    " or, where another folder took the inbox's place, put the old one back; then restart the daemon"
-)
-"""What to do about an entry of the inbox that was decided and cannot be moved. ID: six digits, as `show` has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +82,15 @@ class Health:
         try:
             found = [trouble for head in reader.heads() if (trouble := self._of_head(reader, head))]
             since = datetime.now(UTC) - STUCK
-            stuck = [row.name for row in reader.unplaced() if row.finished_at and row.finished_at < since]
+            late = [row for row in reader.unplaced() if row.finished_at and row.finished_at < since]
+            # one of which the archive has a copy is in nobody's way
+            stuck = [row for row in late if row.status is not Status.MERGED or not self._home.archived(row.id)]
         except RegistryError as error:
             text = "the registry is busy" if isinstance(error, Busy) else "the registry cannot be read"
             return [Trouble("registry", text, error.hint)]
         if stuck:
-            text = f"decided, but not to be moved out of the inbox: {listed(stuck, most=3)}"
-            found.append(Trouble("stuck", text, FREEING))
+            text = f"decided, but not to be moved out of the inbox: {listed((row.name for row in stuck), most=3)}"
+            found.append(Trouble("stuck", text, stays_hint(self._home, stuck[0])))
         return found
 
     def _of_head(self, reader: Reader, head: Head) -> Trouble | None:
@@ -116,6 +113,23 @@ class Health:
 def _free(folder: Path) -> float:
     """The free bytes of a disk; as many as one likes where nothing is to be written on it."""
     return float("inf") if os.statvfs(folder).f_flag & os.ST_RDONLY else shutil.disk_usage(folder).free
+
+
+def stays_hint(home: Home, expert: Expert) -> str:
+    """What to do about an expert whose fate is recorded, and which cannot be moved out of the inbox."""
+    movable = "make it writable for the daemon (chmod a+w, or chown), and it is moved by itself"
+    if expert.status is Status.QUARANTINED:
+        return "mend it where it lies, which is noticed by itself, or remove it"
+    if expert.status is Status.DUPLICATE:
+        return f"remove it: the archive has these weights; or {movable}"
+    if home.archived(expert.id):
+        return f"remove it: the archive has a copy; or {movable}"
+    if not os.path.lexists(home.inbox / expert.name):
+        return (
+            f"put the folder back that was the inbox when it was merged, or its file into {home.archive(expert.id)}/;"
+            " then restart the daemon"
+        )
+    return f"do not remove it, the archive has no copy yet: {movable}"
 
 
 def _size(path: Path) -> int | None:

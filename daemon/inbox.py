@@ -1,15 +1,15 @@
 """What lies in the inbox, and which of it has come to rest.
 
-Events are hints, the scan is the truth: an entry counts as settled when its fingerprint (size, time and inode of every
-file in it) has not changed for `settle_seconds`, or at once where a folder brings the marker file _READY.
+Events are hints, the scan is the truth: an entry counts as settled when its fingerprint (of every file in it and below:
+size, times, inode) has not changed for `settle_seconds`, or at once where a folder brings the marker file _READY. What
+another program says it is still writing is held back for as long as that is said. No clock but ours counts: the times
+of files are only ever compared with themselves.
 """
 
 import os
-import re
 import stat
 import time
-from collections.abc import Callable, Container
-from contextlib import suppress
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -18,18 +18,13 @@ from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
+from daemon.durable import MOST_LEVELS
+from daemon.errors import NotYet, Reason
+from daemon.unfinished import TEMPORARY as TEMPORARY
+from daemon.unfinished import hint_for, noted, unfinished
+from projector.text import shown
+
 READY_MARKER = "_READY"
-TEMPORARY = re.compile(
-    r"""
-      \..*                                                    # hidden files, rsync's .name.XXXXXX, Syncthing's
-    | .*(\.tmp|\.part|\.partial|\.incomplete|\.crdownload|\.download|\.lock|\.swp|~)
-    | .*\.tmp[A-Za-z0-9_]{6,8}                                # safetensors' and tempfile's
-    | .*\.safetensors\.[A-Za-z0-9]{8}                         # boto's
-    | .*_\.gstmp
-    | \~syncthing\~.*
-    """,
-    re.VERBOSE | re.DOTALL,
-)
 
 Fingerprint = tuple[object, ...]
 Stamp = tuple[int, int, int, int, int]
@@ -53,11 +48,27 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Held:
+    """An entry that another program is still writing, as a file beside it or in it tells, and for how long it has been
+    standing still all the same. `waits_for`: that file, relative to the inbox.
+    """
+
+    name: str
+    waits_for: str
+    rest_seconds: float
+
+
+@dataclass(frozen=True)
 class Scan:
-    """The inbox at one moment: what is settled, oldest first, and how many entries still move."""
+    """The inbox at one moment: what is settled, oldest first, how many entries still move, and what is held back.
+
+    skipped: of the entries that were to be skipped, by their `entry`, the fingerprint.
+    """
 
     settled: list[Drop]
     moving: int
+    held: Sequence[Held] = ()
+    skipped: Mapping[str, Fingerprint] = field(default_factory=dict)
 
 
 class Inbox:
@@ -73,28 +84,31 @@ class Inbox:
         """Lists the inbox. Entries with temporary names, and those whose `entry` is to be skipped, do not count."""
         now = self._clock()
         settled: list[Drop] = []
+        held: list[Held] = []
+        skipped: dict[str, Fingerprint] = {}
         since: dict[str, tuple[Fingerprint, float]] = {}
-        with os.scandir(self._path) as listing:
-            entries = list(listing)
-        for entry in entries:
-            if TEMPORARY.fullmatch(entry.name):
+        names = os.listdir(self._path)
+        notes = noted(names)
+        for name in set(names).difference(notes.values()):
+            if TEMPORARY.fullmatch(name):
                 continue
             try:
-                status = entry.stat(follow_symlinks=False)
-                fingerprint, size, ready = _fingerprint(Path(entry.path), status)
-                identity = entry_id(Path(entry.path))
+                look = _look(self._path / name)
             except OSError:  # it went, or a file took its place, just now; or its file system does not know what it is
                 continue
-            if identity in skip:
+            if look.entry in skip:
+                skipped[look.entry] = look.fingerprint
                 continue
-            before = self._since.get(entry.name)
-            since[entry.name] = before if before and before[0] == fingerprint else (fingerprint, now)
-            rest = now - since[entry.name][1]
-            if ready or rest >= self.settle_seconds:
-                settled.append(Drop(entry.name, identity, status.st_mtime_ns, size, rest))
+            before = self._since.get(name)
+            since[name] = before if before and before[0] == look.fingerprint else (look.fingerprint, now)
+            rest = now - since[name][1]
+            if note := notes.get(name) or (look.unfinished and f"{name}/{look.unfinished}"):
+                held.append(Held(name, note, rest))
+            elif look.ready or rest >= self.settle_seconds:
+                settled.append(Drop(name, look.entry, look.mtime_ns, look.size_bytes, rest))
         self._since = since
         settled.sort(key=lambda drop: (drop.mtime_ns, drop.name))
-        return Scan(settled, len(since) - len(settled))
+        return Scan(settled, len(since) - len(settled) - len(held), held, skipped)
 
 
 def stamp(status: os.stat_result) -> Stamp:
@@ -107,9 +121,20 @@ def entry_id(path: Path) -> str:
 
     Device, inode and the time of the last change to the weights. Raises OSError where there is no such entry.
     """
-    status = path.lstat()
-    changed = _weights_changed(path) if stat.S_ISDIR(status.st_mode) else status.st_mtime_ns
-    return f"{status.st_dev}:{status.st_ino}:{changed}"
+    return _look(path).entry
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """What changes when anything in an entry does. Raises OSError where there is no such entry."""
+    return _look(path).fingerprint
+
+
+def check_finished(path: Path) -> None:
+    """Raises NotYet where a file beside a path that a person names, or in it, tells that it is still being written, or
+    OSError where there is no such path.
+    """
+    if note := noted(os.listdir(path.parent)).get(path.name) or _look(path).unfinished:
+        raise NotYet(Reason.INCOMPLETE, f"{shown(note)} says that it is not finished", hint_for(note))
 
 
 class Watcher:
@@ -138,26 +163,56 @@ class _Waker(FileSystemEventHandler):
             self._wake.set()
 
 
-def _fingerprint(path: Path, status: os.stat_result) -> tuple[Fingerprint, int, bool]:
-    """(what changes while the entry is written, its size in bytes, whether it carries the ready marker)."""
+@dataclass(frozen=True)
+class _Look:
+    """What one look at an entry shows. unfinished: the path in it of what is not finished, if anything is."""
+
+    fingerprint: Fingerprint
+    entry: str
+    mtime_ns: int
+    size_bytes: int
+    ready: bool = False
+    unfinished: str | None = None
+
+
+def _look(path: Path) -> _Look:
+    """One stat for each file. Raises OSError where there is no such entry, or something in it went just now."""
+    status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
-        return stamp(status)[:4], status.st_size, False
-    try:
-        files = sorted(_files(path))
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError:  # it may not be read, or cannot be: who opens it is told why
-        return stamp(status)[:4], 0, False
-    names = {name for name, _ in files}
-    return tuple(files), sum(size for _, (_, _, size, _) in files), READY_MARKER in names
+        return _Look(stamp(status), _entry(status, status.st_mtime_ns), status.st_mtime_ns, status.st_size)
+    below = _below(path)
+    weights = {name: one.st_mtime_ns for name, one in below.items() if name.endswith(".safetensors")}
+    changed = [mtime for name, mtime in weights.items() if "/" not in name] or weights.values()
+    return _Look(
+        (stamp(status), *((name, stamp(below[name])) for name in sorted(below))),
+        _entry(status, max(changed, default=0)),
+        status.st_mtime_ns,
+        sum(one.st_size for one in below.values() if not stat.S_ISDIR(one.st_mode)),
+        READY_MARKER in below,
+        unfinished(below),
+    )
 
 
-def _weights_changed(folder: Path) -> int:
-    with suppress(OSError):
-        return max((mtime for name, (*_, mtime) in _files(folder) if name.endswith(".safetensors")), default=0)
-    return 0
+def _entry(status: os.stat_result, weights_changed: int) -> str:
+    return f"{status.st_dev}:{status.st_ino}:{weights_changed}"
 
 
-def _files(path: Path) -> list[tuple[str, tuple[int, int, int, int]]]:
-    with os.scandir(path) as entries:
-        return [(entry.name, stamp(entry.stat(follow_symlinks=False))[:4]) for entry in entries]
+def _below(folder: Path) -> dict[str, os.stat_result]:
+    """Everything in a folder and below it, by its path from there; no link is followed. What may not be listed, or lies
+    deeper than can be merged, is left out: who opens it is told why.
+    """
+    found: dict[str, os.stat_result] = {}
+    left = [("", 0)]
+    while left:
+        inside, level = left.pop()
+        try:
+            with os.scandir(folder / inside) as entries:
+                listed = {f"{inside}{entry.name}": entry.stat(follow_symlinks=False) for entry in entries}
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError:
+            continue
+        found |= listed
+        if level < MOST_LEVELS:
+            left += [(f"{name}/", level + 1) for name, status in listed.items() if stat.S_ISDIR(status.st_mode)]
+    return found

@@ -8,11 +8,13 @@ from typing import Any
 
 from daemon.adapter_modules import read_config
 from daemon.admission import USUAL_EXPERTS, check_norm, oddities, usual_norm
+from daemon.arrival import check_arrival
 from daemon.checkpoint import open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.home import Home
 from daemon.identity import twin_of
+from daemon.inbox import check_finished
 from daemon.modules import check_modules
 from daemon.progress import Progress
 from daemon.versions import called
@@ -36,6 +38,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         raise DaemonError(Reason.UNKNOWN, f"there is no head {head_name!r}", "see `mainstem status` for the heads")
     if not path.exists():
         raise DaemonError(Reason.UNKNOWN, f"{path} does not exist", "give the path of a checkpoint")
+    check_finished(path)
     methods = [make(row.method, row.params) for row in reader.heads()]
     needs = sorted({need for method in methods for need in method.needs})
     settings = load(home.config)
@@ -46,6 +49,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         open_path(home.version(head.name, head.live)) as merged,
     ):
         own = tensor_parts(expert.tensors.schema) if expert.kind == "adapter" else expert.tensors.schema
+        check_arrival(expert)
         expert.check(base.tensors, read_config(home.base))
         check_modules(expert.folder, home.base)
         expert.digest_tensors()
@@ -65,6 +69,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         seconds = [v.seconds for v in reader.versions(head.name, limit=5) if v.seconds is not None]
         return {
             "kind": expert.kind,
+            "within": expert.within,
             "weight": expert.weight,
             "renamed": {theirs: ours for theirs, ours in names.items() if theirs != ours},
             "ignored": [name for name in own if name not in names],

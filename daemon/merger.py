@@ -24,6 +24,7 @@ from daemon import durable
 from daemon.adapter_modules import read_config
 from daemon.adapting import Adapting
 from daemon.admission import USUAL_EXPERTS, check_norm, flagged, oddities, usual_norm
+from daemon.arrival import check_arrival
 from daemon.blame import blaming
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint
 from daemon.compute import check_budget, driver
@@ -38,7 +39,7 @@ from daemon.latest import point_latest
 from daemon.lines import Line, read_lines
 from daemon.modules import check_modules
 from daemon.outputs import Outputs, planned
-from daemon.placing import place
+from daemon.placing import let_go, place
 from daemon.preparing import Preparations
 from daemon.progress import Abandoned, Progress
 from daemon.recording import arrived, changed, refused
@@ -115,6 +116,8 @@ class Merger:
                 self._check_entry(drop)
                 try:
                     with blaming(expert):
+                        if not again:
+                            check_arrival(expert)
                         expert.check(self._base.tensors, base_config)
                         if not again:
                             check_modules(expert.folder, self._home.base)
@@ -134,7 +137,7 @@ class Merger:
                 self._check_folds()
             raise
         except NotYet as error:
-            if error.reason is Reason.CHANGED or drop.rest_seconds < self._settings.inbox.patience_seconds:
+            if error.reason is Reason.CHANGED or drop.rest_seconds < self._settings.inbox.patience_with(error.reason):
                 raise
             return self.refuse(drop, error)
         except (Refused, ProjectorError) as error:
@@ -158,6 +161,15 @@ class Merger:
         if expert.status is Status.MERGED:
             self.preparations.follow(read_lines(self._store, self._methods))
         return placed
+
+    def again(self, expert: Expert, *, there: bool) -> None:
+        """Looks once more at an expert whose fate is recorded and which could not be moved, now that it has changed, or
+        is not `there` any more. One that was refused is let go: it is taken anew. Raises as `tidy`.
+        """
+        if there and expert.status is Status.QUARANTINED:
+            let_go(self._store, expert)
+        else:
+            place(self._home, self._store, expert)
 
     def finish(self) -> list[Expert]:
         """Tidies up after the recorded experts that are still in the inbox, where something was in the way; returns

@@ -12,7 +12,8 @@ from projector.text import shown
 def open_entry(folder_fd: int, name: str, follow: bool, closing: ExitStack) -> int:
     """Opens a regular file or a folder by one path component; anything else is refused without touching it.
 
-    The descriptor is closed with `closing`. Raises Refused, NotYet where the name is gone, or OSError.
+    The descriptor is closed with `closing`. Raises Refused, NotYet where the name is gone or may not be read (yet), or
+    OSError.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -29,8 +30,10 @@ def open_entry(folder_fd: int, name: str, follow: bool, closing: ExitStack) -> i
         if error.errno == errno.ELOOP:
             raise _symlink(name) from None
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise Refused(
-                Reason.UNREADABLE, f"{shown(name)} cannot be read: {error.strerror}", "make it readable for the daemon"
+            raise NotYet(
+                Reason.UNREADABLE,
+                f"{shown(name)} cannot be read: {error.strerror}",
+                "make it readable for the daemon: chmod -R a+rX, by its owner",
             ) from None
         if error.errno in (errno.ENXIO, errno.ENODEV):
             raise not_a_file(name) from None
@@ -62,4 +65,6 @@ def not_a_file(name: str) -> Refused:
 
 
 def _symlink(name: str) -> Refused:
-    return Refused(Reason.SYMLINK, f"{shown(name)} is a symbolic link", "drop the file itself (cp -L follows links)")
+    return Refused(
+        Reason.SYMLINK, f"{shown(name)} is a symbolic link", "copy what it leads to: cp -rL SOURCE inbox/NAME"
+    )

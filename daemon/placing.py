@@ -3,7 +3,8 @@
 Merged experts and duplicates go to archive/<id>/, and of duplicates what is there already goes (`duplicates`); refused
 ones go to quarantine/<id>/ with a reason.json. The entry is found by what it is (device, inode, time), not by its name:
 if it was replaced meanwhile, the newcomer stays. What cannot be moved (a folder of another owner, a mount point) stays
-too, and is tried again at the next start.
+too: a merged one is copied into the archive, and each is tried again at the next start and when something about it
+changes.
 """
 
 import errno
@@ -12,12 +13,21 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
+
+import structlog
 
 from daemon import durable
+from daemon.copying import copy_entry
 from daemon.duplicates import spare
+from daemon.durable import NO_RENAMEAT2, Folder
+from daemon.errors import NotYet
 from daemon.failpoints import hit
+from daemon.health import stays_hint
 from daemon.home import Home, number
-from daemon.inbox import entry_id
+from daemon.inbox import entry_id, fingerprint
+from daemon.retention import remove_whole
+from projector.text import shown
 from projector.watch import SILENT, Watch
 from registry.records import Expert, Status
 from registry.store import Store
@@ -42,14 +52,16 @@ def place(home: Home, store: Store, expert: Expert, watch: Watch = SILENT) -> bo
     hit("archive.before")
     if path := _find(home, expert):
         # a drop that is itself called reason.json must not hide ours
-        name = f"{path.name}.dropped" if path.name == REASON_FILE else path.name
+        target = folder / (f"{path.name}.dropped" if path.name == REASON_FILE else path.name)
         try:
-            durable.rename(path, folder / name)
+            _move(home, path, target)
         except FileNotFoundError:
             pass  # withdrawn just now
         except OSError as error:
             if error.errno not in IMMOVABLE or durable.failed_sync(error):
                 raise
+            if expert.status is Status.MERGED and not os.path.lexists(target):
+                _copy(home, path, target)
             return False
     else:  # moved before a crash, but perhaps not yet durably
         durable.sync_folder(folder)
@@ -59,14 +71,73 @@ def place(home: Home, store: Store, expert: Expert, watch: Watch = SILENT) -> bo
         return False
     if expert.status is Status.DUPLICATE:
         spare(home, store, expert, watch)
-    store.placed(expert.id, f"{folder.parent.name}/{number(expert.id)}")
+    _note_place(store, expert)
     return True
 
 
+def let_go(store: Store, expert: Expert) -> None:
+    """Notes of a refused expert that it has left, although it is still there: it was mended, and is another one now."""
+    _note_place(store, expert)
+
+
+def say_immovable(home: Home, expert: Expert) -> None:
+    """Tells of an expert that `place` could not move."""
+    structlog.get_logger().warning(
+        "it cannot be moved out of the inbox",
+        drop=shown(expert.name),
+        id=expert.id,
+        copied=home.archived(expert.id) is not None,
+        hint=stays_hint(home, expert),
+    )
+
+
 def place_all(home: Home, store: Store, watch: Watch = SILENT) -> None:
-    """Finishes every move that a crash left undone."""
+    """Finishes every move that a crash left undone, and tells of what still cannot be moved."""
     for expert in store.unplaced():
-        place(home, store, expert, watch)
+        if not place(home, store, expert, watch):
+            say_immovable(home, expert)
+
+
+def _move(home: Home, path: Path, target: Path) -> None:
+    """Moves an entry of the inbox to `target`, where a copy may be that was made when it could not be moved.
+
+    The two then change places: the one that was merged is kept, and no moment is without either.
+    """
+    if not os.path.lexists(target):
+        durable.rename(path, target)
+        return
+    try:
+        durable.exchange(path, target)
+    except OSError as error:
+        if error.errno in NO_RENAMEAT2:
+            raise PermissionError(error.errno, "it cannot change places with its copy") from None
+        raise
+    remove_whole(home, path)
+
+
+def _copy(home: Home, path: Path, target: Path) -> None:
+    """Copies an entry of the inbox that cannot be moved. Nothing is left where it changes meanwhile, or does not fit:
+    it is still in the inbox.
+    """
+    making = home.tmp / uuid4().hex
+    durable.make_folder(making)
+    try:
+        before = fingerprint(path)
+        with Folder(home.inbox, follow=True) as inbox, Folder(making) as copies:
+            copy_entry(inbox.fd, path.name, copies)
+        if fingerprint(path) == before:
+            durable.rename(making / path.name, target)
+    except (NotYet, OSError) as error:
+        if failed := durable.failed_sync(error):
+            raise failed from None
+        structlog.get_logger().error("it could not be copied into the archive", drop=shown(path.name), error=str(error))
+    finally:
+        durable.remove(making)
+
+
+def _note_place(store: Store, expert: Expert) -> None:
+    kept = "quarantine" if expert.status is Status.QUARANTINED else "archive"
+    store.placed(expert.id, f"{kept}/{number(expert.id)}")
 
 
 def _find(home: Home, expert: Expert) -> Path | None:

@@ -13,19 +13,21 @@ from types import FrameType
 import structlog
 
 from daemon import durable
-from daemon.admission import added
 from daemon.attempts import Attempts
 from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
-from daemon.health import FREEING, Health, Trouble
+from daemon.health import Health, Trouble
 from daemon.home import Home
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan
+from daemon.lingering import Lingering
 from daemon.logs import configure
 from daemon.memory import return_freed_memory, reuse_freed_memory
 from daemon.merger import Merger
 from daemon.metrics import Metrics
+from daemon.outcome import tell
+from daemon.placing import say_immovable
 from daemon.presence import Presence
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
@@ -34,7 +36,6 @@ from daemon.retention import collect
 from daemon.uploading import Uploads, write_token
 from daemon.watching import Watching
 from projector.errors import ProjectorError
-from projector.methods import methods
 from projector.text import shown
 from registry.errors import Busy, DiskFull
 from registry.records import Expert, Status
@@ -166,6 +167,7 @@ class Service:
     def _drain(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
         assert self._attempts
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
+        lingering = Lingering(store, merger)
         while not self._stopping.is_set():
             self._stopping.wait(WAKE_SECONDS)  # many events come at once
             self._wake.clear()
@@ -177,28 +179,32 @@ class Service:
                 self._stopping.wait(self._settings.inbox.scan_seconds)
                 continue
             try:
-                scan = inbox.scan(skip={expert.entry for expert in store.unplaced()})
+                scan = inbox.scan(skip=lingering.decided())
             except (FileNotFoundError, NotADirectoryError, PermissionError):
                 continue  # to see what became of it
             self._show_inbox(scan)
             drops = self._attempts.order(scan.settled)
             waiting = scan.moving + len(scan.settled) - len(drops)
+            lingering.held(scan, self._settings.inbox)
+            for held in scan.held:
+                self._presence.waits(held.name, f"{held.waits_for} says that it is not finished")
             try:
                 if self._interrupted:
                     self._finish(store, merger)
                     self._interrupted = False
+                lingering.look(scan)
                 if not scan.moving:
                     self._attempts.keep({drop.entry for drop in scan.settled})
                 for drop in drops:
                     if self._stopping.is_set():
                         return
                     self._reload(store, merger, inbox)
-                    waiting += not self._take(store, merger, progress, drop)
+                    waiting += not self._take(store, merger, progress, drop, lingering)
             except (OSError, DiskFull) as error:
                 self._make_room(error, store, merger, inbox, once)
                 continue  # with the oldest drop again: the order of merging does not change
             self._show_disk(full=False)
-            if once and not waiting and not scan.settled:
+            if once and lingering.patient(scan, self._settings.inbox):
                 return
             if scan.settled and not waiting:
                 continue
@@ -207,7 +213,7 @@ class Service:
                     self._log.warning("gave up preparing for the next expert: it will take longer", error=why)
                 return_freed_memory()
                 continue  # with a new listing: what came meanwhile may have settled
-            self._wake.wait(self._pause(bool(waiting)))
+            self._wake.wait(self._pause(lingering.soon(scan, waiting, self._settings.inbox)))
 
     def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
         """A question to be asked between two pieces of idle work: is there something else to do?
@@ -239,9 +245,10 @@ class Service:
 
         return stop
 
-    def _take(self, store: Store, merger: Merger, progress: Progress, drop: Drop) -> bool:
+    def _take(self, store: Store, merger: Merger, progress: Progress, drop: Drop, lingering: Lingering) -> bool:
         """Takes one drop; False where it must be looked at again."""
         assert self._attempts
+        lingering.begin(drop)
         log = self._log.bind(drop=shown(drop.name))
         started = time.monotonic()
         try:
@@ -251,6 +258,8 @@ class Service:
             log.debug("not complete yet", reason=str(error.reason), detail=str(error))
             if error.reason is Reason.CHANGED:
                 self._metrics.experts.labels("requeued").inc()
+            else:
+                lingering.incomplete(drop, error)
             self._presence.waits(drop.name, str(error))
             return False
         except Abandoned:
@@ -274,7 +283,7 @@ class Service:
             self._time(expert, drop, progress, started)
             self._tell(expert, store, log)
         if not moved:
-            log.warning("it cannot be moved out of the inbox", id=expert.id, hint=FREEING)
+            say_immovable(self._home, expert)
         return True
 
     def _decide(self, merger: Merger, drop: Drop) -> Expert:
@@ -317,34 +326,11 @@ class Service:
 
     def _tell(self, expert: Expert, store: Store, log: structlog.typing.FilteringBoundLogger) -> None:
         self._told = expert.id
-        self._metrics.experts.labels(str(expert.status)).inc()
-        if expert.reason:
-            self._metrics.refused.labels(expert.reason).inc()
-        if expert.status is Status.MERGED:
-            self._metrics.show_heads(store)
-            for flag in expert.flags:
-                self._metrics.flagged.labels(str(flag)).inc()
-            log.info("merged", id=expert.id, version=expert.version, norm=expert.norm, sha256=expert.sha256)
-            if expert.naming and (made := added(expert.naming, self._settings.admission.naming)):
-                tell = log.warning if made.keys() & {"ignore", "unchanged"} else log.info
-                tell("its names were made to fit", id=expert.id, **made)
-            if expert.flags:
-                log.warning(
-                    "merged, but look at it", id=expert.id, flags=expert.flags, detail=expert.detail, hint=expert.hint
-                )
-            even = [head.name for head in store.heads() if not methods()[head.method].weighted]
-            if expert.weight != 1 and even:
-                log.info(
-                    "it counts as any other in heads whose method has no weights", weight=expert.weight, heads=even
-                )
-        elif expert.status is Status.DUPLICATE:
-            log.info("a duplicate: merged before", id=expert.id, of=expert.duplicate_of)
-        else:
-            log.warning("refused", id=expert.id, reason=expert.reason, detail=expert.detail, hint=expert.hint)
+        tell(expert, store, self._settings.admission.naming, self._metrics, log)
 
     def _show_inbox(self, scan: Scan) -> None:
         self._metrics.inbox_settled.set(len(scan.settled))
-        self._metrics.inbox_moving.set(scan.moving)
+        self._metrics.inbox_moving.set(scan.moving + len(scan.held))
         self._metrics.oldest_seconds.set(max((drop.rest_seconds for drop in scan.settled), default=0.0))
         self._metrics.disk_free.set(shutil.disk_usage(self._home.root).free)
 
@@ -427,7 +413,7 @@ class Service:
         """Listens to the inbox that is there now; why there is none, if so, which is told to whoever asks."""
         why = watching.look()
         if why:
-            self._health.note(Trouble("no_inbox", why, "put the folder back: merging goes on by itself"))
+            self._health.note(Trouble("no_inbox", why, f"{watching.hint}: merging goes on by itself"))
         else:
             self._health.clear("no_inbox")
         return why
@@ -436,7 +422,7 @@ class Service:
         """Finishes what lies in it, where it has come back."""
         why = self._look(watching)
         if why and once:
-            raise BadHome(why, "put the folder back, or make it")
+            raise BadHome(why, watching.hint)
         if watching.moved:
             try:
                 self._finish(store, merger)

@@ -24,12 +24,14 @@ class Watching:
         self._watcher: Watcher | None = None
         self._seen: tuple[int, int] | None = None
         self.missing = False
+        self.hint = ""  # where none could be listed
         self.moved = False  # another folder is there than at the last look, or the one that was missing
         self._log = structlog.get_logger()
 
     def look(self) -> str | None:
         """Listens to the folder that is there now; why there is none that could be listed, if so."""
         path, why, self.moved = self._home.inbox, None, False
+        self.hint = "put the folder back, or make it"
         try:
             status = path.stat()
             if stat.S_ISDIR(status.st_mode):
@@ -37,8 +39,10 @@ class Watching:
         except OSError as error:
             if error.errno not in (*GONE, *CLOSED):
                 raise
-            what = "cannot be listed" if error.errno in CLOSED else "is gone"
-            why = f"the inbox {what}: {error.strerror}"
+            closed = error.errno in CLOSED
+            why = f"the inbox {'cannot be listed' if closed else 'is gone'}: {error.strerror}"
+            if closed:
+                self.hint = "let the daemon's user list it and move things out of it (chmod u+rwx, chown)"
         else:
             if not stat.S_ISDIR(status.st_mode):
                 why = "the inbox is no folder"
@@ -46,7 +50,7 @@ class Watching:
                 why = "the inbox is on another file system than the rest of the home"
         if why:
             if not self.missing:
-                self._log.error(why, inbox=str(path), hint="put the folder back: merging goes on by itself")
+                self._log.error(why, inbox=str(path), hint=f"{self.hint}: merging goes on by itself")
             self.missing = True
             return why
         here = status.st_dev, status.st_ino

@@ -24,6 +24,7 @@ from daemon.checkpoint import PICKLE_SUFFIXES, PICKLED, SIDECARS
 from daemon.companions import companions
 from daemon.convert.confining import Options, Told, unpickle
 from daemon.errors import Reason, Refused
+from daemon.inbox import check_finished
 from daemon.index import read_index, shard_names
 from daemon.layout import INDEX, WEIGHTS
 from daemon.opening import open_entry
@@ -98,6 +99,7 @@ def convert(
     folder = out.with_name(f".{out.name}.{uuid4().hex}.tmp")
     with ExitStack() as closing:
         parts, beside, weight_map = _plan(source, closing)
+        check_finished(source)
         whole = out.suffix != SUFFIX
         if not whole and len(parts) > 1:
             raise Refused(Reason.CONVERT, f"{shown(source.name)} has {len(parts)} shards", "let OUT be a folder")

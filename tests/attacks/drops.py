@@ -265,9 +265,42 @@ def folder_called_like_a_file(path: Path, good: Path) -> None:
 
 
 @drop("nested", "no_weights")
-def nested_folder(path: Path, good: Path) -> None:
+def nested_checkpoints(path: Path, good: Path) -> None:
+    for name in ("checkpoint-100", "checkpoint-200"):
+        (path / name).mkdir(parents=True)
+        shutil.copy(good, path / name / WEIGHTS)
+
+
+@drop("nested-deeper", "no_weights")
+def weights_too_far_below(path: Path, good: Path) -> None:
+    (path / "out" / "checkpoint-100").mkdir(parents=True)
+    shutil.copy(good, path / "out" / "checkpoint-100" / WEIGHTS)
+
+
+@drop("nested-link", "no_weights")
+def link_as_the_checkpoint_below(path: Path, good: Path) -> None:
+    path.mkdir()
+    (path / "checkpoint-100").symlink_to(good.parent)
+
+
+@drop("nested-state", "symlink")
+def link_as_the_state_of_the_checkpoint_below(path: Path, good: Path) -> None:
     (path / "checkpoint-100").mkdir(parents=True)
-    shutil.copy(good, path / "checkpoint-100" / WEIGHTS)
+    (path / "checkpoint-100" / WEIGHTS).symlink_to(good)
+    (path / "checkpoint-100" / "trainer_state.json").symlink_to("/etc/passwd")
+
+
+@drop("cache", "symlink")
+def links_of_a_cache(path: Path, good: Path) -> None:
+    (path / "snapshots" / "main").mkdir(parents=True)
+    (path / "snapshots" / "main" / WEIGHTS).symlink_to(good)
+
+
+@drop("two-layouts", "ambiguous")
+def two_checkpoints(path: Path, good: Path) -> None:
+    path.mkdir()
+    shutil.copy(good, path / WEIGHTS)
+    (path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
 
 
 @drop("two-files", "no_weights")

@@ -244,8 +244,15 @@ def test_what_cannot_be_read_or_moved_is_refused_and_does_not_stop_the_daemon() 
         first = _run_as(nobody, home)
         assert first.returncode == 0, first.stderr
         assert first.stderr.count("it cannot be moved out of the inbox") == 2
+        assert "the archive has a copy" in first.stderr and "mend it where it lies" in first.stderr
+        (merged,) = [expert for expert in experts(home) if expert.name == "others"]
+        copied = home.archive(merged.id) / "others" / "model.safetensors"
+        assert copied.read_bytes() == (others / "model.safetensors").read_bytes()
+        with lineage(home) as reader:
+            assert verify(home, reader, lambda what: None)[1] == []
         second = _run_as(nobody, home)  # meets what the first could not move
         assert second.returncode == 0, second.stderr
+        assert second.stderr.count("it cannot be moved out of the inbox") == 2  # it is told at the start
         rows = {expert.name: expert for expert in experts(home)}
         assert len(rows) == len(experts(home)) == 4
         assert rows["closed.safetensors"].reason == rows["closed"].reason == "unreadable"
@@ -267,7 +274,7 @@ daemon.cli.main()
 
 def _run_as(uid: int, home: Home) -> subprocess.CompletedProcess[str]:
     """`mainstem run --once` as another user."""
-    settle = {"MAINSTEM_INBOX__SETTLE_SECONDS": "0", "MAINSTEM_INBOX__PATIENCE_SECONDS": "0"}
+    settle = {f"MAINSTEM_INBOX__{name}_SECONDS": "0" for name in ("SETTLE", "PATIENCE", "RESUME")}
     command = [sys.executable, "-c", RUN_AS, str(uid), str(home.root)]
     return subprocess.run(command, env={**os.environ, **settle}, capture_output=True, text=True, timeout=120)
 

@@ -34,7 +34,7 @@ def make_home(root: Path, base: Path, heads: Heads = MAIN) -> Home:
 
 def quick(**tables: Mapping[str, Any]) -> Settings:
     """Settings under which every drop counts as complete at once and every refusal is final; `tables` come on top."""
-    inbox = {"settle_seconds": 0, "patience_seconds": 0, "watch": "poll", "scan_seconds": 0.05}
+    inbox = {"settle_seconds": 0, "patience_seconds": 0, "resume_seconds": 0, "watch": "poll", "scan_seconds": 0.05}
     return Settings.model_validate({**tables, "inbox": {**inbox, **tables.get("inbox", {})}})
 
 

@@ -90,8 +90,11 @@ def test_what_is_stuck_in_the_inbox(merged: Home, reader: Reader, monkeypatch: p
         registry.execute("UPDATE experts SET place = NULL")
     assert reasons(merged, reader) == [], "it may be moved at this moment"
     monkeypatch.setattr(health, "STUCK", -health.STUCK)
+    assert reasons(merged, reader) == [], "the archive has a copy of it"
+    shutil.rmtree(merged.archive(1))
     (trouble,) = Health(merged).troubles(reader)
     assert (trouble.reason, "one.safetensors" in trouble.text) == ("stuck", True)
+    assert "do not remove it" in trouble.hint
 
 
 def test_the_disk(merged: Home, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
