@@ -28,6 +28,7 @@ from daemon.adapter import (
 )
 from daemon.adapter_modules import has_output
 from daemon.errors import NotYet, Reason, Refused
+from daemon.formats import other_format
 from daemon.inbox import READY_MARKER, Stamp, stamp
 from daemon.index import check_places, read_index, shard_names
 from daemon.layout import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index
@@ -323,6 +324,8 @@ def _open_folder(
         raise NotYet(
             Reason.NO_WEIGHTS, f"its weights are in {listed(below)}", "drop, or give --base, the folder itself"
         )
+    elif not there and (known := other_format([*names, *(".distcp" for _ in folders_with(fd, ".distcp"))])):
+        raise NotYet(Reason.NO_WEIGHTS, f"it holds {known[0]}", known[1])
     elif there:
         raise NotYet(
             Reason.NO_WEIGHTS, f"the folder holds several models: {listed(there)}", "give each a folder of its own"
@@ -364,6 +367,8 @@ def _weights(fd: int, name: str, watch: Watch) -> OpenFile:
     if name.endswith(PICKLE_SUFFIXES) or (opening.startswith(PICKLE_OPENINGS) and no_header):
         raise _pickle(f"{shown(name)} is pickled, which can run code when it is loaded")
     if not name.endswith(".safetensors"):
+        if known := other_format([name]):
+            raise Refused(Reason.NO_WEIGHTS, f"{shown(name)} holds {known[0]}", known[1])
         raise Refused(
             Reason.NO_WEIGHTS,
             f"{shown(name)} is no .safetensors file",

@@ -49,10 +49,11 @@ def shard_names(
     wanted = sorted(set(weight_map.values()))
     missing = [shard for shard in wanted if shard not in there]
     if missing:
+        others = any(file.endswith(suffix) and file not in wanted for file in there)
         raise NotYet(
             Reason.INCOMPLETE,
             f"{len(missing)} of {len(wanted)} shards are missing: {listed(missing)}",
-            "copy every shard",
+            "copy every shard" + (f"; if {name} is of another save, write the index again" if others else ""),
         )
     return wanted
 

@@ -34,6 +34,11 @@ LLAVA = {
     "lm_head.": "language_model.lm_head.",
 }
 QWEN_VL = {"model.language_model.": "model.", "model.visual.": "visual."}
+NORMED = re.compile(
+    r"(?P<module>|.+\.)(?:parametrizations\.(?P<new>\w+)\.original(?P<part>[01])|(?P<old>\w+)_(?P<letter>[gv]))"
+)
+"""The two parameters of a weight norm, as torch.nn.utils.parametrizations calls them and as torch.nn.utils did."""
+
 RENAMED = tuple(table for one in (LLAVA, QWEN_VL) for table in (one, {ours: theirs for theirs, ours in one.items()}))
 """What transformers 5 calls the parts of a model otherwise than its files do, and the other way round."""
 
@@ -45,19 +50,24 @@ HEADS = frozenset(
         *("vocab_transform", "vocab_layer_norm", "vocab_projector", "embed_out", "output_projection", "pred_layer"),
         *("multiple_choice_head", "start_logits", "end_logits", "answer_class", "logits_proj", "v_head", "value_head"),
         *("final_logits_bias", "nsp_head", "itm_head", "proj_out", "ctc_head", "reward_head", "regressor"),
+        "mtp",  # of multi-token prediction
     )
 )
 """What heads are called. A base's own may be missing; of an expert's, others are heads too."""
 
+OPTIONAL = frozenset(("pooler", "mtp"))
+"""Heads that a model is often saved without, whatever its task: transformers neither loads nor saves an `mtp`."""
+
 BODY = re.compile(
     r"embed|norm|^ln|^bn|layer|block|stage|conv|encoder|decoder|position|rotary|rope|attention|attn|mlp|ffn|router|gate"
-    r"|prompt|token|lora|adapter|model|tower|backbone|ema|teacher|student|momentum|copy|ref|old|^\d+$",
+    r"|prompt|token|lora|adapter|expert|model|tower|backbone|ema|teacher|student|momentum|copy|ref|old|^\d+$",
     re.IGNORECASE,
 )
 """What a module is called that is no head, which may change what the body does."""
 HEADISH = re.compile(r"(classif\w*|heads?|scorer?|logits?|regressor|pooler|predict\w*)$", re.IGNORECASE)
 """And what is one all the same."""
 
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 COUNTED = re.compile(r"(^|\.)\d+\.")
 LAYER = re.compile(r"([^.]+\.)?(?<![^.])\d+\..*$")
 """A tensor of a layer, from the name of the list of layers on."""
@@ -78,6 +88,9 @@ def fitted(naming: Naming, expert: Checkpoint, base: Checkpoint, *, tied: bool) 
     if len(found) == len(wanted) and not extra:
         return naming
     check_not_quantised(extra)
+    if normed := _normed(extra, wanted):
+        naming = replace(naming, prefixes={**naming.prefixes, **normed})
+        found, extra = _read(naming, theirs, wanted)
     naming = _renamed(naming, theirs, base, found, extra)
     found, extra = _read(naming, theirs, wanted)
     twins = base.twins() if len(found) < len(wanted) else {}
@@ -89,6 +102,21 @@ def fitted(naming: Naming, expert: Checkpoint, base: Checkpoint, *, tied: bool) 
     heads = own_heads(own, list(found.values()))
     lacking = _lacking(missing, list(found), other_task=bare or bool(heads))
     return replace(naming, ignore=(*naming.ignore, *heads), unchanged=(*naming.unchanged, *lacking))
+
+
+def _normed(extra: Iterable[str], wanted: Schema) -> dict[str, str]:
+    """What makes the base's of the parameters of weight norms, where they have their other names; layers as one."""
+    found = {}
+    for name in extra:
+        if norm := NORMED.fullmatch(name):
+            ours = (
+                f"{norm['module']}{norm['new']}_{'gv'[int(norm['part'])]}"
+                if norm["new"]
+                else f"{norm['module']}parametrizations.{norm['old']}.original{'gv'.index(norm['letter'])}"
+            )
+            if ours in wanted:
+                found[NUMBER.sub("*", name)] = NUMBER.sub("*", ours)
+    return found
 
 
 def _merged(schema: Schema) -> Schema:
@@ -259,19 +287,21 @@ def _tails(name: str) -> Iterator[str]:
 def _is_own(glob: str, root: Sequence[str]) -> bool:
     """True for the glob of a head, by its name and where it lies. root: the parts that the body's names begin with."""
     *above, last = glob.removesuffix(".*").split(".")
+    if any(part.isdigit() for part in above):
+        return False
     if last in HEADS:
-        return not any(part.isdigit() for part in above)
+        return True
     own = glob.endswith(".*") and above == list(root[: len(above)])
     return own and (HEADISH.search(last) is not None or not BODY.search(last))
 
 
 def _lacking(missing: Sequence[str], found: Sequence[str], *, other_task: bool) -> list[str]:
     """Globs of the tensors of the base that the expert may lack: whole heads of the base's, where the expert has one of
-    its own in their place or is a body alone. A pooler nobody has to bring."""
+    its own in their place or is a body alone. What models are saved without nobody has to bring."""
     lost = globs(missing, found)
     heads = all(last in HEADS and not any(map(str.isdigit, above)) for *above, last in map(_module, lost))
-    poolers = all(_module(glob)[-1] == "pooler" for glob in lost)
-    return lost if found and heads and (other_task or poolers) else []
+    optional = all(_module(glob)[-1] in OPTIONAL for glob in lost)
+    return lost if found and heads and (other_task or optional) else []
 
 
 def _module(glob: str) -> list[str]:

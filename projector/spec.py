@@ -117,9 +117,9 @@ def check_schema(base: Schema, expert: Schema, theirs: Mapping[str, str] = {}) -
         raise BadSchema(
             Reason.MISSING_TENSOR,
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
-            mend
+            _other_layout(missing, unexpected)
+            or mend
             or _other_name(base, expert, missing, unexpected)
-            or _other_layout(missing, unexpected)
             or "save the whole model, with the names of the base, as save_pretrained does"
             + (_strange(unexpected) or _left(missing, known))
             + (f"; or {UNGATHERED}" if len(missing) > len(expert) else ""),
