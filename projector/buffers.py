@@ -63,6 +63,7 @@ def is_sinusoidal(rows_KN: Tensor) -> bool:
 
     Models call it as others do what is trained ("embed_positions.weight"). A row of zeros is that of padding.
 
+    >>> import torch
     >>> angles = torch.arange(8.0)[:, None] * torch.tensor([1.0, 0.1])
     >>> is_sinusoidal(torch.cat([angles.sin(), angles.cos()], 1)), is_sinusoidal(torch.cat([angles, angles], 1))
     (True, False)

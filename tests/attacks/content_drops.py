@@ -121,7 +121,6 @@ _changed("transposed", "wrong_shape", lambda w: w | {_UP: w[_UP].T.contiguous()}
 _changed("flattened", "wrong_shape", lambda w: w | {_UP: w[_UP].flatten()})
 _changed("resized_vocabulary", "wrong_shape", lambda w: w | {"embed_tokens.weight": torch.zeros(25, 16)})
 _changed("quantised", "unsupported_dtype", lambda w: w | {_UP: w[_UP].to(torch.int8)})
-_changed("floating_buffer", "unsupported_dtype", lambda w: w | {"position_ids": w["position_ids"].float()})
 _changed("tensor_missing", "missing_tensor", lambda w: {n: t for n, t in w.items() if n != _UP})
 _changed("tensor_too_many", "unexpected_tensor", lambda w: w | {"layers.0.extra.weight": torch.zeros(2)})
 _changed("another_architecture", "wrong_base", lambda w: {f"h.{n}.w": t for n, t in enumerate(w.values())})

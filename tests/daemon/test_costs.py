@@ -56,7 +56,7 @@ ADDRESSES = {
     "/v1/heads/{head}/versions": "/v1/heads/main/versions?before=900",
     "/v1/heads/{head}/versions/{n}": "/v1/heads/main/versions/{live}",
     "/v1/heads/{head}/versions/{n}/files/{name:path}": "/v1/heads/main/versions/{live}/files/model.safetensors",
-    "/v1/heads/{head}/versions/{n}/views/{expert}/files/{name}": (
+    "/v1/heads/{head}/versions/{n}/views/{expert}/files/{name:path}": (
         "/v1/heads/own/versions/{live}/views/{live}/files/model.safetensors"
     ),
     "/v1/experts": "/v1/experts?before=900",

@@ -94,7 +94,7 @@ def test_what_is_stuck_in_the_inbox(merged: Home, reader: Reader, monkeypatch: p
     shutil.rmtree(merged.archive(1))
     (trouble,) = Health(merged).troubles(reader)
     assert (trouble.reason, "one.safetensors" in trouble.text) == ("stuck", True)
-    assert "do not remove it" in trouble.hint
+    assert f"into {merged.archive(1)}" in trouble.hint
 
 
 def test_the_disk(merged: Home, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:

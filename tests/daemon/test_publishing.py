@@ -177,7 +177,7 @@ def test_every_version_has_a_card_with_the_bases_license(rich: Path, tmp_path: P
         assert (data["license"], data["base_model"]) == ("apache-2.0", "rich")
         assert data["tags"] == (["merge", "mainstem"] if number else ["mainstem"])
         assert [one.sha256 for one in merged if str(one.sha256) in text] == [one.sha256 for one in merged[:number]]
-        assert text.startswith("---\n") and f"{head}, version {number}\n" in text
+        assert text.startswith("---\n") and f"{head}/{number}\n" in text
     assert "This is the base itself" in card(home, 0)
     assert "| 2 | second | 2.5 |" in card(home, 2) and "| alpha | `0.25` |" in card(home, 2)
     assert "<b>" not in card(home, 2) and "&#60;b&#62;&#124;first.safetensors" in card(home, 2)
@@ -235,7 +235,7 @@ def test_a_rebuilt_home_and_a_new_head_have_cards_of_their_own(rich: Path, tmp_p
     merge(home, rich, 2, 3)
     add_head(home, quick(), "soup", make("mean", {}), Console())
     for number in (0, 2):
-        assert f"# rich: soup, version {number}\n" in card(home, number, "soup")
+        assert f"# rich: soup/{number}\n" in card(home, number, "soup")
     assert "mean: `" in card(home, 2, "soup") and "| 2 | 3.safetensors" in card(home, 2, "soup")
     other = Home(tmp_path / "other")
     into(home, other, quick(), None, ["2.safetensors"], Console())
@@ -338,7 +338,7 @@ def test_latest_and_its_plain_file_change_one_after_the_other(
     assert home.latest("main").readlink() == Path(f"{versions:06d}")
     assert plain.read_text() == f"{versions - 1:06d}\n"
     assert (home.versions("main") / plain.read_text().strip() / "model.safetensors").exists()
-    assert f"published/main/LATEST does not name version {versions}" in sound(home)
+    assert sound(home) == [], "no damage, as long as the expert waits for its place"
     drain(home)
     assert plain.read_text() == f"{versions:06d}\n" and sound(home) == []
 

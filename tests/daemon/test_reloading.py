@@ -118,13 +118,16 @@ def test_a_refusals_hint_is_followed_while_the_daemon_runs(person: Person, base:
         ),
     ]
     settings: list[str] = []
+    strict = "[admission]\nlenient_names = false"
+    person.edit(f"{strict}\n")
+    person.hang_up()
     for place, (name, tensors, mend) in enumerate(drops):
         save_file(tensors, tmp_path / name)
         put(home, tmp_path / name, f"{name}.safetensors")
         refused = person.fate(4 + 2 * place)
         assert refused.status is Status.QUARANTINED
         settings.append(mend(refused))
-        person.edit("\n".join(["[admission]", *settings]) + "\n")
+        person.edit("\n".join([strict, *settings]) + "\n")
         assert person.hang_up()["changed"] == 1
         person.drop_again(refused)
         assert person.fate(5 + 2 * place).status is Status.MERGED
@@ -318,6 +321,7 @@ def test_the_hint_of_a_setting_says_how_it_takes_effect() -> None:
 def test_inspect_says_it_too(home: Home, base: Path, tmp_path: Path) -> None:
     weights = {f"module.{name}": tensor for name, tensor in read_weights(base).items()}
     save_file(weights, tmp_path / "x.safetensors")
+    home.config.write_text(home.config.read_text() + "\n[admission]\nlenient_names = false\n")
     done = forked("inspect", tmp_path / "x.safetensors", "--home", home.root, "--json")
     assert json.loads(done.stdout)["hint"].endswith("`kill -HUP` the daemon (or restart it), then drop it")
 
@@ -332,11 +336,12 @@ def test_no_hint_speaks_of_dropping_again_by_itself(norm: float) -> None:
 
 def test_a_file_that_was_there_and_is_gone_changes_nothing(person: Person) -> None:
     """As while an editor, or a tool that brings settings along, puts another in its place."""
-    kept = person.home.config.read_text()
+    person.edit("")
+    person.hang_up()
     person.home.config.unlink()
     told = person.hang_up("the settings cannot be read again: those in force stay")
     assert "mainstem.toml cannot be read: No such file" in str(told["error"]) and "put it back" in str(told["hint"])
-    person.edit(kept)
+    person.edit("")
     assert person.hang_up()["changed"] == 0
 
 

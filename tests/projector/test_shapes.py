@@ -94,3 +94,10 @@ def test_a_mixtures_layout_is_told_from_names_that_are_missing() -> None:
         with pytest.raises(BadSchema) as raised:
             check_schema(schema({**BASE, **ours}), schema({**BASE, **theirs}))
         assert raised.value.reason is Reason.MISSING_TENSOR and told in raised.value.hint
+
+
+def test_what_does_not_float_in_the_base_must_not_float() -> None:
+    counts = {"steps": TensorSpec("steps", (3,), torch.int64)}
+    with pytest.raises(BadSchema, match="steps is float32, the base int64") as raised:
+        check_schema(schema(BASE) | counts, schema({**BASE, "steps": (3,)}))
+    assert raised.value.reason is Reason.UNSUPPORTED_DTYPE and "leave it out" in raised.value.hint
