@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from torch import Tensor
 
 from daemon.comparison import compare, find_version
@@ -63,9 +64,7 @@ def classifier(weights: Weights) -> Weights:
     return named | {"classifier.weight": torch.ones(2, 6), "classifier.bias": torch.zeros(2)}
 
 
-def test_a_classifier_over_an_encoder_is_merged_as_it_is_and_found_again(
-    home: Home, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_classifier_over_an_encoder_is_merged_as_it_is_and_found_again(home: Home, tmp_path: Path) -> None:
     base, tuned = encoder(), moved(encoder(), 1)
     path = folder(tmp_path / "dry", classifier(tuned))
     with lineage(home) as reader:
@@ -74,7 +73,8 @@ def test_a_classifier_over_an_encoder_is_merged_as_it_is_and_found_again(
     assert dry["unchanged"] == ["pooler.dense.weight"]
     assert dry["renamed"]["bert.embeddings.word.weight"] == "embeddings.word.weight"
 
-    merged = drop(home, classifier(tuned), "first")
+    with capture_logs() as lines:
+        merged = drop(home, classifier(tuned), "first")
     wanted = tuned | {"pooler.dense.weight": base["pooler.dense.weight"]}
     assert merged.detail is None and merged.naming == {
         "prefixes": {"bert.": ""},
@@ -82,8 +82,9 @@ def test_a_classifier_over_an_encoder_is_merged_as_it_is_and_found_again(
         "unchanged": ["pooler.*"],
     }
     assert_close(latest(home), mean(base, [wanted]))
-    said = next(line for line in "".join(capfd.readouterr()).splitlines() if "made to fit" in line)
-    assert "warning" in said and all(glob in said for glob in ("pooler.*", "classifier.*", "'bert.'"))
+    (said,) = (line for line in lines if "made to fit" in line["event"])
+    assert said["log_level"] == "warning"
+    assert (said["prefixes"], said["ignore"], said["unchanged"]) == ({"bert.": ""}, ["classifier.*"], ["pooler.*"])
 
     assert drop(home, {f"module.{name}": tensor for name, tensor in wanted.items()}, "again").duplicate_of == merged.id
     other = drop(home, moved(base, 2), "second")
