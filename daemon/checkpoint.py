@@ -202,6 +202,10 @@ class OpenCheckpoint:
         """
         return self.tensors.content()
 
+    def older_content(self, base: Checkpoint) -> str | None:
+        """What an earlier mainstem took for `content`, where that was another."""
+        return self.tensors.older_content(base)
+
     def sidecar_digests(self) -> dict[str, str]:
         """The sha256 of each sidecar that it was opened with, by kind; reads what has not been read yet."""
         return {kind: file.reader.sha256() for kind, file in self._sidecars.items()}

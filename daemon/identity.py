@@ -42,7 +42,8 @@ def twin_of(
             reader.note_content(older.id, found)
         if found == content:
             return older
-    return reader.merged_content(content)
+    before = expert.older_content(base)
+    return reader.merged_content(content) or (reader.merged_content(before) if before else None)
 
 
 def _archived_content(home: Home, expert: Expert, base: Checkpoint, settings: Settings, watch: Watch) -> str | None:

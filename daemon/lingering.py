@@ -24,6 +24,7 @@ class Lingering:
         self._merger = merger
         self._decided: dict[int, Expert] = {}
         self._seen: dict[int, Fingerprint | None] = {}
+        self._gone: set[int] = set()
         self._incomplete: dict[str, DaemonError] = {}
         self._told: dict[str, str] = {}
         self._log = structlog.get_logger()
@@ -42,6 +43,9 @@ class Lingering:
             first, before = number not in self._seen, self._seen.get(number)
             self._seen[number] = now
             gone = now is None and before is None  # twice: once, something in it may just have gone
+            if gone and number in self._gone:
+                continue  # looked for already; where the inbox is another folder, `finish` does
+            self._gone = self._gone | {number} if gone and not first else self._gone - {number}
             if not first and (gone or (None not in (now, before) and now != before)):
                 self._merger.again(expert, there=not gone)
         self._seen = {number: seen for number, seen in self._seen.items() if number in self._decided}

@@ -18,15 +18,17 @@ from uuid import uuid4
 import structlog
 
 from daemon import durable
+from daemon.checkpoint import open_path
 from daemon.copying import copy_entry
 from daemon.duplicates import spare
-from daemon.durable import NO_RENAMEAT2, Folder
-from daemon.errors import NotYet
+from daemon.durable import Folder
+from daemon.errors import DaemonError, NotYet
 from daemon.failpoints import hit
 from daemon.health import stays_hint
 from daemon.home import Home, number
 from daemon.inbox import entry_id, fingerprint
 from daemon.retention import remove_whole
+from projector.errors import ProjectorError
 from projector.text import shown
 from projector.watch import SILENT, Watch
 from registry.records import Expert, Status
@@ -61,7 +63,7 @@ def place(home: Home, store: Store, expert: Expert, watch: Watch = SILENT) -> bo
             if error.errno not in IMMOVABLE or durable.failed_sync(error):
                 raise
             if expert.status is Status.MERGED and not os.path.lexists(target):
-                _copy(home, path, target)
+                _copy(home, expert, path, target)
             return False
     else:  # moved before a crash, but perhaps not yet durably
         durable.sync_folder(folder)
@@ -99,25 +101,18 @@ def place_all(home: Home, store: Store, watch: Watch = SILENT) -> None:
 
 
 def _move(home: Home, path: Path, target: Path) -> None:
-    """Moves an entry of the inbox to `target`, where a copy may be that was made when it could not be moved.
-
-    The two then change places: the one that was merged is kept, and no moment is without either.
+    """Moves an entry of the inbox to `target`. A copy that was made there when it could not be moved is kept: that is
+    what was merged, whatever became of the entry since then, which goes.
     """
-    if not os.path.lexists(target):
+    if os.path.lexists(target):
+        remove_whole(home, path)
+    else:
         durable.rename(path, target)
-        return
-    try:
-        durable.exchange(path, target)
-    except OSError as error:
-        if error.errno in NO_RENAMEAT2:
-            raise PermissionError(error.errno, "it cannot change places with its copy") from None
-        raise
-    remove_whole(home, path)
 
 
-def _copy(home: Home, path: Path, target: Path) -> None:
-    """Copies an entry of the inbox that cannot be moved. Nothing is left where it changes meanwhile, or does not fit:
-    it is still in the inbox.
+def _copy(home: Home, expert: Expert, path: Path, target: Path) -> None:
+    """Copies an entry of the inbox that cannot be moved. Nothing is left where what was copied is not what was merged:
+    it is still in the inbox. Raises OSError where the disk is full, or descriptors or memory are short.
     """
     making = home.tmp / uuid4().hex
     durable.make_folder(making)
@@ -125,14 +120,27 @@ def _copy(home: Home, path: Path, target: Path) -> None:
         before = fingerprint(path)
         with Folder(home.inbox, follow=True) as inbox, Folder(making) as copies:
             copy_entry(inbox.fd, path.name, copies)
-        if fingerprint(path) == before:
+        if fingerprint(path) == before and _is_sound(making / path.name, expert):
             durable.rename(making / path.name, target)
+        else:
+            structlog.get_logger().error("it is not what was merged any more: no copy was made", drop=shown(path.name))
     except (NotYet, OSError) as error:
         if failed := durable.failed_sync(error):
             raise failed from None
+        if isinstance(error, OSError) and (durable.is_full(error) or durable.is_short(error)):
+            raise
         structlog.get_logger().error("it could not be copied into the archive", drop=shown(path.name), error=str(error))
     finally:
         durable.remove(making)
+
+
+def _is_sound(copy: Path, expert: Expert) -> bool:
+    """True where these are the weights that were merged, and all sidecars are there."""
+    try:
+        with open_path(copy, follow=False, needs=sorted(expert.sidecars or {})) as checkpoint:
+            return checkpoint.identity() == expert.sha256
+    except (DaemonError, ProjectorError):
+        return False
 
 
 def _note_place(store: Store, expert: Expert) -> None:

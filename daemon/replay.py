@@ -189,15 +189,20 @@ def _unfound(target: Home, *, wholly: bool) -> None:
 def _drop(source: Path, target: Home) -> None:
     """Puts an expert into the inbox, whole at once: as links where the file system allows it."""
     new = target.tmp / uuid4().hex
-    if source.is_dir():
-        durable.make_folder(new)
-        for path in source.iterdir():
-            if path.is_file() and not path.is_symlink():
-                durable.link_or_copy(path, new / path.name)
-        durable.sync_folder(new)
-    else:
-        durable.link_or_copy(source, new)
+    _link(source, new)
     durable.rename(new, target.inbox / source.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A file, or a folder and all in it: its checkpoint may lie further down. No link is followed."""
+    if not source.is_dir():
+        durable.link_or_copy(source, target)
+        return
+    durable.make_folder(target)
+    for path in source.iterdir():
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            _link(path, target / path.name)
+    durable.sync_folder(target)
 
 
 def _identity(path: Path) -> str | None:

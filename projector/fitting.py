@@ -60,7 +60,7 @@ OPTIONAL = frozenset(("pooler", "mtp"))
 
 BODY = re.compile(
     r"embed|norm|^ln|^bn|layer|block|stage|conv|encoder|decoder|position|rotary|rope|attention|attn|mlp|ffn|router|gate"
-    r"|prompt|token|lora|adapter|expert|model|tower|backbone|ema|teacher|student|momentum|copy|ref|old|^\d+$",
+    r"|prompt|token|lora|adapter|expert|model|tower|visual|vision|multi_modal|mm_|resampler|perceiver|qformer|connector|backbone|ema|teacher|student|momentum|copy|ref|old|^\d+$",
     re.IGNORECASE,
 )
 """What a module is called that is no head, which may change what the body does."""
@@ -272,8 +272,9 @@ def own_heads(extra: Sequence[str], used: Sequence[str]) -> list[str]:
     again = any(tail in layers for name in extra for tail in _tails(name))  # a part of the body, once more
     if again or any(map(FOREIGN.search, extra)):
         return []
+    layered = any(map(LAYER.search, extra))
     found = globs(extra, used)
-    return found if len(found) <= MOST_GLOBS and all(_is_own(glob, root) for glob in found) else []
+    return found if len(found) <= MOST_GLOBS and all(_is_own(glob, root, layered) for glob in found) else []
 
 
 def _tails(name: str) -> Iterator[str]:
@@ -284,15 +285,16 @@ def _tails(name: str) -> Iterator[str]:
         _, dot, tail = tail.partition(".")
 
 
-def _is_own(glob: str, root: Sequence[str]) -> bool:
-    """True for the glob of a head, by its name and where it lies. root: the parts that the body's names begin with."""
+def _is_own(glob: str, root: Sequence[str], layered: bool) -> bool:
+    """True for the glob of a head, by its name and where it lies. root: the parts that the body's names begin with.
+    layered: it has layers of its own, as a second body has."""
     *above, last = glob.removesuffix(".*").split(".")
     if any(part.isdigit() for part in above):
         return False
     if last in HEADS:
         return True
     own = glob.endswith(".*") and above == list(root[: len(above)])
-    return own and (HEADISH.search(last) is not None or not BODY.search(last))
+    return own and (HEADISH.search(last) is not None or not (BODY.search(last) or layered))
 
 
 def _lacking(missing: Sequence[str], found: Sequence[str], *, other_task: bool) -> list[str]:

@@ -163,8 +163,17 @@ class Checkpoint:
 
         It is that of a listing, sorted: of each tensor its name, dtype, shape and sha256. Reads what was not hashed.
         """
-        names = sorted(name for name, place in self._places.items() if self._schema[name].merged)
+        names = sorted(name for name in self._places if self._schema[name].merged)
         return content_of(WHOLE, ([name, *self._places[name].content_entry()] for name in names))
+
+    def older_content(self, base: "Checkpoint") -> str | None:
+        """`content` as it once was, with the base's derived buffers that float; None where it has none, which is the
+        same."""
+        derived = {name: base._places[name] for name, spec in base.schema.items() if spec.floating and spec.derived}
+        if not derived:
+            return None
+        places = {name: place for name, place in self._places.items() if self._schema[name].merged} | derived
+        return content_of(WHOLE, ([name, *places[name].content_entry()] for name in sorted(places)))
 
     def fit(self, names: Mapping[str, str], base: "Checkpoint") -> None:
         """Gives each of these tensors, by its name -> that in the base, as many rows as the base has."""

@@ -62,6 +62,9 @@ class LoraExpert(Checkpoint):
         own = {ours: whole[theirs] for theirs, ours in naming.resolve(whole, base.schema).items()}
         self.fit({own[name]: name for name in common_rows(base, self.under(own))}, base)
 
+    def older_content(self, base: Checkpoint) -> None:
+        """That of an adapter was never another."""
+
     def content(self) -> str:
         """The sha256 that stands for what the adapter does to the base, whatever its file and its config call it.
 

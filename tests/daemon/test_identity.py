@@ -18,7 +18,7 @@ from torch import Tensor
 
 from daemon import identity
 from daemon.attempts import TRIES
-from daemon.checkpoint import OpenCheckpoint
+from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.home import Home
@@ -26,7 +26,7 @@ from daemon.inspection import inspect
 from daemon.rebuilding import into, withdraw
 from daemon.replay import Console
 from registry.records import Status
-from tests.daemon.homes import drain, experts, latest, lineage, live, put, quick
+from tests.daemon.homes import drain, experts, latest, lineage, live, make_home, put, quick
 from tests.daemon.test_attempts import fail_reading
 from tests.models import write_expert
 
@@ -245,3 +245,26 @@ def test_sigterm_is_heeded_while_an_archived_expert_is_read(
     monkeypatch.undo()
     drain(home)
     assert experts(home)[1].duplicate_of == 1
+
+
+def test_what_an_earlier_mainstem_noted_of_a_model_with_derived_buffers_is_known(tmp_path: Path) -> None:
+    """It counted rotary frequencies among the weights."""
+    base = {"layer.weight": torch.randn(6, 6), "rotary_emb.inv_freq": torch.rand(4)}
+    save_file(base, tmp_path / "base.safetensors")
+    tuned = {**base, "layer.weight": base["layer.weight"] + 0.01}
+    save_file(tuned, tmp_path / "one.safetensors")
+    save_file(tuned, tmp_path / "again.safetensors", metadata={"saved": "again"})
+    home = make_home(tmp_path / "home", tmp_path / "base.safetensors")
+    with open_path(tmp_path / "one.safetensors") as checkpoint, open_path(tmp_path / "base.safetensors") as origin:
+        checkpoint.check(origin.tensors)
+        before = checkpoint.older_content(origin.tensors)
+        assert before and before != checkpoint.content()
+    put(home, tmp_path / "one.safetensors")
+    drain(home)
+    with sqlite3.connect(home.registry) as registry:
+        (noted,) = registry.execute("SELECT content_sha256 FROM experts").fetchone()
+        assert noted != before
+        registry.execute("UPDATE experts SET content_sha256 = ?", (before,))
+    put(home, tmp_path / "again.safetensors")
+    drain(home)
+    assert [one.status for one in experts(home)] == [Status.MERGED, Status.DUPLICATE]

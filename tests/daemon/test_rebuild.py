@@ -532,3 +532,21 @@ def test_words_that_do_not_fit_together(merged: Home) -> None:
     assert "adds one head" in refused(merged, "--head", "a=ema", "--head", "b=ema")
     assert "keeps every head's method" in refused(merged, "--without", "1", "--method", "mean")
     assert "the method of the head 'init' is missing" in refused(merged, "--head", "init")
+
+
+@pytest.mark.parametrize("within", ["checkpoint-500", "snapshots/0123abcd"])
+def test_an_expert_that_lies_further_down_is_merged_again(within: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", 1)
+    home = make_home(tmp_path / "home", base)
+    folder = tmp_path / "run" / within
+    folder.parent.mkdir(parents=True)
+    write_expert(folder, base, 2)
+    put(home, tmp_path / "run")
+    put(home, write_expert(tmp_path / "other", base, 3))
+    drain(home)
+    assert [one.status for one in experts(home)] == [Status.MERGED] * 2
+    rebuild(home, "--into", tmp_path / "new")
+    assert tree(Home(tmp_path / "new").version("main", 2)).keys() == tree(home.version("main", 2)).keys()
+    assert_close(latest(Home(tmp_path / "new")), latest(home), 0)
+    rebuild(home, "--without", str(experts(home)[1].id))
+    assert live(home) == 3

@@ -282,3 +282,11 @@ def test_a_tensor_that_is_the_bases_has_no_delta_and_its_sidecars_are_zero(opens
     assert not any(values.any() for values in beside.values())
     whole = opens({"a.weight": matrix(3), "pooler.weight": matrix(2)})
     assert found.content() == matched(base, whole, Naming()).content()  # what it leaves alone, another may bring
+
+
+def test_a_second_body_is_no_head() -> None:
+    """A vision tower over a text model, by whatever name: what it learnt would be left out."""
+    text = {f"model.{name}": shape for name, shape in layers(2).items()} | {"lm_head.weight": (30, 4)}
+    for tower in ("visual.blocks.0.attn.weight", "mine.blocks.0.weight", "mm_projector.weight", "resampler.weight"):
+        naming = fitted(LENIENT, Headers({**text, tower: (3, 5)}), Headers(text), tied=True)
+        assert not naming.ignore, tower
