@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-test: $(READY)  ## run the tests, a process per core (about fifteen minutes on two)
+test: $(READY)  ## run the tests, a process per core (about thirteen minutes on two)
 	$(BIN)/python -m pytest -m 'not slow' -n auto --dist loadfile
 
 test-slow: $(READY)  ## run the long sweeps too
