@@ -28,10 +28,13 @@ class Oddity:
 
 def flagged(expert: NewExpert, odd: Sequence[Oddity]) -> NewExpert:
     """The expert with these flags on it."""
-    if not odd:
-        return expert
-    detail, hint = ("; ".join(words) for words in ([one.detail for one in odd], [one.hint for one in odd]))
-    return replace(expert, flags=tuple(one.flag for one in odd), detail=detail, hint=hint)
+    detail, hint = worded(odd)
+    return replace(expert, flags=tuple(one.flag for one in odd), detail=detail, hint=hint) if odd else expert
+
+
+def worded(odd: Sequence[Oddity]) -> tuple[str | None, str | None]:
+    """Their details in one text, and their hints; None where nothing is odd."""
+    return "; ".join(one.detail for one in odd) or None, "; ".join(one.hint for one in odd) or None
 
 
 def naming_of(expert: Expert, settings: Admission) -> Naming:

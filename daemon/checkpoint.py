@@ -27,14 +27,14 @@ from daemon.adapter import (
     open_adapter,
 )
 from daemon.adapter_modules import has_output
-from daemon.errors import NotYet, Reason, Refused
+from daemon.errors import DaemonError, NotYet, Reason, Refused
 from daemon.formats import other_format
 from daemon.inbox import READY_MARKER, Stamp, stamp
 from daemon.index import check_places, read_index, shard_names
 from daemon.layout import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index
 from daemon.nesting import checkpoint_in
 from daemon.opening import folders_with, not_a_file, open_entry
-from projector.errors import BadFile, BadSchema
+from projector.errors import BadFile, BadSchema, ProjectorError
 from projector.errors import Reason as ProjectorReason
 from projector.fitting import fitted
 from projector.header import MAX_HEADER_BYTES, PREFIX_BYTES
@@ -267,7 +267,8 @@ def open_checkpoint(
             inner, within = checkpoint_in(fd, follow, closing)
             opened = _open_folder(inner, follow, needs, watch, closing, naming)
             opened.outer, opened.within = fd, within
-            opened.names = frozenset(os.listdir(inner)) | ({READY_MARKER} & set(os.listdir(fd)))
+            if within and READY_MARKER in os.listdir(fd):
+                opened.names |= {READY_MARKER}
         opened._closing = closing.pop_all()
         return opened
 
@@ -282,6 +283,17 @@ def open_path(
         return open_checkpoint(parent, named.name, follow=follow, needs=needs, watch=watch, naming=naming)
     finally:
         os.close(parent)
+
+
+def identity_at(path: Path, needs: Sequence[str] = ()) -> str | None:
+    """The identity of what lies there, with no link followed; None where that is no checkpoint, or without a sidecar
+    that is needed. Raises OSError.
+    """
+    try:
+        with open_path(path, follow=False, needs=needs) as checkpoint:
+            return checkpoint.identity()
+    except (DaemonError, ProjectorError):
+        return None
 
 
 def _open_folder(
@@ -346,7 +358,9 @@ def _open_folder(
             raise NotYet(Reason.MISSING_SIDECAR, *_missing(need))
     sidecars = {need: opened(f"{need}.safetensors") for need in needs}
     about = _about(open_entry(fd, ABOUT, follow, closing)) if ABOUT in names else None
-    return OpenCheckpoint(kind, files, sidecars, about, closing, naming, adapter, fd, index)
+    found = OpenCheckpoint(kind, files, sidecars, about, closing, naming, adapter, fd, index)
+    found.names = frozenset(names)
+    return found
 
 
 def _about(fd: int) -> OpenAbout:

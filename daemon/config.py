@@ -275,12 +275,7 @@ def _read(path: Path | None, needed: bool) -> dict[str, Any]:
 
 
 class _LogAlone(BaseSettings):
-    model_config = SettingsConfigDict(
-        env_prefix="MAINSTEM_",
-        env_nested_delimiter="__",
-        extra="ignore",
-        nested_model_default_partial_update=True,
-    )
+    model_config = Settings.model_config | SettingsConfigDict(extra="ignore")
 
     log: Log = Log()
 

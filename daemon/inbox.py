@@ -21,8 +21,7 @@ from watchdog.observers.api import BaseObserver
 from daemon.durable import MOST_LEVELS
 from daemon.errors import NotYet, Reason
 from daemon.unfinished import TEMPORARY as TEMPORARY
-from daemon.unfinished import hint_for, noted, unfinished
-from projector.text import shown
+from daemon.unfinished import hint_for, noted, said_by, unfinished
 
 READY_MARKER = "_READY"
 
@@ -134,7 +133,7 @@ def check_finished(path: Path) -> None:
     OSError where there is no such path.
     """
     if note := noted(os.listdir(path.parent)).get(path.name) or _look(path).unfinished:
-        raise NotYet(Reason.INCOMPLETE, f"{shown(note)} says that it is not finished", hint_for(note))
+        raise NotYet(Reason.INCOMPLETE, said_by(note), hint_for(note))
 
 
 class Watcher:

@@ -7,7 +7,7 @@ from threading import Event
 from typing import Any
 
 from daemon.adapter_modules import read_config
-from daemon.admission import USUAL_EXPERTS, check_norm, oddities, usual_norm
+from daemon.admission import USUAL_EXPERTS, check_norm, oddities, usual_norm, worded
 from daemon.arrival import check_arrival
 from daemon.checkpoint import open_path
 from daemon.config import load
@@ -59,6 +59,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         usual = usual_norm(reader.merged_norms(limit=USUAL_EXPERTS))
         check_norm(folded, usual, limits)
         odd = oddities(folded.norm, usual, limits, expert.tensors.resized)
+        warning, hint = worded(odd)
         twin = twin_of(home, reader, expert, found.norm, base.tensors, settings, again=False)
         schema = base.tensors.schema
         published = sum(spec.nbytes for spec in schema.values())
@@ -80,8 +81,8 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "norm_over_base": found.norm / found.base_norm,
             "norm_over_usual": found.norm / usual if usual else None,
             "flags": [one.flag for one in odd],
-            "warning": "; ".join(one.detail for one in odd) or None,
-            "hint": "; ".join(one.hint for one in odd) or None,
+            "warning": warning,
+            "hint": hint,
             "compared_with": called(head.name, head.live),
             "overlap": found.cosine,
             "reads_bytes": expert.size_bytes + base.size_bytes,

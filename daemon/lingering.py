@@ -9,7 +9,7 @@ from daemon.config import Inbox as Settings
 from daemon.errors import RESUMABLE, DaemonError, Reason
 from daemon.inbox import Drop, Fingerprint, Scan
 from daemon.merger import Merger
-from daemon.unfinished import hint_for
+from daemon.unfinished import hint_for, said_by
 from projector.errors import Reason as ProjectorReason
 from projector.text import shown
 from registry.records import Expert
@@ -42,13 +42,16 @@ class Lingering:
             now = scan.skipped.get(expert.entry)
             first, before = number not in self._seen, self._seen.get(number)
             self._seen[number] = now
-            gone = now is None and before is None  # twice: once, something in it may just have gone
-            if gone and number in self._gone:
-                continue  # looked for already; where the inbox is another folder, `finish` does
-            self._gone = self._gone | {number} if gone and not first else self._gone - {number}
-            if not first and (gone or (None not in (now, before) and now != before)):
-                self._merger.again(expert, there=not gone)
+            if now is not None:
+                self._gone.discard(number)
+                if before not in (None, now):
+                    self._merger.again(expert, there=True)
+            elif before is None and not first and number not in self._gone:
+                # missed twice: once, something in it may just have gone. And no more: of another inbox `finish` knows
+                self._gone.add(number)
+                self._merger.again(expert, there=False)
         self._seen = {number: seen for number, seen in self._seen.items() if number in self._decided}
+        self._gone &= self._decided.keys()
 
     def begin(self, drop: Drop) -> None:
         """Hears that a drop is looked at."""
@@ -63,7 +66,7 @@ class Lingering:
         """Tells of what is held back although it has stood still for the patience."""
         for held in scan.held:
             if held.rest_seconds >= settings.patience_seconds:
-                self._tell(held.name, f"{shown(held.waits_for)} says that it is not finished", hint_for(held.waits_for))
+                self._tell(held.name, said_by(held.waits_for), hint_for(held.waits_for))
         entries = {drop.entry for drop in scan.settled}
         names = {drop.name for drop in scan.settled} | {held.name for held in scan.held}
         self._incomplete = {entry: error for entry, error in self._incomplete.items() if entry in entries}

@@ -39,7 +39,7 @@ from daemon.latest import point_latest
 from daemon.lines import Line, read_lines
 from daemon.modules import check_modules
 from daemon.outputs import Outputs, planned
-from daemon.placing import let_go, place
+from daemon.placing import note_place, place
 from daemon.preparing import Preparations
 from daemon.progress import Abandoned, Progress
 from daemon.recording import arrived, changed, refused
@@ -167,7 +167,7 @@ class Merger:
         is not `there` any more. One that was refused is let go: it is taken anew. Raises as `tidy`.
         """
         if there and expert.status is Status.QUARANTINED:
-            let_go(self._store, expert)
+            note_place(self._store, expert)
         else:
             place(self._home, self._store, expert)
 

@@ -18,17 +18,16 @@ from uuid import uuid4
 import structlog
 
 from daemon import durable
-from daemon.checkpoint import open_path
+from daemon.checkpoint import identity_at
 from daemon.copying import copy_entry
 from daemon.duplicates import spare
 from daemon.durable import Folder
-from daemon.errors import DaemonError, NotYet
+from daemon.errors import NotYet
 from daemon.failpoints import hit
 from daemon.health import stays_hint
 from daemon.home import Home, number
 from daemon.inbox import entry_id, fingerprint
 from daemon.retention import remove_whole
-from projector.errors import ProjectorError
 from projector.text import shown
 from projector.watch import SILENT, Watch
 from registry.records import Expert, Status
@@ -73,13 +72,8 @@ def place(home: Home, store: Store, expert: Expert, watch: Watch = SILENT) -> bo
         return False
     if expert.status is Status.DUPLICATE:
         spare(home, store, expert, watch)
-    _note_place(store, expert)
+    note_place(store, expert)
     return True
-
-
-def let_go(store: Store, expert: Expert) -> None:
-    """Notes of a refused expert that it has left, although it is still there: it was mended, and is another one now."""
-    _note_place(store, expert)
 
 
 def say_immovable(home: Home, expert: Expert) -> None:
@@ -120,7 +114,8 @@ def _copy(home: Home, expert: Expert, path: Path, target: Path) -> None:
         before = fingerprint(path)
         with Folder(home.inbox, follow=True) as inbox, Folder(making) as copies:
             copy_entry(inbox.fd, path.name, copies)
-        if fingerprint(path) == before and _is_sound(making / path.name, expert):
+        sidecars = sorted(expert.sidecars or {})
+        if fingerprint(path) == before and identity_at(making / path.name, sidecars) == expert.sha256:
             durable.rename(making / path.name, target)
         else:
             structlog.get_logger().error("it is not what was merged any more: no copy was made", drop=shown(path.name))
@@ -134,16 +129,8 @@ def _copy(home: Home, expert: Expert, path: Path, target: Path) -> None:
         durable.remove(making)
 
 
-def _is_sound(copy: Path, expert: Expert) -> bool:
-    """True where these are the weights that were merged, and all sidecars are there."""
-    try:
-        with open_path(copy, follow=False, needs=sorted(expert.sidecars or {})) as checkpoint:
-            return checkpoint.identity() == expert.sha256
-    except (DaemonError, ProjectorError):
-        return False
-
-
-def _note_place(store: Store, expert: Expert) -> None:
+def note_place(store: Store, expert: Expert) -> None:
+    """Notes that an expert has left the inbox: it was moved, or what lies there was mended and is another one now."""
     kept = "quarantine" if expert.status is Status.QUARANTINED else "archive"
     store.placed(expert.id, f"{kept}/{number(expert.id)}")
 

@@ -14,7 +14,7 @@ from daemon import durable
 from daemon.about import ABOUT
 from daemon.admission import naming_of
 from daemon.candidates import told_apart
-from daemon.checkpoint import OpenCheckpoint, open_path
+from daemon.checkpoint import OpenCheckpoint, identity_at, open_path
 from daemon.config import Retention, Settings
 from daemon.errors import BadHome, DaemonError, NotYet
 from daemon.founding import found
@@ -207,9 +207,8 @@ def _link(source: Path, target: Path) -> None:
 
 def _identity(path: Path) -> str | None:
     try:
-        with open_path(path, follow=False) as checkpoint:
-            return checkpoint.identity()
-    except (DaemonError, ProjectorError, OSError):
+        return identity_at(path)
+    except OSError:
         return None
 
 

@@ -33,6 +33,7 @@ from daemon.progress import Abandoned, Progress
 from daemon.recovery import mark_clean, recover
 from daemon.reloading import Read, Reloading, Stop, hearing, wake
 from daemon.retention import collect
+from daemon.unfinished import said_by
 from daemon.uploading import Uploads, write_token
 from daemon.watching import Watching
 from projector.errors import ProjectorError
@@ -187,7 +188,7 @@ class Service:
             waiting = scan.moving + len(scan.settled) - len(drops)
             lingering.held(scan, self._settings.inbox)
             for held in scan.held:
-                self._presence.waits(held.name, f"{held.waits_for} says that it is not finished")
+                self._presence.waits(held.name, said_by(held.waits_for))
             try:
                 if self._interrupted:
                     self._finish(store, merger)

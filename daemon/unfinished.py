@@ -66,6 +66,11 @@ def unfinished(paths: Collection[str]) -> str | None:
     return min(told, default=None)
 
 
+def said_by(path: str) -> str:
+    """What a path tells that says so."""
+    return f"{shown(path)} says that it is not finished"
+
+
 def hint_for(path: str) -> str:
     """What to do about a path that tells so."""
     return f"nothing, while it is on its way; if that was broken off, finish it, or remove {shown(path)}"

@@ -163,8 +163,7 @@ class Checkpoint:
 
         It is that of a listing, sorted: of each tensor its name, dtype, shape and sha256. Reads what was not hashed.
         """
-        names = sorted(name for name in self._places if self._schema[name].merged)
-        return content_of(WHOLE, ([name, *self._places[name].content_entry()] for name in names))
+        return _content(self._merged_places())
 
     def older_content(self, base: "Checkpoint") -> str | None:
         """`content` as it once was, with the base's derived buffers that float; None where it has none, which is the
@@ -172,8 +171,10 @@ class Checkpoint:
         derived = {name: base._places[name] for name, spec in base.schema.items() if spec.floating and spec.derived}
         if not derived:
             return None
-        places = {name: place for name, place in self._places.items() if self._schema[name].merged} | derived
-        return content_of(WHOLE, ([name, *places[name].content_entry()] for name in sorted(places)))
+        return _content(self._merged_places() | derived)
+
+    def _merged_places(self) -> "dict[str, _Place]":
+        return {name: place for name, place in self._places.items() if self._schema[name].merged}
 
     def fit(self, names: Mapping[str, str], base: "Checkpoint") -> None:
         """Gives each of these tensors, by its name -> that in the base, as many rows as the base has."""
@@ -272,6 +273,10 @@ class _Place:
     def told(self) -> object:
         """What those tensors have in common that the file's metadata, alias -> name, says were one."""
         return self.file, self.file.header.metadata.get(self.name, self.name), self.spec.shape, self.spec.dtype
+
+
+def _content(places: Mapping[str, _Place]) -> str:
+    return content_of(WHOLE, ([name, *places[name].content_entry()] for name in sorted(places)))
 
 
 def _groups(places: Mapping[str, _Place], key: Callable[[_Place], object]) -> list[list[str]]:

@@ -5,7 +5,6 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -21,8 +20,7 @@ from daemon.watching import Watching
 from registry.records import Status
 from tests.daemon.homes import experts, make_home, put, quick
 from tests.models import write_expert
-
-NOBODY = 65534
+from tests.nobody import as_nobody
 
 
 class Clock:
@@ -323,28 +321,6 @@ def test_one_watch_is_kept_however_many_folders_there_are(home: Home) -> None:
     finally:
         watching.close()
     assert inotify_watches() == before
-
-
-def as_nobody(ask: Callable[[], str]) -> str:
-    """What an unprivileged process is told, in a fork, which has everything imported."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            if os.geteuid() == 0:
-                os.setgroups([])
-                os.setgid(NOBODY)
-                os.setuid(NOBODY)
-            answer = ask()
-        except BaseException as error:
-            answer = repr(error)
-        os.write(write, answer.encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        said = pipe.read().decode()
-    os.waitpid(child, 0)
-    return said
 
 
 def test_an_inbox_that_may_not_be_listed_is_missing_until_it_may_be(base: Path) -> None:

@@ -14,13 +14,13 @@ from registry.engine import _stamp, connect, translated
 from registry.errors import Busy, Damaged, Missing, NoAccess, NotOurs, RegistryError
 from registry.records import Status
 from registry.store import Reader, Store
+from tests.nobody import as_nobody
 from tests.registry.samples import BASE, HEADS, digest, expert, make, versions
 
 # Children are forked, and only use what this thread holds: other tests' threads (torch, a server) do not matter.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
-NOBODY = 65534
-SKIP = 77
+CLOSED = "this source tree is closed to other users"
 both = pytest.mark.parametrize("kind", [Reader, Store])
 
 
@@ -236,37 +236,27 @@ def sealed() -> Iterator[Path]:
         Path(folder).chmod(0o755)
 
 
-def as_nobody(path: Path, kind: type[Reader]) -> str:
+def opened_by_nobody(path: Path, kind: type[Reader]) -> str:
     """What an unprivileged process gets when it opens `path`."""
-    read, write = os.pipe()
-    child = os.fork()  # a fork has everything imported: the interpreter's own files may be closed to that user
-    if child == 0:
+
+    def ask() -> str:
+        if not os.access(migrations.SCRIPTS, os.R_OK | os.X_OK):
+            return CLOSED
         try:
-            if os.geteuid() == 0:
-                os.setgroups([])
-                os.setgid(NOBODY)
-                os.setuid(NOBODY)
-            if not os.access(migrations.SCRIPTS, os.R_OK | os.X_OK):
-                os._exit(SKIP)
             with kind.open(path) as opened:
-                answer = f"live {opened.heads()[0].live}"
+                return f"live {opened.heads()[0].live}"
         except RegistryError as error:
-            answer = f"{type(error).__name__}: {error.hint}"
-        except BaseException as error:
-            answer = f"other {error!r}"
-        os.write(write, answer.encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        said = pipe.read().decode()
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == SKIP:
-        pytest.skip("this source tree is closed to other users")
+            return f"{type(error).__name__}: {error.hint}"
+
+    said = as_nobody(ask)
+    if said == CLOSED:
+        pytest.skip(CLOSED)
     return said
 
 
 def test_a_folder_that_cannot_be_written_can_be_read_and_gives_a_writer_a_hint(sealed: Path) -> None:
-    assert as_nobody(sealed, Reader) == "live 0"
-    said = as_nobody(sealed, Store)
+    assert opened_by_nobody(sealed, Reader) == "live 0"
+    said = opened_by_nobody(sealed, Store)
     assert said.startswith("NoAccess:")
     assert "must be writable" in said
     assert list(sealed.parent.iterdir()) == [sealed]
@@ -282,15 +272,15 @@ def test_where_a_killed_writer_left_a_log_nothing_older_is_read(sealed: Path) ->
     os.wait()
     assert sealed.with_name("registry.sqlite-wal").stat().st_size
     sealed.parent.chmod(0o555)
-    assert as_nobody(sealed, Reader) == "live 1"
+    assert opened_by_nobody(sealed, Reader) == "live 1"
     sealed.parent.chmod(0o755)
     sealed.with_name("registry.sqlite-shm").unlink()
     sealed.parent.chmod(0o555)
-    assert as_nobody(sealed, Reader).startswith("NoAccess:")
+    assert opened_by_nobody(sealed, Reader).startswith("NoAccess:")
     sealed.parent.chmod(0o755)  # as the hint says
     Store.open(sealed).close()
     sealed.parent.chmod(0o555)
-    assert as_nobody(sealed, Reader) == "live 1"
+    assert opened_by_nobody(sealed, Reader) == "live 1"
 
 
 def test_what_is_read_as_unchanging_is_read_anew_once_it_changes(
@@ -311,9 +301,9 @@ def test_beside_a_running_writer_such_a_folder_can_be_read(sealed: Path) -> None
     with Store.open(sealed) as store:
         store.commit(expert(1), versions(1))
         sealed.parent.chmod(0o555)
-        assert as_nobody(sealed, Reader) == "live 1"
+        assert opened_by_nobody(sealed, Reader) == "live 1"
 
 
 def test_a_folder_that_cannot_be_entered_gives_a_hint(sealed: Path) -> None:
     sealed.parent.chmod(0o700 if os.geteuid() == 0 else 0o000)
-    assert as_nobody(sealed, Reader).startswith("NoAccess:")
+    assert opened_by_nobody(sealed, Reader).startswith("NoAccess:")
