@@ -52,7 +52,7 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
                 "base": asdict(base),
                 "daemon": daemon and asdict(daemon),
                 "heads": [{**asdict(head), "figures": getattr(versions[head.name], "figures", {})} for head in heads],
-                "inbox": [one["name"] for one in waiting],
+                "inbox": None if waiting is None else [one["name"] for one in waiting],
                 "waiting": waiting,
                 "experts": {str(status): count for status, count in counts.items()},
                 "flagged": [{"id": expert.id, "name": expert.name, "flags": expert.flags} for expert in flagged],
@@ -65,10 +65,10 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
         f"base     {base.name}  {base.parameters:,} parameters, {size(base.size_bytes)}, sha256 {base.sha256[:12]}"
     )
     typer.echo(f"daemon   {_daemon(daemon)}")
-    typer.echo(f"inbox    {len(waiting)} waiting")
-    for one in waiting[:5]:
+    typer.echo(f"inbox    {'cannot be listed by this user' if waiting is None else f'{len(waiting)} waiting'}")
+    for one in (waiting or [])[:5]:
         typer.echo(f"         {one['name']}: {one['why']}")
-    if len(waiting) > 5:
+    if waiting and len(waiting) > 5:
         typer.echo(f"         and {len(waiting) - 5} more: --json has them all")
     typer.echo("experts  " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if flagged:
@@ -94,8 +94,8 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
 
 def _waiting(
     home: Home, daemon: "Running | None", decided: Sequence[str], troubles: Sequence[Mapping[str, str]]
-) -> list[dict[str, str]]:
-    """What lies in the inbox, by name, and why it was not taken yet."""
+) -> list[dict[str, str]] | None:
+    """What lies in the inbox, by name, and why it was not taken yet; None where this user may not list it."""
     from daemon.inbox import TEMPORARY
     from daemon.presence import BUSY, RECOVERING
 
@@ -112,7 +112,12 @@ def _waiting(
             return troubles[0]["text"]
         return "the daemon is recovering" if daemon.doing == RECOVERING else "waits to come to rest, or for its turn"
 
-    there = os.listdir(home.inbox) if home.inbox.is_dir() else []  # gone: the troubles say so
+    try:
+        there = os.listdir(home.inbox)
+    except PermissionError:
+        return None
+    except (FileNotFoundError, NotADirectoryError):
+        there = []  # the troubles say so
     names = sorted(shown(name) for name in there if not TEMPORARY.fullmatch(name))
     return [{"name": name, "why": why(name)} for name in names]
 

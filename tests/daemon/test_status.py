@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from daemon import durable
+from daemon.cli.status import _waiting
 from daemon.health import Health, Trouble
 from daemon.home import Home
 from daemon.presence import MOST_WAITING, Presence
@@ -21,6 +22,7 @@ from tests.daemon.homes import drain, make_home, put, quick
 from tests.daemon.processes import forked, running, until
 from tests.daemon.pulls import forking
 from tests.models import write_base, write_expert
+from tests.nobody import as_nobody
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +187,17 @@ def test_it_is_seen_from_a_read_only_mount_whether_a_daemon_runs(home: Home, rea
         presence.watches()
         said = told(read_only)
         assert said["daemon"]["doing"] == "watching the inbox" and said["troubles"] == []
+
+
+def test_an_inbox_that_the_user_may_not_list_is_told_of(home: Home) -> None:
+    home.inbox.chmod(0)
+    opened = [place for place in (home.root, *home.root.parents) if place.stat().st_mode & 0o5 != 0o5]
+    modes = {place: place.stat().st_mode & 0o7777 for place in opened}
+    try:
+        for place in opened:
+            place.chmod(modes[place] | 0o5)
+        assert as_nobody(lambda: str(_waiting(home, None, [], []))) == "None"
+    finally:
+        for place, mode in modes.items():
+            place.chmod(mode)
+        home.inbox.chmod(0o755)
