@@ -55,12 +55,12 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         expert.digest_tensors()
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
-        folded = Folded(found.norm, found.base_norm, ())
+        norm = found.task_vector.whole
         usual = usual_norm(reader.merged_norms(limit=USUAL_EXPERTS))
-        check_norm(folded, usual, limits)
-        odd = oddities(folded.norm, usual, limits, expert.tensors.resized)
+        check_norm(Folded(found.task_vector, found.base, ()), usual, limits)
+        odd = oddities(norm, usual, limits, expert.tensors.resized)
         warning, hint = worded(odd)
-        twin = twin_of(home, reader, expert, found.norm, base.tensors, settings, again=False)
+        twin = twin_of(home, reader, expert, norm, base.tensors, settings, again=False)
         schema = base.tensors.schema
         published = sum(spec.nbytes for spec in schema.values())
         states = [state_specs(method, schema) for method in methods]
@@ -77,9 +77,9 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "unchanged": [name for name in schema if expert.naming.lacks(name) and name not in there],
             "sha256": expert.identity(),
             "duplicate_of": twin.id if twin else None,
-            "norm": found.norm,
-            "norm_over_base": found.norm / found.base_norm,
-            "norm_over_usual": found.norm / usual if usual else None,
+            "norm": norm,
+            "norm_over_base": norm / found.base.whole,
+            "norm_over_usual": norm / usual if usual else None,
             "flags": [one.flag for one in odd],
             "warning": warning,
             "hint": hint,

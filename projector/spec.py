@@ -81,6 +81,11 @@ class TensorSpec:
         return self.dtype.is_floating_point and not self.derived
 
     @property
+    def vector(self) -> bool:
+        """True where at most one dimension is longer than 1, as of a bias and of the weights of a norm."""
+        return sum(size > 1 for size in self.shape) < 2
+
+    @property
     def statistic(self) -> bool:
         """True for the running statistics of a layer's inputs, which every method averages."""
         return is_statistic(self.name)
