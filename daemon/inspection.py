@@ -12,6 +12,7 @@ from daemon.arrival import check_arrival
 from daemon.checkpoint import open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
+from daemon.hints import hinting
 from daemon.home import Home
 from daemon.identity import twin_of
 from daemon.inbox import check_finished
@@ -44,6 +45,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
     settings = load(home.config)
     limits = settings.admission
     with (
+        hinting(path, home),
         open_path(home.base) as base,
         open_path(path, follow=False, needs=needs, naming=limits.naming) as expert,  # as the inbox would
         open_path(home.version(head.name, head.live)) as merged,

@@ -145,12 +145,12 @@ class Merger:
 
     def refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
         """Notes that the drop is refused, and why. `tidy` is to follow."""
-        recorded = self._store.record(self._refused(arrived(drop, Status.QUARANTINED), error))
+        recorded = self._store.record(self._refused(drop, arrived(drop, Status.QUARANTINED), error))
         hit("refuse.recorded")
         return recorded
 
-    def _refused(self, expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
-        return refused(expert, error, self._store.last_expert_id() + 1)  # nobody else records any
+    def _refused(self, drop: Drop, expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
+        return refused(expert, error, self._store.last_expert_id() + 1, drop, self._home)  # nobody else records any
 
     def tidy(self, expert: Expert) -> bool:
         """Finishes an expert whose fate is recorded; False where it cannot be moved out of the inbox.
@@ -317,7 +317,7 @@ class Merger:
         try:
             check_norm(folded, usual, limits)
         except Refused as error:
-            return self._refused(new, error)
+            return self._refused(drop, new, error)
         return flagged(new, oddities(folded.task_vector.whole, usual, limits, expert.tensors.resized))
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
