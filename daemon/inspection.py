@@ -1,13 +1,13 @@
 """The dry run behind `mainstem inspect`: everything that merging would check and measure, and nothing written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from threading import Event
 from typing import Any
 
 from daemon.adapter_modules import read_config
-from daemon.admission import USUAL_EXPERTS, check_norm, oddities, usual_norm, worded
+from daemon.admission import USUAL_EXPERTS, Oddity, check_norm, oddities, usual_norm, worded
 from daemon.arrival import check_arrival
 from daemon.checkpoint import open_path
 from daemon.config import load
@@ -24,6 +24,8 @@ from projector.lora.keys import tensor_parts
 from projector.measure import overlap
 from projector.methods import make
 from projector.steps import state_specs
+from projector.text import shown
+from registry.records import Expert
 from registry.store import Reader
 
 
@@ -59,10 +61,14 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
         norm = found.task_vector.whole
         usual = usual_norm(reader.merged_norms(limit=USUAL_EXPERTS))
-        check_norm(Folded(found.task_vector, found.base, ()), usual, limits)
-        odd = oddities(norm, usual, limits, expert.tensors.resized)
-        warning, hint = worded(odd)
         twin = twin_of(home, reader, expert, norm, base.tensors, settings, again=False)
+        if twin:  # of which no limit is asked
+            odd: Sequence[Oddity] = ()
+            warning, hint = _once_more(home, twin, head.name)
+        else:
+            check_norm(Folded(found.task_vector, found.base, ()), usual, limits)
+            odd = oddities(norm, usual, limits, expert.tensors.resized)
+            warning, hint = worded(odd)
         schema = base.tensors.schema
         published = sum(spec.nbytes for spec in schema.values())
         states = [state_specs(method, schema) for method in methods]
@@ -91,3 +97,17 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "writes_bytes": writes,
             "usual_seconds": median(seconds) if seconds else None,
         }
+
+
+def _once_more(home: Home, twin: Expert, head: str) -> tuple[str | None, str | None]:
+    """What to say of an expert that was merged before."""
+    came = f", which came with {called(head, twin.version)}" if twin.version else ""
+    what = (
+        f"it is expert {twin.id} ({shown(twin.name)}) once more{came}: dropping it merges nothing, and makes no version"
+    )
+    if home.archived(twin.id) is None:
+        return (
+            what,
+            "nothing is to be done; dropped all the same, it takes the place of that one's lost files in archive/",
+        )
+    return what, "nothing is to be done"

@@ -10,13 +10,13 @@ from daemon.home import Home, number
 from daemon.inbox import Drop
 from projector.errors import ProjectorError
 from projector.text import shown
-from registry.records import NewExpert, Status
+from registry.records import UNKNOWN_KIND, NewExpert, Status
 
 
 def arrived(drop: Drop, status: Status) -> NewExpert:
     """What is known of a drop from outside."""
     received = datetime.now(UTC) - timedelta(seconds=drop.waited_seconds)
-    return NewExpert(shown(drop.name), "unknown", None, drop.size_bytes, status, received, drop.entry)
+    return NewExpert(shown(drop.name), UNKNOWN_KIND, None, drop.size_bytes, status, received, drop.entry)
 
 
 def refused(

@@ -91,6 +91,8 @@ def test_followed_to_the_word_every_one_is_merged(tmp_path: Path, base: Path, dr
         drop(home.inbox / name, read_weights(write_expert(tmp_path / "one.safetensors", base, seed)))
     drain(home)
     refused = {expert.name: expert for expert in experts(home)}
+    shown = CliRunner().invoke(app, ["show", "1", "--home", str(home.root)]).output
+    assert "\nstatus " in shown and "\nkind" not in shown  # which nobody knows of what was not opened
     assert {expert.status for expert in refused.values()} == {Status.QUARANTINED}
     for name, expert in refused.items():
         hint = expert.hint or ""
