@@ -47,7 +47,7 @@ from daemon.retention import collect
 from daemon.sealing import origin, seal
 from daemon.uncommitted import clear, temporaries
 from projector.errors import BadFile, BadMerged, DeviceLost, ProjectorError
-from projector.head import Folded, HeadFold
+from projector.head import Folded, HeadFold, Norms
 from projector.method import Expert as View
 from projector.method import Totals
 from projector.methods import make
@@ -74,7 +74,7 @@ class Merger:
         self._base_config = read_config(home.base)
         self._plan = planned(self._base.checkpoint, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
-        self._base_norm: float | None = None
+        self._base_norms: Norms | None = None
         reserved = self._driver.device.slab_bytes
         check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute, reserved)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
@@ -145,12 +145,12 @@ class Merger:
 
     def refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
         """Notes that the drop is refused, and why. `tidy` is to follow."""
-        recorded = self._store.record(self._refused(arrived(drop, Status.QUARANTINED), error))
+        recorded = self._store.record(self._refused(drop, arrived(drop, Status.QUARANTINED), error))
         hit("refuse.recorded")
         return recorded
 
-    def _refused(self, expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
-        return refused(expert, error, self._store.last_expert_id() + 1)  # nobody else records any
+    def _refused(self, drop: Drop, expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
+        return refused(expert, error, self._store.last_expert_id() + 1, drop, self._home)  # nobody else records any
 
     def tidy(self, expert: Expert) -> bool:
         """Finishes an expert whose fate is recorded; False where it cannot be moved out of the inbox.
@@ -257,8 +257,8 @@ class Merger:
             ready = self.preparations.ready(line)
             now = output.weights if line.method.one_sweep else ()
             heads.append(HeadFold(line.method, line.totals, view, state, output.state, ready, now, output.record))
-        folded = self._driver.fold(self._base.tensors, expert.tensors, heads, self._base_norm)
-        self._base_norm = folded.base_norm
+        folded = self._driver.fold(self._base.tensors, expert.tensors, heads, self._base_norms)
+        self._base_norms = folded.base
         hit("fold.after")
         return folded
 
@@ -295,7 +295,7 @@ class Merger:
             kind=expert.kind,
             sha256=sha256,
             content_sha256=content,
-            norm=folded.norm,
+            norm=folded.task_vector.whole,
             about=expert.about.given() if expert.about else None,
             sidecars=sidecars or None,
             naming=expert.naming.noted(),
@@ -304,7 +304,7 @@ class Merger:
             self._home,
             self._store,
             expert,
-            folded.norm,
+            folded.task_vector.whole,
             self._base.tensors,
             self._settings,
             again=again,
@@ -317,8 +317,8 @@ class Merger:
         try:
             check_norm(folded, usual, limits)
         except Refused as error:
-            return self._refused(new, error)
-        return flagged(new, oddities(folded.norm, usual, limits, expert.tensors.resized))
+            return self._refused(drop, new, error)
+        return flagged(new, oddities(folded.task_vector.whole, usual, limits, expert.tensors.resized))
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
         for line, after, output in zip(lines, totals, outputs, strict=True):

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 Figures = Mapping[str, float]
+UNKNOWN_KIND = "unknown"  # of what was refused before its kind was known
 
 
 class Status(StrEnum):
@@ -57,7 +58,7 @@ class NewExpert:
     """
 
     name: str
-    kind: str  # "file", "folder", "sharded", or "unknown" where it was refused before that was known
+    kind: str  # "file", "folder", "sharded", "adapter", or UNKNOWN_KIND
     sha256: str | None
     size_bytes: int
     status: Status

@@ -17,6 +17,7 @@ from daemon.checkpoint import open_path
 from daemon.errors import BadHome, NotYet, Reason
 from daemon.home import Home
 from registry.records import Expert, Status
+from tests.daemon.following import follow
 from tests.daemon.homes import assert_close, drain, experts, latest, live, make_home, put, quick
 from tests.models import WEIGHTS, read_weights, write_base, write_expert
 from tests.oracles import opcm
@@ -75,6 +76,23 @@ def test_two_checkpoints_in_one_folder_are_not_guessed_between(folder: Path, bas
         if "-of-" in name or name.endswith(".bin"):
             (folder / name).rename(folder.with_name(name))
     assert wanted(folder) == [WEIGHTS]
+
+
+@pytest.mark.parametrize(("whole", "shards", "older"), [(1e9, 2e9, "whole"), (2e9, 1e9, "shards"), (1e9, 1e9, "")])
+def test_the_hint_says_which_names_belong_together_and_which_are_older(
+    folder: Path, base: Path, whole: float, shards: float, older: str
+) -> None:
+    shard(folder, write_expert(folder.with_name("newer.safetensors"), base, 3))
+    for path in folder.iterdir():
+        written = whole if path.name == WEIGHTS else shards
+        os.utime(path, (written, written))
+    groups = {"whole": WEIGHTS, "shards": f"model-*-of-00002.safetensors, {INDEX}"}
+    error = unwanted(folder)
+    assert all(group in str(error) for group in groups.values()) and "2001-09-09 01:46:40" in str(error)
+    if older:
+        assert f"that is {groups[older]}, unless a copy gave them their times" in error.hint
+    else:
+        assert f"either {groups['whole']}, or {groups['shards']}." in error.hint and "do not tell" in error.hint
 
 
 def test_once_the_old_one_is_gone_the_new_one_is_merged(home: Home, folder: Path, base: Path, tmp_path: Path) -> None:
@@ -200,14 +218,15 @@ def test_of_several_checkpoints_the_hint_names_the_one_to_drop(home: Home, base:
     refused = last(home)
     assert (refused.status, refused.reason) == (Status.QUARANTINED, "no_weights")
     assert "checkpoint-500, checkpoint-1000" in str(refused.detail)
-    assert "checkpoint-1000, the best" in str(refused.hint)
-    put(home, home.quarantine(refused.id) / "out" / "checkpoint-1000")
+    assert "the best by its trainer_state.json: cp -r " in str(refused.hint)
+    follow(refused.hint)
     drain(home)
-    assert last(home).status is Status.MERGED and last(home).name == "checkpoint-1000"
+    assert last(home).status is Status.MERGED and last(home).name == "out"
+    assert (home.archive(last(home).id) / "out" / WEIGHTS).exists()
 
 
 def test_without_a_best_one_it_is_the_last(base: Path, tmp_path: Path) -> None:
-    assert "checkpoint-1500, the last" in unwanted(below(tmp_path, base, 500, 1500)).hint
+    assert "the last: cp -r <expert>/checkpoint-1500 <new>" in unwanted(below(tmp_path, base, 500, 1500)).hint
 
 
 def test_a_training_that_goes_on_is_waited_for(base: Path, tmp_path: Path) -> None:
@@ -252,7 +271,7 @@ def test_a_snapshot_of_links_is_copied_as_the_hint_says(home: Home, base: Path, 
     snapshot = cached(tmp_path, base, "a1b2") / "snapshots" / "a1b2"
     subprocess.run(["cp", "-r", snapshot, home.inbox / "links"], check=True)
     drain(home)
-    assert (last(home).reason, "cp -rL SOURCE inbox/NAME" in str(last(home).hint)) == ("symlink", True)
+    assert (last(home).reason, "cp -rL, from where it lay" in str(last(home).hint)) == ("symlink", True)
     subprocess.run(["cp", "-rL", snapshot, home.inbox / "files"], check=True)
     drain(home)
     assert last(home).status is Status.MERGED
@@ -268,7 +287,7 @@ def test_a_whole_folder_of_the_cache_holds_one_expert(home: Home, base: Path, tm
 
 def test_of_several_revisions_the_hint_names_the_one_that_main_is(base: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-rL", cached(tmp_path, base, "a1b2", "c3d4"), tmp_path / "tune"], check=True)
-    assert "cp -rL snapshots/c3d4 inbox/NAME" in unwanted(tmp_path / "tune").hint
+    assert "cp -rL <expert>/snapshots/c3d4 <new>" in unwanted(tmp_path / "tune").hint
 
 
 @pytest.mark.parametrize("where", ["beside", "inside"])

@@ -83,7 +83,7 @@ class Stuck:
         self.home, self.store, self.held = home, store, True
         self.merger = Merger(home, store, quick(), Progress(Event(), lambda share: None))
         self.inbox = Inbox(home.inbox, 0, lambda: 0.0)
-        self.lingering = Lingering(store, self.merger)
+        self.lingering = Lingering(home, store, self.merger)
         self.path = home.inbox / "tune"
         for name in ("rename", "exchange"):
             self._refuse(patch, name)
