@@ -71,6 +71,7 @@ class Merger:
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
         self._base = Base(home, store, progress)
         self._states = States(home, progress)
+        self._states.check(read_lines(store, self._methods), self._base.tensors.schema)
         self._base_config = read_config(home.base)
         self._plan = planned(self._base.checkpoint, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
