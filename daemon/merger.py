@@ -165,12 +165,12 @@ class Merger:
 
     def again(self, expert: Expert, *, there: bool) -> None:
         """Looks once more at an expert whose fate is recorded and which could not be moved, now that it has changed, or
-        is not `there` any more. One that was refused is let go: it is taken anew. Raises as `tidy`.
+        is not `there` any more. One that was refused is let go: it is taken anew. Raises as `tidy`, and Abandoned.
         """
         if there and expert.status is Status.QUARANTINED:
             note_place(self._store, expert)
         else:
-            place(self._home, self._store, expert)
+            place(self._home, self._store, expert, self._progress)
 
     def finish(self) -> list[Expert]:
         """Tidies up after the recorded experts that are still in the inbox, where something was in the way; returns
