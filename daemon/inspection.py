@@ -49,7 +49,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         open_path(home.version(head.name, head.live)) as merged,
     ):
         own = tensor_parts(expert.tensors.schema) if expert.kind == "adapter" else expert.tensors.schema
-        check_arrival(expert)
+        check_arrival(expert, base.tensors.schema)
         expert.check(base.tensors, read_config(home.base))
         check_modules(expert.folder, home.base)
         expert.digest_tensors()

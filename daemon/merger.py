@@ -118,7 +118,7 @@ class Merger:
                 try:
                     with blaming(expert):
                         if not again:
-                            check_arrival(expert)
+                            check_arrival(expert, self._base.tensors.schema)
                         expert.check(self._base.tensors, base_config)
                         if not again:
                             check_modules(expert.folder, self._home.base)

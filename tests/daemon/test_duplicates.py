@@ -172,7 +172,7 @@ def test_cut_short_anywhere_it_is_finished_by_recovery(
     folder = Path(shutil.copytree(tmp_path / "expert", tmp_path / "again"))
     sharded(folder)
     for shard in folder.glob("model-*"):  # several files to remove, and no second checkpoint
-        shard.rename(folder / shard.name.replace("model-", "part-"))
+        shard.rename(folder / shard.name.replace("model-", "model.fp16-"))
     shutil.copy(tmp_path / "expert" / "model.safetensors", folder / "model.safetensors")
     put(home, folder)
     if pruned:
