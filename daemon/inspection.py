@@ -58,7 +58,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         folded = Folded(found.norm, found.base_norm, ())
         usual = usual_norm(reader.merged_norms(limit=USUAL_EXPERTS))
         check_norm(folded, usual, limits)
-        odd = oddities(folded.norm, usual, limits, expert.tensors.resized)
+        odd = oddities(folded.norm, usual, limits, expert.tensors.resized, expert.tensors.altered)
         warning, hint = worded(odd)
         twin = twin_of(home, reader, expert, found.norm, base.tensors, settings, again=False)
         schema = base.tensors.schema

@@ -289,6 +289,7 @@ class Merger:
 
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded, again: bool) -> NewExpert:
         sha256, content, sidecars = expert.identity(), expert.content(), expert.sidecar_digests()
+        altered = expert.tensors.altered
         if not expert.unchanged():
             raise changed(drop)
         new = replace(
@@ -319,7 +320,7 @@ class Merger:
             check_norm(folded, usual, limits)
         except Refused as error:
             return self._refused(new, error)
-        return flagged(new, oddities(folded.norm, usual, limits, expert.tensors.resized))
+        return flagged(new, oddities(folded.norm, usual, limits, expert.tensors.resized, altered))
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
         for line, after, output in zip(lines, totals, outputs, strict=True):

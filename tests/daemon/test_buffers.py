@@ -61,10 +61,11 @@ def test_a_derived_buffer_is_the_bases_and_an_expert_has_it_or_not(tmp_path: Pat
     save_file(weights() | ALL, tmp_path / "base.safetensors")
     home = make_home(tmp_path / "home", tmp_path / "base.safetensors", MEAN)
     arrived = [moved(weights(), seed) for seed in (1, 2, 3)]
-    rounded = {name: x.bfloat16() + 0.5 for name, x in ALL.items()}
+    other = {name: x.bfloat16() + 0.5 for name, x in ALL.items()}
     longer = {name: torch.ones(3, dtype=torch.bool) for name in ALL if not name.endswith("n.bias")}
-    for n, (expert, beside) in enumerate(zip(arrived, ({}, rounded, longer), strict=True)):
-        assert drop(home, expert | beside, f"{n}.safetensors").detail is None
+    for n, (expert, beside) in enumerate(zip(arrived, ({}, other, longer), strict=True)):
+        merged = drop(home, expert | beside, f"{n}.safetensors")
+        assert (merged.status, [*merged.flags]) == (Status.MERGED, ["buffer"] if beside is other else [])
     published = latest(home)
     for name, x in ALL.items():
         assert torch.equal(published.pop(name), x)
