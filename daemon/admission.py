@@ -10,7 +10,7 @@ from daemon.config import Admission
 from daemon.errors import Reason, Refused
 from projector.head import Folded
 from projector.naming import Naming
-from projector.text import shown
+from projector.text import listed, shown
 from registry.records import Expert, Flag, NewExpert
 
 NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
@@ -101,11 +101,15 @@ def check_norm(folded: Folded, usual: float | None, limits: Admission) -> None:
 
 
 def oddities(
-    norm: float, usual: float | None, limits: Admission, resized: Mapping[str, tuple[int, int]]
+    norm: float,
+    usual: float | None,
+    limits: Admission,
+    resized: Mapping[str, tuple[int, int]],
+    altered: Sequence[str],
 ) -> list[Oddity]:
-    """What is odd about a task vector that is merged: of a norm that `check_norm` lets pass, and with these tensors of
-    other sizes (rows in the expert, rows in the base)."""
-    return [odd for odd in (oddity(norm, usual, limits), _odd_rows(resized)) if odd]
+    """What is odd about a task vector that is merged: of a norm that `check_norm` lets pass, with these tensors of
+    other sizes (rows in the expert, rows in the base), and these buffers that are not the base's."""
+    return [odd for odd in (oddity(norm, usual, limits), _odd_rows(resized), _odd_buffers(altered)) if odd]
 
 
 def _odd_rows(resized: Mapping[str, tuple[int, int]]) -> Oddity | None:
@@ -117,6 +121,18 @@ def _odd_rows(resized: Mapping[str, tuple[int, int]]) -> Oddity | None:
         Flag.RESIZED,
         f"{shown(name)} has {theirs} rows, the base {ours}: the first {min(theirs, ours)} are merged, {lost}",
         "nothing is to be done if its added tokens are not needed here; if they are, found a home on a base with them",
+    )
+
+
+def _odd_buffers(altered: Sequence[str]) -> Oddity | None:
+    if not altered:
+        return None
+    return Oddity(
+        Flag.BUFFER,
+        f"not the base's, but called as buffers are that nobody trains, so that the base's stay: {listed(altered)}",
+        "where the expert was trained with another configuration (a rotary base, a scale), train it with the base's, or"
+        " found a home on a base with that one; where they were trained, what they learnt is left out: call them"
+        " otherwise, in the base too",
     )
 
 

@@ -53,7 +53,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         open_path(home.version(head.name, head.live)) as merged,
     ):
         own = tensor_parts(expert.tensors.schema) if expert.kind == "adapter" else expert.tensors.schema
-        check_arrival(expert)
+        check_arrival(expert, base.tensors.schema)
         expert.check(base.tensors, read_config(home.base))
         check_modules(expert.folder, home.base)
         expert.digest_tensors()
@@ -67,7 +67,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             warning, hint = _once_more(home, twin, head.name)
         else:
             check_norm(Folded(found.task_vector, found.base, ()), usual, limits)
-            odd = oddities(norm, usual, limits, expert.tensors.resized)
+            odd = oddities(norm, usual, limits, expert.tensors.resized, expert.tensors.altered)
             warning, hint = worded(odd)
         schema = base.tensors.schema
         published = sum(spec.nbytes for spec in schema.values())

@@ -71,6 +71,7 @@ class Merger:
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
         self._base = Base(home, store, progress)
         self._states = States(home, progress)
+        self._states.check(read_lines(store, self._methods), self._base.tensors.schema)
         self._base_config = read_config(home.base)
         self._plan = planned(self._base.checkpoint, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
@@ -117,7 +118,7 @@ class Merger:
                 try:
                     with blaming(expert):
                         if not again:
-                            check_arrival(expert)
+                            check_arrival(expert, self._base.tensors.schema)
                         expert.check(self._base.tensors, base_config)
                         if not again:
                             check_modules(expert.folder, self._home.base)
@@ -164,12 +165,12 @@ class Merger:
 
     def again(self, expert: Expert, *, there: bool) -> None:
         """Looks once more at an expert whose fate is recorded and which could not be moved, now that it has changed, or
-        is not `there` any more. One that was refused is let go: it is taken anew. Raises as `tidy`.
+        is not `there` any more. One that was refused is let go: it is taken anew. Raises as `tidy`, and Abandoned.
         """
         if there and expert.status is Status.QUARANTINED:
             note_place(self._store, expert)
         else:
-            place(self._home, self._store, expert)
+            place(self._home, self._store, expert, self._progress)
 
     def finish(self) -> list[Expert]:
         """Tidies up after the recorded experts that are still in the inbox, where something was in the way; returns
@@ -288,6 +289,7 @@ class Merger:
 
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded, again: bool) -> NewExpert:
         sha256, content, sidecars = expert.identity(), expert.content(), expert.sidecar_digests()
+        altered = expert.tensors.altered
         if not expert.unchanged():
             raise changed(drop)
         new = replace(
@@ -318,7 +320,7 @@ class Merger:
             check_norm(folded, usual, limits)
         except Refused as error:
             return self._refused(drop, new, error)
-        return flagged(new, oddities(folded.task_vector.whole, usual, limits, expert.tensors.resized))
+        return flagged(new, oddities(folded.task_vector.whole, usual, limits, expert.tensors.resized, altered))
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
         for line, after, output in zip(lines, totals, outputs, strict=True):

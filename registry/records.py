@@ -25,6 +25,7 @@ class Flag(StrEnum):
     LONG = "long"  # its task vector is longer than the usual one times admission.warn_norm_ratio
     SHORT = "short"  # the usual one is longer than its task vector times admission.warn_norm_ratio
     RESIZED = "resized"  # its vocabulary has more or fewer rows than the base's; those that both have are merged
+    BUFFER = "buffer"  # a buffer that nobody trains is another than the base's, which stays
 
 
 @dataclass(frozen=True, slots=True)
