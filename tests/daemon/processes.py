@@ -1,6 +1,9 @@
 """The command line in processes of its own, and a running daemon to ask over HTTP."""
 
+import atexit
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +22,9 @@ import torch
 
 from daemon.cli import main
 from daemon.home import Home
+from tests import shims
 
+ROOT = Path(__file__).parents[2]
 QUICK = {
     "MAINSTEM_INBOX__SETTLE_SECONDS": "0.1",
     "MAINSTEM_INBOX__PATIENCE_SECONDS": "0.5",
@@ -37,17 +42,29 @@ def environment(more: Mapping[str, str] = {}) -> dict[str, str]:
     return {**ours, **QUICK, **more}
 
 
+@functools.cache
+def preloaded() -> Path:
+    """Where the process listens that has torch and the daemon imported, to be forked by."""
+    folder = Path(tempfile.mkdtemp())
+    server = shims.started(folder / "socket")
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(server.wait)
+    atexit.register(server.kill)
+    return folder / "socket"
+
+
 def mainstem(*words: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs one command to its end."""
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, "-m", "daemon", *map(str, words)],
-        env=environment({"PYTHONPATH": str(root), **variables}),
-        cwd=cwd or root,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        said = [str(word) for word in words]
+        process = shims.Process(preloaded(), said, environment(variables), cwd or ROOT, out.fileno(), err.fileno())
+        try:
+            status = process.wait(timeout=180)
+        finally:
+            process.kill()
+        for stream in (out, err):
+            stream.seek(0)
+        return subprocess.CompletedProcess(process.args, status, out.read().decode(), err.read().decode())
 
 
 def forked(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -95,7 +112,7 @@ def _become(words: list[str], cwd: Path | None, out: int, err: int) -> NoReturn:
 class Daemon:
     """A `mainstem run` or `mainstem serve` in a process of its own."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes] | shims.Process
     lines: list[str] = field(default_factory=list)
 
     @property
@@ -130,28 +147,30 @@ class Daemon:
 
 
 @contextmanager
-def running(*words: str | Path, **variables: str) -> Iterator[Daemon]:
-    """Starts a long-running command; kills it at the end if it is still there."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "daemon", *map(str, words)],
-        env=environment({"PYTHONUNBUFFERED": "1", **variables}),
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    daemon = Daemon(process)
-    assert process.stdout is not None
-    reader = threading.Thread(target=lambda stream: daemon.lines.extend(stream), args=(process.stdout,))
-    reader.start()
-    try:
-        yield daemon
-    finally:
-        if process.poll() is None:
+def running(*words: str | Path, fresh: bool = False, **variables: str) -> Iterator[Daemon]:
+    """Starts a long-running command; kills it at the end if it is still there.
+
+    It is a fork of a process that has torch imported, or, `fresh`, an interpreter of its own.
+    """
+    read, write = os.pipe()
+    said, more = [str(word) for word in words], environment({"PYTHONUNBUFFERED": "1", **variables})
+    process: subprocess.Popen[bytes] | shims.Process
+    if fresh:
+        command = [sys.executable, "-m", "daemon", *said]
+        process = subprocess.Popen(command, env=more, cwd=ROOT, stdout=write, stderr=write)
+    else:
+        process = shims.Process(preloaded(), said, more, ROOT, write, write)
+    os.close(write)
+    with os.fdopen(read) as stream:
+        daemon = Daemon(process)
+        reader = threading.Thread(target=daemon.lines.extend, args=(stream,))
+        reader.start()
+        try:
+            yield daemon
+        finally:
             process.kill()
-        process.wait()
-        reader.join()
-        process.stdout.close()
+            process.wait()
+            reader.join()
 
 
 def until(ask: Callable[[], Answer], seconds: float) -> Answer:
