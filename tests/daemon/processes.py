@@ -11,11 +11,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import IO, NoReturn, TypeVar
 
 import httpx
 import torch
@@ -69,14 +69,26 @@ def mainstem(*words: str | Path, cwd: Path | None = None, **variables: str) -> s
 
 def forked(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Like `mainstem`, in a fork of this process: without the seconds that importing torch takes."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    return forked_each([words], cwd)[0]
+
+
+def forked_each(
+    commands: Sequence[Sequence[str | Path]], cwd: Path | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Several commands in one fork, one after the other: a fork takes longer than a command that is refused."""
+    with ExitStack() as closing:
+        streams = [[closing.enter_context(tempfile.TemporaryFile()) for _ in range(3)] for _ in commands]
         child = os.fork()
         if child == 0:
-            _become([str(word) for word in words], cwd, out.fileno(), err.fileno())
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        for stream in (out, err):
-            stream.seek(0)
-        return subprocess.CompletedProcess(words, status, out.read().decode(), err.read().decode())
+            _become([[str(word) for word in words] for words in commands], cwd, streams)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        done = []
+        for words, three in zip(commands, streams, strict=True):
+            for stream in three:
+                stream.seek(0)
+            out, err, status = (stream.read().decode() for stream in three)
+            done.append(subprocess.CompletedProcess(words, int(status or ended), out, err))
+        return done
 
 
 def rebuild(home: Home, *words: str | Path) -> str:
@@ -86,26 +98,32 @@ def rebuild(home: Home, *words: str | Path) -> str:
     return done.stdout
 
 
-def _become(words: list[str], cwd: Path | None, out: int, err: int) -> NoReturn:
-    """Runs the command line in the child and ends it, whatever happens."""
-    status = 99
+def _become(commands: list[list[str]], cwd: Path | None, streams: list[list[IO[bytes]]]) -> NoReturn:
+    """Runs the commands in the child, each with its streams for output, errors and status, and ends it."""
     try:
-        os.dup2(out, 1)
-        os.dup2(err, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         torch.set_num_threads(1)  # the parent's threads are not here
         os.chdir(cwd or ".")
-        sys.argv = ["mainstem", *words]
+        for words, (out, err, status) in zip(commands, streams, strict=True):
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            os.write(status.fileno(), str(_run(words)).encode())
+            sys.stdout.flush()
+            sys.stderr.flush()
+    finally:
+        os._exit(0)
+
+
+def _run(words: list[str]) -> int:
+    sys.argv = ["mainstem", *words]
+    try:
         main()
-        status = 0
+        return 0
     except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 98
+        return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 98
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        return 99
 
 
 @dataclass
