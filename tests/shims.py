@@ -109,10 +109,14 @@ def started(address: Path, *modules: str) -> subprocess.Popen[bytes]:
 
 def serve(address: str, *modules: str) -> NoReturn:
     """Answers callers, each in a process of its own, until it is ended."""
+    import alembic.command  # noqa: F401
+
     import daemon.cli.app
     import daemon.http
     import daemon.service  # noqa: F401
+    from projector.methods import methods
 
+    methods()
     for module in map(importlib.import_module, modules):
         for name in LAZY.get(module.__name__, ()):
             getattr(module, name)
