@@ -17,7 +17,7 @@ POSITIVE, NEGATIVE = 1, 2
 
 @dataclass(frozen=True)
 class Emr(Method):
-    """The unified task vector has the sign of the experts' sum, and the largest magnitude of that sign among them.
+    """Takes the sign of the experts' sum, and the largest magnitude of that sign among them.
 
     An expert's view masks the unified vector to where the expert agrees with its sign, and rescales it to the expert's
     own sum of magnitudes. For that the signs of every expert are kept, in 2 bits for each weight of a matrix, and each

@@ -13,7 +13,7 @@ from projector.svd import isotropic, isotropic_bytes
 
 @dataclass(frozen=True)
 class IsoC(Method):
-    """Keeps the singular vectors of the summed task matrices and makes all singular values equal to their mean.
+    """Keeps the singular vectors of the summed task matrices, with all singular values equal.
 
     With S = U diag(s) V', the sum and not the mean of an (m, n) matrix's task vectors, the merged task vector is
     scale * mean(s) * U V', the mean over all min(m, n) values. Embeddings, vectors and scalars are averaged.
@@ -39,9 +39,9 @@ class IsoC(Method):
     subtractable = True
     weighted = True
 
-    scale: float = param(1.0, "the factor of what is merged of matrices", low=0, high=10)
+    scale: float = param(1.0, "factor of merged matrices", low=0, high=10)
     tol: float = param(1e-6, "singular values up to tol times the largest are left out", low=1e-6, high=0.1)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are averaged")
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices averaged instead")
 
     @property
     def one_sweep(self) -> bool:
