@@ -5,7 +5,6 @@ from textwrap import wrap
 from typing import Any
 
 Figures = Mapping[str, Any]
-PHASES = "Phases per arrival, seconds summed over threads, so that they may exceed the time that passed:"
 
 
 def text(*parts: str) -> list[str]:
@@ -13,13 +12,19 @@ def text(*parts: str) -> list[str]:
     return wrap(" ".join(parts), 120, break_long_words=False, break_on_hyphens=False)
 
 
-def machine(result: Mapping[str, Any]) -> list[str]:
-    """Where, when and by which command a result came about."""
+def machine(result: Mapping[str, Any]) -> str:
+    """Where and when a result came about."""
     facts = result["machine"]
     gpu = f"{facts['gpu']}, " if "gpu" in facts else ""
     where = f"{gpu}{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 1e9:.0f} GB, {facts['system']}"
-    with_what = f"torch {facts['torch']}, Python {facts['python']}, {facts['date']}"
-    return text(f"{where}; {with_what}; other programs took {facts['others']:.1%} of its time. `{result['command']}`")
+    return f"{where}; torch {facts['torch']}, Python {facts['python']}, {facts['date']}"
+
+
+def origin(result: Mapping[str, Any], usual: str) -> list[str]:
+    """By which command a result came about, how quiet it was meanwhile, and where, if that is not the usual place."""
+    where = machine(result)
+    elsewhere = "" if where == usual else f", on {where}"
+    return text(f"`{result['command']}`; others {result['machine']['others']:.1%}{elsewhere}.")
 
 
 def opcm(figures: Figures) -> list[str]:
@@ -34,17 +39,13 @@ def opcm(figures: Figures) -> list[str]:
     preparing = sum(ready["preparing"]) / len(ready["preparing"])
     return [
         *text(
-            f"A model of {_size(figures['model_bytes'])}. mainstem's times include reading, hashing, writing and",
-            "syncing the model and its state, and serving HTTP; FusionBench's include no saving.",
+            f"A model of {_size(figures['model_bytes'])}. mainstem's times include hashing and syncing model and",
+            f"state; FusionBench's no saving. Getting ready took {preparing:.1f} s of idle time per expert.",
         ),
         "",
         *_table(
             ("per expert", "median s", "range s", "peak resident"),
             ((name, _short(middle), spread, _size(peak)) for name, middle, spread, peak in rows),
-        ),
-        "",
-        *text(
-            f"Getting ready for the next expert took {preparing:.1f} s of idle time each.",
         ),
         "",
         *_phases({"backlog": ours["phases"], "ready": ready["phases"]}),
@@ -59,24 +60,20 @@ def mean(figures: Figures) -> list[str]:
     ]
     return [
         *text(
-            f"A model of {_size(figures['model_bytes'])}, a state of {_size(figures['state_bytes'])}. The floor is one",
-            "pass of plain Python file calls: read base, expert and state, write a state and a model and sync them,",
-            "hash expert, new state and new model. Peak resident memory of the daemon:",
-            f"{_size(figures['peak_bytes'])}.",
+            f"A model of {_size(figures['model_bytes'])}, a state of {_size(figures['state_bytes'])}. The floor: plain",
+            "file calls that read base, expert and state, write and sync state and model, and hash what is new.",
+            f"The daemon's peak: {_size(figures['peak_bytes'])}.",
         ),
         "",
         *_table(("", "median s", "range s"), ((name, _short(mid), _range(all_)) for name, mid, all_ in rows)),
-        "",
-        *_phases({"mean": figures["phases"]}),
     ]
 
 
 def llama(figures: Figures) -> list[str]:
-    rows, phases = [], {}
+    rows = []
     for method in ("task_arithmetic", "ties"):
         ours, theirs = figures[method]["mainstem"], figures[method]["mergekit"]
         if ours:
-            phases[method] = ours["phases"]
             row = (_short(ours["median"]), _range(ours["seconds"]), _size(ours["peak_bytes"]))
             rows.append((f"{method}: mainstem, the 4th expert", *row))
         if theirs:
@@ -86,36 +83,28 @@ def llama(figures: Figures) -> list[str]:
     return [
         *text(
             f"Checkpoints of {_size(figures['model_bytes'])}. mainstem: drop to visible. mergekit: its whole command,",
-            "of which starting Python and importing its parts, measured on a tiny model, is what a daemon does not pay",
-            "again. Take it off, and what is left for task_arithmetic is a plain sum of four files, written without a",
-            "sync and without a hash; mainstem reads one expert, but also reads and writes its float32 state.",
+            "which syncs and hashes nothing; its start, measured on a tiny model, is what a daemon pays once.",
         ),
         "",
         *_table(("", "median s", "range s", "peak resident"), rows),
-        "",
-        *_phases(phases),
     ]
 
 
 def adapters(figures: Figures) -> list[str]:
-    rows, phases = [], {}
+    rows = []
     for method in ("mean", "opcm"):
         for kind in ("adapter", "adapter after full", "full"):
             found = figures[method][kind]
             peak = _size(found["peak_bytes"])
             rows.append((f"{method}: {kind}", _short(found["median"]), _range(found["seconds"]), peak))
-            phases[f"{method}: {kind}"] = found["phases"]
     return [
         *text(
             f"A model of {_size(figures['model_bytes'])}; adapters of rank {figures['rank']} on every linear layer,",
-            f"{_size(figures['adapter_bytes'])} each. Drop to visible, what OPCM prepares ready. The state and the",
-            "published weights are as large as for a full checkpoint, and cost as much to write and hash. An adapter",
-            "finds only adapters merged before it; one after a full checkpoint finds a merged model of full rank.",
+            f'{_size(figures["adapter_bytes"])} each. Drop to visible, what OPCM prepares ready; "after full": with',
+            "a full checkpoint merged before it.",
         ),
         "",
         *_table(("", "median s", "range s", "peak resident"), rows),
-        "",
-        *_phases(phases),
     ]
 
 
@@ -133,17 +122,15 @@ def download(figures: Figures) -> list[str]:
     many = figures["parallel"]
     return [
         *text(
-            f"One file of {_size(figures['model_bytes'])}, from the page cache to another file, nothing synced: the",
-            "client reads from the socket and writes, `cp` copies.",
+            f"One file of {_size(figures['model_bytes'])}, from the page cache to another file, nothing synced.",
         ),
         "",
         *_table(("", "MB/s", "median s", "range s"), rows),
         "",
         *text(
             f"{many['clients']} clients pulled while {len(many['versions'])} versions came and went: {many['pulls']}",
-            f"whole pulls, {_size(many['bytes'])} in {_short(many['seconds'])} s, each file held against the sha256 of",
-            f"its manifest; {many['gone']} were told that their version was gone. The daemon's peak was",
-            f"{_size(many['peak_bytes'])}.",
+            f"whole pulls, {_size(many['bytes'])} in {_short(many['seconds'])} s, each file's sha256 checked; for",
+            f"{many['gone']} the version was gone. The daemon's peak: {_size(many['peak_bytes'])}.",
         ),
     ]
 
@@ -156,15 +143,14 @@ def growth_experts(figures: Figures) -> list[str]:
     )
     return [
         *text(
-            f"A model of {_size(figures['model_bytes'])}, OPCM, all experts waiting in the inbox. Time is the daemon's",
-            "own for one arrival, memory its highest resident size so far.",
+            f"A model of {_size(figures['model_bytes'])}, OPCM, a backlog; the daemon's own time for one arrival.",
         ),
         "",
         *_table(("arrivals", "median s", "peak resident"), rows),
         "",
         *text(
-            f"Least squares over all {len(seconds)} arrivals: {slope * 1e3:+.3f} ms per expert,",
-            f"{figures['time']['moves']:+.1%} of the mean over the range; single arrivals took {_range(seconds)} s.",
+            f"Least squares over {len(seconds)} arrivals: {slope * 1e3:+.3f} ms per expert,",
+            f"{figures['time']['moves']:+.1%} of the mean over the range; single ones took {_range(seconds)} s.",
             f"Memory: {_slope(figures)} per expert.",
         ),
     ]
@@ -183,8 +169,6 @@ def growth_size(figures: Figures) -> list[str]:
     )
     time = figures["time"]
     return [
-        "OPCM, all experts waiting in the inbox. Time is the daemon's own for one arrival.",
-        "",
         *_table(("layers", "model", "median s", "ms per layer", "peak resident"), rows),
         "",
         *text(
@@ -198,16 +182,14 @@ def gpu(figures: Figures) -> list[str]:
     """Every step of bench/gpu.sh: how it ended, and the figures of those that found any."""
     steps: Mapping[str, Mapping[str, Any]] = figures["steps"]
     found = {name: step["found"] for name, step in steps.items()}
-    lines = _table(
-        ("step", "ended", "s", "found"),
-        ([name, _ended(step), _short(step["seconds"]), GPU_SUMS[name](step["found"])] for name, step in steps.items()),
+    rows = (
+        [name, _ended(step), _short(step["seconds"]), GPU_SUMS[name](step["found"])] for name, step in steps.items()
     )
+    lines = _table(("step", "ended", "s", "found"), (row for row in rows if row[1] != "done" or row[3] != BELOW))
     if layers := found.get("layers"):
         lines += ["", *_gpu_layers(figures["shapes"], layers, found.get("fusionbench", {}))]
     if eigh := found.get("eigh"):
-        rows = ([name, f"{taken * 1e3:.1f}"] for name, taken in eigh.items())
-        lines += ["", "Milliseconds of an eigendecomposition on the device:", ""]
-        lines += _table(("side and dtype", "each"), rows)
+        lines += ["", "Milliseconds of an eigendecomposition on the device:", "", *_gpu_eigh(eigh)]
     return lines
 
 
@@ -222,14 +204,24 @@ def _gpu_layers(shapes: Sequence[str], layers: Figures, peers: Figures) -> list[
     rows = [row(name, shape) for shape in shapes for name in GPU_METHODS if f"{name} {shape}" in layers]
     return [
         *text(
-            "Milliseconds per layer in bfloat16, everything on the device. FusionBench decomposes at every arrival:",
-            "beside it stands the backlog, prepare + update; ready, an arrival is the update alone. The floors are the",
-            f"bytes over the device's bandwidth ({layers.get('bytes_per_second', 0) / 1e9:.0f} GB/s, measured) and the",
-            "products over its rate (measured, too), of an update and a read-out together.",
+            "Milliseconds per layer in bfloat16. Backlog: prepare and update; ready: the update. Bytes and products:",
+            "the floors of update and read-out, what is moved over the bandwidth",
+            f"({layers.get('bytes_per_second', 0) / 1e9:.0f} GB/s), what is multiplied over the rate, both measured.",
         ),
         "",
         *_table(("layer", "backlog", "ready", "read-out", "bytes", "products", "merge_linear_weights"), rows),
     ]
+
+
+def _gpu_eigh(eigh: Figures) -> list[str]:
+    """One row for each side and dtype; `eigh` is by "1024 float64" and "1024 float64, 4 at a time"."""
+    ways = {name.partition(", ")[2]: None for name in eigh}
+    rows: dict[str, list[str]] = {}
+    for name in eigh:
+        kind = name.partition(", ")[0]
+        found = (eigh.get(f"{kind}, {way}" if way else kind) for way in ways)
+        rows[kind] = ["-" if taken is None else f"{taken * 1e3:.1f}" for taken in found]
+    return _table(("side", *(way or "each" for way in ways)), ([kind, *cells] for kind, cells in rows.items()))
 
 
 def _ended(step: Figures) -> str:
@@ -265,12 +257,14 @@ def _memory(found: Figures) -> str:
     )
 
 
+BELOW = "below"
+"""What a step found that has a table of its own."""
 GPU_METHODS = ("opcm", "iso_c", "task_arithmetic")
 GPU_SUMS: dict[str, Callable[[Figures], str]] = {
     "tests": lambda found: ", ".join(f"{count} {word}" for word, count in found.items() if word != "names"),
     "exact": _good,
-    "layers": lambda _: "below",
-    "eigh": lambda _: "below",
+    "layers": lambda _: BELOW,
+    "eigh": lambda _: BELOW,
     "daemon": _daemon,
     "memory": _memory,
     "ways": _ways,
@@ -303,11 +297,9 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _phases(by: Mapping[str, Mapping[str, float]]) -> list[str]:
-    if not by:
-        return []
     names = list(next(iter(by.values())))
     rows = ([name, *(_short(spent[phase]) for phase in names)] for name, spent in by.items())
-    return [*text(PHASES), "", *_table(["", *names], rows)]
+    return _table(["phases", *names], rows)
 
 
 def _short(seconds: float) -> str:
