@@ -48,7 +48,7 @@ def opcm(figures: Figures) -> list[str]:
             ((name, _short(middle), spread, _size(peak)) for name, middle, spread, peak in rows),
         ),
         "",
-        *_phases({"backlog": ours["phases"], "ready": ready["phases"]}),
+        *text(f"Phases, seconds summed over threads: {_phases(ours['phases'])}; ready: {_phases(ready['phases'])}."),
     ]
 
 
@@ -128,9 +128,9 @@ def download(figures: Figures) -> list[str]:
         *_table(("", "MB/s", "median s", "range s"), rows),
         "",
         *text(
-            f"{many['clients']} clients pulled while {len(many['versions'])} versions came and went: {many['pulls']}",
-            f"whole pulls, {_size(many['bytes'])} in {_short(many['seconds'])} s, each file's sha256 checked; for",
-            f"{many['gone']} the version was gone. The daemon's peak: {_size(many['peak_bytes'])}.",
+            f"{many['clients']} clients, {len(many['versions'])} versions: {many['pulls']} whole pulls, each sha256",
+            f"checked, {_size(many['bytes'])} in {_short(many['seconds'])} s, {many['gone']} told that the version was",
+            f"gone. The daemon's peak: {_size(many['peak_bytes'])}.",
         ),
     ]
 
@@ -182,14 +182,17 @@ def gpu(figures: Figures) -> list[str]:
     """Every step of bench/gpu.sh: how it ended, and the figures of those that found any."""
     steps: Mapping[str, Mapping[str, Any]] = figures["steps"]
     found = {name: step["found"] for name, step in steps.items()}
-    rows = (
-        [name, _ended(step), _short(step["seconds"]), GPU_SUMS[name](step["found"])] for name, step in steps.items()
-    )
-    lines = _table(("step", "ended", "s", "found"), (row for row in rows if row[1] != "done" or row[3] != BELOW))
+    lines = []
+    for name, step in steps.items():
+        words = GPU_SUMS[name](step["found"])
+        if words or step["status"] != "done":
+            ended = "" if step["status"] == "done" else f" {_ended(step)}"
+            lines.append(f"- {name}, {_short(step['seconds'])} s:{ended} {words}".rstrip())
     if layers := found.get("layers"):
         lines += ["", *_gpu_layers(figures["shapes"], layers, found.get("fusionbench", {}))]
     if eigh := found.get("eigh"):
-        lines += ["", "Milliseconds of an eigendecomposition on the device:", "", *_gpu_eigh(eigh)]
+        each = ", ".join(f"{name} {taken * 1e3:.1f}" for name, taken in eigh.items() if MANY not in name)
+        lines += ["", *text(f"Milliseconds of an eigendecomposition on the device: {each}.")]
     return lines
 
 
@@ -204,24 +207,13 @@ def _gpu_layers(shapes: Sequence[str], layers: Figures, peers: Figures) -> list[
     rows = [row(name, shape) for shape in shapes for name in GPU_METHODS if f"{name} {shape}" in layers]
     return [
         *text(
-            "Milliseconds per layer in bfloat16. Backlog: prepare and update; ready: the update. Bytes and products:",
-            "the floors of update and read-out, what is moved over the bandwidth",
-            f"({layers.get('bytes_per_second', 0) / 1e9:.0f} GB/s), what is multiplied over the rate, both measured.",
+            "Milliseconds per layer in bfloat16. Backlog: prepare and update; ready: update. Bytes, products: floors",
+            "of update and read-out, by measured bandwidth",
+            f"({layers.get('bytes_per_second', 0) / 1e9:.0f} GB/s) and rate.",
         ),
         "",
         *_table(("layer", "backlog", "ready", "read-out", "bytes", "products", "merge_linear_weights"), rows),
     ]
-
-
-def _gpu_eigh(eigh: Figures) -> list[str]:
-    """One row for each side and dtype; `eigh` is by "1024 float64" and "1024 float64, 4 at a time"."""
-    ways = {name.partition(", ")[2]: None for name in eigh}
-    rows: dict[str, list[str]] = {}
-    for name in eigh:
-        kind = name.partition(", ")[0]
-        found = (eigh.get(f"{kind}, {way}" if way else kind) for way in ways)
-        rows[kind] = ["-" if taken is None else f"{taken * 1e3:.1f}" for taken in found]
-    return _table(("side", *(way or "each" for way in ways)), ([kind, *cells] for kind, cells in rows.items()))
 
 
 def _ended(step: Figures) -> str:
@@ -257,20 +249,22 @@ def _memory(found: Figures) -> str:
     )
 
 
-BELOW = "below"
-"""What a step found that has a table of its own."""
+MANY = " at a time"
+"""In the names of decompositions that were measured several at a time: those stay in the results."""
 GPU_METHODS = ("opcm", "iso_c", "task_arithmetic")
+"""Those of whose layers there are times."""
 GPU_SUMS: dict[str, Callable[[Figures], str]] = {
     "tests": lambda found: ", ".join(f"{count} {word}" for word, count in found.items() if word != "names"),
     "exact": _good,
-    "layers": lambda _: BELOW,
-    "eigh": lambda _: BELOW,
+    "layers": lambda _: "",
+    "eigh": lambda _: "",
     "daemon": _daemon,
     "memory": _memory,
     "ways": _ways,
     "fusionbench": lambda found: f"version {found['version']}" if found else "-",
     "sanitizer": lambda found: f"{found['errors']} errors" if found.get("errors") is not None else "-",
 }
+"""What a step found, in words; nothing where it is told further down."""
 NEVER = {
     "gpu": "Never run: no GPU was at hand. `bench/gpu.sh` is ready for one, and rehearsed on the CPU by the tests."
 }
@@ -296,10 +290,8 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _phases(by: Mapping[str, Mapping[str, float]]) -> list[str]:
-    names = list(next(iter(by.values())))
-    rows = ([name, *(_short(spent[phase]) for phase in names)] for name, spent in by.items())
-    return _table(["phases", *names], rows)
+def _phases(spent: Mapping[str, float]) -> str:
+    return ", ".join(f"{phase} {_short(seconds)}" for phase, seconds in spent.items())
 
 
 def _short(seconds: float) -> str:

@@ -30,9 +30,8 @@ HEAD = (
     "two things of one run on one machine.",
 )
 LEGEND = (
-    "Below, each section names its command and the share of the machine's time that other programs took. Seconds are",
-    "per arrival, phases summed over threads; memory is the highest resident size. Unless told otherwise, the machine",
-    "was an",
+    "Below, each section has its command and the share of the machine's time that others took. Seconds are per",
+    "arrival; memory is the highest resident size. Unless told otherwise, on",
 )
 
 
@@ -158,39 +157,39 @@ def gpu(figures: Figures) -> Outcome:
 
 
 ROWS = (
-    Row("OPCM, ViT-B/32 (87M, float32), backlog, against FusionBench's merge + load", ">= 3x faster", "opcm", backlog),
-    Row("the same, drop to published, basis ready", ">= 8x faster", "opcm", ready),
-    Row("peak resident memory, the same run", "<= 1/5 of FusionBench's", "opcm", memory),
-    Row("`mean`, per arrival, against one plain pass over the same bytes", "<= 1.5x", "mean", mean),
+    Row("OPCM, ViT-B/32 (87M, float32), backlog, against FusionBench", ">= 3x faster", "opcm", backlog),
+    Row("the same, basis ready", ">= 8x faster", "opcm", ready),
+    Row("its peak memory", "<= 1/5 of FusionBench's", "opcm", memory),
+    Row("`mean` against one plain pass over the bytes", "<= 1.5x", "mean", mean),
     Row(
-        "`task_arithmetic`, Llama-shaped (254M, bfloat16), the 4th expert against mergekit merging all 4 again",
+        "`task_arithmetic`, Llama-shaped (254M, bfloat16), 4th expert, against mergekit merging 4",
         ">= 3x faster",
         "llama",
         llama("task_arithmetic", 3),
     ),
     Row("the same, `ties`", ">= 10x faster", "llama", llama("ties", 10)),
     Row(
-        "LoRA adapters of rank 16, Llama-shaped, seconds per arrival against the same experts as full checkpoints",
+        "LoRA adapters of rank 16 against the same as full checkpoints",
         "to be shown",
         "adapters",
         adapters,
     ),
     Row(
-        "one download over HTTP, against a bare uvicorn with starlette's FileResponse",
+        "a download, against bare uvicorn with FileResponse",
         ">= 1x as fast",
         "download",
         download,
     ),
-    Row("32 parallel pulls while versions change", "every byte right", "download", pulls),
-    Row("growth with the experts before: 2 to 128", f"flat: within {FLAT:.0%}", "growth_experts", growth_experts),
+    Row("32 pulls while versions change", "every byte right", "download", pulls),
+    Row("growth with experts, 2 to 128", f"flat: within {FLAT:.0%}", "growth_experts", growth_experts),
     Row(
-        "growth with the model, same largest matrix: 4 to 32 layers",
+        "growth with layers, 4 to 32",
         f"memory flat: within {FLAT:.0%}; time linear: R² >= {LINEAR}",
         "growth_size",
         growth_size,
     ),
     Row(
-        "OPCM on one GPU, layers 4096x4096 and 4096x14336, against FusionBench's merge_linear_weights on it",
+        "OPCM on a GPU, layers 4096x4096 and 4096x14336, against FusionBench",
         ">= 20x faster",
         "gpu",
         gpu,

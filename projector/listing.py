@@ -121,7 +121,7 @@ def markdown(listings: Iterable[Listing]) -> str:
         if one.parameters:
             parts += [""]
             parts += [
-                f"- `{key}={worded(about.default)}`{_allowed(about)}: {_escaped(about.help)}"
+                f"- `{key}={worded(about.default)}`{_choices(about)}: {_escaped(about.help)}"
                 for key, about in one.parameters.items()
             ]
     return "\n".join(parts) + "\n"
@@ -229,8 +229,10 @@ def _more(listed: Listing) -> str:
     return more + (" **Approximate.**" if listed.approximate else "")
 
 
-def _allowed(about: Parameter) -> str:
-    return f" ({_escaped(about.range)})" if about.range else ""
+def _choices(about: Parameter) -> str:
+    """The allowed words, in brackets; numbers are told by `mainstem methods` and by every refusal."""
+    words = [word for word in about.range.split(", ") if word[:1].isalpha()]
+    return f" ({_escaped(', '.join(words))})" if words else ""
 
 
 def _yes(listed: Listing, fact: str, true: str, false: str) -> str:
