@@ -30,12 +30,12 @@ def origin(result: Mapping[str, Any], usual: str) -> list[str]:
 def opcm(figures: Figures) -> list[str]:
     ours, ready, peer = figures["backlog"], figures["ready"], figures["fusionbench"]
     rows = [
-        ("mainstem, backlog: commit to commit", ours["median"], _range(ours["seconds"]), ours["peak_bytes"]),
-        ("mainstem, ready: drop to visible", ready["median"], _range(ready["seconds"]), ready["peak_bytes"]),
+        ("mainstem, backlog: commit to commit", ours["median"], ours["peak_bytes"]),
+        ("mainstem, ready: drop to visible", ready["median"], ready["peak_bytes"]),
     ]
     if peer:
         name = f"FusionBench {peer['versions']['fusion-bench']}, {peer['threads']} threads: merge + load"
-        rows.append((name, peer["median"], f"merges {_range(peer['merge'])}", peer["peak_bytes"]))
+        rows.append((name, peer["median"], peer["peak_bytes"]))
     preparing = sum(ready["preparing"]) / len(ready["preparing"])
     return [
         *text(
@@ -44,19 +44,17 @@ def opcm(figures: Figures) -> list[str]:
         ),
         "",
         *_table(
-            ("per expert", "median s", "range s", "peak resident"),
-            ((name, _short(middle), spread, _size(peak)) for name, middle, spread, peak in rows),
+            ("per expert", "s", "peak"),
+            ((name, _short(middle), _size(peak)) for name, middle, peak in rows),
         ),
-        "",
-        *text(f"Phases, seconds summed over threads: {_phases(ours['phases'])}; ready: {_phases(ready['phases'])}."),
     ]
 
 
 def mean(figures: Figures) -> list[str]:
     rows = [
-        ("the floor", figures["floor_median"], figures["floor"]),
-        ("the daemon: taken to merged", figures["merge_median"], figures["merge"]),
-        ("the daemon: drop to visible", figures["arrival_median"], figures["arrival"]),
+        ("the floor", figures["floor_median"]),
+        ("the daemon: taken to merged", figures["merge_median"]),
+        ("the daemon: drop to visible", figures["arrival_median"]),
     ]
     return [
         *text(
@@ -65,7 +63,7 @@ def mean(figures: Figures) -> list[str]:
             f"The daemon's peak: {_size(figures['peak_bytes'])}.",
         ),
         "",
-        *_table(("", "median s", "range s"), ((name, _short(mid), _range(all_)) for name, mid, all_ in rows)),
+        *_table(("", "s"), ((name, _short(middle)) for name, middle in rows)),
     ]
 
 
@@ -74,11 +72,11 @@ def llama(figures: Figures) -> list[str]:
     for method in ("task_arithmetic", "ties"):
         ours, theirs = figures[method]["mainstem"], figures[method]["mergekit"]
         if ours:
-            row = (_short(ours["median"]), _range(ours["seconds"]), _size(ours["peak_bytes"]))
+            row = (_short(ours["median"]), _size(ours["peak_bytes"]))
             rows.append((f"{method}: mainstem, the 4th expert", *row))
         if theirs:
             start = f"all four, of it {theirs['start']:.1f} s starting"
-            row = (_short(theirs["median"]), _range(theirs["seconds"]), _size(theirs["peak_bytes"]))
+            row = (_short(theirs["median"]), _size(theirs["peak_bytes"]))
             rows.append((f"{method}: mergekit {theirs['version']}, {start}", *row))
     return [
         *text(
@@ -86,7 +84,7 @@ def llama(figures: Figures) -> list[str]:
             "which syncs and hashes nothing; its start, measured on a tiny model, is what a daemon pays once.",
         ),
         "",
-        *_table(("", "median s", "range s", "peak resident"), rows),
+        *_table(("", "s", "peak"), rows),
     ]
 
 
@@ -95,8 +93,7 @@ def adapters(figures: Figures) -> list[str]:
     for method in ("mean", "opcm"):
         for kind in ("adapter", "adapter after full", "full"):
             found = figures[method][kind]
-            peak = _size(found["peak_bytes"])
-            rows.append((f"{method}: {kind}", _short(found["median"]), _range(found["seconds"]), peak))
+            rows.append((f"{method}: {kind}", _short(found["median"]), _size(found["peak_bytes"])))
     return [
         *text(
             f"A model of {_size(figures['model_bytes'])}; adapters of rank {figures['rank']} on every linear layer,",
@@ -104,7 +101,7 @@ def adapters(figures: Figures) -> list[str]:
             "a full checkpoint merged before it.",
         ),
         "",
-        *_table(("", "median s", "range s", "peak resident"), rows),
+        *_table(("", "s", "peak"), rows),
     ]
 
 
@@ -115,7 +112,6 @@ def download(figures: Figures) -> list[str]:
             name,
             f"{figures['model_bytes'] / 1e6 / figures[f'{key}_median']:.0f}",
             _short(figures[f"{key}_median"]),
-            _range(figures[key]),
         )
         for key, name in who.items()
     ]
@@ -125,7 +121,7 @@ def download(figures: Figures) -> list[str]:
             f"One file of {_size(figures['model_bytes'])}, from the page cache to another file, nothing synced.",
         ),
         "",
-        *_table(("", "MB/s", "median s", "range s"), rows),
+        *_table(("", "MB/s", "s"), rows),
         "",
         *text(
             f"{many['clients']} clients, {len(many['versions'])} versions: {many['pulls']} whole pulls, each sha256",
@@ -136,7 +132,6 @@ def download(figures: Figures) -> list[str]:
 
 
 def growth_experts(figures: Figures) -> list[str]:
-    seconds, slope = figures["seconds"], figures["time"]["slope"]
     rows = (
         (f"{mark['since']} to {mark['experts']}", _short(mark["seconds"]), _size(mark["peak_bytes"]))
         for mark in figures["marks"]
@@ -146,13 +141,7 @@ def growth_experts(figures: Figures) -> list[str]:
             f"A model of {_size(figures['model_bytes'])}, OPCM, a backlog; the daemon's own time for one arrival.",
         ),
         "",
-        *_table(("arrivals", "median s", "peak resident"), rows),
-        "",
-        *text(
-            f"Least squares over {len(seconds)} arrivals: {slope * 1e3:+.3f} ms per expert,",
-            f"{figures['time']['moves']:+.1%} of the mean over the range; single ones took {_range(seconds)} s.",
-            f"Memory: {_slope(figures)} per expert.",
-        ),
+        *_table(("arrivals", "s", "peak"), rows),
     ]
 
 
@@ -167,14 +156,8 @@ def growth_size(figures: Figures) -> list[str]:
         )
         for size in figures["sizes"]
     )
-    time = figures["time"]
     return [
-        *_table(("layers", "model", "median s", "ms per layer", "peak resident"), rows),
-        "",
-        *text(
-            f"Least squares: {time['slope'] * 1e3:.1f} ms per layer (R² {time['fit']:.4f}),",
-            f"memory {_slope(figures)} per layer.",
-        ),
+        *_table(("layers", "model", "s", "ms per layer", "peak"), rows),
     ]
 
 
@@ -200,19 +183,18 @@ def _gpu_layers(shapes: Sequence[str], layers: Figures, peers: Figures) -> list[
     def row(name: str, shape: str) -> list[str]:
         layer, peer = layers[f"{name} {shape}"], peers.get(shape) if name == "opcm" else None
         times = (layer["prepare"] + layer["update"], layer["update"], layer["read"])
-        floors = (layer["floor_bytes"], layer["floor_flops"])
-        ms = [f"{value * 1e3:.2f}" for value in (*times, *floors)]
+        floor = max(layer["floor_bytes"], layer["floor_flops"])
+        ms = [f"{value * 1e3:.2f}" for value in (*times, floor)]
         return [f"`{name}` {shape}", *ms, f"{peer * 1e3:.0f}" if peer else "-"]
 
     rows = [row(name, shape) for shape in shapes for name in GPU_METHODS if f"{name} {shape}" in layers]
     return [
         *text(
-            "Milliseconds per layer in bfloat16. Backlog: prepare and update; ready: update. Bytes, products: floors",
-            "of update and read-out, by measured bandwidth",
-            f"({layers.get('bytes_per_second', 0) / 1e9:.0f} GB/s) and rate.",
+            "Milliseconds per layer in bfloat16. Backlog: prepare and update; ready: update; floor: of update and",
+            "read-out, by measured bandwidth and rate.",
         ),
         "",
-        *_table(("layer", "backlog", "ready", "read-out", "bytes", "products", "merge_linear_weights"), rows),
+        *_table(("layer", "backlog", "ready", "read-out", "floor", "merge_linear_weights"), rows),
     ]
 
 
@@ -290,21 +272,9 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _phases(spent: Mapping[str, float]) -> str:
-    return ", ".join(f"{phase} {_short(seconds)}" for phase, seconds in spent.items())
-
-
 def _short(seconds: float) -> str:
     return f"{seconds:.3g}"
 
 
-def _range(values: Sequence[float]) -> str:
-    return f"{_short(min(values))} to {_short(max(values))}"
-
-
 def _size(count: float) -> str:
     return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
-def _slope(figures: Figures) -> str:
-    return f"{figures['memory']['slope'] / 1e6:+.3f} MB"

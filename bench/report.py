@@ -30,8 +30,8 @@ HEAD = (
     "two things of one run on one machine.",
 )
 LEGEND = (
-    "Below, each section has its command and the share of the machine's time that others took. Seconds are per",
-    "arrival; memory is the highest resident size. Unless told otherwise, on",
+    "Below, each section has its command and the share of the machine's time that others took. Seconds are medians",
+    "per arrival, peaks of resident memory; ranges and phases are in `bench/results`. Unless told otherwise, on",
 )
 
 

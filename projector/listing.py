@@ -220,12 +220,9 @@ def _accumulators(shapes: Mapping[str, str]) -> str:
 
 
 def _more(listed: Listing) -> str:
-    """What not every method has: matrices of another shape than m x n, what is kept of each expert, approximations."""
-    plain = all(shape.startswith("m x n ") for shape in listed.keeps.values())
-    more = "" if plain else f" Keeps {_accumulators(listed.keeps)}."
-    more += f" Prepares {_accumulators(listed.prepares)}." if listed.prepares else ""
-    if matrix := listed.record_bytes_per_parameter:
-        more += f" Of each expert {_each(matrix, listed.vector_record_bytes_per_parameter, '.2g')}."
+    """What few methods have: an amount that is kept of each expert, a result that is not the method's own."""
+    matrix, vector = listed.record_bytes_per_parameter, listed.vector_record_bytes_per_parameter
+    more = f" Keeps of each expert {_each(matrix, vector, '.2g')}." if matrix else ""
     return more + (" **Approximate.**" if listed.approximate else "")
 
 

@@ -31,7 +31,7 @@ class Dare(Thinning):
 
     name = "dare"
     formula = "task_arithmetic or ties of mask * tau / (1 - drop), mask ~ Bernoulli(1 - drop)"
-    paper = "Yu et al., Language models are super Mario, arXiv 2311.03099"
+    paper = "Yu et al., DARE, arXiv 2311.03099"
     keyed = True
 
     drop: float = param(0.9, "probability that a value is dropped", low=0, high=0.99)

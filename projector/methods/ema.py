@@ -25,7 +25,7 @@ class Ema(Method):
 
     name = "ema"
     formula = "running_t = weight * expert_t + (1 - weight) * running_{t-1}, running_0 = base"
-    paper = "Dziadzio et al., How to merge your multimodal models over time?, arXiv 2412.06712"
+    paper = "Dziadzio et al., TIME, arXiv 2412.06712"
 
     weight: float = param(0.5, "the newest expert's share", low=0, high=1, idle=0)
 

@@ -43,7 +43,7 @@ class Emr(Method):
 
     name = "emr"
     formula = "base + sign(S) * max |tau_i| of that sign; view i: base + rescale_i * mask_i * that"
-    paper = "Huang et al., EMR-Merging: tuning-free high-performance model merging, arXiv 2405.17461"
+    paper = "Huang et al., EMR-Merging, arXiv 2405.17461"
     order_independent = True
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:

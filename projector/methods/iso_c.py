@@ -34,7 +34,7 @@ class IsoC(Method):
 
     name = "iso_c"
     formula = "base + scale * mean(s) * U V' of S = U diag(s) V'; other tensors: mean"
-    paper = "Marczak et al., No task left behind: isotropic model merging, arXiv 2502.04959"
+    paper = "Marczak et al., No task left behind, arXiv 2502.04959"
     order_independent = True
     subtractable = True
     weighted = True

@@ -25,7 +25,7 @@ class Magmax(Method):
 
     name = "magmax"
     formula = "base + scale * tau_i where |tau_i| is largest, newest first among equals"
-    paper = "Marczak et al., MagMax: leveraging model merging for seamless continual learning, arXiv 2407.06322"
+    paper = "Marczak et al., MagMax, arXiv 2407.06322"
 
     scale: float = param(0.5, "factor of what is kept", low=-10, high=10, idle=0)
 

@@ -48,7 +48,7 @@ class Mats(Method):
 
     name = "mats"
     formula = "base + x, (sum w_i C_i) x = sum w_i C_i tau_i from x = S"
-    paper = "Tam et al., Merging by matching models in task parameter subspaces, arXiv 2312.04339"
+    paper = "Tam et al., MaTS, arXiv 2312.04339"
     order_independent = True
     subtractable = True
     weighted = True

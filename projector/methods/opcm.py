@@ -53,7 +53,7 @@ class Opcm(Method):
 
     name = "opcm"
     formula = "A += P(tau; A); base + A * mean(||tau||) / ||A||, or isotropic base + scale * mean(s) * U V' of A"
-    paper = "Tang et al., Merging models on the fly without retraining, arXiv 2501.09522"
+    paper = "Tang et al., OPCM, arXiv 2501.09522"
 
     alpha: float = param(0.5, "share of A's nuclear norm that is protected", low=0, high=1)
     projection: str = param("code", "which entries of U' tau V are removed", choices=("code", "paper"))

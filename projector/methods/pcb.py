@@ -44,7 +44,7 @@ class Pcb(Method):
         "base + scale * sum share_i sign(tau_i) a_i / sum share_i, a_i: |tau_i| clamped at its 1e-4 quantiles, "
         "share_i: norm(max(score_i, its ratio's least)), score_i: exp(T norm(a_i)^2) tanh(tau_i S)"
     )
-    paper = "Du et al., Parameter competition balancing for model merging, arXiv 2410.02396"
+    paper = "Du et al., PCB-Merging, arXiv 2410.02396"
     approximate = True
     rounds = 4
     surveys_state = True

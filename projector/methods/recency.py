@@ -57,7 +57,7 @@ class Recency(Method):
 
     name = "recency"
     formula = "base + sum f(i) tau_i / sum f(i), or with f(t - i + 1) reversed"
-    paper = "Dziadzio et al., How to merge your multimodal models over time?, arXiv 2412.06712"
+    paper = "Dziadzio et al., TIME, arXiv 2412.06712"
 
     scheme: str = param("linear", "how f grows with the place", choices=(*FORWARD, *REVERSE))
 

@@ -37,7 +37,7 @@ class RegMean(Method):
 
     name = "regmean"
     formula = "base + H G^-1, G = sum w_i X_i'X_i, H = sum w_i tau_i X_i'X_i; other tensors: mean"
-    paper = "Jin et al., Dataless knowledge fusion by merging weights of language models, arXiv 2212.09849"
+    paper = "Jin et al., RegMean, arXiv 2212.09849"
     order_independent = True
     subtractable = True
     weighted = True

@@ -23,7 +23,7 @@ class TaskArithmetic(Method):
 
     name = "task_arithmetic"
     formula = "base + scale * S; scale: a number, norm: mean(||tau||) / ||S||, per_sqrt: c / sqrt(T)"
-    paper = "Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089"
+    paper = "Ilharco et al., Task arithmetic, arXiv 2212.04089"
     order_independent = True
     subtractable = True
     weighted = True

@@ -52,7 +52,7 @@ class Ties(Method):
 
     name = "ties"
     formula = "base + scale * (mean, sum or max of the trimmed w_i tau_i with the sign of their sum)"
-    paper = "Yadav et al., TIES-merging: resolving interference when merging models, arXiv 2306.01708"
+    paper = "Yadav et al., TIES-merging, arXiv 2306.01708"
     order_independent = True
     weighted = True
     one_sweep = True

@@ -52,7 +52,7 @@ class Wudi(Method):
 
     name = "wudi"
     formula = "base + argmin_M sum w_i ||(M - tau_i) tau_i'||^2 / ||tau_i||^2 from M = S; other tensors: mean"
-    paper = "Cheng et al., Whoever started the interference should end it, arXiv 2503.08099"
+    paper = "Cheng et al., WUDI, arXiv 2503.08099"
     order_independent = True
     subtractable = True
     weighted = True
