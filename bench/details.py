@@ -211,26 +211,6 @@ def _good(found: Figures) -> str:
     return f"{said}, {worst:.1e} at most" + (f"; not {', '.join(bad)}" if bad else "")
 
 
-def _ways(found: Figures) -> str:
-    sides = [f"{name} {found[name]:.3g} s" for name in ("cpu", "device") if name in found]
-    return f"elementwise, {found.get('numel', 0) / 1e6:.0f}M parameters: {', '.join(sides)}"
-
-
-def _daemon(found: Figures) -> str:
-    return "; ".join(
-        f"{name}: {one['merged']} merged in {one['seconds']:.3g} s, {one['fallbacks']} on the CPU"
-        for name, one in found.items()
-    )
-
-
-def _memory(found: Figures) -> str:
-    return "; ".join(
-        f"{name}: {one['fallbacks']} on the CPU"
-        + {True: ", the same bits", False: ", OTHER BITS", None: ""}[one.get("the_cpus_bits")]
-        for name, one in found.items()
-    )
-
-
 MANY = " at a time"
 """In the names of decompositions that were measured several at a time: those stay in the results."""
 GPU_METHODS = ("opcm", "iso_c", "task_arithmetic")
@@ -238,15 +218,10 @@ GPU_METHODS = ("opcm", "iso_c", "task_arithmetic")
 GPU_SUMS: dict[str, Callable[[Figures], str]] = {
     "tests": lambda found: ", ".join(f"{count} {word}" for word, count in found.items() if word != "names"),
     "exact": _good,
-    "layers": lambda _: "",
-    "eigh": lambda _: "",
-    "daemon": _daemon,
-    "memory": _memory,
-    "ways": _ways,
-    "fusionbench": lambda found: f"version {found['version']}" if found else "-",
+    **dict.fromkeys(("layers", "eigh", "daemon", "memory", "ways", "fusionbench"), lambda _: ""),
     "sanitizer": lambda found: f"{found['errors']} errors" if found.get("errors") is not None else "-",
 }
-"""What a step found, in words; nothing where it is told further down."""
+"""What a step found, in words; nothing where tables tell it, or the results alone."""
 NEVER = {
     "gpu": "Never run: no GPU was at hand. `bench/gpu.sh` is ready for one, and rehearsed on the CPU by the tests."
 }
