@@ -5,7 +5,6 @@ from textwrap import wrap
 from typing import Any
 
 Figures = Mapping[str, Any]
-PHASES = "Phases per arrival, seconds summed over threads, so that they may exceed the time that passed:"
 
 
 def text(*parts: str) -> list[str]:
@@ -13,109 +12,96 @@ def text(*parts: str) -> list[str]:
     return wrap(" ".join(parts), 120, break_long_words=False, break_on_hyphens=False)
 
 
-def machine(result: Mapping[str, Any]) -> list[str]:
-    """Where, when and by which command a result came about."""
+def machine(result: Mapping[str, Any]) -> str:
+    """Where and when a result came about."""
     facts = result["machine"]
     gpu = f"{facts['gpu']}, " if "gpu" in facts else ""
     where = f"{gpu}{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 1e9:.0f} GB, {facts['system']}"
-    with_what = f"torch {facts['torch']}, Python {facts['python']}, {facts['date']}"
-    return text(f"{where}; {with_what}; other programs took {facts['others']:.1%} of its time. `{result['command']}`")
+    return f"{where}; torch {facts['torch']}, Python {facts['python']}, {facts['date']}"
+
+
+def origin(result: Mapping[str, Any], usual: str) -> list[str]:
+    """By which command a result came about, how quiet it was meanwhile, and where, if that is not the usual place."""
+    where = machine(result)
+    elsewhere = "" if where == usual else f", on {where}"
+    return text(f"`{result['command']}`; others {result['machine']['others']:.1%}{elsewhere}.")
 
 
 def opcm(figures: Figures) -> list[str]:
     ours, ready, peer = figures["backlog"], figures["ready"], figures["fusionbench"]
     rows = [
-        ("mainstem, backlog: commit to commit", ours["median"], _range(ours["seconds"]), ours["peak_bytes"]),
-        ("mainstem, ready: drop to visible", ready["median"], _range(ready["seconds"]), ready["peak_bytes"]),
+        ("mainstem, backlog: commit to commit", ours["median"], ours["peak_bytes"]),
+        ("mainstem, ready: drop to visible", ready["median"], ready["peak_bytes"]),
     ]
     if peer:
         name = f"FusionBench {peer['versions']['fusion-bench']}, {peer['threads']} threads: merge + load"
-        rows.append((name, peer["median"], f"merges {_range(peer['merge'])}", peer["peak_bytes"]))
+        rows.append((name, peer["median"], peer["peak_bytes"]))
     preparing = sum(ready["preparing"]) / len(ready["preparing"])
     return [
         *text(
-            f"A model of {_size(figures['model_bytes'])}. mainstem's times include reading, hashing, writing and",
-            "syncing the model and its state, and serving HTTP; FusionBench's include no saving.",
+            f"A model of {_size(figures['model_bytes'])}. mainstem's times include hashing and syncing model and",
+            f"state; FusionBench's no saving. Getting ready took {preparing:.1f} s of idle time per expert.",
         ),
         "",
         *_table(
-            ("per expert", "median s", "range s", "peak resident"),
-            ((name, _short(middle), spread, _size(peak)) for name, middle, spread, peak in rows),
+            ("per expert", "s", "peak"),
+            ((name, _short(middle), _size(peak)) for name, middle, peak in rows),
         ),
-        "",
-        *text(
-            f"Getting ready for the next expert took {preparing:.1f} s of idle time each.",
-        ),
-        "",
-        *_phases({"backlog": ours["phases"], "ready": ready["phases"]}),
     ]
 
 
 def mean(figures: Figures) -> list[str]:
     rows = [
-        ("the floor", figures["floor_median"], figures["floor"]),
-        ("the daemon: taken to merged", figures["merge_median"], figures["merge"]),
-        ("the daemon: drop to visible", figures["arrival_median"], figures["arrival"]),
+        ("the floor", figures["floor_median"]),
+        ("the daemon: taken to merged", figures["merge_median"]),
+        ("the daemon: drop to visible", figures["arrival_median"]),
     ]
     return [
         *text(
-            f"A model of {_size(figures['model_bytes'])}, a state of {_size(figures['state_bytes'])}. The floor is one",
-            "pass of plain Python file calls: read base, expert and state, write a state and a model and sync them,",
-            "hash expert, new state and new model. Peak resident memory of the daemon:",
-            f"{_size(figures['peak_bytes'])}.",
+            f"A model of {_size(figures['model_bytes'])}, a state of {_size(figures['state_bytes'])}. The floor: plain",
+            "file calls that read base, expert and state, write and sync state and model, and hash what is new.",
+            f"The daemon's peak: {_size(figures['peak_bytes'])}.",
         ),
         "",
-        *_table(("", "median s", "range s"), ((name, _short(mid), _range(all_)) for name, mid, all_ in rows)),
-        "",
-        *_phases({"mean": figures["phases"]}),
+        *_table(("", "s"), ((name, _short(middle)) for name, middle in rows)),
     ]
 
 
 def llama(figures: Figures) -> list[str]:
-    rows, phases = [], {}
+    rows = []
     for method in ("task_arithmetic", "ties"):
         ours, theirs = figures[method]["mainstem"], figures[method]["mergekit"]
         if ours:
-            phases[method] = ours["phases"]
-            row = (_short(ours["median"]), _range(ours["seconds"]), _size(ours["peak_bytes"]))
+            row = (_short(ours["median"]), _size(ours["peak_bytes"]))
             rows.append((f"{method}: mainstem, the 4th expert", *row))
         if theirs:
             start = f"all four, of it {theirs['start']:.1f} s starting"
-            row = (_short(theirs["median"]), _range(theirs["seconds"]), _size(theirs["peak_bytes"]))
+            row = (_short(theirs["median"]), _size(theirs["peak_bytes"]))
             rows.append((f"{method}: mergekit {theirs['version']}, {start}", *row))
     return [
         *text(
             f"Checkpoints of {_size(figures['model_bytes'])}. mainstem: drop to visible. mergekit: its whole command,",
-            "of which starting Python and importing its parts, measured on a tiny model, is what a daemon does not pay",
-            "again. Take it off, and what is left for task_arithmetic is a plain sum of four files, written without a",
-            "sync and without a hash; mainstem reads one expert, but also reads and writes its float32 state.",
+            "which syncs and hashes nothing; its start, measured on a tiny model, is what a daemon pays once.",
         ),
         "",
-        *_table(("", "median s", "range s", "peak resident"), rows),
-        "",
-        *_phases(phases),
+        *_table(("", "s", "peak"), rows),
     ]
 
 
 def adapters(figures: Figures) -> list[str]:
-    rows, phases = [], {}
+    rows = []
     for method in ("mean", "opcm"):
         for kind in ("adapter", "adapter after full", "full"):
             found = figures[method][kind]
-            peak = _size(found["peak_bytes"])
-            rows.append((f"{method}: {kind}", _short(found["median"]), _range(found["seconds"]), peak))
-            phases[f"{method}: {kind}"] = found["phases"]
+            rows.append((f"{method}: {kind}", _short(found["median"]), _size(found["peak_bytes"])))
     return [
         *text(
             f"A model of {_size(figures['model_bytes'])}; adapters of rank {figures['rank']} on every linear layer,",
-            f"{_size(figures['adapter_bytes'])} each. Drop to visible, what OPCM prepares ready. The state and the",
-            "published weights are as large as for a full checkpoint, and cost as much to write and hash. An adapter",
-            "finds only adapters merged before it; one after a full checkpoint finds a merged model of full rank.",
+            f'{_size(figures["adapter_bytes"])} each. Drop to visible, what OPCM prepares ready; "after full": with',
+            "a full checkpoint merged before it.",
         ),
         "",
-        *_table(("", "median s", "range s", "peak resident"), rows),
-        "",
-        *_phases(phases),
+        *_table(("", "s", "peak"), rows),
     ]
 
 
@@ -126,47 +112,36 @@ def download(figures: Figures) -> list[str]:
             name,
             f"{figures['model_bytes'] / 1e6 / figures[f'{key}_median']:.0f}",
             _short(figures[f"{key}_median"]),
-            _range(figures[key]),
         )
         for key, name in who.items()
     ]
     many = figures["parallel"]
     return [
         *text(
-            f"One file of {_size(figures['model_bytes'])}, from the page cache to another file, nothing synced: the",
-            "client reads from the socket and writes, `cp` copies.",
+            f"One file of {_size(figures['model_bytes'])}, from the page cache to another file, nothing synced.",
         ),
         "",
-        *_table(("", "MB/s", "median s", "range s"), rows),
+        *_table(("", "MB/s", "s"), rows),
         "",
         *text(
-            f"{many['clients']} clients pulled while {len(many['versions'])} versions came and went: {many['pulls']}",
-            f"whole pulls, {_size(many['bytes'])} in {_short(many['seconds'])} s, each file held against the sha256 of",
-            f"its manifest; {many['gone']} were told that their version was gone. The daemon's peak was",
-            f"{_size(many['peak_bytes'])}.",
+            f"{many['clients']} clients, {len(many['versions'])} versions: {many['pulls']} whole pulls, each sha256",
+            f"checked, {_size(many['bytes'])} in {_short(many['seconds'])} s, {many['gone']} told that the version was",
+            f"gone. The daemon's peak: {_size(many['peak_bytes'])}.",
         ),
     ]
 
 
 def growth_experts(figures: Figures) -> list[str]:
-    seconds, slope = figures["seconds"], figures["time"]["slope"]
     rows = (
         (f"{mark['since']} to {mark['experts']}", _short(mark["seconds"]), _size(mark["peak_bytes"]))
         for mark in figures["marks"]
     )
     return [
         *text(
-            f"A model of {_size(figures['model_bytes'])}, OPCM, all experts waiting in the inbox. Time is the daemon's",
-            "own for one arrival, memory its highest resident size so far.",
+            f"A model of {_size(figures['model_bytes'])}, OPCM, a backlog; the daemon's own time for one arrival.",
         ),
         "",
-        *_table(("arrivals", "median s", "peak resident"), rows),
-        "",
-        *text(
-            f"Least squares over all {len(seconds)} arrivals: {slope * 1e3:+.3f} ms per expert,",
-            f"{figures['time']['moves']:+.1%} of the mean over the range; single arrivals took {_range(seconds)} s.",
-            f"Memory: {_slope(figures)} per expert.",
-        ),
+        *_table(("arrivals", "s", "peak"), rows),
     ]
 
 
@@ -181,16 +156,8 @@ def growth_size(figures: Figures) -> list[str]:
         )
         for size in figures["sizes"]
     )
-    time = figures["time"]
     return [
-        "OPCM, all experts waiting in the inbox. Time is the daemon's own for one arrival.",
-        "",
-        *_table(("layers", "model", "median s", "ms per layer", "peak resident"), rows),
-        "",
-        *text(
-            f"Least squares: {time['slope'] * 1e3:.1f} ms per layer (R² {time['fit']:.4f}),",
-            f"memory {_slope(figures)} per layer.",
-        ),
+        *_table(("layers", "model", "s", "ms per layer", "peak"), rows),
     ]
 
 
@@ -198,16 +165,17 @@ def gpu(figures: Figures) -> list[str]:
     """Every step of bench/gpu.sh: how it ended, and the figures of those that found any."""
     steps: Mapping[str, Mapping[str, Any]] = figures["steps"]
     found = {name: step["found"] for name, step in steps.items()}
-    lines = _table(
-        ("step", "ended", "s", "found"),
-        ([name, _ended(step), _short(step["seconds"]), GPU_SUMS[name](step["found"])] for name, step in steps.items()),
-    )
+    lines = []
+    for name, step in steps.items():
+        words = GPU_SUMS[name](step["found"])
+        if words or step["status"] != "done":
+            ended = "" if step["status"] == "done" else f" {_ended(step)}"
+            lines.append(f"- {name}, {_short(step['seconds'])} s:{ended} {words}".rstrip())
     if layers := found.get("layers"):
         lines += ["", *_gpu_layers(figures["shapes"], layers, found.get("fusionbench", {}))]
     if eigh := found.get("eigh"):
-        rows = ([name, f"{taken * 1e3:.1f}"] for name, taken in eigh.items())
-        lines += ["", "Milliseconds of an eigendecomposition on the device:", ""]
-        lines += _table(("side and dtype", "each"), rows)
+        each = ", ".join(f"{name} {taken * 1e3:.1f}" for name, taken in eigh.items() if MANY not in name)
+        lines += ["", *text(f"Milliseconds of an eigendecomposition on the device: {each}.")]
     return lines
 
 
@@ -215,20 +183,18 @@ def _gpu_layers(shapes: Sequence[str], layers: Figures, peers: Figures) -> list[
     def row(name: str, shape: str) -> list[str]:
         layer, peer = layers[f"{name} {shape}"], peers.get(shape) if name == "opcm" else None
         times = (layer["prepare"] + layer["update"], layer["update"], layer["read"])
-        floors = (layer["floor_bytes"], layer["floor_flops"])
-        ms = [f"{value * 1e3:.2f}" for value in (*times, *floors)]
+        floor = max(layer["floor_bytes"], layer["floor_flops"])
+        ms = [f"{value * 1e3:.2f}" for value in (*times, floor)]
         return [f"`{name}` {shape}", *ms, f"{peer * 1e3:.0f}" if peer else "-"]
 
     rows = [row(name, shape) for shape in shapes for name in GPU_METHODS if f"{name} {shape}" in layers]
     return [
         *text(
-            "Milliseconds per layer in bfloat16, everything on the device. FusionBench decomposes at every arrival:",
-            "beside it stands the backlog, prepare + update; ready, an arrival is the update alone. The floors are the",
-            f"bytes over the device's bandwidth ({layers.get('bytes_per_second', 0) / 1e9:.0f} GB/s, measured) and the",
-            "products over its rate (measured, too), of an update and a read-out together.",
+            "Milliseconds per layer in bfloat16. Backlog: prepare and update; ready: update; floor: of update and",
+            "read-out, by measured bandwidth and rate.",
         ),
         "",
-        *_table(("layer", "backlog", "ready", "read-out", "bytes", "products", "merge_linear_weights"), rows),
+        *_table(("layer", "backlog", "ready", "read-out", "floor", "merge_linear_weights"), rows),
     ]
 
 
@@ -245,38 +211,17 @@ def _good(found: Figures) -> str:
     return f"{said}, {worst:.1e} at most" + (f"; not {', '.join(bad)}" if bad else "")
 
 
-def _ways(found: Figures) -> str:
-    sides = [f"{name} {found[name]:.3g} s" for name in ("cpu", "device") if name in found]
-    return f"elementwise, {found.get('numel', 0) / 1e6:.0f}M parameters: {', '.join(sides)}"
-
-
-def _daemon(found: Figures) -> str:
-    return "; ".join(
-        f"{name}: {one['merged']} merged in {one['seconds']:.3g} s, {one['fallbacks']} on the CPU"
-        for name, one in found.items()
-    )
-
-
-def _memory(found: Figures) -> str:
-    return "; ".join(
-        f"{name}: {one['fallbacks']} on the CPU"
-        + {True: ", the same bits", False: ", OTHER BITS", None: ""}[one.get("the_cpus_bits")]
-        for name, one in found.items()
-    )
-
-
+MANY = " at a time"
+"""In the names of decompositions that were measured several at a time: those stay in the results."""
 GPU_METHODS = ("opcm", "iso_c", "task_arithmetic")
+"""Those of whose layers there are times."""
 GPU_SUMS: dict[str, Callable[[Figures], str]] = {
     "tests": lambda found: ", ".join(f"{count} {word}" for word, count in found.items() if word != "names"),
     "exact": _good,
-    "layers": lambda _: "below",
-    "eigh": lambda _: "below",
-    "daemon": _daemon,
-    "memory": _memory,
-    "ways": _ways,
-    "fusionbench": lambda found: f"version {found['version']}" if found else "-",
+    **dict.fromkeys(("layers", "eigh", "daemon", "memory", "ways", "fusionbench"), lambda _: ""),
     "sanitizer": lambda found: f"{found['errors']} errors" if found.get("errors") is not None else "-",
 }
+"""What a step found, in words; nothing where tables tell it, or the results alone."""
 NEVER = {
     "gpu": "Never run: no GPU was at hand. `bench/gpu.sh` is ready for one, and rehearsed on the CPU by the tests."
 }
@@ -302,25 +247,9 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _phases(by: Mapping[str, Mapping[str, float]]) -> list[str]:
-    if not by:
-        return []
-    names = list(next(iter(by.values())))
-    rows = ([name, *(_short(spent[phase]) for phase in names)] for name, spent in by.items())
-    return [*text(PHASES), "", *_table(["", *names], rows)]
-
-
 def _short(seconds: float) -> str:
     return f"{seconds:.3g}"
 
 
-def _range(values: Sequence[float]) -> str:
-    return f"{_short(min(values))} to {_short(max(values))}"
-
-
 def _size(count: float) -> str:
     return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
-def _slope(figures: Figures) -> str:
-    return f"{figures['memory']['slope'] / 1e6:+.3f} MB"

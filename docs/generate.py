@@ -21,19 +21,17 @@ def methods_part() -> str:
 
 def settings_part() -> str:
     """Every setting, with its default."""
-    rows = [f"| `{name}` | `{default}` | {text} |" for name, default, text in described()]
-    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows]) + "\n"
+    return "".join(f"- `{name}` (`{default}`): {text}\n" for name, default, text in described())
 
 
 def metrics_part() -> str:
-    """Every metric of ours."""
+    """Every metric of ours, with its type."""
 
-    def row(metric: Metric) -> str:
+    def line(metric: Metric) -> str:
         name = metric.name + ("_total" if metric.type == "counter" else "_info" if metric.type == "info" else "")
-        return f"| `{name}` | {metric.type} | {metric.documentation} |"
+        return f"- `{name}` ({metric.type}): {metric.documentation}\n"
 
-    metrics = [metric for metric in Metrics().registry.collect() if metric.name.startswith("mainstem_")]
-    return "\n".join(["| metric | type | meaning |", "|---|---|---|", *(row(metric) for metric in metrics)]) + "\n"
+    return "".join(line(metric) for metric in Metrics().registry.collect() if metric.name.startswith("mainstem_"))
 
 
 PARTS: dict[str, Callable[[], str]] = {"methods": methods_part, "settings": settings_part, "metrics": metrics_part}

@@ -105,29 +105,23 @@ def lines(listed: Listing) -> Iterator[tuple[str, str]]:
 
 
 def markdown(listings: Iterable[Listing]) -> str:
-    """The generated part of docs/methods.md: a table of all methods, then each with its facts and parameters."""
+    """The generated part of docs/methods.md: a table of all methods, then each with its formula and parameters."""
     every = list(listings)
-    parts = [
-        "| method | bytes per parameter | order | taking out | weights | needs | reads | result |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    parts = ["| method | bytes | order | taking out | weights | needs | reads |", "|---|---|---|---|---|---|---|"]
     parts += [
-        f"| [`{one.name}`](#{one.name}) | {one.bytes_per_parameter:g}{_star(one, 'bytes_per_parameter')} "
+        f"| [`{one.name}`](#{one.name}) | {one.bytes_per_parameter:g}{_by(one, 'bytes_per_parameter')} "
         f"| {_yes(one, 'order_independent', 'free', 'matters')} "
         f"| {_yes(one, 'subtractable', 'exact', 'replay')} | {_yes(one, 'weighted', 'yes', 'no')} "
-        f"| {', '.join(one.needs) or '-'}{_star(one, 'needs')} | {one.reads}{_star(one, 'reads')} "
-        f"| {_yes(one, 'approximate', 'approximate', 'exact')} |"
+        f"| {', '.join(one.needs) or '-'}{_by(one, 'needs')} | {one.reads}{_by(one, 'reads')} |"
         for one in every
     ]
-    parts += ["", "\\* depends on a parameter: see the method."]
     for one in every:
         parts += ["", f"### {one.name}", "", _escaped(one.summary), "", f"    {one.formula}", ""]
-        parts += [_escaped(one.paper), ""]
-        parts += [f"- {what}: {_escaped(words)}" for what, words in lines(one)]
+        parts += [f"{_escaped(one.paper)}.{_more(one)}"]
         if one.parameters:
-            parts += ["", "| parameter | default | allowed | meaning |", "|---|---|---|---|"]
+            parts += [""]
             parts += [
-                f"| `{key}` | `{worded(about.default)}` | {_cell(about.range) or 'any'} | {_cell(about.help)} |"
+                f"- `{key}={worded(about.default)}`{_choices(about)}: {_escaped(about.help)}"
                 for key, about in one.parameters.items()
             ]
     return "\n".join(parts) + "\n"
@@ -219,20 +213,34 @@ def _each(matrix: float, vector: float, digits: str) -> str:
 
 
 def _accumulators(shapes: Mapping[str, str]) -> str:
-    return "; ".join(f"{key} {shape}" for key, shape in shapes.items())
+    keys: dict[str, list[str]] = {}
+    for key, shape in shapes.items():
+        keys.setdefault(shape, []).append(key)
+    return "; ".join(f"{', '.join(alike)} {shape}" for shape, alike in keys.items())
+
+
+def _more(listed: Listing) -> str:
+    """What few methods have: an amount that is kept of each expert, a result that is not the method's own."""
+    matrix, vector = listed.record_bytes_per_parameter, listed.vector_record_bytes_per_parameter
+    more = f" Keeps of each expert {_each(matrix, vector, '.2g')}." if matrix else ""
+    return more + (" **Approximate.**" if listed.approximate else "")
+
+
+def _choices(about: Parameter) -> str:
+    """The allowed words, in brackets; numbers are told by `mainstem methods` and by every refusal."""
+    words = [word for word in about.range.split(", ") if word[:1].isalpha()]
+    return f" ({_escaped(', '.join(words))})" if words else ""
 
 
 def _yes(listed: Listing, fact: str, true: str, false: str) -> str:
-    return (true if getattr(listed, fact) else false) + _star(listed, fact)
+    return (true if getattr(listed, fact) else false) + _by(listed, fact)
 
 
-def _star(listed: Listing, fact: str) -> str:
-    return " \\*" if fact in listed.depends else ""
+def _by(listed: Listing, fact: str) -> str:
+    """The parameters that change a fact, in brackets."""
+    parameters = listed.depends.get(fact)
+    return f" ({_escaped(', '.join(parameters))})" if parameters else ""
 
 
 def _escaped(words: str) -> str:
     return words.replace("*", "\\*").replace("_", "\\_").replace("<", "\\<")
-
-
-def _cell(words: str) -> str:
-    return _escaped(words).replace("|", "\\|")

@@ -14,7 +14,7 @@ from projector.thinning import Thinning
 
 @dataclass(frozen=True)
 class Breadcrumbs(Thinning):
-    """Keeps of each tensor of a task vector the values of middling magnitude, and adds them up, scaled.
+    """Adds up the values of middling magnitude of each tensor of a task vector.
 
     Of n values the int(gamma * n) of largest magnitude are outliers, n - 1 at the most; of the m others the
     round(density * m) largest are kept, 1 at the least. So a tensor of fewer than 1 / gamma values has no outliers, and
@@ -27,9 +27,9 @@ class Breadcrumbs(Thinning):
     formula = "base + scale * sum w_i mask_i tau_i, mask: neither the largest nor the smallest of a tensor"
     paper = "Davari and Belilovsky, Model breadcrumbs, arXiv 2312.06795"
 
-    gamma: float = param(0.01, "the share of a tensor's values that are outliers", low=0, high=1, idle=1)
-    density: float = param(0.9, "the share of the other values that is kept, the largest", low=0, high=1, idle=0)
-    scale: float = param(0.3, "the factor of the sum", low=-10, high=10, idle=0)
+    gamma: float = param(0.01, "share of a tensor's values dropped as outliers", low=0, high=1, idle=1)
+    density: float = param(0.9, "share of the others kept, the largest", low=0, high=1, idle=0)
+    scale: float = param(0.3, "factor of the sum", low=-10, high=10, idle=0)
 
     @property
     def merging(self) -> Method:

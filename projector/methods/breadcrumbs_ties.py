@@ -13,7 +13,7 @@ from projector.thinning import Thinning
 
 @dataclass(frozen=True)
 class BreadcrumbsTies(Thinning):
-    """Thins out each task vector as breadcrumbs does; elects signs and merges what has them as ties does.
+    """Thins out task vectors as breadcrumbs does, then elects signs and merges as ties does.
 
     A tensor is taken whole, which for an embedding of 128256 x 4096 is up to 37 GiB of memory; `init` refuses one that
     does not fit, with both numbers.
@@ -23,10 +23,10 @@ class BreadcrumbsTies(Thinning):
     formula = "base + scale * (mean, sum or max of the w_i mask_i tau_i with the sign of their sum)"
     paper = "Davari and Belilovsky, Model breadcrumbs, arXiv 2312.06795; Yadav et al., TIES-merging, arXiv 2306.01708"
 
-    gamma: float = param(0.01, "the share of a tensor's values that are outliers", low=0, high=1, idle=1)
-    density: float = param(0.9, "the share of the other values that is kept, the largest", low=0, high=1, idle=0)
-    combine: str = param("mean", "how the values with the elected sign are merged", choices=("mean", "sum", "max"))
-    scale: float = param(0.3, "the factor of the merged task vector", low=-10, high=10, idle=0)
+    gamma: float = param(0.01, "share of a tensor's values dropped as outliers", low=0, high=1, idle=1)
+    density: float = param(0.9, "share of the others kept, the largest", low=0, high=1, idle=0)
+    combine: str = param("mean", "what the values of the elected sign become", choices=("mean", "sum", "max"))
+    scale: float = param(0.3, "factor of the merged task vector", low=-10, high=10, idle=0)
 
     @property
     def merging(self) -> Method:

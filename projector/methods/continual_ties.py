@@ -13,7 +13,7 @@ from projector.spec import TensorSpec
 
 @dataclass(frozen=True)
 class ContinualTies(Method):
-    """Merges two vectors at each arrival as TIES does, the running one A and the expert's tau; A is zero at first.
+    """Merges the running vector A and the expert's tau at each arrival as TIES does.
 
     Both are trimmed to the `density` of their values that are largest in magnitude over the whole model. Each weight
     elects the sign of the sum of the two; where they cancel out exactly, the sign that most weights of the model
@@ -31,8 +31,8 @@ class ContinualTies(Method):
     rounds = 3
     surveys_state = True
 
-    density: float = param(0.2, "share of values that trimming keeps, of the whole model", low=0, high=1, idle=0)
-    scale: float = param(0.5, "the factor of the merged vector", low=-10, high=10, idle=0)
+    density: float = param(0.2, "share of a vector's values kept, the largest", low=0, high=1, idle=0)
+    scale: float = param(0.5, "factor of A", low=-10, high=10, idle=0)
 
     @property
     def one_sweep(self) -> bool:

@@ -21,7 +21,7 @@ SECOND_FACTOR = 0x94D049BB133111EB
 
 @dataclass(frozen=True)
 class Dare(Thinning):
-    """Drops each value of a task vector with probability `drop`, divides the others by 1 - drop, and merges the rest.
+    """Drops values of a task vector at random, scales up the others, and merges them.
 
     What is dropped is drawn from the expert's sha256, the tensor's name, the seed and the value's place in the tensor,
     by integer arithmetic alone: a replay, a retry, other blocks and another device draw the same. Merged by
@@ -31,16 +31,14 @@ class Dare(Thinning):
 
     name = "dare"
     formula = "task_arithmetic or ties of mask * tau / (1 - drop), mask ~ Bernoulli(1 - drop)"
-    paper = "Yu et al., Language models are super Mario, arXiv 2311.03099"
+    paper = "Yu et al., DARE, arXiv 2311.03099"
     keyed = True
 
-    drop: float = param(0.9, "the probability that a value is dropped", low=0, high=0.99)
-    then: str = param("linear", "how the rest is merged: by task_arithmetic or by ties", choices=("linear", "ties"))
-    scale: float = param(0.3, "the factor of the merged task vector", low=-10, high=10, idle=0)
-    density: float = param(1.0, "ties: the share of the model's values that is kept, the largest", low=0, high=1)
-    combine: str = param(
-        "mean", "ties: how the values with the elected sign are merged", choices=("mean", "sum", "max")
-    )
+    drop: float = param(0.9, "probability that a value is dropped", low=0, high=0.99)
+    then: str = param("linear", "how the rest is merged; linear: task_arithmetic", choices=("linear", "ties"))
+    scale: float = param(0.3, "factor of the merged task vector", low=-10, high=10, idle=0)
+    density: float = param(1.0, "ties: share of the model's values kept, the largest", low=0, high=1)
+    combine: str = param("mean", "ties: what the values of the elected sign become", choices=("mean", "sum", "max"))
     seed: int = param(0, "draws other masks", low=0)
 
     def __post_init__(self) -> None:

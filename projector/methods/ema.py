@@ -11,7 +11,7 @@ from projector.spec import TensorSpec
 
 @dataclass(frozen=True)
 class Ema(Method):
-    """The exponential moving average: each expert pulls the running model towards itself by `weight`.
+    """The exponential moving average: each expert pulls the running model towards itself.
 
     The rule of Best-in-TIME, both for the weights a trainer starts from and for those that are deployed. The state is
     the running model less the base, so that the base itself is never averaged in low precision.
@@ -25,9 +25,9 @@ class Ema(Method):
 
     name = "ema"
     formula = "running_t = weight * expert_t + (1 - weight) * running_{t-1}, running_0 = base"
-    paper = "Dziadzio et al., How to merge your multimodal models over time?, arXiv 2412.06712"
+    paper = "Dziadzio et al., TIME, arXiv 2412.06712"
 
-    weight: float = param(0.5, "how far each new expert pulls the running model towards itself", low=0, high=1, idle=0)
+    weight: float = param(0.5, "the newest expert's share", low=0, high=1, idle=0)
 
     @property
     def one_sweep(self) -> bool:

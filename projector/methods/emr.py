@@ -17,7 +17,7 @@ POSITIVE, NEGATIVE = 1, 2
 
 @dataclass(frozen=True)
 class Emr(Method):
-    """The unified task vector has the sign of the experts' sum, and the largest magnitude of that sign among them.
+    """Takes the sign of the experts' sum, and the largest magnitude of that sign among them.
 
     An expert's view masks the unified vector to where the expert agrees with its sign, and rescales it to the expert's
     own sum of magnitudes. For that the signs of every expert are kept, in 2 bits for each weight of a matrix, and each
@@ -43,7 +43,7 @@ class Emr(Method):
 
     name = "emr"
     formula = "base + sign(S) * max |tau_i| of that sign; view i: base + rescale_i * mask_i * that"
-    paper = "Huang et al., EMR-Merging: tuning-free high-performance model merging, arXiv 2405.17461"
+    paper = "Huang et al., EMR-Merging, arXiv 2405.17461"
     order_independent = True
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:

@@ -13,7 +13,7 @@ from projector.spec import TensorSpec
 
 @dataclass(frozen=True)
 class Fisher(Method):
-    """The average of the experts, weight by weight in proportion to the diagonal Fisher information that they bring.
+    """The average of the experts, each weight in proportion to its Fisher information.
 
     Each expert brings F_i, of the shapes of its weights, in fisher.safetensors; F is never estimated from the weights.
     As in the authors' released code, F_i is floored and then divided by its Euclidean norm over the WHOLE model, so
@@ -43,8 +43,8 @@ class Fisher(Method):
     subtractable = True
     weighted = True
 
-    floor: float = param(1e-6, "the least Fisher information of a weight, before it is normalised", low=1e-8, high=1)
-    normalise: bool = param(True, "divide each expert's Fisher by its norm over the whole model")
+    floor: float = param(1e-6, "least Fisher information of a weight, before normalising", low=1e-8, high=1)
+    normalise: bool = param(True, "divide an expert's Fisher by its norm over the model")
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from projector.svd import isotropic, isotropic_bytes
 
 @dataclass(frozen=True)
 class IsoC(Method):
-    """Keeps the singular vectors of the summed task matrices and makes all singular values equal to their mean.
+    """Keeps the singular vectors of the summed task matrices, with all singular values equal.
 
     With S = U diag(s) V', the sum and not the mean of an (m, n) matrix's task vectors, the merged task vector is
     scale * mean(s) * U V', the mean over all min(m, n) values. Embeddings, vectors and scalars are averaged.
@@ -34,14 +34,14 @@ class IsoC(Method):
 
     name = "iso_c"
     formula = "base + scale * mean(s) * U V' of S = U diag(s) V'; other tensors: mean"
-    paper = "Marczak et al., No task left behind: isotropic model merging, arXiv 2502.04959"
+    paper = "Marczak et al., No task left behind, arXiv 2502.04959"
     order_independent = True
     subtractable = True
     weighted = True
 
-    scale: float = param(1.0, "the factor of what is merged of matrices", low=0, high=10)
+    scale: float = param(1.0, "factor of merged matrices", low=0, high=10)
     tol: float = param(1e-6, "singular values up to tol times the largest are left out", low=1e-6, high=0.1)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are averaged")
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices averaged instead")
 
     @property
     def one_sweep(self) -> bool:

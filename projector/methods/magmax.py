@@ -11,7 +11,7 @@ from projector.spec import TensorSpec
 
 @dataclass(frozen=True)
 class Magmax(Method):
-    """Keeps of all task vectors, weight by weight, the value of largest magnitude, and scales what is kept.
+    """Keeps of all task vectors, weight by weight, the value of largest magnitude.
 
     Of two values of the same magnitude and opposite sign the newer one wins. In half precision, where task vectors are
     small multiples of one step, that happens often; the order of the experts then matters.
@@ -25,9 +25,9 @@ class Magmax(Method):
 
     name = "magmax"
     formula = "base + scale * tau_i where |tau_i| is largest, newest first among equals"
-    paper = "Marczak et al., MagMax: leveraging model merging for seamless continual learning, arXiv 2407.06322"
+    paper = "Marczak et al., MagMax, arXiv 2407.06322"
 
-    scale: float = param(0.5, "the factor of what is kept", low=-10, high=10, idle=0)
+    scale: float = param(0.5, "factor of what is kept", low=-10, high=10, idle=0)
 
     @property
     def one_sweep(self) -> bool:

@@ -19,7 +19,7 @@ TOL = {"gram": 1e-6, "fisher": 32 * torch.finfo(torch.float64).eps}  # a Gram ma
 
 @dataclass(frozen=True)
 class Mats(Method):
-    """Matches the experts in their task subspaces: (sum C_i) w = sum C_i w_i, by conjugate gradients.
+    """Matches the experts in their task subspaces, by conjugate gradients.
 
     C_i is the curvature of expert i's loss: "gram", X'X of each linear layer's inputs, or "fisher", the diagonal
     Fisher of every weight. The descent always starts at task arithmetic with scale 1.0, base + S, and stops after
@@ -47,15 +47,15 @@ class Mats(Method):
     """
 
     name = "mats"
-    formula = "conjugate gradients on (sum w_i C_i) x = sum w_i C_i tau_i from x = S; base + x"
-    paper = "Tam et al., Merging by matching models in task parameter subspaces, arXiv 2312.04339"
+    formula = "base + x, (sum w_i C_i) x = sum w_i C_i tau_i from x = S"
+    paper = "Tam et al., MaTS, arXiv 2312.04339"
     order_independent = True
     subtractable = True
     weighted = True
 
     curvature: str = param("gram", "what each expert brings", choices=("gram", "fisher"))
-    iterations: int = param(100, "steps of the descent at most", low=1, high=10000)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of tensors that are averaged")
+    iterations: int = param(100, "steps at most", low=1, high=10000)
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of tensors averaged instead")
 
     def __post_init__(self) -> None:
         if self.curvature == "kronecker":

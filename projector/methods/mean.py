@@ -11,7 +11,7 @@ from projector.spec import TensorSpec
 
 @dataclass(frozen=True)
 class Mean(Method):
-    """The plain average of all experts, known as model soup.
+    """The plain average, known as model soup.
 
     After task vectors of 1, 2 and 6 a weight of the base stands 3 higher:
 

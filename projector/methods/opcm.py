@@ -40,7 +40,7 @@ LEAST_ISOTROPIC_TOL = 1e-6
 
 @dataclass(frozen=True)
 class Opcm(Method):
-    """Projects each task vector orthogonally to what is already merged, adds it, and scales the sum adaptively.
+    """Projects each task vector orthogonally to what is merged, adds it, and scales the sum.
 
     Matrices are projected; embeddings, vectors and scalars are summed. The first expert is taken whole. Projection
     "code" is the authors' released code, which gave the paper's table; "paper" is the formula in its text.
@@ -53,21 +53,19 @@ class Opcm(Method):
 
     name = "opcm"
     formula = "A += P(tau; A); base + A * mean(||tau||) / ||A||, or isotropic base + scale * mean(s) * U V' of A"
-    paper = "Tang et al., Merging models on the fly without retraining, arXiv 2501.09522"
+    paper = "Tang et al., OPCM, arXiv 2501.09522"
 
-    alpha: float = param(0.5, "share of A's nuclear norm that spans the protected subspace", low=0, high=1)
+    alpha: float = param(0.5, "share of A's nuclear norm that is protected", low=0, high=1)
     projection: str = param("code", "which entries of U' tau V are removed", choices=("code", "paper"))
     tol: float = param(1e-6, "singular values up to tol times the largest are left out", low=0, high=0.1)
     accumulator: str = param(
         "auto",
-        "dtype of a projected A and its products; auto: float32 for a float32 base, code and norm, else float64",
+        "dtype of a projected A; auto: float32 for a float32 base, code and norm, else float64",
         choices=("auto", "float64", "float32"),
     )
-    readout: str = param(
-        "norm", "A as it is, or its matrices with a flat spectrum (isotropic)", choices=("norm", "isotropic")
-    )
-    scale: float = param(2.0, "the factor of matrices read out isotropic", low=0, high=10)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are summed, not projected")
+    readout: str = param("norm", "A as it is, or its matrices with a flat spectrum", choices=("norm", "isotropic"))
+    scale: float = param(2.0, "factor of isotropic matrices", low=0, high=10)
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices summed, not projected")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ LEAST_SHARE = 1e-12  # what the shares of a weight are divided by at the least
 
 @dataclass(frozen=True)
 class Pcb(Method):
-    """Scores every value within its task vector and across them, drops all but the best, and averages these.
+    """Scores every value within its task vector and across them, and averages the best.
 
     With T experts, S the sum of their task vectors, and all of one task vector's values taken as one vector:
 
@@ -44,15 +44,13 @@ class Pcb(Method):
         "base + scale * sum share_i sign(tau_i) a_i / sum share_i, a_i: |tau_i| clamped at its 1e-4 quantiles, "
         "share_i: norm(max(score_i, its ratio's least)), score_i: exp(T norm(a_i)^2) tanh(tau_i S)"
     )
-    paper = "Du et al., Parameter competition balancing for model merging, arXiv 2410.02396"
+    paper = "Du et al., PCB-Merging, arXiv 2410.02396"
     approximate = True
     rounds = 4
     surveys_state = True
 
-    ratio: float = param(
-        0.1, "the share of a task vector's values that takes part, the best scored", low=0, high=1, idle=0
-    )
-    scale: float = param(1.0, "the factor of the merged task vector", low=-10, high=10, idle=0)
+    ratio: float = param(0.1, "share of a task vector's values that take part, the best scored", low=0, high=1, idle=0)
+    scale: float = param(1.0, "factor of the merged task vector", low=-10, high=10, idle=0)
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {key: TensorSpec(spec.name, spec.shape, torch.float32) for key in ("S", "shared", "shares")}

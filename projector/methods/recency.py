@@ -34,7 +34,7 @@ ENDLESS = ("reverse_sqrt", "reverse_log")
 
 @dataclass(frozen=True)
 class Recency(Method):
-    """The average of the experts, the i-th with weight f(i): the newest counts most, or reversed the first.
+    """The average of the experts, the newest counting most, or the first.
 
     f(i) is i, sqrt(i), log(i + 1), i^2, i^3 or 2^i, and one running average is kept: it moves the share f(t) / sum f
     of the way to each new expert, with exp soon one half of it. A reverse scheme gives expert i the weight
@@ -57,9 +57,9 @@ class Recency(Method):
 
     name = "recency"
     formula = "base + sum f(i) tau_i / sum f(i), or with f(t - i + 1) reversed"
-    paper = "Dziadzio et al., How to merge your multimodal models over time?, arXiv 2412.06712"
+    paper = "Dziadzio et al., TIME, arXiv 2412.06712"
 
-    scheme: str = param("linear", "how an expert's weight grows with its place", choices=(*FORWARD, *REVERSE))
+    scheme: str = param("linear", "how f grows with the place", choices=(*FORWARD, *REVERSE))
 
     def __post_init__(self) -> None:
         if self.scheme in ENDLESS:

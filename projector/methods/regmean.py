@@ -16,7 +16,7 @@ from projector.text import shown
 
 @dataclass(frozen=True)
 class RegMean(Method):
-    """Merges each linear layer so that on every expert's inputs X_i its outputs come closest to that expert's own.
+    """Merges linear layers so that outputs on every expert's inputs X_i come closest to its own.
 
     For the weight W of a torch.nn.Linear, (m, n) with outputs X W', the minimum of sum w_i ||X_i W' - X_i W_i'||^2 is
 
@@ -37,14 +37,14 @@ class RegMean(Method):
 
     name = "regmean"
     formula = "base + H G^-1, G = sum w_i X_i'X_i, H = sum w_i tau_i X_i'X_i; other tensors: mean"
-    paper = "Jin et al., Dataless knowledge fusion by merging weights of language models, arXiv 2212.09849"
+    paper = "Jin et al., RegMean, arXiv 2212.09849"
     order_independent = True
     subtractable = True
     weighted = True
 
     off_diagonal: float = param(0.95, "factor of a Gram matrix's off-diagonal elements", low=0, high=0.99)
     ridge: float = param(1e-6, "added to the diagonal, in units of its mean", low=1e-9, high=1)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are averaged, not regressed")
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices averaged instead")
 
     @property
     def needs(self) -> tuple[str, ...]:

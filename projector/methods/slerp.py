@@ -14,7 +14,7 @@ from projector.spec import TensorSpec
 
 @dataclass(frozen=True)
 class Slerp(Method):
-    """Turns the running model 1/t of the angle towards each new expert, tensor by tensor, on the raw weights.
+    """Turns the running model 1/t of the angle towards each new expert.
 
     With Omega the angle between the two tensors taken as vectors:
 
@@ -41,9 +41,7 @@ class Slerp(Method):
     paper = "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"
     wants_base: ClassVar[bool] = True
 
-    dot_threshold: float = param(
-        0.9995, "|cos| above which two tensors are interpolated along the straight line", low=0, high=0.999999
-    )
+    dot_threshold: float = param(0.9995, "|cos| above which the straight line is taken", low=0, high=0.999999)
 
     @property
     def one_sweep(self) -> bool:

@@ -15,7 +15,7 @@ ROUNDING = 1e-6  # a sum whose norm is a smaller share of its summands' is round
 
 @dataclass(frozen=True)
 class TaskArithmetic(Method):
-    """The sum of all task vectors times a scale: a number, or one of two that keep the sum from growing with T.
+    """The sum of all task vectors times a scale; norm and per_sqrt keep it from growing with T.
 
     "norm" gives the merged task vector the experts' mean norm, or zero where the experts cancel out up to rounding;
     "per_sqrt" is c / sqrt(T).
@@ -23,15 +23,15 @@ class TaskArithmetic(Method):
 
     name = "task_arithmetic"
     formula = "base + scale * S; scale: a number, norm: mean(||tau||) / ||S||, per_sqrt: c / sqrt(T)"
-    paper = "Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089"
+    paper = "Ilharco et al., Task arithmetic, arXiv 2212.04089"
     order_independent = True
     subtractable = True
     weighted = True
 
     scale: float | str = param(
-        0.3, "the factor of the sum, or a rule for it", low=-10, high=10, choices=("norm", "per_sqrt"), idle=0
+        0.3, "factor of the sum, or a rule for it", low=-10, high=10, choices=("norm", "per_sqrt"), idle=0
     )
-    c: float = param(1.0, "the numerator of per_sqrt", low=0, high=10)
+    c: float = param(1.0, "numerator of per_sqrt", low=0, high=10)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ ROUNDING = 1e-6  # what is smaller than the share of its summands counts as zero
 
 @dataclass(frozen=True)
 class Ties(Method):
-    """Trims each task vector to its largest values, elects a sign for every weight, and merges the values that have it.
+    """Trims task vectors to their largest values, elects a sign for every weight, merges what has it.
 
     Trimming keeps the share `density` of the values by magnitude, of the whole model ("model", as in the paper) or of
     each tensor; those equal to the smallest one that is kept are kept too. The sign of a weight is that of
@@ -52,17 +52,15 @@ class Ties(Method):
 
     name = "ties"
     formula = "base + scale * (mean, sum or max of the trimmed w_i tau_i with the sign of their sum)"
-    paper = "Yadav et al., TIES-merging: resolving interference when merging models, arXiv 2306.01708"
+    paper = "Yadav et al., TIES-merging, arXiv 2306.01708"
     order_independent = True
     weighted = True
     one_sweep = True
 
-    density: float = param(0.2, "the share of a task vector's values that is kept, the largest", low=0, high=1, idle=0)
-    scope: str = param(
-        "model", "what the share is taken of: the whole model or each tensor", choices=("model", "tensor")
-    )
-    combine: str = param("mean", "how the values with the elected sign are merged", choices=("mean", "sum", "max"))
-    scale: float = param(1.0, "the factor of the merged task vector", low=-10, high=10, idle=0)
+    density: float = param(0.2, "share of a task vector's values kept, the largest", low=0, high=1, idle=0)
+    scope: str = param("model", "what the share is taken of", choices=("model", "tensor"))
+    combine: str = param("mean", "what the values of the elected sign become", choices=("mean", "sum", "max"))
+    scale: float = param(1.0, "factor of the merged task vector", low=-10, high=10, idle=0)
 
     @property
     def subtractable(self) -> bool:  # type: ignore[override]

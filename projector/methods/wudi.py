@@ -34,7 +34,7 @@ UNTRAINED = 1e-9  # of G's trace, the sum of weights: less is the rounding left 
 
 @dataclass(frozen=True)
 class Wudi(Method):
-    """Merges each linear layer so that it disturbs every expert least, judged by the experts' own task vectors.
+    """Merges linear layers so that every expert is disturbed least, judged by its task vector.
 
     M minimises sum w_i ||(M - tau_i) tau_i'||^2 / ||tau_i||^2 for tau_i of shape (m, n), n the inputs, as
     torch.nn.Linear keeps them. Solver "adam" is the paper's: a number of steps from M = S. Their number and size are
@@ -52,16 +52,16 @@ class Wudi(Method):
 
     name = "wudi"
     formula = "base + argmin_M sum w_i ||(M - tau_i) tau_i'||^2 / ||tau_i||^2 from M = S; other tensors: mean"
-    paper = "Cheng et al., Whoever started the interference should end it, arXiv 2503.08099"
+    paper = "Cheng et al., WUDI, arXiv 2503.08099"
     order_independent = True
     subtractable = True
     weighted = True
 
     solver: str = param("adam", "how M is found from S, G and H", choices=("adam", "ridge"))
     steps: int = param(300, "Adam's steps", low=0, high=1000)
-    lr: float = param(1e-5, "Adam's step size, in units of the weights", low=0, high=1e-3)
-    ridge: float = param(1e-2, "what holds M at S, in units of G's mean diagonal element", low=1e-6, high=1e3)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices that are averaged")
+    lr: float = param(1e-5, "Adam's step size", low=0, high=1e-3)
+    ridge: float = param(1e-2, "what holds M at S, in units of G's mean diagonal", low=1e-6, high=1e3)
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices averaged instead")
 
     @property
     def one_sweep(self) -> bool:
