@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 from daemon.adapter_modules import is_tied
 from daemon.errors import NotYet, Reason, Refused
 from daemon.hints import inner
-from daemon.inbox import Stamp, stamp
-from daemon.opening import not_a_file
+from daemon.opening import Stamp, not_a_file, stamp
 from projector.errors import BadSchema
 from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.expert import LoraExpert

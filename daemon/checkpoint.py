@@ -30,11 +30,10 @@ from daemon.adapter_modules import has_output
 from daemon.errors import DaemonError, NotYet, Reason, Refused
 from daemon.formats import other_format
 from daemon.hints import below, inner
-from daemon.inbox import READY_MARKER, Stamp, stamp
 from daemon.index import check_places, read_index, shard_names
 from daemon.layout import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index
 from daemon.nesting import NOT_OF_A_MODEL, checkpoint_in
-from daemon.opening import folders_with, not_a_file, open_entry
+from daemon.opening import READY_MARKER, Stamp, folders_with, not_a_file, open_entry, stamp
 from projector.errors import BadFile, BadSchema, ProjectorError
 from projector.errors import Reason as ProjectorReason
 from projector.fitting import fitted

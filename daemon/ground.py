@@ -21,9 +21,9 @@ from daemon.companions import companions
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
 from daemon.generations import HASH_BYTES, FileEntry, entry, names_below
 from daemon.home import CARD, STATE_FILE, Home, is_weights
-from daemon.inbox import Stamp, stamp
 from daemon.layout import WEIGHTS
 from daemon.lines import Line
+from daemon.opening import Stamp, stamp
 from daemon.progress import Abandoned
 from daemon.restoring import again
 from projector.errors import BadFile, ProjectorError

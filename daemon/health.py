@@ -17,10 +17,11 @@ from pathlib import Path
 from daemon import durable
 from daemon.home import MANIFEST, Home
 from daemon.incoming import RESERVE_BYTES
+from daemon.stuck import stays_hint
 from daemon.versions import called
 from projector.text import listed
 from registry.errors import Busy, RegistryError
-from registry.records import Expert, Head, Status
+from registry.records import Head, Status
 from registry.store import Reader
 
 STUCK = timedelta(seconds=10)  # what is decided is moved out of the inbox at once
@@ -113,26 +114,6 @@ class Health:
 def _free(folder: Path) -> float:
     """The free bytes of a disk; as many as one likes where nothing is to be written on it."""
     return float("inf") if os.statvfs(folder).f_flag & os.ST_RDONLY else shutil.disk_usage(folder).free
-
-
-def stays_hint(home: Home, expert: Expert) -> str:
-    """What to do about an expert whose fate is recorded, and which cannot be moved out of the inbox."""
-    movable = "make it writable for the daemon (chmod a+w, or chown), and it is moved by itself"
-    if expert.status is Status.QUARANTINED:
-        return "mend it where it lies, which is noticed by itself, or remove it"
-    if expert.status is Status.DUPLICATE:
-        twin = home.archived(expert.duplicate_of) if expert.duplicate_of else None
-        if twin and (twin.is_file() or any(twin.rglob("*.safetensors"))):
-            return f"remove it: the archive has these weights; or {movable}"
-        return f"do not remove it, the archive has these weights no more: {movable}"
-    if home.archived(expert.id):
-        return f"remove it: the archive has a copy; or {movable}"
-    if not os.path.lexists(home.inbox / expert.name):
-        return (
-            f"put the folder back that was the inbox when it was merged, or its file into {home.archive(expert.id)}/;"
-            " then restart the daemon"
-        )
-    return f"do not remove it, the archive has no copy yet: {movable}"
 
 
 def _size(path: Path) -> int | None:

@@ -20,13 +20,11 @@ from watchdog.observers.api import BaseObserver
 
 from daemon.durable import MOST_LEVELS
 from daemon.errors import NotYet, Reason
+from daemon.opening import READY_MARKER, stamp
 from daemon.unfinished import TEMPORARY as TEMPORARY
 from daemon.unfinished import hint_for, noted, said_by, unfinished
 
-READY_MARKER = "_READY"
-
 Fingerprint = tuple[object, ...]
-Stamp = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -108,11 +106,6 @@ class Inbox:
         self._since = since
         settled.sort(key=lambda drop: (drop.mtime_ns, drop.name))
         return Scan(settled, len(since) - len(settled) - len(held), held, skipped)
-
-
-def stamp(status: os.stat_result) -> Stamp:
-    """What changes when a file is written to or replaced: device, inode, size, mtime, ctime."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def entry_id(path: Path) -> str:

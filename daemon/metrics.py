@@ -1,13 +1,13 @@
 """Every Prometheus metric of mainstem. Labels are closed sets: never an expert's, a file's or a tensor's name."""
 
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, ProcessCollector
 from prometheus_client.registry import Collector
 
 from daemon.errors import Reason
 from daemon.progress import PHASES
+from daemon.release import software_version
 from projector.errors import Reason as ProjectorReason
 from registry.records import Flag
 from registry.store import Reader
@@ -19,14 +19,6 @@ NOT_OF_EXPERTS |= {"device_lost"}
 NOT_OF_EXPERTS |= {"convert"} | {reason for reason in Reason if reason.startswith("upload_")}
 REASONS = tuple(dict.fromkeys(str(r) for r in (*Reason, *ProjectorReason) if r not in NOT_OF_EXPERTS))
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
-
-
-def software_version() -> str:
-    """The installed mainstem's version; "0" where it runs from a bare checkout."""
-    try:
-        return version("mainstem")
-    except PackageNotFoundError:
-        return "0"
 
 
 class HeadMetrics:

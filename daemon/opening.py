@@ -8,6 +8,15 @@ from contextlib import ExitStack, suppress
 from daemon.errors import NotYet, Reason, Refused
 from projector.text import EXPERT, NEW, shown
 
+READY_MARKER = "_READY"  # a file of that name in a folder says that all of it is there
+
+Stamp = tuple[int, int, int, int, int]
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """What changes when a file is written to or replaced: device, inode, size, mtime, ctime."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
 
 def open_entry(folder_fd: int, name: str, follow: bool, closing: ExitStack) -> int:
     """Opens a regular file or a folder by one path component; anything else is refused without touching it.

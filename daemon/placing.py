@@ -24,10 +24,10 @@ from daemon.duplicates import spare
 from daemon.durable import Folder
 from daemon.errors import NotYet
 from daemon.failpoints import hit
-from daemon.health import stays_hint
 from daemon.home import Home, number
 from daemon.inbox import entry_id, fingerprint
 from daemon.retention import remove_whole
+from daemon.stuck import stays_hint
 from projector.text import shown
 from projector.watch import SILENT, Watch
 from registry.records import Expert, Status

@@ -18,9 +18,9 @@ from daemon.failpoints import hit
 from daemon.generations import entry
 from daemon.ground import damaged
 from daemon.home import PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home
-from daemon.inbox import Stamp, stamp
 from daemon.lines import Line
-from daemon.metrics import software_version
+from daemon.opening import Stamp, stamp
+from daemon.release import software_version
 from daemon.retention import numbered
 from projector.averages import rule_of
 from projector.device import Device

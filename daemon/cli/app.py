@@ -46,7 +46,7 @@ app.add_typer(config.app, name="config")
 @app.callback(invoke_without_command=True)
 def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if version:
-        from daemon.metrics import software_version
+        from daemon.release import software_version
 
         typer.echo(f"mainstem {software_version()}")
         raise typer.Exit

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from daemon.home import Home
-from daemon.inbox import Held, Inbox, Scan, Watcher, entry_id, stamp
+from daemon.inbox import Held, Inbox, Scan, Watcher, entry_id
+from daemon.opening import stamp
 from daemon.service import Service
 from daemon.watching import Watching
 from registry.records import Status

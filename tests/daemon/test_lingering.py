@@ -11,13 +11,14 @@ from threading import Event
 import pytest
 
 from daemon import copying, durable
-from daemon.health import Health, stays_hint
+from daemon.health import Health
 from daemon.home import Home
 from daemon.inbox import Inbox
 from daemon.lingering import Lingering
 from daemon.merger import Merger
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import recover
+from daemon.stuck import stays_hint
 from registry.records import Status
 from registry.store import Store
 from tests.daemon.homes import drain, experts, live, put, quick, tree

@@ -1,0 +1,11 @@
+"""Which mainstem this is. Loads nothing, so that everything may ask."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+
+def software_version() -> str:
+    """The installed mainstem's version; "0" where it runs from a bare checkout."""
+    try:
+        return version("mainstem")
+    except PackageNotFoundError:
+        return "0"
