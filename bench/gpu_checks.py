@@ -26,7 +26,7 @@ from bench import llama_shapes
 from bench.live import drop, make_home, scratch
 from bench.record import ROOT
 from bench.shapes import write
-from daemon.compute import exact_products
+from daemon.device import exact_products
 from projector.device import Card, Cuda, Device
 from projector.fold import Driver
 from projector.methods import make, methods

@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.shapes import INIT_STD, STRENGTH, direction
-from daemon.compute import exact_products
+from daemon.device import exact_products
 from projector.linalg import pieces
 from projector.method import Expert, Method, State, Totals
 from projector.methods import make

@@ -19,9 +19,9 @@ from torch import Tensor
 from daemon import durable
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.adapter_modules import Module, adapter_config, modules_of, read_config
-from daemon.compute import budget_for, driver
 from daemon.config import Adapter as Wanted
 from daemon.config import Settings
+from daemon.device import budget_for, driver
 from daemon.errors import BadConfig
 from daemon.generations import METADATA, FileEntry
 from daemon.home import ADAPTER_FOLDER, Home

@@ -11,8 +11,8 @@ from pathlib import Path
 from daemon.adapter import ADAPTER, check_no_factors
 from daemon.checkpoint import PICKLE_SUFFIXES, SIDECARS, OpenCheckpoint, convert_hint
 from daemon.errors import DaemonError, NotYet, Reason
-from daemon.layout import FIRST, SUFFIX
 from daemon.opening import READY_MARKER, open_entry
+from daemon.weight_names import FIRST, SUFFIX
 from projector.errors import ProjectorError
 from projector.spec import Schema, TensorSpec
 from projector.tensorfile import TensorReader

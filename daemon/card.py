@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from daemon.generations import Withdrawal
 from daemon.home import is_weights
-from daemon.layout import SUFFIX, weight_names
+from daemon.weight_names import SUFFIX, weight_names
 from projector.method import Method
 from projector.text import shown
 from registry.records import BaseModel, NewExpert

@@ -31,9 +31,9 @@ from daemon.errors import DaemonError, NotYet, Reason, Refused
 from daemon.formats import other_format
 from daemon.hints import below, inner
 from daemon.index import check_places, read_index, shard_names
-from daemon.layout import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index
 from daemon.nesting import NOT_OF_A_MODEL, checkpoint_in
 from daemon.opening import READY_MARKER, Stamp, folders_with, not_a_file, open_entry, stamp
+from daemon.weight_names import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index
 from projector.errors import BadFile, BadSchema, ProjectorError
 from projector.errors import Reason as ProjectorReason
 from projector.fitting import fitted

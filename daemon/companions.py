@@ -16,8 +16,8 @@ from daemon.about import ABOUT
 from daemon.adapter import ADAPTER
 from daemon.errors import BadHome
 from daemon.home import ADAPTER_FOLDER, CARD, MANIFEST, Home
-from daemon.layout import SUFFIX
 from daemon.pull.manifest import is_plain
+from daemon.weight_names import SUFFIX
 from projector.text import shown
 
 MOST_BYTES = 256 << 20  # of one file: the largest tokenizers have about 40 MB, and every version has a copy

@@ -9,7 +9,7 @@ from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.home import Home
-from daemon.versions import called, find_version
+from daemon.notation import called, find_version
 from projector.measure import Pair, pairs
 from projector.source import Checkpoint
 from registry.records import Expert, Version

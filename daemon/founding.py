@@ -12,17 +12,17 @@ from daemon import durable
 from daemon.card import Card, render
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.companions import Companions, companions
-from daemon.compute import check_budget
 from daemon.config import Compute
+from daemon.device import check_budget
 from daemon.errors import BadHome, DaemonError
 from daemon.generations import FileEntry, entry, manifest, names_below
 from daemon.hints import hinting
 from daemon.home import CARD, MANIFEST, Home
 from daemon.inbox import check_finished
 from daemon.latest import point_latest
-from daemon.layout import WEIGHTS
 from daemon.modules import check_pickled
 from daemon.sealing import copy_files, read_about_base, sync_folders
+from daemon.weight_names import WEIGHTS
 from projector.errors import ProjectorError
 from projector.lora.foreign import recognised
 from projector.measure import count_finite

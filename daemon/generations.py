@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from daemon.home import MANIFEST, STATE_FILE, Home
-from daemon.layout import WeightNames
 from daemon.release import software_version
+from daemon.weight_names import WeightNames
 from projector.header import ALIGNMENT, build_header, room
 from projector.spec import TensorSpec
 from registry.records import Expert, Head, NewExpert, Version

@@ -21,11 +21,11 @@ from daemon.companions import companions
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
 from daemon.generations import HASH_BYTES, FileEntry, entry, names_below
 from daemon.home import CARD, STATE_FILE, Home, is_weights
-from daemon.layout import WEIGHTS
 from daemon.lines import Line
 from daemon.opening import Stamp, stamp
 from daemon.progress import Abandoned
 from daemon.restoring import again
+from daemon.weight_names import WEIGHTS
 from projector.errors import BadFile, ProjectorError
 from projector.source import Checkpoint, identity
 from projector.spec import Schema

@@ -17,8 +17,8 @@ from pathlib import Path
 from daemon import durable
 from daemon.home import MANIFEST, Home
 from daemon.incoming import RESERVE_BYTES
+from daemon.notation import called
 from daemon.stuck import stays_hint
-from daemon.versions import called
 from projector.text import listed
 from registry.errors import Busy, RegistryError
 from registry.records import Head, Status

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from daemon.errors import NotYet, Reason, Refused
-from daemon.layout import INDEX
 from daemon.opening import not_a_file
+from daemon.weight_names import INDEX
 from projector.text import listed, shown
 
 MAX_INDEX_BYTES = 16 << 20

@@ -17,8 +17,8 @@ from daemon.home import Home
 from daemon.identity import twin_of
 from daemon.inbox import check_finished
 from daemon.modules import check_modules
+from daemon.notation import called
 from daemon.progress import Progress
-from daemon.versions import called
 from projector.head import Folded
 from projector.lora.keys import tensor_parts
 from projector.measure import overlap

@@ -27,8 +27,8 @@ from daemon.admission import USUAL_EXPERTS, check_norm, flagged, oddities, usual
 from daemon.arrival import check_arrival
 from daemon.blame import blaming
 from daemon.checkpoint import OpenCheckpoint, open_checkpoint
-from daemon.compute import check_budget, driver
 from daemon.config import Settings
+from daemon.device import check_budget, driver
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.failpoints import hit
 from daemon.ground import Base, States, damaged, touched_meanwhile

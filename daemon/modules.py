@@ -13,8 +13,8 @@ from daemon.checkpoint import PICKLED
 from daemon.companions import modules_of
 from daemon.errors import BadHome, Reason, Refused
 from daemon.generations import names_below
-from daemon.layout import SUFFIX, WEIGHTS
 from daemon.opening import open_entry
+from daemon.weight_names import SUFFIX, WEIGHTS
 from projector.source import Checkpoint
 from projector.tensorfile import TensorReader
 from projector.text import shown

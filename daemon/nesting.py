@@ -16,8 +16,8 @@ from daemon.about import ABOUT
 from daemon.adapter import ADAPTER
 from daemon.errors import NotYet, Reason, Refused
 from daemon.hints import inner
-from daemon.layout import is_index
 from daemon.opening import open_entry
+from daemon.weight_names import is_index
 from projector.text import NEW, listed
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -16,11 +16,11 @@ from daemon.generations import problems
 from daemon.ground import separate
 from daemon.home import Home, is_head_name
 from daemon.latest import PLAIN, point_latest
+from daemon.notation import called
 from daemon.placing import place_all
 from daemon.restoring import restoring
 from daemon.retention import finish, remove_whole
 from daemon.uncommitted import leftovers, refuse_ahead, temporaries
-from daemon.versions import called
 from projector.watch import SILENT, Watch
 from registry.errors import Busy
 from registry.store import Store

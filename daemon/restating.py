@@ -16,8 +16,8 @@ from daemon import durable
 from daemon.adapting import Adapting
 from daemon.admission import naming_of
 from daemon.checkpoint import OpenCheckpoint, open_path
-from daemon.compute import driver
 from daemon.config import Settings
+from daemon.device import driver
 from daemon.errors import BadHome
 from daemon.failpoints import hit
 from daemon.generations import FileEntry, WeightsPlan, Withdrawal

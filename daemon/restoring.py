@@ -6,7 +6,7 @@ from shlex import quote
 
 from daemon.generations import entry, names_below
 from daemon.home import Home
-from daemon.versions import called
+from daemon.notation import called
 from registry.records import Version
 
 

@@ -14,8 +14,8 @@ import structlog
 
 from daemon import durable
 from daemon.attempts import Attempts
-from daemon.compute import memory_budget
 from daemon.config import Settings, check_heads
+from daemon.device import memory_budget
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
 from daemon.health import Health, Trouble
 from daemon.home import Home

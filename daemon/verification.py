@@ -11,10 +11,10 @@ from daemon.generations import problems
 from daemon.ground import Base
 from daemon.home import Home, number
 from daemon.latest import PLAIN, names_by_file, names_by_link
+from daemon.notation import called
 from daemon.restoring import again, restoring
 from daemon.retention import keeps_state
 from daemon.uncommitted import ahead
-from daemon.versions import called
 from projector.errors import ProjectorError
 from registry.errors import Damaged
 from registry.records import Expert, Head, Status, Version

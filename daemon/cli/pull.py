@@ -23,10 +23,10 @@ from rich.progress import (
 
 from daemon.cli.common import JsonOption, complain, print_json, size
 from daemon.errors import DaemonError
+from daemon.notation import called, read_name
 from daemon.pull.client import Passing
 from daemon.pull.fetching import Report
 from daemon.pull.pulling import CONNECTIONS, LATEST, Pulled, follow, pull
-from daemon.versions import called, read_name
 from projector.text import shown
 
 

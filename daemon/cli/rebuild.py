@@ -14,7 +14,7 @@ from daemon.cli.common import HomeArgument, HomeOption, find_home, settings_of
 from daemon.cli.init import heads_of, params_of
 from daemon.errors import BadConfig
 from daemon.home import Home
-from daemon.versions import called
+from daemon.notation import called
 
 if TYPE_CHECKING:
     from daemon.planning import Plan

@@ -9,7 +9,7 @@ import typer
 
 from daemon.cli.common import HomeArgument, HomeOption, JsonOption, complain, open_reader, print_json
 from daemon.errors import DaemonError, Reason
-from daemon.versions import called, find_version, read_name
+from daemon.notation import called, find_version, read_name
 from registry.records import UNKNOWN_KIND
 
 MOST = 100  # experts that are shown where many have one name

@@ -18,7 +18,7 @@ from daemon.cli.common import (
     size,
 )
 from daemon.home import Home
-from daemon.versions import called
+from daemon.notation import called
 from projector.text import shown
 from registry.records import Flag
 

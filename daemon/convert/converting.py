@@ -27,8 +27,8 @@ from daemon.convert.confining import Options, Told, unpickle
 from daemon.errors import Reason, Refused
 from daemon.inbox import check_finished
 from daemon.index import read_index, shard_names
-from daemon.layout import INDEX, WEIGHTS
 from daemon.opening import open_entry
+from daemon.weight_names import INDEX, WEIGHTS
 from projector.errors import ProjectorError
 from projector.source import identity
 from projector.spec import Schema

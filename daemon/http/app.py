@@ -29,9 +29,9 @@ from daemon.http.sending import file_answer
 from daemon.http.uploads import UploadRoutes
 from daemon.http.views import Views
 from daemon.http.waiting import Waiting
-from daemon.layout import weight_names
+from daemon.notation import called
 from daemon.uploading import Uploads
-from daemon.versions import called
+from daemon.weight_names import weight_names
 from registry.errors import Busy, RegistryError
 from registry.records import Head, Status, Version
 from registry.store import Reader

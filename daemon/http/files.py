@@ -19,7 +19,7 @@ from pathlib import Path
 from daemon.durable import is_short
 from daemon.home import MANIFEST, Home
 from daemon.http.answers import Problem
-from daemon.versions import called
+from daemon.notation import called
 from registry.records import Head, Version
 from registry.store import Reader
 

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from daemon.errors import DaemonError
 from daemon.http.answers import NO_CACHE, Problem
 from daemon.http.files import Published, damaged
-from daemon.versions import called
+from daemon.notation import called
 from projector.errors import ProjectorError
 from registry.records import Expert, Head, Version
 

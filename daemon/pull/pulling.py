@@ -16,12 +16,12 @@ from urllib.parse import quote
 from daemon import durable
 from daemon.errors import DaemonError, Reason
 from daemon.home import CARD, is_adapter, is_weights
-from daemon.layout import weight_names
+from daemon.notation import called
 from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
 from daemon.pull.fetching import PIECE_BYTES, Fetching, Report
 from daemon.pull.manifest import MOST_BYTES, Listed, Manifest
 from daemon.pull.target import MANIFEST_BYTES, Target
-from daemon.versions import called
+from daemon.weight_names import weight_names
 from projector.text import shown
 
 CONNECTIONS = 4

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from daemon import compute
-from daemon.compute import budget_for, check_budget, device, driver, eigh_seconds, faster_on_card, memory_budget
+from daemon import device as compute
 from daemon.config import Compute
+from daemon.device import budget_for, check_budget, device, driver, eigh_seconds, faster_on_card, memory_budget
 from daemon.errors import BadConfig
 from daemon.home import Home
 from daemon.merger import Merger

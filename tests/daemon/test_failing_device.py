@@ -6,7 +6,7 @@ from threading import Event
 import pytest
 import torch
 
-from daemon import compute
+from daemon import device as compute
 from daemon.home import Home
 from daemon.merger import Merger
 from daemon.progress import Progress

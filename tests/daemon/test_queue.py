@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from daemon import service
-from daemon.compute import device
 from daemon.config import Compute, load
+from daemon.device import device
 from daemon.errors import BadConfig, BadHome, NotYet
 from daemon.home import Home
 from daemon.inbox import Inbox, Scan

@@ -9,7 +9,7 @@ import pytest
 
 from daemon.errors import DaemonError
 from daemon.home import Home
-from daemon.versions import find_version, read_name
+from daemon.notation import find_version, read_name
 from tests.daemon.homes import drain, lineage, make_home, put
 from tests.daemon.processes import forked
 from tests.models import write_base, write_expert

@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
-from daemon.compute import device, exact_products
 from daemon.config import Compute
+from daemon.device import device, exact_products
 from projector.device import CPU, Cuda, Failure, failure
 from projector.fold import Driver
 from projector.methods import make, methods
@@ -148,7 +148,7 @@ def test_slabs_are_page_locked_and_come_back(card: Cuda) -> None:
 
 def test_tf32_in_the_environment_changes_no_bit() -> None:
     script = (
-        "import torch\nfrom daemon.compute import exact_products\nexact_products()\n"
+        "import torch\nfrom daemon.device import exact_products\nexact_products()\n"
         "x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).cuda()\n"
         "print(hash((x @ x).cpu().numpy().tobytes()))"
     )
