@@ -31,7 +31,7 @@ from typing import Any
 
 from bench.live import Daemon, drop, make_home, running, scratch, warm
 from bench.record import ROOT, checkpoints, parser, save
-from daemon.home import Home
+from daemon.layout import Home
 
 WEIGHTS = "model.safetensors"
 BLOCK = 1 << 20

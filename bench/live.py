@@ -19,8 +19,8 @@ from urllib.request import urlopen
 
 from daemon.demo.live import Live, daemon
 from daemon.founding import found
-from daemon.home import Home
 from daemon.inbox import READY_MARKER
+from daemon.layout import Home
 from projector.methods import make
 from registry.store import Reader
 

@@ -16,7 +16,7 @@ from statistics import median
 
 from bench.live import drop, make_home, per_expert, running, scratch, warm
 from bench.record import checkpoints, parser, save
-from daemon.home import STATE_FILE, Home
+from daemon.layout import STATE_FILE, Home
 
 WEIGHTS = "model.safetensors"
 BLOCK = 1 << 20

@@ -24,7 +24,7 @@ from daemon.config import Settings
 from daemon.device import budget_for, driver
 from daemon.errors import BadConfig
 from daemon.generations import METADATA, FileEntry
-from daemon.home import ADAPTER_FOLDER, Home
+from daemon.layout import ADAPTER_FOLDER, Home
 from projector.device import load, unload
 from projector.header import build_header
 from projector.linalg import energy, on_device, one_thread

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from daemon import durable
 from daemon.errors import BadHome, Failed, Reason
-from daemon.home import Home
 from daemon.inbox import Drop
+from daemon.layout import Home
 from projector.text import shown
 
 TRIES = 3

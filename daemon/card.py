@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from daemon.generations import Withdrawal
-from daemon.home import is_weights
+from daemon.layout import is_weights
 from daemon.weight_names import SUFFIX, weight_names
 from projector.method import Method
 from projector.text import shown

@@ -15,7 +15,7 @@ from pathlib import Path
 from daemon.about import ABOUT
 from daemon.adapter import ADAPTER
 from daemon.errors import BadHome
-from daemon.home import ADAPTER_FOLDER, CARD, MANIFEST, Home
+from daemon.layout import ADAPTER_FOLDER, CARD, MANIFEST, Home
 from daemon.pull.manifest import is_plain
 from daemon.weight_names import SUFFIX
 from projector.text import shown

@@ -8,7 +8,7 @@ from daemon.admission import naming_of
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.notation import called, find_version
 from projector.measure import Pair, pairs
 from projector.source import Checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 from daemon import durable
 from daemon.checkpoint import open_path
 from daemon.errors import DaemonError
-from daemon.home import Home
+from daemon.layout import Home
 from projector.errors import ProjectorError
 from projector.tensorfile import TensorReader
 from projector.watch import SILENT, Watch

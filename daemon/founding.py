@@ -17,9 +17,9 @@ from daemon.device import check_budget
 from daemon.errors import BadHome, DaemonError
 from daemon.generations import FileEntry, entry, manifest, names_below
 from daemon.hints import hinting
-from daemon.home import CARD, MANIFEST, Home
 from daemon.inbox import check_finished
 from daemon.latest import point_latest
+from daemon.layout import CARD, MANIFEST, Home
 from daemon.modules import check_pickled
 from daemon.sealing import copy_files, read_about_base, sync_folders
 from daemon.weight_names import WEIGHTS

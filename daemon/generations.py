@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from daemon.home import MANIFEST, STATE_FILE, Home
+from daemon.layout import MANIFEST, STATE_FILE, Home
 from daemon.release import software_version
 from daemon.weight_names import WeightNames
 from projector.header import ALIGNMENT, build_header, room

@@ -20,7 +20,7 @@ from daemon.checkpoint import OpenCheckpoint, OpenFile, open_path
 from daemon.companions import companions
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
 from daemon.generations import HASH_BYTES, FileEntry, entry, names_below
-from daemon.home import CARD, STATE_FILE, Home, is_weights
+from daemon.layout import CARD, STATE_FILE, Home, is_weights
 from daemon.lines import Line
 from daemon.opening import Stamp, stamp
 from daemon.progress import Abandoned

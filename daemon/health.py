@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from daemon import durable
-from daemon.home import MANIFEST, Home
 from daemon.incoming import RESERVE_BYTES
+from daemon.layout import MANIFEST, Home
 from daemon.notation import called
 from daemon.stuck import stays_hint
 from projector.text import listed

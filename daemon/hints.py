@@ -9,7 +9,7 @@ from shlex import quote
 
 from daemon.errors import DaemonError
 from daemon.formats import FORMATS
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.unfinished import TEMPORARY
 from projector.errors import ProjectorError
 from projector.text import BASE, EXPERT, FOLDER, NEW, OUT, shown

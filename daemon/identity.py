@@ -5,7 +5,7 @@ from daemon.admission import naming_of
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import Settings
 from daemon.errors import BadHome, DaemonError
-from daemon.home import Home
+from daemon.layout import Home
 from projector.errors import ProjectorError
 from projector.source import Checkpoint
 from projector.watch import SILENT, Watch

@@ -13,9 +13,9 @@ from daemon.checkpoint import open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.hints import hinting
-from daemon.home import Home
 from daemon.identity import twin_of
 from daemon.inbox import check_finished
+from daemon.layout import Home
 from daemon.modules import check_modules
 from daemon.notation import called
 from daemon.progress import Progress

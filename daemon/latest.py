@@ -9,7 +9,7 @@ from pathlib import Path
 from daemon import durable
 from daemon.errors import BadHome
 from daemon.failpoints import hit
-from daemon.home import Home, number
+from daemon.layout import Home, number
 from registry.records import Head
 
 PLAIN = "LATEST"

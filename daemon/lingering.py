@@ -8,8 +8,8 @@ import structlog
 from daemon.config import Inbox as Settings
 from daemon.errors import RESUMABLE, DaemonError, Reason
 from daemon.hints import filled
-from daemon.home import Home
 from daemon.inbox import Drop, Fingerprint, Scan
+from daemon.layout import Home
 from daemon.merger import Merger
 from daemon.unfinished import hint_for, said_by
 from projector.errors import Reason as ProjectorReason

@@ -32,10 +32,10 @@ from daemon.device import check_budget, driver
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.failpoints import hit
 from daemon.ground import Base, States, damaged, touched_meanwhile
-from daemon.home import Home
 from daemon.identity import twin_of
 from daemon.inbox import Drop, entry_id
 from daemon.latest import point_latest
+from daemon.layout import Home
 from daemon.lines import Line, read_lines
 from daemon.modules import check_modules
 from daemon.outputs import Outputs, planned

@@ -10,7 +10,7 @@ from daemon import durable
 from daemon.checkpoint import OpenCheckpoint
 from daemon.config import Publish
 from daemon.generations import METADATA, FileEntry, WeightFile, WeightsPlan, index_of, plan_weights
-from daemon.home import STATE_FILE
+from daemon.layout import STATE_FILE
 from daemon.weight_names import weight_names
 from projector.header import build_header
 from projector.method import Method

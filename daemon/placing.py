@@ -24,8 +24,8 @@ from daemon.duplicates import spare
 from daemon.durable import Folder
 from daemon.errors import NotYet
 from daemon.failpoints import hit
-from daemon.home import Home, number
 from daemon.inbox import entry_id, fingerprint
+from daemon.layout import Home, number
 from daemon.retention import remove_whole
 from daemon.stuck import stays_hint
 from projector.text import shown

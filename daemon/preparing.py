@@ -17,7 +17,7 @@ from daemon import durable
 from daemon.failpoints import hit
 from daemon.generations import entry
 from daemon.ground import damaged
-from daemon.home import PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home
+from daemon.layout import PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home
 from daemon.lines import Line
 from daemon.opening import Stamp, stamp
 from daemon.release import software_version

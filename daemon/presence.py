@@ -16,7 +16,7 @@ from typing import Any
 
 from daemon import durable
 from daemon.health import Trouble
-from daemon.home import Home
+from daemon.layout import Home
 from projector.text import shown
 
 MOST_WAITING = 100  # entries of which it is noted why they wait: the last that were looked at

@@ -16,8 +16,8 @@ from daemon.errors import BadHome
 from daemon.failpoints import hit
 from daemon.founding import base_files, floating_dtypes, publish_base
 from daemon.generations import Withdrawal
-from daemon.home import Home
 from daemon.latest import point_latest
+from daemon.layout import Home
 from daemon.lines import Line, read_lines
 from daemon.memory import reuse_freed_memory
 from daemon.planning import Plan, readings, usual_seconds

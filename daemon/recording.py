@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 from daemon.config import taking_effect
 from daemon.errors import DaemonError, NotYet, Reason
 from daemon.hints import filled
-from daemon.home import Home, number
 from daemon.inbox import Drop
+from daemon.layout import Home, number
 from projector.errors import ProjectorError
 from projector.text import shown
 from registry.records import UNKNOWN_KIND, NewExpert, Status

@@ -14,8 +14,8 @@ from daemon.errors import BadHome
 from daemon.failpoints import hit
 from daemon.generations import problems
 from daemon.ground import separate
-from daemon.home import Home, is_head_name
 from daemon.latest import PLAIN, point_latest
+from daemon.layout import Home, is_head_name
 from daemon.notation import called
 from daemon.placing import place_all
 from daemon.restoring import restoring

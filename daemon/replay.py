@@ -19,8 +19,8 @@ from daemon.config import Retention, Settings
 from daemon.errors import BadHome, DaemonError, NotYet
 from daemon.founding import found
 from daemon.hints import hinting
-from daemon.home import Home
 from daemon.inbox import Drop, entry_id
+from daemon.layout import Home
 from daemon.memory import return_freed_memory
 from daemon.merger import Merger
 from daemon.progress import Progress

@@ -22,9 +22,9 @@ from daemon.errors import BadHome
 from daemon.failpoints import hit
 from daemon.generations import FileEntry, WeightsPlan, Withdrawal
 from daemon.ground import Base, States
-from daemon.home import CARD, STATE_FILE, Home, is_adapter
 from daemon.identity import SAME_NORM
 from daemon.latest import point_latest
+from daemon.layout import CARD, STATE_FILE, Home, is_adapter
 from daemon.lines import Line
 from daemon.outputs import Outputs, planned
 from daemon.progress import Progress

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from shlex import quote
 
 from daemon.generations import entry, names_below
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.notation import called
 from registry.records import Version
 

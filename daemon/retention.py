@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from daemon import durable
 from daemon.config import Retention
-from daemon.home import Home
+from daemon.layout import Home
 from registry.records import Head, Version
 from registry.store import Store
 

@@ -12,7 +12,7 @@ from daemon.card import FRONT_MATTER_BYTES, MOST_EXPERTS, AboutBase, Card, about
 from daemon.dtypes import config_in
 from daemon.failpoints import hit
 from daemon.generations import FileEntry, Withdrawal, entry, manifest, names_below
-from daemon.home import CARD, MANIFEST, Home
+from daemon.layout import CARD, MANIFEST, Home
 from daemon.lines import Line
 from projector.method import Totals
 from registry.records import BaseModel, Expert, NewExpert, NewVersion, Status

@@ -18,9 +18,9 @@ from daemon.config import Settings, check_heads
 from daemon.device import memory_budget
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
 from daemon.health import Health, Trouble
-from daemon.home import Home
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.inbox import Drop, Inbox, Scan
+from daemon.layout import Home
 from daemon.lingering import Lingering
 from daemon.logs import configure
 from daemon.memory import return_freed_memory, reuse_freed_memory

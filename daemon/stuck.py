@@ -2,7 +2,7 @@
 
 import os
 
-from daemon.home import Home
+from daemon.layout import Home
 from registry.records import Expert, Status
 
 

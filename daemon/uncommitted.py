@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 
 from daemon.errors import BadHome
-from daemon.home import MANIFEST, PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home, number
 from daemon.latest import PLAIN, names_by_file, names_by_link
+from daemon.layout import MANIFEST, PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home, number
 from daemon.retention import remove_whole
 from projector.text import listed
 from registry.records import Head

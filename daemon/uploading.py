@@ -25,8 +25,8 @@ from daemon import durable
 from daemon.config import Http, taking_effect
 from daemon.durable import Folder
 from daemon.errors import BadConfig, NotUploaded, Reason
-from daemon.home import Home
 from daemon.incoming import Incoming, Stored, check_name
+from daemon.layout import Home
 from projector.text import listed, shown
 
 AT_ONCE = 4  # files that come at the same time

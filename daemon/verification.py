@@ -9,8 +9,8 @@ from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.errors import DaemonError, NotYet, Reason
 from daemon.generations import problems
 from daemon.ground import Base
-from daemon.home import Home, number
 from daemon.latest import PLAIN, names_by_file, names_by_link
+from daemon.layout import Home, number
 from daemon.notation import called
 from daemon.restoring import again, restoring
 from daemon.retention import keeps_state

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daemon.checkpoint import open_path
 from daemon.generations import METADATA
-from daemon.home import STATE_FILE, Home
+from daemon.layout import STATE_FILE, Home
 from daemon.outputs import published_specs
 from projector.header import build_header
 from projector.method import Sums

@@ -7,8 +7,8 @@ from threading import Event
 
 import structlog
 
-from daemon.home import Home
 from daemon.inbox import Watcher
+from daemon.layout import Home
 
 CLOSED = (errno.EACCES, errno.EPERM)
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP, errno.ENOTCONN)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from daemon.errors import BadHome
-from daemon.home import Home
+from daemon.layout import Home
 
 if TYPE_CHECKING:
     from daemon.config import Settings

@@ -8,7 +8,7 @@ import typer
 
 from daemon.cli.common import HomeOption, named_home, settings_of, size
 from daemon.errors import BadConfig
-from daemon.home import Home, is_head_name
+from daemon.layout import Home, is_head_name
 from projector.text import shown
 
 MOST_LETTERS = 200  # in a base's name

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from daemon.cli.common import HomeArgument, HomeOption, find_home, settings_of
 from daemon.cli.init import heads_of, params_of
 from daemon.errors import BadConfig
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.notation import called
 
 if TYPE_CHECKING:

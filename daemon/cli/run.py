@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from daemon.cli.common import HomeArgument, HomeOption, find_home, named_home, settings_of
 from daemon.cli.logged import logged
-from daemon.home import Home
+from daemon.layout import Home
 from projector.text import shown
 
 if TYPE_CHECKING:

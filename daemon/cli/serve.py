@@ -8,7 +8,7 @@ import typer
 
 from daemon.cli.common import HomeArgument, HomeOption, named_home, open_reader, settings_of
 from daemon.cli.logged import logged
-from daemon.home import Home
+from daemon.layout import Home
 
 if TYPE_CHECKING:
     from registry.store import Reader

@@ -17,7 +17,7 @@ from daemon.cli.common import (
     print_table,
     size,
 )
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.notation import called
 from projector.text import shown
 from registry.records import Flag

@@ -18,7 +18,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from daemon.errors import DaemonError, Reason
-from daemon.home import is_weights
+from daemon.layout import is_weights
 
 START_SECONDS = 60.0
 MERGE_SECONDS = 120.0

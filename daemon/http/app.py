@@ -17,7 +17,6 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from daemon.health import Health, Trouble
-from daemon.home import Home, is_weights
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition, root_of
 from daemon.http.files import Entry, Published
@@ -29,6 +28,7 @@ from daemon.http.sending import file_answer
 from daemon.http.uploads import UploadRoutes
 from daemon.http.views import Views
 from daemon.http.waiting import Waiting
+from daemon.layout import Home, is_weights
 from daemon.notation import called
 from daemon.uploading import Uploads
 from daemon.weight_names import weight_names

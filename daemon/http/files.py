@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from daemon.durable import is_short
-from daemon.home import MANIFEST, Home
 from daemon.http.answers import Problem
+from daemon.layout import MANIFEST, Home
 from daemon.notation import called
 from registry.records import Head, Version
 from registry.store import Reader

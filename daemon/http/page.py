@@ -15,9 +15,9 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response
 
 from daemon.health import Trouble
-from daemon.home import is_adapter
 from daemon.http.answers import NO_CACHE, Problem
 from daemon.http.files import Published
+from daemon.layout import is_adapter
 from registry.records import Expert, Head, Status, Version
 
 ARRIVALS = 12  # rows shown

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from daemon.home import MANIFEST
+from daemon.layout import MANIFEST
 from projector.text import shown
 
 MOST_BYTES = (1 << 63) - 1  # of a file: no system has a larger one

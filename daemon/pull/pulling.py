@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from daemon import durable
 from daemon.errors import DaemonError, Reason
-from daemon.home import CARD, is_adapter, is_weights
+from daemon.layout import CARD, is_adapter, is_weights
 from daemon.notation import called
 from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
 from daemon.pull.fetching import PIECE_BYTES, Fetching, Report

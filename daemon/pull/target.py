@@ -22,7 +22,7 @@ from pathlib import Path
 
 from daemon import durable
 from daemon.errors import DaemonError, Reason
-from daemon.home import MANIFEST
+from daemon.layout import MANIFEST
 from daemon.pull.manifest import Listed, Manifest, parents
 from projector.text import listed, shown
 

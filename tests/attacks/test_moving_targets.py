@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from daemon.checkpoint import OpenCheckpoint
 from daemon.errors import Reason, Refused
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.progress import Progress
 from daemon.service import Service
 from projector.source import Checkpoint

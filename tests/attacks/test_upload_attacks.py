@@ -12,8 +12,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from daemon.config import Http
-from daemon.home import Home
 from daemon.http import HttpServer, create_app
+from daemon.layout import Home
 from daemon.uploading import Uploads
 from registry.store import Reader
 from tests.daemon.homes import make_home, tree

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.home import Home
+from daemon.layout import Home
 from tests.crash.daemons import Zygote
 from tests.crash.worlds import MakeFolder, World, drain, outcome
 

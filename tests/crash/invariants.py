@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from daemon.home import MANIFEST, STATE_FILE, Home, number
+from daemon.layout import MANIFEST, STATE_FILE, Home, number
 from daemon.recovery import recover
 from projector.methods import make
 from projector.spec import TensorSpec

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.home import Home
+from daemon.layout import Home
 from tests.crash.worlds import World, drain
 
 REFUSES = {  # the live version: without a clean stop the start hashes it

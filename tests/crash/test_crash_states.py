@@ -19,8 +19,8 @@ import torch
 
 from daemon import durable, merger, placing, recovery
 from daemon.config import load
-from daemon.home import Home
 from daemon.inbox import entry_id
+from daemon.layout import Home
 from daemon.service import Service
 from tests.crash.daemons import SETTINGS
 from tests.crash.invariants import check

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from daemon.home import Home
+from daemon.layout import Home
 from tests.crash.daemons import Running
 from tests.crash.invariants import check
 from tests.crash.worlds import FULL, World, fill_inbox, outcome, settle, watch

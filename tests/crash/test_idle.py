@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from daemon.failpoints import IDLE_POINTS
-from daemon.home import Home
+from daemon.layout import Home
 from tests.crash.daemons import LIMIT_SECONDS
 from tests.crash.worlds import World, drain, outcome, watch
 from tests.models import write_expert

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from daemon.home import Home
+from daemon.layout import Home
 from registry.records import Status
 from registry.store import Reader
 from tests.crash.invariants import History, check, sha256

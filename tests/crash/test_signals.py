@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from daemon.home import Home
+from daemon.layout import Home
 from tests.crash.daemons import ROOT, SETTINGS
 from tests.crash.invariants import check, sha256
 from tests.crash.worlds import World, drain, fill_inbox

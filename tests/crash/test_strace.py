@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.home import Home
+from daemon.layout import Home
 from tests.crash.daemons import ROOT, SETTINGS
 from tests.crash.worlds import MakeFolder, World, drain, outcome
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from daemon.home import Home
+from daemon.layout import Home
 from tests.crash.daemons import Running
 from tests.crash.worlds import World, fill_inbox, outcome, settle, watch
 from tests.daemon.homes import experts

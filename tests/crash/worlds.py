@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from daemon.home import MANIFEST, STATE_FILE, Home
+from daemon.layout import MANIFEST, STATE_FILE, Home
 from registry.records import Status
 from registry.store import Reader
 from tests.crash.daemons import LIMIT_SECONDS, Ended, Running, Zygote

@@ -10,7 +10,7 @@ import pytest
 
 from daemon.convert import converting, unpickling
 from daemon.convert.confining import Options, Told
-from daemon.home import Home
+from daemon.layout import Home
 from tests.daemon.homes import make_home
 from tests.daemon.pulls import served
 from tests.models import write_base

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daemon.config import Settings
 from daemon.founding import found
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.service import Service
 from projector.methods import make
 from registry.records import Expert

@@ -21,7 +21,7 @@ import httpx
 import torch
 
 from daemon.cli import main
-from daemon.home import Home
+from daemon.layout import Home
 from tests import shims
 
 ROOT = Path(__file__).parents[2]

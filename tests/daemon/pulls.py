@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from daemon.home import MANIFEST, Home
 from daemon.http import HttpServer, create_app
+from daemon.layout import MANIFEST, Home
 from registry.store import Reader
 from tests.daemon.homes import drain, make_home, quick
 from tests.models import write_base, write_expert

@@ -16,8 +16,8 @@ from structlog.testing import capture_logs
 from daemon.about import ABOUT, MAX_ABOUT_BYTES, About, read_about
 from daemon.checkpoint import open_checkpoint, open_path
 from daemon.errors import NotYet, Reason, Refused
-from daemon.home import Home
 from daemon.http import create_app
+from daemon.layout import Home
 from projector.naming import Naming
 from registry.records import Status
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, make_home, reason_of

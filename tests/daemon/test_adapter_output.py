@@ -25,7 +25,7 @@ from daemon.checkpoint import open_path
 from daemon.config import Settings, load
 from daemon.errors import BadConfig, DaemonError
 from daemon.generations import FileEntry
-from daemon.home import ADAPTER_FOLDER, Home
+from daemon.layout import ADAPTER_FOLDER, Home
 from daemon.pull.pulling import pull
 from daemon.verification import verify
 from projector.spec import TensorSpec

@@ -16,7 +16,7 @@ from torch import Tensor
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES, NO_MATTER, USED, VARIANTS
 from daemon.checkpoint import open_path
 from daemon.errors import BadHome, NotYet, Reason, Refused
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.verification import verify
 from registry.records import Status
 from tests.adapters import configure, llama, merged, train, write

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from daemon.home import Home
+from daemon.layout import Home
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, make_home
 from tests.oracles import mean, opcm
 

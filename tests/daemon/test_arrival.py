@@ -18,7 +18,7 @@ from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.arrival import check_arrival
 from daemon.checkpoint import open_path
 from daemon.errors import BadHome, NotYet, Reason
-from daemon.home import Home
+from daemon.layout import Home
 from projector.spec import Schema
 from registry.records import Expert, Status
 from tests.daemon.following import follow

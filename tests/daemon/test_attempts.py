@@ -16,8 +16,8 @@ import torch
 from daemon import adapting, attempts, service
 from daemon.attempts import DEATHS, FORGIVEN, Attempts
 from daemon.errors import BadHome
-from daemon.home import ADAPTER_FOLDER, STATE_FILE, Home
 from daemon.inbox import Drop
+from daemon.layout import ADAPTER_FOLDER, STATE_FILE, Home
 from daemon.merger import Merger
 from daemon.progress import Progress
 from daemon.service import Service

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from daemon.errors import BadHome
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.rebuilding import into, withdraw
 from daemon.replay import Console
 from projector.buffers import is_derived

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.home import Home
+from daemon.layout import Home
 
 SLOW = {"torch", "numpy", "alembic", "mako", "starlette", "uvicorn", "anyio", "prometheus_client", "jinja2"}
 SLOW |= {"pydantic_settings", "structlog", "huggingface_hub", "safetensors", "httpx"}

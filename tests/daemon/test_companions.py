@@ -14,7 +14,7 @@ from daemon.companions import companions
 from daemon.errors import BadHome
 from daemon.founding import found
 from daemon.generations import FileEntry
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.pull.pulling import pull
 from daemon.sealing import copy_files, sync_folders
 from projector.methods import make

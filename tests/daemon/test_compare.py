@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from daemon.comparison import layer_group
-from daemon.home import Home
+from daemon.layout import Home
 from tests.daemon.homes import drain, make_home, put, quick
 from tests.daemon.processes import forked
 from tests.models import read_weights, write_base, write_expert

@@ -13,7 +13,7 @@ from daemon import device as compute
 from daemon.config import Compute
 from daemon.device import budget_for, check_budget, device, driver, eigh_seconds, faster_on_card, memory_budget
 from daemon.errors import BadConfig
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.merger import Merger
 from daemon.progress import Progress
 from projector.methods import make

@@ -25,7 +25,7 @@ from daemon.convert import unpickling
 from daemon.convert.confining import Options
 from daemon.convert.converting import Converted, convert
 from daemon.errors import NotYet, Refused
-from daemon.home import Home
+from daemon.layout import Home
 from tests.daemon.homes import drain
 from tests.daemon.processes import ended, environment, forked, until
 from tests.models import read_weights, write_expert

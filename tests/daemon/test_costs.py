@@ -19,8 +19,8 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from daemon.cli.app import app as command_line
-from daemon.home import Home
 from daemon.http import create_app
+from daemon.layout import Home
 from daemon.replay import pages
 from daemon.retention import collect
 from daemon.verification import _every

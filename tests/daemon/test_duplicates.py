@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from daemon import duplicates, durable, placing
 from daemon.config import Settings
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.progress import Abandoned, Progress
 from daemon.rebuilding import into
 from daemon.recovery import recover

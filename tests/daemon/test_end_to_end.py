@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from daemon.home import Home
+from daemon.layout import Home
 from tests.daemon.homes import assert_close
 from tests.daemon.processes import environment, forked, mainstem, running, until
 from tests.models import CONFIG, WEIGHTS, read_weights, write_base, write_expert

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from daemon import device as compute
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.merger import Merger
 from daemon.progress import Progress
 from projector.device import Device

@@ -9,8 +9,8 @@ import pytest
 
 from daemon.config import Log, load, log_of
 from daemon.errors import BadConfig
-from daemon.home import Home
 from daemon.http import HttpServer
+from daemon.layout import Home
 from tests.daemon.homes import make_home
 from tests.daemon.processes import forked
 from tests.models import write_base

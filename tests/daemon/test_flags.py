@@ -12,10 +12,10 @@ import structlog
 from sqlalchemy.dialects import sqlite
 
 from daemon.cli.log import Flagged
-from daemon.home import Home
 from daemon.http.rows import expert_row
 from daemon.inbox import Drop
 from daemon.inspection import inspect
+from daemon.layout import Home
 from daemon.recording import arrived
 from registry.engine import connect
 from registry.records import Flag, Status

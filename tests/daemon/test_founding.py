@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from daemon import durable
 from daemon.checkpoint import open_path
 from daemon.errors import BadHome, DaemonError
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.verification import verify
 from projector.errors import BadValues, ProjectorError
 from tests.daemon.homes import drain, latest, lineage, live, make_home, put, tree

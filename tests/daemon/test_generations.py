@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from daemon.generations import METADATA, entry, plan_weights, problems
-from daemon.home import Home
+from daemon.layout import Home
 from projector.header import build_header
 from projector.spec import TensorSpec
 from registry.records import Version

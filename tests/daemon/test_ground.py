@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from daemon import durable, ground, merger
 from daemon.config import Settings
 from daemon.errors import BadHome, NotYet
-from daemon.home import Home
 from daemon.inbox import Inbox
+from daemon.layout import Home
 from daemon.merger import Merger
 from daemon.progress import Abandoned, Progress
 from daemon.recovery import recover

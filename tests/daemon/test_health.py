@@ -13,7 +13,7 @@ import pytest
 
 from daemon import durable, health, incoming
 from daemon.health import Health, Trouble
-from daemon.home import MANIFEST, Home
+from daemon.layout import MANIFEST, Home
 from registry.errors import Busy
 from registry.store import Reader
 from tests.daemon.homes import drain, put

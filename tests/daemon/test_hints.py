@@ -15,7 +15,7 @@ from daemon.adapter import ADAPTER
 from daemon.cli.app import app
 from daemon.errors import Refused
 from daemon.hints import below, filled, hinting, inner
-from daemon.home import Home
+from daemon.layout import Home
 from projector.text import BASE, EXPERT, FOLDER, NEW, OUT
 from registry.records import Status
 from tests.daemon.following import command_in, follow

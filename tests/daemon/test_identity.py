@@ -21,8 +21,8 @@ from daemon.attempts import TRIES
 from daemon.checkpoint import OpenCheckpoint, open_path
 from daemon.config import Settings
 from daemon.errors import BadHome
-from daemon.home import Home
 from daemon.inspection import inspect
+from daemon.layout import Home
 from daemon.rebuilding import into, withdraw
 from daemon.replay import Console
 from registry.records import Status

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from daemon.home import Home
 from daemon.inbox import Held, Inbox, Scan, Watcher, entry_id
+from daemon.layout import Home
 from daemon.opening import stamp
 from daemon.service import Service
 from daemon.watching import Watching

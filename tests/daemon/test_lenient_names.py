@@ -15,8 +15,8 @@ from torch import Tensor
 
 from daemon.comparison import compare, find_version
 from daemon.config import load
-from daemon.home import Home
 from daemon.inspection import inspect
+from daemon.layout import Home
 from registry.records import Expert, Status
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, lineage, make_home, quick
 from tests.daemon.processes import forked

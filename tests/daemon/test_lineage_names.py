@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from daemon.comparison import compare, find_published
-from daemon.home import Home
+from daemon.layout import Home
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, lineage, make_home, quick
 from tests.daemon.processes import environment, forked, rebuild
 from tests.models import read_weights, write_expert

@@ -12,8 +12,8 @@ import pytest
 
 from daemon import copying, durable
 from daemon.health import Health
-from daemon.home import Home
 from daemon.inbox import Inbox
+from daemon.layout import Home
 from daemon.lingering import Lingering
 from daemon.merger import Merger
 from daemon.progress import Abandoned, Progress

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.metrics import OUTCOMES, REASONS, Metrics
 from daemon.progress import PHASES
 from registry.records import Flag

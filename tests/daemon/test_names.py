@@ -14,8 +14,8 @@ from torch import Tensor
 
 from daemon.comparison import compare, find_published
 from daemon.config import load
-from daemon.home import Home
 from daemon.inspection import inspect
+from daemon.layout import Home
 from daemon.verification import verify
 from projector.errors import BadSchema
 from registry.records import Expert, Status

@@ -9,7 +9,7 @@ import pytest
 from daemon import service
 from daemon.config import Settings
 from daemon.errors import BadHome
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.rebuilding import add_head, into, withdraw
 from daemon.replay import Console
 from daemon.verification import verify

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from daemon.home import Home
+from daemon.layout import Home
 from tests.adapters import bert, gpt2, llama, train, transformers, write
 from tests.daemon.homes import drain, experts, make_home
 

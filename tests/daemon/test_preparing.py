@@ -17,7 +17,7 @@ from torch import equal
 from daemon import durable, preparing
 from daemon.errors import BadHome
 from daemon.generations import FileEntry
-from daemon.home import STATE_FILE, Home
+from daemon.layout import STATE_FILE, Home
 from daemon.merger import Merger
 from daemon.progress import Progress
 from daemon.service import Service

@@ -20,8 +20,8 @@ from daemon.companions import companions
 from daemon.errors import BadHome
 from daemon.founding import name_of
 from daemon.generations import entry
-from daemon.home import Home
 from daemon.latest import point_latest
+from daemon.layout import Home
 from daemon.rebuilding import add_head, into, withdraw
 from daemon.recovery import recover
 from daemon.replay import Console

@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response
 
 from daemon import durable
 from daemon.errors import DaemonError
-from daemon.home import MANIFEST, Home
+from daemon.layout import MANIFEST, Home
 from daemon.pull.manifest import Listed, Manifest
 from daemon.pull.pulling import pull, wanted
 from daemon.pull.target import Target

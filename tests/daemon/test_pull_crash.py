@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.pull.pulling import pull
 from tests.daemon.pulls import ended, forking, make_line, version_in
 

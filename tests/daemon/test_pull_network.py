@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from daemon.errors import DaemonError
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.pull.client import Passing
 from daemon.pull.pulling import pull
 from tests.daemon.processes import until

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 
 from daemon.cli.pull import _Troubles
 from daemon.errors import DaemonError
-from daemon.home import MANIFEST, Home
+from daemon.layout import MANIFEST, Home
 from daemon.pull.pulling import follow, pull
 from tests.daemon.homes import lineage
 from tests.daemon.processes import Daemon, forked, running, until

@@ -12,8 +12,8 @@ from daemon import service
 from daemon.config import Compute, load
 from daemon.device import device
 from daemon.errors import BadConfig, BadHome, NotYet
-from daemon.home import Home
 from daemon.inbox import Inbox, Scan
+from daemon.layout import Home
 from daemon.merger import Merger
 from daemon.progress import Progress
 from daemon.service import Service

@@ -13,7 +13,7 @@ from torch import Tensor
 from daemon import durable
 from daemon.config import Settings
 from daemon.errors import BadHome
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.rebuilding import add_head
 from daemon.recovery import recover
 from daemon.replay import Console

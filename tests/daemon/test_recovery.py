@@ -18,8 +18,8 @@ import pytest
 from daemon import durable, generations, service
 from daemon.durable import SyncFailed
 from daemon.errors import BadHome
-from daemon.home import Home
 from daemon.inbox import Drop, entry_id
+from daemon.layout import Home
 from daemon.merger import Merger
 from daemon.placing import place_all
 from daemon.progress import Progress

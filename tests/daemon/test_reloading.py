@@ -24,8 +24,8 @@ from daemon.admission import check_norm
 from daemon.cli import main
 from daemon.config import LIVE, Settings, described, load, taking_effect
 from daemon.errors import BadConfig, Refused
-from daemon.home import Home
 from daemon.inbox import Drop, Inbox
+from daemon.layout import Home
 from daemon.logs import configure
 from daemon.merger import Merger
 from daemon.progress import Progress

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from daemon.home import Home
+from daemon.layout import Home
 from registry.records import Status
 from tests.adapters import peft, train, transformers
 from tests.daemon.homes import assert_close, experts, latest, make_home

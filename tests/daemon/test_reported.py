@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from daemon.home import Home
+from daemon.layout import Home
 from registry.records import Expert, Status
 from tests.daemon.homes import assert_close, drain, experts, latest, make_home, put
 from tests.models import read_weights

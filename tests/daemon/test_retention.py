@@ -9,7 +9,7 @@ import pytest
 
 from daemon import durable
 from daemon.generations import problems
-from daemon.home import STATE_FILE, Home
+from daemon.layout import STATE_FILE, Home
 from daemon.recovery import recover
 from daemon.retention import collect
 from daemon.verification import verify

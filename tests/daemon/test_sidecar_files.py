@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.verification import verify
 from registry.records import Expert, Status
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, make_home, reason_of, tree

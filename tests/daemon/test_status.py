@@ -14,7 +14,7 @@ import pytest
 from daemon import durable
 from daemon.cli.status import _waiting
 from daemon.health import Health, Trouble
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.presence import MOST_WAITING, Presence
 from daemon.presence import running as look
 from daemon.service import Service

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from daemon.home import Home
+from daemon.layout import Home
 from registry.records import Expert, Status
 from tests import adapters
 from tests.adapters import gpt2, llama, peft, tied_llama, train, transformers

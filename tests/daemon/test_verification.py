@@ -9,7 +9,7 @@ from threading import Event
 import pytest
 
 from daemon.failpoints import hit
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.merger import Merger
 from daemon.progress import Progress
 from daemon.verification import verify

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from daemon.errors import DaemonError
-from daemon.home import Home
+from daemon.layout import Home
 from daemon.notation import find_version, read_name
 from tests.daemon.homes import drain, lineage, make_home, put
 from tests.daemon.processes import forked

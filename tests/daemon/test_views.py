@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 from safetensors.torch import load, load_file, save_file
 
 from daemon.errors import DaemonError
-from daemon.home import Home
 from daemon.http import HttpServer, create_app
 from daemon.http.views import AT_ONCE
+from daemon.layout import Home
 from daemon.pull.pulling import pull
 from daemon.verification import verify
 from registry.store import Reader

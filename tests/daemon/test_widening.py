@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
 
-from daemon.home import Home
+from daemon.layout import Home
 from registry.records import Status
 from tests.daemon.homes import Heads, drain, experts, latest, make_home, put
 

@@ -15,7 +15,7 @@ from daemon.adapting import Adapting
 from daemon.checkpoint import open_path
 from daemon.config import Settings
 from daemon.generations import FileEntry
-from daemon.home import Home
+from daemon.layout import Home
 from projector.watch import SILENT
 from tests.memory.fold_once import memory
 

@@ -14,8 +14,8 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from daemon.home import MANIFEST, Home
 from daemon.http import HttpServer, create_app
+from daemon.layout import MANIFEST, Home
 from registry.records import BaseModel, Expert, Head, NewExpert, NewVersion, Status
 from registry.store import Reader, Store
 

@@ -19,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from daemon.home import Home
 from daemon.http import HttpServer, connections, create_app
+from daemon.layout import Home
 from registry.store import Reader
 from tests.daemon.processes import running, until
 from tests.models import write_expert

@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
 from daemon.config import Http
-from daemon.home import Home
 from daemon.http import Hosts, create_app
+from daemon.layout import Home
 from daemon.uploading import Uploads
 from registry.store import Reader
 from tests.daemon.processes import running

@@ -21,9 +21,9 @@ from structlog.testing import capture_logs
 from daemon import incoming, uploading
 from daemon.config import Http
 from daemon.errors import BadConfig
-from daemon.home import Home
 from daemon.http import HttpServer, create_app, uploads
 from daemon.inbox import Inbox
+from daemon.layout import Home
 from daemon.service import Service
 from daemon.uploading import Uploads
 from registry.store import Reader

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from daemon.home import Home
+from daemon.layout import Home
 from registry.records import Status
 from tests.daemon.homes import assert_close, experts, latest
 from tests.daemon.processes import Daemon, mainstem, running, until
