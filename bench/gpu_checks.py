@@ -26,12 +26,12 @@ from bench import llama_shapes
 from bench.live import drop, make_home, scratch
 from bench.record import ROOT
 from bench.shapes import write
-from daemon.device import exact_products
-from projector.device import Card, Cuda, Device
-from projector.fold import Driver
+from daemon.compute.device import exact_products
+from projector.driver.device import Card, Cuda, Device
+from projector.driver.fold import Driver
+from projector.files.slabs import SLAB_BYTES, Slabs
+from projector.laws.trial import Tensors, merge, stream
 from projector.methods import make, methods
-from projector.slabs import SLAB_BYTES, Slabs
-from projector.trial import Tensors, merge, stream
 from projector.watch import Watch
 
 TOLERANCE = 1e-5

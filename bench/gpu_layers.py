@@ -21,8 +21,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.shapes import INIT_STD, STRENGTH, direction
-from daemon.device import exact_products
-from projector.linalg import pieces
+from daemon.compute.device import exact_products
+from projector.algebra.linalg import pieces
 from projector.method import Expert, Method, State, Totals
 from projector.methods import make
 from projector.spec import TensorSpec

@@ -17,9 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.request import urlopen
 
+from daemon.arrivals.inbox import READY_MARKER
 from daemon.demo.live import Live, daemon
-from daemon.founding import found
-from daemon.inbox import READY_MARKER
+from daemon.home.founding import found
 from daemon.layout import Home
 from projector.methods import make
 from registry.store import Reader

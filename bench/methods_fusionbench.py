@@ -20,8 +20,8 @@ from bench.live import scratch
 from bench.record import parser, peer, run, save
 from bench.shapes import write
 from bench.side_by_side import Case, apart, ours, weights
-from projector.matrices import EXCLUDED
-from projector.trial import sidecar
+from projector.algebra.matrices import EXCLUDED
+from projector.laws.trial import sidecar
 
 EXPERTS = 4
 CASES: Sequence[tuple[Case, str]] = (

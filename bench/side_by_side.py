@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.record import RESULTS, ROOT
+from projector.laws.trial import merge
 from projector.methods import make, methods
-from projector.trial import merge
 
 DOCUMENT = ROOT / "docs" / "comparison.md"
 TOOLS = ("mergekit", "fusionbench")

@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from daemon.errors import RESUMABLE, BadConfig, Reason
 from projector.errors import Reason as ProjectorReason
-from projector.naming import Naming, check_prefixes
+from projector.names.naming import Naming, check_prefixes
 from projector.text import listed, shown
 
 LIVE = (

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, ProcessCollector
 from prometheus_client.registry import Collector
 
+from daemon.compute.progress import PHASES
 from daemon.errors import Reason
-from daemon.progress import PHASES
 from daemon.release import software_version
 from projector.errors import Reason as ProjectorReason
 from registry.records import Flag

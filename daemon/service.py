@@ -12,30 +12,30 @@ from types import FrameType
 
 import structlog
 
-from daemon import durable
-from daemon.attempts import Attempts
+from daemon.arrivals.attempts import Attempts
+from daemon.arrivals.filing import say_immovable
+from daemon.arrivals.inbox import Drop, Inbox, Scan
+from daemon.arrivals.uploads import Uploads, write_token
+from daemon.arrivals.watching import Watching
+from daemon.checkpoints.unfinished import said_by
+from daemon.compute.device import memory_budget
+from daemon.compute.memory import return_freed_memory, reuse_freed_memory
+from daemon.compute.progress import Abandoned, Progress
 from daemon.config import Settings, check_heads
-from daemon.device import memory_budget
+from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
-from daemon.health import Health, Trouble
+from daemon.home.health import Health, Trouble
+from daemon.home.presence import Presence
+from daemon.home.recovery import mark_clean, recover
 from daemon.http import Hosts, HttpServer, base_url, create_app
-from daemon.inbox import Drop, Inbox, Scan
 from daemon.layout import Home
-from daemon.lingering import Lingering
 from daemon.logs import configure
-from daemon.memory import return_freed_memory, reuse_freed_memory
-from daemon.merger import Merger
+from daemon.merge.lingering import Lingering
+from daemon.merge.merger import Merger
+from daemon.merge.outcome import tell
 from daemon.metrics import Metrics
-from daemon.outcome import tell
-from daemon.placing import say_immovable
-from daemon.presence import Presence
-from daemon.progress import Abandoned, Progress
-from daemon.recovery import mark_clean, recover
 from daemon.reloading import Read, Reloading, Stop, hearing, wake
-from daemon.retention import collect
-from daemon.unfinished import said_by
-from daemon.uploading import Uploads, write_token
-from daemon.watching import Watching
+from daemon.versions.retention import collect
 from projector.errors import ProjectorError
 from projector.text import shown
 from registry.errors import Busy, DiskFull

@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import Metric
 
 from daemon.config import described
 from daemon.metrics import Metrics
-from projector.listing import listing, markdown
+from projector.laws.listing import listing, markdown
 from projector.methods import methods
 
 DOCS = Path(__file__).parent

@@ -14,8 +14,8 @@ Beside the merged model a method may offer a view of each expert, out of a recor
 
 A method is a frozen dataclass: its fields are its parameters, declared with `param`, which holds their help and range.
 State keys, shapes and dtypes depend on the base tensor's spec alone; arguments are never mutated; the same arguments
-give the same bits. `projector.checks` holds any method to this. A method of another package registers itself under the
-entry point group `mainstem.methods`.
+give the same bits. `projector.laws.checks` holds any method to this. A method of another package registers itself under
+the entry point group `mainstem.methods`.
 """
 
 from abc import ABC, abstractmethod

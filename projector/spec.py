@@ -8,10 +8,10 @@ from math import prod
 
 import torch
 
-from projector.buffers import is_derived, is_statistic
 from projector.errors import BadSchema, Reason
-from projector.naming import SAME, globs, in_about, mended, mending
-from projector.quantised import BEFORE, check_not_quantised
+from projector.names.buffers import is_derived, is_statistic
+from projector.names.naming import SAME, globs, in_about, mended, mending
+from projector.names.quantised import BEFORE, check_not_quantised
 from projector.text import FOLDER, OUT, listed, shown
 
 Schema = Mapping[str, "TensorSpec"]

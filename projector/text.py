@@ -6,7 +6,7 @@ EXPERT, BASE = "<expert>", "<base>"
 FOLDER = "<folder>"  # the expert as a folder, which it may not have been dropped as
 NEW = "<new>"  # a name in the inbox that is free
 OUT = "<out>"  # what another program makes, in the current folder
-"""What a hint calls paths that are not known where it is worded: see daemon/hints.py."""
+"""What a hint calls paths that are not known where it is worded: see daemon/checkpoints/hints.py."""
 
 
 def shown(name: str) -> str:

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS, read_config
+from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS, read_config
+from projector.files.source import Checkpoint
+from projector.files.tensorfile import TensorReader
 from projector.lora.expert import LoraExpert
-from projector.naming import SAME, Naming
-from projector.source import Checkpoint
-from projector.tensorfile import TensorReader
+from projector.names.naming import SAME, Naming
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries are imported
 transformers = pytest.importorskip("transformers")

@@ -20,7 +20,7 @@ DURABLE_CALLS = {
 DURABLE_METHODS = {"rename", "unlink", "rmdir", "symlink_to", "hardlink_to"}
 METRICS = {"Counter", "Gauge", "Histogram", "Summary", "Info", "Enum"}
 NOT_IN_PROJECTOR = {"pathlib", "time", "datetime", "logging", "structlog", "sqlalchemy", "sqlite3", "prometheus_client"}
-ONLY_THERE = {"os": "projector/tensorfile.py", "tempfile": "projector/trial.py"}
+ONLY_THERE = {"os": "projector/files/tensorfile.py", "tempfile": "projector/laws/trial.py"}
 MOST_LINES = 500
 MANY_TEST_LINES = 400
 
@@ -69,8 +69,8 @@ def taken_from(path: str, module: str) -> set[str]:
 
 def test_there_is_something_to_read() -> None:
     assert {path.split("/")[0] for path in TREES} == set(ROOMS)
-    assert "projector.fold" in MODULES
-    assert "projector.method" in set(imported("projector/fold.py"))
+    assert "projector.driver.fold" in MODULES
+    assert "projector.method" in set(imported("projector/driver/fold.py"))
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -145,7 +145,7 @@ def test_only_the_durable_room_moves_and_syncs_files() -> None:
     The demo's live part plays a trainer, who renames a file into the inbox from outside.
     """
     found = []
-    for path in TREES.keys() - {"daemon/durable.py", "daemon/demo/live.py"}:
+    for path in TREES.keys() - {"daemon/disk/durable.py", "daemon/demo/live.py"}:
         for name, call in calls(path):
             last = name.rpartition(".")[2]
             replaces = "." in name and last == "replace" and len(call.args) == 1 and not call.keywords
@@ -219,7 +219,7 @@ UNPICKLERS = {
     *("multiprocessing", "concurrent.futures.process", "yaml", "jsonpickle", "runpy", "code"),
 }
 UNPICKLES = "daemon/convert/unpickling.py"
-KNOWN = {"daemon/outputs.py": ["getattr load, for all one knows"]}  # a dtype by its name, one of a closed list
+KNOWN = {"daemon/versions/writing.py": ["getattr load, for all one knows"]}  # a dtype by its name, one of a closed list
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def command(
     A task vector is the merged model less the base. Kept is <expert, merged> / <expert, expert>: how far the merged
     task vector goes along the expert's, 1 where it goes as far as the expert itself.
     """
-    from daemon.comparison import compare, find_published
+    from daemon.reports.compare import compare, find_published
 
     where, reader = open_reader(at, home)
     with reader:

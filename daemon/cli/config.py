@@ -34,8 +34,8 @@ def show(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption =
 @app.command()
 def check(at: HomeArgument = None, home: HomeOption = None) -> None:
     """Check mainstem.toml and the environment; exit status 1 and the reason where they are wrong."""
+    from daemon.arrivals.uploads import write_token
     from daemon.config import check_heads
-    from daemon.uploading import write_token
 
     where, reader = open_reader(at, home)
     with reader:

@@ -56,7 +56,7 @@ def _demo(home: Path, port: int, stay: bool) -> None:
 
     from daemon.demo.digits import CENTRE, TASKS, accuracy, finetune, pretrain
     from daemon.demo.live import daemon
-    from daemon.founding import found
+    from daemon.home.founding import found
     from daemon.layout import Home
     from projector.methods import make
 

@@ -39,7 +39,7 @@ def command(
 ) -> None:
     """Make a home: copy the base into it and publish it as version 0 of every head."""
     # imported here: these bring torch
-    from daemon.founding import found
+    from daemon.home.founding import found
     from projector.methods import make
 
     chosen = {"main": method, **heads_of(heads or [])}

@@ -25,7 +25,7 @@ def command(
     Nothing is changed. Exit status 1 where it would be refused.
     """
     from daemon.config import taking_effect
-    from daemon.inspection import inspect
+    from daemon.reports.inspect import inspect
 
     where, reader = open_reader(at, home)
     with reader:

@@ -7,7 +7,7 @@ import typer
 from daemon.cli.common import JsonOption, print_json
 
 if TYPE_CHECKING:
-    from projector.listing import Listing
+    from projector.laws.listing import Listing
 
 
 def command(
@@ -16,7 +16,7 @@ def command(
 ) -> None:
     """List the merging methods: formula, paper, parameters, what they keep, what they need of an expert."""
     # imported here: these bring torch
-    from projector.listing import listing
+    from projector.laws.listing import listing
     from projector.methods import make, methods
 
     chosen = methods().values() if name is None else [type(make(name))]
@@ -29,7 +29,7 @@ def command(
 
 
 def _print(one: "Listing") -> None:
-    from projector.listing import lines, worded
+    from projector.laws.listing import lines, worded
 
     typer.echo(f"{one.name}\n    {one.summary}\n    {one.formula}\n    {one.paper}")
     for what, words in lines(one):

@@ -17,8 +17,8 @@ from daemon.layout import Home
 from daemon.notation import called
 
 if TYPE_CHECKING:
-    from daemon.planning import Plan
-    from daemon.replay import Console, Heads
+    from daemon.rebuild.plan import Plan
+    from daemon.rebuild.replay import Console, Heads
 
 
 def command(
@@ -57,7 +57,7 @@ def command(
 
     Cut short, it goes on where it was when it is called again. Only --into runs beside the daemon.
     """
-    from daemon import rebuilding
+    from daemon.rebuild import commands as rebuilding
     from projector.methods import make
 
     where, gone = find_home(at, home), without or []
@@ -117,7 +117,7 @@ def _planned(plan: "Plan") -> str:
 @contextmanager
 def _console() -> Iterator["Console"]:
     """A progress bar for a terminal, otherwise a line for every expert; on standard error."""
-    from daemon.replay import Console
+    from daemon.rebuild.replay import Console
 
     class Lines(Console):
         def say(self, text: str) -> None:

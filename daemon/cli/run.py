@@ -18,7 +18,7 @@ from daemon.layout import Home
 from projector.text import shown
 
 if TYPE_CHECKING:
-    from daemon.inbox import Drop
+    from daemon.arrivals.inbox import Drop
 
 
 def command(

@@ -23,7 +23,7 @@ from projector.text import shown
 from registry.records import Flag
 
 if TYPE_CHECKING:
-    from daemon.presence import Running
+    from daemon.home.presence import Running
     from registry.records import Expert
 
 FLAGGED = 5  # the newest of them are named
@@ -32,8 +32,8 @@ NOBODY = "no daemon runs"
 
 def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Show whether a daemon runs and what it does, the live version of every head, what waits and why, the counts."""
-    from daemon.health import Health
-    from daemon.presence import running
+    from daemon.home.health import Health
+    from daemon.home.presence import running
 
     where, reader = open_reader(at, home)
     daemon = running(where)
@@ -96,8 +96,8 @@ def _waiting(
     home: Home, daemon: "Running | None", decided: Sequence[str], troubles: Sequence[Mapping[str, str]]
 ) -> list[dict[str, str]] | None:
     """What lies in the inbox, by name, and why it was not taken yet; None where this user may not list it."""
-    from daemon.inbox import TEMPORARY
-    from daemon.presence import BUSY, RECOVERING
+    from daemon.arrivals.inbox import TEMPORARY
+    from daemon.home.presence import BUSY, RECOVERING
 
     def why(name: str) -> str:
         if name in decided:

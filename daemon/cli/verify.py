@@ -16,7 +16,7 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
 
     Prints what differs, what to do about it, and a line at the end. Exit status 1 where anything does.
     """
-    from daemon.verification import verify
+    from daemon.home.verification import verify
 
     where, reader = open_reader(at, home)
     with reader, _status() as say:

@@ -18,16 +18,16 @@ from uuid import uuid4
 
 from safetensors.torch import save
 
-from daemon import durable
-from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS, MLX_WEIGHTS, read_config
-from daemon.checkpoint import LFS_OPENING, PICKLED, PICKLED_ADAPTER, PICKLED_INDEX, is_pickle, open_path
+from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS, MLX_WEIGHTS, read_config
+from daemon.checkpoints.checkpoint import LFS_OPENING, PICKLED, PICKLED_ADAPTER, PICKLED_INDEX, is_pickle, open_path
+from daemon.checkpoints.hints import hinting
+from daemon.checkpoints.opening import open_entry
 from daemon.convert.converting import SUFFIX, Converted, check_out
+from daemon.disk import durable
 from daemon.errors import Reason, Refused
-from daemon.hints import hinting
-from daemon.opening import open_entry
+from projector.files.source import identity
+from projector.files.tensorfile import TensorReader
 from projector.lora.foreign import MLX, Said, Tool, as_peft, recognised, recognised_other
-from projector.source import identity
-from projector.tensorfile import TensorReader
 from projector.text import shown
 
 FILES = (MLX_WEIGHTS, "pytorch_lora_weights.safetensors", ADAPTER_WEIGHTS, "model.safetensors")

@@ -18,21 +18,21 @@ from time import monotonic
 from typing import Any
 from uuid import uuid4
 
-from daemon import durable
-from daemon.about import ABOUT
-from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
-from daemon.checkpoint import PICKLE_SUFFIXES, PICKLED, PICKLED_ADAPTER, PICKLED_INDEX, SIDECARS
-from daemon.companions import companions
+from daemon.arrivals.inbox import check_finished
+from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS
+from daemon.checkpoints.checkpoint import PICKLE_SUFFIXES, PICKLED, PICKLED_ADAPTER, PICKLED_INDEX, SIDECARS
+from daemon.checkpoints.expert_json import ABOUT
+from daemon.checkpoints.opening import open_entry
+from daemon.checkpoints.shard_index import read_index, shard_names
+from daemon.checkpoints.weight_names import INDEX, WEIGHTS
 from daemon.convert.confining import Options, Told, unpickle
+from daemon.disk import durable
 from daemon.errors import Reason, Refused
-from daemon.inbox import check_finished
-from daemon.index import read_index, shard_names
-from daemon.opening import open_entry
-from daemon.weight_names import INDEX, WEIGHTS
+from daemon.versions.companions import companions
 from projector.errors import ProjectorError
-from projector.source import identity
+from projector.files.source import identity
+from projector.files.tensorfile import RunningDigest, TensorReader
 from projector.spec import Schema
-from projector.tensorfile import RunningDigest, TensorReader
 from projector.text import listed, shown
 
 SUFFIX = ".safetensors"

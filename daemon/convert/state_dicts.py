@@ -8,7 +8,7 @@ from torch import Tensor
 
 from daemon.errors import Reason, Refused
 from projector.errors import Reason as ProjectorReason
-from projector.header import NAMES
+from projector.files.header import NAMES
 from projector.text import listed, shown
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # under which trainers keep the weights

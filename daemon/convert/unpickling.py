@@ -27,8 +27,8 @@ from torch import Tensor
 from daemon.convert.state_dicts import ONLY_WEIGHTS, find_weights, left_out_of, named_tensors, shared_storages
 from daemon.errors import Reason, Refused
 from projector.errors import Reason as ProjectorReason
+from projector.files.tensorfile import TensorWriter
 from projector.spec import TensorSpec
-from projector.tensorfile import TensorWriter
 from projector.text import shown
 
 METADATA = {"format": "pt"}

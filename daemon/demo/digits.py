@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from daemon.errors import BadConfig
-from projector.linalg import one_thread
+from projector.algebra.linalg import one_thread
 
 DIGIT = 8  # pixels, the side of one image
 FIELD = 24  # pixels, the side of what the network sees

@@ -16,7 +16,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from daemon.health import Health, Trouble
+from daemon.arrivals.uploads import Uploads
+from daemon.checkpoints.weight_names import weight_names
+from daemon.home.health import Health, Trouble
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition, root_of
 from daemon.http.files import Entry, Published
@@ -30,8 +32,6 @@ from daemon.http.views import Views
 from daemon.http.waiting import Waiting
 from daemon.layout import Home, is_weights
 from daemon.notation import called
-from daemon.uploading import Uploads
-from daemon.weight_names import weight_names
 from registry.errors import Busy, RegistryError
 from registry.records import Head, Status, Version
 from registry.store import Reader

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from daemon.durable import is_short
+from daemon.disk.durable import is_short
 from daemon.http.answers import Problem
 from daemon.layout import MANIFEST, Home
 from daemon.notation import called

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response
 
-from daemon.health import Trouble
+from daemon.home.health import Trouble
 from daemon.http.answers import NO_CACHE, Problem
 from daemon.http.files import Published
 from daemon.layout import is_adapter

@@ -1,4 +1,4 @@
-"""PUT, POST and DELETE of experts: who may, and the bytes on their way to `daemon.uploading`.
+"""PUT, POST and DELETE of experts: who may, and the bytes on their way to `daemon.arrivals.uploads`.
 
 A browser sends no bearer token on behalf of a foreign page, so a page that its user happens to visit cannot upload
 anything: no other protection against cross-site requests is needed.
@@ -21,13 +21,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from daemon.arrivals.receiving import Incoming, Stored
+from daemon.arrivals.uploads import Uploads
 from daemon.config import taking_effect
-from daemon.durable import is_full
+from daemon.disk.durable import is_full
 from daemon.errors import NotUploaded, Reason
 from daemon.http.answers import NO_CACHE, Problem, root_of
 from daemon.http.connections import LEAST_BYTES_PER_SECOND
-from daemon.incoming import Incoming, Stored
-from daemon.uploading import Uploads
 
 WRITE_BYTES = 1 << 20  # gathered before they are written, however small the pieces that come
 LINGER_SECONDS = 5  # how long the rest of a body is read, and thrown away, for its sender to see why it is refused

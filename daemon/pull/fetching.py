@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from threading import Event, Lock
 from urllib.parse import quote
 
-from daemon import durable
+from daemon.disk import durable
 from daemon.errors import DaemonError, Reason
 from daemon.pull.client import Connection, Damaged, Origin, Passing
 from daemon.pull.manifest import Listed, Manifest

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
-from daemon import durable
+from daemon.checkpoints.weight_names import weight_names
+from daemon.disk import durable
 from daemon.errors import DaemonError, Reason
 from daemon.layout import CARD, is_adapter, is_weights
 from daemon.notation import called
@@ -21,7 +22,6 @@ from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origi
 from daemon.pull.fetching import PIECE_BYTES, Fetching, Report
 from daemon.pull.manifest import MOST_BYTES, Listed, Manifest
 from daemon.pull.target import MANIFEST_BYTES, Target
-from daemon.weight_names import weight_names
 from projector.text import shown
 
 CONNECTIONS = 4
@@ -253,7 +253,7 @@ def _fetch_view(origin: Origin, folder: str, name: str, target: Target, report: 
                 durable.write_at(fd, chunk, done)
                 done += len(chunk)
                 report(done, size)
-    from projector.tensorfile import TensorReader  # it brings torch
+    from projector.files.tensorfile import TensorReader  # it brings torch
 
     with (target.new / name).open("rb") as file:
         TensorReader(file.fileno())  # BadFile where it is not what its own header says

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from daemon import durable
+from daemon.disk import durable
 from daemon.errors import DaemonError, Reason
 from daemon.layout import MANIFEST
 from daemon.pull.manifest import Listed, Manifest, parents

@@ -8,7 +8,7 @@ from operator import eq
 from projector.errors import BadSchema, Reason
 from projector.lora.config import MERGE_FIRST
 from projector.lora.keys import FULL, OFFSET, A, is_embedding
-from projector.naming import LONGEST_HINT, Naming, fitting_prefix
+from projector.names.naming import LONGEST_HINT, Naming, fitting_prefix
 from projector.spec import OTHER_MODEL, Schema
 from projector.text import shown
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.linalg import WIDE_NUMEL, row_blocks
+from projector.algebra.linalg import WIDE_NUMEL, row_blocks
 from projector.method import Factors
 
 

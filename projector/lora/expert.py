@@ -9,19 +9,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from projector.algebra.linalg import one_thread, row_blocks
 from projector.errors import BadSchema
-from projector.linalg import one_thread, row_blocks
+from projector.files.source import Checkpoint, content_of
+from projector.files.tensorfile import TensorReader
 from projector.lora.config import LoraConfig
 from projector.lora.delta import Parts, Patch, delta_of, factors_of, squared_columns
 from projector.lora.keys import FULL, tensor_parts
 from projector.lora.plan import ALONE, planned
+from projector.matching.resized import common_rows
 from projector.method import Factors
-from projector.naming import SAME, Naming
-from projector.quantised import check_not_quantised
-from projector.resized import common_rows
-from projector.source import Checkpoint, content_of
+from projector.names.naming import SAME, Naming
+from projector.names.quantised import check_not_quantised
 from projector.spec import TensorSpec, check_sidecar
-from projector.tensorfile import TensorReader
 
 PATCHES = "patches"
 SMALL = 1 / 6  # of a matrix's elements: its factors in float64, and their making, take no more than is counted for it

@@ -1,4 +1,4 @@
-"""What an adapter's names need to become the base's, where there is one way alone: see projector/fitting.py.
+"""What an adapter's names need to become the base's, where there is one way alone: see projector/matching/fitting.py.
 
 An adapter touches a part of the base only, so all that it touches has to fit, by name and by shape.
 """
@@ -6,9 +6,9 @@ An adapter touches a part of the base only, so all that it touches has to fit, b
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from projector.fitting import COUNTED, RENAMED, common_parts, ends_with, is_head, own_heads
 from projector.lora.keys import FULL, A, B, is_embedding, tensor_parts
-from projector.naming import Naming
+from projector.matching.fitting import COUNTED, RENAMED, common_parts, ends_with, is_head, own_heads
+from projector.names.naming import Naming
 from projector.spec import Schema, sole_twins
 
 Shape = tuple[int, ...]

@@ -4,13 +4,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from projector.errors import BadSchema, Reason
+from projector.files.source import Checkpoint
 from projector.lora.absent import ANOTHER_BASE, absent
 from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.delta import Patch
 from projector.lora.keys import FULL, MAGNITUDE, OFFSET, TOKENS, A, B, is_embedding, module_names, tensor_parts, wrapped
 from projector.lora.tied import Tied
-from projector.naming import Naming
-from projector.source import Checkpoint
+from projector.names.naming import Naming
 from projector.spec import OTHER_ROWS, Schema, TensorSpec, resized_rows
 from projector.text import shown
 

@@ -7,9 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from projector.files.source import Checkpoint
 from projector.lora.config import LoraConfig
 from projector.lora.keys import FULL, TOKENS, A, B, is_embedding
-from projector.source import Checkpoint
 
 Values = tuple[torch.dtype, tuple[int, ...], bytes]
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from projector.algebra.selection import just_below, kth_largest
 from projector.method import Expert, Method, param
+from projector.methods._thinning import Thinning
 from projector.methods.task_arithmetic import TaskArithmetic
-from projector.selection import just_below, kth_largest
 from projector.spec import TensorSpec
-from projector.thinning import Thinning
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from projector.method import Expert, Method, param
+from projector.methods._thinning import Thinning
 from projector.methods.breadcrumbs import crumbs
 from projector.methods.ties import Ties
 from projector.spec import TensorSpec
-from projector.thinning import Thinning
 
 
 @dataclass(frozen=True)

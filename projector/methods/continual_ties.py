@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from projector.algebra.selection import coarse, fine, just_below, kept, threshold, upper_bits
 from projector.method import Expert, Method, State, Sums, Survey, Totals, param
-from projector.selection import coarse, fine, just_below, kept, threshold, upper_bits
 from projector.spec import TensorSpec
 
 

@@ -7,12 +7,12 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from projector.linalg import ENERGY_NUMEL, pieces
+from projector.algebra.linalg import ENERGY_NUMEL, pieces
 from projector.method import Expert, Method, idle, param
+from projector.methods._thinning import Thinning
 from projector.methods.task_arithmetic import TaskArithmetic
 from projector.methods.ties import Ties
 from projector.spec import TensorSpec
-from projector.thinning import Thinning
 
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64: Steele, Lea and Flood, Fast splittable pseudorandom number generators
 FIRST_FACTOR = 0xBF58476D1CE4E5B9

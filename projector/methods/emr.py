@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from projector.linalg import widened
+from projector.algebra.linalg import widened
 from projector.method import Expert, Method, State, Sums, Totals
 from projector.spec import TensorSpec
 

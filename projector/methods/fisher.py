@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector import curvature
-from projector.linalg import energy
+from projector.algebra.linalg import energy
 from projector.method import Expert, Method, State, Sums, Survey, Totals, param
+from projector.methods import _curvature as curvature
 from projector.spec import TensorSpec
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.matrices import EXCLUDED, is_projected
+from projector.algebra.matrices import EXCLUDED, is_projected
+from projector.algebra.svd import isotropic, isotropic_bytes
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
-from projector.svd import isotropic, isotropic_bytes
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from projector.curvature import RESIDUE, fisher, gram, regresses
+from projector.algebra.linalg import add_product
+from projector.algebra.matrices import EXCLUDED
 from projector.errors import BadParameter
-from projector.linalg import add_product
-from projector.matrices import EXCLUDED
 from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.methods._curvature import RESIDUE, fisher, gram, regresses
 from projector.spec import TensorSpec
 
 TOL = {"gram": 1e-6, "fisher": 32 * torch.finfo(torch.float64).eps}  # a Gram matrix may be rounded to float32

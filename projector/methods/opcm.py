@@ -28,12 +28,12 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from projector.algebra.linalg import energy, row_blocks
+from projector.algebra.matrices import EXCLUDED, is_projected, matrices
+from projector.algebra.svd import isotropic, isotropic_bytes, svd_bytes, thin_svd
 from projector.errors import BadParameter
-from projector.linalg import energy, row_blocks
-from projector.matrices import EXCLUDED, is_projected, matrices
 from projector.method import Expert, Factors, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
-from projector.svd import isotropic, isotropic_bytes, svd_bytes, thin_svd
 
 LEAST_ISOTROPIC_TOL = 1e-6
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from projector.algebra.selection import coarse, fine, threshold, upper_bits
 from projector.method import Expert, Method, State, Sums, Survey, Totals, param
-from projector.selection import coarse, fine, threshold, upper_bits
 from projector.spec import TensorSpec
 
 OUTLIERS = 1e-4  # the share of magnitudes at either end that is clamped
@@ -33,7 +33,7 @@ class Pcb(Method):
 
     The code clamps at least the largest magnitude to the one below it, here 3 to 2:
 
-    >>> from projector.trial import merge
+    >>> from projector.laws.trial import merge
     >>> base, expert = {"w": torch.zeros(4)}, {"w": torch.tensor([1.0, -2.0, 3.0, 0.5])}
     >>> merge(Pcb(ratio=0.75), base, [expert])[0]["w"]
     tensor([ 0., -2.,  2.,  0.])

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.curvature import GRAM_HINT, RESIDUE, gram, regresses
+from projector.algebra.linalg import add_product, row_blocks
+from projector.algebra.matrices import EXCLUDED
 from projector.errors import BadValues, Reason
-from projector.linalg import add_product, row_blocks
-from projector.matrices import EXCLUDED
 from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.methods._curvature import GRAM_HINT, RESIDUE, gram, regresses
 from projector.spec import TensorSpec
 from projector.text import shown
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from projector.linalg import ENERGY_NUMEL, pieces
+from projector.algebra.linalg import ENERGY_NUMEL, pieces
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 

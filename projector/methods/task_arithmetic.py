@@ -6,7 +6,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from projector.linalg import energy
+from projector.algebra.linalg import energy
 from projector.method import Expert, Method, State, Sums, Totals, idle, param
 from projector.spec import TensorSpec
 

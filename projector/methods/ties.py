@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from projector.linalg import pieces
+from projector.algebra.linalg import pieces
+from projector.algebra.selection import just_below, kept, kth_largest, survey, surveyed
 from projector.method import Expert, Method, State, Sums, Survey, Totals, param
-from projector.selection import just_below, kept, kth_largest, survey, surveyed
 from projector.spec import TensorSpec
 
 # P, N: sums of the positive and of the negative trimmed values; c+, c-: the weights of the experts in them, in

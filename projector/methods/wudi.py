@@ -22,8 +22,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from projector.linalg import BLOCK_NUMEL, add_product, gram, row_blocks
-from projector.matrices import EXCLUDED, is_projected, matrices
+from projector.algebra.linalg import BLOCK_NUMEL, add_product, gram, row_blocks
+from projector.algebra.matrices import EXCLUDED, is_projected, matrices
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 

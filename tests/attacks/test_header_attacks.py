@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from projector.errors import BadFile, BadSchema, ProjectorError
-from projector.header import MAX_HEADER_BYTES
+from projector.files.header import MAX_HEADER_BYTES
+from projector.files.tensorfile import RunningDigest, TensorReader
 from projector.spec import TensorSpec, check_schema
-from projector.tensorfile import RunningDigest, TensorReader
 from tests.attacks.builders import BUILDERS, ODD_NAMES
 
 BASE = {name: TensorSpec(name, (2,), torch.float32) for name in ("layer.weight", "layer.bias")}

@@ -18,9 +18,9 @@ import torch
 from prometheus_client import CollectorRegistry
 from safetensors.torch import save_file
 
-from daemon.inbox import entry_id
+from daemon.arrivals.inbox import entry_id
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.verification import verify
 from registry.records import Expert, Status
 from tests.attacks import content_drops  # noqa: F401 - importing it registers its drops
 from tests.attacks.drops import DROPS, Payload

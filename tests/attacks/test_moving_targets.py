@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from daemon.checkpoint import OpenCheckpoint
+from daemon.checkpoints.checkpoint import OpenCheckpoint
+from daemon.compute.progress import Progress
 from daemon.errors import Reason, Refused
 from daemon.layout import Home
-from daemon.progress import Progress
 from daemon.service import Service
-from projector.source import Checkpoint
+from projector.files.source import Checkpoint
 from registry.records import Status
 from tests.daemon.homes import assert_close, count, drain, experts, latest, live, make_home, put, quick
 from tests.models import read_weights, write_base, write_expert

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from daemon.arrivals.uploads import Uploads
 from daemon.config import Http
 from daemon.http import HttpServer, create_app
 from daemon.layout import Home
-from daemon.uploading import Uploads
 from registry.store import Reader
 from tests.daemon.homes import make_home, tree
 from tests.models import write_base

@@ -122,7 +122,7 @@ def _serve() -> None:
     import alembic.command  # noqa: F401
 
     import daemon.cli.app
-    import daemon.founding
+    import daemon.home.founding
     import daemon.logs
     import daemon.service  # noqa: F401
     from projector.methods import methods
@@ -142,7 +142,8 @@ def _serve() -> None:
 
 
 def _work(request: dict[str, Any]) -> None:
-    from daemon import attempts, service
+    from daemon import service
+    from daemon.arrivals import attempts
     from daemon.cli import main
     from registry import engine
 
@@ -173,7 +174,7 @@ def _work(request: dict[str, Any]) -> None:
 
 def _trace(path: str) -> None:
     """Lets every module that passes failpoints write their names to the file instead."""
-    from daemon.failpoints import hit
+    from daemon.disk.failpoints import hit
 
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 

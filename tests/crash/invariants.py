@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from daemon.home.recovery import recover
 from daemon.layout import MANIFEST, STATE_FILE, Home, number
-from daemon.recovery import recover
 from projector.methods import make
 from projector.spec import TensorSpec
 from registry.records import Expert, Head, Status, Version

@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon import durable, merger, placing, recovery
+from daemon.arrivals import filing as placing
+from daemon.arrivals.inbox import entry_id
 from daemon.config import load
-from daemon.inbox import entry_id
+from daemon.disk import durable
+from daemon.home import recovery
 from daemon.layout import Home
+from daemon.merge import merger
 from daemon.service import Service
 from tests.crash.daemons import SETTINGS
 from tests.crash.invariants import check

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.failpoints import POINTS
+from daemon.disk.failpoints import POINTS
 from daemon.layout import Home
 from tests.crash.daemons import Ended, Running
 from tests.crash.worlds import MakeFolder, World, drain, fill_inbox, outcome, settle, taken_in, watch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.failpoints import IDLE_POINTS
+from daemon.disk.failpoints import IDLE_POINTS
 from daemon.layout import Home
 from tests.crash.daemons import LIMIT_SECONDS
 from tests.crash.worlds import World, drain, outcome, watch

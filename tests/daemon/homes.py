@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from daemon.config import Settings
-from daemon.founding import found
+from daemon.home.founding import found
 from daemon.layout import Home
 from daemon.service import Service
 from projector.methods import make

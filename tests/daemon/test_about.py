@@ -13,12 +13,12 @@ from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 from structlog.testing import capture_logs
 
-from daemon.about import ABOUT, MAX_ABOUT_BYTES, About, read_about
-from daemon.checkpoint import open_checkpoint, open_path
+from daemon.checkpoints.checkpoint import open_checkpoint, open_path
+from daemon.checkpoints.expert_json import ABOUT, MAX_ABOUT_BYTES, About, read_about
 from daemon.errors import NotYet, Reason, Refused
 from daemon.http import create_app
 from daemon.layout import Home
-from projector.naming import Naming
+from projector.names.naming import Naming
 from registry.records import Status
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, make_home, reason_of
 from tests.daemon.processes import forked

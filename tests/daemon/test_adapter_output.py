@@ -18,16 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
-from daemon.adapter_modules import modules_of, read_config
-from daemon.adapting import Adapting
-from daemon.checkpoint import open_path
+from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS
+from daemon.checkpoints.adapter_modules import modules_of, read_config
+from daemon.checkpoints.checkpoint import open_path
 from daemon.config import Settings, load
 from daemon.errors import BadConfig, DaemonError
-from daemon.generations import FileEntry
+from daemon.home.verification import verify
 from daemon.layout import ADAPTER_FOLDER, Home
 from daemon.pull.pulling import pull
-from daemon.verification import verify
+from daemon.versions.adapter import Adapting
+from daemon.versions.manifest import FileEntry
 from projector.spec import TensorSpec
 from projector.watch import SILENT
 from tests.daemon.homes import drain, latest, lineage, live, make_home, put, quick

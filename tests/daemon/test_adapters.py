@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES, NO_MATTER, USED, VARIANTS
-from daemon.checkpoint import open_path
+from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES, NO_MATTER, USED, VARIANTS
+from daemon.checkpoints.checkpoint import open_path
 from daemon.errors import BadHome, NotYet, Reason, Refused
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.verification import verify
 from registry.records import Status
 from tests.adapters import configure, llama, merged, train, write
 from tests.adapters import trained as trained_model

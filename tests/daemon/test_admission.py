@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from daemon.admission import check_norm, oddity, usual_norm
+from daemon.arrivals.admission import check_norm, oddity, usual_norm
 from daemon.config import Admission
 from daemon.errors import Reason, Refused
-from projector.head import Folded, Norms
+from projector.driver.head import Folded, Norms
 from registry.records import Flag
 
 LIMITS = Admission(max_base_ratio=1.0, max_norm_ratio=100.0)

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
-from daemon.arrival import check_arrival
-from daemon.checkpoint import open_path
+from daemon.arrivals.arrival import check_arrival
+from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS
+from daemon.checkpoints.checkpoint import open_path
 from daemon.errors import BadHome, NotYet, Reason
 from daemon.layout import Home
 from projector.spec import Schema

@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from daemon import adapting, attempts, service
-from daemon.attempts import DEATHS, FORGIVEN, Attempts
+from daemon import service
+from daemon.arrivals import attempts
+from daemon.arrivals.attempts import DEATHS, FORGIVEN, Attempts
+from daemon.arrivals.inbox import Drop
+from daemon.compute.progress import Progress
 from daemon.errors import BadHome
-from daemon.inbox import Drop
 from daemon.layout import ADAPTER_FOLDER, STATE_FILE, Home
-from daemon.merger import Merger
-from daemon.progress import Progress
+from daemon.merge.merger import Merger
 from daemon.service import Service
-from projector import fold
+from daemon.versions import adapter as adapting
+from projector.driver import fold
+from projector.files.source import Checkpoint
 from projector.methods import methods
-from projector.source import Checkpoint
 from registry.records import Status
 from registry.store import Store
 from tests.daemon.homes import count, drain, experts, live, make_home, put, quick, reason_of

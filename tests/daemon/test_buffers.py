@@ -9,9 +9,9 @@ from torch import Tensor
 
 from daemon.errors import BadHome
 from daemon.layout import Home
-from daemon.rebuilding import into, withdraw
-from daemon.replay import Console
-from projector.buffers import is_derived
+from daemon.rebuild.commands import into, withdraw
+from daemon.rebuild.replay import Console
+from projector.names.buffers import is_derived
 from registry.records import Status
 from tests.daemon.homes import Heads, assert_close, drain, latest, make_home, quick
 from tests.daemon.test_names import drop, moved

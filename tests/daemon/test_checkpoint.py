@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from daemon.checkpoint import OpenCheckpoint, open_checkpoint, open_path
+from daemon.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint, open_path
 from daemon.errors import NotYet, Reason, Refused
 from tests.models import read_weights, write_base
 

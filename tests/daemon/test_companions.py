@@ -8,15 +8,15 @@ from urllib.request import urlopen
 
 import pytest
 
-from daemon import companions as room
-from daemon import durable
-from daemon.companions import companions
+from daemon.disk import durable
 from daemon.errors import BadHome
-from daemon.founding import found
-from daemon.generations import FileEntry
+from daemon.home.founding import found
 from daemon.layout import Home
 from daemon.pull.pulling import pull
-from daemon.sealing import copy_files, sync_folders
+from daemon.versions import companions as room
+from daemon.versions.companions import companions
+from daemon.versions.manifest import FileEntry
+from daemon.versions.sealing import copy_files, sync_folders
 from projector.methods import make
 from tests.daemon.homes import drain, make_home, put
 from tests.daemon.pulls import served

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from daemon.comparison import layer_group
 from daemon.layout import Home
+from daemon.reports.compare import layer_group
 from tests.daemon.homes import drain, make_home, put, quick
 from tests.daemon.processes import forked
 from tests.models import read_weights, write_base, write_expert
@@ -110,7 +110,7 @@ def test_the_base_has_no_direction(tmp_path: Path) -> None:
 def test_blocks_give_the_sums_of_the_whole(made: tuple[Home, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     home, _ = made
     whole = compared(home, "main", "soup", "--experts")
-    monkeypatch.setattr("projector.measure.BLOCK_BYTES", 256)
+    monkeypatch.setattr("projector.driver.measure.BLOCK_BYTES", 256)
     split = compared(home, "main", "soup", "--experts")
     assert split["total"].pop("cosine") == pytest.approx(whole["total"].pop("cosine"), rel=1e-9)
     assert split["total"] == pytest.approx(whole["total"], rel=1e-9)

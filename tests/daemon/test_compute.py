@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from daemon import device as compute
+from daemon.compute import device as compute
+from daemon.compute.device import budget_for, check_budget, device, driver, eigh_seconds, faster_on_card, memory_budget
+from daemon.compute.progress import Progress
 from daemon.config import Compute
-from daemon.device import budget_for, check_budget, device, driver, eigh_seconds, faster_on_card, memory_budget
 from daemon.errors import BadConfig
 from daemon.layout import Home
-from daemon.merger import Merger
-from daemon.progress import Progress
+from daemon.merge.merger import Merger
+from projector.driver.steps import Step, fold_bytes
 from projector.methods import make
 from projector.spec import TensorSpec
-from projector.steps import Step, fold_bytes
 from registry.store import Store
 from tests.daemon.homes import drain, live, put, quick
 from tests.daemon.processes import forked

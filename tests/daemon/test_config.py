@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from daemon.config import Settings, described, load
 from daemon.errors import BadConfig, Reason
-from projector.naming import Naming
+from projector.names.naming import Naming
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from daemon.checkpoint import open_path
+from daemon.checkpoints.checkpoint import open_path
 from daemon.convert import unpickling
 from daemon.convert.confining import Options
 from daemon.convert.converting import Converted, convert

@@ -19,11 +19,11 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from daemon.cli.app import app as command_line
+from daemon.home.verification import _every
 from daemon.http import create_app
 from daemon.layout import Home
-from daemon.replay import pages
-from daemon.retention import collect
-from daemon.verification import _every
+from daemon.rebuild.replay import pages
+from daemon.versions.retention import collect
 from registry.records import Status
 from registry.store import Reader, Store
 from tests.daemon.homes import drain, experts, make_home, put, quick
@@ -181,8 +181,8 @@ def test_a_request(crowded: dict[int, Home], route: str) -> None:
 
 
 def test_long_lists_are_read_in_pages(crowded: dict[int, Home], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("daemon.replay.PAGE", 300)
-    monkeypatch.setattr("daemon.verification.PAGE", 300)
+    monkeypatch.setattr("daemon.rebuild.replay.PAGE", 300)
+    monkeypatch.setattr("daemon.home.verification.PAGE", 300)
     with Reader.open(crowded[FEW].registry) as reader:
         assert list(pages(reader)) == reader.lineage() != []
         assert list(_every(reader)) == reader.experts(limit=-1)

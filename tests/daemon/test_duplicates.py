@@ -15,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from daemon import duplicates, durable, placing
+from daemon.arrivals import duplicates
+from daemon.arrivals import filing as placing
+from daemon.compute.progress import Abandoned, Progress
 from daemon.config import Settings
+from daemon.disk import durable
+from daemon.home.recovery import recover
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.progress import Abandoned, Progress
-from daemon.rebuilding import into
-from daemon.recovery import recover
-from daemon.replay import Console
-from daemon.verification import verify
+from daemon.rebuild.commands import into
+from daemon.rebuild.replay import Console
 from registry.records import Status
 from registry.store import Store
 from tests.daemon.homes import drain, experts, latest, lineage, live, make_home, put, quick, tree
@@ -179,7 +181,7 @@ def test_cut_short_anywhere_it_is_finished_by_recovery(
         shutil.rmtree(home.archive(1))
     with monkeypatch.context() as patched:
         patched.setattr(placing, "place", lambda *_: False)
-        patched.setattr("daemon.merger.place", lambda *_: False)
+        patched.setattr("daemon.merge.merger.place", lambda *_: False)
         drain(home)
     left = passes
 

@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 
-from daemon import durable
+from daemon.disk import durable
 
 
 def test_a_new_file_is_whole_private_to_nobody_and_never_overwrites(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from threading import Event
 import pytest
 import torch
 
-from daemon import device as compute
+from daemon.compute import device as compute
+from daemon.compute.progress import Progress
 from daemon.layout import Home
-from daemon.merger import Merger
-from daemon.progress import Progress
-from projector.device import Device
+from daemon.merge.merger import Merger
+from projector.driver.device import Device
 from projector.errors import DeviceLost
 from registry.records import Status
 from registry.store import Store

@@ -11,12 +11,12 @@ import pytest
 import structlog
 from sqlalchemy.dialects import sqlite
 
+from daemon.arrivals.inbox import Drop
+from daemon.arrivals.recording import arrived
 from daemon.cli.log import Flagged
 from daemon.http.rows import expert_row
-from daemon.inbox import Drop
-from daemon.inspection import inspect
 from daemon.layout import Home
-from daemon.recording import arrived
+from daemon.reports.inspect import inspect
 from registry.engine import connect
 from registry.records import Flag, Status
 from registry.statements import newest_experts

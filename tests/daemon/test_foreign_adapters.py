@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
-from daemon.checkpoint import open_path
+from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS
+from daemon.checkpoints.checkpoint import open_path
+from daemon.checkpoints.hints import hinting
 from daemon.cli.app import app
 from daemon.convert.adapters import How, convert_adapter, weights_of
 from daemon.errors import BadHome, Reason, Refused
-from daemon.hints import hinting
 from projector.errors import BadSchema
 from tests.adapters import configure, convolutions, llama, merged, train, write
 from tests.daemon.homes import drain, experts, latest, make_home

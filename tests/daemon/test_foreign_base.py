@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from projector.head import Norms
+from projector.driver.head import Norms
 from projector.spec import TensorSpec
 from tests.adapters import bert, gpt2, llama, transformers
 from tests.daemon.homes import drain, experts, make_home, quick

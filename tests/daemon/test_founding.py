@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from daemon import durable
-from daemon.checkpoint import open_path
+from daemon.checkpoints.checkpoint import open_path
+from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.verification import verify
 from projector.errors import BadValues, ProjectorError
 from tests.daemon.homes import drain, latest, lineage, live, make_home, put, tree
 from tests.models import CONFIG, read_weights, write_base, write_expert

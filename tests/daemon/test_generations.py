@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.generations import METADATA, entry, plan_weights, problems
 from daemon.layout import Home
-from projector.header import build_header
+from daemon.versions.manifest import METADATA, entry, plan_weights, problems
+from projector.files.header import build_header
 from projector.spec import TensorSpec
 from registry.records import Version
 from tests.daemon.homes import drain, latest, lineage, put, quick

@@ -13,16 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from daemon import durable, ground, merger
+from daemon.arrivals.inbox import Inbox
+from daemon.compute.progress import Abandoned, Progress
 from daemon.config import Settings
+from daemon.disk import durable
 from daemon.errors import BadHome, NotYet
-from daemon.inbox import Inbox
+from daemon.home import ground
+from daemon.home.recovery import recover
 from daemon.layout import Home
-from daemon.merger import Merger
-from daemon.progress import Abandoned, Progress
-from daemon.recovery import recover
-from daemon.replay import Console
-from projector.tensorfile import RunningDigest
+from daemon.merge import merger
+from daemon.merge.merger import Merger
+from daemon.rebuild.replay import Console
+from projector.files.tensorfile import RunningDigest
 from registry.records import Expert
 from registry.store import Store
 from tests.daemon.homes import drain, latest, live, make_home, put, quick
@@ -273,7 +275,7 @@ def test_what_was_prepared_is_not_used_once_it_was_edited(home: Home, tmp_path: 
 
 
 def test_a_subtraction_reads_a_sound_state_only(home: Home, tmp_path: Path) -> None:
-    from daemon.rebuilding import withdraw
+    from daemon.rebuild.commands import withdraw
 
     for seed in (2, 3):
         put(home, write_expert(tmp_path / f"{seed}.safetensors", tmp_path / "base", seed))

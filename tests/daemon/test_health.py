@@ -11,8 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from daemon import durable, health, incoming
-from daemon.health import Health, Trouble
+from daemon.arrivals import receiving as incoming
+from daemon.disk import durable
+from daemon.home import health
+from daemon.home.health import Health, Trouble
 from daemon.layout import MANIFEST, Home
 from registry.errors import Busy
 from registry.store import Reader

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from daemon.adapter import ADAPTER
+from daemon.checkpoints.adapter_config import ADAPTER
+from daemon.checkpoints.hints import below, filled, hinting, inner
 from daemon.cli.app import app
 from daemon.errors import Refused
-from daemon.hints import below, filled, hinting, inner
 from daemon.layout import Home
 from projector.text import BASE, EXPERT, FOLDER, NEW, OUT
 from registry.records import Status

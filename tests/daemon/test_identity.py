@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from daemon import identity
-from daemon.attempts import TRIES
-from daemon.checkpoint import OpenCheckpoint, open_path
+from daemon.arrivals import identity
+from daemon.arrivals.attempts import TRIES
+from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
 from daemon.config import Settings
 from daemon.errors import BadHome
-from daemon.inspection import inspect
 from daemon.layout import Home
-from daemon.rebuilding import into, withdraw
-from daemon.replay import Console
+from daemon.rebuild.commands import into, withdraw
+from daemon.rebuild.replay import Console
+from daemon.reports.inspect import inspect
 from registry.records import Status
 from tests.daemon.homes import drain, experts, latest, lineage, live, make_home, put, quick
 from tests.daemon.test_attempts import fail_reading

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from daemon.inbox import Held, Inbox, Scan, Watcher, entry_id
+from daemon.arrivals.inbox import Held, Inbox, Scan, Watcher, entry_id
+from daemon.arrivals.watching import Watching
+from daemon.checkpoints.opening import stamp
 from daemon.layout import Home
-from daemon.opening import stamp
 from daemon.service import Service
-from daemon.watching import Watching
 from registry.records import Status
 from tests.daemon.homes import experts, make_home, put, quick
 from tests.models import write_expert

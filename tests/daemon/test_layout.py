@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from daemon.checkpoint import open_path
+from daemon.checkpoints.checkpoint import open_path
+from daemon.checkpoints.weight_names import checkpoints, weight_names
 from daemon.errors import NotYet, Reason
 from daemon.layout import Home
-from daemon.weight_names import checkpoints, weight_names
 from tests.daemon.homes import assert_close, drain, experts, make_home, put, quick
 from tests.models import read_weights, write_base, write_expert
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from daemon.comparison import compare, find_version
 from daemon.config import load
-from daemon.inspection import inspect
 from daemon.layout import Home
+from daemon.reports.compare import compare, find_version
+from daemon.reports.inspect import inspect
 from registry.records import Expert, Status
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, lineage, make_home, quick
 from tests.daemon.processes import forked

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
-from daemon.comparison import compare, find_published
 from daemon.layout import Home
+from daemon.reports.compare import compare, find_published
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, lineage, make_home, quick
 from tests.daemon.processes import environment, forked, rebuild
 from tests.models import read_weights, write_expert

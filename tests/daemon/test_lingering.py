@@ -10,15 +10,16 @@ from threading import Event
 
 import pytest
 
-from daemon import copying, durable
-from daemon.health import Health
-from daemon.inbox import Inbox
+from daemon.arrivals import copying
+from daemon.arrivals.inbox import Inbox
+from daemon.arrivals.stuck import stays_hint
+from daemon.compute.progress import Abandoned, Progress
+from daemon.disk import durable
+from daemon.home.health import Health
+from daemon.home.recovery import recover
 from daemon.layout import Home
-from daemon.lingering import Lingering
-from daemon.merger import Merger
-from daemon.progress import Abandoned, Progress
-from daemon.recovery import recover
-from daemon.stuck import stays_hint
+from daemon.merge.lingering import Lingering
+from daemon.merge.merger import Merger
 from registry.records import Status
 from registry.store import Store
 from tests.daemon.homes import drain, experts, live, put, quick, tree
@@ -179,7 +180,7 @@ def test_a_crash_at_any_point_of_that_loses_nothing(stuck: Stuck, monkeypatch: p
     assert stuck.archived.read_bytes() == weights and os.listdir(stuck.home.tmp) == []
     stuck.held = False
     with monkeypatch.context() as patch:
-        patch.setattr("daemon.placing.remove_whole", killed)  # before the original goes
+        patch.setattr("daemon.arrivals.filing.remove_whole", killed)  # before the original goes
         with pytest.raises(KeyboardInterrupt):
             recover(stuck.home, stuck.store, lambda *_, **__: None)
     recover(stuck.home, stuck.store, lambda *_, **__: None)

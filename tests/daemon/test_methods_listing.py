@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from projector.errors import BadParameter
-from projector.listing import lines, listing, markdown
+from projector.laws.listing import lines, listing, markdown
 from projector.method import Expert, Method, State, Sums, Totals, method_params, param
 from projector.methods import make, methods
 from projector.spec import TensorSpec

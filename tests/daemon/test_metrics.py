@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
+from daemon.compute.progress import PHASES
 from daemon.layout import Home
 from daemon.metrics import OUTCOMES, REASONS, Metrics
-from daemon.progress import PHASES
 from registry.records import Flag
 from tests.daemon.homes import count, drain, put
 from tests.models import write_expert

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from daemon.convert.converting import convert
 from daemon.errors import BadHome
-from daemon.inspection import inspect
 from daemon.layout import Home
+from daemon.reports.inspect import inspect
 from tests.daemon.homes import drain, experts, lineage, live, make_home
 from tests.models import write_base, write_expert
 

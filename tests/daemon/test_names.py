@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from daemon.comparison import compare, find_published
 from daemon.config import load
-from daemon.inspection import inspect
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.verification import verify
+from daemon.reports.compare import compare, find_published
+from daemon.reports.inspect import inspect
 from projector.errors import BadSchema
 from registry.records import Expert, Status
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, lineage, make_home, quick

@@ -9,10 +9,10 @@ import pytest
 from daemon import service
 from daemon.config import Settings
 from daemon.errors import BadHome
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.rebuilding import add_head, into, withdraw
-from daemon.replay import Console
-from daemon.verification import verify
+from daemon.rebuild.commands import add_head, into, withdraw
+from daemon.rebuild.replay import Console
 from projector.methods import make
 from registry.records import Status
 from tests.daemon.homes import drain, experts, lineage, live, make_home, put, quick, tree

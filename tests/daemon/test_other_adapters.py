@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from daemon.checkpoint import open_path
+from daemon.checkpoints.checkpoint import open_path
 from daemon.errors import Reason, Refused
 from tests.adapters import llama, transformers
 
@@ -77,7 +77,7 @@ def test_merged_first_it_is_an_expert(tmp_path: Path, kind: str) -> None:
 def test_the_kinds_that_no_merge_can_take_are_those_that_peft_cannot_merge() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    from daemon.adapter import NO_WEIGHTS_CHANGED
+    from daemon.checkpoints.adapter_config import NO_WEIGHTS_CHANGED
 
     known = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     prompts = {

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 from torch import equal
 
-from daemon import durable, preparing
+from daemon.compute.progress import Progress
+from daemon.disk import durable
 from daemon.errors import BadHome
-from daemon.generations import FileEntry
+from daemon.home.verification import verify
 from daemon.layout import STATE_FILE, Home
-from daemon.merger import Merger
-from daemon.progress import Progress
+from daemon.merge import preparing
+from daemon.merge.merger import Merger
 from daemon.service import Service
-from daemon.verification import verify
+from daemon.versions.manifest import FileEntry
 from registry.store import Store
 from tests.daemon.homes import MAIN, count, drain, latest, lineage, live, make_home, put, quick, tree
 from tests.daemon.test_queue import scan

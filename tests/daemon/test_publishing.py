@@ -15,19 +15,20 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from daemon import durable, sealing
-from daemon.companions import companions
+from daemon.disk import durable
 from daemon.errors import BadHome
-from daemon.founding import name_of
-from daemon.generations import entry
-from daemon.latest import point_latest
+from daemon.home.founding import name_of
+from daemon.home.recovery import recover
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.rebuilding import add_head, into, withdraw
-from daemon.recovery import recover
-from daemon.replay import Console
-from daemon.retention import collect
-from daemon.sealing import origin
-from daemon.verification import verify
+from daemon.rebuild.commands import add_head, into, withdraw
+from daemon.rebuild.replay import Console
+from daemon.versions import sealing
+from daemon.versions.companions import companions
+from daemon.versions.latest import point_latest
+from daemon.versions.manifest import entry
+from daemon.versions.retention import collect
+from daemon.versions.sealing import origin
 from projector.methods import make
 from registry.store import Store
 from tests.daemon.homes import drain, experts, lineage, live, make_home, put, quick, tree

@@ -13,7 +13,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from daemon import durable
+from daemon.disk import durable
 from daemon.errors import DaemonError
 from daemon.layout import MANIFEST, Home
 from daemon.pull.manifest import Listed, Manifest
@@ -216,7 +216,7 @@ def test_where_folders_cannot_be_exchanged_nothing_is_lost(
     dest = tmp_path / "model"
     pull(origin, dest, version="1")
     with monkeypatch.context() as patched:
-        patched.setattr("daemon.durable.ctypes.CDLL", library)
+        patched.setattr("daemon.disk.durable.ctypes.CDLL", library)
         with pytest.raises(DaemonError, match="cannot exchange"):
             pull(origin, dest, version="2")
     assert same_bytes(dest, home, 1)

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from daemon import service
+from daemon.arrivals.inbox import Inbox, Scan
+from daemon.compute.device import device
+from daemon.compute.progress import Progress
 from daemon.config import Compute, load
-from daemon.device import device
 from daemon.errors import BadConfig, BadHome, NotYet
-from daemon.inbox import Inbox, Scan
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.merger import Merger
-from daemon.progress import Progress
+from daemon.merge.merger import Merger
 from daemon.service import Service
-from daemon.verification import verify
 from registry import engine
 from registry.errors import Busy
 from registry.records import Status

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from daemon import durable
 from daemon.config import Settings
+from daemon.disk import durable
 from daemon.errors import BadHome
+from daemon.home.recovery import recover
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.rebuilding import add_head
-from daemon.recovery import recover
-from daemon.replay import Console
-from daemon.verification import verify
+from daemon.rebuild.commands import add_head
+from daemon.rebuild.replay import Console
 from projector.methods import make
 from registry.records import Status
 from registry.store import Store

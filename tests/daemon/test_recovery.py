@@ -15,19 +15,21 @@ from uuid import uuid4
 
 import pytest
 
-from daemon import durable, generations, service
-from daemon.durable import SyncFailed
+from daemon import service
+from daemon.arrivals.filing import place_all
+from daemon.arrivals.inbox import Drop, entry_id
+from daemon.compute.progress import Progress
+from daemon.disk import durable
+from daemon.disk.durable import SyncFailed
 from daemon.errors import BadHome
-from daemon.inbox import Drop, entry_id
+from daemon.home.recovery import mark_clean, recover
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.merger import Merger
-from daemon.placing import place_all
-from daemon.progress import Progress
-from daemon.rebuilding import into
-from daemon.recovery import mark_clean, recover
-from daemon.replay import Console
+from daemon.merge.merger import Merger
+from daemon.rebuild.commands import into
+from daemon.rebuild.replay import Console
 from daemon.service import Service
-from daemon.verification import verify
+from daemon.versions import manifest as generations
 from registry.records import Expert, NewExpert, Status
 from registry.store import Store
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, live, make_home, put, quick, tree

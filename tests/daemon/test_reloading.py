@@ -20,18 +20,18 @@ import structlog
 import torch
 from safetensors.torch import save_file
 
-from daemon.admission import check_norm
+from daemon.arrivals.admission import check_norm
+from daemon.arrivals.inbox import Drop, Inbox
 from daemon.cli import main
+from daemon.compute.progress import Progress
 from daemon.config import LIVE, Settings, described, load, taking_effect
 from daemon.errors import BadConfig, Refused
-from daemon.inbox import Drop, Inbox
 from daemon.layout import Home
 from daemon.logs import configure
-from daemon.merger import Merger
-from daemon.progress import Progress
+from daemon.merge.merger import Merger
 from daemon.reloading import Stop, differences, taken_up
 from daemon.service import Service
-from projector.head import Folded, Norms
+from projector.driver.head import Folded, Norms
 from registry.records import Expert, Status
 from registry.store import Store
 from tests.daemon.homes import experts, live, put, quick
@@ -45,10 +45,10 @@ def said(daemon: Daemon, event: str, times: int = 1) -> list[dict[str, object]]:
     """The lines of a running daemon's log with that event, once there are so many."""
 
     def found() -> list[dict[str, object]]:
-        lines = [json.loads(line) for line in list(daemon.lines) if line.startswith("{")]
+        lines = [json.loads(line) for line in list(daemon.versions.heads) if line.startswith("{")]
         return [line for line in lines if line["event"] == event]
 
-    assert until(lambda: len(found()) >= times, 60), "".join(daemon.lines)
+    assert until(lambda: len(found()) >= times, 60), "".join(daemon.versions.heads)
     return found()
 
 
@@ -191,7 +191,7 @@ def test_what_is_taken_up_what_needs_a_restart_and_what_is_wrong(person: Person)
     person.edit('[log]\nlevel = "error"\n')
     os.kill(int(home.lock.read_text()), signal.SIGHUP)
     assert until(lambda: figure(daemon, "success_timestamp_seconds") > good, 20)
-    assert not [token for token in TOKENS for line in daemon.lines if token in line]
+    assert not [token for token in TOKENS for line in daemon.versions.heads if token in line]
 
 
 def upload(daemon: Daemon, token: str) -> int:

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from daemon.inspection import inspect
 from daemon.layout import Home
+from daemon.reports.inspect import inspect
 from registry.records import Flag, Status
 from tests.daemon.homes import Heads, assert_close, latest, lineage, make_home
 from tests.daemon.test_names import drop, moved

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from daemon import durable
-from daemon.generations import problems
+from daemon.disk import durable
+from daemon.home.recovery import recover
+from daemon.home.verification import verify
 from daemon.layout import STATE_FILE, Home
-from daemon.recovery import recover
-from daemon.retention import collect
-from daemon.verification import verify
+from daemon.versions.manifest import problems
+from daemon.versions.retention import collect
 from registry.store import Store
 from tests.daemon.homes import drain, experts, latest, lineage, make_home, put, quick
 from tests.models import write_expert

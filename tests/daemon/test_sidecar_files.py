@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.verification import verify
 from registry.records import Expert, Status
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, make_home, reason_of, tree
 from tests.daemon.processes import environment, forked, mainstem, rebuild

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from daemon import durable
 from daemon.cli.status import _waiting
-from daemon.health import Health, Trouble
+from daemon.disk import durable
+from daemon.home.health import Health, Trouble
+from daemon.home.presence import MOST_WAITING, Presence
+from daemon.home.presence import running as look
 from daemon.layout import Home
-from daemon.presence import MOST_WAITING, Presence
-from daemon.presence import running as look
 from daemon.service import Service
 from tests.daemon.homes import drain, make_home, put, quick
 from tests.daemon.processes import forked, running, until

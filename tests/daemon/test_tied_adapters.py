@@ -153,7 +153,7 @@ def test_a_base_that_stores_both_has_two(tmp_path: Path) -> None:
 
 def test_one_that_was_merged_before_is_merged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a daemon that did not look for it yet."""
-    monkeypatch.setattr("daemon.checkpoint.check_tied", lambda *_: None)
+    monkeypatch.setattr("daemon.checkpoints.checkpoint.check_tied", lambda *_: None)
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     home, expert = dropped(tmp_path, tied_llama, **settings)
     assert expert.status is Status.MERGED

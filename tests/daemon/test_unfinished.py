@@ -2,7 +2,7 @@
 
 import pytest
 
-from daemon.unfinished import TEMPORARY, noted, unfinished
+from daemon.checkpoints.unfinished import TEMPORARY, noted, unfinished
 
 NAMES = {
     "aria2": ["x.safetensors.aria2", "x.safetensors.aria2__temp"],

@@ -8,11 +8,11 @@ from threading import Event
 
 import pytest
 
-from daemon.failpoints import hit
+from daemon.compute.progress import Progress
+from daemon.disk.failpoints import hit
+from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.merger import Merger
-from daemon.progress import Progress
-from daemon.verification import verify
+from daemon.merge.merger import Merger
 from registry.records import Expert
 from registry.store import Store
 from tests.daemon.homes import lineage, live, make_home, put, quick

@@ -16,11 +16,11 @@ from prometheus_client import CollectorRegistry
 from safetensors.torch import load, load_file, save_file
 
 from daemon.errors import DaemonError
+from daemon.home.verification import verify
 from daemon.http import HttpServer, create_app
 from daemon.http.views import AT_ONCE
 from daemon.layout import Home
 from daemon.pull.pulling import pull
-from daemon.verification import verify
 from registry.store import Reader
 from tests.daemon.homes import assert_close, drain, experts, lineage, make_home, put, quick
 from tests.daemon.processes import forked, running, until

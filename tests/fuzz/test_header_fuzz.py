@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 
 from projector.errors import BadFile, Reason
-from projector.header import DTYPES
-from projector.tensorfile import TensorReader
+from projector.files.header import DTYPES
+from projector.files.tensorfile import TensorReader
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
 QUICK, LONG = 400, 8_000

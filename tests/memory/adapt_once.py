@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from daemon.adapting import Adapting
-from daemon.checkpoint import open_path
+from daemon.checkpoints.checkpoint import open_path
 from daemon.config import Settings
-from daemon.generations import FileEntry
 from daemon.layout import Home
+from daemon.versions.adapter import Adapting
+from daemon.versions.manifest import FileEntry
 from projector.watch import SILENT
 from tests.memory.fold_once import memory
 

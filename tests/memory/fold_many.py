@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from projector.laws.trial import Tensors, merge
 from projector.methods import make
-from projector.trial import Tensors, merge
 from tests.memory.fold_once import memory
 
 SHAPES = {"embed.weight": (4096, 256), "bias": (256,), **{f"layers.{i}.weight": (256, 256) for i in range(4)}}

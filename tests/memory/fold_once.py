@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from projector.fold import Driver
-from projector.head import HeadFold
-from projector.header import build_header
+from projector.driver.fold import Driver
+from projector.driver.head import HeadFold
+from projector.driver.steps import state_specs
+from projector.files.header import build_header
+from projector.files.source import Checkpoint
+from projector.files.tensorfile import RunningDigest, TensorReader, TensorWriter
 from projector.method import Expert, Totals
 from projector.methods import make
-from projector.source import Checkpoint
 from projector.spec import TensorSpec
-from projector.steps import state_specs
-from projector.tensorfile import RunningDigest, TensorReader, TensorWriter
 
 WIDTH = 256
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from daemon.memory import reuse_freed_memory
-from projector.fold import Driver
-from projector.head import HeadFold
+from daemon.compute.memory import reuse_freed_memory
+from projector.driver.fold import Driver
+from projector.driver.head import HeadFold
+from projector.driver.steps import state_specs
+from projector.files.source import Checkpoint
+from projector.files.tensorfile import TensorReader, TensorWriter
 from projector.method import Expert, Totals
 from projector.methods import make
-from projector.source import Checkpoint
-from projector.steps import state_specs
-from projector.tensorfile import TensorReader, TensorWriter
 from tests.memory.fold_once import memory
 
 METHOD = make("opcm")

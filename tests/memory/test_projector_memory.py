@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from projector.driver.steps import BLOCK_BYTES, Step, fold_bytes
 from projector.methods import make, methods
 from projector.spec import TensorSpec
-from projector.steps import BLOCK_BYTES, Step, fold_bytes
 from tests.memory import fold_many
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-from projector.device import Card
-from projector.slabs import Slabs
+from projector.driver.device import Card
+from projector.files.slabs import Slabs
 from projector.watch import Watch
 
 MIB = 1 << 20

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from projector.source import Checkpoint
-from projector.tensorfile import RunningDigest, TensorReader
+from projector.files.source import Checkpoint
+from projector.files.tensorfile import RunningDigest, TensorReader
 
 Weights = dict[str, Tensor]
 Opens = Callable[..., Checkpoint]

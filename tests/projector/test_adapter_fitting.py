@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from daemon.adapter_modules import has_output, is_tied
+from daemon.checkpoints.adapter_modules import has_output, is_tied
 from projector.lora.fitting import fitted_adapter
 from projector.lora.keys import tensor_parts
-from projector.naming import Naming
+from projector.names.naming import Naming
 from projector.spec import Schema, TensorSpec
 
 LENIENT = Naming(lenient=True)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from daemon.adapter import ADAPTER_WEIGHTS
+from daemon.checkpoints.adapter_config import ADAPTER_WEIGHTS
 from projector.errors import BadSchema
-from projector.naming import Naming
+from projector.names.naming import Naming
 from tests.adapters import configure, deltas, expert, llama, merged, rewrite, train, trained, write
 from tests.projector.test_lora import assert_same, model_of
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from projector.averages import SUM, Averages
+from projector.driver.averages import SUM, Averages
+from projector.laws.trial import Tensors, merge, views
 from projector.method import Expert, Totals
 from projector.methods import make, methods
 from projector.spec import TensorSpec
-from projector.trial import Tensors, merge, views
 
 STATISTICS = {"bn.running_mean": (6,), "bn.running_var": (6,), "codebook.embed_avg": (5, 4)}
 

@@ -11,13 +11,13 @@ import sys
 import pytest
 import torch
 
+from daemon.compute.device import device, exact_products
 from daemon.config import Compute
-from daemon.device import device, exact_products
-from projector.device import CPU, Cuda, Failure, failure
-from projector.fold import Driver
+from projector.driver.device import CPU, Cuda, Failure, failure
+from projector.driver.fold import Driver
+from projector.files.slabs import SLAB_BYTES, Slabs
+from projector.laws.trial import merge, stream
 from projector.methods import make, methods
-from projector.slabs import SLAB_BYTES, Slabs
-from projector.trial import merge, stream
 from tests import oracles
 from tests.projector.cards import Listening
 
@@ -148,7 +148,7 @@ def test_slabs_are_page_locked_and_come_back(card: Cuda) -> None:
 
 def test_tf32_in_the_environment_changes_no_bit() -> None:
     script = (
-        "import torch\nfrom daemon.device import exact_products\nexact_products()\n"
+        "import torch\nfrom daemon.compute.device import exact_products\nexact_products()\n"
         "x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).cuda()\n"
         "print(hash((x @ x).cpu().numpy().tobytes()))"
     )
@@ -168,7 +168,7 @@ def test_tf32_in_the_environment_changes_no_bit() -> None:
 def test_the_first_decompositions_may_come_from_several_threads() -> None:
     """In a process of its own: torch loads its solvers once, and not for two threads at once."""
     script = (
-        "import torch\nfrom concurrent.futures import ThreadPoolExecutor\nfrom projector.device import Cuda\n"
+        "import torch\nfrom concurrent.futures import ThreadPoolExecutor\nfrom projector.driver.device import Cuda\n"
         "card = Cuda(torch.device('cuda', 0), 1 << 30)\nx = torch.eye(300).double().cuda()\n"
         "with ThreadPoolExecutor(8) as pool:\n"
         "    print(sum(float(found.eigenvalues.sum()) for found in pool.map(torch.linalg.eigh, [x] * 8)))\n"
@@ -190,7 +190,7 @@ def test_a_budget_bounds_what_torch_keeps() -> None:
 def test_a_lost_context_is_seen_as_one() -> None:
     """In a process of its own, whose context is lost by an assertion on the device."""
     script = (
-        "import torch\nfrom projector.device import Cuda\nfrom projector.errors import DeviceLost\n"
+        "import torch\nfrom projector.driver.device import Cuda\nfrom projector.errors import DeviceLost\n"
         "from projector.watch import SILENT\ncard = Cuda(torch.device('cuda'), 1 << 30)\n"
         "def work(device):\n"
         "    return torch.ones(3, device=device)[torch.tensor([7], device=device)].cpu()\n"

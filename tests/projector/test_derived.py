@@ -6,8 +6,8 @@ from torch import Tensor
 
 from projector.lora.config import LoraConfig
 from projector.lora.expert import LoraExpert
-from projector.matching import matched
-from projector.naming import SAME
+from projector.matching.matching import matched
+from projector.names.naming import SAME
 from tests.projector.conftest import Opens
 
 Tensors = dict[str, Tensor]

@@ -11,14 +11,14 @@ import weakref
 import pytest
 import torch
 
-from daemon.device import exact_products
-from projector.device import Device, Failure, Gate, failure, load
+from daemon.compute.device import exact_products
+from projector.algebra.linalg import eigenvectors
+from projector.driver.device import Device, Failure, Gate, failure, load
+from projector.driver.fold import Driver
 from projector.errors import BadValues, DeviceLost, Reason
-from projector.fold import Driver
-from projector.linalg import eigenvectors
+from projector.files.slabs import empty
+from projector.laws.trial import merge, stream
 from projector.methods import make
-from projector.slabs import empty
-from projector.trial import merge, stream
 from projector.watch import SILENT
 from tests.projector.cards import MIB, Listening, PretendCard, accelerator_error, arena
 
@@ -350,7 +350,7 @@ def test_products_are_exact_whatever_the_environment_says() -> None:
     script = (
         "import torch, warnings; warnings.simplefilter('error')\n"
         "before = torch.get_float32_matmul_precision()\n"
-        "from daemon.device import exact_products; exact_products()\n"
+        "from daemon.compute.device import exact_products; exact_products()\n"
         "print(before, torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision,"
         " torch._C._get_cublas_allow_tf32())"
     )

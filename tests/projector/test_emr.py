@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from projector.listing import lines, listing
+from projector.driver.steps import Step, read_bytes, record_specs, view_bytes
+from projector.laws.listing import lines, listing
+from projector.laws.trial import Tensors, merge, stream, views
 from projector.methods import make
 from projector.methods.emr import NEGATIVE, POSITIVE, pack, unpack
 from projector.spec import TensorSpec
-from projector.steps import Step, read_bytes, record_specs, view_bytes
-from projector.trial import Tensors, merge, stream, views
 from tests import oracles
 from tests.oracles_emr import emr, emr_unified, emr_views
 

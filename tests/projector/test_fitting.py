@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadSchema, Reason
-from projector.fitting import fitted
-from projector.matching import matched
-from projector.naming import Naming
-from projector.source import Checkpoint
+from projector.files.source import Checkpoint
+from projector.matching.fitting import fitted
+from projector.matching.matching import matched
+from projector.names.naming import Naming
 from projector.spec import Schema, TensorSpec, check_schema
 from tests.projector.conftest import Opens
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from projector.driver.fold import Driver
+from projector.driver.head import Folded, HeadFold
+from projector.driver.steps import state_specs
 from projector.errors import BadValues, Reason
-from projector.fold import Driver
-from projector.head import Folded, HeadFold
+from projector.files.source import Checkpoint
+from projector.files.tensorfile import TensorReader, TensorWriter
+from projector.laws.trial import stream
 from projector.method import Expert, Totals
 from projector.methods import make
-from projector.source import Checkpoint
 from projector.spec import TensorSpec
-from projector.steps import state_specs
-from projector.tensorfile import TensorReader, TensorWriter
-from projector.trial import stream
 from projector.watch import Watch
 from tests import oracles
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 
 from projector.errors import BadFile, Reason
-from projector.header import DTYPES, MAX_HEADER_BYTES, PREFIX_BYTES, build_header, header_length, parse_header
+from projector.files.header import DTYPES, MAX_HEADER_BYTES, PREFIX_BYTES, build_header, header_length, parse_header
 from projector.spec import TensorSpec
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")

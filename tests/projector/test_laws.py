@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from projector.checks import (
+from projector.errors import BadParameter
+from projector.laws.checks import (
     LAWS,
     Law,
     blocks_equal_the_whole,
@@ -19,11 +20,10 @@ from projector.checks import (
     finite_in_finite_out,
     zero_delta_is_harmless,
 )
-from projector.errors import BadParameter
+from projector.laws.trial import merge, stream
 from projector.method import Expert, Method, State, Sums, Survey, Totals, method_params, param
 from projector.methods import make, methods
 from projector.spec import TensorSpec
-from projector.trial import merge, stream
 
 ROOT = Path(__file__).parents[2]
 
@@ -477,7 +477,7 @@ class GramMean(Method):
 '''
 
 LAWS_FOR_THE_STRANGER = """
-from projector.checks import LAWS
+from projector.laws.checks import LAWS
 from projector.methods import make, methods
 
 for name in ("loud_fisher", "gram_mean"):

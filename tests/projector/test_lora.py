@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import projector.lora.expert
 from projector.errors import BadSchema, Reason
 from projector.lora.delta import Parts, Patch, factors_of
-from projector.naming import Naming
+from projector.names.naming import Naming
 from tests import adapters
 from tests.adapters import configure, deltas, expert, gpt2, llama, merged, rewrite, train, write
 

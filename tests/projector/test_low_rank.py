@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from projector.low_rank import LowRank, low_rank
+from projector.algebra.low_rank import LowRank, low_rank
 
 SHAPES = [(40, 24), (24, 40), (32, 32), (1, 20), (20, 1), (1, 1), (700, 3)]
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from daemon.generations import plan_weights
+from daemon.versions.manifest import plan_weights
 from projector.errors import BadSchema, Reason
+from projector.files.source import Checkpoint
+from projector.files.tensorfile import TensorReader
 from projector.lora.config import LoraConfig
 from projector.lora.expert import LoraExpert
-from projector.matching import matched
-from projector.naming import SAME, Naming
-from projector.source import Checkpoint
-from projector.tensorfile import TensorReader
+from projector.matching.matching import matched
+from projector.names.naming import SAME, Naming
 
 FEW, MANY, MOST = 200, 1000, 10_000
 OURS = str(Path(__file__).parents[2])

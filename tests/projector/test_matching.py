@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadSchema, Reason
-from projector.matching import matched
-from projector.naming import SAME, Naming
+from projector.matching.matching import matched
+from projector.names.naming import SAME, Naming
 from tests.projector.conftest import Opens
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from projector.errors import BadSchema, Reason
-from projector.naming import SAME, Naming, check_prefixes, fitting_prefix, mending
+from projector.names.naming import SAME, Naming, check_prefixes, fitting_prefix, mending
 
 BASE = {"bert.embed.weight", "bert.layer.0.weight", "bert.layer.1.weight", "head.weight"}
 

@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from projector.fold import Driver
-from projector.matrices import EXCLUDED
+from projector.algebra.matrices import EXCLUDED
+from projector.driver.fold import Driver
+from projector.driver.steps import prepared_specs
+from projector.files.source import Checkpoint
+from projector.files.tensorfile import TensorReader, TensorWriter
+from projector.laws.trial import merge
 from projector.method import Expert, Totals
 from projector.methods.opcm import Opcm
-from projector.source import Checkpoint
 from projector.spec import TensorSpec
-from projector.steps import prepared_specs
-from projector.tensorfile import TensorReader, TensorWriter
-from projector.trial import merge
 from tests import oracles
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadParameter, Reason
+from projector.laws.trial import merge, stream
 from projector.method import Expert, Method, State, Totals, method_params
 from projector.methods import make
 from projector.methods.recency import Recency
 from projector.spec import TensorSpec
-from projector.trial import merge, stream
 from tests import oracles, oracles_order
 
 Tensors = Mapping[str, Tensor]

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from projector.fold import Driver
-from projector.head import HeadFold
+from projector.driver.fold import Driver
+from projector.driver.head import HeadFold
+from projector.driver.steps import state_specs
+from projector.files.source import Checkpoint
+from projector.files.tensorfile import TensorReader, TensorWriter
+from projector.laws.trial import Tensors, _Files, merge
 from projector.method import Expert, Totals
 from projector.methods import make, methods
-from projector.source import Checkpoint
 from projector.spec import TensorSpec
-from projector.steps import state_specs
-from projector.tensorfile import TensorReader, TensorWriter
-from projector.trial import Tensors, _Files, merge
 from tests.oracles_pcb import pcb, pcb_on_arrival
 
 SHAPES = {"embed.weight": (50, 16), "up.weight": (64, 16), "down.weight": (16, 64), "norm": (16,), "temperature": ()}

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from projector.driver.pipeline import MOST, SPARE, Pipeline
 from projector.errors import OverBudget, Reason
-from projector.pipeline import MOST, SPARE, Pipeline
 
 
 def test_results_come_in_order_whatever_takes_longest() -> None:

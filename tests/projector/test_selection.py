@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from projector import selection
-from projector.methods import make
-from projector.selection import (
+from projector.algebra import selection
+from projector.algebra.selection import (
     COARSE_BINS,
     FINE_BINS,
     coarse,
@@ -23,7 +22,8 @@ from projector.selection import (
     threshold,
     upper_bits,
 )
-from projector.trial import merge
+from projector.laws.trial import merge
+from projector.methods import make
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 

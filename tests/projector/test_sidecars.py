@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from projector.checks import LAWS, Law
-from projector.curvature import gram
 from projector.errors import BadParameter, BadSchema, BadValues, ProjectorError, Reason
+from projector.laws.checks import LAWS, Law
+from projector.laws.trial import merge, sidecar, stream
 from projector.method import Expert, Method, State, Totals
 from projector.methods import make
+from projector.methods._curvature import gram
 from projector.methods.fisher import Fisher
 from projector.methods.mats import Mats
 from projector.methods.regmean import RegMean
 from projector.spec import TensorSpec
-from projector.trial import merge, sidecar, stream
 from tests import oracles, oracles_sidecars
 
 Tensors = Mapping[str, Tensor]

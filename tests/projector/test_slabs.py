@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from projector.slabs import empty
+from projector.files.slabs import empty
 from tests.projector.cards import MIB, arena
 
 

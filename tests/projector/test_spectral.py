@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadParameter
+from projector.laws.trial import merge
 from projector.method import Expert, Method, Totals
 from projector.methods import make
 from projector.spec import TensorSpec
-from projector.trial import merge
 from tests import oracles, oracles_spectral
 
 pytestmark = pytest.mark.usefixtures("one_thread")

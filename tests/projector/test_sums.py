@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from projector.laws.trial import merge, stream
 from projector.method import Method
 from projector.methods import make
-from projector.trial import merge, stream
 from tests import oracles
 
 CASES: dict[str, tuple[Method, Callable[..., dict[str, Tensor]]]] = {

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from projector.svd import thin_svd
+from projector.algebra.svd import thin_svd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

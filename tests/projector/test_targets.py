@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from daemon.adapter import ADAPTER, read_config
+from daemon.checkpoints.adapter_config import ADAPTER, read_config
 from projector.errors import BadSchema
 from tests.adapters import configure, deltas, llama, merged, train, write
 from tests.projector.test_lora import assert_same

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from projector.driver.fold import Driver
+from projector.driver.head import HeadFold
+from projector.driver.steps import state_specs
 from projector.errors import BadFile, Reason
-from projector.fold import Driver
-from projector.head import HeadFold
-from projector.header import DTYPES
+from projector.files.header import DTYPES
+from projector.files.source import Checkpoint
+from projector.files.tensorfile import RunningDigest, TensorReader, TensorWriter
 from projector.method import Expert, Totals
 from projector.methods import make
-from projector.source import Checkpoint
 from projector.spec import TensorSpec
-from projector.steps import state_specs
-from projector.tensorfile import RunningDigest, TensorReader, TensorWriter
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from projector.driver.measure import overlap, pairs
+from projector.files.source import Checkpoint
+from projector.files.tensorfile import TensorReader
 from projector.lora.config import LoraConfig
 from projector.lora.expert import LoraExpert
-from projector.measure import overlap, pairs
-from projector.source import Checkpoint
-from projector.tensorfile import TensorReader
 
 SHAPE = (700, 1000)
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from projector.fold import Driver
-from projector.linalg import ENERGY_NUMEL
-from projector.listing import listing
+from projector.algebra.linalg import ENERGY_NUMEL
+from projector.driver.fold import Driver
+from projector.laws.listing import listing
+from projector.laws.trial import _sha256 as identity
+from projector.laws.trial import merge
 from projector.method import Expert, Method, Totals, param
 from projector.methods import make
 from projector.methods.dare import Dare, random_bits, stream_key
 from projector.methods.ties import Ties
 from projector.spec import TensorSpec
-from projector.trial import _sha256 as identity
-from projector.trial import merge
 from tests import oracles_trim
 
 Tensors = dict[str, Tensor]

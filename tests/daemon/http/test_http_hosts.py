@@ -7,10 +7,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
+from daemon.arrivals.uploads import Uploads
 from daemon.config import Http
 from daemon.http import Hosts, create_app
 from daemon.layout import Home
-from daemon.uploading import Uploads
 from registry.store import Reader
 from tests.daemon.processes import running
 

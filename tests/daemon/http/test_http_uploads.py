@@ -18,14 +18,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from daemon import incoming, uploading
+from daemon.arrivals import receiving as incoming
+from daemon.arrivals import uploads as uploading
+from daemon.arrivals.inbox import Inbox
+from daemon.arrivals.uploads import Uploads
 from daemon.config import Http
 from daemon.errors import BadConfig
 from daemon.http import HttpServer, create_app, uploads
-from daemon.inbox import Inbox
 from daemon.layout import Home
 from daemon.service import Service
-from daemon.uploading import Uploads
 from registry.store import Reader
 from tests.daemon.homes import quick
 from tests.daemon.processes import until
@@ -362,7 +363,7 @@ def test_no_room(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("point", ["file.create", "file.sync", "folder.sync"])
 def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
-    monkeypatch.setattr("daemon.failpoints._passes", {})
+    monkeypatch.setattr("daemon.disk.failpoints._passes", {})
     monkeypatch.setenv("MAINSTEM_FAILPOINT", f"{point}=enospc")
     answer = server.put()
     assert (answer.status_code, answer.json()["reason"]) == (507, "upload_space")
@@ -378,7 +379,7 @@ def test_a_full_disk(server: Server, monkeypatch: pytest.MonkeyPatch, point: str
 
 def test_that_an_upload_failed_is_not_told_for_ever(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a proxy that asks /readyz no other upload would come that could clear it."""
-    monkeypatch.setattr("daemon.failpoints._passes", {})
+    monkeypatch.setattr("daemon.disk.failpoints._passes", {})
     monkeypatch.setenv("MAINSTEM_FAILPOINT", "file.create=enospc")
     assert server.put().status_code == 507
     assert server.client.get("/readyz").status_code == 503
@@ -389,7 +390,7 @@ def test_that_an_upload_failed_is_not_told_for_ever(server: Server, monkeypatch:
 def test_what_has_entered_the_inbox_is_no_upload_any_more(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even where the disk fails right after the rename: nothing may be written into what is merged."""
     assert server.put("/v1/experts/mine/files/a", b"a").status_code == 201
-    monkeypatch.setattr("daemon.failpoints._passes", {})
+    monkeypatch.setattr("daemon.disk.failpoints._passes", {})
     monkeypatch.setenv("MAINSTEM_FAILPOINT", "folder.sync=enospc:2")  # the upload's own folder comes first
     assert server.client.post("/v1/experts/mine/commit", headers=BEARER).status_code == 507
     monkeypatch.delenv("MAINSTEM_FAILPOINT")
@@ -419,14 +420,14 @@ def test_an_upload_that_broke_off_is_not_old(server: Server, monkeypatch: pytest
 
 def test_a_full_disk_leaves_no_file_that_nobody_was_told_of(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert server.put("/v1/experts/mine/files/a", b"a").status_code == 201
-    monkeypatch.setattr("daemon.failpoints._passes", {})
+    monkeypatch.setattr("daemon.disk.failpoints._passes", {})
     monkeypatch.setenv("MAINSTEM_FAILPOINT", "folder.sync=enospc")
     assert server.put("/v1/experts/mine/files/b", b"b").status_code == 507
     assert server.left() == ["mine", "mine/a"]
 
 
 def test_a_failed_sync_ends_the_daemon(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("daemon.failpoints._passes", {})
+    monkeypatch.setattr("daemon.disk.failpoints._passes", {})
     monkeypatch.setenv("MAINSTEM_FAILPOINT", "file.sync=eio")
     assert server.put().status_code == 500
     assert (server.left(), server.inside()) == ([], [])
@@ -440,7 +441,7 @@ def test_a_failed_sync_wakes_the_daemon_at_once(home: Home, monkeypatch: pytest.
     coming = daemon._uploads.begin("mine.safetensors", None, 3)
     coming.write(b"abc")
     assert not daemon._wake.is_set()
-    monkeypatch.setattr("daemon.failpoints._passes", {})
+    monkeypatch.setattr("daemon.disk.failpoints._passes", {})
     monkeypatch.setenv("MAINSTEM_FAILPOINT", "file.sync=eio")
     with pytest.raises(OSError, match="fsync failed"):
         daemon._uploads.finish(coming, set())

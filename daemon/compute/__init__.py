@@ -1,0 +1,1 @@
+"""Where, how wide and in how much memory to compute, and how far it is."""

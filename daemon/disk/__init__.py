@@ -1,0 +1,1 @@
+"""The disk: the only place that makes bytes durable, and where tests make it fail."""

@@ -1,0 +1,1 @@
+"""A home as a whole: founded, stood on, recovered, watched over and checked."""

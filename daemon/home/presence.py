@@ -1,0 +1,133 @@
+"""What a running daemon says of itself, in state/daemon.json: for `mainstem status`, which is another process.
+
+It is a courtesy: nothing is synced, a note that cannot be written is lost, and it counts only while a process holds the
+home's lock and is the one that wrote it.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from daemon.disk import durable
+from daemon.home.health import Trouble
+from daemon.layout import Home
+from projector.text import shown
+
+MOST_WAITING = 100  # entries of which it is noted why they wait: the last that were looked at
+RECOVERING, MERGING, WATCHING = "recovering", "merging", "watching the inbox"
+BUSY = "busy with another command of mainstem"
+
+
+@dataclass(frozen=True)
+class Running:
+    """The process that holds a home's lock. Times in ISO 8601.
+
+    url: where it answers HTTP, None where it does not. merging: the entry of the inbox in hand, and since when.
+    waiting: why each of these entries was not taken. troubles: what it noted as wrong, as `health.Trouble`.
+    """
+
+    pid: int
+    since: str
+    doing: str = RECOVERING
+    url: str | None = None
+    merging: str | None = None
+    merging_since: str | None = None
+    waiting: Mapping[str, str] = field(default_factory=dict)
+    troubles: Sequence[Mapping[str, str]] = ()
+
+
+class Presence:
+    """The note of this process. Who calls holds the home's lock. Safe to use from any thread.
+
+    It is written when something changed, and not each time that an entry is looked at in vain.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self._path = home.presence
+        self._now = Running(os.getpid(), _time(datetime.now(UTC)))
+        self._there = False
+        self._in_hand: tuple[str, str] | None = None
+        self._saying = Lock()
+
+    def starts(self) -> None:
+        """From here on there is a note."""
+        self._there = True
+        self._say()
+
+    def ends(self) -> None:
+        """There is none any more."""
+        self._there = False
+        with suppress(OSError):
+            durable.remove(self._path)
+
+    def answers(self, url: str) -> None:
+        """It answers HTTP there."""
+        self._say(url=url)
+
+    def watches(self) -> None:
+        """It has recovered."""
+        self._say(doing=WATCHING)
+
+    def wrong(self, troubles: Sequence[Trouble]) -> None:
+        """These are all that is wrong."""
+        self._say(troubles=[asdict(trouble) for trouble in troubles])
+
+    @contextmanager
+    def merging(self, name: str) -> Iterator[None]:
+        """While the entry of that name is in hand. It is said once there is progress."""
+        self._in_hand = shown(name), _time(datetime.now(UTC))
+        try:
+            yield
+        finally:
+            self._in_hand = None
+            if self._now.merging:
+                self._say(doing=WATCHING, merging=None, merging_since=None)
+
+    def progresses(self) -> None:
+        """Some of the entry in hand has been read."""
+        if self._in_hand and not self._now.merging:
+            name, since = self._in_hand
+            rest = {other: why for other, why in self._now.waiting.items() if other != name}
+            self._say(doing=MERGING, merging=name, merging_since=since, waiting=rest)
+
+    def waits(self, name: str, why: str) -> None:
+        """That entry was looked at and not taken."""
+        name, waiting = shown(name), self._now.waiting
+        if waiting.get(name) != why:
+            others = [one for one in waiting.items() if one[0] != name][1 - MOST_WAITING :]
+            self._say(waiting={**dict(others), name: why})
+
+    def _say(self, **changes: Any) -> None:
+        with self._saying:
+            self._now = replace(self._now, **changes)
+            if self._there:
+                with suppress(OSError):  # a full disk, most likely
+                    durable.note(self._path, json.dumps(asdict(self._now)).encode())
+
+
+def running(home: Home) -> Running | None:
+    """The process that holds the home's lock, None where none does. OSError where the lock may not be read."""
+    if not durable.is_locked(home.lock):
+        return None
+    pid = _pid(home.lock)
+    with suppress(OSError, ValueError, TypeError):
+        said = Running(**json.loads(home.presence.read_bytes()))
+        if said.pid == pid:
+            return said
+    return Running(pid, _time(datetime.fromtimestamp(home.lock.stat().st_mtime, UTC)), BUSY)
+
+
+def _pid(lock: Path) -> int:
+    with suppress(ValueError):
+        return int(lock.read_text())
+    return 0
+
+
+def _time(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")

@@ -1,0 +1,165 @@
+"""Re-hashes a whole home against its manifests and its registry; changes nothing."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
+from daemon.errors import DaemonError, NotYet, Reason
+from daemon.home.ground import Base
+from daemon.home.restoring import again, restoring
+from daemon.home.uncommitted import ahead
+from daemon.layout import Home, number
+from daemon.notation import called
+from daemon.versions.latest import PLAIN, names_by_file, names_by_link
+from daemon.versions.manifest import problems
+from daemon.versions.retention import keeps_state
+from projector.errors import ProjectorError
+from registry.errors import Damaged
+from registry.records import Expert, Head, Status, Version
+from registry.store import Reader
+
+PAGE = 1000
+WITHOUT_WEIGHTS = (Reason.NO_WEIGHTS, Reason.INCOMPLETE, Reason.PICKLE)
+
+
+@dataclass
+class Checked:
+    """What was read: the base, so many versions and archived experts, in so many files; and what to do about what is
+    wrong with it."""
+
+    versions: int = 0
+    experts: int = 0
+    files: int = 0
+    size_bytes: int = 0
+    hints: list[str] = field(default_factory=list)
+
+    def read(self, size_bytes: int) -> None:
+        """Counts one file."""
+        self.files += 1
+        self.size_bytes += size_bytes
+
+
+def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Checked, list[str]]:
+    """(what was checked, what is wrong with it in words); `say` hears what comes next."""
+    checked = Checked()
+    say("the registry")
+    found = _registry(reader)
+    say("the base")
+    if _base(home.base, checked) != reader.base().sha256:
+        found.append("state/base: its sha256 is not the registry's")
+        checked.hints.append(f"the base: {_restoring_base(home, reader)}")
+    for head in reader.heads():
+        for version in reader.versions(head.name, newest_first=False, include_collected=False):
+            say(called(head.name, version.number))
+            state = keeps_state(home, head, version.number)
+            wrong = problems(home, version, hashes=True, state=state, read=checked.read)
+            if wrong and (now := reader.head(head.name)) and now != head:  # beside a daemon: it has moved on meanwhile
+                row = reader.version(head.name, version.number)
+                if row is None or row.collected:
+                    continue
+                state = keeps_state(home, now, version.number)
+                wrong = problems(home, version, hashes=True, state=state, read=checked.read)
+            if wrong:
+                hint = restoring(home, version, wrong)
+                checked.hints.append(f"{called(head.name, version.number)}: {hint}")
+            found += wrong or _chain(home, reader, version)
+            checked.versions += 1
+        plain = home.versions(head.name) / PLAIN
+        for path, names in ((home.latest(head.name), names_by_link), (plain, names_by_file)):
+            if (live := _left_behind(reader, head, path, names)) is not None:
+                found.append(f"published/{head.name}/{path.name} does not name {called(head.name, live)}")
+    found += [f"{path.relative_to(home.root)}: the registry does not know it" for path in ahead(home, reader)]
+    for expert in _every(reader):
+        if expert.status is not Status.QUARANTINED and expert.place:
+            say(expert.place)
+            wrong = _archived(home, expert, checked)
+            if wrong:
+                hint = f"put it back from a backup, or do without it: `{again(home)} --without {expert.id}`"
+                checked.hints.append(f"{expert.place}: {hint}")
+            found += wrong
+    return checked, found
+
+
+def _every(reader: Reader) -> Iterator[Expert]:
+    """Everything that ever arrived, newest first, a page in memory at a time."""
+    page = reader.experts(limit=PAGE)
+    while page:
+        yield from page
+        page = reader.experts(limit=PAGE, before=page[-1].id)
+
+
+def _registry(reader: Reader) -> list[str]:
+    try:
+        reader.check()
+    except Damaged as error:
+        return [str(error)]
+    return []
+
+
+def _left_behind(reader: Reader, head: Head, path: Path, names: Callable[[Path], str | None]) -> int | None:
+    """The live version that `path` should name and does not. Not while the expert that made it is still in the inbox:
+    the daemon turns `path` to it first, and then moves the expert.
+    """
+    live = head.live
+    for _ in range(2):  # it may have been turned, and the expert moved, between the two looks
+        live = (reader.head(head.name) or head).live
+        if names(path) == number(live) or live in {expert.version for expert in reader.unplaced()}:
+            return None
+    return live
+
+
+def _chain(home: Home, reader: Reader, version: Version) -> list[str]:
+    """A version's manifest names the manifest of the version before it."""
+    named = json.loads(home.manifest(version.head, version.number).read_bytes())["parent"]
+    parent = reader.version(version.head, version.parent) if version.parent is not None else None
+    expected = {"version": parent.number, "manifest_sha256": parent.manifest_sha256} if parent else None
+    return [] if named == expected else [f"{called(version.head, version.number)}: its parent is not the registry's"]
+
+
+def _archived(home: Home, expert: Expert, checked: Checked) -> list[str]:
+    path = home.archived(expert.id)
+    if path is None:
+        return []  # pruned: the archive is the operator's to thin out
+    checked.experts += 1
+    recorded = expert.sidecars or {}
+    try:
+        with open_path(path, needs=list(recorded)) as checkpoint:
+            weights, sidecars = _identity(checkpoint, checked), checkpoint.sidecar_digests()
+    except NotYet as error:
+        spared = expert.status is Status.DUPLICATE and error.reason in WITHOUT_WEIGHTS
+        return [] if spared else [f"{expert.place}: {error}"]  # its twin's folder has its weights
+    except (DaemonError, ProjectorError, OSError) as error:
+        return [f"{expert.place}: {error}"]
+    twin = home.archived(expert.duplicate_of) if expert.duplicate_of else None
+    spared = expert.kind != "file" and twin is not None  # of a duplicate's folder whatever its twin has is gone
+    found = ["its sha256"] if weights != expert.sha256 and not spared else []
+    found += [f"the sha256 of its {kind}.safetensors" for kind in recorded if sidecars[kind] != recorded[kind]]
+    return [f"{expert.place}: {what} is not the registry's" for what in found]
+
+
+def _base(path: Path, checked: Checked) -> str | None:
+    try:
+        with open_path(path) as checkpoint:
+            return _identity(checkpoint, checked)
+    except (DaemonError, ProjectorError, OSError):
+        return None
+
+
+def _restoring_base(home: Home, reader: Reader) -> str:
+    """What to do about a base that is not the registry's: as a merge would say it."""
+    try:
+        with Base(home, reader) as base:
+            base.check()
+            base.confirm()
+    except DaemonError as error:
+        return error.hint
+    return "it has changed meanwhile: verify again"
+
+
+def _identity(checkpoint: OpenCheckpoint, checked: Checked) -> str:
+    sha256 = checkpoint.identity()
+    for size_bytes in checkpoint.sizes:
+        checked.read(size_bytes)
+    return sha256

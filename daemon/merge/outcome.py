@@ -1,0 +1,38 @@
+"""What became of an expert, told to the log and to the metrics."""
+
+import structlog
+
+from daemon.arrivals.admission import added
+from daemon.metrics import Metrics
+from projector.methods import methods
+from projector.names.naming import Naming
+from registry.records import Expert, Status
+from registry.store import Store
+
+
+def tell(
+    expert: Expert, store: Store, naming: Naming, metrics: Metrics, log: structlog.typing.FilteringBoundLogger
+) -> None:
+    """naming: how the settings have names read, beyond which an expert's own may go."""
+    metrics.experts.labels(str(expert.status)).inc()
+    if expert.reason:
+        metrics.refused.labels(expert.reason).inc()
+    if expert.status is Status.MERGED:
+        metrics.show_heads(store)
+        for flag in expert.flags:
+            metrics.flagged.labels(str(flag)).inc()
+        log.info("merged", id=expert.id, version=expert.version, norm=expert.norm, sha256=expert.sha256)
+        if expert.naming and (made := added(expert.naming, naming)):
+            say = log.warning if made.keys() & {"ignore", "unchanged"} else log.info
+            say("its names were made to fit", id=expert.id, **made)
+        if expert.flags:
+            log.warning(
+                "merged, but look at it", id=expert.id, flags=expert.flags, detail=expert.detail, hint=expert.hint
+            )
+        even = [head.name for head in store.heads() if not methods()[head.method].weighted]
+        if expert.weight != 1 and even:
+            log.info("it counts as any other in heads whose method has no weights", weight=expert.weight, heads=even)
+    elif expert.status is Status.DUPLICATE:
+        log.info("a duplicate: merged before", id=expert.id, of=expert.duplicate_of)
+    else:
+        log.warning("refused", id=expert.id, reason=expert.reason, detail=expert.detail, hint=expert.hint)

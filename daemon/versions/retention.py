@@ -1,0 +1,109 @@
+"""Removes old versions' files. Their rows stay, so that lineage and numbers live on; experts are never touched.
+
+What is published of a version stays as the settings say. Its state goes as soon as the next version is committed: only
+the newest is ever folded onto. Heads that keep a record of each expert are the exception, since the views of a version
+are read from its state.
+
+What there is to remove is found by the folders, which are few, and not by the rows, of which every version has one.
+"""
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from uuid import uuid4
+
+from daemon.config import Retention
+from daemon.disk import durable
+from daemon.layout import Home
+from registry.records import Head, Version
+from registry.store import Store
+
+OLDEST = 100  # versions of a head that are looked at together; more than the base and the live one
+
+
+def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
+    """Removes what retention no longer keeps and returns it.
+
+    Kept: version 0, the live version, the newest `settings.versions`, and whatever was followed by another version less
+    than the grace time ago: a reader may just have resolved `latest` to it.
+    The row is marked first: a version whose files are going is no longer offered.
+    """
+    remove_old_states(home, store)
+    gone: list[Version] = []
+    for head in store.heads():
+        while found := _expired(store, head, settings):
+            for version in found:
+                store.collected(version.head, version.number)
+                remove_files(home, version)
+            gone += found
+    return gone
+
+
+def remove_files(home: Home, version: Version) -> None:
+    """Removes a collected version's folders; no error where they are gone already.
+
+    What is published goes at once, by a rename: nobody ever sees half of a version.
+    """
+    remove_whole(home, home.version(version.head, version.number))
+    durable.remove(home.head_state(version.head, version.number))
+
+
+def remove_whole(home: Home, path: Path) -> None:
+    """Removes a file or folder at once, by a rename: no crash leaves a part of it where it was."""
+    if os.path.lexists(path):
+        going = home.tmp / uuid4().hex  # recovery empties that
+        try:
+            durable.rename(path, going)
+        finally:  # a full disk may fail the sync, when it has moved already
+            durable.remove(going)
+
+
+def finish(home: Home, store: Store) -> None:
+    """Removes what a crash left of collected versions, and of states that are no longer needed."""
+    for head in store.heads():
+        there = {*numbered(home.versions(head.name)), *numbered(home.states(head.name))}
+        for version in (store.version(head.name, number) for number in sorted(there)):
+            if version and version.collected:
+                remove_files(home, version)
+    remove_old_states(home, store)
+
+
+def remove_old_states(home: Home, store: Store) -> None:
+    """Removes the states that nothing will read. Call it once the newest version is committed: it is durable then."""
+    for head in store.heads():
+        for number, path in numbered(home.states(head.name)).items():
+            if number <= head.newest and not keeps_state(home, head, number):
+                durable.remove(path)
+
+
+def keeps_state(home: Home, head: Head, number: int) -> bool:
+    """Whether the state of that version of a head is still there: of the newest, of all where there are views."""
+    return number == head.newest or home.views(head.name).is_dir()
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """The versions' folders in a folder by their numbers; nothing where it is not there."""
+    return dict(_numbered(folder)) if folder.is_dir() else {}
+
+
+def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.iterdir():
+        if path.name.isascii() and path.name.isdecimal() and path.is_dir() and not path.is_symlink():
+            yield int(path.name), path
+
+
+def _expired(store: Store, head: Head, settings: Retention) -> list[Version]:
+    """The oldest versions that may go, out of the OLDEST of a head: within the grace time there may be thousands."""
+    before = datetime.now(UTC) - timedelta(seconds=settings.grace_seconds)
+    newest = store.versions(head.name, limit=settings.versions, include_collected=False)
+    oldest = store.versions(head.name, limit=OLDEST, newest_first=False, include_collected=False)
+    return [
+        version
+        for version, successor in pairwise(oldest)
+        if version.number < newest[-1].number
+        and version.number not in (0, head.live)
+        and successor.created_at
+        and successor.created_at < before
+    ]

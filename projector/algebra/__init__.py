@@ -1,0 +1,1 @@
+"""Linear algebra in blocks: norms, Gram matrices, decompositions, exact order statistics."""

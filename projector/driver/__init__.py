@@ -1,0 +1,1 @@
+"""Streams an expert through every head: steps, workers, devices."""

@@ -1,0 +1,1 @@
+"""safetensors files on descriptors, and the task vectors that are read from them."""

@@ -1,0 +1,1 @@
+"""Which tensor of an expert stands for which of the base."""
