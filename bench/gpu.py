@@ -31,7 +31,7 @@ ALL_SECONDS = 480.0
 TAIL = 1500
 SHAPES = ("4096x4096", "4096x14336")
 TINY = ("48x48", "48x80")
-CUDA_TESTS = ("tests/projector/test_cuda.py", "tests/projector/test_low_rank.py")
+CUDA_TESTS = ("tests/projector/driver/test_cuda.py", "tests/projector/algebra/test_low_rank.py")
 Found = dict[str, Any]
 
 

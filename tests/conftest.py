@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hides the GPU from this process and all that it starts, but for `pytest -m cuda`.
 
     Many tests fork this process, and what forks after CUDA was initialised cannot use CUDA, nor be trusted to end. The
-    tests on the card run in a process that forks nothing: tests/projector/test_on_the_card.py starts it.
+    tests on the card run in a process that forks nothing: tests/projector/driver/test_on_the_card.py starts it.
     """
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,7 +1,7 @@
 """Puts the verbs together and turns every known error into one message, one hint and an exit status.
 
 All verbs are imported to run any, so what takes long to import (torch, the HTTP server, the settings, SQLAlchemy) is
-imported where a verb needs it: `tests/daemon/test_command_imports.py` holds this.
+imported where a verb needs it: `tests/daemon/cli/test_command_imports.py` holds this.
 
 Exit status: 0 done, 1 refused or found something wrong, 2 wrong use.
 """

@@ -20,7 +20,7 @@ from projector.files.source import Checkpoint
 from registry.records import Status
 from tests.daemon.homes import assert_close, count, drain, experts, latest, live, make_home, put, quick
 from tests.models import read_weights, write_base, write_expert
-from tests.oracles import opcm
+from tests.oracles.rules import opcm
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from daemon.layout import Home
 from tests.daemon.homes import assert_close
 from tests.daemon.processes import environment, forked, mainstem, running, until
 from tests.models import CONFIG, WEIGHTS, read_weights, write_base, write_expert
-from tests.oracles import ema, mean, opcm
+from tests.oracles.rules import ema, mean, opcm
 
 INDEX = "model.safetensors.index.json"
 

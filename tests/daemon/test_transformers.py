@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.daemon.homes import assert_close, drain, experts, live, make_home, quick
-from tests.oracles import mean, opcm
+from tests.oracles.rules import mean, opcm
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the library is imported
 

@@ -16,7 +16,7 @@ from registry.records import Status
 from tests.daemon.homes import assert_close, experts, latest
 from tests.daemon.processes import Daemon, mainstem, running, until
 from tests.models import WEIGHTS, read_weights, write_expert
-from tests.oracles import opcm
+from tests.oracles.rules import opcm
 
 TOKEN = "a-token-of-enough-characters"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}

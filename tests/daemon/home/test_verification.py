@@ -1,0 +1,93 @@
+"""`mainstem verify` beside a daemon that merges, publishes and collects: what it sees half done is no damage."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from daemon.compute.progress import Progress
+from daemon.disk.failpoints import hit
+from daemon.home.verification import verify
+from daemon.layout import Home
+from daemon.merge.merger import Merger
+from registry.records import Expert
+from registry.store import Store
+from tests.daemon.arrivals.test_queue import scan
+from tests.daemon.homes import lineage, live, make_home, put, quick
+from tests.models import write_expert
+
+ONLY_THE_NEWEST = quick(retention={"versions": 1, "grace_seconds": 0})
+
+
+@pytest.fixture
+def home(base: Path, tmp_path: Path) -> Home:
+    """A home that has merged one expert into two heads, one of which keeps records for views."""
+    home = make_home(tmp_path / "home", base, [("main", "mean", {}), ("seen", "emr", {})])
+    with merging(home) as merger:
+        take(home, merger, base, 2)
+    return home
+
+
+@contextmanager
+def merging(home: Home) -> Iterator[Merger]:
+    with Store.open(home.registry) as store:
+        merger = Merger(home, store, ONLY_THE_NEWEST, Progress(Event(), lambda share: None))
+        try:
+            yield merger
+        finally:
+            merger.close()
+
+
+def take(home: Home, merger: Merger, base: Path, seed: int) -> Expert:
+    put(home, write_expert(home.root / f"{seed}.safetensors", base, seed))
+    (drop,) = scan(home).settled
+    return merger.take(drop)
+
+
+def test_at_every_point_of_publishing(home: Home, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[str] = []
+    wrong: list[tuple[str, list[str]]] = []
+    with merging(home) as merger, lineage(home) as reader:
+
+        def look(point: str) -> None:
+            if passed or point == "publish.before":  # before that all is in state/tmp
+                passed.append(point)
+                if found := verify(home, reader, lambda what: None)[1]:
+                    wrong.append((point, found))
+
+        for name, module in list(sys.modules.items()):
+            if name.startswith("daemon.") and getattr(module, "hit", None) is hit:
+                monkeypatch.setattr(module, "hit", look)
+        take(home, merger, base, 3)
+    assert wrong == [] and live(home) == 2
+    assert {"rename", "publish.after", "commit.after", "latest.half", "archive.after", "remove"} <= set(passed)
+
+
+def test_while_versions_come_and_go(home: Home, base: Path) -> None:
+    """Whatever it is about to look at, by then there is a newer version, and the one before is gone."""
+    said: list[str] = []
+    with merging(home) as merger, lineage(home) as reader:
+
+        def merge(what: str) -> None:
+            said.append(what)
+            take(home, merger, base, 10 + len(said))
+
+        assert verify(home, reader, merge)[1] == []
+    assert live(home) == 1 + len(said) and not home.version("main", 1).exists()
+    assert {"the registry", "the base", "main/1", "seen/1"} & set(said)
+
+
+def test_beside_a_daemon_damage_is_found_all_the_same(home: Home, base: Path) -> None:
+    with merging(home) as merger, lineage(home) as reader:
+
+        def merge(what: str) -> None:
+            if what == "main/0":
+                take(home, merger, base, 3)
+                (home.version("main", 2) / "model.safetensors").write_bytes(b"")
+                home.archived(1).write_bytes(b"")  # type: ignore[union-attr]
+
+        found = verify(home, reader, merge)[1]
+    assert [problem.split(":")[0] for problem in found] == ["archive/000001"]

@@ -1,0 +1,157 @@
+"""The spectral rules once more, from their formulas: iso_c, wudi and OPCM's isotropic read-out.
+
+As in `tests.oracles.rules`: float64, every expert in memory, nothing of the package imported. Results are merged task
+vectors; what to add them to is the caller's business.
+"""
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from tests.oracles.rules import DEFAULT_EXCLUDE, Projection, Weights, norm, project, task_vector
+
+Counting = Sequence[float] | None
+
+
+def iso_c(
+    base: Weights,
+    experts: Sequence[Weights],
+    counting: Counting = None,
+    scale: float = 1.0,
+    tol: float = 1e-6,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> dict[str, Tensor]:
+    """Iso-C (arXiv 2502.04959): scale * mean(s) * U V' of the weighted sum of each matrix, else the weighted mean."""
+
+    def matrix(taus: Tensor, weights: Tensor) -> Tensor:
+        return scale * flat(torch.einsum("t,tmn->mn", weights, taus), tol)
+
+    return _merged(base, experts, counting, exclude, matrix)
+
+
+def wudi_adam(
+    base: Weights,
+    experts: Sequence[Weights],
+    counting: Counting = None,
+    steps: int = 300,
+    lr: float = 1e-5,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> dict[str, Tensor]:
+    """WUDI (arXiv 2503.08099) as the authors run it: torch's Adam on the loss over all task vectors, from their sum."""
+
+    def matrix(taus: Tensor, weights: Tensor) -> Tensor:
+        merged = torch.einsum("t,tmn->mn", weights, taus).requires_grad_()
+        adam = torch.optim.Adam([merged], lr=lr)
+        for _ in range(steps):
+            adam.zero_grad()
+            wudi_loss(merged, taus, weights).backward()
+            adam.step()
+        return merged.detach()
+
+    return _merged(base, experts, counting, exclude, matrix)
+
+
+def wudi_ridge(
+    base: Weights,
+    experts: Sequence[Weights],
+    counting: Counting = None,
+    ridge: float = 1e-2,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> dict[str, Tensor]:
+    """The least of WUDI's loss + lam * norm(M - S)^2, as one least-squares problem with a block of rows per expert.
+
+    lam is `ridge` times the mean over the n inputs of sum_i w_i (norm of tau_i's column)^2 / norm(tau_i)^2.
+    """
+
+    def matrix(taus: Tensor, weights: Tensor) -> Tensor:
+        total = torch.einsum("t,tmn->mn", weights, taus)
+        lengths = taus.square().sum((1, 2))
+        used = lengths > 0
+        if not used.any():
+            return total
+        shares = (weights[used] / lengths[used]).sqrt()[:, None, None]
+        n = taus.shape[2]
+        lam = ridge * (shares * taus[used]).square().sum((0, 1)).mean()
+        rows = torch.cat([(shares * taus[used]).reshape(-1, n), lam.sqrt() * torch.eye(n, dtype=torch.float64)])
+        wanted = torch.cat(
+            [(shares * (taus[used] @ taus[used].mT)).reshape(-1, taus.shape[1]), lam.sqrt() * total.T]
+        )  # of rows @ M'
+        solved: Tensor = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T
+        return solved
+
+    return _merged(base, experts, counting, exclude, matrix)
+
+
+def wudi_loss(merged: Tensor, taus: Tensor, weights: Tensor) -> Tensor:
+    """sum_i w_i norm((M - tau_i) tau_i')^2 / norm(tau_i)^2 over the tau_i (t, m, n) that are not zero."""
+    lengths = taus.square().sum((1, 2))
+    off = ((merged - taus) @ taus.mT).square().sum((1, 2))
+    loss: Tensor = (weights * off / torch.where(lengths > 0, lengths, 1.0)).sum()
+    return loss
+
+
+def opcm_isotropic(
+    base: Weights,
+    experts: Sequence[Weights],
+    alpha: float = 0.5,
+    projection: Projection = "code",
+    scale: float = 2.0,
+    tol: float = 1e-6,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> dict[str, Tensor]:
+    """OPCM's sum A, its matrices read out as scale * mean(s) * U V', the rest as A * mean norm(tau) / norm(A)."""
+    tasks = [task_vector(base, expert) for expert in experts]
+    total = {name: torch.zeros_like(tau) for name, tau in tasks[0].items()}
+    for task in tasks:
+        for name, tau in task.items():
+            for old, new in zip(_parts(total[name]), _parts(tau), strict=True):
+                old += project(new, old, alpha, projection, tol) if _is_matrix(name, tau, exclude) else new
+    length = sum(norm(task) for task in tasks) / len(tasks) / norm(total)
+    return {
+        name: torch.stack([scale * flat(part, tol) for part in _parts(a)]).reshape(a.shape)
+        if _is_matrix(name, a, exclude)
+        else a * length
+        for name, a in total.items()
+    }
+
+
+def flat(x: Tensor, tol: float) -> Tensor:
+    """mean(s) * U V' of one matrix, the mean over all min(m, n) values, with none for directions up to tol * s_0."""
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    kept = s > tol * s[0]
+    merged: Tensor = (s * kept).mean() * ((u * kept) @ vh)
+    return merged
+
+
+def _merged(
+    base: Weights,
+    experts: Sequence[Weights],
+    counting: Counting,
+    exclude: Sequence[str],
+    matrix: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Each matrix by `matrix` from its task vectors (t, m, n) and the weights (t), other tensors by the mean."""
+    weights = torch.tensor(counting or [1.0] * len(experts), dtype=torch.float64)
+    tasks = [task_vector(base, expert) for expert in experts]
+    merged = {}
+    for name in tasks[0]:
+        taus = torch.stack([task[name] for task in tasks])  # (t, ...)
+        if not _is_matrix(name, taus[0], exclude):
+            merged[name] = torch.tensordot(weights, taus, 1) / weights.sum()
+        elif taus.ndim == 3:
+            merged[name] = matrix(taus, weights)
+        else:
+            merged[name] = torch.stack([matrix(taus[:, k], weights) for k in range(taus.shape[1])])
+    return merged
+
+
+def _is_matrix(name: str, x: Tensor, exclude: Sequence[str]) -> bool:
+    named = any(fnmatchcase(name, glob) for glob in exclude)
+    return x.ndim in (2, 3) and min(x.shape[-2:]) > 1 and not named
+
+
+def _parts(x: Tensor) -> list[Tensor]:
+    """The matrices of a stack; anything else as the one part that it is."""
+    return list(x) if x.ndim == 3 else [x]
