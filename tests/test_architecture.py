@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +111,45 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
     for name in graph:
         visit(name, [])
+
+
+def rooms_in_order() -> list[str]:
+    """The rooms, and the modules that lie in none, as docs/architecture.md has them: each after what it imports."""
+    found, top = [], ""
+    for line in (ROOT / "docs/architecture.md").read_text().splitlines():
+        if line.startswith("| ") and line.endswith("/ | holds |"):
+            top = line.split("/")[0].removeprefix("| ")
+        elif top and line.startswith("| `"):
+            found += [f"{top}.{name.rstrip('/')}" for name in re.findall(r"`([\w/]+)`", line.split("|")[1])]
+        elif not line.startswith("|"):
+            top = ""
+    return found
+
+
+def room_of(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def test_rooms_import_only_from_those_before_them() -> None:
+    place = {room: number for number, room in enumerate(rooms_in_order())}
+    ours = [name for name in MODULES if name.startswith(("daemon.", "projector.")) and not name.endswith("__main__")]
+    assert {room_of(name) for name in ours} == place.keys()
+    found = {
+        f"{name} imports {other}"
+        for name in ours
+        for other in imported(MODULES[name])
+        if name.split(".")[0] == other.split(".")[0] and place[room_of(other)] > place[room_of(name)]
+    }
+    assert not found
+
+
+def test_a_room_lists_its_files() -> None:
+    """But for the verbs and the methods, one file for each."""
+    for path, tree in TREES.items():
+        room = Path(path).parent
+        if path.endswith("__init__.py") and len(room.parts) == 2 and room.name not in {"cli", "methods", "demo"}:
+            listed = set(re.findall(r"^    (\w+)\.py ", ast.get_docstring(tree, clean=False) or "", re.M))
+            assert listed == {file.stem for file in (ROOT / room).glob("*.py")} - {"__init__"}, room
 
 
 def test_files_are_short() -> None:

@@ -1,1 +1,7 @@
-"""The disk: the only place that makes bytes durable, and where tests make it fail."""
+"""The disk, under everything.
+
+    durable.py     how bytes become durable, and names change
+    failpoints.py  where a test makes the daemon die or the disk fail
+
+Nothing else syncs, renames, links, locks or removes a file.
+"""

@@ -1,1 +1,13 @@
-"""A home as a whole: founded, stood on, recovered, watched over and checked."""
+"""A home as a whole.
+
+    founding.py      makes one
+    ground.py        what every merge stands on, the base and the states, looked at each time
+    recovery.py      brings it back to where its registry says it is
+    uncommitted.py   what lies in it beyond its registry
+    presence.py      what a running daemon says of itself
+    health.py        what is wrong, as far as can be seen at once
+    verification.py  everything hashed again
+    restoring.py     how a person puts back what was edited or lost
+
+The registry says what is true; everything else here is brought to it or checked against it.
+"""

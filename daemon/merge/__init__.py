@@ -1,1 +1,9 @@
-"""The publish protocol: from a settled arrival to a version that everyone sees."""
+"""From a settled drop to a version that everyone sees.
+
+    merger.py     the publish protocol, top to bottom
+    preparing.py  what a head prepares while nothing arrives
+    lingering.py  what stays in the inbox for a while, and why
+    outcome.py    what became of an expert, for the log and the metrics
+
+Files first, all durable; then one transaction; then what is derived of it.
+"""

@@ -1,1 +1,7 @@
-"""What is measured and told, and changes nothing."""
+"""What is measured and told.
+
+    compare.py  two versions, and what each keeps of the experts
+    inspect.py  everything that merging would check
+
+Changes nothing.
+"""

@@ -1,1 +1,8 @@
-"""Which tensor of an expert stands for which of the base."""
+"""Which tensor of an expert stands for which of the base.
+
+    matching.py  names, tied weights, what is left out
+    fitting.py   prefixes, wrappers and heads that come off by themselves
+    resized.py   a vocabulary of another size
+
+One way or none: what could be two is refused.
+"""

@@ -1,1 +1,8 @@
-"""What the names of tensors say: how an expert's become the base's, what is derived, what is quantised."""
+"""What the names of tensors say.
+
+    naming.py     how an expert's names become the base's
+    buffers.py    derived buffers and running statistics
+    quantised.py  quantised weights
+
+Nothing here reads a value.
+"""
