@@ -9,8 +9,8 @@
     uploads.py       experts that are sent to us
     hosts.py         by which names it may be asked
     forwarded.py     what a proxy in front says
-    finding.py       what a path names: a version, an expert
-    rows.py          what the API says of them
+    finding.py       which expert an address means
+    rows.py          records of the registry as JSON
     app.py           the routes
     page.py          the status page
     connections.py   how many there may be, and how long one may keep us waiting
