@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from daemon.adapter_modules import is_tied
 from daemon.errors import NotYet, Reason, Refused
+from daemon.hints import inner
 from daemon.inbox import Stamp, stamp
 from daemon.opening import not_a_file
 from projector.errors import BadSchema
@@ -120,8 +121,9 @@ def adapters_below(folder_fd: int) -> list[str]:
     return sorted(name for name in folders if os.access(f"{name}/{ADAPTER}", os.F_OK, dir_fd=folder_fd))
 
 
-def check_no_factors(names: Iterable[str], name: str) -> None:
-    """Raises Refused where tensors that should be a model's are an adapter's."""
+def check_no_factors(names: Iterable[str], name: str, *, in_folder: bool) -> None:
+    """Raises Refused where tensors that should be a model's are an adapter's. name: of the file; `in_folder`: that is
+    in a folder that was dropped, else it was dropped itself."""
     names = list(names)
     if other := recognised_other(names):
         whose, hint, tensor = other
@@ -129,7 +131,10 @@ def check_no_factors(names: Iterable[str], name: str) -> None:
     if found := recognised(names):
         tool, tensor = found
         detail = f"{shown(name)} holds an adapter as {tool.name} saves it, {shown(tensor)}"
-        hint = f"make a PEFT adapter of it, and drop that: {command(tool, names)}"
+        where = inner(name if in_folder and tool is not MLX else None)  # mlx-lm's has its scale beside it
+        made = f"make a PEFT adapter of it, and drop that: {command(tool, names, where)}"
+        beside = f"put mlx-lm's own {ADAPTER} beside it, which has its scale; then "
+        hint = beside + made if tool is MLX and not in_folder else made
         raise Refused(Reason.ADAPTER, detail, hint)
     if factor := next((tensor for tensor in names if FACTOR.search(tensor)), None):
         raise Refused(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -9,7 +10,7 @@ from daemon.config import Admission
 from daemon.errors import Reason, Refused
 from projector.head import Folded
 from projector.naming import Naming
-from projector.text import shown
+from projector.text import listed, shown
 from registry.records import Expert, Flag, NewExpert
 
 NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
@@ -66,42 +67,49 @@ def check_norm(folded: Folded, usual: float | None, limits: Admission) -> None:
     """Refuses a task vector that is nothing, as long as the base, or far from the usual norm (Refused). The hint names
     every limit that is in its way: once they are raised, it is merged.
     """
-    if folded.norm <= NEGLIGIBLE * folded.base_norm:
+    norm, base = folded.task_vector.whole, folded.base
+    if norm <= NEGLIGIBLE * base.whole:
         raise Refused(
             Reason.EQUALS_BASE,
-            f"its weights are the base's (the task vector has norm {folded.norm:.3g}): there is nothing to merge",
+            f"its weights are the base's (the task vector has norm {norm:.3g}): there is nothing to merge",
             "drop the fine-tuned model, not the base; an adapter only once it is trained",
         )
-    far = usual is not None and _beyond(folded.norm, usual, limits.max_norm_ratio)
-    ratio = f"admission.max_norm_ratio to {_over(folded.norm / usual)}" if usual and far else ""
-    if folded.norm >= limits.max_base_ratio * folded.base_norm:
-        if not folded.base_norm:
+    far = usual is not None and _beyond(norm, usual, limits.max_norm_ratio)
+    ratio = f"admission.max_norm_ratio to {_over(norm / usual)}" if usual and far else ""
+    length, typical = norm / base.whole if base.whole else inf, folded.task_vector.over(base)
+    if (times := max(length, typical)) >= limits.max_base_ratio:
+        if not base.whole:
             raise Refused(
                 Reason.FOREIGN_BASE,
                 "its task vector is infinitely as long as the base itself, which is all zeros",
                 "make a home over another base: nothing can be merged into this one",
             )
-        times = folded.norm / folded.base_norm
+        where = "" if length >= limits.max_base_ratio else ", or longer, in the tensors with over half of the weights"
         raise Refused(
             Reason.FOREIGN_BASE,
-            f"its task vector is {times:.3g} times as long as the base itself",
-            f"fine-tune from this home's base; if you did, raise admission.max_base_ratio to {_over(times)}"
-            + (f" and {ratio}, or it is refused for that next" if ratio else ""),
+            f"its task vector is {times:.3g} times as long as the base itself{where}",
+            "it seems to come from another base: then it needs a home over that one, made by `mainstem init` with"
+            " --base, or to be fine-tuned from this home's; if it was, raise admission.max_base_ratio to"
+            f" {_over(times)}" + (f" and {ratio}, or it is refused for that next" if ratio else ""),
         )
     if usual and far:
         raise Refused(
             Reason.NORM_OUTLIER,
-            _compared(folded.norm, usual),
+            _compared(norm, usual),
             f"look at its training; if it is sound, raise {ratio}",
         )
 
 
 def oddities(
-    norm: float, usual: float | None, limits: Admission, resized: Mapping[str, tuple[int, int]]
+    norm: float,
+    usual: float | None,
+    limits: Admission,
+    resized: Mapping[str, tuple[int, int]],
+    altered: Sequence[str],
 ) -> list[Oddity]:
-    """What is odd about a task vector that is merged: of a norm that `check_norm` lets pass, and with these tensors of
-    other sizes (rows in the expert, rows in the base)."""
-    return [odd for odd in (oddity(norm, usual, limits), _odd_rows(resized)) if odd]
+    """What is odd about a task vector that is merged: of a norm that `check_norm` lets pass, with these tensors of
+    other sizes (rows in the expert, rows in the base), and these buffers that are not the base's."""
+    return [odd for odd in (oddity(norm, usual, limits), _odd_rows(resized), _odd_buffers(altered)) if odd]
 
 
 def _odd_rows(resized: Mapping[str, tuple[int, int]]) -> Oddity | None:
@@ -113,6 +121,18 @@ def _odd_rows(resized: Mapping[str, tuple[int, int]]) -> Oddity | None:
         Flag.RESIZED,
         f"{shown(name)} has {theirs} rows, the base {ours}: the first {min(theirs, ours)} are merged, {lost}",
         "nothing is to be done if its added tokens are not needed here; if they are, found a home on a base with them",
+    )
+
+
+def _odd_buffers(altered: Sequence[str]) -> Oddity | None:
+    if not altered:
+        return None
+    return Oddity(
+        Flag.BUFFER,
+        f"not the base's, but called as buffers are that nobody trains, so that the base's stay: {listed(altered)}",
+        "where the expert was trained with another configuration (a rotary base, a scale), train it with the base's, or"
+        " found a home on a base with that one; where they were trained, what they learnt is left out: call them"
+        " otherwise, in the base too",
     )
 
 

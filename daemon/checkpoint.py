@@ -6,7 +6,7 @@ the name. Raises Refused for what can never become good, NotYet for what may onl
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +29,11 @@ from daemon.adapter import (
 from daemon.adapter_modules import has_output
 from daemon.errors import DaemonError, NotYet, Reason, Refused
 from daemon.formats import other_format
+from daemon.hints import below, inner
 from daemon.inbox import READY_MARKER, Stamp, stamp
 from daemon.index import check_places, read_index, shard_names
 from daemon.layout import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index
-from daemon.nesting import checkpoint_in
+from daemon.nesting import NOT_OF_A_MODEL, checkpoint_in
 from daemon.opening import folders_with, not_a_file, open_entry
 from projector.errors import BadFile, BadSchema, ProjectorError
 from projector.errors import Reason as ProjectorReason
@@ -45,14 +46,13 @@ from projector.matching import matched
 from projector.naming import SAME, Naming
 from projector.source import Checkpoint, identity
 from projector.tensorfile import RunningDigest, TensorReader
-from projector.text import listed, shown
+from projector.text import NEW, listed, shown
 from projector.watch import SILENT, Watch
 
 SIDECARS = ("fisher", "gram")
-PICKLED = "pytorch_model.bin"
+PICKLED, PICKLED_INDEX, PICKLED_ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLE_OPENINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-PICKLE_HINT = "convert it, without running what is in it: mainstem convert FILE OUT"
 LFS_OPENING = b"version https://git-lfs"
 
 
@@ -145,6 +145,10 @@ class OpenCheckpoint:
         """
         if base_config is not None and self.about:
             self.naming = self.about.naming(self.naming, (*self.tensors.schema, *base.schema))
+        with below(self.within):
+            self._check(base, base_config)
+
+    def _check(self, base: Checkpoint, base_config: Mapping[str, Any] | None) -> None:
         if self._adapter:
             self._check_adapter(self._adapter, base, base_config)
             return
@@ -166,7 +170,8 @@ class OpenCheckpoint:
         if base_config is not None:
             naming = fitted(naming, self.tensors, base, tied=has_output(base_config))
         resolved = naming.resolve(self.tensors.schema, base.schema).values()
-        check_no_factors((name for name in resolved if name not in base.schema), self.files[0].name)
+        strange = (name for name in resolved if name not in base.schema)
+        check_no_factors(strange, self.files[0].name, in_folder=self.folder is not None)
         return naming, matched(base, self.tensors, naming)
 
     def _check_adapter(self, adapter: OpenAdapter, base: Checkpoint, base_config: Mapping[str, Any] | None) -> None:
@@ -264,8 +269,9 @@ def open_checkpoint(
                 raise Refused(Reason.MISSING_SIDECAR, *_missing(needs[0]))
             opened = OpenCheckpoint("file", [_weights(fd, name, watch)], {}, None, closing, naming)
         else:
-            inner, within = checkpoint_in(fd, follow, closing)
-            opened = _open_folder(inner, follow, needs, watch, closing, naming)
+            folder, within = checkpoint_in(fd, follow, closing)
+            with below(within):
+                opened = _open_folder(folder, follow, needs, watch, closing, naming)
             opened.outer, opened.within = fd, within
             if within and READY_MARKER in os.listdir(fd):
                 opened.names |= {READY_MARKER}
@@ -304,7 +310,9 @@ def _open_folder(
     there = checkpoints(names, beside)
 
     def opened(name: str) -> OpenFile:
-        return _weights(open_entry(fd, name, follow, closing), name, watch)
+        file = open_entry(fd, name, follow, closing)
+        with below(name):
+            return _weights(file, name, watch)
 
     def whole(name: str) -> list[OpenFile]:
         """The files of the checkpoint that this file or index is."""
@@ -333,15 +341,21 @@ def _open_folder(
         files = whole(there[0])
     elif not there and any(name.endswith(PICKLE_SUFFIXES) for name in names):
         # not yet: what trainers save beside the weights is pickled too, and may come first
-        raise NotYet(Reason.PICKLE, "the folder holds pickled weights only", PICKLE_HINT)
-    elif below := adapters_below(fd):
-        raise NotYet(Reason.NO_WEIGHTS, f"its adapters are in {listed(below)}", "drop the adapter's folder itself")
-    elif not there and (below := folders_with(fd, ".safetensors")):
+        raise NotYet(Reason.PICKLE, "the folder holds pickled weights only", _pickled_in(names))
+    elif below_it := adapters_below(fd):
         raise NotYet(
-            Reason.NO_WEIGHTS, f"its weights are in {listed(below)}", "drop, or give --base, the folder itself"
+            Reason.NO_WEIGHTS,
+            f"its adapters are in {listed(below_it)}",
+            f"drop the adapter's folder itself: {inner(below_it[0])}",
         )
-    elif not there and (known := other_format([*names, *(".distcp" for _ in folders_with(fd, ".distcp"))])):
+    elif not there and (below_it := folders_with(fd, ".safetensors")):
+        what = f"drop, or give --base, the folder itself: {inner(below_it[0])}"
+        raise NotYet(Reason.NO_WEIGHTS, f"its weights are in {listed(below_it)}", what)
+    elif not there and (known := other_format(names)):
         raise NotYet(Reason.NO_WEIGHTS, f"it holds {known[0]}", known[1])
+    elif not there and (below_it := folders_with(fd, ".distcp")) and (known := other_format([".distcp"])):
+        with below(below_it[0]):
+            raise NotYet(Reason.NO_WEIGHTS, f"it holds {known[0]}", known[1])
     elif there:
         raise NotYet(
             Reason.NO_WEIGHTS, f"the folder holds several models: {listed(there)}", "give each a folder of its own"
@@ -380,9 +394,7 @@ def _weights(fd: int, name: str, watch: Watch) -> OpenFile:
             f"{shown(name)} is a git-lfs pointer, not the file it stands for",
             "run `git lfs pull` where it came from and drop the file itself",
         )
-    # a header of 640 bytes begins as a pickle does, but no pickle as a header of a length that is allowed
-    no_header = len(opening) < PREFIX_BYTES or int.from_bytes(opening[:PREFIX_BYTES], "little") > MAX_HEADER_BYTES
-    if name.endswith(PICKLE_SUFFIXES) or (opening.startswith(PICKLE_OPENINGS) and no_header):
+    if name.endswith(PICKLE_SUFFIXES) or is_pickle(opening):
         raise _pickle(f"{shown(name)} is pickled, which can run code when it is loaded")
     if not name.endswith(".safetensors"):
         if known := other_format([name]):
@@ -401,6 +413,13 @@ def _weights(fd: int, name: str, watch: Watch) -> OpenFile:
         raise BadFile(error.reason, f"{shown(name)}: {error}", error.hint) from error
 
 
+def is_pickle(opening: bytes) -> bool:
+    """True for what a file of pickled weights begins with, whatever it is called."""
+    # a header of 640 bytes begins as a pickle does, but no pickle as a header of a length that is allowed
+    no_header = len(opening) < PREFIX_BYTES or int.from_bytes(opening[:PREFIX_BYTES], "little") > MAX_HEADER_BYTES
+    return opening.startswith(PICKLE_OPENINGS) and no_header
+
+
 def _missing(need: str) -> tuple[str, str]:
     """What is wrong where a sidecar is missing, and what to do."""
     return (
@@ -409,5 +428,19 @@ def _missing(need: str) -> tuple[str, str]:
     )
 
 
+def convert_hint(name: str | None = None) -> str:
+    """What to do with a pickle: with the whole expert, or with the file of that name in it."""
+    return f"convert it, without running what is in it: mainstem convert {inner(name)} {NEW}"
+
+
+def _pickled_in(names: Collection[str]) -> str:
+    """What to do with a folder of pickles. Where a loader would not know which of them it is, that is named."""
+    if not {PICKLED, PICKLED_INDEX, PICKLED_ADAPTER}.isdisjoint(names):
+        return convert_hint()
+    weights = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES) and name not in NOT_OF_A_MODEL)
+    others = f" (or {listed(weights[1:])}, if that has the weights)" if len(weights) > 1 else ""
+    return convert_hint(weights[0]) + others if weights else "drop the folder with the weights: these are none"
+
+
 def _pickle(detail: str) -> Refused:
-    return Refused(Reason.PICKLE, detail, PICKLE_HINT)
+    return Refused(Reason.PICKLE, detail, convert_hint())

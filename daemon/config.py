@@ -316,7 +316,8 @@ def check_heads(settings: Mapping[str, HeadSettings], heads: Sequence[str]) -> N
     if unknown:
         raise BadConfig(
             f"heads.{shown(unknown[0])} is set, but this home has no such head",
-            f"its heads are {listed(heads, most=20)}; `mainstem rebuild --head NAME=METHOD` adds one",
+            f"its heads are {listed(heads, most=20)}; `mainstem rebuild --head {shown(unknown[0])}=ema` adds it,"
+            " by ema or another of `mainstem methods`",
         )
 
 

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from registry.store import Reader
 
 Tensors = set[tuple[str, tuple[int, ...], str]]
 """Of each tensor its dtype, shape and sha256."""
+DEEPEST = 2  # folders below the one that was dropped: snapshots/REVISION/ (see daemon.nesting)
 
 
 def spare(home: Home, reader: Reader, expert: Expert, watch: Watch = SILENT) -> None:
@@ -43,8 +44,8 @@ def spare(home: Home, reader: Reader, expert: Expert, watch: Watch = SILENT) -> 
 
 def _held_twice(own: Path, kept: Path, twin: Expert, watch: Watch) -> list[Path]:
     """The files of `own` with nothing in them that is not in the twin's too."""
-    files = sorted(own.glob("*.safetensors")) if own.is_dir() else [own]
     try:
+        files = list(_weights(own)) if own.is_dir() else [own]
         with open_path(kept, watch, follow=False) as archived:
             archived.digest_tensors()
             if archived.identity() != twin.sha256:
@@ -53,6 +54,17 @@ def _held_twice(own: Path, kept: Path, twin: Expert, watch: Watch) -> list[Path]
         return [path for path in files if _tensors_in(path, watch) <= there]
     except (DaemonError, ProjectorError, OSError):
         return []  # a file that cannot be read now is no reason to remove another
+
+
+def _weights(folder: Path, levels: int = DEEPEST) -> Iterator[Path]:
+    """The weights in a folder, and in those below it where a checkpoint may lie. No link is followed: what lies behind
+    one may be the twin itself.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            yield path
+        elif levels and path.is_dir() and not path.is_symlink():
+            yield from _weights(path, levels - 1)
 
 
 def _tensors_in(path: Path, watch: Watch) -> Tensors:
@@ -71,13 +83,20 @@ def _tensors(readers: Iterable[TensorReader]) -> Tensors:
 
 
 def _remove(own: Path, files: list[Path]) -> None:
+    """Removes these files, and the folders that are empty then."""
     for path in files:
-        with suppress(PermissionError):  # of another owner, or immutable: to spare room is a favour, no duty
-            durable.remove(path)
-    durable.sync_folder(own if own.is_dir() else own.parent)
-    if own.is_dir() and not any(own.iterdir()):
-        durable.remove(own)
-        durable.sync_folder(own.parent)
+        _try_to_remove(path)
+    above = {folder for path in files for folder in path.parents if folder.is_relative_to(own)}
+    for folder in sorted(above | ({own} if own.is_dir() else set()), reverse=True):  # the inner ones first
+        durable.sync_folder(folder)
+        if not any(folder.iterdir()):
+            _try_to_remove(folder)
+    durable.sync_folder(own.parent)
+
+
+def _try_to_remove(path: Path) -> None:
+    with suppress(PermissionError):  # of another owner, or immutable: to spare room is a favour, no duty
+        durable.remove(path)
 
 
 def _stands_for(expert: Expert, twin: Expert) -> bool:

@@ -2,22 +2,25 @@
 
 from collections.abc import Iterable
 
+from projector.text import EXPERT, FOLDER, OUT
+
 FORMATS = {
     ".distcp": (
         "a distributed checkpoint",
-        "gather it (accelerate merge-weights FOLDER OUT; or FSDP's state_dict_type FULL_STATE_DICT), and drop OUT",
+        f"gather it (accelerate merge-weights {EXPERT} {OUT}; or FSDP's state_dict_type FULL_STATE_DICT), and drop what"
+        " that makes",
     ),
     ".gguf": ("GGUF", "it is made for inference: drop the model that it was made from"),
     ".onnx": ("ONNX", "it is made for inference: drop the model that it was exported from"),
     ".h5": (
         "weights of Keras",
-        "with transformers 4 and TensorFlow, of the model's own class, from_pretrained(FOLDER, from_tf=True)"
-        ".save_pretrained(OUT), and drop OUT",
+        "with transformers 4 and TensorFlow, of the model's own class, "
+        f'from_pretrained("{FOLDER}", from_tf=True).save_pretrained("{OUT}"), and drop that',
     ),
     ".msgpack": (
         "weights of Flax",
-        "with transformers 4 and Flax, of the model's own class, from_pretrained(FOLDER, from_flax=True)"
-        ".save_pretrained(OUT), and drop OUT",
+        "with transformers 4 and Flax, of the model's own class, "
+        f'from_pretrained("{FOLDER}", from_flax=True).save_pretrained("{OUT}"), and drop that',
     ),
     ".nemo": ("an archive of NeMo", "export it to Hugging Face's form with NeMo, and drop that folder"),
     ".npz": (

@@ -16,6 +16,7 @@ from daemon.compute import check_budget
 from daemon.config import Compute
 from daemon.errors import BadHome, DaemonError
 from daemon.generations import FileEntry, entry, manifest, names_below
+from daemon.hints import hinting
 from daemon.home import CARD, MANIFEST, Home
 from daemon.inbox import check_finished
 from daemon.latest import point_latest
@@ -61,7 +62,7 @@ def found(
     _refuse_occupied(home)
     try:
         check_finished(base.resolve())
-        with open_path(base) as checkpoint:
+        with hinting(base), open_path(base) as checkpoint:
             if checkpoint.within:
                 raise BadHome(f"it is in {checkpoint.within}", f"give --base {base / checkpoint.within}")
             theirs = recognised(checkpoint.tensors.schema)

@@ -25,6 +25,7 @@ from daemon.inbox import Stamp, stamp
 from daemon.layout import WEIGHTS
 from daemon.lines import Line
 from daemon.progress import Abandoned
+from daemon.restoring import again
 from projector.errors import BadFile, ProjectorError
 from projector.source import Checkpoint, identity
 from projector.spec import Schema
@@ -175,8 +176,23 @@ class States:
         self._sound: dict[Path, tuple[str, Stamp]] = {}  # the manifest's sha256 and the file's stamp
         self._reading: list[_Reading] = []
 
+    def check(self, lines: Sequence[Line], base: Schema) -> None:
+        """Raises BadHome where a head cannot go on from its live version's state, as far as its header tells."""
+        for line in lines:
+            if line.totals.experts:
+                with ExitStack() as files:
+                    self._opened(line, base, files)
+
     def open(self, line: Line, base: Schema, files: ExitStack) -> TensorReader:
         """The accumulators of a head's live version, until `files` closes. Raises BadHome."""
+        path, fd, now, reader = self._opened(line, base, files)
+        known = self._sound.get(path) == (line.version.manifest_sha256, now)
+        hashing = None if known else files.enter_context(_Hashing(fd, now[2], self._watch))
+        self._reading.append(_Reading(path, fd, now, line.version, hashing))
+        files.callback(self._reading.clear)
+        return reader
+
+    def _opened(self, line: Line, base: Schema, files: ExitStack) -> tuple[Path, int, Stamp, TensorReader]:
         path = self._home.head_state(line.head.name, line.version.number) / STATE_FILE
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -190,15 +206,11 @@ class States:
         lacking = [spec.name for spec in state_specs(line.method, base) if spec.name not in reader.specs]
         if lacking:
             raise BadHome(
-                f"{path.relative_to(self._home.root)} has no {shown(lacking[0])}: an earlier mainstem merged running"
-                " statistics as if they were weights",
-                "nothing was merged; merge the archive again, by today's rules: mainstem rebuild --into NEWHOME",
+                f"{path.relative_to(self._home.root)} has no {shown(lacking[0])}: an earlier mainstem merged it"
+                " by another rule",
+                f"nothing was merged; merge the archive again, by today's rules: {again(self._home)}",
             )
-        known = self._sound.get(path) == (line.version.manifest_sha256, now)
-        hashing = None if known else files.enter_context(_Hashing(fd, now[2], self._watch))
-        self._reading.append(_Reading(path, fd, now, line.version, hashing))
-        files.callback(self._reading.clear)
-        return reader
+        return path, fd, now, reader
 
     def confirm(self) -> None:
         """After all was read: raises BadHome where a state is not its version's, and NotYet where it was touched."""
@@ -300,8 +312,7 @@ def _manifest(home: Home, version: Version) -> dict | None:  # type: ignore[type
 def _bad_state(home: Home, path: Path, why: str) -> BadHome:
     return BadHome(
         f"{path.relative_to(home.root)} is damaged: {why}",
-        "nothing was merged; put it back from a backup, or merge the archive again: "
-        f"mainstem rebuild --home {home.root} --into NEWHOME",
+        f"nothing was merged; put it back from a backup, or merge the archive again: {again(home)}",
     )
 
 

@@ -121,7 +121,10 @@ def stays_hint(home: Home, expert: Expert) -> str:
     if expert.status is Status.QUARANTINED:
         return "mend it where it lies, which is noticed by itself, or remove it"
     if expert.status is Status.DUPLICATE:
-        return f"remove it: the archive has these weights; or {movable}"
+        twin = home.archived(expert.duplicate_of) if expert.duplicate_of else None
+        if twin and (twin.is_file() or any(twin.rglob("*.safetensors"))):
+            return f"remove it: the archive has these weights; or {movable}"
+        return f"do not remove it, the archive has these weights no more: {movable}"
     if home.archived(expert.id):
         return f"remove it: the archive has a copy; or {movable}"
     if not os.path.lexists(home.inbox / expert.name):

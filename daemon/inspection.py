@@ -1,17 +1,18 @@
 """The dry run behind `mainstem inspect`: everything that merging would check and measure, and nothing written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from threading import Event
 from typing import Any
 
 from daemon.adapter_modules import read_config
-from daemon.admission import USUAL_EXPERTS, check_norm, oddities, usual_norm, worded
+from daemon.admission import USUAL_EXPERTS, Oddity, check_norm, oddities, usual_norm, worded
 from daemon.arrival import check_arrival
 from daemon.checkpoint import open_path
 from daemon.config import load
 from daemon.errors import DaemonError, Reason
+from daemon.hints import hinting
 from daemon.home import Home
 from daemon.identity import twin_of
 from daemon.inbox import check_finished
@@ -23,6 +24,8 @@ from projector.lora.keys import tensor_parts
 from projector.measure import overlap
 from projector.methods import make
 from projector.steps import state_specs
+from projector.text import shown
+from registry.records import Expert
 from registry.store import Reader
 
 
@@ -44,23 +47,28 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
     settings = load(home.config)
     limits = settings.admission
     with (
+        hinting(path, home),
         open_path(home.base) as base,
         open_path(path, follow=False, needs=needs, naming=limits.naming) as expert,  # as the inbox would
         open_path(home.version(head.name, head.live)) as merged,
     ):
         own = tensor_parts(expert.tensors.schema) if expert.kind == "adapter" else expert.tensors.schema
-        check_arrival(expert)
+        check_arrival(expert, base.tensors.schema)
         expert.check(base.tensors, read_config(home.base))
         check_modules(expert.folder, home.base)
         expert.digest_tensors()
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
-        folded = Folded(found.norm, found.base_norm, ())
+        norm = found.task_vector.whole
         usual = usual_norm(reader.merged_norms(limit=USUAL_EXPERTS))
-        check_norm(folded, usual, limits)
-        odd = oddities(folded.norm, usual, limits, expert.tensors.resized)
-        warning, hint = worded(odd)
-        twin = twin_of(home, reader, expert, found.norm, base.tensors, settings, again=False)
+        twin = twin_of(home, reader, expert, norm, base.tensors, settings, again=False)
+        if twin:  # of which no limit is asked
+            odd: Sequence[Oddity] = ()
+            warning, hint = _once_more(home, twin, head.name)
+        else:
+            check_norm(Folded(found.task_vector, found.base, ()), usual, limits)
+            odd = oddities(norm, usual, limits, expert.tensors.resized, expert.tensors.altered)
+            warning, hint = worded(odd)
         schema = base.tensors.schema
         published = sum(spec.nbytes for spec in schema.values())
         states = [state_specs(method, schema) for method in methods]
@@ -77,9 +85,9 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "unchanged": [name for name in schema if expert.naming.lacks(name) and name not in there],
             "sha256": expert.identity(),
             "duplicate_of": twin.id if twin else None,
-            "norm": found.norm,
-            "norm_over_base": found.norm / found.base_norm,
-            "norm_over_usual": found.norm / usual if usual else None,
+            "norm": norm,
+            "norm_over_base": norm / found.base.whole,
+            "norm_over_usual": norm / usual if usual else None,
             "flags": [one.flag for one in odd],
             "warning": warning,
             "hint": hint,
@@ -89,3 +97,17 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "writes_bytes": writes,
             "usual_seconds": median(seconds) if seconds else None,
         }
+
+
+def _once_more(home: Home, twin: Expert, head: str) -> tuple[str | None, str | None]:
+    """What to say of an expert that was merged before."""
+    came = f", which came with {called(head, twin.version)}" if twin.version else ""
+    what = (
+        f"it is expert {twin.id} ({shown(twin.name)}) once more{came}: dropping it merges nothing, and makes no version"
+    )
+    if home.archived(twin.id) is None:
+        return (
+            what,
+            "nothing is to be done; dropped all the same, it takes the place of that one's lost files in archive/",
+        )
+    return what, "nothing is to be done"

@@ -7,6 +7,8 @@ import structlog
 
 from daemon.config import Inbox as Settings
 from daemon.errors import RESUMABLE, DaemonError, Reason
+from daemon.hints import filled
+from daemon.home import Home
 from daemon.inbox import Drop, Fingerprint, Scan
 from daemon.merger import Merger
 from daemon.unfinished import hint_for, said_by
@@ -19,7 +21,8 @@ from registry.store import Store
 class Lingering:
     """The entries of one inbox that stay in it. Kept for this process: a start looks at all of them anew."""
 
-    def __init__(self, store: Store, merger: Merger) -> None:
+    def __init__(self, home: Home, store: Store, merger: Merger) -> None:
+        self._home = home
         self._store = store
         self._merger = merger
         self._decided: dict[int, Expert] = {}
@@ -60,7 +63,8 @@ class Lingering:
     def incomplete(self, drop: Drop, error: DaemonError) -> None:
         """Hears that a drop was looked at in vain."""
         self._incomplete[drop.entry] = error
-        self._tell(drop.name, str(error), error.hint, error.reason)
+        hint = filled(error.hint, self._home.inbox / drop.name, self._home)
+        self._tell(drop.name, str(error), hint, error.reason)
 
     def held(self, scan: Scan, settings: Settings) -> None:
         """Tells of what is held back although it has stood still for the patience."""

@@ -47,7 +47,7 @@ from daemon.retention import collect
 from daemon.sealing import origin, seal
 from daemon.uncommitted import clear, temporaries
 from projector.errors import BadFile, BadMerged, DeviceLost, ProjectorError
-from projector.head import Folded, HeadFold
+from projector.head import Folded, HeadFold, Norms
 from projector.method import Expert as View
 from projector.method import Totals
 from projector.methods import make
@@ -71,10 +71,11 @@ class Merger:
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
         self._base = Base(home, store, progress)
         self._states = States(home, progress)
+        self._states.check(read_lines(store, self._methods), self._base.tensors.schema)
         self._base_config = read_config(home.base)
         self._plan = planned(self._base.checkpoint, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
-        self._base_norm: float | None = None
+        self._base_norms: Norms | None = None
         reserved = self._driver.device.slab_bytes
         check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute, reserved)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
@@ -117,7 +118,7 @@ class Merger:
                 try:
                     with blaming(expert):
                         if not again:
-                            check_arrival(expert)
+                            check_arrival(expert, self._base.tensors.schema)
                         expert.check(self._base.tensors, base_config)
                         if not again:
                             check_modules(expert.folder, self._home.base)
@@ -145,12 +146,12 @@ class Merger:
 
     def refuse(self, drop: Drop, error: DaemonError | ProjectorError) -> Expert:
         """Notes that the drop is refused, and why. `tidy` is to follow."""
-        recorded = self._store.record(self._refused(arrived(drop, Status.QUARANTINED), error))
+        recorded = self._store.record(self._refused(drop, arrived(drop, Status.QUARANTINED), error))
         hit("refuse.recorded")
         return recorded
 
-    def _refused(self, expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
-        return refused(expert, error, self._store.last_expert_id() + 1)  # nobody else records any
+    def _refused(self, drop: Drop, expert: NewExpert, error: DaemonError | ProjectorError) -> NewExpert:
+        return refused(expert, error, self._store.last_expert_id() + 1, drop, self._home)  # nobody else records any
 
     def tidy(self, expert: Expert) -> bool:
         """Finishes an expert whose fate is recorded; False where it cannot be moved out of the inbox.
@@ -164,12 +165,12 @@ class Merger:
 
     def again(self, expert: Expert, *, there: bool) -> None:
         """Looks once more at an expert whose fate is recorded and which could not be moved, now that it has changed, or
-        is not `there` any more. One that was refused is let go: it is taken anew. Raises as `tidy`.
+        is not `there` any more. One that was refused is let go: it is taken anew. Raises as `tidy`, and Abandoned.
         """
         if there and expert.status is Status.QUARANTINED:
             note_place(self._store, expert)
         else:
-            place(self._home, self._store, expert)
+            place(self._home, self._store, expert, self._progress)
 
     def finish(self) -> list[Expert]:
         """Tidies up after the recorded experts that are still in the inbox, where something was in the way; returns
@@ -257,8 +258,8 @@ class Merger:
             ready = self.preparations.ready(line)
             now = output.weights if line.method.one_sweep else ()
             heads.append(HeadFold(line.method, line.totals, view, state, output.state, ready, now, output.record))
-        folded = self._driver.fold(self._base.tensors, expert.tensors, heads, self._base_norm)
-        self._base_norm = folded.base_norm
+        folded = self._driver.fold(self._base.tensors, expert.tensors, heads, self._base_norms)
+        self._base_norms = folded.base
         hit("fold.after")
         return folded
 
@@ -288,6 +289,7 @@ class Merger:
 
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded, again: bool) -> NewExpert:
         sha256, content, sidecars = expert.identity(), expert.content(), expert.sidecar_digests()
+        altered = expert.tensors.altered
         if not expert.unchanged():
             raise changed(drop)
         new = replace(
@@ -295,7 +297,7 @@ class Merger:
             kind=expert.kind,
             sha256=sha256,
             content_sha256=content,
-            norm=folded.norm,
+            norm=folded.task_vector.whole,
             about=expert.about.given() if expert.about else None,
             sidecars=sidecars or None,
             naming=expert.naming.noted(),
@@ -304,7 +306,7 @@ class Merger:
             self._home,
             self._store,
             expert,
-            folded.norm,
+            folded.task_vector.whole,
             self._base.tensors,
             self._settings,
             again=again,
@@ -317,8 +319,8 @@ class Merger:
         try:
             check_norm(folded, usual, limits)
         except Refused as error:
-            return self._refused(new, error)
-        return flagged(new, oddities(folded.norm, usual, limits, expert.tensors.resized))
+            return self._refused(drop, new, error)
+        return flagged(new, oddities(folded.task_vector.whole, usual, limits, expert.tensors.resized, altered))
 
     def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
         for line, after, output in zip(lines, totals, outputs, strict=True):

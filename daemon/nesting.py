@@ -15,9 +15,10 @@ from typing import Any
 from daemon.about import ABOUT
 from daemon.adapter import ADAPTER
 from daemon.errors import NotYet, Reason, Refused
+from daemon.hints import inner
 from daemon.layout import is_index
 from daemon.opening import open_entry
-from projector.text import listed, shown
+from projector.text import NEW, listed
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 TRAINER_STATE = "trainer_state.json"
@@ -52,24 +53,25 @@ def _only(fd: int, found: list[str], names: Collection[str], follow: bool, closi
     state = _json(last, TRAINER_STATE, follow)
     best = os.path.basename(str(state.get("best_model_checkpoint") or ""))  # noqa: PTH119 - of another machine
     if len(found) > 1:
-        which = f"{best}, the best by its {TRAINER_STATE}" if best in found else f"{found[-1]}, the last"
+        which, why = (best, f"the best by its {TRAINER_STATE}") if best in found else (found[-1], "the last")
         raise NotYet(
             Reason.NO_WEIGHTS,
             f"it holds {len(found)} checkpoints and no model of its own: {listed(found)}",
-            f"drop one of them as a folder of its own: {which}",
+            f"drop one of them as a folder of its own, such as {why}: cp -r {inner(which)} {NEW}",
         )
     if ABOUT in names:
         raise NotYet(
             Reason.NO_WEIGHTS,
             f"{ABOUT} is not beside the weights, which are in {found[0]}",
-            f"drop {found[0]}, with it",
+            f"drop {inner(found[0])}, with it in there",
         )
     done, steps = state.get("global_step"), state.get("max_steps")
     if isinstance(done, int) and isinstance(steps, int) and done < steps:
         raise NotYet(
             Reason.INCOMPLETE,
             f"its training is at step {done} of {steps}, by {found[0]}/{TRAINER_STATE}",
-            f"save the model once it is trained; if this is it, drop {found[0]} as a folder of its own",
+            "save the model once it is trained; if this is it, drop that as a folder of its own: "
+            f"cp -r {inner(found[0])} {NEW}",
         )
     return last, found[0]
 
@@ -82,11 +84,11 @@ def _snapshot(fd: int, snapshots: int, found: list[str], follow: bool, closing: 
     with suppress(OSError, Refused, NotYet), ExitStack() as reading:
         ref = open_entry(open_entry(fd, REFS, follow, reading), "main", follow, reading)
         main = os.pread(ref, 200, 0).decode(errors="replace").strip()
-    which = main if main in found else "the one that was trained"
+    which, why = (main, "such as main") if main in found else (found[-1], "whichever was trained")
     raise NotYet(
         Reason.NO_WEIGHTS,
         f"it is a cache with {len(found)} revisions: {listed(found)}",
-        f"drop one of them: cp -rL {SNAPSHOTS}/{shown(which)} inbox/NAME",
+        f"drop one of them, {why}: cp -rL {inner(f'{SNAPSHOTS}/{which}')} {NEW}",
     )
 
 

@@ -6,7 +6,7 @@ import stat
 from contextlib import ExitStack, suppress
 
 from daemon.errors import NotYet, Reason, Refused
-from projector.text import shown
+from projector.text import EXPERT, NEW, shown
 
 
 def open_entry(folder_fd: int, name: str, follow: bool, closing: ExitStack) -> int:
@@ -20,7 +20,7 @@ def open_entry(folder_fd: int, name: str, follow: bool, closing: ExitStack) -> i
         # looked at before it is opened: opening a device can have effects of its own
         mode = os.stat(name, dir_fd=folder_fd, follow_symlinks=follow).st_mode
         if stat.S_ISLNK(mode):
-            raise _symlink(name)
+            raise _symlink(folder_fd, name)
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise not_a_file(name)
         fd = os.open(name, flags, dir_fd=folder_fd)
@@ -28,7 +28,7 @@ def open_entry(folder_fd: int, name: str, follow: bool, closing: ExitStack) -> i
         raise NotYet(Reason.CHANGED, f"{shown(name)} is no longer there", "nothing to do, if you moved it") from None
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _symlink(name) from None
+            raise _symlink(folder_fd, name) from None
         if error.errno in (errno.EACCES, errno.EPERM):
             raise NotYet(
                 Reason.UNREADABLE,
@@ -64,7 +64,14 @@ def not_a_file(name: str) -> Refused:
     return Refused(Reason.NOT_A_FILE, f"{shown(name)} is neither a file nor a folder", "drop a .safetensors file")
 
 
-def _symlink(name: str) -> Refused:
+def _symlink(folder_fd: int, name: str) -> Refused:
+    """A relative one may lead elsewhere, once it is moved."""
+    target = ""
+    with suppress(OSError):
+        target = os.readlink(name, dir_fd=folder_fd)
+    copy = f"cp -rL {EXPERT} {NEW}" if target.startswith("/") else "cp -rL, from where it lay"
     return Refused(
-        Reason.SYMLINK, f"{shown(name)} is a symbolic link", "copy what it leads to: cp -rL SOURCE inbox/NAME"
+        Reason.SYMLINK,
+        f"{shown(name)} is a symbolic link to {shown(target)}",
+        f"copy it again with what it leads to: {copy}",
     )

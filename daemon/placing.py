@@ -37,9 +37,10 @@ REASON_FILE = "reason.json"
 IMMOVABLE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)
 
 
-def place(home: Home, store: Store, expert: Expert, watch: Watch = SILENT) -> bool:
+def place(home: Home, store: Store, expert: Expert, watch: Watch) -> bool:
     """Moves one expert to where its status says, and notes it in the registry; False where it cannot be moved, or
     where a merged one is gone: another folder may have taken the inbox's place, and the old one may come back.
+    `watch` may put an end to it, and the next start goes on.
     """
     if not home.inbox.is_dir():
         return False  # nor can it be said that it is not in there

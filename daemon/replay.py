@@ -18,6 +18,7 @@ from daemon.checkpoint import OpenCheckpoint, identity_at, open_path
 from daemon.config import Retention, Settings
 from daemon.errors import BadHome, DaemonError, NotYet
 from daemon.founding import found
+from daemon.hints import hinting
 from daemon.home import Home
 from daemon.inbox import Drop, entry_id
 from daemon.memory import return_freed_memory
@@ -76,7 +77,8 @@ def check_archive(home: Home, experts: Sequence[Expert], heads: Heads) -> None:
 def _open(home: Home, expert: Expert, needs: Sequence[str] = ()) -> OpenCheckpoint:
     path = archived(home, expert)
     try:
-        return open_path(path, follow=False, needs=needs)
+        with hinting(path):
+            return open_path(path, follow=False, needs=needs)
     except (DaemonError, ProjectorError) as error:
         raise _not_again(expert, str(error), error.hint) from error
 
@@ -158,7 +160,8 @@ def _merge(merger: Merger, target: Home, expert: Expert, source: Path, naming: N
         raise BadHome(f"{dropped} is in the way", "take it out of the inbox until the rebuild is done")
     drop = Drop(source.name, entry_id(dropped), dropped.lstat().st_mtime_ns, expert.size_bytes, 0.0)
     try:
-        recorded = merger.take(drop, naming)
+        with hinting(source):
+            recorded = merger.take(drop, naming)
     except NotYet as error:
         raise _not_again(expert, str(error), error.hint) from error
     if recorded.status is not Status.MERGED:

@@ -105,7 +105,7 @@ class Restating:
                 (totals,) = folded.totals
                 self._base.confirm()
                 states.confirm()
-                _check(path, expert_files, folded.norm, expert)
+                _check(path, expert_files, folded.task_vector.whole, expert)
                 self._driver.read_out(self._base.tensors, method, totals, output.state.reader(), output.weights)
                 self._base.confirm()
                 output.finish()

@@ -59,7 +59,10 @@ class Service:
     ) -> None:
         """`read`: reads the settings again; without it they stay as they are."""
         if not home.exists():
-            raise BadHome(f"{home.root} is not a mainstem home", "make one: mainstem init HOME --base PATH")
+            raise BadHome(
+                f"{home.root} is not a mainstem home",
+                f"make one, with the model that experts come from: mainstem init {home.root} --base PATH",
+            )
         self._home = home
         self._settings = settings
         self._display = display or self._log_progress
@@ -168,7 +171,7 @@ class Service:
     def _drain(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
         assert self._attempts
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
-        lingering = Lingering(store, merger)
+        lingering = Lingering(self._home, store, merger)
         while not self._stopping.is_set():
             self._stopping.wait(WAKE_SECONDS)  # many events come at once
             self._wake.clear()

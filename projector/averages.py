@@ -15,6 +15,8 @@ from projector.linalg import widened
 from projector.method import Expert, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
+SUM = "statistics"  # no slot of any other method's: what an earlier mainstem summed up as weights is not taken for it
+
 
 @dataclass(frozen=True)
 class Averages(Method):
@@ -31,7 +33,7 @@ class Averages(Method):
     recorded: bool = param(False, "each expert's own statistics are kept")
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
+        return {SUM: TensorSpec(spec.name, spec.shape, torch.float32)}
 
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
@@ -39,12 +41,12 @@ class Averages(Method):
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
         weight = expert.weight if self.by_weight else copysign(1.0, expert.weight)
         anew = expert.index == 1 and weight > 0  # a second pass over all experts begins with the sum of the first
-        total = torch.zeros_like(delta) if anew else state["S"].to(torch.float32)
-        return {"S": torch.add(total, delta, alpha=weight)}, {}
+        total = torch.zeros_like(delta) if anew else state[SUM].to(torch.float32)
+        return {SUM: torch.add(total, delta, alpha=weight)}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         share = totals.weight if self.by_weight else totals.experts
-        return torch.add(base, state["S"], alpha=1 / share if totals.experts else 0.0)
+        return torch.add(base, state[SUM], alpha=1 / share if totals.experts else 0.0)
 
     def keeps(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {"tau": TensorSpec(spec.name, spec.shape, torch.float32)} if self.recorded else {}

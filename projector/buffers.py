@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 DERIVED = frozenset(
@@ -39,6 +40,19 @@ ENDS = (
 )
 CAUSAL_MASK = re.compile(r"(^|\.)\w*(attn|attention)\.bias$")  # of GPT-2, GPT-Neo, GPT-J, GPT-NeoX: (1, 1, n, n)
 
+COUNTERS = frozenset({"num_batches_tracked"})
+TABLES = frozenset(
+    {
+        *("cos_cached", "sin_cached", "cos_cache", "sin_cache", "cos_sin_cache"),
+        *("freqs_cis", "freqs_cos", "freqs_sin"),
+        "weights",  # of `embed_positions`
+    }
+)
+"""Those worked out in the precision that the model is in: of far positions no digit is the same in two of them."""
+
+FAR = 1e4  # what is further from zero in a mask is one minus infinity or another
+EXACT, TINY = 1e-5, 1e-6  # relative, of float32 on whatever machine; absolute, of the smallest of float16
+
 ROUNDED = 0.03  # what bfloat16 may make of a sum of two squares that is 1
 RUNNING = ("running_", "moving_")
 RUNNING_SUMS = frozenset({"cluster_size", "embed_avg", "ema_cluster_size", "ema_w"})  # of a quantiser's codebook
@@ -56,6 +70,31 @@ def is_derived(name: str, shape: Sequence[int]) -> bool:
         return True
     square = len(shape) == 4 and shape[0] == shape[1] == 1 and shape[2] == shape[3]
     return square and bool(CAUSAL_MASK.search(name))
+
+
+def is_fixed(name: str) -> bool:
+    """True for a derived buffer that has one value by whichever library saved it, but for rounding."""
+    return name.rpartition(".")[2] not in COUNTERS | TABLES
+
+
+def same_buffer(one: Tensor, other: Tensor) -> bool:
+    """True for two values of a buffer, in any dtypes, that are the same but for rounding, to bfloat16 at the coarsest,
+    and for which number stands for minus infinity.
+
+    >>> frequencies = 10_000.0 ** (-torch.arange(0, 1, 1 / 64))
+    >>> same_buffer(frequencies, frequencies.bfloat16().float()), same_buffer(frequencies, frequencies / 2)
+    (True, False)
+    """
+    a, b = one.double(), other.double()
+    return torch.allclose(
+        a.clamp(-FAR, FAR), b.clamp(-FAR, FAR), rtol=max(_rounding(a), _rounding(b)), atol=TINY, equal_nan=True
+    )
+
+
+def _rounding(x: Tensor) -> float:
+    """How far from what it stands for a value may be, relative to it, by how few digits these values have."""
+    coarse = (dtype for dtype in (torch.bfloat16, torch.float16) if x.to(dtype).double().equal(x))
+    return next((torch.finfo(dtype).eps for dtype in coarse), EXACT)
 
 
 def is_sinusoidal(rows_KN: Tensor) -> bool:

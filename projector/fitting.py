@@ -67,6 +67,9 @@ BODY = re.compile(
 HEADISH = re.compile(r"(classif\w*|heads?|scorer?|logits?|regressor|pooler|predict\w*)$", re.IGNORECASE)
 """And what is one all the same."""
 
+INNER = re.compile(r"(^|_)\d+$|attn|attention|mlp|block|layer", re.IGNORECASE)
+"""What holds a part of the body: a `proj_out` in it is none of a head."""
+
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 COUNTED = re.compile(r"(^|\.)\d+\.")
 LAYER = re.compile(r"([^.]+\.)?(?<![^.])\d+\..*$")
@@ -289,7 +292,7 @@ def _is_own(glob: str, root: Sequence[str], layered: bool) -> bool:
     """True for the glob of a head, by its name and where it lies. root: the parts that the body's names begin with.
     layered: it has layers of its own, as a second body has."""
     *above, last = glob.removesuffix(".*").split(".")
-    if any(part.isdigit() for part in above):
+    if any(map(INNER.search, above)):
         return False
     if last in HEADS:
         return True
@@ -301,7 +304,7 @@ def _lacking(missing: Sequence[str], found: Sequence[str], *, other_task: bool) 
     """Globs of the tensors of the base that the expert may lack: whole heads of the base's, where the expert has one of
     its own in their place or is a body alone. What models are saved without nobody has to bring."""
     lost = globs(missing, found)
-    heads = all(last in HEADS and not any(map(str.isdigit, above)) for *above, last in map(_module, lost))
+    heads = all(last in HEADS and not any(map(INNER.search, above)) for *above, last in map(_module, lost))
     optional = all(_module(glob)[-1] in OPTIONAL for glob in lost)
     return lost if found and heads and (other_task or optional) else []
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import fsum, sqrt
+from math import fsum
 from typing import TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from projector.averages import rule_of
 from projector.device import CPU, Device, load, load_each, unload
-from projector.head import Folded, HeadFold
+from projector.head import Folded, HeadFold, Norms
 from projector.linalg import energy, on_device, widened
 from projector.measure import finite_energy, fitted
 from projector.method import Expert, Factors, Method, State, Sums, Survey, Totals
@@ -91,11 +91,11 @@ class Driver:
         return expert
 
     def fold(
-        self, base: Checkpoint, source: Source, heads: Sequence[HeadFold], base_norm: float | None = None
+        self, base: Checkpoint, source: Source, heads: Sequence[HeadFold], base_norms: Norms | None = None
     ) -> Folded:
         """Folds one expert into every head and writes each head's new state, and its weights where it gives them now.
 
-        The norm of the base is measured on the way where it is not given.
+        The norms of the base are measured on the way where they are not given.
         Raises BadValues at a tensor whose delta is not finite; nothing but the heads' new files has then been touched.
         """
         done: list[_FoldedPart] = []
@@ -104,7 +104,7 @@ class Driver:
             steps(base.schema, source.order, methods, self.block_bytes),
             partial(fold_bytes, methods),
             partial(self._read, base, source, methods, views),
-            partial(self._fold_part, source, heads, base_norm is None),
+            partial(self._fold_part, source, heads, base_norms is None),
         ):
             for writer, piece in part.written:
                 writer.hash(piece)
@@ -123,9 +123,9 @@ class Driver:
                     writer.restart()
                 self.read_out(base, head.method, after, head.after.reader(), head.weights)
         return Folded(
-            norm=sqrt(fsum(part.energy for part in done)),
-            base_norm=sqrt(fsum(part.base_energy for part in done)) if base_norm is None else base_norm,
-            totals=totals,
+            Norms.of((part.step.spec, part.energy) for part in done),
+            base_norms or Norms.of((part.step.spec, part.base_energy) for part in done),
+            totals,
         )
 
     def prepare(
@@ -249,7 +249,7 @@ class Driver:
     def _fold_on(
         self, source: Source, heads: Sequence[HeadFold], measure: bool, read: _Read, device: torch.device
     ) -> _FoldedPart:
-        """One step through every head; runs in a worker. `measure`: the base's norm too."""
+        """One step through every head; runs in a worker. `measure`: the base's norms too."""
         step, sums = read.step, []
         written: list[tuple[TensorWriter, Piece]] = []
         with self.watch.phase("project"):

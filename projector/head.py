@@ -1,10 +1,13 @@
 """What goes into a fold for each head, and what comes out."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import fsum, sqrt
+from typing import Self
 
 from projector.method import Expert, Method, Totals
+from projector.spec import TensorSpec
 from projector.tensorfile import TensorReader, TensorWriter
 
 
@@ -51,9 +54,44 @@ class HeadFold:
 
 
 @dataclass(frozen=True)
-class Folded:
-    """What a fold found: the norms of the expert's task vector and of the base (float64), each head's totals after."""
+class Norms:
+    """Of a model, or of a task vector (float64): of all of it, and the squares of those of its tensors, by name; of
+    these without its vectors, which are ones or zeros in models that have nothing in common (a norm's parameters).
 
-    norm: float
-    base_norm: float  # as it was given, or else measured
+    sizes: their numbers of elements.
+    """
+
+    whole: float
+    energies: Mapping[str, float]
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[TensorSpec, float]]) -> Self:
+        """From the squared norm of each tensor, or of each part of one."""
+        found = list(parts)
+        energies: dict[str, float] = {}
+        for spec, energy in found:
+            if not spec.vector:
+                energies[spec.name] = energies.get(spec.name, 0.0) + energy
+        sizes = {spec.name: spec.numel for spec, _ in found if not spec.vector}
+        return cls(sqrt(fsum(energy for _, energy in found)), energies, sizes)
+
+    def over(self, base: Self) -> float:
+        """How many times as long as the base's it is, in over half of its elements: each tensor counts by itself, so
+        that none, however long, speaks for the others. A tensor of zeros in the base does not count."""
+        ratios = {name: sqrt(self.energies[name] / energy) for name, energy in base.energies.items() if energy}
+        half, there = sum(self.sizes[name] for name in ratios) / 2, 0
+        for name in sorted(ratios, key=lambda name: -ratios[name]):
+            there += self.sizes[name]
+            if there > half:
+                return ratios[name]
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a fold found: the norms of the expert's task vector and of the base, each head's totals after."""
+
+    task_vector: Norms
+    base: Norms  # as it was given, or else measured
     totals: Sequence[Totals]

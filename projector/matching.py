@@ -37,8 +37,9 @@ def matched(base: Checkpoint, expert: Checkpoint, naming: Naming) -> Checkpoint:
     resized = common_rows(base, expert.under(own))
     check_schema(schema, expert.under(own, resized=resized, lent=lent, base=base).schema, own)
     beside = {kind: _sidecar(naming, sidecar, schema, aliases) for kind, sidecar in expert.beside.items()}
-    own = {name: theirs for name, theirs in own.items() if name in schema and not schema[name].derived}
-    found = expert.under(own, beside, follows, resized, lent, base)
+    merged = {name: theirs for name, theirs in own.items() if name in schema and not schema[name].derived}
+    found = expert.under(merged, beside, follows, resized, lent, base)
+    found.note_buffers(own, expert, base)
     for kind, sidecar in found.beside.items():
         check_sidecar(schema, kind, sidecar)
     return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadMerged, BadValues, Reason
+from projector.head import Norms
 from projector.linalg import energy, one_thread
 from projector.source import Checkpoint, Source
 from projector.spec import TensorSpec
@@ -20,8 +21,8 @@ from projector.watch import SILENT, Watch
 class Overlap:
     """The norms of an expert's task vector and of the base, and the cosine between it and the merged one (float64)."""
 
-    norm: float
-    base_norm: float
+    task_vector: Norms
+    base: Norms
     cosine: float
 
 
@@ -144,11 +145,11 @@ def overlap(base: Checkpoint, source: Source, merged: Checkpoint, watch: Watch =
         delta = source.delta(step.spec, theta0, source.fetch(step.spec, step.rows))
         other = merged.delta(step.spec, theta0, merged.fetch(step.spec, step.rows))
         with watch.phase("project"):
-            mine.append(finite_energy(delta, step.spec))
+            mine.append((step.spec, finite_energy(delta, step.spec)))
             theirs.append(energy(other))
-            origin.append(energy(theta0))
+            origin.append((step.spec, energy(theta0)))
             products.append(product(delta, other))
         watch.advance(step.nbytes)
-    norm, merged_norm = sqrt(fsum(mine)), sqrt(fsum(theirs))
-    cosine = fsum(products) / (norm * merged_norm) if norm and merged_norm else 0.0
-    return Overlap(norm, sqrt(fsum(origin)), cosine)
+    norms, merged_norm = Norms.of(mine), sqrt(fsum(theirs))
+    cosine = fsum(products) / (norms.whole * merged_norm) if norms.whole and merged_norm else 0.0
+    return Overlap(norms, Norms.of(origin), cosine)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from projector.errors import BadSchema, Reason
-from projector.text import shown
+from projector.text import FOLDER, OUT, shown
 
 GPTQ, FP8, MXFP4, BITSANDBYTES = "GPTQ or AWQ", "FP8", "MXFP4", "bitsandbytes"
 NAMES = {
@@ -42,8 +42,8 @@ BEFORE = (
 )
 WIDEN = (
     "quantised weights cannot be merged: take the model as it was before, or widen it with transformers:"
-    ' safetensors.torch.save_model(AutoModelForCausalLM.from_pretrained("EXPERT", quantization_config='
-    '{config}(dequantize=True)), "OUT.safetensors") and drop that (save_pretrained would quantise it again)'
+    f' safetensors.torch.save_model(AutoModelForCausalLM.from_pretrained("{FOLDER}", quantization_config='
+    f'{{config}}(dequantize=True)), "{OUT}.safetensors") and drop that (save_pretrained would quantise it again)'
 )
 
 

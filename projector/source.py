@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from projector.buffers import is_fixed, same_buffer
 from projector.errors import BadSchema, Reason
 from projector.method import Factors
 from projector.spec import Schema, TensorSpec
@@ -69,6 +70,7 @@ class Checkpoint:
         self._follows: Mapping[str, str] = {}
         self._lent: Collection[str] = ()
         self._twins: Mapping[str, Sequence[str]] | None = None
+        self._buffers: Mapping[str, tuple[_Place, _Place]] = {}
         self._schema = _schema(self._places)
         self.order: Sequence[str] = _merged(self.schema)
 
@@ -120,6 +122,21 @@ class Checkpoint:
             for name, place in self._places.items()
             if place.beyond
         }
+
+    def note_buffers(self, own: Mapping[str, str], expert: "Checkpoint", base: "Checkpoint") -> None:
+        """Takes note of the tensors that are not merged: the base's name -> that in `expert`."""
+        self._buffers = {
+            name: (expert._places[theirs], base._places[name])
+            for name, theirs in own.items()
+            if name in base.schema and base.schema[name].derived and is_fixed(name)
+        }
+
+    @property
+    def altered(self) -> list[str]:
+        """The derived buffers that are others than the base's, by its names: somebody trained or rescaled them. Of
+        those that do not float nobody did, and one of another size is of another configuration. Reads them.
+        """
+        return [name for name, (theirs, ours) in self._buffers.items() if not theirs.same_buffer(ours)]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor `name` or its rows, in the file's dtype."""
@@ -247,6 +264,17 @@ class _Place:
         if dtype == own or not raw:
             return raw
         return torch.frombuffer(bytearray(raw), dtype=own).to(dtype).view(torch.uint8).numpy().tobytes()
+
+    def same_buffer(self, other: "_Place") -> bool:
+        """True where neither floats, or they differ in shape, or hold the same but for rounding; in blocks."""
+        if self.spec.shape != other.spec.shape or not (self.spec.floating or other.spec.floating):
+            return True
+        starts = range(0, self.spec.numel, BLOCK_NUMEL)
+        return all(same_buffer(self._block(start), other._block(start)) for start in starts)
+
+    def _block(self, start: int) -> Tensor:
+        dtype = self.spec.dtype
+        return torch.frombuffer(bytearray(self.values(dtype, start, start + BLOCK_NUMEL)), dtype=dtype)
 
     def glance(self, dtype: torch.dtype) -> bytes:
         """The digest of its first elements, in that dtype."""

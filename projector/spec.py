@@ -11,27 +11,28 @@ from projector.buffers import is_derived, is_statistic
 from projector.errors import BadSchema, Reason
 from projector.naming import SAME, globs, in_about, mended, mending
 from projector.quantised import BEFORE, check_not_quantised
-from projector.text import listed, shown
+from projector.text import FOLDER, OUT, listed, shown
 
 Schema = Mapping[str, "TensorSpec"]
 
 UNGATHERED = (
-    "its weights were not gathered before they were saved (ZeRO-3, FSDP): `python zero_to_fp32.py CHECKPOINT OUT"
-    " --safe_serialization`, the script that DeepSpeed puts beside a checkpoint, and drop OUT; or save again with"
-    " stage3_gather_16bit_weights_on_model_save; where whole shards lie beside it, drop them without this file"
+    f"its weights were not gathered before they were saved (ZeRO-3, FSDP): `python zero_to_fp32.py . {OUT}"
+    " --safe_serialization`, in the folder of DeepSpeed's checkpoint, which has that script, and drop what it makes;"
+    " or save again with stage3_gather_16bit_weights_on_model_save; where whole shards lie beside it, drop them without"
+    " this file"
 )
 
 ONE_BY_ONE = re.compile(r"(^|\.)experts\.\d+\.")
 FUSED = re.compile(r"(^|\.)experts\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
-LOADED = 'AutoModelForCausalLM.from_pretrained("EXPERT")'
+LOADED = f'AutoModelForCausalLM.from_pretrained("{FOLDER}")'
 UNFUSE = (
     f"the experts of its mixture are fused, the base's stand one by one: with transformers, model = {LOADED};"
     " again = AutoModelForCausalLM.from_config(model.config); again.load_state_dict(model.state_dict());"
-    ' again.save_pretrained("OUT"), and drop OUT'
+    f' again.save_pretrained("{OUT}"), and drop that'
 )
 FUSE = (
     "the experts of its mixture stand one by one, the base's are fused: with transformers,"
-    f' safetensors.torch.save_model({LOADED}, "OUT.safetensors"), and drop that'
+    f' safetensors.torch.save_model({LOADED}, "{OUT}.safetensors"), and drop that'
 )
 
 LEAST_ROWS = 16  # among fewer, rows that mean something else would be taken for the same ones by chance
@@ -79,6 +80,11 @@ class TensorSpec:
     def merged(self) -> bool:
         """True where experts are merged in it: it floats, and is not derived. All else is the base's."""
         return self.dtype.is_floating_point and not self.derived
+
+    @property
+    def vector(self) -> bool:
+        """True where at most one dimension is longer than 1, as of a bias and of the weights of a norm."""
+        return sum(size > 1 for size in self.shape) < 2
 
     @property
     def statistic(self) -> bool:

@@ -2,6 +2,12 @@
 
 from collections.abc import Iterable
 
+EXPERT, BASE = "<expert>", "<base>"
+FOLDER = "<folder>"  # the expert as a folder, which it may not have been dropped as
+NEW = "<new>"  # a name in the inbox that is free
+OUT = "<out>"  # what another program makes, in the current folder
+"""What a hint calls paths that are not known where it is worded: see daemon/hints.py."""
+
 
 def shown(name: str) -> str:
     """A tensor's or a file's name as it may stand in a message: printable, one line, at most 120 characters.

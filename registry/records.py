@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 Figures = Mapping[str, float]
+UNKNOWN_KIND = "unknown"  # of what was refused before its kind was known
 
 
 class Status(StrEnum):
@@ -24,6 +25,7 @@ class Flag(StrEnum):
     LONG = "long"  # its task vector is longer than the usual one times admission.warn_norm_ratio
     SHORT = "short"  # the usual one is longer than its task vector times admission.warn_norm_ratio
     RESIZED = "resized"  # its vocabulary has more or fewer rows than the base's; those that both have are merged
+    BUFFER = "buffer"  # a buffer that nobody trains is another than the base's, which stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class NewExpert:
     """
 
     name: str
-    kind: str  # "file", "folder", "sharded", or "unknown" where it was refused before that was known
+    kind: str  # "file", "folder", "sharded", "adapter", or UNKNOWN_KIND
     sha256: str | None
     size_bytes: int
     status: Status

@@ -8,6 +8,9 @@ from hypothesis import HealthCheck, settings
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist tells its workers a width, and our commands would keep to it
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a process per core: threads of torch's would only wait for one another
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts us in the background has it so
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what the tests start would inherit that
 

@@ -5,12 +5,10 @@ the port), `python` as a program, or written to the file that its first line nam
 granted; a block that cannot be run here is in NOT_RUN, with the reason. A page or a block that is in neither fails.
 """
 
-import os
 import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from tests import shims
-from tests.daemon.processes import until
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -152,10 +149,8 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("tools")
     address = folder / "socket"
     shims.write(folder / "bin", address)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen([sys.executable, "-m", "tests.shims", address], env=environment, cwd=ROOT)
+    server = shims.started(address, "transformers", "peft")
     try:
-        assert until(lambda: address.exists() or server.poll() is not None, 120) and server.poll() is None
         yield folder / "bin"
     finally:
         server.kill()

@@ -53,7 +53,8 @@ def find_home(argument: Path | None, option: Path | None) -> Home:
     """The home that was named, or the current folder. Raises BadHome where it is none."""
     home = Home((named_home(argument, option) or Path.cwd()).resolve())
     if not home.exists():
-        raise BadHome(f"{home.root} is not a mainstem home", "name one, or make one: mainstem init HOME --base PATH")
+        hint = f"name one, or make one, with the model that experts come from: mainstem init {home.root} --base PATH"
+        raise BadHome(f"{home.root} is not a mainstem home", hint)
     return home
 
 

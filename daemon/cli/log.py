@@ -18,6 +18,7 @@ class Flagged(StrEnum):
     LONG = Flag.LONG.value
     SHORT = Flag.SHORT.value
     RESIZED = Flag.RESIZED.value
+    BUFFER = Flag.BUFFER.value
 
 
 def command(

@@ -10,6 +10,7 @@ import typer
 from daemon.cli.common import HomeArgument, HomeOption, JsonOption, complain, open_reader, print_json
 from daemon.errors import DaemonError, Reason
 from daemon.versions import called, find_version, read_name
+from registry.records import UNKNOWN_KIND
 
 MOST = 100  # experts that are shown where many have one name
 
@@ -51,6 +52,8 @@ def command(
 def _lines(record: Mapping[str, Any], indent: str = "") -> str:
     lines = []
     for key, value in record.items():
+        if key == "kind" and value == UNKNOWN_KIND:
+            continue
         if isinstance(value, dict) and value:
             lines.append(f"{indent}{key}\n{_lines(value, indent + '  ')}")
         elif isinstance(value, list | tuple) and value:

@@ -8,9 +8,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -19,9 +20,10 @@ from safetensors.torch import save
 
 from daemon import durable
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS, MLX_WEIGHTS, read_config
-from daemon.checkpoint import PICKLED, open_path
-from daemon.convert.converting import PICKLED_ADAPTER, PICKLED_INDEX, SUFFIX, Converted, check_out
+from daemon.checkpoint import LFS_OPENING, PICKLED, PICKLED_ADAPTER, PICKLED_INDEX, is_pickle, open_path
+from daemon.convert.converting import SUFFIX, Converted, check_out
 from daemon.errors import Reason, Refused
+from daemon.hints import hinting
 from daemon.opening import open_entry
 from projector.lora.foreign import MLX, Said, Tool, as_peft, recognised, recognised_other
 from projector.source import identity
@@ -51,7 +53,11 @@ def weights_of(source: Path) -> Path | None:
         plain = [name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
         found = next((name for name in FILES if name in names), plain[0] if len(plain) == 1 else None)
         return source / found if found else None
-    return source if source.suffix == SUFFIX else None
+    if source.suffix != SUFFIX:
+        return None
+    with suppress(OSError), source.open("rb") as file:
+        return None if is_pickle(file.read(len(LFS_OPENING))) else source
+    return source
 
 
 def convert_adapter(source: Path, out: Path, how: How) -> Converted:
@@ -63,13 +69,18 @@ def convert_adapter(source: Path, out: Path, how: How) -> Converted:
     source, out = (Path(os.path.abspath(path)) for path in (source, out))  # noqa: PTH100 - a link keeps its own name
     check_out(out)
     if out.suffix == SUFFIX:
-        raise Refused(Reason.CONVERT, "an adapter is a folder with two files", "let OUT be a folder")
+        raise Refused(
+            Reason.CONVERT,
+            "an adapter is a folder with two files",
+            f"let it become one: {quote(str(out.with_suffix('')))}",
+        )
     file = weights_of(source)
     if file is None:
         raise Refused(
             Reason.NO_WEIGHTS, f"{shown(source.name)} has no tensors of an adapter", "name its .safetensors file"
         )
     with ExitStack() as closing:
+        closing.enter_context(hinting(source, base=_trained_from(file.parent / ADAPTER, how)))
         parent = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         closing.callback(os.close, parent)
         reader = TensorReader(open_entry(parent, file.name, True, closing))
@@ -110,6 +121,14 @@ def convert_adapter(source: Path, out: Path, how: How) -> Converted:
     )
 
 
+def _trained_from(config: Path, how: How) -> str | None:
+    """What the adapter's base is called, as far as that is known: by mlx-lm's adapter_config.json, say."""
+    with suppress(OSError, ValueError, AttributeError):
+        model = json.loads(config.read_bytes()).get("model")
+        return model if isinstance(model, str) else None
+    return str(how.base) if how.base else None
+
+
 def _scale(path: Path) -> float:
     """What mlx-lm multiplies by, from its adapter_config.json."""
     hint = "put mlx-lm's own adapter_config.json beside the file"
@@ -144,7 +163,7 @@ def _configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def _modules(base: Path) -> set[str]:
-    with open_path(base) as opened:
+    with hinting(base), open_path(base) as opened:
         return {name.rpartition(".")[0] for name in opened.tensors.schema}
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -20,7 +21,7 @@ from uuid import uuid4
 from daemon import durable
 from daemon.about import ABOUT
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
-from daemon.checkpoint import PICKLE_SUFFIXES, PICKLED, SIDECARS
+from daemon.checkpoint import PICKLE_SUFFIXES, PICKLED, PICKLED_ADAPTER, PICKLED_INDEX, SIDECARS
 from daemon.companions import companions
 from daemon.convert.confining import Options, Told, unpickle
 from daemon.errors import Reason, Refused
@@ -34,8 +35,6 @@ from projector.spec import Schema
 from projector.tensorfile import RunningDigest, TensorReader
 from projector.text import listed, shown
 
-PICKLED_INDEX = "pytorch_model.bin.index.json"
-PICKLED_ADAPTER = "adapter_model.bin"
 SUFFIX = ".safetensors"
 
 Report = Callable[[str, int, int], None]
@@ -102,7 +101,11 @@ def convert(
         check_finished(source)
         whole = out.suffix != SUFFIX
         if not whole and len(parts) > 1:
-            raise Refused(Reason.CONVERT, f"{shown(source.name)} has {len(parts)} shards", "let OUT be a folder")
+            raise Refused(
+                Reason.CONVERT,
+                f"{shown(source.name)} has {len(parts)} shards",
+                f"let it become a folder: {quote(str(out.with_suffix('')))}",
+            )
         if not whole:
             beside, parts = [], [replace(parts[0], target=out.name)]
         closing.callback(durable.remove, folder)

@@ -77,7 +77,7 @@ class Views:
                 404,
                 "no_views",
                 f"head {head.name} keeps nothing of its experts: its method is {head.method}",
-                "views are those of a head whose method is emr: mainstem init --head NAME=emr",
+                "views are those of a head whose method is emr: `mainstem rebuild --head emr=emr` adds one",
             )
         if not home.view_record(head.name, came_with).is_file():
             raise damaged(head, came_with, "what is kept of its expert")

@@ -57,9 +57,11 @@ class LoraExpert(Checkpoint):
             check_sidecar(base.schema, kind, self.beside[kind])
 
     def _fit_rows(self, base: Checkpoint, naming: Naming) -> None:
-        """A whole embedding, which PEFT saves where the vocabulary was resized, counts in the rows that both have."""
+        """A whole embedding, which PEFT saves where the vocabulary was resized, counts in the rows that both have; and
+        a whole buffer in none."""
         whole = {theirs: parts[FULL] for theirs, parts in tensor_parts(self.schema).items() if FULL in parts}
         own = {ours: whole[theirs] for theirs, ours in naming.resolve(whole, base.schema).items()}
+        self.note_buffers(own, self, base)
         self.fit({own[name]: name for name in common_rows(base, self.under(own))}, base)
 
     def older_content(self, base: Checkpoint) -> None:

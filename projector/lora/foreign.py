@@ -19,7 +19,7 @@ from torch import Tensor
 from projector.errors import BadSchema, Reason
 from projector.lora.keys import PREFIX as OF_PEFT
 from projector.lora.keys import A, B
-from projector.text import listed, shown
+from projector.text import BASE, EXPERT, FOLDER, NEW, OUT, listed, shown
 
 ALPHA = "alpha"
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|embed_in|shared)$")
@@ -52,14 +52,14 @@ class Tool:
 
 
 DIFFUSERS = (
-    "with diffusers: pipe.load_lora_weights(FILE), pipe.fuse_lora(), pipe.unload_lora_weights(), then save_pretrained "
-    "of the one model that was trained (pipe.unet, pipe.transformer)"
+    f'with diffusers: pipe.load_lora_weights("{EXPERT}"), pipe.fuse_lora(), pipe.unload_lora_weights(), then'
+    " save_pretrained of the one model that was trained (pipe.unet, pipe.transformer)"
 )
 TORCHTUNE = "save it with torchtune's FullModelHFCheckpointer, which writes the whole model by the names it usually has"
 MLX = Tool(
     "mlx-lm",
     {".lora_a": A, ".lora_b": B},
-    "mlx_lm.fuse --model BASE --adapter-path FOLDER --save-path OUT",
+    f"mlx_lm.fuse --model {BASE} --adapter-path {FOLDER} --save-path {OUT}",
     turned=True,
 )
 TOOLS = (
@@ -123,12 +123,12 @@ def recognised(names: Iterable[str]) -> tuple[Tool, str] | None:
     return None
 
 
-def command(tool: Tool, names: Iterable[str]) -> str:
-    """What makes a PEFT adapter of these tensors."""
-    base = " --base HOME/published/main/000000" if tool.underscored else ""
+def command(tool: Tool, names: Iterable[str], where: str = EXPERT) -> str:
+    """What makes a PEFT adapter of these tensors. where: the file that holds them; of mlx-lm its folder serves too."""
+    base = f" --base {BASE}" if tool.underscored else ""
     silent = not (tool.turned or tool.alpha_is_rank or any(name.endswith(f".{ALPHA}") for name in names))
     alpha = " --alpha N, where N is the alpha that it was trained with" if silent else ""
-    return f"mainstem convert FILE OUT{base}{alpha}"
+    return f"mainstem convert {where} {NEW}{base}{alpha}"
 
 
 def recognised_other(names: Iterable[str]) -> tuple[str, str, str] | None:
@@ -214,7 +214,7 @@ def _named(flat: str, modules: Mapping[str, list[str]], said: Said) -> str:
     if said.modules is None:
         _refuse(
             f"its names have underscores for dots ({shown(flat)})",
-            "name the base, whose names say which is which: --base HOME/published/main/000000",
+            "name the base, whose names say which is which: --base, with the folder state/base of the home",
         )
     found = modules.get(flat, [])
     if len(found) != 1:

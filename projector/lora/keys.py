@@ -1,10 +1,11 @@
 """What the tensors of a PEFT adapter are called: which tensor of the model each changes, and which part it is."""
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 
 from projector.errors import BadSchema, Reason
-from projector.text import listed, shown
+from projector.text import OUT, listed, shown
 
 PREFIX = "base_model.model."
 FULL = "full"  # a whole tensor of the model: modules_to_save, a trained bias, a saved embedding
@@ -88,10 +89,12 @@ def _adapter_name(names: Iterable[str]) -> str | None:
     found = (NAMED.search(name) for name in names)
     adapters = sorted({match["first"] or match["last"] for match in found if match})
     if len(adapters) > 1:
+        first = next(name for name in adapters if name != "default")  # which would not get a folder of its own
         raise BadSchema(
             Reason.UNEXPECTED_TENSOR,
             f"the file holds several adapters: {listed(adapters)}",
-            "save one of them alone: model.save_pretrained(OUT, selected_adapters=[NAME]), and drop OUT/NAME",
+            f'save one of them alone, such as {shown(first)}: model.save_pretrained("{OUT}", selected_adapters='
+            f'[{json.dumps(first)}]), and drop "{OUT}/{shown(first)}"',
         )
     return adapters[0] if adapters else None
 

@@ -117,13 +117,17 @@ class Zygote:
 
 
 def _serve() -> None:
-    # The verbs, and the planning of shards, import these late; here they must come before the fork.
+    # What the verbs and the planning of shards import late, and the methods, which are found late: before the fork.
+
+    import alembic.command  # noqa: F401
 
     import daemon.cli.app
     import daemon.founding
     import daemon.logs
     import daemon.service  # noqa: F401
+    from projector.methods import methods
 
+    methods()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

@@ -10,7 +10,7 @@ import pytest
 from daemon.failpoints import POINTS
 from daemon.home import Home
 from tests.crash.daemons import Ended, Running
-from tests.crash.worlds import World, drain, fill_inbox, outcome, settle, taken_in, watch
+from tests.crash.worlds import MakeFolder, World, drain, fill_inbox, outcome, settle, taken_in, watch
 
 FOUNDING_POINTS = (
     "file.create",
@@ -38,15 +38,15 @@ def trace(undisturbed: tuple[Home, Trace]) -> Trace:
 
 
 @pytest.fixture(scope="session")
-def prepared(world: World, tmp_path_factory: pytest.TempPathFactory) -> Home:
+def prepared(world: World, make_folder: MakeFolder) -> Home:
     """A home in the state that is normal: to be copied."""
-    return world.prepared(tmp_path_factory.mktemp("prepared") / "home")
+    return world.prepared(make_folder("prepared") / "home")
 
 
 @pytest.fixture(scope="session")
-def daily(world: World, prepared: Home, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+def daily(world: World, prepared: Home, make_folder: MakeFolder) -> Trace:
     """The failpoints that a daemon passes over such a home, from its start to the last drop's."""
-    root = tmp_path_factory.mktemp("daily")
+    root = make_folder("daily")
     daemon, home = started(world, prepared, root / "home", trace=root / "trace")
     assert settle(home, daemon, REST).code == 0, daemon.log
     found = (root / "trace").read_text().split()

@@ -19,7 +19,7 @@ from tests.crash.invariants import History, check, sha256
 from tests.crash.worlds import VERSIONS_KEPT, World, drain, fill_inbox, outcome
 from tests.models import read_weights, write_expert
 
-ROUNDS = int(os.environ.get("MAINSTEM_KILL_ROUNDS", "20"))
+ROUNDS = int(os.environ.get("MAINSTEM_KILL_ROUNDS", "8"))
 LONGEST_SECONDS = 1.2  # from a start to its kill
 SETTLE = "0.1"  # seconds; the slow writers are never still for so long
 

@@ -7,23 +7,21 @@ from pathlib import Path
 import pytest
 
 from tests.crash.daemons import Zygote
-from tests.crash.worlds import FULL, World, drain, outcome, settle, watch
+from tests.crash.worlds import FULL, MakeFolder, World, drain, outcome, settle, watch
 
 EMR = ("--method", "emr", "--head", "init=ema")
 POINTS = ("publish.before", "publish.after", "commit.before", "commit.after", "read_out.after")
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> World:
-    return World(tmp_path_factory.mktemp("records"), zygote, EMR)
+def records(make_folder: MakeFolder, zygote: Zygote) -> World:
+    return World(make_folder("records"), zygote, EMR)
 
 
 @pytest.fixture(scope="module")
-def undisturbed_records(
-    tmp_path_factory: pytest.TempPathFactory, records: World
-) -> tuple[dict[str, object], list[str]]:
+def undisturbed_records(make_folder: MakeFolder, records: World) -> tuple[dict[str, object], list[str]]:
     """What an undisturbed run gives, and the failpoints that it passed."""
-    root = tmp_path_factory.mktemp("undisturbed")
+    root = make_folder("undisturbed")
     home = records.home(root / "home")
     ended = records.zygote.run(*drain(home), trace=root / "trace")
     assert ended.code == 0, ended.log

@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ VERSIONS_KEPT = 2  # as daemons.SETTINGS says
 FIRST_MTIME = 1_700_000_000
 TAKEN = ("merged", "a duplicate: merged before", "refused")  # what the log says of a drop that is done
 FULL = "the disk is full"
+
+MakeFolder = Callable[[str], Path]  # conftest's fixture: a new folder that bears the name
 
 
 class World:

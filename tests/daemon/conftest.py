@@ -1,11 +1,15 @@
 """A base and a home over it, made once and copied: founding one takes longer than most tests here."""
 
+import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from daemon.convert import converting, unpickling
+from daemon.convert.confining import Options, Told
 from daemon.home import Home
 from tests.daemon.homes import make_home
 from tests.daemon.pulls import served
@@ -34,3 +38,14 @@ def origin(home: Home) -> Iterator[str]:
     """Where the module's own `home` is served over HTTP."""
     with served(home) as origin:
         yield origin
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`convert` does here what it has a process for, whose import of torch takes longer than most tests."""
+
+    def unpickle(source: int, target: int, options: Options, tell: Callable[[int, int], None]) -> Told:
+        job = unpickling.Job(0, os.dup(source), target, 1 << 30, 1 << 24, 60, options.key, options.strip_prefix)
+        return Told(**json.loads(json.dumps(unpickling.convert(job, tell))))
+
+    monkeypatch.setattr(converting, "unpickle", unpickle)

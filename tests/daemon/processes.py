@@ -1,6 +1,9 @@
 """The command line in processes of its own, and a running daemon to ask over HTTP."""
 
+import atexit
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,18 +11,20 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import IO, NoReturn, TypeVar
 
 import httpx
 import torch
 
 from daemon.cli import main
 from daemon.home import Home
+from tests import shims
 
+ROOT = Path(__file__).parents[2]
 QUICK = {
     "MAINSTEM_INBOX__SETTLE_SECONDS": "0.1",
     "MAINSTEM_INBOX__PATIENCE_SECONDS": "0.5",
@@ -37,29 +42,53 @@ def environment(more: Mapping[str, str] = {}) -> dict[str, str]:
     return {**ours, **QUICK, **more}
 
 
+@functools.cache
+def preloaded() -> Path:
+    """Where the process listens that has torch and the daemon imported, to be forked by."""
+    folder = Path(tempfile.mkdtemp())
+    server = shims.started(folder / "socket")
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(server.wait)
+    atexit.register(server.kill)
+    return folder / "socket"
+
+
 def mainstem(*words: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs one command to its end."""
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, "-m", "daemon", *map(str, words)],
-        env=environment({"PYTHONPATH": str(root), **variables}),
-        cwd=cwd or root,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        said = [str(word) for word in words]
+        process = shims.Process(preloaded(), said, environment(variables), cwd or ROOT, out.fileno(), err.fileno())
+        try:
+            status = process.wait(timeout=180)
+        finally:
+            process.kill()
+        for stream in (out, err):
+            stream.seek(0)
+        return subprocess.CompletedProcess(process.args, status, out.read().decode(), err.read().decode())
 
 
 def forked(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Like `mainstem`, in a fork of this process: without the seconds that importing torch takes."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    return forked_each([words], cwd)[0]
+
+
+def forked_each(
+    commands: Sequence[Sequence[str | Path]], cwd: Path | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Several commands in one fork, one after the other: a fork takes longer than a command that is refused."""
+    with ExitStack() as closing:
+        streams = [[closing.enter_context(tempfile.TemporaryFile()) for _ in range(3)] for _ in commands]
         child = os.fork()
         if child == 0:
-            _become([str(word) for word in words], cwd, out.fileno(), err.fileno())
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        for stream in (out, err):
-            stream.seek(0)
-        return subprocess.CompletedProcess(words, status, out.read().decode(), err.read().decode())
+            _become([[str(word) for word in words] for words in commands], cwd, streams)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        done = []
+        for words, three in zip(commands, streams, strict=True):
+            for stream in three:
+                stream.seek(0)
+            out, err, status = (stream.read().decode() for stream in three)
+            done.append(subprocess.CompletedProcess(words, int(status or ended), out, err))
+        return done
 
 
 def rebuild(home: Home, *words: str | Path) -> str:
@@ -69,33 +98,39 @@ def rebuild(home: Home, *words: str | Path) -> str:
     return done.stdout
 
 
-def _become(words: list[str], cwd: Path | None, out: int, err: int) -> NoReturn:
-    """Runs the command line in the child and ends it, whatever happens."""
-    status = 99
+def _become(commands: list[list[str]], cwd: Path | None, streams: list[list[IO[bytes]]]) -> NoReturn:
+    """Runs the commands in the child, each with its streams for output, errors and status, and ends it."""
     try:
-        os.dup2(out, 1)
-        os.dup2(err, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         torch.set_num_threads(1)  # the parent's threads are not here
         os.chdir(cwd or ".")
-        sys.argv = ["mainstem", *words]
+        for words, (out, err, status) in zip(commands, streams, strict=True):
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            os.write(status.fileno(), str(_run(words)).encode())
+            sys.stdout.flush()
+            sys.stderr.flush()
+    finally:
+        os._exit(0)
+
+
+def _run(words: list[str]) -> int:
+    sys.argv = ["mainstem", *words]
+    try:
         main()
-        status = 0
+        return 0
     except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 98
+        return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 98
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        return 99
 
 
 @dataclass
 class Daemon:
     """A `mainstem run` or `mainstem serve` in a process of its own."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes] | shims.Process
     lines: list[str] = field(default_factory=list)
 
     @property
@@ -130,28 +165,30 @@ class Daemon:
 
 
 @contextmanager
-def running(*words: str | Path, **variables: str) -> Iterator[Daemon]:
-    """Starts a long-running command; kills it at the end if it is still there."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "daemon", *map(str, words)],
-        env=environment({"PYTHONUNBUFFERED": "1", **variables}),
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    daemon = Daemon(process)
-    assert process.stdout is not None
-    reader = threading.Thread(target=lambda stream: daemon.lines.extend(stream), args=(process.stdout,))
-    reader.start()
-    try:
-        yield daemon
-    finally:
-        if process.poll() is None:
+def running(*words: str | Path, fresh: bool = False, **variables: str) -> Iterator[Daemon]:
+    """Starts a long-running command; kills it at the end if it is still there.
+
+    It is a fork of a process that has torch imported, or, `fresh`, an interpreter of its own.
+    """
+    read, write = os.pipe()
+    said, more = [str(word) for word in words], environment({"PYTHONUNBUFFERED": "1", **variables})
+    process: subprocess.Popen[bytes] | shims.Process
+    if fresh:
+        command = [sys.executable, "-m", "daemon", *said]
+        process = subprocess.Popen(command, env=more, cwd=ROOT, stdout=write, stderr=write)
+    else:
+        process = shims.Process(preloaded(), said, more, ROOT, write, write)
+    os.close(write)
+    with os.fdopen(read) as stream:
+        daemon = Daemon(process)
+        reader = threading.Thread(target=daemon.lines.extend, args=(stream,))
+        reader.start()
+        try:
+            yield daemon
+        finally:
             process.kill()
-        process.wait()
-        reader.join()
-        process.stdout.close()
+            process.wait()
+            reader.join()
 
 
 def until(ask: Callable[[], Answer], seconds: float) -> Answer:

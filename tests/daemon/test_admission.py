@@ -9,15 +9,20 @@ import pytest
 from daemon.admission import check_norm, oddity, usual_norm
 from daemon.config import Admission
 from daemon.errors import Reason, Refused
-from projector.head import Folded
+from projector.head import Folded, Norms
 from registry.records import Flag
 
 LIMITS = Admission(max_base_ratio=1.0, max_norm_ratio=100.0)
 
 
+def found(norm: float, base: float = 50.0) -> Folded:
+    """Of a model of one matrix."""
+    return Folded(*(Norms(length, {"w": length**2}, {"w": 9}) for length in (norm, base)), ())
+
+
 def refusal(norm: float, base: float = 50.0, norms: Sequence[float] = ()) -> Reason | None:
     try:
-        check_norm(Folded(norm, base, ()), usual_norm(norms), LIMITS)
+        check_norm(found(norm, base), usual_norm(norms), LIMITS)
     except Refused as refused:
         return Reason(refused.reason)
     return None
@@ -46,7 +51,7 @@ def test_limits(norm: float, norms: Sequence[float], reason: Reason | None) -> N
 
 def test_a_refusal_says_by_how_much_and_what_to_do() -> None:
     with pytest.raises(Refused, match="120 times as long as is usual") as refused:
-        check_norm(Folded(1.2, 50.0, ()), usual_norm([0.01] * 3), LIMITS)
+        check_norm(found(1.2), usual_norm([0.01] * 3), LIMITS)
     assert "admission.max_norm_ratio" in refused.value.hint
 
 
@@ -54,7 +59,7 @@ def test_a_refusal_says_by_how_much_and_what_to_do() -> None:
     ("norm", "norms"), [(60.0, ()), (60.0, (0.01,) * 3), (49.0, (1e-7,) * 3), (0.00999, (1.0,) * 3), (1e30, (3.0,) * 3)]
 )
 def test_what_the_hint_says_lets_it_pass_at_once(norm: float, norms: Sequence[float]) -> None:
-    folded = Folded(norm, 50.0, ())
+    folded = found(norm)
     with pytest.raises(Refused) as refused:
         check_norm(folded, usual_norm(norms), LIMITS)
     said = re.findall(r"admission\.(\w+) to (\S+?)(?=,|$| )", refused.value.hint)
@@ -68,7 +73,7 @@ def test_a_base_of_zeros_admits_nothing() -> None:
 
 
 def test_a_raised_limit_lets_it_pass() -> None:
-    check_norm(Folded(80.0, 50.0, ()), None, Admission(max_base_ratio=2.0))
+    check_norm(found(80.0), None, Admission(max_base_ratio=2.0))
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,24 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from daemon.adapter import ADAPTER, ADAPTER_WEIGHTS
 from daemon.arrival import check_arrival
 from daemon.checkpoint import open_path
 from daemon.errors import BadHome, NotYet, Reason
 from daemon.home import Home
+from projector.spec import Schema
 from registry.records import Expert, Status
+from tests.daemon.following import follow
 from tests.daemon.homes import assert_close, drain, experts, latest, live, make_home, put, quick
 from tests.models import WEIGHTS, read_weights, write_base, write_expert
 from tests.oracles import opcm
@@ -35,17 +40,24 @@ def shard(folder: Path, weights: Path, stem: str = "model") -> None:
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
 
 
+@cache
+def schema() -> Schema:
+    """Of the bases here."""
+    with TemporaryDirectory() as folder, open_path(write_base(Path(folder, WEIGHTS), seed=1)) as base:
+        return base.tensors.schema
+
+
 def unwanted(path: Path) -> NotYet:
     """What is wrong with a drop before it is merged."""
     with pytest.raises(NotYet) as caught, open_path(path, follow=False) as opened:
-        check_arrival(opened)
+        check_arrival(opened, schema())
     return caught.value
 
 
 def wanted(path: Path) -> list[str]:
     """The files of a drop with which nothing is wrong."""
     with open_path(path, follow=False) as opened:
-        check_arrival(opened)
+        check_arrival(opened, schema())
         return [file.name for file in opened.files]
 
 
@@ -77,6 +89,23 @@ def test_two_checkpoints_in_one_folder_are_not_guessed_between(folder: Path, bas
     assert wanted(folder) == [WEIGHTS]
 
 
+@pytest.mark.parametrize(("whole", "shards", "older"), [(1e9, 2e9, "whole"), (2e9, 1e9, "shards"), (1e9, 1e9, "")])
+def test_the_hint_says_which_names_belong_together_and_which_are_older(
+    folder: Path, base: Path, whole: float, shards: float, older: str
+) -> None:
+    shard(folder, write_expert(folder.with_name("newer.safetensors"), base, 3))
+    for path in folder.iterdir():
+        written = whole if path.name == WEIGHTS else shards
+        os.utime(path, (written, written))
+    groups = {"whole": WEIGHTS, "shards": f"model-*-of-00002.safetensors, {INDEX}"}
+    error = unwanted(folder)
+    assert all(group in str(error) for group in groups.values()) and "2001-09-09 01:46:40" in str(error)
+    if older:
+        assert f"the older one is {groups[older]}, unless a copy gave them their times" in error.hint
+    else:
+        assert f"{groups['whole']} or {groups['shards']} (" in error.hint and "do not tell" in error.hint
+
+
 def test_once_the_old_one_is_gone_the_new_one_is_merged(home: Home, folder: Path, base: Path, tmp_path: Path) -> None:
     newer = write_expert(tmp_path / "newer.safetensors", base, 3)
     shard(folder, newer)
@@ -91,11 +120,82 @@ def test_once_the_old_one_is_gone_the_new_one_is_merged(home: Home, folder: Path
     assert_close(latest(home), opcm(read_weights(base), [read_weights(newer)]))
 
 
+Tensors = dict[str, Tensor]
+
+RIVALS: dict[str, Callable[[Tensors], Tensors]] = {
+    "best.safetensors": lambda own: own,
+    "ema_model.safetensors": lambda own: {f"module.{name}": tensor.clone() for name, tensor in own.items()},
+    "model.ema.safetensors": lambda own: {f"a.{n}": tensor.clone() for n, tensor in enumerate(own.values())},
+    "last-00001-of-00002.safetensors": lambda own: own,
+    "norms.safetensors": lambda own: {"layers.1.norm.weight": own["layers.1.norm.weight"].clone()},
+    "tuned.safetensors": lambda own: {"layers.0.up.lora_A.weight": torch.ones(2, 16)},
+    "diffusion_pytorch_model.safetensors": lambda own: {"conv_in.weight": torch.ones(3, 3)},
+    "adapters.safetensors": lambda own: {"any": torch.ones(3)},
+}
+
+
+@pytest.mark.parametrize("beside", RIVALS)
+def test_another_checkpoint_by_any_name_is_not_passed_over(folder: Path, beside: str) -> None:
+    save_file(RIVALS[beside](read_weights(folder)), folder / beside)
+    error = unwanted(folder)
+    said = beside.replace("-00001-", "-*-")
+    assert error.reason is Reason.AMBIGUOUS and said in str(error) and said in error.hint and WEIGHTS in error.hint
+    (folder / beside).rename(folder.with_name(beside))  # the hint, followed the one way
+    assert wanted(folder) == [WEIGHTS]
+    if "-of-" not in beside:  # and the other
+        (folder / WEIGHTS).unlink()
+        folder.with_name(beside).rename(folder / beside)
+        assert wanted(folder) == [beside]
+
+
+def test_what_nobody_can_read_yet_may_be_another_checkpoint(folder: Path) -> None:
+    (folder / "best.safetensors").write_bytes(b"half")
+    assert unwanted(folder).reason is Reason.AMBIGUOUS
+
+
+@pytest.mark.parametrize("whole", ["diffusion_pytorch_model.safetensors", "merged.safetensors"])
+def test_an_adapter_beside_a_model_by_any_name(folder: Path, whole: str) -> None:
+    (folder / WEIGHTS).rename(folder / whole)
+    save_file({"base_model.model.layers.0.up.lora_A.weight": torch.ones(2, 16)}, folder / ADAPTER_WEIGHTS)
+    (folder / ADAPTER).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    error = unwanted(folder)
+    assert error.reason is Reason.AMBIGUOUS and f"{ADAPTER}, {ADAPTER_WEIGHTS} or {whole} (" in error.hint
+    (folder / whole).rename(folder.with_name(whole))  # the hint, followed both ways
+    assert wanted(folder) == [ADAPTER_WEIGHTS]
+    folder.with_name(whole).rename(folder / whole)
+    for name in (ADAPTER, ADAPTER_WEIGHTS):
+        (folder / name).unlink()
+    assert wanted(folder) == [whole]
+
+
 def test_what_is_no_second_checkpoint_is_left_alone(folder: Path) -> None:
-    """What a Trainer pickles, an index whose shards are gone (as `save_pretrained` leaves it), other models."""
-    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", INDEX, "tf_model.h5", "vae.safetensors"):
+    """What a Trainer pickles, an index whose shards are gone (as `save_pretrained` leaves it)."""
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", INDEX, "tf_model.h5"):
         (folder / name).write_text("{}")
     assert wanted(folder) == [WEIGHTS]
+
+
+def test_other_weights_beside_a_checkpoint_are_left_alone(folder: Path) -> None:
+    """Those of other models and of processors, what by custom has the same weights, sidecars, states."""
+    own = read_weights(folder)
+    for name in ("consolidated", "model.fp16", "model.fp16-00001-of-00002", "optimizer", "fisher", "._model"):
+        save_file(own, folder / f"{name}.safetensors")
+    others = {
+        "vae": {"decoder.conv.weight": torch.ones(4, 4, 3, 3)},
+        "value_head": {"v_head.summary.weight": torch.ones(1, 16), "v_head.summary.bias": torch.ones(1)},
+        "policy_preprocessor": {"observation.state.mean": torch.ones(6)},
+    }
+    for name, tensors in others.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    (folder / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.ones(16, 16)}, folder / "2_Dense" / WEIGHTS)
+    assert wanted(folder) == [WEIGHTS]
+
+
+def test_shards_beside_what_mistral_calls_consolidated(folder: Path) -> None:
+    shard(folder, folder)
+    (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
+    assert len(wanted(folder)) == 2
 
 
 def test_shards_that_the_index_does_not_name_are_no_model(folder: Path) -> None:
@@ -200,14 +300,15 @@ def test_of_several_checkpoints_the_hint_names_the_one_to_drop(home: Home, base:
     refused = last(home)
     assert (refused.status, refused.reason) == (Status.QUARANTINED, "no_weights")
     assert "checkpoint-500, checkpoint-1000" in str(refused.detail)
-    assert "checkpoint-1000, the best" in str(refused.hint)
-    put(home, home.quarantine(refused.id) / "out" / "checkpoint-1000")
+    assert "the best by its trainer_state.json: cp -r " in str(refused.hint)
+    follow(refused.hint)
     drain(home)
-    assert last(home).status is Status.MERGED and last(home).name == "checkpoint-1000"
+    assert last(home).status is Status.MERGED and last(home).name == "out"
+    assert (home.archive(last(home).id) / "out" / WEIGHTS).exists()
 
 
 def test_without_a_best_one_it_is_the_last(base: Path, tmp_path: Path) -> None:
-    assert "checkpoint-1500, the last" in unwanted(below(tmp_path, base, 500, 1500)).hint
+    assert "the last: cp -r <expert>/checkpoint-1500 <new>" in unwanted(below(tmp_path, base, 500, 1500)).hint
 
 
 def test_a_training_that_goes_on_is_waited_for(base: Path, tmp_path: Path) -> None:
@@ -252,7 +353,7 @@ def test_a_snapshot_of_links_is_copied_as_the_hint_says(home: Home, base: Path, 
     snapshot = cached(tmp_path, base, "a1b2") / "snapshots" / "a1b2"
     subprocess.run(["cp", "-r", snapshot, home.inbox / "links"], check=True)
     drain(home)
-    assert (last(home).reason, "cp -rL SOURCE inbox/NAME" in str(last(home).hint)) == ("symlink", True)
+    assert (last(home).reason, "cp -rL, from where it lay" in str(last(home).hint)) == ("symlink", True)
     subprocess.run(["cp", "-rL", snapshot, home.inbox / "files"], check=True)
     drain(home)
     assert last(home).status is Status.MERGED
@@ -268,7 +369,7 @@ def test_a_whole_folder_of_the_cache_holds_one_expert(home: Home, base: Path, tm
 
 def test_of_several_revisions_the_hint_names_the_one_that_main_is(base: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-rL", cached(tmp_path, base, "a1b2", "c3d4"), tmp_path / "tune"], check=True)
-    assert "cp -rL snapshots/c3d4 inbox/NAME" in unwanted(tmp_path / "tune").hint
+    assert "cp -rL <expert>/snapshots/c3d4 <new>" in unwanted(tmp_path / "tune").hint
 
 
 @pytest.mark.parametrize("where", ["beside", "inside"])

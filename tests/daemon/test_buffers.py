@@ -13,7 +13,7 @@ from daemon.rebuilding import into, withdraw
 from daemon.replay import Console
 from projector.buffers import is_derived
 from registry.records import Status
-from tests.daemon.homes import Heads, assert_close, drain, experts, latest, make_home, quick
+from tests.daemon.homes import Heads, assert_close, drain, latest, make_home, quick
 from tests.daemon.test_names import drop, moved
 from tests.oracles import mean
 
@@ -61,10 +61,11 @@ def test_a_derived_buffer_is_the_bases_and_an_expert_has_it_or_not(tmp_path: Pat
     save_file(weights() | ALL, tmp_path / "base.safetensors")
     home = make_home(tmp_path / "home", tmp_path / "base.safetensors", MEAN)
     arrived = [moved(weights(), seed) for seed in (1, 2, 3)]
-    rounded = {name: x.bfloat16() + 0.5 for name, x in ALL.items()}
+    other = {name: x.bfloat16() + 0.5 for name, x in ALL.items()}
     longer = {name: torch.ones(3, dtype=torch.bool) for name in ALL if not name.endswith("n.bias")}
-    for n, (expert, beside) in enumerate(zip(arrived, ({}, rounded, longer), strict=True)):
-        assert drop(home, expert | beside, f"{n}.safetensors").detail is None
+    for n, (expert, beside) in enumerate(zip(arrived, ({}, other, longer), strict=True)):
+        merged = drop(home, expert | beside, f"{n}.safetensors")
+        assert (merged.status, [*merged.flags]) == (Status.MERGED, ["buffer"] if beside is other else [])
     published = latest(home)
     for name, x in ALL.items():
         assert torch.equal(published.pop(name), x)
@@ -130,19 +131,20 @@ def test_statistics_are_averaged_over_whoever_is_left(tmp_path: Path) -> None:
             assert torch.allclose(latest(where, name)["bn.running_var"], torch.full((4,), 4.0))
 
 
-def test_a_state_without_its_statistics_is_no_experts_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of an earlier mainstem, under a method that has no plain sum; what the hint says mends it."""
+@pytest.mark.parametrize("method", ["ties", "iso_c"])
+def test_an_earlier_state_of_statistics_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Whatever slots the method has, and before anything arrives; what the hint says mends it."""
     base = weights() | {"bn.running_var": torch.ones(4)}
     save_file(base, tmp_path / "base.safetensors")
-    home = make_home(tmp_path / "home", tmp_path / "base.safetensors", (("main", "ties", {}),))
+    home = make_home(tmp_path / "home", tmp_path / "base.safetensors", (("main", method, {}),))
     with monkeypatch.context() as earlier:
         earlier.setattr("projector.spec.is_statistic", lambda name: False)
         assert drop(home, moved(base, 1)).status is Status.MERGED
-    save_file(moved(base, 2), home.inbox / "late.safetensors")
-    with pytest.raises(BadHome, match=r"no S/bn\.running_var") as raised:
+    with pytest.raises(BadHome, match=r"no statistics/bn\.running_var") as raised:
         drain(home)
-    assert "mainstem rebuild --into NEWHOME" in raised.value.hint
-    assert len(experts(home)) == 1 and (home.inbox / "late.safetensors").exists()
+    assert f"mainstem rebuild --home {home.root} --into NEWHOME" in raised.value.hint
     new = Home(tmp_path / "new")
     into(home, new, quick(), None, [], Console())
     assert torch.equal(latest(new)["bn.running_var"], moved(base, 1)["bn.running_var"])

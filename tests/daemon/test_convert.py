@@ -133,6 +133,7 @@ def test_the_report_says_what_was_done(odd: tuple[Path, Converted, Any]) -> None
     assert heard[-1][1] > 0 and heard[-1][2] >= heard[-1][1] >= heard[1][1]
 
 
+@pytest.mark.usefixtures("no_process")
 def test_the_old_format_of_torch_is_read_too(tmp_path: Path) -> None:
     torch.save(odd_tensors(), tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     report = convert(tmp_path / "old.bin", tmp_path / "folder")
@@ -141,6 +142,7 @@ def test_the_old_format_of_torch_is_read_too(tmp_path: Path) -> None:
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
 
 
+@pytest.mark.usefixtures("no_process")
 def test_a_converted_expert_is_merged(home: Home, base: Path, tmp_path: Path) -> None:
     """Straight into the inbox: the unfinished one has a name that the daemon leaves alone."""
     expert = write_expert(tmp_path / "expert.safetensors", base, seed=3)
@@ -154,6 +156,7 @@ def test_a_converted_expert_is_merged(home: Home, base: Path, tmp_path: Path) ->
 # Folders
 
 
+@pytest.mark.usefixtures("no_process")
 def test_a_model_with_tied_weights_loads_as_before(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -187,6 +190,7 @@ def write_shards(folder: Path, weights: dict[str, Tensor], prefix: str = "") -> 
     return weight_map
 
 
+@pytest.mark.usefixtures("no_process")
 def test_shards_stay_shards_and_get_their_index(base: Path, tmp_path: Path) -> None:
     weights = read_weights(base)
     write_shards(tmp_path / "in", weights, prefix="module.")
@@ -243,6 +247,7 @@ def spoil_a_shard(folder: Path) -> None:
     (folder / "pytorch_model-00002-of-00002.bin").write_bytes(b"PK\x03\x04 and no more")
 
 
+@pytest.mark.usefixtures("no_process")
 @pytest.mark.parametrize(
     ("spoil", "error", "reason", "said"),
     [
@@ -273,6 +278,7 @@ def test_bad_shards_are_refused_and_leave_nothing(
     assert os.listdir(tmp_path) == ["in"]
 
 
+@pytest.mark.usefixtures("no_process")
 def test_an_old_adapter_keeps_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/adapter_config.json").write_text('{"peft_type": "LORA"}')
@@ -308,6 +314,7 @@ def test_the_person_chooses_where_the_pickle_does_not_say(tmp_path: Path) -> Non
     assert equal(unpickled(tmp_path, both, key="model")[0], both["model"])
 
 
+@pytest.mark.usefixtures("no_process")
 def test_a_prefix_goes_only_when_asked(tmp_path: Path) -> None:
     weights = {"module.a": torch.ones(1), "module.b": torch.ones(2), "c": torch.ones(3)}
     assert equal(unpickled(tmp_path, weights)[0], weights)
@@ -391,6 +398,7 @@ def test_what_exists_is_never_replaced(pickled: Path, tmp_path: Path) -> None:
         convert(pickled, tmp_path / "out.bin")
 
 
+@pytest.mark.usefixtures("no_process")
 def test_links_are_followed_as_in_the_cache_of_the_hub(pickled: Path, tmp_path: Path) -> None:
     (tmp_path / "link.pt").symlink_to(pickled.name)
     (tmp_path / "linked").mkdir()

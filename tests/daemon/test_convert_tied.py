@@ -15,7 +15,7 @@ from tests.daemon.test_architectures import bert, gpt2, llama, needs_transformer
 from tests.models import read_weights
 from tests.oracles import mean
 
-pytestmark = [needs_transformers, quiet]
+pytestmark = [needs_transformers, quiet, pytest.mark.usefixtures("no_process")]
 
 MEAN: Heads = (("main", "mean", {}),)
 HEAD, BIAS = "lm_head.weight", "cls.predictions.decoder.bias"

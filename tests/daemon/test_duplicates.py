@@ -84,6 +84,23 @@ def test_the_same_tensors_in_shards_go_too(home: Home, tmp_path: Path) -> None:
     assert not list(kept.rglob("*.safetensors")) and sound(home)
 
 
+@pytest.mark.parametrize("below", ["checkpoint-500", "snapshots/a1b2"])
+def test_weights_that_lie_further_down_go_too(home: Home, tmp_path: Path, below: str) -> None:
+    def nested(folder: Path) -> None:
+        (folder / below).mkdir(parents=True)
+        (folder / "model.safetensors").rename(folder / below / "model.safetensors")
+
+    kept = again(home, tmp_path, nested)
+    assert sorted(path.name for path in kept.rglob("*")) == ["again", "config.json"] and sound(home)
+
+
+def test_nothing_is_removed_behind_a_link(home: Home, tmp_path: Path) -> None:
+    twin = home.archive(1) / "first"
+    kept = again(home, tmp_path, lambda folder: (folder / "link").symlink_to(twin))
+    assert (twin / "model.safetensors").exists() and sound(home)
+    assert not (kept / "again" / "model.safetensors").exists()
+
+
 def test_tensors_that_the_twin_has_not_keep_their_file(home: Home, tmp_path: Path) -> None:
     """What is ignored makes no other expert, but it may be the only copy of what its head learnt."""
 
@@ -155,7 +172,7 @@ def test_cut_short_anywhere_it_is_finished_by_recovery(
     folder = Path(shutil.copytree(tmp_path / "expert", tmp_path / "again"))
     sharded(folder)
     for shard in folder.glob("model-*"):  # several files to remove, and no second checkpoint
-        shard.rename(folder / shard.name.replace("model-", "part-"))
+        shard.rename(folder / shard.name.replace("model-", "model.fp16-"))
     shutil.copy(tmp_path / "expert" / "model.safetensors", folder / "model.safetensors")
     put(home, folder)
     if pruned:

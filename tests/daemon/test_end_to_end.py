@@ -72,7 +72,7 @@ def test_a_daemon_from_the_first_drop_to_the_last_reader(tmp_path: Path) -> None
         shard(write_expert(tmp_path / "plain", base, 4), tmp_path / "three"),
     ]
     weights = [read_weights(given[0]), read_weights(given[1]), read_weights(tmp_path / "plain")]
-    with running("run", "--home", home.root, "--port", "0") as daemon:
+    with running("run", "--home", home.root, "--port", "0", fresh=True) as daemon:
         assert daemon.live() == 0
         for n, path in enumerate(given, start=1):
             shutil.move(path, home.inbox / path.name)
@@ -182,7 +182,7 @@ def test_once_drains_the_inbox_and_exits(tmp_path: Path) -> None:
     assert_close(merged, mean(load_file(plain / WEIGHTS), weights), tolerance=1e-3)
     assert len(list(home.latest("main").glob("*.safetensors"))) > 2
     asked("verify", "--home", home.root)
-    with running("serve", "--home", home.root, "--port", "0") as server:
+    with running("serve", "--home", home.root, "--port", "0", fresh=True) as server:
         assert server.live() == 2
         assert 'mainstem_head_version{head="main"} 2.0' in server.get("/metrics").text
         maps = Path(f"/proc/{server.process.pid}/maps")

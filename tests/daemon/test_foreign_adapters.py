@@ -19,6 +19,7 @@ from daemon.checkpoint import open_path
 from daemon.cli.app import app
 from daemon.convert.adapters import How, convert_adapter, weights_of
 from daemon.errors import BadHome, Reason, Refused
+from daemon.hints import hinting
 from projector.errors import BadSchema
 from tests.adapters import configure, convolutions, llama, merged, train, write
 from tests.daemon.homes import drain, experts, latest, make_home
@@ -84,12 +85,16 @@ def diffusers_noted(folder: Path, state: State) -> None:
 
 
 WAYS: dict[str, tuple[Callable[[Path, State], None], dict[str, Any], str]] = {
-    "mlx-lm": (mlx, SETTINGS, "mainstem convert FILE OUT"),
-    "torchtune": (torchtune, LINEAR, "mainstem convert FILE OUT --alpha N"),
-    "sd-scripts": (kohya, LINEAR, "mainstem convert FILE OUT --base HOME/published/main/000000"),
-    "diffusers": (diffusers, LINEAR, "mainstem convert FILE OUT --alpha N"),
-    "diffusers, peft": (diffusers_peft, LINEAR, "mainstem convert FILE OUT --alpha N"),
-    "diffusers, noted": (diffusers_noted, LINEAR, "mainstem convert FILE OUT --alpha N"),
+    "mlx-lm": (mlx, SETTINGS, "mainstem convert DROP NEW"),
+    "torchtune": (torchtune, LINEAR, "mainstem convert DROP/model.safetensors NEW --alpha N"),
+    "sd-scripts": (kohya, LINEAR, "mainstem convert DROP/french.safetensors NEW --base HOME/state/base"),
+    "diffusers": (diffusers, LINEAR, "mainstem convert DROP/pytorch_lora_weights.safetensors NEW --alpha N"),
+    "diffusers, peft": (diffusers_peft, LINEAR, "mainstem convert DROP/pytorch_lora_weights.safetensors NEW --alpha N"),
+    "diffusers, noted": (
+        diffusers_noted,
+        LINEAR,
+        "mainstem convert DROP/pytorch_lora_weights.safetensors NEW --alpha N",
+    ),
 }
 
 
@@ -110,12 +115,11 @@ def test_the_hint_makes_it_merge(tmp_path: Path, base: Path, way: str) -> None:
     drain(home)
     (refused,) = experts(home)
     assert refused.reason == "adapter" and way.partition(",")[0] in (refused.detail or "")
-    assert command in (refused.hint or ""), refused.hint
     there = home.quarantine(refused.id) / "french"
-    stands = {"FILE": there, "OUT": home.inbox / "again", "HOME": home.root, "--alpha N": "--alpha 8"}
-    for word, meant in stands.items():
+    for word, meant in {"DROP": there, "NEW": home.inbox / "french", "HOME": home.root}.items():
         command = command.replace(word, str(meant))
-    done = CliRunner().invoke(app, command.split()[1:])
+    assert command in (refused.hint or ""), refused.hint
+    done = CliRunner().invoke(app, command.replace("--alpha N", "--alpha 8").split()[1:])
     assert done.exit_code == 0, done.output
     drain(home)
     assert experts(home)[-1].status == "merged", experts(home)[-1].detail
@@ -190,7 +194,7 @@ NOT: dict[str, tuple[State, dict[str, Any], str, str]] = {
         "no LoRA of one layer|is not beside it",
         "",
     ),
-    "underscores without a base": (FLAT, {}, "underscores for dots", "--base HOME"),
+    "underscores without a base": (FLAT, {}, "underscores for dots", "--base, with"),
     "a whole model": ({"weight": torch.ones(2, 2)}, {}, "no adapter of another tool", "as it is"),
     "torchtune's own names": (
         {name.replace("self_attn", "attn"): tensor for name, tensor in ONE.items()},
@@ -249,9 +253,9 @@ def test_mlx_under_pefts_file_name(tmp_path: Path) -> None:
     mlx(folder, {"q.A": torch.ones(4, 8), "q.B": torch.ones(8, 4)})
     (folder / "adapters.safetensors").rename(folder / ADAPTER_WEIGHTS)
     (folder / "0000100_adapters.safetensors").unlink()
-    with pytest.raises(Refused, match="it is mlx-lm's") as caught, open_path(folder):
+    with pytest.raises(Refused, match="it is mlx-lm's") as caught, hinting(folder), open_path(folder):
         pass
-    assert caught.value.reason is Reason.ADAPTER and "mainstem convert FILE OUT" in caught.value.hint
+    assert caught.value.reason is Reason.ADAPTER and f"mainstem convert {folder} mlx-2" in caught.value.hint
     convert_adapter(folder, tmp_path / "out", How())
     with open_path(tmp_path / "out") as opened:
         assert opened.kind == "adapter"

@@ -100,8 +100,11 @@ def test_the_same_tensors_in_other_files_count_once(
     home, weights = merged
     drop = saved(weights, tmp_path)
     with lineage(home) as reader:
-        home.config.write_text('[admission.prefixes]\n"module." = ""\n')
-        assert inspect(home, reader, drop, None)["duplicate_of"] == 1
+        home.config.write_text('[admission]\nmax_base_ratio = 1e-9\nprefixes = {"module." = ""}\n')  # asked of others
+        dry = inspect(home, reader, drop, None)
+        assert dry["duplicate_of"] == 1 and dry["flags"] == []
+        assert dry["warning"].endswith("which came with main/1: dropping it merges nothing, and makes no version")
+        assert dry["hint"] == "nothing is to be done"
     put(home, drop)
     drain(home, SETTINGS)
     again = experts(home)[-1]

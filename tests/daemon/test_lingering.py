@@ -16,7 +16,7 @@ from daemon.home import Home
 from daemon.inbox import Inbox
 from daemon.lingering import Lingering
 from daemon.merger import Merger
-from daemon.progress import Progress
+from daemon.progress import Abandoned, Progress
 from daemon.recovery import recover
 from registry.records import Status
 from registry.store import Store
@@ -81,9 +81,10 @@ class Stuck:
 
     def __init__(self, home: Home, store: Store, patch: pytest.MonkeyPatch) -> None:
         self.home, self.store, self.held = home, store, True
-        self.merger = Merger(home, store, quick(), Progress(Event(), lambda share: None))
+        self.stopping = Event()
+        self.merger = Merger(home, store, quick(), Progress(self.stopping, lambda share: None))
         self.inbox = Inbox(home.inbox, 0, lambda: 0.0)
-        self.lingering = Lingering(store, self.merger)
+        self.lingering = Lingering(home, store, self.merger)
         self.path = home.inbox / "tune"
         for name in ("rename", "exchange"):
             self._refuse(patch, name)
@@ -221,3 +222,50 @@ def test_what_was_refused_is_taken_anew_once_it_is_mended_where_it_lies(stuck: S
     for _ in range(2):
         stuck.take()
     assert [expert.status for expert in experts(stuck.home)] == [Status.QUARANTINED] * 2 + [Status.MERGED]
+
+
+@pytest.fixture
+def twice(stuck: Stuck, base: Path, tmp_path: Path) -> Stuck:
+    """It was merged, and lies in the inbox once more."""
+    stuck.held = False
+    stuck.take()
+    put(stuck.home, write_expert(tmp_path / "tune", base, 2))
+    stuck.held = True
+    stuck.take()
+    assert [expert.status for expert in experts(stuck.home)] == [Status.MERGED, Status.DUPLICATE]
+    return stuck
+
+
+def test_a_duplicate_may_be_removed_while_the_archive_has_its_weights(twice: Stuck) -> None:
+    """As the hint says."""
+    assert "remove it: the archive has these weights" in stays_hint(twice.home, experts(twice.home)[1])
+    shutil.rmtree(twice.path)
+    for _ in range(3):
+        twice.take()
+    assert experts(twice.home)[1].place and twice.archived.exists()
+
+
+def test_a_duplicate_that_is_the_only_copy_is_not_to_be_removed(twice: Stuck) -> None:
+    weights = (twice.path / WEIGHTS).read_bytes()
+    twice.archived.unlink()
+    assert "do not remove it" in stays_hint(twice.home, experts(twice.home)[1])
+    shutil.rmtree(twice.home.archive(1))
+    assert "do not remove it" in stays_hint(twice.home, experts(twice.home)[1])
+    twice.take()
+    twice.held = False
+    twice.path.chmod(0o700)  # as the hint says
+    twice.take()
+    assert not twice.path.exists() and twice.archived.read_bytes() == weights
+
+
+def test_a_stop_is_heeded_while_a_duplicate_is_finished(twice: Stuck) -> None:
+    twice.take()
+    twice.held = False
+    twice.path.chmod(0o700)
+    twice.stopping.set()
+    with pytest.raises(Abandoned):
+        twice.take()
+    twin = experts(twice.home)[1]
+    assert twin.place is None and (twice.home.archive(2) / "tune" / WEIGHTS).exists()
+    recover(twice.home, twice.store, lambda *_, **__: None)
+    assert experts(twice.home)[1].place and not (twice.home.archive(2) / "tune" / WEIGHTS).exists()

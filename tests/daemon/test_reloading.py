@@ -31,7 +31,7 @@ from daemon.merger import Merger
 from daemon.progress import Progress
 from daemon.reloading import Stop, differences, taken_up
 from daemon.service import Service
-from projector.head import Folded
+from projector.head import Folded, Norms
 from registry.records import Expert, Status
 from registry.store import Store
 from tests.daemon.homes import experts, live, put, quick
@@ -330,7 +330,7 @@ def test_inspect_says_it_too(home: Home, base: Path, tmp_path: Path) -> None:
 def test_no_hint_speaks_of_dropping_again_by_itself(norm: float) -> None:
     """The one helper says it, and where the expert lies."""
     with pytest.raises(Refused) as refused:
-        check_norm(Folded(norm, 50.0, ()), 1.0, Settings().admission)
+        check_norm(Folded(*(Norms(length, {}, {}) for length in (norm, 50.0)), ()), 1.0, Settings().admission)
     assert "again" not in refused.value.hint and taking_effect(refused.value.hint) != refused.value.hint
 
 

@@ -37,7 +37,8 @@ def follow(home: Home, expert: Path, out: Path) -> None:
     hint = experts(home)[-1].hint or ""
     found = re.search(r"with transformers[,:] (.*?),? and drop", hint)
     assert found, hint
-    code = found[1].replace('"EXPERT"', repr(str(expert))).replace('"OUT', f'"{out}')
+    code = found[1].replace('"the folder that it came from"', repr(str(expert))).replace(f'"{expert.name}-2', f'"{out}')
+    assert "<" not in hint, hint
     names = ("AutoModelForCausalLM", "FineGrainedFP8Config", "Mxfp4Config")
     exec(code, {name: getattr(transformers, name) for name in names} | {"safetensors": safetensors})
     made = out if out.is_dir() else out.with_suffix(".safetensors")

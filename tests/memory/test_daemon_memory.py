@@ -54,7 +54,8 @@ def test_later_experts_take_no_more_memory_than_the_first(tmp_path: Path, capsys
     home = make_home(tmp_path / "home", base)
     more = {"COMPUTE__THREADS": "1", "COMPUTE__PREPARE": "false"}
     more |= {"RETENTION__GRACE_SECONDS": "0", "RETENTION__VERSIONS": "1", "HTTP__PORT": "0"}
-    with running("run", "--home", home.root, **{f"MAINSTEM_{key}": value for key, value in more.items()}) as daemon:
+    variables = {f"MAINSTEM_{key}": value for key, value in more.items()}
+    with running("run", "--home", home.root, fresh=True, **variables) as daemon:
         peaks = peaks_mb(daemon, home.inbox, base)
     first = median(peaks[1 : 1 + COMPARED])  # the very first merge has no state to read
     last = median(peaks[-COMPARED:])

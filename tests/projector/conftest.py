@@ -20,8 +20,18 @@ Opens = Callable[..., Checkpoint]
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Small matrices only lose by threads."""
+    yield from _threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """What torch gives a new thread too, unless that asks for one."""
+    yield from _threads(2)
+
+
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from projector.averages import Averages
+from projector.averages import SUM, Averages
 from projector.method import Expert, Totals
 from projector.methods import make, methods
 from projector.spec import TensorSpec
@@ -83,7 +83,7 @@ def test_a_view_has_the_experts_own(name: str) -> None:
 
 def averaged(deltas: Sequence[float], first: float = 0.0) -> torch.Tensor:
     averages, spec, totals = Averages(), TensorSpec("bn.running_var", (1,), torch.float32), Totals()
-    state = {"S": torch.tensor([first])}
+    state = {SUM: torch.tensor([first])}
     for index, delta in enumerate(deltas, start=1):
         state, sums = averages.update(state, torch.tensor([delta]), spec, Expert(index))  # type: ignore[assignment]
         totals = averages.tally(totals, sums, Expert(index))

@@ -260,6 +260,7 @@ def test_trying_again_waits_until_the_others_are_done() -> None:
     assert order == ["other", "again"]
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_threads_and_so_streams_last_as_long_as_the_card() -> None:
     card, seen, together = PretendCard(), set(), threading.Barrier(2, timeout=30)
 

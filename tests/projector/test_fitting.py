@@ -290,3 +290,19 @@ def test_a_second_body_is_no_head() -> None:
     for tower in ("visual.blocks.0.attn.weight", "mine.blocks.0.weight", "mm_projector.weight", "resampler.weight"):
         naming = fitted(LENIENT, Headers({**text, tower: (3, 5)}), Headers(text), tied=True)
         assert not naming.ignore, tower
+
+
+ATTENTION = {
+    f"decoder.mid.{name}.{part}.weight": (4, 4) for name in ("attn_1", "cross_attn") for part in ("q", "proj_out")
+}
+
+
+@pytest.mark.parametrize("name", ["decoder.mid.attn_1.proj_out.weight", "decoder.mid.cross_attn.proj_out.weight"])
+def test_what_an_attention_ends_in_is_no_head(name: str) -> None:
+    """It has the name of Whisper's."""
+    base = BARE | ATTENTION
+    without = {other: shape for other, shape in base.items() if other != name}
+    assert fit(without | CLASSIFIER, base).noted() == {"prefixes": {}, "ignore": ["classifier.*"]}  # so it is missing
+    assert fit(base, without).noted() == {"prefixes": {}, "ignore": []}  # so it is one too many
+    whisper = {"proj_out.weight": (30, 4)}
+    assert fit(BARE | CLASSIFIER, BARE | whisper).unchanged == ("proj_out.*",)

@@ -109,6 +109,7 @@ def test_an_error_anywhere_ends_it(where: str) -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_workers_use_one_thread_each() -> None:
     (threads,) = Pipeline(1, 10).run([0], lambda step: 1, lambda step: step, lambda step: torch.get_num_threads())
     assert threads == 1
