@@ -211,8 +211,8 @@ def _good(found: Figures) -> str:
 
 MANY = " at a time"
 """In the names of decompositions that were measured several at a time: those stay in the results."""
-GPU_METHODS = ("opcm", "iso_c", "task_arithmetic")
-"""Those of whose layers there are times."""
+GPU_METHODS = ("opcm", "iso_c")
+"""Those whose times are told: what is elementwise stays on the CPU."""
 GPU_SUMS: dict[str, Callable[[Figures], str]] = {
     "tests": lambda found: ", ".join(f"{count} {word}" for word, count in found.items() if word != "names"),
     "exact": _good,
