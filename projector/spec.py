@@ -1,6 +1,7 @@
 """What a tensor is, without its values: name, shape, dtype; and what a whole checkpoint is: a schema."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -41,6 +42,12 @@ OTHER_ROWS = (
     " same ones, as tokens are: fine-tune from this home's base, with its vocabulary and its labels"
 )
 
+
+FROM_BASE = "fine-tune from this home's base"
+OTHER_MODEL = (
+    "it is of another architecture or size, which no prefix mends: it needs a home over its own base (`mainstem init`"
+    " with --base); a model that comes from this home's base is to be saved in the layout of the base"
+)
 
 NEVER_TIED = re.compile(r"token_type|segment|position|wpe|modality|lang_embed|language_embed")
 """Embeddings of few rows, as many as a classifier may have labels."""
@@ -112,18 +119,23 @@ def check_schema(base: Schema, expert: Schema, theirs: Mapping[str, str] = {}) -
     if not expert:
         raise BadSchema(Reason.MISSING_TENSOR, "there is no tensor in it", UNGATHERED)
     known = [name for name in expert if name in base]
+    other = OTHER_MODEL if (missing or unexpected) and not akin(base, expert) else None
     mend = _mend(missing, unexpected, [theirs.get(name, name) for name in known])
     if missing and len(missing) == sum(spec.merged for spec in base.values()):
         raise BadSchema(
             Reason.WRONG_BASE,
             f"none of the base's tensors is there; it has {listed(expert)}",
-            mend or "this is another architecture, or its names carry a prefix: save it with the names of the base",
+            other
+            or mend
+            or "if these are the base's tensors under other names, save it with the names of the base"
+            f"{_strange(unexpected)}; if not, {OTHER_MODEL}",
         )
     if missing:
         raise BadSchema(
             Reason.MISSING_TENSOR,
             f"{len(missing)} of the base's tensors are missing: {listed(missing)}",
             _other_layout(missing, unexpected)
+            or other
             or mend
             or _other_name(base, expert, missing, unexpected)
             or "save the whole model, with the names of the base, as save_pretrained does"
@@ -141,15 +153,38 @@ def check_schema(base: Schema, expert: Schema, theirs: Mapping[str, str] = {}) -
         raise BadSchema(
             Reason.UNEXPECTED_TENSOR,
             f"{len(unexpected)} tensors are not the base's: {listed(unexpected)}",
-            "leave out what the base has not, such as a task's own head; a second copy of a tied weight must equal the"
-            f" first{f'; or {mend}' if mend else ''}",
+            other
+            or "leave out what the base has not, such as a task's own head; a second copy of a tied weight must equal"
+            f" the first{f'; or {mend}' if mend else ''}",
         )
     empty = [name for name, spec in expert.items() if name in base and base[name].numel and not spec.numel]
     if any(base[name].merged for name in empty):
         raise BadSchema(Reason.WRONG_SHAPE, f"{len(empty)} tensors are empty: {listed(empty)}", UNGATHERED)
     for name, spec in expert.items():
         if name in base and not base[name].derived:
-            _check_tensor(base[name], spec)
+            try:
+                _check_tensor(base[name], spec)
+            except BadSchema as error:
+                if error.hint == FROM_BASE and not akin(base, expert):
+                    error.hint = OTHER_MODEL
+                raise
+
+
+def akin(base: Schema, expert: Schema) -> bool:
+    """False where most matrices of either have no counterpart in the other: of its name and shape, else of its shape.
+
+    However its tensors are called, an expert is then of another model: of another architecture, or of another size. A
+    shape may be turned round.
+    """
+    ours, theirs = (
+        {name: tuple(sorted(spec.shape)) for name, spec in schema.items() if spec.merged and not spec.vector}
+        for schema in (base, expert)
+    )
+    named = [name for name, shape in ours.items() if theirs.get(name) == shape]
+    left = Counter(shape for name, shape in ours.items() if name not in theirs)
+    again = Counter(shape for name, shape in theirs.items() if name not in ours)
+    common = len(named) + (left & again).total()
+    return 2 * common >= min(len(ours), len(theirs))
 
 
 def _mend(missing: Sequence[str], unexpected: Sequence[str], known: Sequence[str]) -> str | None:
@@ -269,4 +304,4 @@ def _shape_hint(base: tuple[int, ...], expert: tuple[int, ...]) -> str:
         return f"it is flattened, and it may be a part of it: {UNGATHERED}"
     if resized_rows(base, expert):
         return OTHER_ROWS
-    return "fine-tune from this home's base"
+    return FROM_BASE

@@ -9,7 +9,7 @@ from projector.errors import BadSchema, Reason
 from projector.lora.config import MERGE_FIRST
 from projector.lora.keys import FULL, OFFSET, A, is_embedding
 from projector.naming import LONGEST_HINT, Naming, fitting_prefix
-from projector.spec import Schema
+from projector.spec import OTHER_MODEL, Schema
 from projector.text import shown
 
 ANOTHER_BASE = "train it on this home's base"
@@ -40,6 +40,9 @@ def absent(
         hint = f"train that tensor instead, or {ANOTHER_BASE}; if it is a head of its own, name it in admission.ignore"
     elif any(_words(name) == words for name in base):
         detail, hint = "nothing there has that name", f"{ANOTHER_BASE}, of as many layers"
+    elif not known and not _akin(unknown, base):
+        reason = Reason.WRONG_BASE
+        detail, hint = "nor anything of the shape of what this adapter changes", OTHER_MODEL
     elif FULL not in parts or not known:
         reason = reason if known else Reason.WRONG_BASE
         detail = "nothing there has that name" if known else "nor anything else that this adapter changes"
@@ -53,6 +56,13 @@ def absent(
         put = f"put {setting} under [admission]" if len(setting) <= LONGEST_HINT else "name it in admission.ignore"
         hint = f"if it is a head of its own, {put} in mainstem.toml; if not, {ANOTHER_BASE}"
     return BadSchema(reason, f"the base has no {shown(target)}: {detail}", hint)
+
+
+def _akin(unknown: Mapping[str, Shape], base: Schema) -> bool:
+    """True where the base has a tensor of the shape of one of these, turned round or not, or where nobody knows."""
+    there = {tuple(sorted(spec.shape)) for spec in base.values()}
+    known = [shape for shape in unknown.values() if shape]
+    return not known or any(tuple(sorted(shape)) in there for shape in known)
 
 
 def _words(name: str) -> list[str]:
