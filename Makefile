@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: $(READY)  ## run the tests, a process per core (about thirteen minutes on two)
-	$(BIN)/python -m pytest -m 'not slow' -n auto --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' -n auto --dist loadfile --no-loadscope-reorder --durations 10
 
 test-slow: $(READY)  ## run the long sweeps too
 	$(BIN)/python -m pytest
