@@ -33,7 +33,7 @@ LONGEST = [  # files, which are handed out whole: the longest first, lest one of
 ]
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # a process per core: threads of torch's would only wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"  # all cores are busy: threads of torch's would only wait for one another
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts us in the background has it so
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what the tests start would inherit that
