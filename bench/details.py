@@ -97,8 +97,7 @@ def adapters(figures: Figures) -> list[str]:
     return [
         *text(
             f"A model of {_size(figures['model_bytes'])}; adapters of rank {figures['rank']} on every linear layer,",
-            f'{_size(figures["adapter_bytes"])} each. Drop to visible, what OPCM prepares ready; "after full": with',
-            "a full checkpoint merged before it.",
+            f"{_size(figures['adapter_bytes'])} each. Drop to visible, basis ready; after full: behind a full one.",
         ),
         "",
         *_table(("", "s", "peak"), rows),
@@ -124,9 +123,8 @@ def download(figures: Figures) -> list[str]:
         *_table(("", "MB/s", "s"), rows),
         "",
         *text(
-            f"{many['clients']} clients, {len(many['versions'])} versions: {many['pulls']} whole pulls, each sha256",
-            f"checked, {_size(many['bytes'])} in {_short(many['seconds'])} s, {many['gone']} told that the version was",
-            f"gone. The daemon's peak: {_size(many['peak_bytes'])}.",
+            f"{many['clients']} clients: {_size(many['bytes'])} in {_short(many['seconds'])} s, {many['gone']} times",
+            f"the version was gone; the daemon's peak: {_size(many['peak_bytes'])}.",
         ),
     ]
 
@@ -213,8 +211,8 @@ def _good(found: Figures) -> str:
 
 MANY = " at a time"
 """In the names of decompositions that were measured several at a time: those stay in the results."""
-GPU_METHODS = ("opcm", "iso_c", "task_arithmetic")
-"""Those of whose layers there are times."""
+GPU_METHODS = ("opcm", "iso_c")
+"""Those whose times are told: what is elementwise stays on the CPU."""
 GPU_SUMS: dict[str, Callable[[Figures], str]] = {
     "tests": lambda found: ", ".join(f"{count} {word}" for word, count in found.items() if word != "names"),
     "exact": _good,

@@ -25,13 +25,12 @@ LINEAR = 0.98
 """The R squared from which on a growth counts as linear."""
 
 HEAD = (
-    "For whoever asks how fast it is, in how much memory, and how to measure that again: `make bench`",
-    "([what it needs](../bench/README.md)), then `python -m bench.report` writes this page. Each ratio here is between",
-    "two things of one run on one machine.",
+    "For whoever asks how fast it is, in how much memory. `make bench` ([what it needs](../bench/README.md)) measures",
+    "again, `python -m bench.report` writes this page. Each ratio is between two things of one run.",
 )
 LEGEND = (
-    "Below, each section has its command and the share of the machine's time that others took. Seconds are medians",
-    "per arrival, peaks of resident memory; ranges and phases are in `bench/results`. Unless told otherwise, on",
+    "Below stand commands and the share of time that other programs took; medians per arrival, peaks of resident",
+    "memory (ranges and phases: `bench/results`). Unless told otherwise, on",
 )
 
 

@@ -50,13 +50,9 @@ class Http(Section):
     enabled: bool = Field(True, description="serve HTTP while merging")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; anybody who reaches it may read")
     port: int = Field(8765, ge=0, le=65535, description="port; 0 takes a free one")
-    write_token: SecretStr = Field(
-        SecretStr(""), description="token with which experts may be uploaded; with none they may not"
-    )
+    write_token: SecretStr = Field(SecretStr(""), description="token for uploads; none: no uploads")
     write_token_file: str = Field("", description="file with that token instead; relative to the home")
-    upload_bytes: ByteSize = Field(
-        ByteSize(100_000_000_000), gt=0, description="largest expert that may be uploaded, all of its files together"
-    )
+    upload_bytes: ByteSize = Field(ByteSize(100_000_000_000), gt=0, description="largest expert that may be uploaded")
     stall_seconds: float = Field(
         60.0, gt=0, le=86400, description="a client that moves less than 1 KiB a second for so long is cut off"
     )
@@ -83,18 +79,14 @@ class Inbox(Section):
     """When a dropped file counts as complete."""
 
     settle_seconds: float = Field(2.0, ge=0, le=86400, description="size, time and inode unchanged for so long")
-    patience_seconds: float = Field(
-        60.0, ge=0, le=86400, description="how long an incomplete expert may stand still before refusal"
-    )
+    patience_seconds: float = Field(60.0, ge=0, le=86400, description="how long an incomplete expert may stand still")
     resume_seconds: float = Field(
         3600.0,
         ge=0,
         le=604800,
-        description="the same where a copy may go on: a file ends early, a shard is missing, it may not be read",
+        description="the same where a copy may go on, or it may not be read",
     )
-    scan_seconds: float = Field(
-        5.0, gt=0, le=86400, description="how often an idle daemon lists the inbox, whatever events say"
-    )
+    scan_seconds: float = Field(5.0, gt=0, le=86400, description="how often an idle daemon lists the inbox")
     watch: Literal["auto", "poll"] = Field(
         "auto", description="auto also listens to file system events; poll only lists"
     )
@@ -159,20 +151,18 @@ class Retention(Section):
 class Admission(Section):
     """Limits an expert must keep."""
 
-    max_base_ratio: float = Field(
-        1.0, gt=0, description="refuse a task vector this many times as long as the base itself, or longer"
-    )
+    max_base_ratio: float = Field(1.0, gt=0, description="refuse a task vector this many times as long as the base")
     max_norm_ratio: float = Field(
-        100.0, gt=1, description="refuse a task vector over this many times as long, or as short, as the median so far"
+        100.0, gt=1, description="refuse one over this many times longer, or shorter, than the median so far"
     )
     warn_norm_ratio: float = Field(
-        3.0, gt=1, description="merge, but flag, one over this many times as long, or as short, as the median so far"
+        3.0, gt=1, description="merge, but flag, one over this many times longer, or shorter"
     )
     prefixes: dict[str, str] = Field({}, description="what an expert's names begin with, and the base's: a TOML table")
-    ignore: tuple[str, ...] = Field((), description="globs of an expert's tensors that are left out: heads of its own")
+    ignore: tuple[str, ...] = Field((), description="globs of an expert's tensors that are left out")
     lenient_names: bool = Field(
         True,
-        description="make an expert's names fit where that is unambiguous, and set heads aside; false: as they are",
+        description="make names fit where that is unambiguous, and set heads aside",
     )
 
     @field_validator("prefixes")

@@ -2,14 +2,38 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist tells its workers a width, and our commands would keep to it
 
+TESTS = Path(__file__).parent
+LONGEST = [  # files, which are handed out whole: the longest first, lest one of them is begun last and waited for
+    TESTS / name
+    for name in (
+        "crash/test_failpoints.py",
+        "projector/test_laws.py",
+        "memory/test_daemon_memory.py",
+        "test_commands.py",
+        "daemon/test_sidecar_files.py",
+        "daemon/test_rebuild.py",
+        "daemon/test_demo.py",
+        "memory/test_projector_memory.py",
+        "daemon/test_publishing.py",
+        "daemon/test_older_registry.py",
+        "daemon/test_end_to_end.py",
+        "daemon/test_ground.py",
+        "projector/test_trim.py",
+        "daemon/test_adapter_output.py",
+        "daemon/test_transformers.py",
+        "crash/test_crash_states.py",
+    )
+]
+
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # a process per core: threads of torch's would only wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"  # all cores are busy: threads of torch's would only wait for one another
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts us in the background has it so
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what the tests start would inherit that
@@ -28,3 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; `make test` keeps to this order."""
+    assert all(path.exists() for path in LONGEST), "LONGEST names a file that is not there"
+    places = {path: place for place, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))

@@ -41,7 +41,7 @@ class IsoC(Method):
 
     scale: float = param(1.0, "factor of merged matrices", low=0, high=10)
     tol: float = param(1e-6, "singular values up to tol times the largest are left out", low=1e-6, high=0.1)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices averaged instead")
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
     @property
     def one_sweep(self) -> bool:

@@ -55,7 +55,7 @@ class Mats(Method):
 
     curvature: str = param("gram", "what each expert brings", choices=("gram", "fisher"))
     iterations: int = param(100, "steps at most", low=1, high=10000)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of tensors averaged instead")
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of tensors to average")
 
     def __post_init__(self) -> None:
         if self.curvature == "kronecker":

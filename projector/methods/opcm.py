@@ -65,7 +65,7 @@ class Opcm(Method):
     )
     readout: str = param("norm", "A as it is, or its matrices with a flat spectrum", choices=("norm", "isotropic"))
     scale: float = param(2.0, "factor of isotropic matrices", low=0, high=10)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices summed, not projected")
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to sum")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,7 +44,7 @@ class RegMean(Method):
 
     off_diagonal: float = param(0.95, "factor of a Gram matrix's off-diagonal elements", low=0, high=0.99)
     ridge: float = param(1e-6, "added to the diagonal, in units of its mean", low=1e-9, high=1)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices averaged instead")
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
     @property
     def needs(self) -> tuple[str, ...]:

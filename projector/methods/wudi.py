@@ -61,7 +61,7 @@ class Wudi(Method):
     steps: int = param(300, "Adam's steps", low=0, high=1000)
     lr: float = param(1e-5, "Adam's step size", low=0, high=1e-3)
     ridge: float = param(1e-2, "what holds M at S, in units of G's mean diagonal", low=1e-6, high=1e3)
-    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices averaged instead")
+    exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
     @property
     def one_sweep(self) -> bool:

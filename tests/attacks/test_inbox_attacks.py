@@ -7,7 +7,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from registry.records import Expert, Status
 from tests.attacks import content_drops  # noqa: F401 - importing it registers its drops
 from tests.attacks.drops import DROPS, Payload
 from tests.daemon.homes import count, drain, experts, lineage, live, make_home, put, quick, reason_of, tree
+from tests.daemon.processes import forked
 from tests.models import write_base, write_expert
 
 FIRST = 0.0005  # how far the expert that is merged before the attacks lies from the base
@@ -261,22 +261,16 @@ def test_what_cannot_be_read_or_moved_is_refused_and_does_not_stop_the_daemon() 
         assert reason_of(home, rows["closed"])["reason"] == "unreadable"
 
 
-RUN_AS = """
-import os, sys
-import tomllib, daemon.cli, daemon.service  # before the change of user: it may not be allowed to read where Python lies
-os.setgroups([])
-os.setresgid(*[int(sys.argv[1])] * 3)
-os.setresuid(*[int(sys.argv[1])] * 3)
-sys.argv[1:] = ["run", "--once", "--no-http", "--home", sys.argv[2]]
-daemon.cli.main()
-"""
-
-
 def _run_as(uid: int, home: Home) -> subprocess.CompletedProcess[str]:
-    """`mainstem run --once` as another user."""
-    settle = {f"MAINSTEM_INBOX__{name}_SECONDS": "0" for name in ("SETTLE", "PATIENCE", "RESUME")}
-    command = [sys.executable, "-c", RUN_AS, str(uid), str(home.root)]
-    return subprocess.run(command, env={**os.environ, **settle}, capture_output=True, text=True, timeout=120)
+    """`mainstem run --once` as another user, in a fork: that user may not be allowed to read where Python lies."""
+
+    def become() -> None:
+        os.environ.update({f"MAINSTEM_INBOX__{name}_SECONDS": "0" for name in ("SETTLE", "PATIENCE", "RESUME")})
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+
+    return forked("run", "--once", "--no-http", "--home", home.root, first=become)
 
 
 def test_patience_is_kept_with_what_may_only_be_unfinished(tmp_path: Path) -> None:

@@ -67,20 +67,23 @@ def mainstem(*words: str | Path, cwd: Path | None = None, **variables: str) -> s
         return subprocess.CompletedProcess(process.args, status, out.read().decode(), err.read().decode())
 
 
-def forked(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Like `mainstem`, in a fork of this process: without the seconds that importing torch takes."""
-    return forked_each([words], cwd)[0]
+def forked(
+    *words: str | Path, cwd: Path | None = None, first: Callable[[], None] = lambda: None
+) -> subprocess.CompletedProcess[str]:
+    """Like `mainstem`, in a fork of this process, which calls `first` before it begins: without the seconds that
+    importing torch takes."""
+    return forked_each([words], cwd, first)[0]
 
 
 def forked_each(
-    commands: Sequence[Sequence[str | Path]], cwd: Path | None = None
+    commands: Sequence[Sequence[str | Path]], cwd: Path | None = None, first: Callable[[], None] = lambda: None
 ) -> list[subprocess.CompletedProcess[str]]:
     """Several commands in one fork, one after the other: a fork takes longer than a command that is refused."""
     with ExitStack() as closing:
         streams = [[closing.enter_context(tempfile.TemporaryFile()) for _ in range(3)] for _ in commands]
         child = os.fork()
         if child == 0:
-            _become([[str(word) for word in words] for words in commands], cwd, streams)
+            _become([[str(word) for word in words] for words in commands], cwd, streams, first)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         done = []
         for words, three in zip(commands, streams, strict=True):
@@ -98,11 +101,15 @@ def rebuild(home: Home, *words: str | Path) -> str:
     return done.stdout
 
 
-def _become(commands: list[list[str]], cwd: Path | None, streams: list[list[IO[bytes]]]) -> NoReturn:
+def _become(
+    commands: list[list[str]], cwd: Path | None, streams: list[list[IO[bytes]]], first: Callable[[], None]
+) -> NoReturn:
     """Runs the commands in the child, each with its streams for output, errors and status, and ends it."""
+    ending = 99
     try:
         torch.set_num_threads(1)  # the parent's threads are not here
         os.chdir(cwd or ".")
+        first()
         for words, (out, err, status) in zip(commands, streams, strict=True):
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
@@ -110,8 +117,9 @@ def _become(commands: list[list[str]], cwd: Path | None, streams: list[list[IO[b
             os.write(status.fileno(), str(_run(words)).encode())
             sys.stdout.flush()
             sys.stderr.flush()
+        ending = 0
     finally:
-        os._exit(0)
+        os._exit(ending)
 
 
 def _run(words: list[str]) -> int:

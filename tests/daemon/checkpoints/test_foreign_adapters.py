@@ -24,7 +24,7 @@ from projector.errors import BadSchema
 from tests.adapters import configure, convolutions, llama, merged, train, write
 from tests.daemon.homes import drain, experts, latest, make_home
 
-pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the libraries' own
 
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "embed_tokens"]}
 LINEAR: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}

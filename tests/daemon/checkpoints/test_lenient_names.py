@@ -151,7 +151,7 @@ def test_a_home_that_needs_a_fisher_takes_none_of_what_the_expert_lacks(home: Ho
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
-@pytest.mark.filterwarnings("default")  # the library's own
+@pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the library's own
 def test_models_of_the_library_for_other_tasks_than_the_bases(tmp_path: Path) -> None:
     """Of each task with its own head, some with a pooler and some without, over the encoder and over a masked LM."""
     import transformers

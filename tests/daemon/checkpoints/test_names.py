@@ -314,7 +314,7 @@ def test_a_quantised_base_is_refused(tmp_path: Path, base: Path, more: Weights) 
 
 
 @needs_transformers
-@pytest.mark.filterwarnings("default")  # the library's own
+@pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the library's own
 @pytest.mark.parametrize("published", ["base", "float32", "float16", "bfloat16"])
 def test_experts_of_any_precision_and_the_published_one_as_it_is_loaded(tmp_path: Path, published: str) -> None:
     from transformers import AutoModelForCausalLM

@@ -14,7 +14,7 @@ from daemon.checkpoints.checkpoint import open_path
 from daemon.errors import Reason, Refused
 from tests.adapters import llama, transformers
 
-pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the libraries' own
 
 Q = ["q_proj", "v_proj"]
 

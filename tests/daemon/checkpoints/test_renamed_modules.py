@@ -18,7 +18,7 @@ from tests.adapters import peft, train, transformers
 from tests.daemon.homes import assert_close, experts, latest, make_home
 from tests.daemon.processes import QUICK, forked
 
-pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the libraries' own
 
 GUIDE = Path(__file__).parents[3] / "docs" / "adapters.md"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]

@@ -61,7 +61,7 @@ def second(work: Path, example: ModuleType) -> Path:
     model = LlamaForCausalLM.from_pretrained(work / "base")
     with torch.no_grad():
         for weight in model.parameters():
-            weight += 0.02 * torch.randn_like(weight)
+            weight += 0.01 * torch.randn_like(weight)
     model.save_pretrained(work / "second")
     example.write_sidecars(model, example.counting(7, 3), work / "second", {})
     return work / "second"

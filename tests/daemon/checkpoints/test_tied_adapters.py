@@ -16,7 +16,7 @@ from tests.adapters import gpt2, llama, peft, tied_llama, train, transformers
 from tests.daemon.homes import drain, experts, latest, make_home
 from tests.daemon.processes import rebuild
 
-pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the libraries' own
 
 Model = Callable[[], nn.Module]
 

@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the library is imported
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed"),
-    pytest.mark.filterwarnings("default"),  # the library's own
+    pytest.mark.filterwarnings("ignore:::(transformers|peft)"),  # the library's own
 ]
 MEAN: Heads = (("main", "mean", {}),)
 WEIGHTS = "model.safetensors"

@@ -45,7 +45,7 @@ def with_peft(test: Any) -> Any:
     """Marks a test of the real libraries."""
     missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
     skip = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
-    return skip(pytest.mark.filterwarnings("default")(test))  # the libraries' own warnings
+    return skip(pytest.mark.filterwarnings("ignore:::(transformers|peft)")(test))  # the libraries' own warnings
 
 
 def bert() -> Any:

@@ -374,7 +374,7 @@ def test_a_model_from_the_hubs_cache_has_its_name_there() -> None:
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
-@pytest.mark.filterwarnings("default")  # the library's own
+@pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the library's own
 @pytest.mark.parametrize("shard_bytes", [20_000, 5_000_000_000])
 def test_transformers_loads_a_version_as_its_card_says(tmp_path: Path, shard_bytes: int) -> None:
     """A causal model with tied weights, in shards and in one file; the card's own lines are run."""
@@ -422,7 +422,7 @@ def test_transformers_loads_a_version_as_its_card_says(tmp_path: Path, shard_byt
 
 
 @pytest.mark.skipif(find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed")
-@pytest.mark.filterwarnings("default")  # the library's own
+@pytest.mark.filterwarnings("ignore:::(sentence_)?transformers", "ignore:Importing from .sentence_transformers")
 def test_sentence_transformers_loads_a_version_with_its_modules(tmp_path: Path) -> None:
     """Pooling, a dense layer with weights of its own, and normalizing: they are the base's, in folders of their own."""
     from sentence_transformers import SentenceTransformer

@@ -17,7 +17,7 @@ from projector.names.naming import Naming
 from tests import adapters
 from tests.adapters import configure, deltas, expert, gpt2, llama, merged, rewrite, train, write
 
-pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the libraries' own
 
 TOLERANCE = 1e-6  # of the largest value of the delta
 Q = ["q_proj", "v_proj"]

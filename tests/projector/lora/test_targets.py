@@ -13,7 +13,7 @@ from projector.errors import BadSchema
 from tests.adapters import configure, deltas, llama, merged, train, write
 from tests.projector.lora.test_lora import assert_same
 
-pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the libraries' own
 
 MODULES = [f"model.layers.{n}.{m}" for n in (0, 1, 11) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
 MODULES += ["q_proj", "lm_head", "layers.1.q_proj", "h.1.q_proj", "xq_proj", "model.q_proj"]

@@ -33,6 +33,7 @@ SHAPES = {
 }
 MATRICES = ("square.weight", "tall.weight", "wide.weight", "lora.weight", "experts.weight")
 COUNT = 12
+ORDERS = 4  # random ones: what depends on the order shows in nearly any other
 COUNTING = [0.5, 2.0, 1.0, 3.0, 1.0, 0.25, 1.0, 1.5, 1.0, 1.0, 0.75, 2.0]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -131,12 +132,12 @@ def test_what_wudi_adds_to_the_sum_matches_the_oracle(case: str) -> None:
 
 
 @cases
-def test_ten_orders_of_the_experts_give_the_same(case: str) -> None:
+def test_random_orders_of_the_experts_give_the_same(case: str) -> None:
     method, _, _ = method_of(case)
     base, experts = stream()
     first = merged_task_vector(method, base, experts, COUNTING)
     shuffle, pairs, apart = random.Random(5), list(zip(experts, COUNTING, strict=True)), []
-    for _ in range(10):
+    for _ in range(ORDERS):
         shuffle.shuffle(pairs)
         apart.append(worst(merged_task_vector(method, base, *zip(*pairs, strict=True)), first))
     print(f"{case}: {max(apart):.1e}")

@@ -35,6 +35,7 @@ SHAPES = {
     "empty": (0, 4),
 }
 COUNT = 12
+ORDERS = 4  # random ones: what depends on the order shows in nearly any other
 WEIGHTS = [0.5, 1.0, 2.0, 0.7, 1.3, 0.25, 1.0, 3.0, 0.9, 1.1, 0.4, 1.6]
 CPU = torch.device("cpu")
 
@@ -124,7 +125,7 @@ def test_a_tensor_that_is_folded_in_pieces_matches_the_oracle(case: str) -> None
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ten_random_orders_give_the_same(case: str) -> None:
+def test_random_orders_give_the_same(case: str) -> None:
     """Of half the tensors: a stream costs by the tensor."""
     method = make(*CASES[case])
     base, experts = experts_of(torch.float32, seed=1)
@@ -133,7 +134,7 @@ def test_ten_random_orders_give_the_same(case: str) -> None:
             del tensors[name]
     pairs = list(zip(experts, WEIGHTS, strict=True))
     vectors = []
-    for seed in range(10):
+    for seed in range(ORDERS):
         random.Random(seed).shuffle(pairs)
         _, state, totals = merge(method, base, [e for e, _ in pairs], counting=[w for _, w in pairs])
         vectors.append({name: x.double() for name, x in merged_vector(method, base, state, totals).items()})

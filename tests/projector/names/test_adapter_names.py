@@ -16,7 +16,7 @@ from projector.names.naming import Naming
 from tests.adapters import configure, deltas, expert, llama, merged, rewrite, train, trained, write
 from tests.projector.lora.test_lora import assert_same, model_of
 
-pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # the libraries' own
 
 CARET: dict[str, Any] = {
     "target_modules": ["q_proj", "v_proj"],
