@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.shapes import INIT_STD, STRENGTH, direction
 from daemon.compute.device import exact_products
 from projector.algebra.linalg import pieces
-from projector.method import Expert, Method, State, Totals
+from projector.method import Contribution, Method, State, Totals
 from projector.methods import make
 from projector.spec import TensorSpec
 
@@ -99,12 +99,12 @@ def layer(
     sums: dict[str, float] = {}
 
     def update() -> State:
-        after, found = method.update({**state, **prepared}, delta, spec, Expert(2))
+        after, found = method.update({**state, **prepared}, delta, spec, Contribution(2))
         sums.update(found)
         return after
 
     after = update()
-    totals = method.tally(Totals(1, {"weight": 1.0, "mean_norm": 1.0}), {**sums, "task_vector": 1.0}, Expert(2))
+    totals = method.tally(Totals(1, {"weight": 1.0, "mean_norm": 1.0}), {**sums, "task_vector": 1.0}, Contribution(2))
 
     def read() -> torch.Tensor:
         return method.read(base.float(), after, totals, spec).to(torch.bfloat16)
@@ -155,7 +155,7 @@ def ways(device: torch.device, _: Sequence[tuple[int, int]], small: bool) -> Ite
         theta0, theta, before = (x[part].to(where, non_blocking=True) for x in (base, expert, state))
         spec = TensorSpec("layer.bias", (len(theta0),), torch.bfloat16)
         (slot,) = method.slots(spec)
-        after, _ = method.update({slot: before}, theta.float() - theta0.float(), spec, Expert(2))
+        after, _ = method.update({slot: before}, theta.float() - theta0.float(), spec, Contribution(2))
         merged = method.read(theta0.float(), after, Totals(2, {"weight": 2.0}), spec)
         out[part].copy_(merged.to(torch.bfloat16))
         state[part].copy_(after[slot])

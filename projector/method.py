@@ -56,7 +56,7 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
-class Expert:
+class Contribution:
     """What a method may know about the arriving expert beside the delta at hand.
 
     index: its place among the merged experts, from 1. sha256: its identity, known where the method is `keyed`.
@@ -112,7 +112,7 @@ class Method(ABC):
         """True where the driver may hand over this tensor in blocks of rows; each slot then has the tensor's shape."""
         return False
 
-    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Survey:
         """One tensor's share of a survey round; shares are added up, and may be sparse. `expert.surveys` holds the
         rounds before.
 
@@ -138,14 +138,14 @@ class Method(ABC):
         return 2 * spec.numel * 4
 
     @abstractmethod
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         """Folds one tensor of one expert and returns its accumulators and sums (float64, added up over the model).
 
         state: the accumulators, and beside them what `prepare` made of them; with `wants_base` also "base", theta_0 in
         float32 or better. delta: float32, theta - theta_0.
         """
 
-    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Contribution) -> Totals:
         """Closes one expert: `sums` over all its tensors, and "task_vector", the squared norm of all its deltas.
 
         Default: counts it, or one less where it is taken out, and adds its weight to the scalar "weight".
@@ -164,7 +164,7 @@ class Method(ABC):
         """
         return {}
 
-    def keep(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> State:
+    def keep(self, delta: Tensor, spec: TensorSpec, expert: Contribution) -> State:
         """One tensor's record of the arriving expert, as `keeps` lists it."""
         return {}
 

@@ -49,8 +49,7 @@ from daemon.versions.writing import Outputs, planned
 from projector.driver.head import Folded, HeadFold, Norms
 from projector.errors import BadFile, BadMerged, DeviceLost, ProjectorError
 from projector.files.tensorfile import TensorReader
-from projector.method import Expert as View
-from projector.method import Totals
+from projector.method import Contribution, Totals
 from projector.methods import make
 from projector.names.naming import Naming
 from registry.errors import RegistryError
@@ -250,14 +249,16 @@ class Merger:
         hit("fold.before")
         heads = []
         for line, output in zip(lines, outputs, strict=True):
-            view = View(index=line.totals.experts + 1, weight=expert.weight)
+            contribution = Contribution(index=line.totals.experts + 1, weight=expert.weight)
             if line.method.keyed:
-                view = replace(view, sha256=expert.identity())
+                contribution = replace(contribution, sha256=expert.identity())
             state = self._state(line, files)
-            view = self._driver.survey(self._base.tensors, expert.tensors, line.method, view, state)
+            contribution = self._driver.survey(self._base.tensors, expert.tensors, line.method, contribution, state)
             ready = self.preparations.ready(line)
             now = output.weights if line.method.one_sweep else ()
-            heads.append(HeadFold(line.method, line.totals, view, state, output.state, ready, now, output.record))
+            heads.append(
+                HeadFold(line.method, line.totals, contribution, state, output.state, ready, now, output.record)
+            )
         folded = self._driver.fold(self._base.tensors, expert.tensors, heads, self._base_norms)
         self._base_norms = folded.base
         hit("fold.after")

@@ -26,8 +26,7 @@ from daemon.versions.latest import point_latest
 from daemon.versions.manifest import Withdrawal
 from daemon.versions.retention import remove_whole
 from daemon.versions.sealing import origin
-from projector.method import Expert as View
-from projector.method import Method, Totals
+from projector.method import Contribution, Method, Totals
 from projector.methods import make
 from registry.errors import Busy, RegistryError, StorageFailed
 from registry.records import Expert, Head, Status, Version
@@ -255,7 +254,7 @@ def _subtract(restating: Restating, home: Home, line: Line, lineage: Sequence[Ex
 
 
 def _arrival(archive: Home, expert: Expert, index: int, sign: float = 1.0) -> Arrival:
-    return archived(archive, expert), View(index, weight=sign * expert.weight), expert
+    return archived(archive, expert), Contribution(index, weight=sign * expert.weight), expert
 
 
 def _adopt(home: Home, store: Store, name: str, method: Method, made: Made, restating: Restating) -> int:

@@ -32,13 +32,12 @@ from daemon.versions.sealing import Origin, origin, seal
 from daemon.versions.writing import Outputs, planned
 from projector.driver.head import HeadFold
 from projector.files.tensorfile import TensorReader
-from projector.method import Expert as View
-from projector.method import Method, Totals
+from projector.method import Contribution, Method, Totals
 from registry.records import Expert, NewVersion
 from registry.store import Reader, Store
 
 STATE_ONLY: WeightsPlan = ((), None)
-Arrival = tuple[Path, View, Expert]  # a file or folder, how it counts, and as what it was merged
+Arrival = tuple[Path, Contribution, Expert]  # a file or folder, how it counts, and as what it was merged
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Restating:
         """
         head, states, state = line.head.name, States(source, self._progress), None
         self._base.check()
-        for place, (path, view, expert) in enumerate(arrivals, start=1):
+        for place, (path, contribution, expert) in enumerate(arrivals, start=1):
             folder = self._folder / head / str(place)
             last = place == len(arrivals)
             self._progress.begin(self._sweep_bytes() * (1 + method.rounds + last))
@@ -98,9 +97,11 @@ class Restating:
                 )
                 expert_files.check(self._base.tensors)
                 if method.keyed:
-                    view = replace(view, sha256=expert_files.identity())
-                view = self._driver.survey(self._base.tensors, expert_files.tensors, method, view, before)
-                head_fold = HeadFold(method, totals, view, before, output.state, record=output.record)
+                    contribution = replace(contribution, sha256=expert_files.identity())
+                contribution = self._driver.survey(
+                    self._base.tensors, expert_files.tensors, method, contribution, before
+                )
+                head_fold = HeadFold(method, totals, contribution, before, output.state, record=output.record)
                 folded = self._driver.fold(self._base.tensors, expert_files.tensors, [head_fold])
                 (totals,) = folded.totals
                 self._base.confirm()

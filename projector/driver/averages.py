@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from projector.algebra.linalg import widened
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
 SUM = "statistics"  # no slot of any other method's: what an earlier mainstem summed up as weights is not taken for it
@@ -38,7 +38,7 @@ class Averages(Method):
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         weight = expert.weight if self.by_weight else copysign(1.0, expert.weight)
         anew = expert.index == 1 and weight > 0  # a second pass over all experts begins with the sum of the first
         total = torch.zeros_like(delta) if anew else state[SUM].to(torch.float32)
@@ -51,7 +51,7 @@ class Averages(Method):
     def keeps(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {"tau": TensorSpec(spec.name, spec.shape, torch.float32)} if self.recorded else {}
 
-    def keep(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> State:
+    def keep(self, delta: Tensor, spec: TensorSpec, expert: Contribution) -> State:
         return {"tau": delta.clone()}
 
     def view(self, base: Tensor, state: State, record: State, sums: Sums, spec: TensorSpec) -> Tensor:

@@ -28,7 +28,7 @@ from projector.driver.pipeline import Pipeline, never
 from projector.driver.steps import BLOCK_BYTES, ROWS, Step, fold_bytes, prepare_bytes, read_bytes, slot_name, steps
 from projector.files.source import Checkpoint, Source
 from projector.files.tensorfile import Piece, TensorReader, TensorWriter
-from projector.method import Expert, Factors, Method, State, Sums, Survey, Totals
+from projector.method import Contribution, Factors, Method, State, Sums, Survey, Totals
 from projector.spec import TensorSpec
 from projector.text import shown
 from projector.watch import SILENT, Watch
@@ -44,7 +44,7 @@ class _Read:
     step: Step
     base: Tensor
     expert: Sequence[Tensor]
-    views: Sequence[Expert]
+    contributions: Sequence[Contribution]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Driver:
     watch: Watch = SILENT
 
     def survey(
-        self, base: Checkpoint, source: Source, method: Method, expert: Expert, before: TensorReader | None
-    ) -> Expert:
+        self, base: Checkpoint, source: Source, method: Method, expert: Contribution, before: TensorReader | None
+    ) -> Contribution:
         """Runs the method's survey rounds over the expert and returns `expert` with their sums.
 
         before: the state's file, None where there is no expert yet.
@@ -84,7 +84,10 @@ class Driver:
                 partial(self._read, base, source, [method], [expert]),
                 partial(self._survey_part, source, method, before),
             ):
-                for key, value in found.items():  # a copy: to a view, torch adds what is sparse at the wrong place
+                for (
+                    key,
+                    value,
+                ) in found.items():  # a copy: to a view, torch adds what is sparse at the wrong place
                     shares[key] = shares[key].add_(value) if key in shares else value.to_dense().clone()
                 self.watch.advance(step.nbytes)
             expert = replace(expert, surveys=(*expert.surveys, shares))
@@ -99,11 +102,11 @@ class Driver:
         Raises BadValues at a tensor whose delta is not finite; nothing but the heads' new files has then been touched.
         """
         done: list[_FoldedPart] = []
-        methods, views = [head.method for head in heads], [head.expert for head in heads]
+        methods, contributions = [head.method for head in heads], [head.expert for head in heads]
         for part in self._pipeline().run(
             steps(base.schema, source.order, methods, self.block_bytes),
             partial(fold_bytes, methods),
-            partial(self._read, base, source, methods, views),
+            partial(self._read, base, source, methods, contributions),
             partial(self._fold_part, source, heads, base_norms is None),
         ):
             for writer, piece in part.written:
@@ -214,7 +217,12 @@ class Driver:
         return nullcontext() if _elementwise(step, methods) else self.device.reading()
 
     def _read(
-        self, base: Checkpoint, source: Source, methods: Sequence[Method], views: Sequence[Expert], step: Step
+        self,
+        base: Checkpoint,
+        source: Source,
+        methods: Sequence[Method],
+        contributions: Sequence[Contribution],
+        step: Step,
     ) -> _Read:
         with self._reading(step, methods):
             sidecars = source.sidecars(step.spec, step.rows)
@@ -222,7 +230,10 @@ class Driver:
                 step,
                 base.read(step.spec.name, step.rows),
                 source.fetch(step.spec, step.rows),
-                [replace(view, sidecars=sidecars) if sidecars else view for view in views],
+                [
+                    replace(contribution, sidecars=sidecars) if sidecars else contribution
+                    for contribution in contributions
+                ],
             )
 
     def _survey_part(
@@ -235,8 +246,10 @@ class Driver:
             state = self._state(method, before, read.step, device) if method.surveys_state else {}
             with self.watch.phase("project"):
                 _, delta, _ = _delta(source, read, device, factored=False)
-                view = replace(read.views[0], sidecars=load_each(read.views[0].sidecars, device))
-                found = method.survey(state, delta, read.step.part, view)
+                contribution = replace(
+                    read.contributions[0], sidecars=load_each(read.contributions[0].sidecars, device)
+                )
+                found = method.survey(state, delta, read.step.part, contribution)
                 return {key: unload(value) for key, value in found.items()}
 
         return read.step, self._run(work, read.step, [method], fold_bytes([method], read.step))
@@ -257,17 +270,17 @@ class Driver:
             matrix = any(not rule.elementwise(step.spec) for rule in rules)
             theta0, delta, factors = _delta(source, read, device, factored=matrix)
             delta_energy, base_energy = finite_energy(delta, step.spec), energy(theta0) if measure else 0.0
-        for head, rule, view in zip(heads, rules, read.views, strict=True):
+        for head, rule, contribution in zip(heads, rules, read.contributions, strict=True):
             before = self._state(head.method, head.before, step, device)
             ready = self._prepared(head, step, device)
             with self.watch.phase("project"):
                 prepared = ready if ready is not None else rule.prepare(before, step.spec)
-                view = replace(view, sidecars=load_each(view.sidecars, device), factors=factors)
+                contribution = replace(contribution, sidecars=load_each(contribution.sidecars, device), factors=factors)
                 known = {"base": widened(theta0)} if rule.wants_base else {}
-                state, found = rule.update({**before, **prepared, **known}, delta, step.part, view)
+                state, found = rule.update({**before, **prepared, **known}, delta, step.part, contribution)
                 outcome = [(head.after, state)]
                 if head.record:
-                    outcome.append((head.record, rule.keep(delta, step.part, view)))
+                    outcome.append((head.record, rule.keep(delta, step.part, contribution)))
                 sums.append(found if step.spec.statistic else {**found, "task_vector": delta_energy})
             for file, tensors in outcome:
                 for key, value in tensors.items():

@@ -7,7 +7,7 @@ from math import fsum, sqrt
 from typing import Self
 
 from projector.files.tensorfile import TensorReader, TensorWriter
-from projector.method import Expert, Method, Totals
+from projector.method import Contribution, Method, Totals
 from projector.spec import TensorSpec
 
 
@@ -31,7 +31,7 @@ class HeadFold:
 
     method: Method
     totals: Totals
-    expert: Expert
+    expert: Contribution
     before: TensorReader | None
     after: TensorWriter
     prepared: Prepared | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 from projector.algebra.linalg import energy
 from projector.driver.fold import Driver
 from projector.laws.trial import Tensors, merge, sidecar, stream, views
-from projector.method import Expert, Method, Totals
+from projector.method import Contribution, Method, Totals
 from projector.spec import TensorSpec
 
 Law = Callable[[Method], None]
@@ -276,9 +276,9 @@ def _ready(method: Method, state: Tensors, spec: TensorSpec, base: Tensor) -> di
     return {**state, **method.prepare(state, spec), **({"base": base} if method.wants_base else {})}
 
 
-def _surveyed(method: Method, state: Tensors, spec: TensorSpec, delta: Tensor, index: int) -> Expert:
+def _surveyed(method: Method, state: Tensors, spec: TensorSpec, delta: Tensor, index: int) -> Contribution:
     sidecars = {kind: one for kind in method.needs for one in sidecar(kind, {spec.name: delta}).values()}
-    expert = Expert(index, sha256=f"{index:064x}", sidecars=sidecars)
+    expert = Contribution(index, sha256=f"{index:064x}", sidecars=sidecars)
     for _ in range(method.rounds):
         expert = replace(
             expert, surveys=(*expert.surveys, method.survey(state if method.surveys_state else {}, delta, spec, expert))

@@ -15,7 +15,7 @@ from projector.driver.steps import prepared_specs, record_specs, state_specs
 from projector.driver.views import View
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
-from projector.method import Expert, Method, Totals
+from projector.method import Contribution, Method, Totals
 from projector.spec import TensorSpec
 
 Tensors = Mapping[str, Tensor]
@@ -76,7 +76,7 @@ def merge(
             source = Checkpoint(
                 [files.written(weights)], {kind: files.written(sidecar(kind, weights)) for kind in method.needs}
             )
-            expert = Expert(index, sha256=_sha256(weights), weight=counting[index - 1] if counting else 1.0)
+            expert = Contribution(index, sha256=_sha256(weights), weight=counting[index - 1] if counting else 1.0)
             expert = driver.survey(origin, source, method, expert, state)
             state_fd = files.new()
             after = TensorWriter(state_fd, state_specs(method, origin.schema), {})
@@ -100,7 +100,7 @@ def views(method: Method, base: Tensors, experts: Iterable[Tensors], block_bytes
             head = HeadFold(
                 method,
                 totals,
-                Expert(index, sha256=_sha256(weights)),
+                Contribution(index, sha256=_sha256(weights)),
                 state,
                 TensorWriter(after, state_specs(method, origin.schema), {}),
                 record=TensorWriter(record, record_specs(method, origin.schema), {}),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from projector.algebra.matrices import EXCLUDED, is_projected
 from projector.errors import BadSchema, BadValues, Reason
-from projector.method import Expert
+from projector.method import Contribution
 from projector.spec import TensorSpec
 from projector.text import shown
 
@@ -26,7 +26,7 @@ def regresses(spec: TensorSpec, exclude: Sequence[str] = EXCLUDED) -> bool:
     return len(spec.shape) == 2 and is_projected(spec, exclude)
 
 
-def fisher(expert: Expert, spec: TensorSpec, delta: Tensor) -> Tensor:
+def fisher(expert: Contribution, spec: TensorSpec, delta: Tensor) -> Tensor:
     """The diagonal Fisher of this tensor, or of the rows at hand, in the shape of `delta`, float64.
 
     Raises BadSchema where the expert brought none or one of another shape, BadValues where a value is negative or not
@@ -45,7 +45,7 @@ def fisher(expert: Expert, spec: TensorSpec, delta: Tensor) -> Tensor:
     return values
 
 
-def gram(expert: Expert, spec: TensorSpec) -> Tensor:
+def gram(expert: Contribution, spec: TensorSpec) -> Tensor:
     """X'X of the inputs X of this layer, (n, n) in float64, for a matrix (m, n), made exactly symmetric.
 
     Raises BadSchema where the expert brought none or one of another shape, BadValues where it is no Gram matrix, or one
@@ -71,7 +71,7 @@ def gram(expert: Expert, spec: TensorSpec) -> Tensor:
     return (g_NN + g_NN.T).div_(2)
 
 
-def _brought(expert: Expert, kind: str, spec: TensorSpec, hint: str) -> Tensor:
+def _brought(expert: Contribution, kind: str, spec: TensorSpec, hint: str) -> Tensor:
     if kind not in expert.sidecars:
         raise BadSchema(Reason.BAD_SIDECAR, f"{kind}.safetensors has nothing for {shown(spec.name)}", hint)
     return expert.sidecars[kind]

@@ -4,7 +4,7 @@ from abc import abstractmethod
 
 from torch import Tensor
 
-from projector.method import Expert, Method, State, Sums, Survey, Totals
+from projector.method import Contribution, Method, State, Sums, Survey, Totals
 from projector.spec import TensorSpec
 
 
@@ -20,7 +20,7 @@ class Thinning(Method):
         """The method that merges the thinned task vectors; order-independent and weighted."""
 
     @abstractmethod
-    def thin(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Tensor:
+    def thin(self, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Tensor:
         """What of `delta` takes part, a new tensor of its shape and dtype."""
 
     @property
@@ -41,13 +41,13 @@ class Thinning(Method):
     def workspace(self, spec: TensorSpec) -> int:
         return 2 * spec.numel * 4 + self.merging.workspace(spec)
 
-    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Survey:
         return self.merging.survey(state, self.thin(delta, spec, expert), spec, expert)
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return self.merging.update(state, self.thin(delta, spec, expert), spec, expert)
 
-    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Contribution) -> Totals:
         return self.merging.tally(totals, sums, expert)
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:

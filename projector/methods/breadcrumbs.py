@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from projector.algebra.selection import just_below, kth_largest
-from projector.method import Expert, Method, param
+from projector.method import Contribution, Method, param
 from projector.methods._thinning import Thinning
 from projector.methods.task_arithmetic import TaskArithmetic
 from projector.spec import TensorSpec
@@ -35,7 +35,7 @@ class Breadcrumbs(Thinning):
     def merging(self) -> Method:
         return TaskArithmetic(scale=self.scale)
 
-    def thin(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Tensor:
+    def thin(self, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Tensor:
         return crumbs(delta, self.gamma, self.density)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from projector.method import Expert, Method, param
+from projector.method import Contribution, Method, param
 from projector.methods._thinning import Thinning
 from projector.methods.breadcrumbs import crumbs
 from projector.methods.ties import Ties
@@ -32,5 +32,5 @@ class BreadcrumbsTies(Thinning):
     def merging(self) -> Method:
         return Ties(density=1.0, combine=self.combine, scale=self.scale)
 
-    def thin(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Tensor:
+    def thin(self, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Tensor:
         return crumbs(delta, self.gamma, self.density)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from projector.algebra.selection import coarse, fine, just_below, kept, threshold, upper_bits
-from projector.method import Expert, Method, State, Sums, Survey, Totals, param
+from projector.method import Contribution, Method, State, Sums, Survey, Totals, param
 from projector.spec import TensorSpec
 
 
@@ -41,7 +41,7 @@ class ContinualTies(Method):
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 
-    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Survey:
         pair = {"old": state["A"], "new": delta}
         if not expert.surveys:
             return {key: coarse(x) for key, x in pair.items()}
@@ -51,7 +51,7 @@ class ContinualTies(Method):
         total = self._trimmed("old", state["A"], expert).add_(self._trimmed("new", delta, expert))
         return {"signs": total.sign_().sum(dtype=torch.float64)}
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         old, new = self._trimmed("old", state["A"], expert), self._trimmed("new", delta, expert)
         total = old + new
         positive = total >= 0 if expert.surveys[2]["signs"] > 0 else total > 0
@@ -68,7 +68,7 @@ class ContinualTies(Method):
     def _kept(self, counts: Tensor) -> int:
         return kept(self.density, int(counts.sum()))
 
-    def _trimmed(self, key: str, x: Tensor, expert: Expert) -> Tensor:
+    def _trimmed(self, key: str, x: Tensor, expert: Contribution) -> Tensor:
         first, second = (sums[key] for sums in expert.surveys[:2])
         least = threshold(first, second, self._kept(first))
         return hardshrink(x, just_below(least))

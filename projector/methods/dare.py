@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from projector.algebra.linalg import ENERGY_NUMEL, pieces
-from projector.method import Expert, Method, idle, param
+from projector.method import Contribution, Method, idle, param
 from projector.methods._thinning import Thinning
 from projector.methods.task_arithmetic import TaskArithmetic
 from projector.methods.ties import Ties
@@ -55,7 +55,7 @@ class Dare(Thinning):
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 
-    def thin(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Tensor:
+    def thin(self, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Tensor:
         key = stream_key(expert.sha256, spec.name, self.seed)
         first = spec.start * spec.row_numel
         dropped_below = int(self.drop * 2**64) - 2**63

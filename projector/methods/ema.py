@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
 
@@ -18,7 +18,7 @@ class Ema(Method):
 
     >>> spec, ema, running = TensorSpec("w", (1,), torch.float32), Ema(weight=0.5), {"A": torch.zeros(1)}
     >>> for t, new in enumerate([4.0, 8.0], start=1):
-    ...     running, _ = ema.update(running, torch.tensor([new]), spec, Expert(t))
+    ...     running, _ = ema.update(running, torch.tensor([new]), spec, Contribution(t))
     >>> ema.read(torch.tensor([1.0]), running, Totals(2), spec)
     tensor([6.])
     """
@@ -36,7 +36,7 @@ class Ema(Method):
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": torch.lerp(input=state["A"], end=delta, weight=self.weight)}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:

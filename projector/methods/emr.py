@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from projector.algebra.linalg import widened
-from projector.method import Expert, Method, State, Sums, Totals
+from projector.method import Contribution, Method, State, Sums, Totals
 from projector.spec import TensorSpec
 
 SIGNS_PER_BYTE = 4
@@ -31,8 +31,8 @@ class Emr(Method):
     >>> state = {"S": torch.zeros(2, dtype=torch.float64), "high": torch.zeros(2), "low": torch.zeros(2)}
     >>> stream, records, base = [torch.tensor([4.0, 1.0]), torch.tensor([-1.0, 3.0])], [], torch.zeros(2)
     >>> for t, delta in enumerate(stream, start=1):
-    ...     state, _ = emr.update(state, delta, spec, Expert(t))
-    ...     records.append(emr.keep(delta, spec, Expert(t)))
+    ...     state, _ = emr.update(state, delta, spec, Contribution(t))
+    ...     records.append(emr.keep(delta, spec, Contribution(t)))
     >>> emr.read(base, state, Totals(2), spec)
     tensor([4., 3.])
     >>> for record in records:
@@ -69,7 +69,7 @@ class Emr(Method):
     def workspace(self, spec: TensorSpec) -> int:
         return 4 * spec.numel * 4
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {
             "S": state["S"] + delta,
             "high": torch.maximum(state["high"], delta),
@@ -79,7 +79,7 @@ class Emr(Method):
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         return base + _unified(state)
 
-    def keep(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> State:
+    def keep(self, delta: Tensor, spec: TensorSpec, expert: Contribution) -> State:
         rows = _rows(delta)
         return {"signs": pack(rows), "magnitude": rows.abs().sum(dim=1, dtype=torch.float64)}
 

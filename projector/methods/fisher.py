@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from projector.algebra.linalg import energy
-from projector.method import Expert, Method, State, Sums, Survey, Totals, param
+from projector.method import Contribution, Method, State, Sums, Survey, Totals, param
 from projector.methods import _curvature as curvature
 from projector.spec import TensorSpec
 
@@ -29,7 +29,7 @@ class Fisher(Method):
     >>> state, totals = {key: torch.zeros(2, dtype=slot.dtype) for key, slot in fisher.slots(spec).items()}, Totals()
     >>> stream = [([1.0, 1.0], [3.0, 1.0]), ([5.0, 5.0], [1.0, 1.0])]
     >>> for t, (delta, f) in enumerate(stream, start=1):
-    ...     expert = Expert(t, sidecars={"fisher": torch.tensor(f)})
+    ...     expert = Contribution(t, sidecars={"fisher": torch.tensor(f)})
     ...     state, sums = fisher.update(state, torch.tensor(delta), spec, expert)
     ...     totals = fisher.tally(totals, sums, expert)
     >>> fisher.read(torch.zeros(2), state, totals, spec)
@@ -71,10 +71,10 @@ class Fisher(Method):
     def workspace(self, spec: TensorSpec) -> int:
         return 4 * spec.numel * 8  # the Fisher, the weighted one, their product, what the checks compare
 
-    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Survey:
         return {"energy": torch.tensor(energy(self._floored(delta, spec, expert)), dtype=torch.float64)}
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         weight = self._floored(delta, spec, expert) * expert.weight / self._norm(expert)
         return {
             "num": state["num"] + weight * delta.double(),
@@ -88,9 +88,9 @@ class Fisher(Method):
         known = state["den"] > curvature.RESIDUE * state["most"]
         return base + torch.where(known, state["num"] / state["den"], 0.0).to(base.dtype)
 
-    def _floored(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> Tensor:
+    def _floored(self, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Tensor:
         return curvature.fisher(expert, spec, delta).clamp_min(self.floor)
 
-    def _norm(self, expert: Expert) -> float:
+    def _norm(self, expert: Contribution) -> float:
         """Rounded to float32, so that the order in which the squares were added up does not show."""
         return float(expert.surveys[0]["energy"].sqrt().float()) if self.normalise else 1.0

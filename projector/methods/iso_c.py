@@ -7,7 +7,7 @@ from torch import Tensor
 
 from projector.algebra.matrices import EXCLUDED, is_projected
 from projector.algebra.svd import isotropic, isotropic_bytes
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
 
@@ -25,7 +25,7 @@ class IsoC(Method):
 
     >>> spec, iso, total = TensorSpec("w", (2, 2), torch.float32), IsoC(scale=1.0), torch.zeros(2, 2).double()
     >>> for t, delta in enumerate([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, -1.0]]], start=1):
-    ...     state, _ = iso.update({"S": total}, torch.tensor(delta), spec, Expert(t))
+    ...     state, _ = iso.update({"S": total}, torch.tensor(delta), spec, Contribution(t))
     ...     total = state["S"]
     >>> iso.read(torch.zeros(2, 2), state, Totals(2), spec).float() + 0.0
     tensor([[ 2.,  0.],
@@ -57,7 +57,7 @@ class IsoC(Method):
     def workspace(self, spec: TensorSpec) -> int:
         return isotropic_bytes(spec.shape, itemsize=8) if self._flattens(spec) else super().workspace(spec)
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"S": torch.add(state["S"], delta, alpha=expert.weight)}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:

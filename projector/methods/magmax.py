@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
 
@@ -18,7 +18,7 @@ class Magmax(Method):
 
     >>> spec, magmax, state = TensorSpec("w", (3,), torch.float32), Magmax(scale=0.5), {"A": torch.zeros(3)}
     >>> for t, delta in enumerate([[4.0, -1.0, 2.0], [-6.0, 0.5, -2.0]], start=1):
-    ...     state, _ = magmax.update(state, torch.tensor(delta), spec, Expert(t))
+    ...     state, _ = magmax.update(state, torch.tensor(delta), spec, Contribution(t))
     >>> magmax.read(torch.tensor([10.0, 10.0, 10.0]), state, Totals(2), spec)
     tensor([7.0000, 9.5000, 9.0000])
     """
@@ -36,7 +36,7 @@ class Magmax(Method):
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": torch.where(delta.abs() >= state["A"].abs(), delta, state["A"])}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:

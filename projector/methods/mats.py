@@ -10,7 +10,7 @@ from torch import Tensor
 from projector.algebra.linalg import add_product
 from projector.algebra.matrices import EXCLUDED
 from projector.errors import BadParameter
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.methods._curvature import RESIDUE, fisher, gram, regresses
 from projector.spec import TensorSpec
 
@@ -98,7 +98,7 @@ class Mats(Method):
         square = spec.shape[1] ** 2 if self.curvature == "gram" else spec.numel
         return 8 * (4 * square + 8 * spec.numel)
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         total = torch.add(state["S"], delta.to(state["S"].dtype), alpha=expert.weight)
         if not self._solves(spec):
             return {"S": total}, {}

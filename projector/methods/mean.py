@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.method import Expert, Method, State, Sums, Totals
+from projector.method import Contribution, Method, State, Sums, Totals
 from projector.spec import TensorSpec
 
 
@@ -19,8 +19,8 @@ class Mean(Method):
     >>> spec, mean = TensorSpec("w", (1,), torch.float32), Mean()
     >>> state, totals = {"S": torch.zeros(1)}, Totals()
     >>> for t, delta in enumerate(stream, start=1):
-    ...     state, sums = mean.update(state, delta, spec, Expert(t))
-    ...     totals = mean.tally(totals, sums, Expert(t))
+    ...     state, sums = mean.update(state, delta, spec, Contribution(t))
+    ...     totals = mean.tally(totals, sums, Contribution(t))
     >>> mean.read(torch.tensor([10.0]), state, totals, spec)
     tensor([13.])
     """
@@ -42,7 +42,7 @@ class Mean(Method):
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"S": torch.add(state["S"], delta, alpha=expert.weight)}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:

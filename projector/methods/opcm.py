@@ -32,7 +32,7 @@ from projector.algebra.linalg import energy, row_blocks
 from projector.algebra.matrices import EXCLUDED, is_projected, matrices
 from projector.algebra.svd import isotropic, isotropic_bytes, svd_bytes, thin_svd
 from projector.errors import BadParameter
-from projector.method import Expert, Factors, Method, State, Sums, Totals, param
+from projector.method import Contribution, Factors, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
 LEAST_ISOTROPIC_TOL = 1e-6
@@ -117,7 +117,7 @@ class Opcm(Method):
         compacted = min(m, n) * (m + n) * self._dtype(spec).itemsize  # the directions that are there, once more
         return max(svd_bytes(spec.shape), compacted)
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         if not self._projects(spec):
             merged = state["A"] + delta
         else:
@@ -127,7 +127,7 @@ class Opcm(Method):
                 self._add_projected(expert.factors, *matrix)
         return {"A": merged}, {"merged": energy(merged)}
 
-    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Contribution) -> Totals:
         experts = totals.experts + 1
         before = totals.scalars.get("mean_norm", 0.0)
         mean_norm = before + (sqrt(sums["task_vector"]) - before) / experts

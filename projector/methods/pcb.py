@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from projector.algebra.selection import coarse, fine, threshold, upper_bits
-from projector.method import Expert, Method, State, Sums, Survey, Totals, param
+from projector.method import Contribution, Method, State, Sums, Survey, Totals, param
 from projector.spec import TensorSpec
 
 OUTLIERS = 1e-4  # the share of magnitudes at either end that is clamped
@@ -68,7 +68,7 @@ class Pcb(Method):
     def second_pass(self, experts: int) -> Method:
         return _SecondPass(self.ratio, self.scale, experts)
 
-    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Survey:
         if not expert.surveys:
             return {"magnitudes": coarse(delta)}
         counts = expert.surveys[0]["magnitudes"]
@@ -85,7 +85,7 @@ class Pcb(Method):
             found[name] = fine(sides[side], upper_bits(expert.surveys[2][side], place))
         return found
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         kept = self._kept(expert.surveys[0]["magnitudes"])
         least, best = _score_of(expert, "least", kept), _score_of(expert, "best", 1)
         share = self._score(state, delta, expert).double().clamp_min_(least).sub_(least)
@@ -102,7 +102,7 @@ class Pcb(Method):
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
         return torch.add(base, state["shared"] / state["shares"].clamp_min(LEAST_SHARE), alpha=self.scale)
 
-    def _score(self, state: State, delta: Tensor, expert: Expert) -> Tensor:
+    def _score(self, state: State, delta: Tensor, expert: Contribution) -> Tensor:
         """exp(T norm(a)^2 - T) * tanh(tau S), in float32: what was ranked is what is compared."""
         low, high = _limits(expert)
         count = self._count(expert)
@@ -121,10 +121,10 @@ class Pcb(Method):
     def _sum(self, state: State, delta: Tensor) -> Tensor:
         return state["S"] + delta
 
-    def _count(self, expert: Expert) -> int:
+    def _count(self, expert: Contribution) -> int:
         return expert.index
 
-    def _shares(self, state: State, expert: Expert) -> tuple[Tensor, Tensor]:
+    def _shares(self, state: State, expert: Contribution) -> tuple[Tensor, Tensor]:
         return state["shared"], state["shares"]
 
 
@@ -137,10 +137,10 @@ class _SecondPass(Pcb):
     def _sum(self, state: State, delta: Tensor) -> Tensor:
         return state["S"].clone()
 
-    def _count(self, expert: Expert) -> int:
+    def _count(self, expert: Contribution) -> int:
         return self.experts
 
-    def _shares(self, state: State, expert: Expert) -> tuple[Tensor, Tensor]:
+    def _shares(self, state: State, expert: Contribution) -> tuple[Tensor, Tensor]:
         if expert.index == 1:
             return torch.zeros_like(state["shared"]), torch.zeros_like(state["shares"])
         return state["shared"], state["shares"]
@@ -152,7 +152,7 @@ def _outliers(magnitudes: Tensor) -> tuple[int, int]:
     return count - int(count * OUTLIERS), count - max(0, int(count * (1 - OUTLIERS) - 1))
 
 
-def _limits(expert: Expert) -> tuple[float, float]:
+def _limits(expert: Contribution) -> tuple[float, float]:
     """Between which magnitudes a task vector is clamped."""
     counts, digits = expert.surveys[0]["magnitudes"], expert.surveys[1]
     low, high = _outliers(counts)
@@ -165,7 +165,7 @@ def _side(scores: Survey, k: int) -> tuple[str, int]:
     return ("up", k) if k <= count - int(scores["negative"]) else ("down", count - k + 1)
 
 
-def _score_of(expert: Expert, name: str, k: int) -> float:
+def _score_of(expert: Contribution, name: str, k: int) -> float:
     """The k-th largest score, whose lower bits were counted under `name`."""
     scores, digits = expert.surveys[2:]
     side, place = _side(scores, k)

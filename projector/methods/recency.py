@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from projector.errors import BadParameter
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
 # f(i) / f(t), which does not overflow where f(i) does
@@ -49,8 +49,8 @@ class Recency(Method):
     >>> spec, recency = TensorSpec("w", (1,), torch.float32), Recency(scheme="linear")
     >>> state, totals = {"A": torch.zeros(1)}, Totals()
     >>> for t, delta in enumerate(stream, start=1):
-    ...     state, sums = recency.update(state, delta, spec, Expert(t))
-    ...     totals = recency.tally(totals, sums, Expert(t))
+    ...     state, sums = recency.update(state, delta, spec, Contribution(t))
+    ...     totals = recency.tally(totals, sums, Contribution(t))
     >>> f"{recency.read(torch.tensor([10.0]), state, totals, spec).item():.4f}"
     '13.8333'
     """
@@ -81,7 +81,7 @@ class Recency(Method):
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         if self.scheme in FORWARD:
             return {"A": torch.lerp(input=state["A"], end=delta, weight=_newest_share(self.scheme, expert.index))}, {}
         sums, added = {}, delta

@@ -8,7 +8,7 @@ from torch import Tensor
 from projector.algebra.linalg import add_product, row_blocks
 from projector.algebra.matrices import EXCLUDED
 from projector.errors import BadValues, Reason
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.methods._curvature import GRAM_HINT, RESIDUE, gram, regresses
 from projector.spec import TensorSpec
 from projector.text import shown
@@ -72,7 +72,7 @@ class RegMean(Method):
             return super().workspace(spec)
         return 8 * (4 * spec.shape[1] ** 2 + 2 * spec.numel)
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         if not regresses(spec, self.exclude):
             return {"S": torch.add(state["S"], delta, alpha=expert.weight)}, {}
         brought_NN = gram(expert, spec)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from projector.algebra.linalg import ENERGY_NUMEL, pieces
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
 
@@ -31,7 +31,7 @@ class Slerp(Method):
     >>> slerp, base = Slerp(), torch.zeros(1, 2)
     >>> spec, state = TensorSpec("w", (1, 2), torch.float32), {"A": torch.zeros(1, 2)}
     >>> for t, weights in enumerate([[[1.0, 0.0]], [[0.0, 1.0]]], start=1):
-    ...     state, _ = slerp.update({**state, "base": base}, torch.tensor(weights), spec, Expert(t))
+    ...     state, _ = slerp.update({**state, "base": base}, torch.tensor(weights), spec, Contribution(t))
     >>> slerp.read(base, state, Totals(2), spec)
     tensor([[0.7071, 0.7071]])
     """
@@ -50,7 +50,7 @@ class Slerp(Method):
     def elementwise(self, spec: TensorSpec) -> bool:
         return not spec.shape
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         old, new, base, step = state["A"], delta, state["base"], 1 / expert.index
         cosine = 1.0 if self.elementwise(spec) else _cosine(base, old, new)
         if abs(cosine) > self.dot_threshold:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from projector.algebra.linalg import energy
-from projector.method import Expert, Method, State, Sums, Totals, idle, param
+from projector.method import Contribution, Method, State, Sums, Totals, idle, param
 from projector.spec import TensorSpec
 
 ROUNDING = 1e-6  # a sum whose norm is a smaller share of its summands' is rounding alone
@@ -48,12 +48,12 @@ class TaskArithmetic(Method):
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         total = torch.add(state["S"], delta, alpha=expert.weight)
         sums = {"sum": energy(total)} if self.scale == "norm" else {}
         return {"S": total}, sums
 
-    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Contribution) -> Totals:
         counted = super().tally(totals, sums, expert)
         scalars = dict(counted.scalars)
         if self.scale == "per_sqrt":

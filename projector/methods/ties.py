@@ -9,7 +9,7 @@ from torch.nn.functional import hardshrink
 
 from projector.algebra.linalg import pieces
 from projector.algebra.selection import just_below, kept, kth_largest, survey, surveyed
-from projector.method import Expert, Method, State, Sums, Survey, Totals, param
+from projector.method import Contribution, Method, State, Sums, Survey, Totals, param
 from projector.spec import TensorSpec
 
 # P, N: sums of the positive and of the negative trimmed values; c+, c-: the weights of the experts in them, in
@@ -44,8 +44,8 @@ class Ties(Method):
     >>> spec, ties = TensorSpec("w", (3,), torch.float32), Ties(density=0.5, scope="tensor")
     >>> state, totals = {key: torch.zeros(3) for key in ties.slots(spec)}, Totals()
     >>> for t, delta in enumerate(stream, start=1):
-    ...     state, sums = ties.update(state, delta, spec, Expert(t))
-    ...     totals = ties.tally(totals, sums, Expert(t))
+    ...     state, sums = ties.update(state, delta, spec, Contribution(t))
+    ...     totals = ties.tally(totals, sums, Contribution(t))
     >>> ties.read(torch.zeros(3), state, totals, spec)
     tensor([3., 0., 5.])
     """
@@ -76,10 +76,10 @@ class Ties(Method):
     def elementwise(self, spec: TensorSpec) -> bool:
         return self.scope == "model" or self.density == 1
 
-    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Survey:
         return survey(delta, self.density, expert.surveys)
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         below = self._trimmed_up_to(delta, expert)
         after = {key: torch.empty_like(delta, memory_format=torch.contiguous_format) for key in SLOTS[self.combine]}
         majority = 0.0
@@ -92,7 +92,7 @@ class Ties(Method):
             majority += float(low.sign_().add_(high.sign_()).sum())
         return after, {"majority": majority}
 
-    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Contribution) -> Totals:
         counted = super().tally(totals, sums, expert)
         majority = sums.get("majority", totals.scalars.get("majority", 1.0))  # seldom another than before this expert
         return Totals(counted.experts, {**counted.scalars, "majority": 1.0 if majority > 0 else -1.0})
@@ -105,7 +105,7 @@ class Ties(Method):
                 merged.view(-1)[part].add_(values, alpha=self.scale)
         return merged
 
-    def _trimmed_up_to(self, delta: Tensor, expert: Expert) -> float:
+    def _trimmed_up_to(self, delta: Tensor, expert: Contribution) -> float:
         """The largest magnitude that trimming makes zero."""
         if self.density == 1:
             return 0.0

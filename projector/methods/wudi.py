@@ -24,7 +24,7 @@ from torch import Tensor
 
 from projector.algebra.linalg import BLOCK_NUMEL, add_product, gram, row_blocks
 from projector.algebra.matrices import EXCLUDED, is_projected, matrices
-from projector.method import Expert, Method, State, Sums, Totals, param
+from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 
 MOMENTUM, SQUARES, EPS = 0.9, 0.999, 1e-8  # Adam's betas and epsilon
@@ -84,7 +84,7 @@ class Wudi(Method):
         m, n = spec.shape[-2:]
         return 8 * (3 * n * n + 4 * min(m * n, BLOCK_NUMEL)) + 4 * 6 * m * n  # squares; blocks; the descent in float32
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         total = torch.add(state["S"], delta, alpha=expert.weight)
         if not self._solves(spec):
             return {"S": total}, {}

@@ -17,7 +17,7 @@ from projector.driver.steps import state_specs
 from projector.files.header import build_header
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import RunningDigest, TensorReader, TensorWriter
-from projector.method import Expert, Totals
+from projector.method import Contribution, Totals
 from projector.methods import make
 from projector.spec import TensorSpec
 
@@ -48,7 +48,7 @@ def fold(folder: Path, tensors: int, rows: int, name: str) -> None:
     out_fd = os.open(folder / "out", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     state = TensorWriter(state_fd, state_specs(method, base.schema), {})
     driver = Driver()
-    folded = driver.fold(base, Checkpoint([expert]), [HeadFold(method, Totals(), Expert(1), None, state)])
+    folded = driver.fold(base, Checkpoint([expert]), [HeadFold(method, Totals(), Contribution(1), None, state)])
     out = TensorWriter(out_fd, specs, {})
     driver.read_out(base, method, folded.totals[0], TensorReader(state_fd), [out])
     expert.sha256(), state.finish(), out.finish()

@@ -17,7 +17,7 @@ from projector.driver.head import HeadFold
 from projector.driver.steps import state_specs
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
-from projector.method import Expert, Totals
+from projector.method import Contribution, Totals
 from projector.methods import make
 from tests.memory.fold_once import memory
 
@@ -32,7 +32,7 @@ def fold(folder: Path, index: int, before: TensorReader | None, totals: Totals, 
     """Folds one expert; the descriptor of the new state, and the totals."""
     base = checkpoint(folder / "base.safetensors")
     fd = os.open(folder / f"state.{index}", os.O_RDWR | os.O_CREAT)
-    head = HeadFold(METHOD, totals, Expert(index), before, TensorWriter(fd, state_specs(METHOD, base.schema), {}))
+    head = HeadFold(METHOD, totals, Contribution(index), before, TensorWriter(fd, state_specs(METHOD, base.schema), {}))
     return fd, driver.fold(base, checkpoint(folder / f"{index}.safetensors"), [head]).totals[0]
 
 

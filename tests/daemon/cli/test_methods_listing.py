@@ -11,7 +11,7 @@ import torch
 
 from projector.errors import BadParameter
 from projector.laws.listing import lines, listing, markdown
-from projector.method import Expert, Method, State, Sums, Totals, method_params, param
+from projector.method import Contribution, Method, State, Sums, Totals, method_params, param
 from projector.methods import make, methods
 from projector.spec import TensorSpec
 from tests.daemon.homes import tree
@@ -87,7 +87,7 @@ class Made(Method):
                 }
         return slots
 
-    def update(self, state: State, delta: torch.Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: torch.Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         raise NotImplementedError
 
     def read(self, base: torch.Tensor, state: State, totals: Totals, spec: TensorSpec) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from projector.driver.averages import SUM, Averages
 from projector.laws.trial import Tensors, merge, views
-from projector.method import Expert, Totals
+from projector.method import Contribution, Totals
 from projector.methods import make, methods
 from projector.spec import TensorSpec
 
@@ -85,8 +85,8 @@ def averaged(deltas: Sequence[float], first: float = 0.0) -> torch.Tensor:
     averages, spec, totals = Averages(), TensorSpec("bn.running_var", (1,), torch.float32), Totals()
     state = {SUM: torch.tensor([first])}
     for index, delta in enumerate(deltas, start=1):
-        state, sums = averages.update(state, torch.tensor([delta]), spec, Expert(index))  # type: ignore[assignment]
-        totals = averages.tally(totals, sums, Expert(index))
+        state, sums = averages.update(state, torch.tensor([delta]), spec, Contribution(index))  # type: ignore[assignment]
+        totals = averages.tally(totals, sums, Contribution(index))
     return averages.read(torch.tensor([10.0]), state, totals, spec)
 
 

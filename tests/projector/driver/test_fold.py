@@ -15,7 +15,7 @@ from projector.errors import BadValues, Reason
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
 from projector.laws.trial import stream
-from projector.method import Expert, Totals
+from projector.method import Contribution, Totals
 from projector.methods import make
 from projector.spec import TensorSpec
 from projector.watch import Watch
@@ -52,7 +52,7 @@ def fold(files: Files, driver: Driver, base: Tensors, expert: Tensors, *names: s
     origin = files.checkpoint(base)
     methods = [make(name) for name in names]
     writers = [TensorWriter(files.new(), state_specs(method, origin.schema), {}) for method in methods]
-    heads = [HeadFold(m, Totals(), Expert(1), None, writer) for m, writer in zip(methods, writers, strict=True)]
+    heads = [HeadFold(m, Totals(), Contribution(1), None, writer) for m, writer in zip(methods, writers, strict=True)]
     return driver.fold(origin, files.checkpoint(expert), heads), [writer.finish() for writer in writers]
 
 
@@ -83,7 +83,7 @@ def test_weights_that_do_not_fit_the_published_dtype_are_refused(files: Files) -
     fd = files.new()
     after = TensorWriter(fd, state_specs(method, origin.schema), {})
     source = files.checkpoint({"w": torch.full((3,), 7e4)})
-    totals = Driver().fold(origin, source, [HeadFold(method, Totals(), Expert(1), None, after)]).totals[0]
+    totals = Driver().fold(origin, source, [HeadFold(method, Totals(), Contribution(1), None, after)]).totals[0]
     out = TensorWriter(files.new(), list(origin.schema.values()), {})
     with pytest.raises(BadValues, match="float16"):
         Driver().read_out(origin, method, totals, TensorReader(fd), [out])
@@ -153,7 +153,7 @@ def test_a_merged_tensor_is_written_without_a_look_at_every_file(files: Files, m
         schema = list(origin.schema.values())
         shards = [TensorWriter(files.new(), schema[i::count], {}) for i in range(count)]
         state, looks = TensorWriter(files.new(), state_specs(method, origin.schema), {}), 0
-        head = HeadFold(method, Totals(), Expert(1), None, state, weights=shards)
+        head = HeadFold(method, Totals(), Contribution(1), None, state, weights=shards)
         Driver().fold(origin, files.checkpoint(expert), [head])
         found.append(looks)
         for writer in shards:

@@ -23,7 +23,7 @@ from projector.errors import BadFile, Reason
 from projector.files.header import DTYPES
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import RunningDigest, TensorReader, TensorWriter
-from projector.method import Expert, Totals
+from projector.method import Contribution, Totals
 from projector.methods import make
 from projector.spec import TensorSpec
 
@@ -221,7 +221,7 @@ def test_a_fold_of_an_expert_in_another_order_hashes_what_it_wrote(tmp_path: Pat
             state = TensorWriter(after.fileno(), state_specs(method, schema.schema), {})
             source = Checkpoint([TensorReader(other.fileno())])
             assert list(source.order) == names
-            head = HeadFold(method, Totals(), Expert(1), None, state)
+            head = HeadFold(method, Totals(), Contribution(1), None, state)
             Driver(block_bytes=32).fold(schema, source, [head])
             digest = state.finish()
     assert digest == hashlib.sha256((tmp_path / "state").read_bytes()).hexdigest()

@@ -21,7 +21,7 @@ from projector.laws.checks import (
     zero_delta_is_harmless,
 )
 from projector.laws.trial import merge, stream
-from projector.method import Expert, Method, State, Sums, Survey, Totals, method_params, param
+from projector.method import Contribution, Method, State, Sums, Survey, Totals, method_params, param
 from projector.methods import make, methods
 from projector.spec import TensorSpec
 
@@ -116,7 +116,7 @@ class Honest(Method):
     def elementwise(self, spec: TensorSpec) -> bool:
         return True
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + delta}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
@@ -133,7 +133,7 @@ class MovesTheBase(Honest):
 class NeverStill(Honest):
     """An expert equal to the base moves it."""
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + delta + 0.01}, {}
 
 
@@ -143,14 +143,14 @@ class Normalises(Honest):
     def elementwise(self, spec: TensorSpec) -> bool:
         return False
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + delta / delta.norm()}, {}
 
 
 class AddsInPlace(Honest):
     """Updates the state that it was given."""
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"].add_(delta)}, {}
 
 
@@ -164,14 +164,14 @@ class ReadsInPlace(Honest):
 class Rolls(Honest):
     """Draws from torch's global generator."""
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + delta * torch.rand(())}, {}
 
 
 class Hoards(Honest):
     """Keeps one more accumulator from the eleventh expert on."""
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         extra = {"newest": delta} if expert.index > 10 else {}
         return {"A": state["A"] + delta, **extra}, {}
 
@@ -179,24 +179,24 @@ class Hoards(Honest):
 class HoardsScalars(Honest):
     """Keeps one scalar per expert."""
 
-    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Contribution) -> Totals:
         return Totals(totals.experts + 1, {**totals.scalars, f"expert_{totals.experts}": 1.0})
 
 
 class Explodes(Honest):
     """Overflows float32 where a task vector is large."""
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + delta * delta.square().square().square()}, {}
 
 
 class LosesFigures(Honest):
     """A scalar becomes infinite where a task vector is large; the weights stay finite."""
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + delta}, {"large": float(delta.abs().sum() > 1e3)}
 
-    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Contribution) -> Totals:
         return Totals(totals.experts + 1, {"figure": float("inf") if sums["large"] else 0.0})
 
 
@@ -206,7 +206,7 @@ class NeedsFullRank(Honest):
     def elementwise(self, spec: TensorSpec) -> bool:
         return False
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         low = delta.ndim == 2 and delta.any() and int(torch.linalg.matrix_rank(delta)) < min(delta.shape)
         return {"A": state["A"] + delta * (float("nan") if low else 1.0)}, {}
 
@@ -214,7 +214,7 @@ class NeedsFullRank(Honest):
 class TrustsFactorsTooFar(Honest):
     """Takes an adapter's factors for its delta at half the size."""
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         if expert.factors:
             up, down = expert.factors
             delta = (up @ down / 2).float()
@@ -224,7 +224,7 @@ class TrustsFactorsTooFar(Honest):
 class LooksAtTheBlock(Honest):
     """Declares itself elementwise, and depends on the largest value of the block at hand."""
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + delta * delta.abs().max() if delta.numel() else state["A"]}, {}
 
 
@@ -243,11 +243,11 @@ class RoundsItsSurvey(Honest):
     def elementwise(self, spec: TensorSpec) -> bool:
         return False
 
-    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> Survey:
+    def survey(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> Survey:
         share = {"bias": 2.0**25, "wide.weight": -(2.0**25)}.get(spec.name, 1.0)
         return {"sum": torch.tensor(share, dtype=torch.float32)}
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + delta / (1 + expert.surveys[0]["sum"].abs())}, {}
 
 
@@ -256,7 +256,7 @@ class PrefersTheNewest(Honest):
 
     order_independent = True
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": torch.lerp(state["A"], delta, 0.5)}, {}
 
 
@@ -276,7 +276,7 @@ class PreparesInSecret(Honest):
             self.asked.append(spec.name)
         return {"half": torch.tensor(float(len(self.asked)), dtype=torch.float64)}
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + delta * (0.5 + state["half"].float() * (spec.name == "bias"))}, {}
 
 
@@ -286,7 +286,7 @@ class SweepsTooEarly(Honest):
     one_sweep = True
     seen: ClassVar[list[float]] = []
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         self.seen.append(float(delta.abs().sum()))
         return {"A": state["A"] + delta}, {}
 
@@ -299,10 +299,10 @@ class ForeseesWrongly(Honest):
 
     one_sweep = True
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + delta}, {"moved": float(delta.any())}
 
-    def tally(self, totals: Totals, sums: Sums, expert: Expert) -> Totals:
+    def tally(self, totals: Totals, sums: Sums, expert: Contribution) -> Totals:
         return Totals(totals.experts + 1, {"moved": float(sums.get("moved", 0.0) > 0)})
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
@@ -314,7 +314,7 @@ class NeverForgets(Honest):
 
     subtractable = True
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Expert) -> tuple[State, Sums]:
+    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         return {"A": state["A"] + abs(expert.weight) * delta}, {}
 
 
@@ -330,7 +330,7 @@ class SeesTheBlock(Honest):
     def keeps(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         return {"largest": TensorSpec(spec.name, (spec.shape or (1,))[:1], torch.float32)}
 
-    def keep(self, delta: Tensor, spec: TensorSpec, expert: Expert) -> State:
+    def keep(self, delta: Tensor, spec: TensorSpec, expert: Contribution) -> State:
         largest = float(delta.abs().max()) if delta.numel() else 0.0
         return {"largest": torch.full((delta.shape or (1,))[:1], largest)}
 

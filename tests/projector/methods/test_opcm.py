@@ -23,7 +23,7 @@ from projector.driver.steps import prepared_specs
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
 from projector.laws.trial import merge
-from projector.method import Expert, Totals
+from projector.method import Contribution, Totals
 from projector.methods.opcm import Opcm
 from projector.spec import TensorSpec
 from tests.oracles import rules as oracles
@@ -150,7 +150,7 @@ def worst_step(method: Opcm, base: Tensors, experts: list[Tensors]) -> float:
         for index, expert in enumerate(experts, start=1):
             tau = expert[name].double() - theta0.double()
             before = {"A": old}
-            state, _ = method.update({**before, **method.prepare(before, spec)}, tau.float(), spec, Expert(index))
+            state, _ = method.update({**before, **method.prepare(before, spec)}, tau.float(), spec, Contribution(index))
             new, truth = state["A"], old.double() + oracle_step(method, name, tau, old.double())
             worst = max(worst, gap({name: new}, {name: truth}))
             old = new
@@ -180,7 +180,10 @@ def test_an_adapters_factors_are_projected_as_its_delta_is(
         up, down = (task_matrix(side, 1, generator) for side in ((shape[0], 2), (2, shape[1])))
         before = {"A": old}
         state, _ = method.update(
-            {**before, **method.prepare(before, spec)}, (up @ down).float(), spec, Expert(index, factors=(up, down))
+            {**before, **method.prepare(before, spec)},
+            (up @ down).float(),
+            spec,
+            Contribution(index, factors=(up, down)),
         )
         truth = old.double() + oracle_step(method, spec.name, up @ down, old.double())
         assert gap({"A": state["A"]}, {"A": truth}) <= 1e-6, index
@@ -192,7 +195,7 @@ def test_a_task_vector_that_spares_the_first_row_is_projected() -> None:
     generator = torch.Generator().manual_seed(3)
     old, tau = (task_matrix((16, 24), 1, generator).float() for _ in range(2))
     tau[0] = 0
-    state, _ = method.update({"A": old, **method.prepare({"A": old}, spec)}, tau, spec, Expert(2))
+    state, _ = method.update({"A": old, **method.prepare({"A": old}, spec)}, tau, spec, Contribution(2))
     truth = old.double() + oracle_step(method, spec.name, tau.double(), old.double())
     assert gap({"A": state["A"]}, {"A": truth}) <= 1e-6 < gap({"A": old + tau}, {"A": truth})
 
@@ -209,7 +212,7 @@ def test_what_adapters_alone_make_stays_of_low_rank(dtype: torch.dtype) -> None:
             ready = {"A": merged, **method.prepare({"A": merged}, spec)}
         assert counter.get_total_flops() <= 2 * 480 * 400 * 400 / 2, index
         assert ready["left"].numel() == 480 * 4 * (index - 1)
-        state, _ = method.update(ready, (up @ down).float(), spec, Expert(index, factors=(up, down)))
+        state, _ = method.update(ready, (up @ down).float(), spec, Contribution(index, factors=(up, down)))
         merged = state["A"]
 
 
@@ -225,15 +228,15 @@ def test_an_adapter_costs_what_its_rank_and_what_is_merged_cost(projection: str)
         task_matrix(shape, 1, generator),
     )
 
-    def flops(merged: Tensor, expert: Expert) -> int:
+    def flops(merged: Tensor, expert: Contribution) -> int:
         state = {"A": merged, **method.prepare({"A": merged}, spec)}
         with FlopCounterMode(display=False) as counter:
             method.update(state, (up @ down).float(), spec, expert)
         return counter.get_total_flops()
 
-    full = flops(whole, Expert(2))
-    assert flops(whole, Expert(2, factors=(up, down))) <= 0.6 * full  # what is removed has every direction of A
-    assert flops(low, Expert(2, factors=(up, down))) <= 0.06 * full
+    full = flops(whole, Contribution(2))
+    assert flops(whole, Contribution(2, factors=(up, down))) <= 0.6 * full  # what is removed has every direction of A
+    assert flops(low, Contribution(2, factors=(up, down))) <= 0.06 * full
 
 
 def test_of_what_is_prepared_only_the_directions_that_are_there_are_kept(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from projector.errors import BadParameter, Reason
 from projector.laws.trial import merge, stream
-from projector.method import Expert, Method, State, Totals, method_params
+from projector.method import Contribution, Method, State, Totals, method_params
 from projector.methods import make
 from projector.methods.recency import Recency
 from projector.spec import TensorSpec
@@ -100,7 +100,7 @@ def fold(method: Method, deltas: list[list[list[float]]], base: list[list[float]
     state: State = {key: torch.zeros(slot.shape) for key, slot in method.slots(spec).items()}
     totals = Totals()
     for t, delta in enumerate(deltas, start=1):
-        expert, tau = Expert(t), torch.tensor(delta)
+        expert, tau = Contribution(t), torch.tensor(delta)
         for _ in range(method.rounds):
             expert = replace(expert, surveys=(*expert.surveys, method.survey(state, tau, spec, expert)))
         state, sums = method.update({**state, "base": theta_0}, tau, spec, expert)
@@ -133,7 +133,7 @@ def test_a_long_line_keeps_its_digits(scheme: str) -> None:
     taus = torch.randn(count, 50, generator=torch.Generator().manual_seed(3))
     state: State = {key: torch.zeros(slot.shape) for key, slot in method.slots(spec).items()}
     for t, tau in enumerate(taus, start=1):
-        state, _ = method.update(state, tau, spec, Expert(t))
+        state, _ = method.update(state, tau, spec, Contribution(t))
     ours = method.read(torch.zeros(50), state, Totals(count), spec).double()
     if scheme == "exp":  # 2^2000 is no float; what is 64 experts old carries nothing
         f = torch.tensor([2.0 ** max(i - count, -64) for i in range(1, count + 1)], dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_a_long_line_keeps_its_digits(scheme: str) -> None:
 
 def test_exp_goes_half_way_to_the_ten_thousandth_expert() -> None:
     state, _ = Recency(scheme="exp").update(
-        {"A": torch.zeros(1)}, torch.ones(1), TensorSpec("w", (1,), torch.float32), Expert(10_000)
+        {"A": torch.zeros(1)}, torch.ones(1), TensorSpec("w", (1,), torch.float32), Contribution(10_000)
     )
     assert state["A"].item() == 0.5
 

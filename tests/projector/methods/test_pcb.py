@@ -14,7 +14,7 @@ from projector.driver.steps import state_specs
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
 from projector.laws.trial import Tensors, _Files, merge
-from projector.method import Expert, Totals
+from projector.method import Contribution, Totals
 from projector.methods import make, methods
 from projector.spec import TensorSpec
 
@@ -45,7 +45,7 @@ def twice(base: Tensors, experts: Sequence[Tensors], **params: float) -> dict[st
             totals = Totals()
             for index, weights in enumerate(experts, start=1):
                 source = Checkpoint([files.written(weights)])
-                view = driver.survey(origin, source, one, Expert(index), state)
+                view = driver.survey(origin, source, one, Contribution(index), state)
                 fd = files.new()
                 after = TensorWriter(fd, state_specs(one, origin.schema), {})
                 totals = driver.fold(origin, source, [HeadFold(one, totals, view, state, after)]).totals[0]
@@ -112,7 +112,7 @@ def test_many_experts_do_not_overflow() -> None:
     method, spec = make("pcb"), TensorSpec("w", (1000,), torch.float32)
     delta = torch.linspace(-1.0, 1.0, 1000)
     state = {"S": 999 * delta, "shared": torch.zeros(1000), "shares": torch.zeros(1000)}
-    expert = Expert(1000)
+    expert = Contribution(1000)
     for _ in range(method.rounds):
         expert = replace(expert, surveys=(*expert.surveys, method.survey(state, delta, spec, expert)))
     after, _ = method.update(state, delta, spec, expert)

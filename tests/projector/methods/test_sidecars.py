@@ -11,7 +11,7 @@ from torch import Tensor
 from projector.errors import BadParameter, BadSchema, BadValues, ProjectorError, Reason
 from projector.laws.checks import LAWS, Law
 from projector.laws.trial import merge, sidecar, stream
-from projector.method import Expert, Method, State, Totals
+from projector.method import Contribution, Method, State, Totals
 from projector.methods import make
 from projector.methods._curvature import gram
 from projector.methods.fisher import Fisher
@@ -226,8 +226,8 @@ def test_a_gram_matrix_is_made_symmetric() -> None:
     """A solver may read one triangle of it, while products read both."""
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     skew = 4e-4 * (ONE.triu(1) - ONE.tril(-1)) * (x.T @ x).diagonal().max()
-    level = gram(Expert(1, sidecars={"gram": x.T @ x}), SQUARE)
-    lopsided = gram(Expert(1, sidecars={"gram": x.T @ x + skew}), SQUARE)
+    level = gram(Contribution(1, sidecars={"gram": x.T @ x}), SQUARE)
+    lopsided = gram(Contribution(1, sidecars={"gram": x.T @ x + skew}), SQUARE)
     assert torch.equal(lopsided, lopsided.T)
     assert torch.allclose(lopsided, level, atol=1e-5)
 
@@ -312,9 +312,9 @@ def folded(
     totals = Totals()
     for index, (delta, brought) in enumerate(stream, start=1):
         sidecars = {} if brought is None else {method.needs[0]: brought}
-        expert = Expert(index, weight=weights[index - 1] if weights else 1.0, sidecars=sidecars)
+        expert = Contribution(index, weight=weights[index - 1] if weights else 1.0, sidecars=sidecars)
         for _ in range(method.rounds):
-            expert = Expert(index, "", expert.weight, [method.survey(state, delta, spec, expert)], sidecars)
+            expert = Contribution(index, "", expert.weight, [method.survey(state, delta, spec, expert)], sidecars)
         state, sums = method.update(state, delta, spec, expert)
         totals = method.tally(totals, sums, expert)
     return method.read(torch.zeros(spec.shape), state, totals, spec)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from projector.errors import BadParameter
 from projector.laws.trial import merge
-from projector.method import Expert, Method, Totals
+from projector.method import Contribution, Method, Totals
 from projector.methods import make
 from projector.spec import TensorSpec
 from tests import oracles, oracles_spectral
@@ -355,6 +355,6 @@ def test_wudi_merges_a_stack_matrix_by_matrix() -> None:
     for k in range(SHAPES[name][0]):
         state = {key: torch.zeros(slot.shape, dtype=slot.dtype) for key, slot in method.slots(spec).items()}
         for index, expert in enumerate(experts, start=1):
-            state = dict(method.update(state, (expert[name] - base[name])[k], spec, Expert(index))[0])
+            state = dict(method.update(state, (expert[name] - base[name])[k], spec, Contribution(index))[0])
         alone = method.read(torch.zeros(spec.shape, dtype=torch.float64), state, Totals(3), spec)
         assert torch.equal(stacked[k], alone)

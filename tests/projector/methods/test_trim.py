@@ -15,7 +15,7 @@ from projector.driver.fold import Driver
 from projector.laws.listing import listing
 from projector.laws.trial import _sha256 as identity
 from projector.laws.trial import merge
-from projector.method import Expert, Method, Totals, param
+from projector.method import Contribution, Method, Totals, param
 from projector.methods import make
 from projector.methods.dare import Dare, random_bits, stream_key
 from projector.methods.ties import Ties
@@ -323,7 +323,7 @@ N = 200_000
 
 def mask(drop: float, expert: str = "1" * 64, tensor: str = "w", seed: int = 0) -> Tensor:
     spec = TensorSpec(tensor, (N,), torch.float32)
-    thinned = Dare(drop=drop, seed=seed).thin(torch.ones(N), spec, Expert(1, sha256=expert))
+    thinned = Dare(drop=drop, seed=seed).thin(torch.ones(N), spec, Contribution(1, sha256=expert))
     assert set(thinned.unique().tolist()) <= {0.0, torch.tensor(1 / (1 - drop)).item()}
     return (thinned > 0).double()
 
