@@ -90,7 +90,7 @@ def arrival(daemon: Daemon, expert: Path, number: int) -> Arrival:
     daemon.wait_prepared()
     before = daemon.spent()
     started = time.monotonic()
-    drop(daemon.layout, expert)
+    drop(daemon.home, expert)
     daemon.wait_visible(number)
     took = time.monotonic() - started
     return Arrival(took, per_expert(before, daemon.wait_merged(number)))

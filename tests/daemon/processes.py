@@ -189,7 +189,7 @@ def running(*words: str | Path, fresh: bool = False, **variables: str) -> Iterat
     os.close(write)
     with os.fdopen(read) as stream:
         daemon = Daemon(process)
-        reader = threading.Thread(target=daemon.versions.heads.extend, args=(stream,))
+        reader = threading.Thread(target=daemon.lines.extend, args=(stream,))
         reader.start()
         try:
             yield daemon

@@ -97,7 +97,7 @@ def test_a_daemon_from_the_first_drop_to_the_last_reader(tmp_path: Path) -> None
         assert second.returncode == 1 and "another mainstem is running" in second.stderr and '"hint"' in second.stderr
         check_listings(home, tmp_path, base)
         assert daemon.stop() == 0
-    lines = [json.loads(line) for line in daemon.versions.heads]
+    lines = [json.loads(line) for line in daemon.lines]
     assert [line["event"] for line in lines if line["event"] in ("ready", "merged", "stopped")] == [
         *("ready", "merged", "merged", "merged", "stopped")
     ]

@@ -45,10 +45,10 @@ def said(daemon: Daemon, event: str, times: int = 1) -> list[dict[str, object]]:
     """The lines of a running daemon's log with that event, once there are so many."""
 
     def found() -> list[dict[str, object]]:
-        lines = [json.loads(line) for line in list(daemon.versions.heads) if line.startswith("{")]
+        lines = [json.loads(line) for line in list(daemon.lines) if line.startswith("{")]
         return [line for line in lines if line["event"] == event]
 
-    assert until(lambda: len(found()) >= times, 60), "".join(daemon.versions.heads)
+    assert until(lambda: len(found()) >= times, 60), "".join(daemon.lines)
     return found()
 
 
@@ -191,7 +191,7 @@ def test_what_is_taken_up_what_needs_a_restart_and_what_is_wrong(person: Person)
     person.edit('[log]\nlevel = "error"\n')
     os.kill(int(home.lock.read_text()), signal.SIGHUP)
     assert until(lambda: figure(daemon, "success_timestamp_seconds") > good, 20)
-    assert not [token for token in TOKENS for line in daemon.versions.heads if token in line]
+    assert not [token for token in TOKENS for line in daemon.lines if token in line]
 
 
 def upload(daemon: Daemon, token: str) -> int:

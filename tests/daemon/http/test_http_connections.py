@@ -276,7 +276,7 @@ def test_a_lack_of_descriptors_passes(home: Home, base: Path, tmp_path: Path) ->
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
         expert.rename(home.inbox / expert.name)
-        assert until(lambda: any("too many open files" in line for line in daemon.versions.heads), 30)
+        assert until(lambda: any("too many open files" in line for line in daemon.lines), 30)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         daemon.wait_for(1)
         assert daemon.stop() == 0

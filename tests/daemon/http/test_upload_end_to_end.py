@@ -66,7 +66,7 @@ def test_a_file_and_a_folder_are_merged(token_file: Home, base: Path, tmp_path: 
         sent = sum(path.stat().st_size for path in (one, *two.iterdir()))
         assert float(scraped.partition("\nmainstem_upload_bytes_total ")[2].split()[0]) == sent
         assert daemon.stop() == 0
-        assert TOKEN not in "".join(daemon.versions.heads)
+        assert TOKEN not in "".join(daemon.lines)
     assert [(row.name, row.status) for row in experts(home)] == [
         ("one.safetensors", Status.MERGED),
         ("two", Status.MERGED),
