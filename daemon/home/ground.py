@@ -24,7 +24,7 @@ from daemon.errors import BadHome, DaemonError, NotYet, Reason
 from daemon.home.restoring import again
 from daemon.layout import CARD, STATE_FILE, Home, is_weights
 from daemon.versions.companions import companions
-from daemon.versions.heads import Line
+from daemon.versions.heads import LiveHead
 from daemon.versions.manifest import HASH_BYTES, FileEntry, entry, names_below
 from projector.driver.steps import state_specs
 from projector.errors import BadFile, ProjectorError
@@ -176,24 +176,24 @@ class States:
         self._sound: dict[Path, tuple[str, Stamp]] = {}  # the manifest's sha256 and the file's stamp
         self._reading: list[_Reading] = []
 
-    def check(self, lines: Sequence[Line], base: Schema) -> None:
+    def check(self, heads: Sequence[LiveHead], base: Schema) -> None:
         """Raises BadHome where a head cannot go on from its live version's state, as far as its header tells."""
-        for line in lines:
-            if line.totals.experts:
+        for live in heads:
+            if live.totals.experts:
                 with ExitStack() as files:
-                    self._opened(line, base, files)
+                    self._opened(live, base, files)
 
-    def open(self, line: Line, base: Schema, files: ExitStack) -> TensorReader:
+    def open(self, live: LiveHead, base: Schema, files: ExitStack) -> TensorReader:
         """The accumulators of a head's live version, until `files` closes. Raises BadHome."""
-        path, fd, now, reader = self._opened(line, base, files)
-        known = self._sound.get(path) == (line.version.manifest_sha256, now)
+        path, fd, now, reader = self._opened(live, base, files)
+        known = self._sound.get(path) == (live.version.manifest_sha256, now)
         hashing = None if known else files.enter_context(_Hashing(fd, now[2], self._watch))
-        self._reading.append(_Reading(path, fd, now, line.version, hashing))
+        self._reading.append(_Reading(path, fd, now, live.version, hashing))
         files.callback(self._reading.clear)
         return reader
 
-    def _opened(self, line: Line, base: Schema, files: ExitStack) -> tuple[Path, int, Stamp, TensorReader]:
-        path = self._home.head_state(line.head.name, line.version.number) / STATE_FILE
+    def _opened(self, live: LiveHead, base: Schema, files: ExitStack) -> tuple[Path, int, Stamp, TensorReader]:
+        path = self._home.head_state(live.head.name, live.version.number) / STATE_FILE
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             files.callback(os.close, fd)
@@ -203,7 +203,7 @@ class States:
             raise _bad_state(self._home, path, "it is gone") from None
         except BadFile as error:
             raise _bad_state(self._home, path, str(error)) from error
-        lacking = [spec.name for spec in state_specs(line.method, base) if spec.name not in reader.specs]
+        lacking = [spec.name for spec in state_specs(live.method, base) if spec.name not in reader.specs]
         if lacking:
             raise BadHome(
                 f"{path.relative_to(self._home.root)} has no {shown(lacking[0])}: an earlier mainstem merged it"

@@ -40,7 +40,7 @@ from daemon.home.uncommitted import clear, temporaries
 from daemon.layout import Home
 from daemon.merge.preparing import Preparations
 from daemon.versions.adapter import Adapting
-from daemon.versions.heads import Line, read_lines
+from daemon.versions.heads import LiveHead, live_heads
 from daemon.versions.latest import point_latest
 from daemon.versions.modules import check_modules
 from daemon.versions.retention import collect
@@ -70,7 +70,7 @@ class Merger:
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
         self._base = Base(home, store, progress)
         self._states = States(home, progress)
-        self._states.check(read_lines(store, self._methods), self._base.tensors.schema)
+        self._states.check(live_heads(store, self._methods), self._base.tensors.schema)
         self._base_config = read_config(home.base)
         self._plan = planned(self._base.checkpoint, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
@@ -78,7 +78,7 @@ class Merger:
         reserved = self._driver.device.slab_bytes
         check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute, reserved)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
-        self.preparations.follow(read_lines(store, self._methods))
+        self.preparations.follow(live_heads(store, self._methods))
 
     def close(self) -> None:
         """Lets go of the base and of what is being prepared."""
@@ -159,7 +159,7 @@ class Merger:
         """
         placed = self._tidy(expert)
         if expert.status is Status.MERGED:
-            self.preparations.follow(read_lines(self._store, self._methods))
+            self.preparations.follow(live_heads(self._store, self._methods))
         return placed
 
     def again(self, expert: Expert, *, there: bool) -> None:
@@ -182,7 +182,7 @@ class Merger:
         for expert in unplaced:
             self._tidy(expert)
         collect(self._home, self._store, self._settings.retention)  # time may have made room
-        self.preparations.follow(read_lines(self._store, self._methods))
+        self.preparations.follow(live_heads(self._store, self._methods))
         return unplaced
 
     def _opened(self, drop: Drop, naming: Naming) -> OpenCheckpoint:
@@ -197,31 +197,31 @@ class Merger:
 
     def _merge(self, drop: Drop, expert: OpenCheckpoint, again: bool) -> Expert:
         started = time.monotonic()
-        lines = read_lines(self._store, self._methods)
-        number = max(line.head.newest for line in lines) + 1
+        heads = live_heads(self._store, self._methods)
+        number = max(live.head.newest for live in heads) + 1
         clear(self._home, self._store)  # left by a commit that failed: its space may be what is missing
         self._progress.begin(self._work_bytes())
         folder = self._home.tmp / uuid4().hex
         try:
             with ExitStack() as files:
-                outputs = [self._outputs(line, folder, files) for line in lines]
+                outputs = [self._outputs(live, folder, files) for live in heads]
                 descriptors = [fd for output in outputs for fd in output.descriptors]
                 with durable.flushing(descriptors), blaming(expert):
-                    with self._sound_ground(lines):
-                        folded = self._fold(expert, lines, outputs, files)
+                    with self._sound_ground(heads):
+                        folded = self._fold(expert, heads, outputs, files)
                     new = self._identify(drop, expert, folded, again)
                     if new.status is not Status.MERGED:
                         return self._store.record(new)
-                    with self._sound_ground(lines):
-                        self._read_out(lines, folded.totals, outputs)
+                    with self._sound_ground(heads):
+                        self._read_out(heads, folded.totals, outputs)
                 with self._progress.phase("fsync"):
                     files.close()
             with blaming(expert):
                 versions = [
-                    self._seal(line, totals, output, number, new)
-                    for line, totals, output in zip(lines, folded.totals, outputs, strict=True)
+                    self._seal(live, totals, output, number, new)
+                    for live, totals, output in zip(heads, folded.totals, outputs, strict=True)
                 ]
-            self._publish(lines, outputs, number)
+            self._publish(heads, outputs, number)
             with self._progress.phase("fsync"), blaming(expert):
                 expert.sync()
             hit("commit.before")
@@ -239,33 +239,33 @@ class Merger:
         sweeps = 1 + sum(method.rounds + (not method.one_sweep) for method in self._methods.values())
         return sweeps * sum(spec.nbytes for spec in specs if spec.merged) + self._adapting.work_bytes(self._methods)
 
-    def _outputs(self, line: Line, folder: Path, files: ExitStack) -> Outputs:
+    def _outputs(self, live: LiveHead, folder: Path, files: ExitStack) -> Outputs:
         schema = self._base.tensors.schema
-        return Outputs(folder / line.head.name, schema, line.method, self._plan, files, self._progress)
+        return Outputs(folder / live.head.name, schema, live.method, self._plan, files, self._progress)
 
     def _fold(
-        self, expert: OpenCheckpoint, lines: Sequence[Line], outputs: Sequence[Outputs], files: ExitStack
+        self, expert: OpenCheckpoint, heads: Sequence[LiveHead], outputs: Sequence[Outputs], files: ExitStack
     ) -> Folded:
         hit("fold.before")
-        heads = []
-        for line, output in zip(lines, outputs, strict=True):
-            contribution = Contribution(index=line.totals.experts + 1, weight=expert.weight)
-            if line.method.keyed:
+        folds = []
+        for live, output in zip(heads, outputs, strict=True):
+            contribution = Contribution(index=live.totals.experts + 1, weight=expert.weight)
+            if live.method.keyed:
                 contribution = replace(contribution, sha256=expert.identity())
-            state = self._state(line, files)
-            contribution = self._driver.survey(self._base.tensors, expert.tensors, line.method, contribution, state)
-            ready = self.preparations.ready(line)
-            now = output.weights if line.method.one_sweep else ()
-            heads.append(
-                HeadFold(line.method, line.totals, contribution, state, output.state, ready, now, output.record)
+            state = self._state(live, files)
+            contribution = self._driver.survey(self._base.tensors, expert.tensors, live.method, contribution, state)
+            ready = self.preparations.ready(live)
+            now = output.weights if live.method.one_sweep else ()
+            folds.append(
+                HeadFold(live.method, live.totals, contribution, state, output.state, ready, now, output.record)
             )
-        folded = self._driver.fold(self._base.tensors, expert.tensors, heads, self._base_norms)
+        folded = self._driver.fold(self._base.tensors, expert.tensors, folds, self._base_norms)
         self._base_norms = folded.base
         hit("fold.after")
         return folded
 
     @contextmanager
-    def _sound_ground(self, lines: Sequence[Line]) -> Iterator[None]:
+    def _sound_ground(self, heads: Sequence[LiveHead]) -> Iterator[None]:
         """What is read in the block is the base, each head's own state and what was prepared from it, or it raises.
 
         Whatever the block raises of an expert may be the fault of ours: that is looked at first.
@@ -274,19 +274,19 @@ class Merger:
         try:
             yield
         except (ProjectorError, RuntimeError):  # torch's, where the arithmetic fails
-            self._confirm(lines)
+            self._confirm(heads)
             raise
-        self._confirm(lines)
+        self._confirm(heads)
 
-    def _confirm(self, lines: Sequence[Line]) -> None:
+    def _confirm(self, heads: Sequence[LiveHead]) -> None:
         self._base.confirm()
         self._states.confirm()
-        for line in lines:
-            if self.preparations.touched(line):
-                raise touched_meanwhile(f"what was prepared for {line.head.name}")
+        for live in heads:
+            if self.preparations.touched(live):
+                raise touched_meanwhile(f"what was prepared for {live.head.name}")
 
-    def _state(self, line: Line, files: ExitStack) -> TensorReader | None:
-        return self._states.open(line, self._base.tensors.schema, files) if line.totals.experts else None
+    def _state(self, live: LiveHead, files: ExitStack) -> TensorReader | None:
+        return self._states.open(live, self._base.tensors.schema, files) if live.totals.experts else None
 
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded, again: bool) -> NewExpert:
         sha256, content, sidecars = expert.identity(), expert.content(), expert.sidecar_digests()
@@ -323,21 +323,21 @@ class Merger:
             return self._refused(drop, new, error)
         return flagged(new, oddities(folded.task_vector.whole, usual, limits, expert.tensors.resized, altered))
 
-    def _read_out(self, lines: Sequence[Line], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
-        for line, after, output in zip(lines, totals, outputs, strict=True):
-            if not line.method.one_sweep:
-                self._driver.read_out(self._base.tensors, line.method, after, output.state.reader(), output.weights)
+    def _read_out(self, heads: Sequence[LiveHead], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
+        for live, after, output in zip(heads, totals, outputs, strict=True):
+            if not live.method.one_sweep:
+                self._driver.read_out(self._base.tensors, live.method, after, output.state.reader(), output.weights)
             output.finish()
         hit("read_out.after")
 
-    def _seal(self, line: Line, totals: Totals, output: Outputs, number: int, expert: NewExpert) -> NewVersion:
+    def _seal(self, live: LiveHead, totals: Totals, output: Outputs, number: int, expert: NewExpert) -> NewVersion:
         """Puts companions, an adapter where one is wanted, and the manifest beside the weights, all durable."""
         base_name = self._store.base().name
-        adapter = self._adapting.write(line.head.name, output.published, output.entries, base_name)
+        adapter = self._adapting.write(live.head.name, output.published, output.entries, base_name)
         with self._progress.phase("fsync"):
             sealed = seal(
                 self._home,
-                line,
+                live,
                 number,
                 output.published,
                 output.entries,
@@ -347,21 +347,21 @@ class Merger:
                 beside=self._base.beside,
                 dtype=self._settings.publish.dtype,
                 record=output.record_entry,
-                approximate=line.method.approximate,
+                approximate=live.method.approximate,
                 adapter=adapter,
             )
             durable.sync_folder(output.state_folder)
         return sealed
 
-    def _publish(self, lines: Sequence[Line], outputs: Sequence[Outputs], number: int) -> None:
+    def _publish(self, heads: Sequence[LiveHead], outputs: Sequence[Outputs], number: int) -> None:
         hit("publish.before")
-        for line, output in zip(lines, outputs, strict=True):
+        for live, output in zip(heads, outputs, strict=True):
             if output.record:
-                durable.make_folder(self._home.views(line.head.name))  # its name is durable with the state's
-                durable.rename(output.record_file, self._home.view_record(line.head.name, number))
+                durable.make_folder(self._home.views(live.head.name))  # its name is durable with the state's
+                durable.rename(output.record_file, self._home.view_record(live.head.name, number))
             for source, target in (
-                (output.state_folder, self._home.head_state(line.head.name, number)),
-                (output.published, self._home.version(line.head.name, number)),
+                (output.state_folder, self._home.head_state(live.head.name, number)),
+                (output.published, self._home.version(live.head.name, number)),
             ):
                 durable.rename(source, target)
         hit("publish.after")
@@ -377,16 +377,16 @@ class Merger:
         """Raises BadHome where not even the base itself, a task vector of zeros, can be folded: then what went wrong
         depends on the heads' state or on this machine, and no expert is to blame. Nothing is kept of it.
         """
-        lines = [line for line in read_lines(self._store, self._methods) if not line.method.needs]
+        heads = [live for live in live_heads(self._store, self._methods) if not live.method.needs]
         folder = self._home.tmp / uuid4().hex
         try:
             with ExitStack() as files:
-                outputs = [self._outputs(line, folder, files) for line in lines]
-                folded = self._fold(self._base.checkpoint, lines, outputs, files)
-                self._read_out(lines, folded.totals, outputs)
-            for line, output in zip(lines, outputs, strict=True):
-                if line.totals.experts:
-                    self._adapting.write(line.head.name, output.published, output.entries, self._store.base().name)
+                outputs = [self._outputs(live, folder, files) for live in heads]
+                folded = self._fold(self._base.checkpoint, heads, outputs, files)
+                self._read_out(heads, folded.totals, outputs)
+            for live, output in zip(heads, outputs, strict=True):
+                if live.totals.experts:
+                    self._adapting.write(live.head.name, output.published, output.entries, self._store.base().name)
         except (OSError, RegistryError, DeviceLost, Abandoned):
             raise
         except Exception as error:

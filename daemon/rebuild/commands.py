@@ -21,7 +21,7 @@ from daemon.layout import Home
 from daemon.rebuild.plan import Plan, readings, usual_seconds
 from daemon.rebuild.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
 from daemon.rebuild.restating import Arrival, Made, Restating, next_number
-from daemon.versions.heads import Line, read_lines
+from daemon.versions.heads import LiveHead, live_heads
 from daemon.versions.latest import point_latest
 from daemon.versions.manifest import Withdrawal
 from daemon.versions.retention import remove_whole
@@ -111,14 +111,14 @@ def withdraw(
     always_replay: subtract in no head, even where the method allows it.
     """
     with _reading(home) if dry else _opened(home) as store:
-        lines = read_lines(store, methods_of(store))
+        heads = live_heads(store, methods_of(store))
         lineage, gone = store.lineage(), merged_experts(store, words)
         out = {expert.id for expert in gone}
         rest = [expert for expert in lineage if expert.id not in out]
-        subtracts = not always_replay and _light(gone, rest) and _archived(home, gone, lines, to)
-        how = {line.head.name: SUBTRACTED if line.method.subtractable and subtracts else REPLAYED for line in lines}
-        subtracted = [line for line in lines if how[line.head.name] == SUBTRACTED]
-        replayed = {line.head.name: line.method for line in lines if how[line.head.name] == REPLAYED}
+        subtracts = not always_replay and _light(gone, rest) and _archived(home, gone, heads, to)
+        how = {live.head.name: SUBTRACTED if live.method.subtractable and subtracts else REPLAYED for live in heads}
+        subtracted = [live for live in heads if how[live.head.name] == SUBTRACTED]
+        replayed = {live.head.name: live.method for live in heads if how[live.head.name] == REPLAYED}
         if replayed:
             check_archive(home, rest, replayed)
         reads = [*(gone if subtracted else []), *(rest if replayed else [])]
@@ -126,31 +126,31 @@ def withdraw(
         plan = Plan(how, reads, often, usual_seconds(store))
         if not isinstance(store, Store):
             return plan
-        inner = Home(home.withdrawing(next_number(lines)))
+        inner = Home(home.withdrawing(next_number(heads)))
         if replayed:
             _replay_inside(home, store, rest, inner, replayed, settings, to)
         with Restating(home, store, settings, to.progress()) as restating:
             made = {}
-            for line in lines:
-                name = line.head.name
+            for live in heads:
+                name = live.head.name
                 if how[name] == SUBTRACTED:
                     to.say(f"{name}: subtracting {len(gone)}")
-                    new = _subtract(restating, home, line, lineage, gone)
+                    new = _subtract(restating, home, live, lineage, gone)
                 else:
                     new = _from_inside(restating, inner, name, home, rest)
                 made[name] = replace(new, withdrawal=Withdrawal(gone, how[name]))
-            number = restating.commit(store, lines, made, gone)
+            number = restating.commit(store, heads, made, gone)
         remove_whole(home, inner.root)
         return replace(plan, number=number)
 
 
-def _archived(home: Home, gone: Sequence[Expert], lines: Sequence[Line], to: Console) -> bool:
+def _archived(home: Home, gone: Sequence[Expert], heads: Sequence[LiveHead], to: Console) -> bool:
     """True where all that subtracting needs is in the archive; else it says what is not."""
-    heads = {line.head.name: line.method for line in lines if line.method.subtractable}
+    subtractable = {live.head.name: live.method for live in heads if live.method.subtractable}
     try:
-        check_archive(home, gone, heads)
+        check_archive(home, gone, subtractable)
     except BadHome as error:
-        if heads:
+        if subtractable:
             to.say(f"cannot subtract: {error}")
         return False
     return True
@@ -211,46 +211,48 @@ def _unfit(inner: Home, store: Store, heads: Heads, experts: Sequence[Expert]) -
 def _from_inside(restating: Restating, inner: Home, name: str, home: Home, experts: Sequence[Expert]) -> Made:
     """The version of a head that the inner home has come to; made exact where that takes a second pass."""
     with Reader.open(inner.registry) as reader:
-        (line,) = [line for line in read_lines(reader, methods_of(reader)) if line.head.name == name]
-    return _exact(restating, inner, line, home, experts) or restating.linked(
-        name, inner, line.version.number, line.totals
+        (live,) = [live for live in live_heads(reader, methods_of(reader)) if live.head.name == name]
+    return _exact(restating, inner, live, home, experts) or restating.linked(
+        name, inner, live.version.number, live.totals
     )
 
 
-def _exact(restating: Restating, there: Home, line: Line, archive: Home, experts: Sequence[Expert]) -> Made | None:
+def _exact(restating: Restating, there: Home, live: LiveHead, archive: Home, experts: Sequence[Expert]) -> Made | None:
     """What a second pass over the experts makes of a head; None where one pass is all there is."""
-    second = line.method.second_pass(line.totals.experts) if line.totals.experts else None
+    second = live.method.second_pass(live.totals.experts) if live.totals.experts else None
     if second is None:
         return None
     arrivals = [_arrival(archive, expert, place) for place, expert in enumerate(experts, start=1)]
-    return restating.folded(there, line, second, Totals(), arrivals)
+    return restating.folded(there, live, second, Totals(), arrivals)
 
 
 def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Settings, to: Console) -> None:
     """One more version of every head, where a second pass makes one of them exact: the others' stay what they are."""
     with _opened(target) as store:
-        lines = read_lines(store, methods_of(store))
-        if not experts or all(line.method.second_pass(len(experts)) is None for line in lines):
+        heads = live_heads(store, methods_of(store))
+        if not experts or all(live.method.second_pass(len(experts)) is None for live in heads):
             return
-        if lines[0].version.expert_id is None:
+        if heads[0].version.expert_id is None:
             return  # it was made before: the newest version folds no expert
         if store.counts()[Status.MERGED] != len(experts):
             raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
         with Restating(target, store, settings, to.progress()) as restating:
             made = {}
-            for line in lines:
-                name = line.head.name
-                to.say(f"{name}: a second pass" if line.method.second_pass(len(experts)) else f"{name}: stays")
-                made[name] = _exact(restating, target, line, archive, experts) or restating.linked(
-                    name, target, line.version.number, line.totals
+            for live in heads:
+                name = live.head.name
+                to.say(f"{name}: a second pass" if live.method.second_pass(len(experts)) else f"{name}: stays")
+                made[name] = _exact(restating, target, live, archive, experts) or restating.linked(
+                    name, target, live.version.number, live.totals
                 )
-            restating.commit(store, lines, made)
+            restating.commit(store, heads, made)
 
 
-def _subtract(restating: Restating, home: Home, line: Line, lineage: Sequence[Expert], gone: Sequence[Expert]) -> Made:
+def _subtract(
+    restating: Restating, home: Home, live: LiveHead, lineage: Sequence[Expert], gone: Sequence[Expert]
+) -> Made:
     places = {expert.id: place for place, expert in enumerate(lineage, start=1)}
     arrivals = [_arrival(home, expert, places[expert.id], sign=-1.0) for expert in gone]
-    return restating.folded(home, line, line.method, line.totals, arrivals)
+    return restating.folded(home, live, live.method, live.totals, arrivals)
 
 
 def _arrival(archive: Home, expert: Expert, index: int, sign: float = 1.0) -> Arrival:
@@ -266,8 +268,8 @@ def _adopt(home: Home, store: Store, name: str, method: Method, made: Made, rest
     versions = [publish_base(home, head, store.base(), base_files(home), dtypes)]
     hit("publish.before")
     if newest:
-        line = Line(head, Version(**asdict(versions[0])), method, Totals())
-        versions.append(restating.place(line, newest, made, origin(store)))
+        live = LiveHead(head, Version(**asdict(versions[0])), method, Totals())
+        versions.append(restating.place(live, newest, made, origin(store)))
     adopted = replace(head, live=newest, newest=newest)
     hit("publish.after")
     hit("commit.before")

@@ -24,7 +24,7 @@ from daemon.errors import BadHome
 from daemon.home.ground import Base, States
 from daemon.layout import CARD, STATE_FILE, Home, is_adapter
 from daemon.versions.adapter import Adapting
-from daemon.versions.heads import Line
+from daemon.versions.heads import LiveHead
 from daemon.versions.latest import point_latest
 from daemon.versions.manifest import FileEntry, WeightsPlan, Withdrawal
 from daemon.versions.retention import collect, remove_whole
@@ -75,19 +75,19 @@ class Restating:
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def folded(self, source: Home, line: Line, method: Method, totals: Totals, arrivals: Sequence[Arrival]) -> Made:
+    def folded(self, source: Home, live: LiveHead, method: Method, totals: Totals, arrivals: Sequence[Arrival]) -> Made:
         """Folds these experts, one or more, onto the state of a live version of `source`, and reads out the weights.
 
         method, totals: by which, and counted from there.
         """
-        head, states, state = line.head.name, States(source, self._progress), None
+        head, states, state = live.head.name, States(source, self._progress), None
         self._base.check()
         for place, (path, contribution, expert) in enumerate(arrivals, start=1):
             folder = self._folder / head / str(place)
             last = place == len(arrivals)
             self._progress.begin(self._sweep_bytes() * (1 + method.rounds + last))
             with ExitStack() as files:
-                before = _state(state, files) if state else states.open(line, self._base.tensors.schema, files)
+                before = _state(state, files) if state else states.open(live, self._base.tensors.schema, files)
                 output = Outputs(
                     folder, self._base.tensors.schema, method, self._plan if last else STATE_ONLY, files, self._progress
                 )
@@ -142,12 +142,12 @@ class Restating:
             durable.link_or_copy(source.head_state(head, number) / STATE_FILE, state_folder / STATE_FILE)
         return Made(published, weights, state_folder, state, totals, content["dtype"], content["approximate"])
 
-    def place(self, line: Line, number: int, made: Made, origin: Origin) -> NewVersion:
+    def place(self, live: LiveHead, number: int, made: Made, origin: Origin) -> NewVersion:
         """Seals a version and renames it into place; nothing names it yet."""
-        adapter = self._adapting.write(line.head.name, made.published, made.weights, origin.base.name)
+        adapter = self._adapting.write(live.head.name, made.published, made.weights, origin.base.name)
         sealed = seal(
             self._home,
-            line,
+            live,
             number,
             made.published,
             made.weights,
@@ -160,21 +160,23 @@ class Restating:
             withdrawal=made.withdrawal,
             adapter=adapter,
         )
-        targets = [(made.published, self._home.version(line.head.name, number))]
+        targets = [(made.published, self._home.version(live.head.name, number))]
         if made.state:
             durable.sync_folder(made.state_folder)
-            targets.append((made.state_folder, self._home.head_state(line.head.name, number)))
+            targets.append((made.state_folder, self._home.head_state(live.head.name, number)))
         for source, target in targets:
             remove_whole(self._home, target)  # left by one that was cut short
             durable.rename(source, target)
         return sealed
 
-    def commit(self, store: Store, lines: Sequence[Line], made: Mapping[str, Made], gone: Sequence[Expert] = ()) -> int:
+    def commit(
+        self, store: Store, heads: Sequence[LiveHead], made: Mapping[str, Made], gone: Sequence[Expert] = ()
+    ) -> int:
         """Publishes a version of every head, in which the experts `gone` are no more; returns its number."""
-        number = next_number(lines)
+        number = next_number(heads)
         hit("publish.before")
         of = origin(store, gone=gone)
-        versions = [self.place(line, number, made[line.head.name], of) for line in lines]
+        versions = [self.place(live, number, made[live.head.name], of) for live in heads]
         hit("publish.after")
         hit("commit.before")
         store.restate(versions, [expert.id for expert in gone])
@@ -209,9 +211,9 @@ def _check(path: Path, source: OpenCheckpoint, norm: float, expert: Expert) -> N
         raise BadHome(f"{path} is not what was merged: {why}", "restore it from a backup; nothing was published")
 
 
-def next_number(lines: Sequence[Line]) -> int:
+def next_number(heads: Sequence[LiveHead]) -> int:
     """The number of the next version, which is the same for every head."""
-    return max(line.head.newest for line in lines) + 1
+    return max(live.head.newest for live in heads) + 1
 
 
 def _state(folder: Path, files: ExitStack) -> TensorReader:

@@ -9,7 +9,7 @@ from registry.store import Reader
 
 
 @dataclass(frozen=True)
-class Line:
+class LiveHead:
     """One head: its row, its live version, its method and the method's totals."""
 
     head: Head
@@ -18,14 +18,14 @@ class Line:
     totals: Totals
 
 
-def read_lines(reader: Reader, methods: Mapping[str, Method]) -> list[Line]:
+def live_heads(reader: Reader, methods: Mapping[str, Method]) -> list[LiveHead]:
     """Every head as the registry has it now; `methods` by head."""
-    return [_line(reader, head, methods[head.name]) for head in reader.heads()]
+    return [_live(reader, head, methods[head.name]) for head in reader.heads()]
 
 
-def _line(reader: Reader, head: Head, method: Method) -> Line:
+def _live(reader: Reader, head: Head, method: Method) -> LiveHead:
     version = reader.version(head.name, head.live)
     if version is None:
         raise AssertionError(f"the registry has no version {head.live} of {head.name}")
     scalars = dict(version.totals)
-    return Line(head, version, method, Totals(int(scalars.pop("experts")), scalars))
+    return LiveHead(head, version, method, Totals(int(scalars.pop("experts")), scalars))

@@ -12,7 +12,7 @@ from daemon.layout import CARD, MANIFEST, Home
 from daemon.versions.adapter import Adapter
 from daemon.versions.card import FRONT_MATTER_BYTES, MOST_EXPERTS, AboutBase, Card, about_base, render
 from daemon.versions.claimed_dtype import config_in
-from daemon.versions.heads import Line
+from daemon.versions.heads import LiveHead
 from daemon.versions.manifest import FileEntry, Withdrawal, entry, manifest, names_below
 from projector.method import Totals
 from registry.records import BaseModel, Expert, NewExpert, NewVersion, Status
@@ -44,7 +44,7 @@ def origin(reader: Reader, expert: NewExpert | None = None, gone: Sequence[Exper
 
 def seal(
     home: Home,
-    line: Line,
+    live: LiveHead,
     number: int,
     published: Path,
     weights: Sequence[FileEntry],
@@ -62,7 +62,7 @@ def seal(
     """Completes the folder `published`, which holds the files of `weights`, and returns what to commit of it.
 
     beside: the files of the base that go with the weights. Whatever else lies in the folder, or in one below it, is
-    hashed and listed too. line: the head as it stands. totals:
+    hashed and listed too. live: the head as it stands. totals:
     after this version. The folder of the state is the caller's to sync.
     """
     written = {file.name for file in weights}
@@ -71,11 +71,11 @@ def seal(
         durable.write_file(published / CONFIG, config_in(config.read_bytes(), dtype))
         there.add(CONFIG)
     copy_files(home.base, published, [name for name in beside if name not in there])
-    figures = dict(line.method.figures(totals))
+    figures = dict(live.method.figures(totals))
     card = Card(
-        head=line.head.name,
+        head=live.head.name,
         number=number,
-        method=line.method,
+        method=live.method,
         base=origin.base,
         about=read_about_base(home.base),
         experts=totals.experts,
@@ -91,10 +91,10 @@ def seal(
     others = [entry(published / name, name) for name in names_below(published) if name not in written]
     files = sorted([*weights, *others], key=lambda file: file.name)
     text = manifest(
-        head=line.head,
+        head=live.head,
         number=number,
         base_sha256=origin.base.sha256,
-        parent=line.version,
+        parent=live.version,
         experts=totals.experts,
         expert=origin.expert,
         figures=figures,
@@ -111,9 +111,9 @@ def seal(
     hit("manifest.written")
     sync_folders(published, files)
     return NewVersion(
-        head=line.head.name,
+        head=live.head.name,
         number=number,
-        parent=line.version.number,
+        parent=live.version.number,
         manifest_sha256=hashlib.sha256(text).hexdigest(),
         size_bytes=sum(file.size for file in files),
         totals={"experts": float(totals.experts), **totals.scalars},
