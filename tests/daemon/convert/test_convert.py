@@ -6,8 +6,6 @@ Nothing stays behind when it fails.
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections import OrderedDict
@@ -26,11 +24,11 @@ from daemon.convert.confining import Options
 from daemon.convert.converting import Converted, convert
 from daemon.errors import NotYet, Refused
 from daemon.layout import Home
+from tests import shims
 from tests.daemon.homes import drain
-from tests.daemon.processes import ended, environment, forked, until
+from tests.daemon.processes import ended, environment, forked, preloaded, until
 from tests.models import read_weights, write_expert
 
-ROOT = Path(__file__).parents[3]
 INDEX = "pytorch_model.bin.index.json"
 
 
@@ -463,10 +461,9 @@ def test_the_command(tmp_path: Path) -> None:
 def test_a_stopped_command_leaves_no_process_and_no_weights(
     pickled: Path, tmp_path: Path, number: signal.Signals, statuses: tuple[int, ...]
 ) -> None:
-    command = [sys.executable, "-m", "daemon", "convert", str(pickled), str(tmp_path / "out.safetensors")]
-    process = subprocess.Popen(
-        command, env=environment({"PYTHONPATH": str(ROOT)}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    words = ["convert", str(pickled), str(tmp_path / "out.safetensors")]
+    with Path(os.devnull).open("wb") as nothing:
+        process = shims.Process(preloaded(), words, environment(), tmp_path, nothing.fileno(), nothing.fileno())
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     found = until(lambda: children.read_text().split(), 60)
     assert found
