@@ -42,8 +42,8 @@ def _serve(where: Home, reader: "Reader", host: str | None, port: int | None) ->
     app = create_app(where, reader, metrics.registry, lambda: None, hosts=hosts, proxies=proxies, beside=True)
     server = HttpServer(app, http.host, http.port, http.stall_seconds)
     bound, number = server.start()
-    typer.echo(f"serving {where.root} on {base_url(bound, number)}")
-    server.wait_for_signal(_nothing_to_reload)
+    said = f"serving {where.root} on {base_url(bound, number)}"
+    server.wait_for_signal(_nothing_to_reload, listening=lambda: typer.echo(said))
 
 
 def _nothing_to_reload() -> None:

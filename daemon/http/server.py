@@ -127,10 +127,12 @@ class HttpServer:
         if self._thread is not None:
             self._thread.join()
 
-    def wait_for_signal(self, reload: Callable[[], None] = lambda: None) -> None:
+    def wait_for_signal(
+        self, reload: Callable[[], None] = lambda: None, listening: Callable[[], None] = lambda: None
+    ) -> None:
         """Blocks until SIGINT or SIGTERM, then stops; SIGHUP calls `reload`, or stops where the terminal is gone.
 
-        Call it from the main thread, after `start`.
+        listening: is called once signals are heard. Call it from the main thread, after `start`.
         """
         assert self._thread is not None, "start first"
         asked = threading.Event()
@@ -141,6 +143,7 @@ class HttpServer:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with hearing(reload, lambda: wake(asked)):
+                listening()
                 while not asked.wait(timeout=1) and self._thread.is_alive():
                     pass
                 self.stop()
