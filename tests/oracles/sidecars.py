@@ -1,7 +1,7 @@
 """Fisher merging, RegMean and MaTS written once more from their formulas, to judge the streaming ones by.
 
-As in `oracles`: float64, every expert in memory, nothing of the package imported. All work on the weights themselves,
-not on task vectors. `sidecars` holds one dict for each expert: Fisher by tensor name, Gram by layer name.
+As in `tests.oracles.rules`: float64, every expert in memory, nothing of the package imported. All work on the weights
+themselves, not on task vectors. `sidecars` holds one dict for each expert: Fisher by tensor name, Gram by layer name.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,6 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.oracles.rules.sidecars import fisher, regmean
 from torch import Tensor
 
 from daemon.home.verification import verify
@@ -24,6 +23,7 @@ from registry.records import Expert, Status
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, make_home, reason_of, tree
 from tests.daemon.processes import environment, forked, mainstem, rebuild
 from tests.models import WEIGHTS, read_weights, write_base, write_expert
+from tests.oracles.sidecars import fisher, regmean
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "docs" / "examples" / "sidecars.py"

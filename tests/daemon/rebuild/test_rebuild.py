@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.oracles.rules.pcb import pcb, pcb_on_arrival
 from torch import Tensor
 
 from daemon.config import Settings
@@ -25,6 +24,7 @@ from registry.store import Store
 from tests.daemon.homes import Heads, assert_close, drain, experts, latest, lineage, live, make_home, put, tree
 from tests.daemon.processes import environment, forked, rebuild
 from tests.models import read_weights, write_base, write_expert
+from tests.oracles.pcb import pcb, pcb_on_arrival
 from tests.oracles.rules import ema, opcm
 
 HEADS: Heads = (("main", "opcm", {}), ("soup", "mean", {}))

@@ -447,7 +447,7 @@ def test_sentence_transformers_loads_a_version_with_its_modules(tmp_path: Path) 
     model = SentenceTransformer(modules=[transformer, pooling, modules.Dense(16, 8), modules.Normalize()], device="cpu")
     model.save(str(tmp_path / "base"))
     home = make_home(tmp_path / "home", tmp_path / "base", [("main", "mean", {})])
-    put(home, write_expert(tmp_path / "e.safetensors", tmp_path / "base", 2, scale=0.1))
+    put(home, write_expert(tmp_path / "e.safetensors", tmp_path / "base", 2, scale=0.01))
     drain(home)
     folder = home.latest("main").resolve()
     assert {path.name for path in folder.iterdir() if path.is_dir()} >= {"1_Pooling", "2_Dense"}

@@ -14,7 +14,6 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 from safetensors.torch import load, load_file, save_file
-from tests.oracles.rules.emr import emr, emr_views
 
 from daemon.errors import DaemonError
 from daemon.home.verification import verify
@@ -26,6 +25,7 @@ from registry.store import Reader
 from tests.daemon.homes import assert_close, drain, experts, lineage, make_home, put, quick
 from tests.daemon.processes import forked, running, until
 from tests.models import CONFIG, WEIGHTS, read_weights, write_base, write_expert
+from tests.oracles.emr import emr, emr_views
 
 COUNT = 3
 

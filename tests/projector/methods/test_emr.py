@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from tests.oracles.rules.emr import emr, emr_unified, emr_views
 from torch import Tensor
 
 from projector.driver.steps import Step, read_bytes, record_specs, view_bytes
@@ -14,6 +13,7 @@ from projector.methods import make
 from projector.methods.emr import NEGATIVE, POSITIVE, pack, unpack
 from projector.spec import TensorSpec
 from tests.oracles import rules as oracles
+from tests.oracles.emr import emr, emr_unified, emr_views
 
 EMR = make("emr")
 

@@ -15,7 +15,8 @@ from projector.method import Contribution, Method, State, Totals, method_params
 from projector.methods import make
 from projector.methods.recency import Recency
 from projector.spec import TensorSpec
-from tests import oracles, oracles_order
+from tests.oracles import order as oracles_order
+from tests.oracles import rules as oracles
 
 Tensors = Mapping[str, Tensor]
 

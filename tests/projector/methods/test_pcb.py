@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.oracles.rules.pcb import pcb, pcb_on_arrival
 from torch import Tensor
 
 from projector.driver.fold import Driver
@@ -17,6 +16,7 @@ from projector.laws.trial import Tensors, _Files, merge
 from projector.method import Contribution, Totals
 from projector.methods import make, methods
 from projector.spec import TensorSpec
+from tests.oracles.pcb import pcb, pcb_on_arrival
 
 SHAPES = {"embed.weight": (50, 16), "up.weight": (64, 16), "down.weight": (16, 64), "norm": (16,), "temperature": ()}
 

@@ -18,7 +18,8 @@ from projector.methods.fisher import Fisher
 from projector.methods.mats import Mats
 from projector.methods.regmean import RegMean
 from projector.spec import TensorSpec
-from tests import oracles, oracles_sidecars
+from tests.oracles import rules as oracles
+from tests.oracles import sidecars as oracles_sidecars
 
 Tensors = Mapping[str, Tensor]
 

@@ -13,7 +13,8 @@ from projector.laws.trial import merge
 from projector.method import Contribution, Method, Totals
 from projector.methods import make
 from projector.spec import TensorSpec
-from tests import oracles, oracles_spectral
+from tests.oracles import rules as oracles
+from tests.oracles import spectral as oracles_spectral
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

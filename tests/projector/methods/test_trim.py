@@ -20,7 +20,7 @@ from projector.methods import make
 from projector.methods.dare import Dare, random_bits, stream_key
 from projector.methods.ties import Ties
 from projector.spec import TensorSpec
-from tests.oracles.rules import trim as oracles_trim
+from tests.oracles import trim as oracles_trim
 
 Tensors = dict[str, Tensor]
 Oracle = Callable[..., Tensors]
