@@ -27,7 +27,7 @@ from bench.live import drop, make_home, scratch
 from bench.record import ROOT
 from bench.shapes import write
 from daemon.compute.device import exact_products
-from projector.driver.device import Card, Cuda, Device
+from projector.driver.device import Accelerator, Cuda, Device
 from projector.driver.fold import Driver
 from projector.files.slabs import SLAB_BYTES, Slabs
 from projector.laws.trial import Tensors, merge, stream
@@ -151,7 +151,7 @@ def _device(where: torch.device, budget: int = BUDGET) -> Device:
     if where.type == "cuda":
         slabs = Slabs(torch.empty(SLABS * SLAB_BYTES, dtype=torch.uint8, pin_memory=True))
         return Cuda(where, budget, slabs)
-    return Device() if budget == BUDGET else Card(where, budget)
+    return Device() if budget == BUDGET else Accelerator(where, budget)
 
 
 def _stream(small: bool) -> tuple[Tensors, list[Tensors]]:

@@ -1,6 +1,7 @@
 """Foreign names as they may stand in messages and logs. Knows no torch, so that everything may import it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 EXPERT, BASE = "<expert>", "<base>"
 FOLDER = "<folder>"  # the expert as a folder, which it may not have been dropped as
@@ -24,3 +25,29 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     all_names = list(names)
     more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
     return ", ".join(shown(name) for name in all_names[:most]) + more
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes with a decimal unit.
+
+    >>> size(350_000_000)
+    '350.0 MB'
+    """
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.95:  # what would be written 1000.0 is one of the next unit
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def once_each(twice: Callable[[], Exception]) -> Callable[[Sequence[tuple[str, Any]]], dict[str, Any]]:
+    """For `json.loads(..., object_pairs_hook=)`: an object whose fields are each there once. Raises `twice()`."""
+
+    def made(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise twice()
+        return found
+
+    return made

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from sys import float_info
-from typing import Any, NoReturn
+from typing import Any
 
 from daemon.checkpoints.adapter_modules import is_tied
 from daemon.checkpoints.hints import inner
@@ -21,7 +21,7 @@ from projector.lora.foreign import MLX, command, recognised, recognised_other
 from projector.lora.patterns import Patterns
 from projector.lora.targets import Targets
 from projector.spec import Schema
-from projector.text import listed, shown
+from projector.text import listed, once_each, shown
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -89,14 +89,14 @@ def open_adapter(fd: int) -> OpenAdapter:
     if not stat.S_ISREG(status.st_mode):
         raise not_a_file(ADAPTER)
     if status.st_size > MAX_CONFIG_BYTES:
-        _refuse(f"it has {status.st_size} bytes, {MAX_CONFIG_BYTES} are allowed")
+        raise _bad(f"it has {status.st_size} bytes, {MAX_CONFIG_BYTES} are allowed")
     text = os.pread(fd, MAX_CONFIG_BYTES, 0)
     try:
-        content = json.loads(text, object_pairs_hook=_object)
+        content = json.loads(text, object_pairs_hook=once_each(lambda: _bad("a field is there twice")))
     except (ValueError, RecursionError):
         raise NotYet(Reason.ADAPTER, f"{ADAPTER} is not JSON", "copy it again") from None
     if not isinstance(content, dict):
-        _refuse("it is not an object with fields")
+        raise _bad("it is not an object with fields")
     return OpenAdapter(fd, stamp(status), hashlib.sha256(text).hexdigest(), read_config(content))
 
 
@@ -152,7 +152,7 @@ def check_tied(expert: LoraExpert, base: Schema, base_config: Mapping[str, Any])
     for spec in base.values():
         if is_tied(spec, base, base_config) and expert.replaces(spec.name):
             tying = "train it with ensure_weight_tying=True, or " if spec.name.endswith(TIED_BY_PEFT) else ""
-            _refuse(
+            raise _bad(
                 f"it brings {shown(spec.name)} whole, for the embedding alone; the base's output layer is tied to it",
                 f"{tying}give this home a base in which the two are not tied: saved with tie_word_embeddings=False and"
                 " both matrices",
@@ -165,28 +165,28 @@ def check_not_merged(expert: LoraExpert) -> None:
     if name := expert.merged_already():
         detail = f"the weight that {ADAPTER_WEIGHTS} has for {shown(name)} has the adapter in it already"
         hint = "save it with save_pretrained, after model.unmerge_adapter(); or merge_and_unload(), and drop the model"
-        _refuse(detail, hint)
+        raise _bad(detail, hint)
 
 
 def read_config(content: Mapping[str, Any]) -> LoraConfig:
     """What the fields of adapter_config.json say. Raises Refused, which names what cannot be merged."""
     kind = content.get("peft_type")
     if "lora_parameters" in content:
-        _refuse("it is mlx-lm's", f"make a PEFT adapter of it, and drop that: {command(MLX, ())}")
+        raise _bad("it is mlx-lm's", f"make a PEFT adapter of it, and drop that: {command(MLX, ())}")
     if kind != "LORA":
         detail = f"peft_type is {_value(kind)}" if kind else "it has no peft_type"
         if kind in NO_WEIGHTS_CHANGED:
-            _refuse(f"{detail}, which changes no weights: no merge can take it", "train a LoRA, or the whole model")
-        _refuse(detail, f"only LORA can be merged here: {MERGE_FIRST}")
+            raise _bad(f"{detail}, which changes no weights: no merge can take it", "train a LoRA, or the whole model")
+        raise _bad(detail, f"only LORA can be merged here: {MERGE_FIRST}")
     for key, (name, hint) in VARIANTS.items():
         if _is_set(content.get(key)):
-            _refuse(f"{key} is set: {name} is not supported", hint)
+            raise _bad(f"{key} is set: {name} is not supported", hint)
     _check_start(content.get("init_lora_weights"))
     unknown = sorted(key for key in content.keys() - USED - NO_MATTER - VARIANTS.keys() if _is_set(content[key]))
     if unknown:
-        _refuse(f"it sets what is not known here, and may change the weights: {listed(unknown)}", MERGE_FIRST)
+        raise _bad(f"it sets what is not known here, and may change the weights: {listed(unknown)}", MERGE_FIRST)
     if content.get("bias", "none") not in ("none", "all", "lora_only"):
-        _refuse(f"bias is {_value(content['bias'])}", "it is none, all or lora_only")
+        raise _bad(f"bias is {_value(content['bias'])}", "it is none, all or lora_only")
     config = LoraConfig(
         r=_rank(content.get("r"), "r"),
         lora_alpha=_number(content.get("lora_alpha"), "lora_alpha"),
@@ -200,7 +200,7 @@ def read_config(content: Mapping[str, Any]) -> LoraConfig:
         try:
             Patterns(patterns)
         except BadSchema as error:
-            _refuse(str(error), error.hint)
+            raise _bad(str(error), error.hint) from None
     return config
 
 
@@ -210,8 +210,8 @@ def _check_start(start: Any) -> None:
         return
     name = next((name for prefix, name in OTHER_STARTS.items() if str(start).lower().startswith(prefix)), None)
     if name is None:
-        _refuse(f"init_lora_weights is {_value(start)}, which is not known here", MERGE_FIRST)
-    _refuse(
+        raise _bad(f"init_lora_weights is {_value(start)}, which is not known here", MERGE_FIRST)
+    raise _bad(
         f"init_lora_weights is {_value(start)}: {name} changed the base, and the adapter is not converted back",
         "save it with path_initial_model_for_weight_conversion=..., which makes an ordinary LoRA of it"
         if name != "LoftQ"
@@ -226,27 +226,27 @@ def _is_set(value: Any) -> bool:
 
 def _rank(value: Any, key: str) -> int:
     if type(value) is not int or not 1 <= value <= 1 << 20:
-        _refuse(f"{key} has {_literal(value)}, a rank is a whole number from 1")
+        raise _bad(f"{key} has {_literal(value)}, a rank is a whole number from 1")
     return value
 
 
 def _number(value: Any, key: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= float_info.max:
-        _refuse(f"{key} has {_literal(value)}, which is no number")
+        raise _bad(f"{key} has {_literal(value)}, which is no number")
     return float(value)
 
 
 def _flag(content: Mapping[str, Any], key: str) -> bool:
     value = content.get(key, False)
     if value is not None and not isinstance(value, bool):
-        _refuse(f"{key} is {_literal(value)}, not true or false")
+        raise _bad(f"{key} is {_literal(value)}, not true or false")
     return bool(value)
 
 
 def _map(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = content.get(key) or {}
     if not isinstance(value, dict):
-        _refuse(f"{key} is no object")
+        raise _bad(f"{key} is no object")
     return value
 
 
@@ -255,7 +255,7 @@ def _tokens(value: Any) -> Mapping[str, Sequence[int]]:
     by_name = value if isinstance(value, dict) else {"": value} if value is not None else {}
     for rows in by_name.values():
         if not isinstance(rows, list) or not all(type(row) is int for row in rows):
-            _refuse("trainable_token_indices are no lists of whole numbers")
+            raise _bad("trainable_token_indices are no lists of whole numbers")
     return by_name
 
 
@@ -279,13 +279,6 @@ def _targets(content: Mapping[str, Any]) -> Targets:
     )
 
 
-def _object(pairs: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        _refuse("a field is there twice")
-    return found
-
-
 def _value(value: Any) -> str:
     return shown(str(value))
 
@@ -295,5 +288,5 @@ def _literal(value: Any) -> str:
     return shown(json.dumps(value))
 
 
-def _refuse(detail: str, hint: str = "save the adapter again with peft's save_pretrained") -> NoReturn:
-    raise Refused(Reason.ADAPTER, f"{ADAPTER}: {detail}", hint)
+def _bad(detail: str, hint: str = "save the adapter again with peft's save_pretrained") -> Refused:
+    return Refused(Reason.ADAPTER, f"{ADAPTER}: {detail}", hint)

@@ -6,7 +6,7 @@ It is not part of the expert's identity: the same weights with another expert.js
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from daemon.errors import NotYet, Reason, Refused
 from projector.names.naming import Naming, check_prefixes
-from projector.text import shown
+from projector.text import once_each, shown
 
 ABOUT = "expert.json"
 MAX_ABOUT_BYTES = 64 << 10
@@ -104,20 +104,14 @@ def read_about(fd: int) -> About:
     if status.st_size > MAX_ABOUT_BYTES:
         raise _bad(f"it has {status.st_size} bytes, {MAX_ABOUT_BYTES} are allowed")
     try:
-        content = json.loads(os.pread(fd, MAX_ABOUT_BYTES, 0), object_pairs_hook=_object)
+        text, hook = os.pread(fd, MAX_ABOUT_BYTES, 0), once_each(lambda: _bad("a field is there twice"))
+        content = json.loads(text, object_pairs_hook=hook)
     except (ValueError, RecursionError):
         raise NotYet(Reason.BAD_ABOUT, f"{ABOUT} is not JSON", "copy it again, or leave it out") from None
     try:
         return About.model_validate(content)
     except ValidationError as error:
         raise _bad(_in_words(error.errors(include_input=False)[0])) from None
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _bad("a field is there twice")
-    return found
 
 
 def _in_words(error: Mapping[str, Any]) -> str:

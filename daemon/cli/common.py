@@ -95,20 +95,6 @@ def local(moment: datetime | str | None) -> str:
     return then.astimezone().isoformat(" ", "seconds") if then else "-"
 
 
-def size(nbytes: int) -> str:
-    """A number of bytes with a decimal unit.
-
-    >>> size(350_000_000)
-    '350.0 MB'
-    """
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

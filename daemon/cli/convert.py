@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from daemon.cli.common import JsonOption, print_json, size
+from daemon.cli.common import JsonOption, print_json
+from projector.text import size
 
 if TYPE_CHECKING:
     from daemon.convert.converting import Converted, Report

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from daemon.cli.common import HomeOption, named_home, settings_of, size
+from daemon.cli.common import HomeOption, named_home, settings_of
 from daemon.errors import BadConfig
 from daemon.layout import Home, is_head_name
-from projector.text import shown
+from projector.text import shown, size
 
 MOST_LETTERS = 200  # in a base's name
 

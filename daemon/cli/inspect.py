@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from daemon.cli.common import HomeArgument, HomeOption, JsonOption, PathArgument, open_reader, print_json, size
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, PathArgument, open_reader, print_json
 from daemon.errors import BadConfig, DaemonError
 from projector.errors import ProjectorError
-from projector.text import shown
+from projector.text import shown, size
 
 MOST_NAMES = 40
 

@@ -21,13 +21,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from daemon.cli.common import JsonOption, complain, print_json, size
+from daemon.cli.common import JsonOption, complain, print_json
 from daemon.errors import DaemonError
 from daemon.notation import called, read_name
 from daemon.pull.client import Passing
 from daemon.pull.fetching import Report
 from daemon.pull.pulling import CONNECTIONS, LATEST, Pulled, follow, pull
-from projector.text import shown
+from projector.text import shown, size
 
 
 def command(

@@ -7,19 +7,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from daemon.cli.common import (
-    HomeArgument,
-    HomeOption,
-    JsonOption,
-    local,
-    open_reader,
-    print_json,
-    print_table,
-    size,
-)
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, local, open_reader, print_json, print_table
 from daemon.layout import Home
 from daemon.notation import called
-from projector.text import shown
+from projector.text import shown, size
 from registry.records import Flag
 
 if TYPE_CHECKING:

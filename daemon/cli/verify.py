@@ -8,7 +8,8 @@ from dataclasses import asdict
 import typer
 from rich.console import Console
 
-from daemon.cli.common import HomeArgument, HomeOption, JsonOption, open_reader, print_json, size
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, open_reader, print_json
+from projector.text import size
 
 
 def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption = False) -> None:

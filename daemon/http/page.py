@@ -18,6 +18,7 @@ from daemon.home.health import Trouble
 from daemon.http.answers import NO_CACHE, Problem
 from daemon.http.files import Published
 from daemon.layout import is_adapter
+from projector.text import size
 from registry.records import Expert, Head, Status, Version
 
 ARRIVALS = 12  # rows shown
@@ -38,7 +39,7 @@ _HEADERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class ShownHead:
     """One head as the page shows it: `version` is the live one."""
 
     head: Head
@@ -47,7 +48,7 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class LineageStep:
     """One version of the first head in the lineage, and the expert that made it (None: the base)."""
 
     version: Version
@@ -101,19 +102,19 @@ def render(published: Published, troubles: Sequence[Trouble], origin: Origin, no
     return HTMLResponse(html, headers=_HEADERS)
 
 
-def _card(published: Published, head: Head) -> Card:
+def _card(published: Published, head: Head) -> ShownHead:
     short = {
         name: value for name, value in head.params.items() if not isinstance(value, list)
     }  # lists are in /v1/heads
     params = ", ".join(f"{name} {value}" for name, value in short.items())
-    return Card(head, published.reader.version(head.name, head.live), params)
+    return ShownHead(head, published.reader.version(head.name, head.live), params)
 
 
-def _lineage(published: Published, head: Head) -> Sequence[Step]:
+def _lineage(published: Published, head: Head) -> Sequence[LineageStep]:
     reader = published.reader
     versions = reader.versions(head.name, limit=VERSIONS)
     return [
-        Step(version, reader.expert(version.expert_id) if version.expert_id is not None else None)
+        LineageStep(version, reader.expert(version.expert_id) if version.expert_id is not None else None)
         for version in versions
     ]
 
@@ -134,16 +135,6 @@ def _commands(published: Published, head: Head, origin: str) -> Sequence[tuple[s
         where = "Load the newest on this machine, from the folder that the home is in"
         commands.insert(0, (where, f"AutoModel.from_pretrained({latest!r})"))
     return commands
-
-
-def human_bytes(size: int) -> str:
-    """1_500_000 -> "1.5 MB" (powers of 1000)."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.5 else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def human_count(count: int) -> str:
@@ -175,4 +166,4 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {"bytes": human_bytes, "count": human_count, "ago": human_ago}
+_ENVIRONMENT.filters |= {"bytes": size, "count": human_count, "ago": human_ago}

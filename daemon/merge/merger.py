@@ -45,7 +45,7 @@ from daemon.versions.latest import point_latest
 from daemon.versions.modules import check_modules
 from daemon.versions.retention import collect
 from daemon.versions.sealing import origin, seal
-from daemon.versions.writing import Outputs, planned
+from daemon.versions.writing import Outputs, weights_plan
 from projector.driver.head import Folded, HeadFold, Norms
 from projector.errors import BadFile, BadMerged, DeviceLost, ProjectorError
 from projector.files.tensorfile import TensorReader
@@ -72,7 +72,7 @@ class Merger:
         self._states = States(home, progress)
         self._states.check(live_heads(store, self._methods), self._base.tensors.schema)
         self._base_config = read_config(home.base)
-        self._plan = planned(self._base.checkpoint, settings.publish)
+        self._plan = weights_plan(self._base.checkpoint, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._base_norms: Norms | None = None
         reserved = self._driver.device.slab_bytes

@@ -25,7 +25,7 @@ from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
 from daemon.merge.merger import Merger
 from daemon.rebuild.candidates import told_apart
-from daemon.rebuild.restating import changed
+from daemon.rebuild.restating import unlike
 from projector.errors import ProjectorError
 from projector.method import Method
 from projector.names.naming import Naming
@@ -167,7 +167,7 @@ def _merge(merger: Merger, target: Home, expert: Expert, source: Path, naming: N
     if recorded.status is not Status.MERGED:
         raise _not_again(expert, f"{recorded.status}: {recorded.detail}", recorded.hint or "")
     _check_weight(expert, recorded.weight, source)
-    if why := changed(expert, recorded.sha256, recorded.sidecars or {}):
+    if why := unlike(expert, recorded.sha256, recorded.sidecars or {}):
         raise _not_again(expert, f"{source} is not what was merged: {why}", "restore it from a backup, and begin anew")
 
 
@@ -225,7 +225,7 @@ def pages(reader: Reader) -> Iterator[Expert]:
 
 def _same(there: Expert, here: Expert) -> bool:
     named_alike = None in (there.naming, here.naming) or there.naming == here.naming
-    return named_alike and there.weight == here.weight and not changed(here, there.sha256, there.sidecars or {})
+    return named_alike and there.weight == here.weight and not unlike(here, there.sha256, there.sidecars or {})
 
 
 def _not_again(expert: Expert, why: str, hint: str) -> BadHome:

@@ -29,7 +29,7 @@ from daemon.versions.latest import point_latest
 from daemon.versions.manifest import FileEntry, WeightsPlan, Withdrawal
 from daemon.versions.retention import collect, remove_whole
 from daemon.versions.sealing import Origin, origin, seal
-from daemon.versions.writing import Outputs, planned
+from daemon.versions.writing import Outputs, weights_plan
 from projector.driver.head import HeadFold
 from projector.files.tensorfile import TensorReader
 from projector.method import Contribution, Method, Totals
@@ -64,7 +64,7 @@ class Restating:
         self._driver = driver(settings.compute, progress)
         self._closing = ExitStack()
         self._base = self._closing.enter_context(Base(home, reader, progress))
-        self._plan = planned(self._base.checkpoint, settings.publish)
+        self._plan = weights_plan(self._base.checkpoint, settings.publish)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._folder = home.tmp / uuid4().hex
         self._closing.callback(durable.remove, self._folder)
@@ -190,7 +190,7 @@ class Restating:
         return sum(spec.nbytes for spec in self._base.tensors.schema.values() if spec.merged)
 
 
-def changed(expert: Expert, sha256: str | None, sidecars: Mapping[str, str]) -> str | None:
+def unlike(expert: Expert, sha256: str | None, sidecars: Mapping[str, str]) -> str | None:
     """How what was read now differs from what was merged, in words; None where it does not.
 
     sidecars: the sha256 of each that was read now. One that nobody read when the expert was merged can be any.
@@ -204,7 +204,7 @@ def changed(expert: Expert, sha256: str | None, sidecars: Mapping[str, str]) -> 
 
 def _check(path: Path, source: OpenCheckpoint, norm: float, expert: Expert) -> None:
     """Once it has been folded: what was read must be what was merged."""
-    why = changed(expert, source.identity(), source.sidecar_digests())
+    why = unlike(expert, source.identity(), source.sidecar_digests())
     if not why and expert.norm is not None and not isclose(norm, expert.norm, rel_tol=SAME_NORM):
         why = f"its task vector has norm {norm:.6g}, it had {expert.norm:.6g}"
     if why:

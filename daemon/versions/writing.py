@@ -63,7 +63,7 @@ class Outputs:
         return TensorWriter(fd, specs, METADATA, self._watch)
 
 
-def planned(base: OpenCheckpoint, settings: Publish) -> WeightsPlan:
+def weights_plan(base: OpenCheckpoint, settings: Publish) -> WeightsPlan:
     """The files that every version's weights are published in, with the base's tensors in the dtype wanted: those that
     the base has, or what `publish.shard_bytes` makes of them, called alike.
     """

@@ -114,7 +114,7 @@ class Device:
         return threads(workers)
 
 
-class Card(Device):
+class Accelerator(Device):
     """A device of its own memory. What its steps need at a time stays within its budget."""
 
     def __init__(self, where: torch.device, budget_bytes: int, slabs: Slabs | None = None) -> None:
@@ -199,7 +199,7 @@ class Card(Device):
         )
 
 
-class Cuda(Card):
+class Cuda(Accelerator):
     """A CUDA device, with a stream for each of the threads that last."""
 
     def __init__(self, where: torch.device, budget_bytes: int, slabs: Slabs | None = None) -> None:

@@ -15,7 +15,7 @@ import torch
 from projector.errors import BadFile, Reason
 from projector.names.quantised import hint
 from projector.spec import TensorSpec
-from projector.text import shown
+from projector.text import once_each, shown
 
 PREFIX_BYTES = 8
 ALIGNMENT = 8  # of the data
@@ -144,9 +144,7 @@ def _load(text: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise _bad("the header names a key twice")
+    entries = once_each(lambda: _bad("the header names a key twice"))(pairs)
     words = [*entries, *(value for value in entries.values() if isinstance(value, str))]
     "".join(words).encode()  # a lone surrogate is no text: UnicodeEncodeError
     return entries

@@ -16,7 +16,7 @@ from projector.files.tensorfile import TensorReader
 from projector.lora.config import LoraConfig
 from projector.lora.delta import Parts, Patch, delta_of, factors_of, squared_columns
 from projector.lora.keys import FULL, tensor_parts
-from projector.lora.plan import ALONE, planned
+from projector.lora.plan import ALONE, patches_of
 from projector.matching.resized import common_rows
 from projector.method import Factors
 from projector.names.naming import SAME, Naming
@@ -46,7 +46,7 @@ class LoraExpert(Checkpoint):
             raise BadSchema(error.reason, str(error), ALONE) from None
         self._fit_rows(base, naming)
         self._base = base
-        self._patches = planned(self, config, base.schema, naming)
+        self._patches = patches_of(self, config, base.schema, naming)
         self._columns: dict[str, Tensor] = {}
         self._held: tuple[str, dict[str, Tensor]] = "", {}
         self.order = base.order

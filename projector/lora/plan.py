@@ -24,7 +24,7 @@ MOST_RANK = 1024  # of a weight whose shorter side is less: a factor is in memor
 MISMATCH = "adapter_config.json and adapter_model.safetensors must be of one adapter: save both again"
 
 
-def planned(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Naming) -> dict[str, Patch]:
+def patches_of(adapter: Checkpoint, config: LoraConfig, base: Schema, naming: Naming) -> dict[str, Patch]:
     """What the adapter does to each tensor of the base that it changes, by its name in the base.
 
     A buffer of whole numbers or a derived one stays the base's, and so does what `naming` ignores. A whole tensor that

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 
 import torch
 
-from projector.driver.device import Card
+from projector.driver.device import Accelerator
 from projector.files.slabs import Slabs
 from projector.watch import Watch
 
 MIB = 1 << 20
 
 
-class PretendCard(Card):
+class PretendCard(Accelerator):
     """Its lanes raise these errors, one after the other, at the end of the work; None is a success, and so is the rest.
 
     The errors are torch's own classes with the messages that torch gives them.

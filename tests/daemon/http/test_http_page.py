@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from daemon.http.page import human_ago, human_bytes, human_count
+from daemon.http.page import human_ago, human_count
+from projector.text import size
 from registry.records import Flag, Status
 from tests.daemon.http.conftest import lay, sha256
 
@@ -183,8 +184,8 @@ def test_a_real_browser_shows_it(line: "Line", origin: str, tmp_path: Path) -> N
 
 
 def test_sizes_counts_and_ages() -> None:
-    assert [human_bytes(n) for n in (0, 999, 1000, 1_540_000, 250_000_000, 999_999_999, 10**12)] == [
-        "0 B", "999 B", "1.0 kB", "1.5 MB", "250 MB", "1.0 GB", "1.0 TB",
+    assert [size(n) for n in (0, 999, 1000, 1_540_000, 250_000_000, 999_999_999, 10**12)] == [
+        "0 B", "999 B", "1.0 kB", "1.5 MB", "250.0 MB", "1.0 GB", "1.0 TB",
     ]  # fmt: skip
     assert [human_count(n) for n in (12, 22_713_216, 7_000_000_000)] == ["12", "22.7 million", "7.0 billion"]
     now = datetime(2026, 1, 1, tzinfo=UTC)
