@@ -10,7 +10,7 @@ import torch
 
 from projector.errors import BadSchema, Reason
 from projector.names.buffers import is_derived, is_statistic
-from projector.names.naming import SAME, globs, in_about, mended, mending
+from projector.names.naming import SAME, globs, in_about, layers_beyond, mended, mending, more_layers
 from projector.names.quantised import BEFORE, check_not_quantised
 from projector.text import FOLDER, OUT, listed, shown
 
@@ -120,7 +120,10 @@ def check_schema(base: Schema, expert: Schema, theirs: Mapping[str, str] = {}) -
         raise BadSchema(Reason.MISSING_TENSOR, "there is no tensor in it", UNGATHERED)
     known = [name for name in expert if name in base]
     other = OTHER_MODEL if (missing or unexpected) and not akin(base, expert) else None
-    mend = _mend(missing, unexpected, [theirs.get(name, name) for name in known])
+    named = [theirs.get(name, name) for name in known]
+    more = more_layers(missing, unexpected, named)
+    other = other or (f"it has more layers than the base ({listed(more)}): {OTHER_MODEL}" if more else None)
+    mend = _mend(missing, unexpected, named)
     if missing and len(missing) == sum(spec.merged for spec in base.values()):
         raise BadSchema(
             Reason.WRONG_BASE,
@@ -197,8 +200,23 @@ def _mend(missing: Sequence[str], unexpected: Sequence[str], known: Sequence[str
 
 def _left(missing: Sequence[str], known: Sequence[str]) -> str:
     """What else to do where the base's are simply not there."""
+    if last := _last_layers(missing, known):
+        return f"; with fewer layers than the base (without {listed(last)}) it is another model"
     told = in_about(unchanged=globs(missing, known)) if known else None
     return f"; or, if it leaves these as they are, drop it with {told}" if told else ""
+
+
+def _last_layers(missing: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The layers that are missing behind all of their list that are there."""
+    there: dict[str, int] = {}
+    for name in known:
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            if part.isdecimal():
+                within = ".".join(parts[:place])
+                there[within] = max(there.get(within, 0), int(part))
+    lists = ((module, *module.rpartition(".")[::2]) for module in layers_beyond(missing, known))
+    return [module for module, within, number in lists if int(number) > there[within]]
 
 
 def _strange(unexpected: Sequence[str]) -> str:

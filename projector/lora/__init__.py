@@ -4,6 +4,7 @@
     keys.py      the names of its tensors
     patterns.py  patterns for modules' names, in bounded time
     targets.py   which modules PEFT puts it into
+    families.py  what modules are called in the files of known models
     fitting.py   its names made the base's
     plan.py      which factors make which tensor
     delta.py     the product

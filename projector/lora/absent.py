@@ -7,6 +7,7 @@ from operator import eq
 
 from projector.errors import BadSchema, Reason
 from projector.lora.config import MERGE_FIRST
+from projector.lora.families import family_pairs
 from projector.lora.keys import FULL, OFFSET, A, is_embedding
 from projector.names.naming import LONGEST_HINT, Naming, fitting_prefix
 from projector.spec import OTHER_MODEL, Schema
@@ -46,7 +47,7 @@ def absent(
     elif FULL not in parts or not known:
         reason = reason if known else Reason.WRONG_BASE
         detail = "nothing there has that name" if known else "nor anything else that this adapter changes"
-        hint = f"{ANOTHER_BASE}; {_renamed(target)}"
+        hint = f"{ANOTHER_BASE}; {_renamed(target, unknown, base)}"
         if made := naming.tried(target):
             detail = f"nor {shown(made[0])}, which admission.prefixes makes of it"
             hint = f"mend that pair{_closest(made[0], base)}, or {ANOTHER_BASE}"
@@ -87,8 +88,14 @@ def _prefix(target: str, unknown: Mapping[str, Shape], base: Schema) -> str | No
     return words if 0 < len(words) <= LONGEST_HINT else None
 
 
-def _renamed(target: str) -> str:
+def _renamed(target: str, unknown: Mapping[str, Shape], base: Schema) -> str:
     """What helps where the module has another name in the base's files."""
+    if pairs := family_pairs(unknown, base):
+        lines = ", ".join(f"{json.dumps(theirs)} = {json.dumps(ours)}" for theirs, ours in pairs.items())
+        return (
+            "or, as transformers calls the modules of this model otherwise than its files do, put prefixes ="
+            f" {{{lines}}} under [admission] in mainstem.toml (docs/adapters.md, Names); or {MERGE_FIRST}"
+        )
     module = ".".join("*" if part.isdigit() else part for part in target.split(".")[:-1])
     pair = f', {json.dumps(module)} = "..."' if len(module) <= LONGEST_HINT else ""
     return (

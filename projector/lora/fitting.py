@@ -7,7 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from projector.lora.keys import FULL, A, B, is_embedding, tensor_parts
-from projector.matching.fitting import COUNTED, RENAMED, common_parts, ends_with, is_head, own_heads
+from projector.matching.fitting import COUNTED, RENAMED
+from projector.matching.heads import (
+    LAYER,
+    check_none_lost,
+    common_parts,
+    counterparts,
+    ends_with,
+    is_head,
+    own_heads,
+)
 from projector.names.naming import Naming
 from projector.spec import Schema, sole_twins
 
@@ -28,12 +37,25 @@ def fitted_adapter(naming: Naming, adapter: Schema, base: Schema, *, tied: bool)
     if body:
         naming = _renamed(naming, body, base)
         unknown = _unknown(naming, shapes, base)
-    specs = [replace(adapter[known[name][FULL]], name=name) for name in unknown if known[name].keys() == {FULL}]
+    whole = {name: shape for name, shape in unknown.items() if known[name].keys() == {FULL}}
+    if pairs := counterparts(naming.parts, whole, _untouched(naming, shapes, base)):
+        naming = replace(naming, prefixes={**naming.prefixes, **pairs})
+        unknown = _unknown(naming, shapes, base)
+    specs = [replace(adapter[known[name][FULL]], name=name) for name in unknown if name in whole]
     output = dict(sole_twins(base, specs)) if tied else {}
-    extra = [name for name in unknown if name not in output]
-    whole = {spec.name for spec in specs}
-    heads = own_heads(extra, [name for name in shapes if name not in unknown]) if whole.issuperset(extra) else []
+    extra = {name: shape for name, shape in unknown.items() if name not in output}
+    used = [name for name in shapes if name not in unknown]
+    heads = own_heads(list(extra), used) if whole.keys() >= extra.keys() else []
+    if heads:
+        inner = {spec.shape for name, spec in base.items() if LAYER.search(name)}
+        check_none_lost(extra, _untouched(naming, shapes, base), inner, (), used)
     return replace(naming, ignore=(*naming.ignore, *heads))
+
+
+def _untouched(naming: Naming, shapes: Mapping[str, Shape], base: Schema) -> dict[str, Shape]:
+    """The heads of the base that the adapter leaves as they are."""
+    touched = set(naming.resolve(shapes, base).values())
+    return {name: spec.shape for name, spec in base.items() if is_head(name) and spec.merged and name not in touched}
 
 
 def _shape(parts: Mapping[str, str], adapter: Schema) -> Shape:

@@ -2,6 +2,7 @@
 
     matching.py  names, tied weights, what is left out
     fitting.py   prefixes, wrappers and heads that come off by themselves
+    heads.py     whose a head is
     resized.py   a vocabulary of another size
 
 One way or none: what could be two is refused.

@@ -8,14 +8,24 @@ What this adds is noted with the expert, and read by from then on: what is added
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from projector.errors import BadSchema, Reason
 from projector.files.source import Checkpoint
-from projector.names.naming import IN_ABOUT, Naming, globs, in_about, with_parts
+from projector.matching.heads import (
+    LAYER,
+    check_none_lost,
+    common_parts,
+    counterparts,
+    ends_with,
+    is_head,
+    lacking,
+    own_heads,
+)
+from projector.names.naming import IN_ABOUT, NUMBER, Naming, in_about, with_parts
 from projector.names.quantised import check_not_quantised
-from projector.spec import Schema, sole_twins
+from projector.spec import Schema, resized_rows, sole_twins
 from projector.text import listed
 
 WRAPPERS = (
@@ -42,40 +52,7 @@ NORMED = re.compile(
 RENAMED = tuple(table for one in (LLAVA, QWEN_VL) for table in (one, {ours: theirs for theirs, ours in one.items()}))
 """What transformers 5 calls the parts of a model otherwise than its files do, and the other way round."""
 
-HEADS = frozenset(
-    (
-        *("head", "lm_head", "cls", "classifier", "pre_classifier", "score", "pooler", "classification_head", "logits"),
-        *("qa_outputs", "qa_classifier", "qa_output", "seq_relationship", "sop_classifier", "predictions", "lm_loss"),
-        *("generator_predictions", "generator_lm_head", "discriminator_predictions", "sequence_summary", "mlm_head"),
-        *("vocab_transform", "vocab_layer_norm", "vocab_projector", "embed_out", "output_projection", "pred_layer"),
-        *("multiple_choice_head", "start_logits", "end_logits", "answer_class", "logits_proj", "v_head", "value_head"),
-        *("final_logits_bias", "nsp_head", "itm_head", "proj_out", "ctc_head", "reward_head", "regressor"),
-        "mtp",  # of multi-token prediction
-    )
-)
-"""What heads are called. A base's own may be missing; of an expert's, others are heads too."""
-
-OPTIONAL = frozenset(("pooler", "mtp"))
-"""Heads that a model is often saved without, whatever its task: transformers neither loads nor saves an `mtp`."""
-
-BODY = re.compile(
-    r"embed|norm|^ln|^bn|layer|block|stage|conv|encoder|decoder|position|rotary|rope|attention|attn|mlp|ffn|router|gate"
-    r"|prompt|token|lora|adapter|expert|model|tower|visual|vision|multi_modal|mm_|resampler|perceiver|qformer|connector|backbone|ema|teacher|student|momentum|copy|ref|old|^\d+$",
-    re.IGNORECASE,
-)
-"""What a module is called that is no head, which may change what the body does."""
-HEADISH = re.compile(r"(classif\w*|heads?|scorer?|logits?|regressor|pooler|predict\w*)$", re.IGNORECASE)
-"""And what is one all the same."""
-
-INNER = re.compile(r"(^|_)\d+$|attn|attention|mlp|block|layer", re.IGNORECASE)
-"""What holds a part of the body: a `proj_out` in it is none of a head."""
-
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 COUNTED = re.compile(r"(^|\.)\d+\.")
-LAYER = re.compile(r"([^.]+\.)?(?<![^.])\d+\..*$")
-"""A tensor of a layer, from the name of the list of layers on."""
-FOREIGN = re.compile(r"(^|\.)(lora_|ia3_|adapter|prompt_|prefix_encoder|modules_to_save|original_module|base_layer)")
-MOST_GLOBS = 64
 
 
 def fitted(naming: Naming, expert: Checkpoint, base: Checkpoint, *, tied: bool) -> Naming:
@@ -99,12 +76,54 @@ def fitted(naming: Naming, expert: Checkpoint, base: Checkpoint, *, tied: bool) 
     twins = base.twins() if len(found) < len(wanted) else {}
     missing = [name for name in wanted if name not in found and found.keys().isdisjoint(twins.get(name, ()))]
     missing = [name for name in missing if not naming.lacks(name)]
-    output = dict(sole_twins(base.schema, (expert.schema[name] for name in extra))) if tied else {}
-    own = [name for name in extra if name not in output]
     bare = any(name != ours and ours.endswith(f".{name}") for ours, name in found.items())
+    resized = _resized(found, theirs, wanted)
+    naming, own = _with_heads(naming, theirs, wanted, resized, tied=tied)
+    found, extra = _read(naming, theirs, wanted)
+    missing = [name for name in missing if name not in found]
     heads = own_heads(own, list(found.values()))
-    lacking = _lacking(missing, list(found), other_task=bare or bool(heads))
-    return replace(naming, ignore=(*naming.ignore, *heads), unchanged=(*naming.unchanged, *lacking))
+    lost = lacking(missing, list(found), other_task=bare or bool(heads))
+    stays = [name for name in wanted if name not in found and not naming.lacks(name) and (lost or name not in missing)]
+    if extra and stays:
+        again = expert.twins() if not lost else {}  # what the base ties is left out where it is the same
+        known = set(found.values())
+        check_none_lost(
+            {name: theirs[name].shape for name in extra if known.isdisjoint(again.get(name, ()))},
+            {name: wanted[name].shape for name in stays},
+            {wanted[name].shape for name in found if LAYER.search(name)},
+            lost,
+            list(found.values()),
+            resized,
+        )
+    return replace(naming, ignore=(*naming.ignore, *heads), unchanged=(*naming.unchanged, *lost))
+
+
+def _with_heads(
+    naming: Naming, theirs: Schema, wanted: Schema, resized: Mapping[int, int], *, tied: bool
+) -> tuple[Naming, list[str]]:
+    """With what makes heads of the base's of what the base has not, and what may be a head of its own after that; as it
+    was where something else would still be left."""
+
+    def left(names: Iterable[str]) -> list[str]:
+        output = dict(sole_twins(wanted, (theirs[name] for name in names))) if tied else {}
+        return [name for name in names if name not in output]
+
+    found, extra = _read(naming, theirs, wanted)
+    absent = {name: spec.shape for name, spec in wanted.items() if name not in found and not naming.lacks(name)}
+    pairs = counterparts(naming.parts, {name: theirs[name].shape for name in extra}, absent, resized)
+    if pairs:
+        again = replace(naming, prefixes={**naming.prefixes, **pairs})
+        found, rest = _read(again, theirs, wanted)
+        own = left(rest)
+        if not own or own_heads(own, list(found.values())):
+            return again, own
+    return naming, left(extra)
+
+
+def _resized(found: Mapping[str, str], theirs: Schema, wanted: Schema) -> dict[int, int]:
+    """How many rows an embedding of the base has -> how many in the expert, where that differs."""
+    shapes = ((wanted[ours].shape, theirs[name].shape) for ours, name in found.items())
+    return {ours[0]: other[0] for ours, other in shapes if ours != other and resized_rows(ours, other)}
 
 
 def _normed(extra: Iterable[str], wanted: Schema) -> dict[str, str]:
@@ -244,73 +263,6 @@ class _Copies:
     def _made(pair: tuple[str, str], key: str) -> str:
         theirs, ours = pair
         return theirs + key.removeprefix(ours)
-
-
-def ends_with(name: str, parts: str) -> bool:
-    """True where the name ends with these parts, whole ones."""
-    return name.endswith(parts) and (name == parts or name[-len(parts) - 1] == ".")
-
-
-def common_parts(names: Collection[str]) -> int:
-    """How many parts all of these names begin with."""
-    first, last = min(names).split("."), max(names).split(".")
-    return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first) - 1)
-
-
-def is_head(name: str) -> bool:
-    """True for a tensor of a head, by what heads are called."""
-    return not HEADS.isdisjoint(name.split("."))
-
-
-def own_heads(extra: Sequence[str], used: Sequence[str]) -> list[str]:
-    """Globs of these tensors, which are none of the base's, where all are of heads; none otherwise.
-
-    A head lies beside the body, or beside a part of it that holds all of it: nothing of a layer is one.
-    """
-    body = [name for name in used if not is_head(name)] or list(used)
-    if not extra or not body:
-        return []
-    root = body[0].split(".")[: common_parts(body)]
-    layers = {found[0] for found in map(LAYER.search, body) if found}
-    again = any(tail in layers for name in extra for tail in _tails(name))  # a part of the body, once more
-    if again or any(map(FOREIGN.search, extra)):
-        return []
-    layered = any(map(LAYER.search, extra))
-    found = globs(extra, used)
-    return found if len(found) <= MOST_GLOBS and all(_is_own(glob, root, layered) for glob in found) else []
-
-
-def _tails(name: str) -> Iterator[str]:
-    """What the name ends with, in whole parts, the longest first."""
-    tail, dot = name, "."
-    while dot:
-        yield tail
-        _, dot, tail = tail.partition(".")
-
-
-def _is_own(glob: str, root: Sequence[str], layered: bool) -> bool:
-    """True for the glob of a head, by its name and where it lies. root: the parts that the body's names begin with.
-    layered: it has layers of its own, as a second body has."""
-    *above, last = glob.removesuffix(".*").split(".")
-    if any(map(INNER.search, above)):
-        return False
-    if last in HEADS:
-        return True
-    own = glob.endswith(".*") and above == list(root[: len(above)])
-    return own and (HEADISH.search(last) is not None or not (BODY.search(last) or layered))
-
-
-def _lacking(missing: Sequence[str], found: Sequence[str], *, other_task: bool) -> list[str]:
-    """Globs of the tensors of the base that the expert may lack: whole heads of the base's, where the expert has one of
-    its own in their place or is a body alone. What models are saved without nobody has to bring."""
-    lost = globs(missing, found)
-    heads = all(last in HEADS and not any(map(INNER.search, above)) for *above, last in map(_module, lost))
-    optional = all(_module(glob)[-1] in OPTIONAL for glob in lost)
-    return lost if found and heads and (other_task or optional) else []
-
-
-def _module(glob: str) -> list[str]:
-    return glob.removesuffix(".*").split(".")
 
 
 def _ambiguous(openings: Iterable[str]) -> BadSchema:

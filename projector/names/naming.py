@@ -13,6 +13,7 @@ from projector.errors import BadSchema, Reason
 from projector.text import shown
 
 LONGEST_HINT = 200
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 IN_ABOUT = "an expert.json beside the weights, in one folder, that says"
 
 
@@ -141,16 +142,44 @@ def mending(missing: Sequence[str], unexpected: Sequence[str], known: Collection
 
 def mended(missing: Sequence[str], unexpected: Sequence[str], known: Collection[str] = ()) -> Naming:
     """The same, to be read by; `SAME` where there is nothing that would do."""
-    pair = next((pair for pair in _pairs(missing, unexpected) if _mends(pair, missing, unexpected)), None)
-    if missing and pair is None:
+    pair, rest, used = _mending(missing, unexpected, known)
+    if (missing and pair is None) or layers_beyond(rest, used):
         return SAME
-    rest, used = list(unexpected), set(known)
+    return Naming(dict([pair] if pair else []), globs(rest, used) if rest else ())
+
+
+def more_layers(missing: Sequence[str], unexpected: Sequence[str], known: Collection[str] = ()) -> list[str]:
+    """The layers, in the expert's names, that the base has not: to leave them out is no mending."""
+    _, rest, used = _mending(missing, unexpected, known)
+    return layers_beyond(rest, used)
+
+
+def layers_beyond(names: Iterable[str], used: Collection[str]) -> list[str]:
+    """The modules of these names that are one more of a list of which some are used.
+
+    >>> layers_beyond(["h.2.q.weight", "h.2.k.weight", "head.weight"], ["h.0.q.weight", "h.1.q.weight"])
+    ['h.2']
+    """
+    alike = {NUMBER.sub("*", name) for name in used}
+    found = [name for name in names if NUMBER.sub("*", name) in alike]
+    modules = (glob.removesuffix(".*") for glob in globs(found, used))
+    return [module for module in modules if module.rpartition(".")[2].isdecimal()]
+
+
+def _mending(
+    missing: Sequence[str], unexpected: Sequence[str], known: Collection[str]
+) -> tuple[tuple[str, str] | None, list[str], set[str]]:
+    """The pair that makes all that is missing, if one copy of it is there; what is left over then, and which names are
+    the base's."""
+    pairs = [pair for pair in _pairs(missing, unexpected) if _mends(pair, missing, unexpected)]
+    alone = len({theirs + missing[0].removeprefix(ours) for theirs, ours in pairs}) == 1
+    pair = pairs[0] if alone else None
+    used = set(known)
     if pair is not None:
         theirs, ours = pair
         wanted = set(missing)
-        used |= {name for name in rest if name.startswith(theirs) and ours + name.removeprefix(theirs) in wanted}
-        rest = [name for name in rest if name not in used]
-    return Naming(dict([pair] if pair else []), globs(rest, used) if rest else ())
+        used |= {name for name in unexpected if name.startswith(theirs) and ours + name.removeprefix(theirs) in wanted}
+    return pair, [name for name in unexpected if name not in used], used
 
 
 def in_about(**fields: object) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from daemon.layout import Home
+from projector.lora.families import FAMILIES
 from registry.records import Status
 from tests.adapters import peft, train, transformers
 from tests.daemon.homes import assert_close, experts, latest, make_home
@@ -115,9 +117,10 @@ def test_without_them_the_refusal_says_how(base: Path, tmp_path: Path) -> None:
     home = make_home(tmp_path / "home", base, [("main", "mean", {})])
     train(vit, home.inbox / "adapter", r=3, target_modules=LINEAR)
     hint = refused(home, home.inbox / "adapter")["hint"]
-    assert (
-        re.search(r'"vit\.layers\.\*\.(attention\.\w_proj|mlp\.fc.)" = "\.\.\."', hint) and "docs/adapters.md" in hint
-    )
+    (lines,) = re.findall(r"prefixes = \{(.*?)\} under \[admission\]", hint)
+    home.config.write_text(f"[admission]\nprefixes = {{{lines}}}\n")
+    merge(home)
+    home.config.write_text("")
     save_file({n: t.clone() for n, t in vit_of(base).state_dict().items()}, tmp_path / "whole.safetensors")
     assert "admission.prefixes" in refused(home, tmp_path / "whole.safetensors")["hint"]
 
@@ -182,6 +185,11 @@ def row(model: str) -> str:
     """The pairs that the guide's table has for a model."""
     (line,) = (line for line in GUIDE.read_text().splitlines() if line.startswith("| ") and f"`{model}`" in line)
     return "\n".join(re.findall(r'`("[^`]*" = "[^`]*")`', line))
+
+
+def test_the_guides_pairs_are_those_of_the_hints() -> None:
+    for model, pairs in {"vit": seven(), "deit": OTHERS["deit"][1](), "dinov2": OTHERS["dinov2"][1]()}.items():
+        assert tomllib.loads(pairs) == FAMILIES[model]
 
 
 def seven() -> str:

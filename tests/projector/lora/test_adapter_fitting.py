@@ -1,11 +1,14 @@
 """What an adapter's names need to become the base's: taken where it is unambiguous, left alone where it is not."""
 
+import json
+import re
 from collections.abc import Mapping
 
 import pytest
 import torch
 
 from daemon.checkpoints.adapter_modules import has_output, is_tied
+from projector.errors import BadSchema
 from projector.lora.fitting import fitted_adapter
 from projector.lora.keys import tensor_parts
 from projector.names.naming import Naming
@@ -84,6 +87,22 @@ def test_what_is_unambiguous_is_made_to_fit(base: dict[str, Shape], adapter: Sch
 )
 def test_what_is_ambiguous_or_no_head_is_left_alone(base: dict[str, Shape], adapter: Schema) -> None:
     assert fitted_adapter(LENIENT, adapter, schema(base), tied=True) == LENIENT
+
+
+def test_a_head_that_was_saved_whole_is_the_bases_or_refused() -> None:
+    base = schema(BASE | {"lm_head.weight": (30, 6), "classifier.weight": (3, 6)})
+    adapter = lora(body("net.backbone."), {"net.lm_head.weight": (30, 6), "net.score.weight": (5, 6)})
+    found = fitted_adapter(LENIENT, adapter, base, tied=False)
+    assert found.prefixes == {"net.backbone.": "model.", "net.lm_head": "lm_head"}
+    assert found.ignore == ("net.score.*",)
+    other = lora(body("model."), {"head.weight": (3, 6)})
+    with pytest.raises(BadSchema, match=r"head.weight .* could be classifier.weight") as refused:
+        fitted_adapter(LENIENT, other, base, tied=False)
+    same, own = (json.loads(said) for said in re.findall(r"that says (\{.*?\]?\})(?=;|$)", refused.value.hint))
+    for said, wanted in ((same, {"classifier.weight"}), (own, set())):
+        found = fitted_adapter(Naming(**said, lenient=True), other, base, tied=False)
+        resolved = set(found.resolve(tensor_parts(other), base).values())
+        assert resolved <= base.keys() and resolved & {"classifier.weight"} == wanted
 
 
 @pytest.mark.parametrize(

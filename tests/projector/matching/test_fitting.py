@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -122,6 +123,133 @@ def test_what_is_unambiguous_is_made_to_fit(
     assert Naming(**found.noted()).resolve(expert, base) == found.resolve(expert, base)
 
 
+def decoder(prefix: str = "model.", count: int = 2, rows: int = 30) -> dict[str, Shape]:
+    """The body of a small Llama."""
+    found: dict[str, Shape] = {"embed_tokens.weight": (rows, 4), "norm.weight": (4,)}
+    found |= {f"layers.{n}.q.weight": (4, 4) for n in range(count)}
+    return {prefix + name: shape for name, shape in found.items()}
+
+
+OUTPUT: dict[str, Shape] = {"lm_head.weight": (30, 4)}
+LLAMA = decoder() | OUTPUT
+MLM = {f"cls.predictions.{name}": shape for name, shape in (("bias", (30,)), ("dense.weight", (4, 4)))}
+MLM |= {"cls.predictions.LayerNorm.weight": (4,), "cls.predictions.dense.bias": (4,)}
+NSP: dict[str, Shape] = {"cls.seq_relationship.weight": (2, 4), "cls.seq_relationship.bias": (2,)}
+BERT = under("bert.", BARE | POOLER) | MLM | NSP
+VIT = under("vit.", BARE) | {"classifier.weight": (3, 4), "classifier.bias": (3,)}
+NET = {"net.backbone.": "model.", "net.lm_head": "lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("expert", "base", "prefixes"),
+    [
+        (decoder("net.backbone.") | under("net.", OUTPUT), LLAMA, NET),
+        (under("module.", decoder("net.backbone.") | under("net.", OUTPUT)), LLAMA, NET),
+        (decoder("net.") | under("net.", OUTPUT), LLAMA, {"net.": "model.", "net.lm_head": "lm_head"}),
+        (
+            decoder("backbone.") | under("backbone.", OUTPUT),
+            LLAMA,
+            {"backbone.": "model.", "backbone.lm_head": "lm_head"},
+        ),
+        (LLAMA, decoder("net.backbone.") | under("net.", OUTPUT), {ours: theirs for theirs, ours in NET.items()}),
+        (decoder("net.backbone.", rows=32) | {"net.lm_head.weight": (32, 4)}, LLAMA, NET),  # tokens were added
+        (
+            under("net.backbone.", BARE | POOLER) | under("net.", MLM | NSP),
+            BERT,
+            {"net.backbone.": "bert.", "net.cls": "cls"},
+        ),
+        (
+            under("net.backbone.", BARE) | under("net.", CLASSIFIER),
+            under("vit.", BARE) | CLASSIFIER,
+            {"net.backbone.": "vit.", "net.classifier": "classifier"},
+        ),
+        (
+            under("net.backbone.", BARE) | under("net.", MLM),
+            layers(2, "bert.", ("gamma", "beta"))
+            | {name.replace("LayerNorm.weight", "LayerNorm.gamma"): shape for name, shape in MLM.items()},
+            {"net.backbone.": "bert.", "net.cls": "cls"},
+        ),
+    ],
+)
+def test_a_head_with_another_prefix_than_the_body_is_the_bases(
+    expert: dict[str, Shape], base: dict[str, Shape], prefixes: dict[str, str]
+) -> None:
+    found = fit(expert, base)
+    assert found.prefixes == prefixes and not found.ignore and not found.unchanged
+    assert found.resolve(expert, base).keys() == expert.keys() and fits(found, expert, base)
+
+
+COULD_BE: list[tuple[dict[str, Shape], dict[str, Shape]]] = [
+    (decoder("backbone.") | {"head.weight": (30, 4)}, LLAMA),
+    (decoder() | {"head.weight": (30, 4)}, LLAMA),
+    (under("module.", decoder() | {"head.weight": (30, 4)}), LLAMA),
+    (decoder("backbone.", rows=32) | {"head.weight": (32, 4)}, LLAMA),
+    (under("net.backbone.", BARE) | {"net.head.weight": (3, 4), "net.head.bias": (3,)}, VIT),
+    (
+        under("net.backbone.", BARE | POOLER)
+        | {name.replace("cls.predictions", "mlm"): shape for name, shape in MLM.items()}
+        | {name.replace("cls.seq_relationship", "nsp"): shape for name, shape in NSP.items()},
+        BERT,
+    ),
+    (under("bert.", BARE) | {"pooling.dense.weight": (4, 4), "pooling.dense.bias": (4,)}, BARE | POOLER),
+]
+
+
+@pytest.mark.parametrize(("expert", "base"), COULD_BE)
+def test_a_head_that_could_be_the_bases_is_refused_until_somebody_says_which(
+    expert: dict[str, Shape], base: dict[str, Shape]
+) -> None:
+    with pytest.raises(BadSchema, match="could be") as refused:
+        fit(expert, base)
+    (settings,) = re.findall(r"prefixes = \{(.*?)\} under", refused.value.hint)
+    same, other = (json.loads(said) for said in re.findall(r"that says (\{.*?\]?\})(?=;|$)", refused.value.hint))
+    assert same["prefixes"] == tomllib.loads(f"prefixes = {{{settings}}}")["prefixes"]
+    found = fit(expert, base, Naming(**same, lenient=True))
+    assert fits(found, expert, base) and not found.unchanged
+    found = fit(expert, base, Naming(**other, lenient=True))
+    assert fits(found, expert, base) and found.unchanged
+
+
+def test_another_tasks_head_is_still_set_aside() -> None:
+    """Of other classes, of another kind; and a classifier of two classes is no head for two sentences."""
+    other = {"net.classifier.weight": (5, 4), "net.classifier.bias": (5,)}
+    found = fit(under("net.backbone.", BARE) | other, VIT)
+    assert (found.ignore, found.unchanged) == (("net.classifier.*",), ("classifier.*",))
+    assert fit(decoder("net.backbone.") | {"net.score.weight": (3, 4)}, LLAMA).ignore == ("net.score.*",)
+    assert fit(under("bert.", BARE | POOLER) | CLASSIFIER, BERT).unchanged == ("cls.*",)
+    roberta = {"lm_head.dense.weight": (4, 4), "lm_head.dense.bias": (4,), "lm_head.bias": (30,)}
+    twice = {"classifier.dense.weight": (4, 4), "classifier.dense.bias": (4,), "classifier.out_proj.weight": (2, 4)}
+    assert fit(BARE | twice, BARE | roberta).unchanged == ("lm_head.*",)
+
+
+def hint_of(expert: Mapping[str, Shape], base: Mapping[str, Shape], naming: Naming = LENIENT) -> str:
+    """What the refusal of an expert says is to be done."""
+    header = Headers(expert).schema
+    with pytest.raises(BadSchema) as refused:
+        resolved = fit(expert, base, naming).resolve(expert, base)
+        made = {ours: replace(header[name], name=ours) for name, ours in resolved.items()}
+        check_schema(Headers(base).schema, made, {ours: name for name, ours in resolved.items()})
+    return refused.value.hint
+
+
+def test_of_two_heads_that_could_be_it_no_hint_takes_one() -> None:
+    two = decoder("net.backbone.") | under("net.", OUTPUT) | under("ref.", OUTPUT)
+    assert "ignore" not in hint_of(two, LLAMA)
+
+
+@pytest.mark.parametrize("naming", [LENIENT, Naming()])
+def test_a_model_of_more_or_fewer_layers_is_another_model(naming: Naming) -> None:
+    for prefix in ("model.", "net.model."):
+        outer = prefix.removesuffix("model.")
+        more = hint_of(decoder(prefix, 4) | under(outer, OUTPUT), LLAMA, naming)
+        assert f"more layers than the base ({prefix}layers.2, {prefix}layers.3)" in more
+        assert "ignore" not in more and "prefixes" not in more
+    fewer = hint_of(decoder(count=1) | OUTPUT, LLAMA, naming)
+    assert "without model.layers.1" in fewer and "unchanged" not in fewer
+    first = {name: shape for name, shape in LLAMA.items() if "layers.0" not in name}
+    assert '{"unchanged": ["model.layers.0.*"]}' in hint_of(first, LLAMA, naming)  # maybe frozen, and not saved
+
+
 REFUSED: list[tuple[dict[str, Shape], dict[str, Shape]]] = [
     (BARE, under("bert.", layers(3))),  # more layers than the base has: another model
     (BARE, layers(3)),
@@ -154,7 +282,7 @@ def test_what_is_no_head_is_not_set_aside(base: dict[str, Shape], expert: dict[s
 
 @pytest.mark.parametrize(("base", "expert"), REFUSED)
 def test_what_the_refusals_hint_says_makes_it_fit(base: dict[str, Shape], expert: dict[str, Shape]) -> None:
-    """Where there is one: an output layer that was untied has none, and neither has what lacks everything."""
+    """Where there is one: an untied output layer has none, nor have more layers, nor what lacks everything."""
     header = Headers(expert).schema
     resolved = fit(expert, base).resolve(expert, base)
     with pytest.raises(BadSchema) as refused:
@@ -164,7 +292,7 @@ def test_what_the_refusals_hint_says_makes_it_fit(base: dict[str, Shape], expert
         said = Naming(**json.loads(found[1]), lenient=True)
         assert fits(fit(expert, base, said), expert, base)
     else:
-        assert refused.value.reason is not Reason.UNEXPECTED_TENSOR or "tied" in refused.value.hint
+        assert refused.value.reason is not Reason.UNEXPECTED_TENSOR or re.search("tied|more layers", refused.value.hint)
 
 
 def test_an_output_layer_is_a_head_over_a_base_that_has_none() -> None:
