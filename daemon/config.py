@@ -6,7 +6,9 @@ Heads and their methods are not settings: they are fixed when a home is made and
 of them may be set, under a head's name: [heads.main.adapter].
 """
 
+import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +38,23 @@ LIVE = (
     "log.level",
 )
 """What a running daemon takes up; everything else is fixed when it starts."""
+
+
+OURS = ("MAINSTEM_HOME", "MAINSTEM_TOKEN", "MAINSTEM_FAILPOINT")
+"""What else the environment may say to us."""
+
+OF_KUBERNETES = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?$")
+"""How the variables end that it sets for services, which may be called mainstem too."""
+
+WANTED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+}
+"""What a setting is, where the value is none of that."""
+
+EXAMPLES = {"ignore": '["head.*"]', "prefixes": '{"module.": ""}'}
+"""Settings that are lists or tables, as JSON."""
 
 
 class Section(BaseModel):
@@ -241,7 +260,8 @@ def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None
         content = _read(path, needed)
         return Bound(**(flags or {}))  # type: ignore[arg-type]
     except ValidationError as error:
-        raise BadConfig("; ".join(map(_problem, error.errors())), _advice(error.errors())) from None
+        found = [f"{_problem(one)}{_origin(one['loc'], path, content, flags or {})}" for one in error.errors()]
+        raise BadConfig("; ".join(found), _advice(error.errors())) from None
     except OSError as error:
         gone = isinstance(error, FileNotFoundError)
         hint = "put it back; an empty one stands for the defaults" if gone else "mend its permissions, or its disk"
@@ -319,7 +339,23 @@ def _problem(error: Mapping[str, Any]) -> str:
         return f"{name} cannot be {error['input']!r}: it is a number of bytes, or one with a unit, as 2GiB"
     if error["type"] == "string_pattern_mismatch":
         return f"{name} cannot be {error['input']!r}"
-    return f"{name}: {error['msg'].removeprefix('Value error, ')}"
+    if wanted := WANTED.get(error["type"]):
+        return f"{name} cannot be {error['input']!r}: it is {wanted}"
+    return f"{name}: {error['msg'].removeprefix('Value error, ').replace('Input should be', 'it should be')}"
+
+
+def _origin(
+    loc: Sequence[Any], path: Path | None, content: Mapping[str, Any], flags: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Where a value came from, in words to be put behind what is wrong with it: nothing where a flag gave it."""
+    words = [str(word) for word in loc]
+    if words[1:] and words[1] in flags.get(words[0], {}):
+        return ""
+    given = {name.upper(): name for name in os.environ}
+    for depth in range(len(words), 0, -1):
+        if name := given.get(f"MAINSTEM_{'__'.join(words[:depth])}".upper()):
+            return f" ({name} in the environment)"
+    return f" (in {path})" if words and words[0] in content else ""
 
 
 def _advice(errors: Sequence[Mapping[str, Any]]) -> str:
@@ -334,8 +370,30 @@ def _advice(errors: Sequence[Mapping[str, Any]]) -> str:
     return "look in mainstem.toml, the environment and the flags; docs/settings.md lists every setting"
 
 
+def strangers() -> list[str]:
+    """The variables of the environment that are called as ours are and mean nothing here: a misspelling, or somebody
+    else's. Sorted."""
+    known = {*OURS, *(f"MAINSTEM_{table}".upper() for table in Settings.model_fields)}
+    names = (name for name in os.environ if name.upper().startswith("MAINSTEM_") and "__" not in name)
+    return sorted(name for name in names if name.upper() not in known and not OF_KUBERNETES.search(name))
+
+
+def _check_json(given: str, table: str, key: str) -> None:
+    """Refuses a list or a table in the environment that is no JSON."""
+    default = getattr(getattr(Settings.model_construct(), table), key, None) if table != "heads" else None
+    if isinstance(default, tuple | Mapping):
+        try:
+            json.loads(os.environ[given])
+        except ValueError:
+            example = EXAMPLES.get(key, '["a", "b"]')
+            kind = "list" if isinstance(default, tuple) else "table"
+            raise BadConfig(
+                f"{given} in the environment is not JSON", f"a {kind} is JSON there, as `{given}='{example}'`"
+            ) from None
+
+
 def _check_environment() -> None:
-    """Refuses a table that does not exist, and a setting with one underscore for two."""
+    """Refuses a table that does not exist, a setting with one underscore for two, and a list that is not JSON."""
     single = {f"MAINSTEM_{name.replace('.', '_')}".upper(): name for name, _, _ in described()}
     for given in os.environ:
         name = given.upper()  # they are read without regard to case
@@ -344,6 +402,8 @@ def _check_environment() -> None:
             alike = get_close_matches(table.lower(), Settings.model_fields, n=1)
             hint = f"MAINSTEM_{alike[0].upper()}__{rest}?" if alike else f"there are {', '.join(Settings.model_fields)}"
             raise BadConfig(f"{shown(given)} in the environment names no table of settings", hint)
+        if name.startswith("MAINSTEM_") and nested:
+            _check_json(given, table.lower(), rest.lower())
         if name in single and not os.environ[given].startswith("tcp://"):  # Kubernetes names services of its own so
             raise BadConfig(
                 f"{given} in the environment is no setting",

@@ -1,8 +1,10 @@
 """Which mainstem this is. Loads nothing, so that everything may ask."""
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 
+@cache
 def software_version() -> str:
     """The installed mainstem's version; "0" where it runs from a bare checkout."""
     try:

@@ -1,6 +1,7 @@
 """Foreign names as they may stand in messages and logs. Knows no torch, so that everything may import it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 EXPERT, BASE = "<expert>", "<base>"
@@ -18,6 +19,16 @@ def shown(name: str) -> str:
     """
     printable = name if name.isprintable() else ascii(name)[1:-1]
     return printable if len(printable) <= 120 else f"{printable[:117]}..."
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """A number as people write it, without an exponent between a millionth and a quadrillion.
+
+    >>> plain(123.4, digits=2), plain(3000.0), plain(0.00012), plain(1.0), plain(1e30)
+    ('120', '3000', '0.00012', '1', '1e+30')
+    """
+    rounded = f"{value:.{digits}g}"
+    return format(Decimal(rounded), "f") if 1e-6 <= abs(value) < 1e15 else rounded
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

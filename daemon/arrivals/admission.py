@@ -10,9 +10,10 @@ from daemon.config import Admission
 from daemon.errors import Reason, Refused
 from projector.driver.head import Folded
 from projector.names.naming import Naming
-from projector.text import listed, shown
+from projector.text import listed, plain, shown
 from registry.records import Expert, Flag, NewExpert
 
+UNDER = " under [admission] in mainstem.toml"
 NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
 ENOUGH = 3  # experts, before there is such a thing as a usual norm
 USUAL_EXPERTS = 1000  # so many of the newest tell what is usual: no arrival reads more rows the more there are
@@ -75,7 +76,7 @@ def check_norm(folded: Folded, usual: float | None, limits: Admission) -> None:
             "drop the fine-tuned model, not the base; an adapter only once it is trained",
         )
     far = usual is not None and _beyond(norm, usual, limits.max_norm_ratio)
-    ratio = f"admission.max_norm_ratio to {_over(norm / usual)}" if usual and far else ""
+    ratio = f"max_norm_ratio = {_over(norm / usual)}" if usual and far else ""
     length, typical = norm / base.whole if base.whole else inf, folded.task_vector.over(base)
     if (times := max(length, typical)) >= limits.max_base_ratio:
         if not base.whole:
@@ -87,16 +88,17 @@ def check_norm(folded: Folded, usual: float | None, limits: Admission) -> None:
         where = "" if length >= limits.max_base_ratio else ", or longer, in the tensors with over half of the weights"
         raise Refused(
             Reason.FOREIGN_BASE,
-            f"its task vector is {times:.3g} times as long as the base itself{where}",
+            f"its task vector is {plain(times)} times as long as the base itself{where}",
             "it seems to come from another base: then it needs a home over that one, made by `mainstem init` with"
-            " --base, or to be fine-tuned from this home's; if it was, raise admission.max_base_ratio to"
-            f" {_over(times)}" + (f" and {ratio}, or it is refused for that next" if ratio else ""),
+            f" --base, or to be fine-tuned from this home's; if it was, put max_base_ratio = {_over(times)}"
+            + (f" and {ratio} (or it is refused for that next)" if ratio else "")
+            + UNDER,
         )
     if usual and far:
         raise Refused(
             Reason.NORM_OUTLIER,
             _compared(norm, usual),
-            f"look at its training; if it is sound, raise {ratio}",
+            f"look at its training; if it is sound, put {ratio}{UNDER}",
         )
 
 
@@ -138,7 +140,7 @@ def _odd_buffers(altered: Sequence[str]) -> Oddity | None:
 
 def _over(ratio: float) -> str:
     """A limit that lets this ratio, or its inverse, pass, in few digits: as mainstem.toml has it."""
-    return f"{1.1 * max(ratio, 1 / ratio):.2g}"
+    return plain(1.1 * max(ratio, 1 / ratio), digits=2)
 
 
 def oddity(norm: float, usual: float | None, limits: Admission) -> Oddity | None:
@@ -163,6 +165,6 @@ def _beyond(norm: float, usual: float, ratio: float) -> Flag | None:
 
 def _compared(norm: float, usual: float) -> str:
     return (
-        f"its task vector is {norm / usual:.3g} times as long as is usual here:"
-        f" its norm is {norm:.4g}, the median of those merged before it {usual:.4g}"
+        f"its task vector is {plain(norm / usual)} times as long as is usual here:"
+        f" its norm is {plain(norm, digits=4)}, the median of those merged before it {plain(usual, digits=4)}"
     )

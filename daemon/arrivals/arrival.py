@@ -44,8 +44,8 @@ def check_arrival(expert: OpenCheckpoint, base: Schema) -> None:
                 raise NotYet(
                     Reason.INCOMPLETE,
                     f"{shown(file.name)} was never written at byte {hole} (and elsewhere?): its space is only reserved",
-                    "let the copy finish, or copy it again; if it is whole all the same: cp -r --sparse=never"
-                    f" {EXPERT} {NEW}, or drop it in a folder with an empty file {READY_MARKER}",
+                    "let the copy finish, or copy it again; if it is whole all the same: `cp -r --sparse=never"
+                    f" {EXPERT} {NEW}`, or drop it in a folder with an empty file {READY_MARKER}",
                 )
 
 

@@ -4,13 +4,21 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from daemon.arrivals.inbox import Drop
-from daemon.checkpoints.hints import filled
+from daemon.checkpoints.hints import filled, in_a_shell
 from daemon.config import taking_effect
 from daemon.errors import DaemonError, NotYet, Reason
 from daemon.layout import Home, number
 from projector.errors import ProjectorError
-from projector.text import shown
+from projector.errors import Reason as ProjectorReason
+from projector.text import NEW, shown
 from registry.records import UNKNOWN_KIND, NewExpert, Status
+
+ANEW = {
+    *(Reason.PICKLE, Reason.LFS_POINTER, Reason.NOT_A_FILE, Reason.EQUALS_BASE),
+    *(ProjectorReason.TRUNCATED, ProjectorReason.BAD_HEADER, ProjectorReason.UNSUPPORTED_DTYPE),
+    ProjectorReason.NOT_FINITE,
+}
+"""What nobody mends where it lies: another file takes its place."""
 
 
 def arrived(drop: Drop, status: Status) -> NewExpert:
@@ -23,8 +31,11 @@ def refused(
     expert: NewExpert, error: DaemonError | ProjectorError, expert_id: int, drop: Drop, home: Home
 ) -> NewExpert:
     """The expert as one that was refused, and why. expert_id: the one that it will have."""
-    hint = filled(error.hint, home.quarantine(expert_id) / drop.name, home)
-    hint = taking_effect(hint, f"move the expert from quarantine/{number(expert_id)}/ back into inbox/")
+    kept = home.quarantine(expert_id) / drop.name
+    back = f"`mv {in_a_shell(kept)} {in_a_shell(home.inbox)}/`"
+    hint = taking_effect(filled(error.hint, kept, home), back)
+    if error.reason not in ANEW and not hint.endswith(back) and NEW not in error.hint:
+        hint += f"; what is mended in quarantine/{number(expert_id)}/ goes back with {back}"
     return replace(expert, status=Status.QUARANTINED, reason=str(error.reason), detail=str(error), hint=hint)
 
 

@@ -56,6 +56,12 @@ SOUND_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 OTHER_STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 """Those that change it: the adapter is to be added to what is left of it."""
 
+NOT_CONVERTED = (
+    "save it with path_initial_model_for_weight_conversion=FOLDER, which makes an ordinary LoRA of it: FOLDER is the"
+    " adapter as it was saved before training, with model.peft_config['default'].init_lora_weights = True; where nobody"
+    " saved that, load base and adapter with peft, model.merge_and_unload(), and drop the whole model"
+)
+
 TIED_BY_PEFT = "embed_tokens.weight"  # other embeddings it trains alone, whatever ensure_weight_tying says
 FLAGS = ("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora")
 USED = {
@@ -213,9 +219,7 @@ def _check_start(start: Any) -> None:
         raise _bad(f"init_lora_weights is {_value(start)}, which is not known here", MERGE_FIRST)
     raise _bad(
         f"init_lora_weights is {_value(start)}: {name} changed the base, and the adapter is not converted back",
-        "save it with path_initial_model_for_weight_conversion=..., which makes an ordinary LoRA of it"
-        if name != "LoftQ"
-        else "LoftQ replaces the base by a quantised one: " + MERGE_FIRST,
+        NOT_CONVERTED if name != "LoftQ" else "LoftQ replaces the base by a quantised one: " + MERGE_FIRST,
     )
 
 

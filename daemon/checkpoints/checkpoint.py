@@ -345,10 +345,11 @@ def _open_folder(
         raise NotYet(
             Reason.NO_WEIGHTS,
             f"its adapters are in {listed(below_it)}",
-            f"drop the adapter's folder itself: {inner(below_it[0])}",
+            f"drop the adapter's folder itself: `cp -r {inner(below_it[0])} {NEW}`",
         )
     elif not there and (below_it := folders_with(fd, ".safetensors")):
-        what = f"drop, or give --base, the folder itself: {inner(below_it[0])}"
+        whole_model = inner(below_it[0])
+        what = f"give --base {whole_model}, or drop the folder itself: `cp -r {whole_model} {NEW}`"
         raise NotYet(Reason.NO_WEIGHTS, f"its weights are in {listed(below_it)}", what)
     elif not there and (known := other_format(names)):
         raise NotYet(Reason.NO_WEIGHTS, f"it holds {known[0]}", known[1])
@@ -429,7 +430,7 @@ def _missing(need: str) -> tuple[str, str]:
 
 def convert_hint(name: str | None = None) -> str:
     """What to do with a pickle: with the whole expert, or with the file of that name in it."""
-    return f"convert it, without running what is in it: mainstem convert {inner(name)} {NEW}"
+    return f"convert it, without running what is in it: `mainstem convert {inner(name)} {NEW}`"
 
 
 def _pickled_in(names: Collection[str]) -> str:

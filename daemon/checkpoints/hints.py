@@ -68,5 +68,10 @@ def inner(path: str | None) -> str:
     return f"{EXPERT}/{quote(shown(path))}" if path else EXPERT
 
 
+def in_a_shell(path: Path) -> str:
+    """How a hint writes a path in a command."""
+    return quote(_printable(str(path)))
+
+
 def _printable(path: str) -> str:
     return path if path.isprintable() else shown(path)

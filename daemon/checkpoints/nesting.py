@@ -57,13 +57,13 @@ def _only(fd: int, found: list[str], names: Collection[str], follow: bool, closi
         raise NotYet(
             Reason.NO_WEIGHTS,
             f"it holds {len(found)} checkpoints and no model of its own: {listed(found)}",
-            f"drop one of them as a folder of its own, such as {why}: cp -r {inner(which)} {NEW}",
+            f"drop one of them as a folder of its own, such as {why}: `cp -r {inner(which)} {NEW}`",
         )
     if ABOUT in names:
         raise NotYet(
             Reason.NO_WEIGHTS,
             f"{ABOUT} is not beside the weights, which are in {found[0]}",
-            f"drop {inner(found[0])}, with it in there",
+            f"move it in there, then `cp -r {inner(found[0])} {NEW}`",
         )
     done, steps = state.get("global_step"), state.get("max_steps")
     if isinstance(done, int) and isinstance(steps, int) and done < steps:
@@ -71,7 +71,7 @@ def _only(fd: int, found: list[str], names: Collection[str], follow: bool, closi
             Reason.INCOMPLETE,
             f"its training is at step {done} of {steps}, by {found[0]}/{TRAINER_STATE}",
             "save the model once it is trained; if this is it, drop that as a folder of its own: "
-            f"cp -r {inner(found[0])} {NEW}",
+            f"`cp -r {inner(found[0])} {NEW}`",
         )
     return last, found[0]
 
@@ -88,7 +88,7 @@ def _snapshot(fd: int, snapshots: int, found: list[str], follow: bool, closing: 
     raise NotYet(
         Reason.NO_WEIGHTS,
         f"it is a cache with {len(found)} revisions: {listed(found)}",
-        f"drop one of them, {why}: cp -rL {inner(f'{SNAPSHOTS}/{which}')} {NEW}",
+        f"drop one of them, {why}: `cp -rL {inner(f'{SNAPSHOTS}/{which}')} {NEW}`",
     )
 
 

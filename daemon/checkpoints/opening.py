@@ -42,7 +42,7 @@ def open_entry(folder_fd: int, name: str, follow: bool, closing: ExitStack) -> i
             raise NotYet(
                 Reason.UNREADABLE,
                 f"{shown(name)} cannot be read: {error.strerror}",
-                "make it readable for the daemon: chmod -R a+rX, by its owner",
+                f"make it readable for the daemon, as its owner: `chmod -R a+rX {EXPERT}`",
             ) from None
         if error.errno in (errno.ENXIO, errno.ENODEV):
             raise not_a_file(name) from None
@@ -78,7 +78,7 @@ def _symlink(folder_fd: int, name: str) -> Refused:
     target = ""
     with suppress(OSError):
         target = os.readlink(name, dir_fd=folder_fd)
-    copy = f"cp -rL {EXPERT} {NEW}" if target.startswith("/") else "cp -rL, from where it lay"
+    copy = f"`cp -rL {EXPERT} {NEW}`" if target.startswith("/") else "`cp -rL`, from where it lay"
     return Refused(
         Reason.SYMLINK,
         f"{shown(name)} is a symbolic link to {shown(target)}",

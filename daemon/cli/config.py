@@ -6,6 +6,7 @@ from daemon.cli.common import (
     HomeArgument,
     HomeOption,
     JsonOption,
+    complain,
     find_home,
     open_reader,
     print_json,
@@ -35,11 +36,17 @@ def show(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption =
 def check(at: HomeArgument = None, home: HomeOption = None) -> None:
     """Check mainstem.toml and the environment; exit status 1 and the reason where they are wrong."""
     from daemon.arrivals.uploads import write_token
-    from daemon.config import check_heads
+    from daemon.config import check_heads, strangers
 
     where, reader = open_reader(at, home)
     with reader:
         settings = settings_of(where)
         check_heads(settings.heads, [head.name for head in reader.heads()])
         write_token(where, settings.http)
+        if settings.compute.device.startswith("cuda"):
+            from daemon.compute.device import cuda_device  # it brings torch
+
+            cuda_device(settings.compute.device)
+    if unknown := strangers():
+        complain(f"{', '.join(unknown)} in the environment: no setting is called so", "docs/settings.md has them all")
     typer.echo(f"{where.config} is fine")

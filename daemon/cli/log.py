@@ -39,6 +39,11 @@ def command(
     _, reader = open_reader(at, home)
     with reader:
         experts = reader.experts(status, limit, name=name, flags=_flags(flag))
+        counts = reader.counts()
+        every = counts[status] if status else sum(counts.values())
+        more = every > len(experts) == limit
+        if more and (name or flag):  # which nobody counts
+            more = bool(reader.experts(status, 1, experts[-1].id, name, _flags(flag)))
     if as_json:
         print_json([asdict(expert) for expert in experts])
         return
@@ -63,6 +68,9 @@ def command(
             for e in experts
         ),
     )
+    if more:
+        among = "" if name or flag else f" of {every}"
+        typer.echo(f"these are the newest {len(experts)}{among}: --limit N lists more")
 
 
 def _flags(wanted: Flagged | None) -> Collection[Flag]:

@@ -38,6 +38,9 @@ def command(
 
 
 def _run(where: Home, once: bool, no_http: bool, host: str | None, port: int | None, device: str | None) -> None:
+    import structlog
+
+    from daemon.config import strangers
     from daemon.logs import configure
     from daemon.service import Service
 
@@ -46,6 +49,8 @@ def _run(where: Home, once: bool, no_http: bool, host: str | None, port: int | N
     read = partial(settings_of, where, {table: keys for table, keys in given.items() if keys})
     settings, needed = read(), where.config.exists()
     configure(settings.log)
+    if unknown := strangers():
+        structlog.get_logger().warning("no setting is called so", environment=unknown)
     again = partial(read, needed=needed)  # a file that is being replaced is no wish for the defaults
     service = Service(where, settings, _bar if sys.stderr.isatty() else None, again)
     service.run(once=once, http=settings.http.enabled and not no_http)

@@ -74,16 +74,23 @@ def faster_on_card(cpu_seconds: float, card_seconds: float, workers: int) -> boo
     return card_seconds < cpu_seconds / workers
 
 
-@cache
-def _card(settings: Compute) -> Device:
-    """The CUDA device; with "auto" the CPU, where that is faster or the device does not work."""
-    name, log = "cuda" if settings.device == "auto" else settings.device, structlog.get_logger()
-    where = torch.device("cuda", torch.device(name).index or 0)  # some of torch's functions take no device without one
+def cuda_device(name: str) -> torch.device:
+    """The CUDA device of that name, which has an index: some of torch's functions take none without. Raises BadConfig
+    where torch sees none."""
+    where = torch.device("cuda", torch.device(name).index or 0)
     if where.index >= torch.cuda.device_count():
         raise BadConfig(
             f"compute.device is {name}, but torch sees {torch.cuda.device_count()} CUDA devices",
             "set it to auto or cpu, or install a torch built for this machine's GPU",
         )
+    return where
+
+
+@cache
+def _card(settings: Compute) -> Device:
+    """The CUDA device; with "auto" the CPU, where that is faster or the device does not work."""
+    name, log = "cuda" if settings.device == "auto" else settings.device, structlog.get_logger()
+    where = cuda_device(name)
     try:
         made = Cuda(where, _device_budget(where, settings), _slabs(settings))
         made.probe()

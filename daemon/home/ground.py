@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from threading import Thread
 from typing import NoReturn, Self
 from uuid import uuid4
@@ -138,8 +139,9 @@ class Base:
         for head in self._heads:
             copy = self._home.version(head, 0) / name
             if wanted and self._sha256(copy) == wanted.sha256:
-                raise BadHome(damaged, f"nothing was merged; cp {copy} {self._home.base / name}, then start again")
-        raise BadHome(damaged, f"nothing was merged; put {self._home.base / name} back from a backup, then start again")
+                putting_back = f"cp {quote(str(copy))} {quote(str(self._home.base / name))}"
+                raise BadHome(damaged, f"`{putting_back}`, then start the daemon again")
+        raise BadHome(damaged, f"put {self._home.base / name} back from a backup, then start the daemon again")
 
     def _sha256(self, path: Path) -> str | None:
         try:
@@ -208,7 +210,7 @@ class States:
             raise BadHome(
                 f"{path.relative_to(self._home.root)} has no {shown(lacking[0])}: an earlier mainstem merged it"
                 " by another rule",
-                f"nothing was merged; merge the archive again, by today's rules: {again(self._home)}",
+                f"nothing was merged; merge the archive again, by today's rules: `{again(self._home)}`",
             )
         return path, fd, now, reader
 
@@ -312,7 +314,7 @@ def _manifest(home: Home, version: Version) -> dict | None:  # type: ignore[type
 def _bad_state(home: Home, path: Path, why: str) -> BadHome:
     return BadHome(
         f"{path.relative_to(home.root)} is damaged: {why}",
-        f"nothing was merged; put it back from a backup, or merge the archive again: {again(home)}",
+        f"nothing was merged; put it back from a backup, or merge the archive again: `{again(home)}`",
     )
 
 

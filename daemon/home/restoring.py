@@ -23,7 +23,7 @@ def restoring(
         path = folder / name
         told = [problem for problem in problems if problem.startswith(f"{path.relative_to(home.root)}: ")]
         if told and told[0] not in extra and _is_copy(home, version, name, read):
-            commands.append(f"cp {quote(str(home.base / name))} {quote(str(path))}")
+            commands.append(f"`cp {quote(str(home.base / name))} {quote(str(path))}`")
             copied.update(told)
     if extra:
         commands.append("remove what is not in the manifest")

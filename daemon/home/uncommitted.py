@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from daemon.errors import BadHome
+from daemon.home.restoring import again
 from daemon.layout import MANIFEST, PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home, number
 from daemon.versions.latest import PLAIN, names_by_file, names_by_link
 from daemon.versions.retention import remove_whole
@@ -50,7 +51,7 @@ def refuse_ahead(home: Home, reader: Reader) -> None:
     if all(_stands(home, head) for head in heads):
         ways.append("move them out of the home: the next versions then take their numbers")
     else:
-        ways.append(f"mainstem rebuild --home {home.root} --into NEWHOME, which merges what this registry knows")
+        ways.append(f"`{again(home)}`, which merges what this registry knows")
     raise BadHome(
         f"the registry is older than the rest of the home, or somebody put these there: {names}",
         f"{'; or '.join(ways)}; experts that it does not know lie in archive/ and can be dropped again"

@@ -1,9 +1,10 @@
 """Re-hashes a whole home against its manifests and its registry; changes nothing."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
 from daemon.errors import DaemonError, NotYet, Reason
@@ -71,15 +72,45 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
             if (live := _left_behind(reader, head, path, names)) is not None:
                 found.append(f"published/{head.name}/{path.name} does not name {called(head.name, live)}")
     found += [f"{path.relative_to(home.root)}: the registry does not know it" for path in ahead(home, reader)]
+    damaged = []
     for expert in _every(reader):
         if expert.status is not Status.QUARANTINED and expert.place:
             say(expert.place)
             wrong = _archived(home, expert, checked)
             if wrong:
-                hint = f"put it back from a backup, or do without it: `{again(home)} --without {expert.id}`"
-                checked.hints.append(f"{expert.place}: {hint}")
+                damaged.append(expert)
             found += wrong
+    checked.hints += _doing_without(home, damaged)
     return checked, found
+
+
+def _doing_without(home: Home, damaged: Sequence[Expert]) -> list[str]:
+    """What to do about experts whose files in the archive are not what arrived: all that are merged together, because
+    each way reads the others; and those that no merge reads again.
+    """
+    hints = []
+    if merged := [expert for expert in damaged if expert.status is Status.MERGED]:
+        without = "".join(f" --without {expert.id}" for expert in merged)
+        here = f"mainstem rebuild --home {quote(str(home.root))}{without} --replay"
+        hints.append(
+            f"{', '.join(expert.place or '' for expert in merged)}: put it back from a backup; or, with the daemon"
+            f" stopped, take it out of the merge with `{here}` and of the archive with `{_away(home, merged)}`; or,"
+            f" beside the daemon, make another home without it: `{again(home)}{without}`"
+        )
+    for expert in damaged:
+        if expert.status is not Status.MERGED:
+            what = "a duplicate" if expert.status is Status.DUPLICATE else "withdrawn"
+            hints.append(
+                f"{expert.place}: put it back from a backup; or, since it is {what} and no merge reads it, move it"
+                f" away: `{_away(home, [expert])}`"
+            )
+    return hints
+
+
+def _away(home: Home, experts: Sequence[Expert]) -> str:
+    """The command that moves these experts' folders out of the home, to beside it."""
+    moves = ((home.archive(expert.id), f"{home.root}-{number(expert.id)}") for expert in experts)
+    return " && ".join(f"mv {quote(str(one))} {quote(other)}" for one, other in moves)
 
 
 def _every(reader: Reader) -> Iterator[Expert]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import quote
 
 from daemon.checkpoints.checkpoint import PICKLED
 from daemon.checkpoints.opening import open_entry
@@ -48,7 +49,7 @@ def check_pickled(base: Path, there: Iterable[str]) -> None:
         if below not in whole and any(fnmatchcase(below, module) for module in modules_of(base)):
             raise BadHome(
                 f"its module {shown(below)} has pickled weights, which no version could have",
-                f"mainstem convert {path} {path.with_name(WEIGHTS)}",
+                f"`mainstem convert {quote(str(path))} {quote(str(path.with_name(WEIGHTS)))}`",
             )
 
 

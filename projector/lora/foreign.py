@@ -59,7 +59,7 @@ TORCHTUNE = "save it with torchtune's FullModelHFCheckpointer, which writes the 
 MLX = Tool(
     "mlx-lm",
     {".lora_a": A, ".lora_b": B},
-    f"mlx_lm.fuse --model {BASE} --adapter-path {FOLDER} --save-path {OUT}",
+    f"`mlx_lm.fuse --model {BASE} --adapter-path {FOLDER} --save-path {OUT}`",
     turned=True,
 )
 TOOLS = (
@@ -123,12 +123,18 @@ def recognised(names: Iterable[str]) -> tuple[Tool, str] | None:
     return None
 
 
-def command(tool: Tool, names: Iterable[str], where: str = EXPERT) -> str:
-    """What makes a PEFT adapter of these tensors. where: the file that holds them; of mlx-lm its folder serves too."""
+def command(tool: Tool, names: Collection[str], where: str = EXPERT) -> str:
+    """What makes a PEFT adapter of these tensors. where: the file that holds them; of mlx-lm its folder serves too.
+
+    Where they are for several models, the first that they name, and how to name the others: only the home's base tells.
+    """
     base = f" --base {BASE}" if tool.underscored else ""
     silent = not (tool.turned or tool.alpha_is_rank or any(name.endswith(f".{ALPHA}") for name in names))
-    alpha = " --alpha N, where N is the alpha that it was trained with" if silent else ""
-    return f"mainstem convert {where} {NEW}{base}{alpha}"
+    firsts = sorted({parts[0] for name in names if (parts := tool.split(name))})
+    only = f" --only {firsts[0]}" if len(firsts) > 1 else ""
+    said = ", where N is the alpha that it was trained with" if silent else ""
+    others = f"; or with --only {' or '.join(firsts[1:])}, whichever this home's base is" if only else ""
+    return f"`mainstem convert {where} {NEW}{base}{' --alpha N' if silent else ''}{only}`{said}{others}"
 
 
 def recognised_other(names: Iterable[str]) -> tuple[str, str, str] | None:

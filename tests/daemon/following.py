@@ -8,28 +8,30 @@ from typer.testing import CliRunner
 
 from daemon.cli.app import app
 
-COMMAND = re.compile(r"(mainstem convert|cp) ")
-END = (";", ",", ")")
+COMMAND = re.compile(r"`((?:mainstem (?:convert|rebuild)|cp|mv|chmod) [^`]+)`")
+
+
+def commands_in(hint: str) -> list[str]:
+    """The commands in a hint, in their order: what stands between backquotes is what a person pastes."""
+    found = COMMAND.findall(hint)
+    assert found, hint
+    return found
 
 
 def command_in(hint: str) -> list[str]:
-    """The words of the command in a hint."""
-    found = COMMAND.search(hint)
-    assert found, hint
-    words = []
-    for word in shlex.split(hint[found.start() :]):
-        words.append(word.rstrip("".join(END)))
-        if word.endswith(END):
-            break
-    at = words.index("(or") if "(or" in words else len(words)
-    return words[:at]
+    """The words of the first command in a hint."""
+    return shlex.split(commands_in(hint)[0])
+
+
+def run(command: str) -> None:
+    """Runs a command."""
+    if not command.startswith("mainstem "):
+        subprocess.run(command, shell=True, check=True)
+        return
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
 
 
 def follow(hint: str | None) -> None:
-    """Runs the command in a hint."""
-    words = command_in(hint or "")
-    if words[0] == "cp":
-        subprocess.run(words, check=True)
-        return
-    done = CliRunner().invoke(app, words[1:])
-    assert done.exit_code == 0, done.output
+    """Runs the first command in a hint."""
+    run(commands_in(hint or "")[0])

@@ -1,11 +1,12 @@
 """Settings: defaults < mainstem.toml < environment < flags; whatever is unknown or out of range is refused."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from daemon.config import Settings, described, load
+from daemon.config import Settings, described, load, strangers
 from daemon.errors import BadConfig, Reason
 from projector.names.naming import Naming
 
@@ -103,7 +104,7 @@ def test_a_list_that_is_not_json_is_told_what_it_should_be(toml: Path, monkeypat
     monkeypatch.setenv("MAINSTEM_ADMISSION__IGNORE", "cls.*")
     with pytest.raises(BadConfig) as refused:
         load(toml)
-    assert "are JSON" in str(refused.value.hint)
+    assert "is JSON there" in str(refused.value.hint)
 
 
 def test_the_home_and_a_service_in_the_environment_are_no_settings(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,3 +132,34 @@ def test_every_setting_is_described_once() -> None:
     listed = [name for name, _, _ in described()]
     assert listed == list(Settings().flat())
     assert all(text for _, _, text in described())
+
+
+def test_what_is_wrong_is_said_with_where_it_came_from(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml.write_text('[http]\nport = "many"\n')
+    with pytest.raises(BadConfig) as refused:
+        load(toml)
+    assert str(refused.value) == f"http.port cannot be 'many': it is a whole number (in {toml})"
+    monkeypatch.setenv("mainstem_http__port", "abc")
+    with pytest.raises(BadConfig) as refused:
+        load(toml)
+    assert "'abc'" in str(refused.value) and "(mainstem_http__port in the environment)" in str(refused.value)
+    with pytest.raises(BadConfig) as refused:
+        load(None, {"http": {"port": 70000}})
+    assert "environment" not in str(refused.value) and "(in" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["MAINSTEM_ADMISSION__IGNORE", "MAINSTEM_ADMISSION__PREFIXES"])
+def test_what_is_no_json_has_an_example_that_works(toml: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "foo")
+    with pytest.raises(BadConfig, match=f"{name} in the environment is not JSON") as refused:
+        load(toml)
+    variable, value = shlex.split(refused.value.hint.split("`")[1])[0].split("=", 1)
+    monkeypatch.setenv(variable, value)
+    assert load(toml).admission.ignore or load(toml).admission.prefixes
+
+
+def test_a_variable_that_means_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MAINSTEM_FOO", "MAINSTEM_HOME", "MAINSTEM_TOKEN", "MAINSTEM_HTTP", "MAINSTEM_SERVICE_HOST"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MAINSTEM_PORT_8765_TCP_ADDR", "10.0.0.1")  # with the one above: of Kubernetes
+    assert [name for name in strangers() if name not in ("MAINSTEM_BIN",)] == ["MAINSTEM_FOO"]

@@ -130,6 +130,8 @@ def check_listings(home: Home, tmp_path: Path, base: Path) -> None:
         ("one.safetensors", "merged", 1),
     ]
     assert "one.safetensors" in asked("log", *at, "--status", "merged")
+    assert asked("log", *at, "--limit", "1").endswith(f"the newest 1 of {len(log)}: --limit N lists more\n")
+    assert "--limit" not in asked("log", *at, "--limit", str(len(log)))
     shown = json.loads(asked("show", log[3]["sha256"][:12], "--json", *at))
     assert shown["id"] if isinstance(shown, dict) else {row["id"] for row in shown} == {1, 4}
     assert json.loads(asked("show", "init/2", "--json", *at))["manifest"]["params"] == {"weight": 0.3}

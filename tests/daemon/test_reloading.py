@@ -34,6 +34,7 @@ from daemon.service import Service
 from projector.driver.head import Folded, Norms
 from registry.records import Expert, Status
 from registry.store import Store
+from tests.daemon.following import commands_in, run
 from tests.daemon.homes import experts, live, put, quick
 from tests.daemon.processes import Daemon, forked, running, until
 from tests.models import read_weights, write_expert
@@ -82,11 +83,9 @@ class Person:
         """As the hint says."""
         assert refused.hint and refused.hint.endswith(
             "; once mainstem.toml says so, `kill -HUP` the daemon (or restart it),"
-            f" then move the expert from quarantine/{refused.id:06d}/ back into inbox/"
+            f" then `mv {self.home.quarantine(refused.id) / refused.name} {self.home.inbox}/`"
         )
-        folder = self.home.root / "quarantine" / f"{refused.id:06d}"
-        (path,) = (path for path in folder.iterdir() if path.name != "reason.json")
-        path.rename(self.home.inbox / path.name)
+        run(commands_in(refused.hint)[-1])
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +136,7 @@ def test_a_refusals_hint_is_followed_while_the_daemon_runs(person: Person, base:
 
 def raised(refused: Expert) -> str:
     """The limit that a hint names."""
-    found = re.search(r"raise admission\.(max_norm_ratio) to (\S+);", refused.hint or "")
+    found = re.search(r"put (max_norm_ratio) = (\S+) under \[admission\]", refused.hint or "")
     assert found, refused.hint
     return f"{found[1]} = {found[2]}"
 

@@ -300,7 +300,7 @@ def test_of_several_checkpoints_the_hint_names_the_one_to_drop(home: Home, base:
     refused = last(home)
     assert (refused.status, refused.reason) == (Status.QUARANTINED, "no_weights")
     assert "checkpoint-500, checkpoint-1000" in str(refused.detail)
-    assert "the best by its trainer_state.json: cp -r " in str(refused.hint)
+    assert "the best by its trainer_state.json: `cp -r " in str(refused.hint)
     follow(refused.hint)
     drain(home)
     assert last(home).status is Status.MERGED and last(home).name == "out"
@@ -308,7 +308,7 @@ def test_of_several_checkpoints_the_hint_names_the_one_to_drop(home: Home, base:
 
 
 def test_without_a_best_one_it_is_the_last(base: Path, tmp_path: Path) -> None:
-    assert "the last: cp -r <expert>/checkpoint-1500 <new>" in unwanted(below(tmp_path, base, 500, 1500)).hint
+    assert "the last: `cp -r <expert>/checkpoint-1500 <new>`" in unwanted(below(tmp_path, base, 500, 1500)).hint
 
 
 def test_a_training_that_goes_on_is_waited_for(base: Path, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_snapshot_of_links_is_copied_as_the_hint_says(home: Home, base: Path, 
     snapshot = cached(tmp_path, base, "a1b2") / "snapshots" / "a1b2"
     subprocess.run(["cp", "-r", snapshot, home.inbox / "links"], check=True)
     drain(home)
-    assert (last(home).reason, "cp -rL, from where it lay" in str(last(home).hint)) == ("symlink", True)
+    assert (last(home).reason, "`cp -rL`, from where it lay" in str(last(home).hint)) == ("symlink", True)
     subprocess.run(["cp", "-rL", snapshot, home.inbox / "files"], check=True)
     drain(home)
     assert last(home).status is Status.MERGED
@@ -369,7 +369,7 @@ def test_a_whole_folder_of_the_cache_holds_one_expert(home: Home, base: Path, tm
 
 def test_of_several_revisions_the_hint_names_the_one_that_main_is(base: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-rL", cached(tmp_path, base, "a1b2", "c3d4"), tmp_path / "tune"], check=True)
-    assert "cp -rL <expert>/snapshots/c3d4 <new>" in unwanted(tmp_path / "tune").hint
+    assert "`cp -rL <expert>/snapshots/c3d4 <new>`" in unwanted(tmp_path / "tune").hint
 
 
 @pytest.mark.parametrize("where", ["beside", "inside"])

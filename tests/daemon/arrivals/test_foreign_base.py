@@ -79,7 +79,7 @@ def test_another_seed_is_another_base(tmp_path: Path, build: Callable[[], nn.Mod
     }
     hint = found["other"].hint or ""
     assert "another base" in hint and "`mainstem init`" in hint
-    limit = float(re.findall(r"admission\.max_base_ratio to (\S+?)[;,]", hint)[0])
+    limit = float(re.findall(r"put max_base_ratio = (\S+) under", hint)[0])
     (home.quarantine(found["other"].id) / "other").rename(home.inbox / "other")
     drain(home, quick(admission={"max_base_ratio": limit}))
     assert experts(home)[-1].status == "merged"

@@ -1,5 +1,6 @@
 """Where an expert is, in the hints about it: each has the very paths, and what it says is done here."""
 
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from daemon.errors import Refused
 from daemon.layout import Home
 from projector.text import BASE, EXPERT, FOLDER, NEW, OUT
 from registry.records import Status
-from tests.daemon.following import command_in, follow
+from tests.daemon.following import command_in, commands_in, follow, run
 from tests.daemon.homes import drain, experts, make_home
 from tests.models import WEIGHTS, read_weights, write_expert
 
@@ -94,13 +95,8 @@ def test_followed_to_the_word_every_one_is_merged(tmp_path: Path, base: Path, dr
     shown = CliRunner().invoke(app, ["show", "1", "--home", str(home.root)]).output
     assert "\nstatus " in shown and "\nkind" not in shown  # which nobody knows of what was not opened
     assert {expert.status for expert in refused.values()} == {Status.QUARANTINED}
-    for name, expert in refused.items():
-        hint = expert.hint or ""
-        if name == "nested":
-            path = re.sub(r".*the folder itself: (.*)", r"\1", hint).replace("'", "")
-            Path(path).rename(home.inbox / name)
-        else:
-            follow(hint)
+    for expert in refused.values():
+        follow(expert.hint)
     drain(home)
     merged = {expert.name for expert in experts(home) if expert.status is Status.MERGED}
     assert merged == {name.removesuffix(".safetensors") for name in drops}, experts(home)
@@ -140,3 +136,51 @@ def test_one_of_several_adapters_is_saved_as_the_hint_says(tmp_path: Path) -> No
     (tmp_path / found[2]).rename(home.inbox / "french")
     drain(home)
     assert experts(home)[-1].status is Status.MERGED, experts(home)[-1]
+
+
+@pytest.mark.parametrize("name", ["french.safetensors", "a folder"])
+def test_what_cannot_be_read_is_made_readable_where_it_lies_now_and_moved_back(
+    tmp_path: Path, base: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = os.open
+
+    def guarded(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        """As a process that is not root meets it."""
+        if not flags & os.O_CREAT and not os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode & 0o777:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return really(path, flags, mode, dir_fd=dir_fd)
+
+    home = make_home(tmp_path / "a home", base, [("main", "mean", {})])
+    dropped = home.inbox / name
+    if name.endswith(".safetensors"):
+        write_expert(dropped, base, 2)
+    else:
+        dropped.mkdir()
+        write_expert(dropped / WEIGHTS, base, 2)
+    weights = dropped if dropped.is_file() else dropped / WEIGHTS
+    weights.chmod(0)
+    monkeypatch.setattr(os, "open", guarded)
+    drain(home)
+    hint = experts(home)[-1].hint or ""
+    there = home.quarantine(1) / name
+    assert commands_in(hint) == [f"chmod -R a+rX '{there}'", f"mv '{there}' '{home.inbox}'/"]
+    for command in commands_in(hint):
+        run(command)
+    drain(home)
+    assert experts(home)[-1].status is Status.MERGED
+
+
+def test_only_what_can_be_mended_where_it_lies_is_said_to_go_back(tmp_path: Path, base: Path) -> None:
+    home = make_home(tmp_path / "home", base, [("main", "mean", {})])
+    (home.inbox / "cut.safetensors").write_bytes(base.read_bytes()[:-1])
+    (home.inbox / "said").mkdir()
+    write_expert(home.inbox / "said" / WEIGHTS, base, 2)
+    (home.inbox / "said" / "expert.json").write_text('{"wieght": 2}')
+    drain(home)
+    hints = {expert.name: expert.hint or "" for expert in experts(home)}
+    assert "`mv" not in hints["cut.safetensors"]
+    there = next(home.root.glob("quarantine/*/said"))
+    (there / "expert.json").write_text('{"weight": 2}')
+    follow(hints["said"])
+    drain(home)
+    assert experts(home)[-1].status is Status.MERGED

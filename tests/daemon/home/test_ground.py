@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
@@ -27,6 +26,7 @@ from daemon.rebuild.replay import Console
 from projector.files.tensorfile import RunningDigest
 from registry.records import Expert
 from registry.store import Store
+from tests.daemon.following import follow
 from tests.daemon.homes import drain, latest, live, make_home, put, quick
 from tests.models import read_weights, write_base, write_expert
 
@@ -93,9 +93,7 @@ def test_an_edited_base_is_refused_and_the_hint_mends_it(
     with pytest.raises(BadHome, match=r"base .* is damaged: model\.safetensors") as refused:
         take(3)
     assert live(home) == (0 if first else 1) and (home.inbox / "3.safetensors").exists()
-    command = refused.value.hint.split("; ")[1].split(", then")[0]
-    assert command.startswith("cp ")
-    subprocess.run(command.split(), check=True)
+    follow(refused.value.hint)
     assert take(3).version == live(home) == (1 if first else 2)
 
 

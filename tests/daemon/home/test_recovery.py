@@ -33,6 +33,7 @@ from daemon.versions import manifest as generations
 from registry.records import Expert, NewExpert, Status
 from registry.store import Store
 from tests.daemon.arrivals.test_queue import scan
+from tests.daemon.following import commands_in, follow, run
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, live, make_home, put, quick, tree
 from tests.daemon.processes import forked
 from tests.models import read_weights, write_base, write_expert
@@ -356,9 +357,9 @@ def test_what_was_edited_of_version_0_is_put_back_as_the_hint_says(
     with Store.open(home.registry) as store, pytest.raises(BadHome) as refused:
         recover(home, store, quiet)
     hints.append(refused.value.hint)
-    commands = [re.findall(r"cp '[^']+' '[^']+'", hint) for hint in hints]
+    commands = [commands_in(hint) for hint in hints]
     assert len(commands[0]) == 1 and commands[0] == commands[1] and "backup" not in "".join(hints)
-    subprocess.run(commands[0][0], shell=True, check=True)
+    run(commands[0][0])
     assert "remove what is not in the manifest" in hints[0]
     (home.version("main", 0) / "notes").unlink()
     with lineage(home) as reader:
@@ -387,7 +388,8 @@ def test_what_was_edited_of_the_base_is_put_back_as_verify_says(home: Home) -> N
     _spoil(home.base / "model.safetensors")
     with lineage(home) as reader:
         (hint,) = verify(home, reader, lambda _: None)[0].hints
-        subprocess.run(re.findall(r"cp \S+ \S+(?=,)", hint)[0], shell=True, check=True)
+        assert hint.startswith("the base: `cp ")
+        follow(hint)
         assert verify(home, reader, lambda _: None)[1] == []
 
 

@@ -1,5 +1,6 @@
 """`mainstem verify` beside a daemon that merges, publishes and collects: what it sees half done is no damage."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from daemon.merge.merger import Merger
 from registry.records import Expert
 from registry.store import Store
 from tests.daemon.arrivals.test_queue import scan
-from tests.daemon.homes import lineage, live, make_home, put, quick
+from tests.daemon.following import commands_in, run
+from tests.daemon.homes import drain, experts, lineage, live, make_home, put, quick
 from tests.models import write_expert
 
 ONLY_THE_NEWEST = quick(retention={"versions": 1, "grace_seconds": 0})
@@ -91,3 +93,35 @@ def test_beside_a_daemon_damage_is_found_all_the_same(home: Home, base: Path) ->
 
         found = verify(home, reader, merge)[1]
     assert [problem.split(":")[0] for problem in found] == ["archive/000001"]
+
+
+@pytest.mark.parametrize("method", ["mean", "opcm"])
+def test_damage_in_the_archive_is_settled_as_the_hints_say(base: Path, tmp_path: Path, method: str) -> None:
+    """Of two merged ones, and of one that was withdrawn before: afterwards nothing is wrong any more."""
+    home = make_home(tmp_path / "a home", base, [("main", method, {})])
+    for seed in (1, 2, 3, 4):
+        put(home, write_expert(tmp_path / f"{seed}.safetensors", base, seed))
+        drain(home)
+    root = shlex.quote(str(home.root))
+    run(f"mainstem rebuild --home {root} --without 1")
+    for expert in (1, 2, 3):
+        flip(home.archived(expert))  # type: ignore[arg-type]
+    with lineage(home) as reader:
+        checked, found = verify(home, reader, lambda _: None)
+    assert [problem.split(":")[0] for problem in found] == [f"archive/00000{n}" for n in (3, 2, 1)]
+    merged, *others = checked.hints
+    in_place, away, beside = commands_in(merged)
+    assert beside == f"mainstem rebuild --home {root} --into NEWHOME --without 3 --without 2"
+    for command in (in_place, away, *(command for hint in others for command in commands_in(hint))):
+        run(command)
+    with lineage(home) as reader:
+        assert verify(home, reader, lambda _: None)[1] == []
+    assert [expert.id for expert in experts(home) if expert.status == "merged"] == [4]
+    assert all(list((tmp_path / f"a home-00000{n}").iterdir()) for n in (1, 2, 3))
+
+
+def flip(path: Path) -> None:
+    """Another last byte."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
