@@ -3,13 +3,16 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from daemon.cli.common import HomeArgument, HomeOption, JsonOption, complain, open_reader, print_json
 from daemon.errors import DaemonError, Reason
+from daemon.layout import Home
 from daemon.notation import called, find_version, read_name
+from projector.text import shown
 from registry.records import UNKNOWN_KIND
 
 MOST = 100  # experts that are shown where many have one name
@@ -27,6 +30,8 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Show one expert, or one version with its manifest."""
+    if at is None and home is None and Home(Path(what)).exists():
+        raise typer.BadParameter(f"{what} is a home: put the ID of an expert or a version before it", param_hint="ID")
     where, reader = open_reader(at, home)
     with reader:
         named = read_name(what)
@@ -37,6 +42,8 @@ def command(
             found = [{"called": called(version.head, version.number), **asdict(version), "manifest": manifest}]
         else:
             found = [asdict(expert) for expert in reader.find_experts(what, MOST + 1)]
+            if not found and shown(what) != what:  # as it lies on the disk; it is printed, and kept, in one line
+                found = [asdict(expert) for expert in reader.find_experts(shown(what), MOST + 1)]
     if not found:
         hint = "see `mainstem log`, which takes --name GLOB; versions are named HEAD/N, as main/12"
         raise DaemonError(Reason.UNKNOWN, f"no expert is called {what!r}", hint)

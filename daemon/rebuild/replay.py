@@ -244,6 +244,12 @@ def merged_experts(reader: Reader, words: Sequence[str]) -> list[Expert]:
                 f"expert {gone[0].id} ({gone[0].name}) went with version {gone[0].withdrawn_in} already",
                 "nothing is to be done",
             )
+        refused = [expert for expert in called if expert.status is Status.QUARANTINED]
+        if refused and not named:
+            raise BadHome(
+                f"expert {refused[0].id} ({refused[0].name}) was refused ({refused[0].reason}): it is in no merge",
+                "nothing is to be done",
+            )
         if len(named) != 1:
             which = f"{len(named)} merged experts are called {word!r}: {told_apart(named)}"
             raise BadHome(

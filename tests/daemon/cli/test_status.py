@@ -201,3 +201,18 @@ def test_an_inbox_that_the_user_may_not_list_is_told_of(home: Home) -> None:
         for place, mode in modes.items():
             place.chmod(mode)
         home.inbox.chmod(0o755)
+
+
+def test_an_expert_is_shown_by_its_name_as_it_is_printed_and_as_it_lay_there(tmp_path: Path, made: Home) -> None:
+    home = Home(shutil.copytree(made.root, tmp_path / "home", symlinks=True))
+    (home.inbox / "new\nline.safetensors").write_bytes(b"no model")
+    drain(home)
+    printed = forked("log", home.root, "--limit", "1").stdout
+    for name in ("new\\nline.safetensors", "new\nline.safetensors"):
+        assert forked("show", name, home.root).returncode == 0, printed
+    assert "new\\nline.safetensors" in printed
+
+
+def test_show_with_a_home_and_no_id_says_what_is_missing(made: Home) -> None:
+    wrong = forked("show", made.root)
+    assert wrong.returncode == 2 and "is a home" in wrong.stderr
