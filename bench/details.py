@@ -206,7 +206,6 @@ def _good(found: Figures) -> str:
     return f"{said}, {worst:.1e} at most" + (f"; not {', '.join(bad)}" if bad else "")
 
 
-"""In the names of decompositions that were measured several at a time: those stay in the results."""
 GPU_METHODS = ("opcm", "iso_c")
 """Those whose times are told: what is elementwise stays on the CPU."""
 GPU_SUMS: dict[str, Callable[[Figures], str]] = {

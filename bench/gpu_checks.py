@@ -26,7 +26,7 @@ from bench import llama_shapes
 from bench.live import drop, make_home, scratch
 from bench.record import ROOT
 from bench.shapes import write
-from daemon.compute.device import exact_products
+from daemon.compute.resources import exact_products
 from projector.driver.device import Accelerator, Cuda, Device
 from projector.driver.fold import Driver
 from projector.files.slabs import SLAB_BYTES, Slabs

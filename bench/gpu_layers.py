@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.shapes import INIT_STD, STRENGTH, direction
-from daemon.compute.device import exact_products
+from daemon.compute.resources import exact_products
 from projector.algebra.linalg import pieces
 from projector.method import Contribution, Method, State, Totals
 from projector.methods import make

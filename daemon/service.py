@@ -15,12 +15,12 @@ import structlog
 from daemon.arrivals.attempts import Attempts
 from daemon.arrivals.filing import say_immovable
 from daemon.arrivals.inbox import Drop, Inbox, Scan
+from daemon.arrivals.inbox_folder import Watching
 from daemon.arrivals.uploads import Uploads, write_token
-from daemon.arrivals.watching import Watching
 from daemon.checkpoints.unfinished import said_by
-from daemon.compute.device import memory_budget
 from daemon.compute.memory import return_freed_memory, reuse_freed_memory
 from daemon.compute.progress import Abandoned, Progress
+from daemon.compute.resources import memory_budget
 from daemon.config import Settings, check_heads
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason

@@ -1,7 +1,7 @@
 """An expert on its way in, up to its place.
 
     inbox.py       what lies there, and what of it has come to rest
-    watching.py    keeps an eye on the inbox's own folder
+    inbox_folder.py    keeps an eye on the inbox's own folder
     receiving.py   one file that comes over HTTP
     uploads.py     experts that are sent, moved into the inbox when whole
     arrival.py     is it the only one in its folder, and was all of it written

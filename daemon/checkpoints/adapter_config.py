@@ -17,7 +17,7 @@ from daemon.errors import NotYet, Reason, Refused
 from projector.errors import BadSchema
 from projector.lora.config import MERGE_FIRST, LoraConfig
 from projector.lora.expert import LoraExpert
-from projector.lora.foreign import MLX, command, recognised, recognised_other
+from projector.lora.other_tools import MLX, command, recognised, recognised_other
 from projector.lora.patterns import Patterns
 from projector.lora.targets import Targets
 from projector.spec import Schema

@@ -30,6 +30,8 @@ from daemon.cli import (
 from daemon.cli.common import WrongUse, complain
 from daemon.cli.logged import KNOWN, SAFE
 
+VERBS = (init, run, serve, status, log, show, compare, inspect, verify, methods, convert, pull, rebuild, demo)
+
 app = typer.Typer(
     name="mainstem",
     help="Keeps ONE merged model up to date while fine-tuned experts keep arriving.",
@@ -38,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (init, run, serve, status, log, show, compare, inspect, verify, methods, convert, pull, rebuild, demo):
+for command in VERBS:
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(config.app, name="config")
 

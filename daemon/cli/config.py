@@ -44,7 +44,7 @@ def check(at: HomeArgument = None, home: HomeOption = None) -> None:
         check_heads(settings.heads, [head.name for head in reader.heads()])
         write_token(where, settings.http)
         if settings.compute.device.startswith("cuda"):
-            from daemon.compute.device import cuda_device  # it brings torch
+            from daemon.compute.resources import cuda_device  # it brings torch
 
             cuda_device(settings.compute.device)
     if unknown := strangers():

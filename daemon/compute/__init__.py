@@ -1,6 +1,6 @@
 """What there is to compute with, and how far it is.
 
-    device.py    what the settings of [compute] mean on this machine
+    resources.py    what the settings of [compute] mean on this machine
     memory.py    keeps the resident size near what is in use
     progress.py  watches the driver: how far, how long, and whether to stop
 

@@ -1,6 +1,7 @@
 """Makes a PEFT adapter of one that another tool saved: a folder that can be dropped.
 
-What each tool's tensors mean is in projector/lora/foreign.py. The files are read by the strict rules for any expert.
+What each tool's tensors mean is in projector/lora/other_tools.py. The files are read by the strict rules for any
+expert.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from daemon.disk import durable
 from daemon.errors import Reason, Refused
 from projector.files.source import identity
 from projector.files.tensorfile import TensorReader
-from projector.lora.foreign import MLX, Said, Tool, as_peft, recognised, recognised_other
+from projector.lora.other_tools import MLX, Said, Tool, as_peft, recognised, recognised_other
 from projector.text import shown
 
 FILES = (MLX_WEIGHTS, "pytorch_lora_weights.safetensors", ADAPTER_WEIGHTS, "model.safetensors")

@@ -12,7 +12,7 @@ from daemon.arrivals.inbox import check_finished
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
 from daemon.checkpoints.hints import hinting
 from daemon.checkpoints.weight_names import WEIGHTS
-from daemon.compute.device import check_budget
+from daemon.compute.resources import check_budget
 from daemon.config import Compute
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
@@ -25,7 +25,7 @@ from daemon.versions.modules import check_pickled
 from daemon.versions.sealing import copy_files, read_about_base, sync_folders
 from projector.driver.measure import count_finite
 from projector.errors import ProjectorError
-from projector.lora.foreign import recognised
+from projector.lora.other_tools import recognised
 from projector.method import Method
 from projector.methods import make
 from projector.spec import check_base

@@ -29,8 +29,8 @@ from daemon.arrivals.inbox import Drop, entry_id
 from daemon.arrivals.recording import arrived, changed, refused
 from daemon.checkpoints.adapter_modules import read_config
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
-from daemon.compute.device import check_budget, driver
 from daemon.compute.progress import Abandoned, Progress
+from daemon.compute.resources import check_budget, driver
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit

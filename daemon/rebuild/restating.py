@@ -15,8 +15,8 @@ from uuid import uuid4
 from daemon.arrivals.admission import naming_of
 from daemon.arrivals.identity import SAME_NORM
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
-from daemon.compute.device import driver
 from daemon.compute.progress import Progress
+from daemon.compute.resources import driver
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit

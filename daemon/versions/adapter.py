@@ -18,7 +18,7 @@ from torch import Tensor
 
 from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS
 from daemon.checkpoints.adapter_modules import Module, adapter_config, modules_of, read_config
-from daemon.compute.device import budget_for, driver
+from daemon.compute.resources import budget_for, driver
 from daemon.config import Adapter as Wanted
 from daemon.config import Settings
 from daemon.disk import durable

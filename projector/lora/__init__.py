@@ -11,7 +11,7 @@
     expert.py    the source
     absent.py    what to say of a tensor that the base has not
     tied.py      tensors that are there a second time
-    foreign.py   adapters of other tools, told by their names
+    other_tools.py   adapters of other tools, told by their names
 
 Its product with the base's shape, whatever wrote it; what cannot be merged is refused by name.
 """

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from daemon.arrivals.inbox import Held, Inbox, Scan, Watcher, entry_id
-from daemon.arrivals.watching import Watching
+from daemon.arrivals.inbox_folder import Watching
 from daemon.checkpoints.opening import stamp
 from daemon.layout import Home
 from daemon.service import Service

@@ -10,8 +10,8 @@ import pytest
 
 from daemon import service
 from daemon.arrivals.inbox import Inbox, Scan
-from daemon.compute.device import device
 from daemon.compute.progress import Progress
+from daemon.compute.resources import device
 from daemon.config import Compute, load
 from daemon.errors import BadConfig, BadHome, NotYet
 from daemon.home.verification import verify

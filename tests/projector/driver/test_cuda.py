@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from daemon.compute.device import device, exact_products
+from daemon.compute.resources import device, exact_products
 from daemon.config import Compute
 from projector.driver.device import CPU, Cuda, Failure, failure
 from projector.driver.fold import Driver
@@ -148,7 +148,7 @@ def test_slabs_are_page_locked_and_come_back(card: Cuda) -> None:
 
 def test_tf32_in_the_environment_changes_no_bit() -> None:
     script = (
-        "import torch\nfrom daemon.compute.device import exact_products\nexact_products()\n"
+        "import torch\nfrom daemon.compute.resources import exact_products\nexact_products()\n"
         "x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).cuda()\n"
         "print(hash((x @ x).cpu().numpy().tobytes()))"
     )

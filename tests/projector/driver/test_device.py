@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from daemon.compute.device import exact_products
+from daemon.compute.resources import exact_products
 from projector.algebra.linalg import eigenvectors
 from projector.driver.device import Device, Failure, Gate, failure, load
 from projector.driver.fold import Driver
@@ -350,7 +350,7 @@ def test_products_are_exact_whatever_the_environment_says() -> None:
     script = (
         "import torch, warnings; warnings.simplefilter('error')\n"
         "before = torch.get_float32_matmul_precision()\n"
-        "from daemon.compute.device import exact_products; exact_products()\n"
+        "from daemon.compute.resources import exact_products; exact_products()\n"
         "print(before, torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision,"
         " torch._C._get_cublas_allow_tf32())"
     )

@@ -10,8 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 from daemon.compute import device as compute
-from daemon.compute.device import budget_for, check_budget, device, driver, eigh_seconds, faster_on_card, memory_budget
 from daemon.compute.progress import Progress
+from daemon.compute.resources import (
+    budget_for,
+    check_budget,
+    device,
+    driver,
+    eigh_seconds,
+    faster_on_card,
+    memory_budget,
+)
 from daemon.config import Compute
 from daemon.errors import BadConfig
 from daemon.layout import Home
