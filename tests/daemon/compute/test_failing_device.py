@@ -6,7 +6,7 @@ from threading import Event
 import pytest
 import torch
 
-from daemon.compute import device as compute
+from daemon.compute import resources
 from daemon.compute.progress import Progress
 from daemon.layout import Home
 from daemon.merge.merger import Merger
@@ -26,7 +26,7 @@ NO_HANDLE = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `c
 
 def on(card: PretendCard, monkeypatch: pytest.MonkeyPatch) -> None:
     """The daemon finds this card."""
-    monkeypatch.setattr(compute, "device", lambda settings: card)
+    monkeypatch.setattr(resources, "device", lambda settings: card)
 
 
 def test_what_the_device_cannot_do_quarantines_no_expert(
@@ -81,7 +81,7 @@ def test_what_was_prepared_with_other_products_is_not_taken_up(
 ) -> None:
     put(home, write_expert(tmp_path / "2.safetensors", base, 2))
     drain(home)
-    monkeypatch.setattr(compute, "device", lambda settings: Device())  # which leaves the precision as it is here
+    monkeypatch.setattr(resources, "device", lambda settings: Device())  # which leaves the precision as it is here
     shares = []
     try:
         for precision in ("highest", "highest", "high", "highest"):

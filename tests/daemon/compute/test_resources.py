@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from daemon.compute import device as compute
+from daemon.compute import resources
 from daemon.compute.progress import Progress
 from daemon.compute.resources import (
     budget_for,
@@ -36,8 +36,8 @@ PHYSICAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_by_default_half_of_the_usable_memory_may_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "CGROUPS", tmp_path)
-    monkeypatch.setattr(compute, "MY_CGROUPS", tmp_path / "mine")
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path)
+    monkeypatch.setattr(resources, "MY_CGROUPS", tmp_path / "mine")
     (tmp_path / "mine").write_text("0::/system.slice/mainstem.service\n")
     unit = tmp_path / "system.slice" / "mainstem.service"
     unit.mkdir(parents=True)
@@ -123,4 +123,4 @@ def test_what_the_slabs_take_is_counted(tmp_path: Path) -> None:
     enough = budget_for(need, 1)
     assert f"compute.memory_budget to {enough}" in caught.value.hint
     for size in (enough, enough + 1, 4 * enough):  # whatever is reserved of it then, a power of two
-        assert size - (1 << (size // compute.SLAB_SHARE).bit_length() - 1) >= need
+        assert size - (1 << (size // resources.SLAB_SHARE).bit_length() - 1) >= need
