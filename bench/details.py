@@ -171,6 +171,9 @@ def gpu(figures: Figures) -> list[str]:
             lines.append(f"- {name}, {_short(step['seconds'])} s:{ended} {words}".rstrip())
     if layers := found.get("layers"):
         lines += ["", *_gpu_layers(figures["shapes"], layers, found.get("fusionbench", {}))]
+    if eigh := found.get("eigh"):
+        each = ", ".join(f"{name} {taken * 1e3:.1f}" for name, taken in eigh.items() if MANY not in name)
+        lines += ["", *text(f"Milliseconds of an eigendecomposition on the device: {each}.")]
     return lines
 
 
@@ -206,6 +209,8 @@ def _good(found: Figures) -> str:
     return f"{said}, {worst:.1e} at most" + (f"; not {', '.join(bad)}" if bad else "")
 
 
+MANY = " at a time"
+"""In the names of decompositions that were measured several at a time: those stay in the results."""
 GPU_METHODS = ("opcm", "iso_c")
 """Those whose times are told: what is elementwise stays on the CPU."""
 GPU_SUMS: dict[str, Callable[[Figures], str]] = {

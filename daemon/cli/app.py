@@ -27,7 +27,7 @@ from daemon.cli import (
     status,
     verify,
 )
-from daemon.cli.common import WrongUse, complain
+from daemon.cli.common import complain
 from daemon.cli.logged import KNOWN, SAFE
 
 VERBS = (init, run, serve, status, log, show, compare, inspect, verify, methods, convert, pull, rebuild, demo)
@@ -60,7 +60,7 @@ def main() -> None:
         app()
     except KNOWN as error:
         complain(str(error), error.hint)
-        sys.exit(2 if isinstance(error, WrongUse) else 1)
+        sys.exit(1)
     except OSError as error:
         complain(str(error), SAFE)
         sys.exit(1)

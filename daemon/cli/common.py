@@ -3,8 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,26 +13,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from daemon.errors import BadConfig, BadHome
+from daemon.errors import BadHome
 from daemon.layout import Home
-from projector.errors import BadParameter, UnknownMethod
 
 if TYPE_CHECKING:
     from daemon.config import Settings
     from registry.store import Reader
-
-
-class WrongUse(BadConfig):
-    """The words of a command do not fit together, or name what there is not: exit status 2."""
-
-
-@contextmanager
-def using() -> Iterator[None]:
-    """Around what reads the words of a command: what is wrong with them is WrongUse."""
-    try:
-        yield
-    except (BadConfig, UnknownMethod, BadParameter) as error:
-        raise WrongUse(str(error), error.hint) from None
 
 
 HomeArgument = Annotated[

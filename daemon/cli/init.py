@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from daemon.cli.common import HomeOption, named_home, settings_of, using
+from daemon.cli.common import HomeOption, named_home, settings_of
 from daemon.errors import BadConfig
 from daemon.layout import Home, is_head_name
 from projector.text import shown, size
@@ -42,10 +42,9 @@ def command(
     from daemon.home.founding import found
     from projector.methods import make
 
-    with using():
-        chosen = {"main": method, **heads_of(heads or [])}
-        params = params_of(settings or [], chosen)
-        made = [(head, make(method, params[head])) for head, method in chosen.items()]
+    chosen = {"main": method, **heads_of(heads or [])}
+    params = params_of(settings or [], chosen)
+    made = [(head, make(method, params[head])) for head, method in chosen.items()]
     folder = named_home(at, home)
     if folder is None:
         raise typer.BadParameter("name the folder to make", param_hint="HOME")

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from daemon.cli.common import HomeArgument, HomeOption, WrongUse, find_home, settings_of, using
+from daemon.cli.common import HomeArgument, HomeOption, find_home, settings_of
 from daemon.cli.init import heads_of, params_of
+from daemon.errors import BadConfig
 from daemon.layout import Home
 from daemon.notation import called
 
@@ -61,35 +62,33 @@ def command(
 
     where, gone = find_home(at, home), without or []
     if replay and (target is not None or not gone):
-        raise WrongUse("--replay is for --without", "everything else is replayed in any case")
+        raise BadConfig("--replay is for --without", "everything else is replayed in any case")
     with _console() as to:
         if target is not None:
             new = Home(target.resolve())
             in_force = settings_of(new if new.config.exists() else where)
-            with using():
-                wanted = _heads(method, heads or [], settings or [])
+            wanted = _heads(method, heads or [], settings or [])
             plan = rebuilding.into(where, new, in_force, wanted, gone, to, dry=dry_run)
             done = f"made {new.root}: {len(plan.reads)} experts are merged"
         elif heads:
             if gone or len(heads) > 1:
-                raise WrongUse("--head adds one head, with every merged expert", "give --into for anything else")
+                raise BadConfig("--head adds one head, with every merged expert", "give --into for anything else")
             if (method is None) is ("=" not in heads[0]):
                 wrong = "missing" if method is None else "given twice"
-                raise WrongUse(f"the method of the head {heads[0]!r} is {wrong}", "use --method, or NAME=METHOD")
-            with using():
-                chosen = heads_of(heads if method is None else [f"{heads[0]}={method}"])
-                ((name, named),) = chosen.items()
-                words = [word if word.startswith(f"{name}.") else f"{name}.{word}" for word in settings or []]
-                added = make(named, params_of(words, chosen)[name])
+                raise BadConfig(f"the method of the head {heads[0]!r} is {wrong}", "use --method, or NAME=METHOD")
+            chosen = heads_of(heads if method is None else [f"{heads[0]}={method}"])
+            ((name, named),) = chosen.items()
+            words = [word if word.startswith(f"{name}.") else f"{name}.{word}" for word in settings or []]
+            added = make(named, params_of(words, chosen)[name])
             plan = rebuilding.add_head(where, settings_of(where), name, added, to, dry=dry_run)
             done = f"{_called(name, plan)}: {len(plan.reads)} experts are merged"
         elif gone:
             if method or settings:
-                raise WrongUse("--without keeps every head's method", "give --into for a home with other methods")
+                raise BadConfig("--without keeps every head's method", "give --into for a home with other methods")
             plan = rebuilding.withdraw(where, settings_of(where), gone, to, always_replay=replay, dry=dry_run)
             done = "\n".join(f"{_called(head, plan)}: {how}" for head, how in plan.how.items())
         else:
-            raise WrongUse("there is nothing to rebuild", "give --into, --head or --without; see --help")
+            raise BadConfig("there is nothing to rebuild", "give --into, --head or --without; see --help")
     typer.echo(_planned(plan) if dry_run else done)
 
 

@@ -12,6 +12,7 @@ from daemon.convert.converting import convert
 from daemon.errors import BadHome
 from daemon.layout import Home
 from daemon.reports.inspect import inspect
+from tests.daemon.following import command_in
 from tests.daemon.homes import drain, experts, lineage, live, make_home
 from tests.models import write_base, write_expert
 
@@ -59,7 +60,7 @@ def test_an_expert_that_trained_one_is_refused_and_merged_without_it(
     assert (refused.reason, live(home)) == ("module", 0) and "2_Dense" in str(refused.detail)
     with lineage(home) as reader, pytest.raises(Exception, match="would be lost"):
         inspect(home, reader, expert, None)
-    assert str(refused.hint).endswith("drop it again without the folder 2_Dense")
+    assert "drop it again without the folder 2_Dense" in str(refused.hint)
     shutil.rmtree(expert / "2_Dense")
     shutil.copytree(expert, home.inbox / "again")
     drain(home)
@@ -86,7 +87,7 @@ def test_a_base_with_a_pickled_module_is_refused_until_it_is_converted(
     torch.save(dense, base / "2_Dense" / "pytorch_model.bin")
     with pytest.raises(BadHome, match="2_Dense has pickled weights") as refused:
         make_home(tmp_path / "home", base)
-    command, what, source, out = refused.value.hint.split()
+    command, what, source, out = command_in(refused.value.hint)
     assert (command, what) == ("mainstem", "convert")
     convert(Path(source), Path(out))
     home = make_home(tmp_path / "home", base)
