@@ -4,15 +4,20 @@
     python -m bench.compare_opcm --base BASE --theirs merged.safetensors --oracle EXPERT_DIR ...
 
 The second form holds FusionBench against the float64 formula in tests/oracles/rules.py instead (every expert in
-memory). A model is a .safetensors file or a folder that holds model.safetensors. The exit status is 1 where a
-compared group differs by more than --within. Three groups, because the tools' rules differ for one of them: matrices
-both project them other both add them up: biases, norms, the position embedding, the 4-D patch embedding
-class_embedding a parameter that sits directly on a module with children. FusionBench walks over leaf modules, so it
-never merges this one: its value is the first expert's, scaled down at every step, whereas ours is the sum over all
-experts. Reported, and left out of what must agree Through the norm of the merged vector, which sets the one global
-scale, the class embedding still reaches the other groups: by about 2e-5 at the real size (768 of 87 million
-elements), by 1e-3 on the small shapes. The column "direction" is the error that is left after the best common scale,
-so it shows the projection alone (rounding floor: 1e-8).
+memory). A model is a .safetensors file or a folder that holds model.safetensors. The exit status is 1 where a compared
+group differs by more than --within.
+
+Three groups, because the tools' rules differ for one of them:
+
+    matrices         both project them
+    other            both add them up: biases, norms, the position embedding, the 4-D patch embedding
+    class_embedding  a parameter that sits directly on a module with children. FusionBench walks over leaf modules, so
+                     it never merges this one: its value is the first expert's, scaled down at every step, whereas ours
+                     is the sum over all experts. Reported, and left out of what must agree
+
+Through the norm of the merged vector, which sets the one global scale, the class embedding still reaches the other
+groups: by about 2e-5 at the real size (768 of 87 million elements), by 1e-3 on the small shapes. The column "direction"
+is the error that is left after the best common scale, so it shows the projection alone (rounding floor: 1e-8).
 """
 
 import argparse

@@ -94,19 +94,14 @@ def _like(base: Schema, expert: Schema) -> Callable[[Schema], bool]:
     name and shape, and where at least half of the matrices have shapes of the base's, whatever they are called.
     """
     ours = {**base, **expert}
-    shapes = {spec.shape for spec in base.values() if _is_matrix(spec)}
+    shapes = {spec.shape for spec in base.values() if not spec.vector}
 
     def alike(specs: Schema) -> bool:
-        found = [spec.shape in shapes for spec in specs.values() if _is_matrix(spec)]
+        found = [spec.shape in shapes for spec in specs.values() if not spec.vector]
         same = any(spec.shape == ours[name].shape for name, spec in specs.items() if name in ours)
         return same or 0 < len(found) <= 2 * sum(found)
 
     return alike
-
-
-def _is_matrix(spec: TensorSpec) -> bool:
-    """True for more than a vector, whatever dimensions of one it has."""
-    return sum(size > 1 for size in spec.shape) > 1
 
 
 def _told_apart(expert: OpenCheckpoint, used: set[str], beside: Sequence[str]) -> tuple[str, str]:

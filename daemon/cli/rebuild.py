@@ -57,7 +57,7 @@ def command(
 
     Cut short, it goes on where it was when it is called again. Only --into runs beside the daemon.
     """
-    from daemon.rebuild import commands as rebuilding
+    from daemon.rebuild import commands
     from projector.methods import make
 
     where, gone = find_home(at, home), without or []
@@ -68,7 +68,7 @@ def command(
             new = Home(target.resolve())
             in_force = settings_of(new if new.config.exists() else where)
             wanted = _heads(method, heads or [], settings or [])
-            plan = rebuilding.into(where, new, in_force, wanted, gone, to, dry=dry_run)
+            plan = commands.into(where, new, in_force, wanted, gone, to, dry=dry_run)
             done = f"made {new.root}: {len(plan.reads)} experts are merged"
         elif heads:
             if gone or len(heads) > 1:
@@ -80,12 +80,12 @@ def command(
             ((name, named),) = chosen.items()
             words = [word if word.startswith(f"{name}.") else f"{name}.{word}" for word in settings or []]
             added = make(named, params_of(words, chosen)[name])
-            plan = rebuilding.add_head(where, settings_of(where), name, added, to, dry=dry_run)
+            plan = commands.add_head(where, settings_of(where), name, added, to, dry=dry_run)
             done = f"{_called(name, plan)}: {len(plan.reads)} experts are merged"
         elif gone:
             if method or settings:
                 raise BadConfig("--without keeps every head's method", "give --into for a home with other methods")
-            plan = rebuilding.withdraw(where, settings_of(where), gone, to, always_replay=replay, dry=dry_run)
+            plan = commands.withdraw(where, settings_of(where), gone, to, always_replay=replay, dry=dry_run)
             done = "\n".join(f"{_called(head, plan)}: {how}" for head, how in plan.how.items())
         else:
             raise BadConfig("there is nothing to rebuild", "give --into, --head or --without; see --help")

@@ -1,8 +1,8 @@
 """What there is to compute with, and how far it is.
 
-    resources.py    what the settings of [compute] mean on this machine
-    memory.py    keeps the resident size near what is in use
-    progress.py  watches the driver: how far, how long, and whether to stop
+    resources.py  what the settings of [compute] mean on this machine
+    memory.py     keeps the resident size near what is in use
+    progress.py   watches the driver: how far, how long, and whether to stop
 
 Decides where and how wide; never what is computed.
 """

@@ -84,10 +84,8 @@ class Driver:
                 partial(self._read, base, source, [method], [expert]),
                 partial(self._survey_part, source, method, before),
             ):
-                for (
-                    key,
-                    value,
-                ) in found.items():  # a copy: to a view, torch adds what is sparse at the wrong place
+                for key, value in found.items():
+                    # a copy: to a view, torch adds what is sparse at the wrong place
                     shares[key] = shares[key].add_(value) if key in shares else value.to_dense().clone()
                 self.watch.advance(step.nbytes)
             expert = replace(expert, surveys=(*expert.surveys, shares))

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.arrivals import filing as placing
 from daemon.arrivals.inbox import entry_id
 from daemon.config import load
 from daemon.disk import durable
@@ -161,7 +160,7 @@ def watched(disk: Disk, patch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with patch.context() as patching:
         patching.setattr(os, "fsync", synced)
-        for module in (durable, merger, placing, recovery):
+        for module in (durable, merger, filing, recovery):
             patching.setattr(module, "hit", disk.moment)
         yield
     disk.close()

@@ -22,7 +22,7 @@ from daemon.errors import BadHome
 from daemon.layout import ADAPTER_FOLDER, STATE_FILE, Home
 from daemon.merge.merger import Merger
 from daemon.service import Service
-from daemon.versions import adapter as adapting
+from daemon.versions import adapter
 from projector.driver import fold
 from projector.files.source import Checkpoint
 from projector.methods import methods
@@ -160,14 +160,14 @@ def test_what_fails_for_the_base_too_is_no_experts_fault(
 
 def fail_adapters(patch: pytest.MonkeyPatch, only_over: float) -> None:
     """Lets torch fail to cut a task vector to a rank, where a value in it is larger."""
-    real = adapting.low_rank
+    real = adapter.low_rank
 
     def low_rank(delta_MN: torch.Tensor, rank: int) -> object:
         if delta_MN.abs().max() > only_over:
             raise RuntimeError("linalg.svd: the algorithm failed to converge")
         return real(delta_MN, rank)
 
-    patch.setattr(adapting, "low_rank", low_rank)
+    patch.setattr(adapter, "low_rank", low_rank)
 
 
 def test_what_torch_cannot_seal_is_its_experts_fault_alone(

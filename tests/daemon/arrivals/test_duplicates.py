@@ -15,8 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from daemon.arrivals import duplicates
-from daemon.arrivals import filing as placing
+from daemon.arrivals import duplicates, filing
 from daemon.compute.progress import Abandoned, Progress
 from daemon.config import Settings
 from daemon.disk import durable
@@ -180,7 +179,7 @@ def test_cut_short_anywhere_it_is_finished_by_recovery(
     if pruned:
         shutil.rmtree(home.archive(1))
     with monkeypatch.context() as patched:
-        patched.setattr(placing, "place", lambda *_: False)
+        patched.setattr(filing, "place", lambda *_: False)
         patched.setattr("daemon.merge.merger.place", lambda *_: False)
         drain(home)
     left = passes
@@ -195,7 +194,7 @@ def test_cut_short_anywhere_it_is_finished_by_recovery(
         with monkeypatch.context() as patched:
             patched.setattr(durable, "hit", cut)
             with suppress(PowerCut):
-                placing.place_all(home, store)
+                filing.place_all(home, store)
         recover(home, store, lambda *_, **__: None)
         assert not store.unplaced()
     if pruned:
@@ -216,7 +215,7 @@ def test_sigterm_while_it_is_compared_ends_that_and_the_next_start_goes_on(
         os.kill(os.getpid(), signal.SIGTERM)
         real(*given)
 
-    monkeypatch.setattr(placing, "spare", told)
+    monkeypatch.setattr(filing, "spare", told)
     drain(home)
     twin = experts(home)[1]
     assert (twin.status, twin.place) == (Status.DUPLICATE, None)

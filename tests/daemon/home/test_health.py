@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from daemon.arrivals import receiving as incoming
+from daemon.arrivals import receiving
 from daemon.disk import durable
 from daemon.home import health
 from daemon.home.health import Health, Trouble
@@ -102,7 +102,7 @@ def test_what_is_stuck_in_the_inbox(merged: Home, reader: Reader, monkeypatch: p
 def test_the_disk(merged: Home, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "RESERVE_BYTES", 1 << 60)
     assert reasons(merged, reader) == ["disk_full"]
-    assert incoming.RESERVE_BYTES < 1 << 30
+    assert receiving.RESERVE_BYTES < 1 << 30
 
 
 def test_a_busy_registry(merged: Home, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:

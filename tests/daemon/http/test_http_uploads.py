@@ -18,7 +18,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from daemon.arrivals import receiving as incoming
+from daemon.arrivals import receiving
 from daemon.arrivals import uploads as uploading
 from daemon.arrivals.inbox import Inbox
 from daemon.arrivals.uploads import Uploads
@@ -354,7 +354,7 @@ def test_sizes(line: "Line", readiness: "Readiness") -> None:
 
 def test_no_room(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     free = os.statvfs(server.home.root)
-    monkeypatch.setattr(incoming, "RESERVE_BYTES", free.f_bavail * free.f_frsize + (1 << 30))
+    monkeypatch.setattr(receiving, "RESERVE_BYTES", free.f_bavail * free.f_frsize + (1 << 30))
     for content in (DATA, iter([DATA])):
         answer = server.put(content=content)
         assert (answer.status_code, answer.json()["reason"]) == (507, "upload_space")
