@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from daemon.arrivals import filing
 from daemon.arrivals.inbox import entry_id
 from daemon.config import load
 from daemon.disk import durable
