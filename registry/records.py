@@ -10,6 +10,24 @@ Figures = Mapping[str, float]
 UNKNOWN_KIND = "unknown"  # of what was refused before its kind was known
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What an evaluator says of one task, in the task's own units.
+
+    n: over how many items. stderr: its standard error. held_out: no expert was trained on it.
+    """
+
+    score: float
+    higher_is_better: bool = True
+    n: int | None = None
+    stderr: float | None = None
+    held_out: bool = False
+
+
+Scores = Mapping[str, Score]
+"""By task."""
+
+
 class Status(StrEnum):
     """What became of an expert."""
 
