@@ -9,8 +9,8 @@ from daemon.compute.progress import PHASES
 from daemon.errors import Reason
 from daemon.release import software_version
 from projector.errors import Reason as ProjectorReason
+from registry.reader import Reader
 from registry.records import Flag
-from registry.store import Reader
 
 UPLOADS = ("stored", "refused", "broken")
 OUTCOMES = ("merged", "duplicate", "quarantined", "requeued", "abandoned")

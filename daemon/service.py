@@ -39,8 +39,9 @@ from daemon.versions.retention import collect
 from projector.errors import ProjectorError
 from projector.text import shown
 from registry.errors import Busy, DiskFull
+from registry.reader import Reader
 from registry.records import Expert, Status
-from registry.store import Reader, Store
+from registry.store import Store
 
 Display = Callable[[Drop], AbstractContextManager[Callable[[float], None]]]
 

@@ -177,12 +177,16 @@ class NewVersion:
 
 @dataclass(frozen=True, slots=True)
 class Version(NewVersion):
-    """One head's version. `collected`: its files were removed by retention; the row stays. `pinned`: they stay."""
+    """One head's version. `collected`: its files were removed by retention; the row stays.
+
+    They stay where it is `pinned`, and where the training of so many merged experts began with it: `trained`.
+    """
 
     expert_id: int | None = None
     created_at: datetime | None = None
     collected: bool = False
     pinned: bool = False
+    trained: int = 0
 
 
 @dataclass(frozen=True, slots=True)

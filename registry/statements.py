@@ -47,6 +47,7 @@ is_merged = ExpertRow.status == literal_column("'merged'")
 is_blocked = ExpertRow.blocked == literal_column("1")
 is_open = and_(ExpertRow.status == literal_column("'quarantined'"), ExpertRow.closed_at.is_(None))
 is_kept = VersionRow.collected == literal_column("0")
+is_unneeded = and_(is_kept, *(column == literal_column("0") for column in (VersionRow.pinned, VersionRow.trained)))
 _LAST = "\U0010ffff"  # behind every letter
 PROGRAM_HINT = "this is a fault in the program: please report it"
 
@@ -191,8 +192,17 @@ def withdraw(connection: Connection, expert_ids: Sequence[int], number: int) -> 
     """
     rows = update(ExpertRow).where(ExpertRow.id.in_(expert_ids), ExpertRow.status == Status.MERGED)
     gone = connection.execute(rows.values(status=Status.WITHDRAWN, withdrawn_in=number, blocked=True))
+    count_trained(connection, expert_ids, -1)
     if gone.rowcount != len(expert_ids):
         raise BadRecord(f"of the experts {list(expert_ids)} only {gone.rowcount} are merged", PROGRAM_HINT)
+
+
+def count_trained(connection: Connection, expert_ids: Sequence[int], change: int) -> None:
+    """Notes at each version from which these experts were trained that so many more merged ones were."""
+    query = select(ExpertRow.trained_head, ExpertRow.trained_version).where(ExpertRow.id.in_(expert_ids))
+    for head, number in connection.execute(query.where(ExpertRow.trained_head.is_not(None))).all():
+        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
+        connection.execute(row.values(trained=VersionRow.trained + change))
 
 
 def insert_versions(
@@ -201,5 +211,5 @@ def insert_versions(
     """A row for each version; `expert_id` is the expert that they fold, None where they fold none."""
     for version in versions:
         row = columns(NewVersion, version)
-        kept = {"expert_id": expert_id, "created_at": now, "collected": False, "pinned": False}
+        kept = {"expert_id": expert_id, "created_at": now, "collected": False, "pinned": False, "trained": 0}
         connection.execute(insert(VersionRow).values(**row, **kept))

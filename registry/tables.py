@@ -219,7 +219,6 @@ class ExpertRow(Base):
         Index("experts_blocked", "sha256", sqlite_where=text("blocked = 1")),
         Index("experts_blocked_content", "content_sha256", sqlite_where=text("blocked = 1")),
         Index("experts_open", "id", sqlite_where=text("status = 'quarantined' AND closed_at IS NULL")),
-        Index("experts_trained_from", "trained_head", "trained_version", sqlite_where=text("status = 'merged'")),
         {"sqlite_autoincrement": True},
     )
 
@@ -264,6 +263,12 @@ class VersionRow(Base):
             name="version_has_parent",
         ),
         Index("versions_kept", "head", "number", sqlite_where=text("collected = 0")),
+        Index(
+            "versions_unneeded",
+            "head",
+            "number",
+            sqlite_where=text("collected = 0 AND pinned = 0 AND trained = 0"),
+        ),
         Index("versions_held", "head", "number", sqlite_where=text("held IS NOT NULL")),
     )
 
@@ -282,6 +287,7 @@ class VersionRow(Base):
     verdict: Mapped[Mapping[str, Any] | None]
     evaluation: Mapped[int | None]
     pinned: Mapped[bool] = mapped_column(server_default=text("0"))
+    trained: Mapped[int] = mapped_column(server_default=text("0"))
 
 
 class EvaluationRow(Base):

@@ -13,8 +13,8 @@ from daemon.layout import Home
 from projector.errors import ProjectorError
 from projector.files.tensorfile import TensorReader
 from projector.watch import SILENT, Watch
+from registry.reader import Reader
 from registry.records import Expert, Status
-from registry.store import Reader
 
 Tensors = set[tuple[str, tuple[int, ...], str]]
 """Of each tensor its dtype, shape and sha256."""

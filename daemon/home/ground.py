@@ -34,8 +34,8 @@ from projector.files.tensorfile import RunningDigest, TensorReader
 from projector.spec import Schema
 from projector.text import shown
 from projector.watch import SILENT, Watch
+from registry.reader import Reader
 from registry.records import Version
-from registry.store import Reader
 
 
 class Base:

@@ -21,8 +21,8 @@ from daemon.layout import MANIFEST, Home
 from daemon.notation import called
 from projector.text import listed
 from registry.errors import Busy, RegistryError
+from registry.reader import Reader
 from registry.records import Head, Status
-from registry.store import Reader
 
 STUCK = timedelta(seconds=10)  # what is decided is moved out of the inbox at once
 

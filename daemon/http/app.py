@@ -33,8 +33,8 @@ from daemon.http.waiting import Waiting
 from daemon.layout import Home, is_weights
 from daemon.notation import called
 from registry.errors import Busy, RegistryError
+from registry.reader import Reader
 from registry.records import Head, Status, Version
-from registry.store import Reader
 
 PAGE_LIMIT = 1000  # rows in one answer, at the most
 WAIT_SECONDS = 30.0  # for a version, unless told otherwise

@@ -20,8 +20,8 @@ from daemon.disk.durable import is_short
 from daemon.http.answers import Problem
 from daemon.layout import MANIFEST, Home
 from daemon.notation import called
+from registry.reader import Reader
 from registry.records import Head, Version
-from registry.store import Reader
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # NONBLOCK: a FIFO must not hang us

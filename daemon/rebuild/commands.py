@@ -29,8 +29,9 @@ from daemon.versions.sealing import origin
 from projector.method import Contribution, Method, Totals
 from projector.methods import make
 from registry.errors import Busy, RegistryError, StorageFailed
+from registry.reader import Reader
 from registry.records import Expert, Head, Status, Version
-from registry.store import Reader, Store
+from registry.store import Store
 
 SUBTRACTED, REPLAYED = "subtracted", "replayed"
 MOST_SUBTRACTED = 100.0  # times the weight of what is left: beyond that its rounding shows in the fifth digit

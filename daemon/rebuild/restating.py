@@ -33,8 +33,9 @@ from daemon.versions.writing import Outputs, weights_plan
 from projector.driver.head import HeadFold
 from projector.files.tensorfile import TensorReader
 from projector.method import Contribution, Method, Totals
+from registry.reader import Reader
 from registry.records import Expert, NewVersion
-from registry.store import Reader, Store
+from registry.store import Store
 
 STATE_ONLY: WeightsPlan = ((), None)
 Arrival = tuple[Path, Contribution, Expert]  # a file or folder, how it counts, and as what it was merged

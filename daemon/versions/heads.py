@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from projector.method import Method, Totals
+from registry.reader import Reader
 from registry.records import Head, Version
-from registry.store import Reader
 
 
 @dataclass(frozen=True)
 class LiveHead:
-    """One head: its row, its live version, its method and the method's totals."""
+    """One head: its row, its newest version, its method and the method's totals."""
 
     head: Head
     version: Version
@@ -24,8 +24,8 @@ def live_heads(reader: Reader, methods: Mapping[str, Method]) -> list[LiveHead]:
 
 
 def _live(reader: Reader, head: Head, method: Method) -> LiveHead:
-    version = reader.version(head.name, head.live)
+    version = reader.version(head.name, head.newest)
     if version is None:
-        raise AssertionError(f"the registry has no version {head.live} of {head.name}")
+        raise AssertionError(f"the registry has no version {head.newest} of {head.name}")
     scalars = dict(version.totals)
     return LiveHead(head, version, method, Totals(int(scalars.pop("experts")), scalars))

@@ -10,9 +10,21 @@ from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.layout import Home, number
+from registry.reader import Reader
 from registry.records import Head
 
 PLAIN = "LATEST"
+
+
+def follow_live(home: Home, reader: Reader) -> None:
+    """Lets `latest` and LATEST of every head name its live version, also where that changes meanwhile: a rollback may
+    come from another thread, and whoever points last has looked last.
+    """
+    for head in reader.heads():
+        pointed = None
+        while head is not None and head.live != pointed:
+            point_latest(home, head)
+            pointed, head = head.live, reader.head(head.name)  # type: ignore[assignment]
 
 
 def point_latest(home: Home, head: Head) -> None:

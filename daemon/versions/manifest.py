@@ -174,7 +174,7 @@ def problems(
     """What is wrong with a version's files, in words; nothing where they are as they were committed.
 
     Sizes are always compared; `hashes` reads every byte; `extras` also names files that do not belong; without `state`
-    it may be gone. The manifest itself is held against the registry. `read` hears of the bytes that are hashed, and may
+    that may be gone. The manifest is held against the registry. `read` hears of the bytes that are hashed, and may
     raise to end it.
     """
     folder = home.version(version.head, version.number)
@@ -188,8 +188,9 @@ def problems(
         return [f"{_relative(home, path)}: its sha256 is not the registry's"]
     content: dict[str, Any] = json.loads(text)
     expected = [(folder / file["name"], file) for file in content["files"]]
-    if content["state"] and state:
-        expected.append((home.head_state(version.head, version.number) / STATE_FILE, content["state"]))
+    kept = home.head_state(version.head, version.number) / STATE_FILE
+    if content["state"] and (state or kept.exists()):
+        expected.append((kept, content["state"]))
     if content.get("record"):
         expected.append((home.view_record(version.head, version.number), content["record"]))
     found = [_problem(home, path, file, hashes, read) for path, file in expected]

@@ -15,8 +15,8 @@ from daemon.versions.claimed_dtype import config_in
 from daemon.versions.heads import LiveHead
 from daemon.versions.manifest import FileEntry, Withdrawal, entry, manifest, names_below
 from projector.method import Totals
+from registry.reader import Reader
 from registry.records import BaseModel, Expert, NewExpert, NewVersion, Status
-from registry.store import Reader
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20

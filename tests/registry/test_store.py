@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from registry.engine import connect
 from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, Damaged, RegistryError, StaleHead
+from registry.reader import Reader
 from registry.records import Deed, Head, NewEvaluation, NewIntervention, NewVersion, Score, Status
-from registry.store import Reader, Store
+from registry.store import Store
 from registry.tables import JsonObject
 from tests.registry.samples import BASE, HEADS, WHEN, digest, expert, make, versions
 
@@ -364,9 +365,12 @@ def test_a_rejected_expert_is_blocked_and_an_open_case_until_it_is_closed(store:
 def test_what_an_expert_was_trained_from_is_known_while_it_is_merged(store: Store) -> None:
     store.commit(expert(1), versions(1))
     store.commit(expert(2, trained_head="main", trained_version=1), versions(2))
-    assert store.trained_from("main", 1) and not store.trained_from("main", 2)
+    assert [version.trained for version in store.versions("main")] == [0, 1, 0]
+    assert [version.number for version in store.unneeded(store.heads()[0], 9)] == []
+    with pytest.raises(BadRecord):
+        store.collected("main", 1)
     store.restate(versions(3), [2], NewIntervention(Deed.WITHDRAW, "ann", experts=(2,)))
-    assert not store.trained_from("main", 1)
+    assert [version.number for version in store.unneeded(store.heads()[0], 9)] == [1, 2]
     assert (one := store.expert(2)) and one.blocked
     assert [(one.deed, one.version) for one in store.interventions()] == [("withdraw", 3)]
 

@@ -19,12 +19,14 @@ def upgrade() -> None:
     for name, kind in (("held", sa.Text), ("verdict", sa.Text), ("evaluation", sa.Integer)):
         op.add_column("versions", sa.Column(name, kind))
     op.add_column("versions", sa.Column("pinned", sa.Boolean, server_default=sa.text("0"), nullable=False))
-    blocked, merged = sa.text("blocked = 1"), sa.text("status = 'merged'")
+    op.add_column("versions", sa.Column("trained", sa.Integer, server_default=sa.text("0"), nullable=False))
+    blocked = sa.text("blocked = 1")
     unsettled = sa.text("status = 'quarantined' AND closed_at IS NULL")
     op.create_index("experts_blocked", "experts", ["sha256"], sqlite_where=blocked)
     op.create_index("experts_blocked_content", "experts", ["content_sha256"], sqlite_where=blocked)
     op.create_index("experts_open", "experts", ["id"], sqlite_where=unsettled)
-    op.create_index("experts_trained_from", "experts", ["trained_head", "trained_version"], sqlite_where=merged)
+    unneeded = sa.text("collected = 0 AND pinned = 0 AND trained = 0")
+    op.create_index("versions_unneeded", "versions", ["head", "number"], sqlite_where=unneeded)
     op.create_index("versions_held", "versions", ["head", "number"], sqlite_where=sa.text("held IS NOT NULL"))
     op.drop_index("versions_branched", "versions")  # versions form a line: each follows the newest, whichever is live
     op.create_table(

@@ -27,7 +27,7 @@ from daemon.errors import BadConfig
 from daemon.http import HttpServer, create_app, uploads
 from daemon.layout import Home
 from daemon.service import Service
-from registry.store import Reader
+from registry.reader import Reader
 from tests.daemon.homes import quick
 from tests.daemon.processes import until
 

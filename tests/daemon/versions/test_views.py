@@ -21,7 +21,7 @@ from daemon.http import HttpServer, create_app
 from daemon.http.views import AT_ONCE
 from daemon.layout import Home
 from daemon.pull.pulling import pull
-from registry.store import Reader
+from registry.reader import Reader
 from tests.daemon.homes import assert_close, drain, experts, lineage, make_home, put, quick
 from tests.daemon.processes import forked, running, until
 from tests.models import CONFIG, WEIGHTS, read_weights, write_base, write_expert
