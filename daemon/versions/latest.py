@@ -5,6 +5,7 @@ A crash between the two leaves just that, and recovery calls this again.
 """
 
 from pathlib import Path
+from threading import Lock
 
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
@@ -16,15 +17,16 @@ from registry.records import Head
 PLAIN = "LATEST"
 
 
+_POINTING = Lock()
+
+
 def follow_live(home: Home, reader: Reader) -> None:
-    """Lets `latest` and LATEST of every head name its live version, also where that changes meanwhile: a rollback may
-    come from another thread, and whoever points last has looked last.
+    """Lets `latest` and LATEST of every head name its live version. A rollback may come from another thread than a new
+    version: whoever points last has also looked last.
     """
-    for head in reader.heads():
-        pointed = None
-        while head is not None and head.live != pointed:
+    with _POINTING:
+        for head in reader.heads():
             point_latest(home, head)
-            pointed, head = head.live, reader.head(head.name)  # type: ignore[assignment]
 
 
 def point_latest(home: Home, head: Head) -> None:
