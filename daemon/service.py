@@ -28,6 +28,7 @@ from daemon.home.health import Health, Trouble
 from daemon.home.presence import Presence
 from daemon.home.recovery import mark_clean, recover
 from daemon.http import Hosts, HttpServer, base_url, create_app
+from daemon.interventions.requests import Desk
 from daemon.layout import Home
 from daemon.logs import configure
 from daemon.merge.lingering import Lingering
@@ -123,6 +124,8 @@ class Service:
         self._metrics.show_heads(store)
         for head in store.heads():
             self._metrics.prepared.labels(head.name).set_function(partial(merger.preparations.share, head.name))
+        desk = Desk(self._home, store, self._wake.set, lambda _: self._metrics.show_heads(store))
+        closing.callback(desk.close)
         watching = Watching(self._home, self._wake, events=self._settings.inbox.watch != "poll")
         closing.callback(watching.close)
         self._look(watching)
@@ -130,7 +133,7 @@ class Service:
         self._presence.watches()
         self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
         with suppress(Abandoned):  # what is recorded is finished by the next start
-            self._drain_on(store, merger, progress, watching, once)
+            self._drain_on(store, merger, desk, progress, watching, once)
         mark_clean(self._home)
         self._log.info("stopped")
 
@@ -156,11 +159,13 @@ class Service:
         self._signalled.wait(DISK_FULL_WAIT_SECONDS)
         self._signalled.clear()
 
-    def _drain_on(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
+    def _drain_on(
+        self, store: Store, merger: Merger, desk: Desk, progress: Progress, watching: Watching, once: bool
+    ) -> None:
         """Drains, and goes on where descriptors or memory were short for a while."""
         while True:
             try:
-                return self._drain(store, merger, progress, watching, once)
+                return self._drain(store, merger, desk, progress, watching, once)
             except OSError as error:
                 if once or not durable.is_short(error):
                     raise
@@ -169,7 +174,9 @@ class Service:
                 self._stopping.wait(SHORTAGE_WAIT_SECONDS)
                 self._interrupted = True  # perhaps in the middle of a move
 
-    def _drain(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
+    def _drain(
+        self, store: Store, merger: Merger, desk: Desk, progress: Progress, watching: Watching, once: bool
+    ) -> None:
         assert self._attempts
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
         lingering = Lingering(self._home, store, merger)
@@ -178,6 +185,7 @@ class Service:
             self._wake.clear()
             if self._stopping.is_set():
                 return
+            desk.check()
             self._reload(store, merger, inbox)
             self._uploads.tend()
             if not self._inbox_is_there(watching, store, merger, inbox, once):
@@ -203,6 +211,7 @@ class Service:
                 for drop in drops:
                     if self._stopping.is_set():
                         return
+                    desk.check()
                     self._reload(store, merger, inbox)
                     waiting += not self._take(store, merger, progress, drop, lingering)
             except (OSError, DiskFull) as error:

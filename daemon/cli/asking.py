@@ -49,8 +49,8 @@ def intervene(
     with reader:
         meant = version_named(reader, version, head) if version is not None else None
         ids = tuple(expert_named(reader, word, deed).id for word in experts)
-        named = (meant.head, meant.number) if meant else (None, None)
-        request = Request(deed, whoever(), why, *named, ids)
+        named, number = (meant.head, meant.number) if meant else (None, None)
+        request = Request(deed, whoever(), why, named, number, ids)
         planned = check(home, reader, request)
     lines = planned if dry_run else ask(home, request)
     typer.echo("\n".join(lines) or "nothing is to be done: it is so already")
