@@ -7,8 +7,8 @@ where its stamp has changed.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -229,6 +229,27 @@ class States:
         written."""
         paths = {self._home.head_state(head, n) / STATE_FILE: sha256 for head, n, sha256 in versions}
         self._sound = {path: (sha256, stamp(path.stat())) for path, sha256 in paths.items()}
+
+
+@contextmanager
+def sound_ground(base: Base, states: States, confirm: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """What is read in the block is the base and each head's own state, or it raises; `confirm` may look at more.
+
+    Whatever the block raises of an expert may be the fault of ours: that is looked at first.
+    """
+
+    def confirm_all() -> None:
+        base.confirm()
+        states.confirm()
+        confirm()
+
+    base.check()
+    try:
+        yield
+    except (ProjectorError, RuntimeError):  # torch's, where the arithmetic fails
+        confirm_all()
+        raise
+    confirm_all()
 
 
 class _Hashing:

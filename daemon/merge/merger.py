@@ -14,8 +14,8 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -35,18 +35,19 @@ from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
-from daemon.home.ground import Base, States, damaged, touched_meanwhile
+from daemon.home.ground import Base, States, damaged, sound_ground, touched_meanwhile
 from daemon.home.uncommitted import clear, temporaries
 from daemon.layout import Home
+from daemon.merge.folding import Folding
 from daemon.merge.preparing import Preparations
 from daemon.versions.adapter import Adapting
 from daemon.versions.heads import LiveHead, live_heads
 from daemon.versions.latest import point_latest
 from daemon.versions.modules import check_modules
 from daemon.versions.retention import collect
-from daemon.versions.sealing import origin, seal
-from daemon.versions.writing import Outputs, weights_plan
-from projector.driver.head import Folded, HeadFold, Norms
+from daemon.versions.sealing import origin, publish, seal
+from daemon.versions.writing import Outputs, Written
+from projector.driver.head import Folded
 from projector.errors import BadFile, BadMerged, DeviceLost, ProjectorError
 from projector.files.tensorfile import TensorReader
 from projector.method import Contribution, Totals
@@ -72,9 +73,8 @@ class Merger:
         self._states = States(home, progress)
         self._states.check(live_heads(store, self._methods), self._base.tensors.schema)
         self._base_config = read_config(home.base)
-        self._plan = weights_plan(self._base.checkpoint, settings.publish)
+        self._folding = Folding(self._base, settings.publish, self._driver)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
-        self._base_norms: Norms | None = None
         reserved = self._driver.device.slab_bytes
         check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute, reserved)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
@@ -213,15 +213,12 @@ class Merger:
                     if new.status is not Status.MERGED:
                         return self._store.record(new)
                     with self._sound_ground(heads):
-                        self._read_out(heads, folded.totals, outputs)
+                        written = self._read_out(heads, folded.totals, outputs)
                 with self._progress.phase("fsync"):
                     files.close()
             with blaming(expert):
-                versions = [
-                    self._seal(live, totals, output, number, new)
-                    for live, totals, output in zip(heads, folded.totals, outputs, strict=True)
-                ]
-            self._publish(heads, outputs, number)
+                versions = [self._seal(live, number, one, new) for live, one in zip(heads, written, strict=True)]
+            self._publish(heads, number, written)
             with self._progress.phase("fsync"), blaming(expert):
                 expert.sync()
             hit("commit.before")
@@ -234,56 +231,40 @@ class Merger:
             durable.remove(folder)
 
     def _work_bytes(self) -> int:
-        """What the driver will have reported at the end: the tensors that are merged once for each sweep over them."""
-        specs = self._base.tensors.schema.values()
-        sweeps = 1 + sum(method.rounds + (not method.one_sweep) for method in self._methods.values())
-        return sweeps * sum(spec.nbytes for spec in specs if spec.merged) + self._adapting.work_bytes(self._methods)
+        return self._folding.work_bytes(self._methods.values()) + self._adapting.work_bytes(self._methods)
 
     def _outputs(self, live: LiveHead, folder: Path, files: ExitStack) -> Outputs:
-        schema = self._base.tensors.schema
-        return Outputs(folder / live.head.name, schema, live.method, self._plan, files, self._progress)
+        return self._folding.outputs(folder / live.head.name, live.method, files)
 
     def _fold(
         self, expert: OpenCheckpoint, heads: Sequence[LiveHead], outputs: Sequence[Outputs], files: ExitStack
     ) -> Folded:
         hit("fold.before")
-        folds = []
-        for live, output in zip(heads, outputs, strict=True):
-            contribution = Contribution(index=live.totals.experts + 1, weight=expert.weight)
-            if live.method.keyed:
-                contribution = replace(contribution, sha256=expert.identity())
-            state = self._state(live, files)
-            contribution = self._driver.survey(self._base.tensors, expert.tensors, live.method, contribution, state)
-            ready = self.preparations.ready(live)
-            now = output.weights if live.method.one_sweep else ()
-            folds.append(
-                HeadFold(live.method, live.totals, contribution, state, output.state, ready, now, output.record)
+        folds = [
+            self._folding.head(
+                expert,
+                live.method,
+                live.totals,
+                Contribution(live.totals.experts + 1, weight=expert.weight),
+                self._state(live, files),
+                output,
+                self.preparations.ready(live),
             )
-        folded = self._driver.fold(self._base.tensors, expert.tensors, folds, self._base_norms)
-        self._base_norms = folded.base
+            for live, output in zip(heads, outputs, strict=True)
+        ]
+        folded = self._folding.fold(expert, folds)
         hit("fold.after")
         return folded
 
-    @contextmanager
-    def _sound_ground(self, heads: Sequence[LiveHead]) -> Iterator[None]:
-        """What is read in the block is the base, each head's own state and what was prepared from it, or it raises.
+    def _sound_ground(self, heads: Sequence[LiveHead]) -> AbstractContextManager[None]:
+        """What is read in the block is the base, each head's own state and what was prepared from it, or it raises."""
 
-        Whatever the block raises of an expert may be the fault of ours: that is looked at first.
-        """
-        self._base.check()
-        try:
-            yield
-        except (ProjectorError, RuntimeError):  # torch's, where the arithmetic fails
-            self._confirm(heads)
-            raise
-        self._confirm(heads)
+        def confirm_prepared() -> None:
+            for live in heads:
+                if self.preparations.touched(live):
+                    raise touched_meanwhile(f"what was prepared for {live.head.name}")
 
-    def _confirm(self, heads: Sequence[LiveHead]) -> None:
-        self._base.confirm()
-        self._states.confirm()
-        for live in heads:
-            if self.preparations.touched(live):
-                raise touched_meanwhile(f"what was prepared for {live.head.name}")
+        return sound_ground(self._base, self._states, confirm_prepared)
 
     def _state(self, live: LiveHead, files: ExitStack) -> TensorReader | None:
         return self._states.open(live, self._base.tensors.schema, files) if live.totals.experts else None
@@ -323,47 +304,28 @@ class Merger:
             return self._refused(drop, new, error)
         return flagged(new, oddities(folded.task_vector.whole, usual, limits, expert.tensors.resized, altered))
 
-    def _read_out(self, heads: Sequence[LiveHead], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
-        for live, after, output in zip(heads, totals, outputs, strict=True):
-            if not live.method.one_sweep:
-                self._driver.read_out(self._base.tensors, live.method, after, output.state.reader(), output.weights)
-            output.finish()
+    def _read_out(
+        self, heads: Sequence[LiveHead], totals: Sequence[Totals], outputs: Sequence[Outputs]
+    ) -> list[Written]:
+        written = [
+            self._folding.read_out(live.method, after, output)
+            for live, after, output in zip(heads, totals, outputs, strict=True)
+        ]
         hit("read_out.after")
+        return written
 
-    def _seal(self, live: LiveHead, totals: Totals, output: Outputs, number: int, expert: NewExpert) -> NewVersion:
+    def _seal(self, live: LiveHead, number: int, written: Written, expert: NewExpert) -> NewVersion:
         """Puts companions, an adapter where one is wanted, and the manifest beside the weights, all durable."""
         base_name = self._store.base().name
-        adapter = self._adapting.write(live.head.name, output.published, output.entries, base_name)
+        adapter = self._adapting.write(live.head.name, written.published, written.weights, base_name)
+        of = origin(self._store, expert)
         with self._progress.phase("fsync"):
-            sealed = seal(
-                self._home,
-                live,
-                number,
-                output.published,
-                output.entries,
-                output.state_entry,
-                totals,
-                origin=origin(self._store, expert),
-                beside=self._base.beside,
-                dtype=self._settings.publish.dtype,
-                record=output.record_entry,
-                approximate=live.method.approximate,
-                adapter=adapter,
-            )
-            durable.sync_folder(output.state_folder)
-        return sealed
+            return seal(self._home, live, number, written, origin=of, beside=self._base.beside, adapter=adapter)
 
-    def _publish(self, heads: Sequence[LiveHead], outputs: Sequence[Outputs], number: int) -> None:
+    def _publish(self, heads: Sequence[LiveHead], number: int, written: Sequence[Written]) -> None:
         hit("publish.before")
-        for live, output in zip(heads, outputs, strict=True):
-            if output.record:
-                durable.make_folder(self._home.views(live.head.name))  # its name is durable with the state's
-                durable.rename(output.record_file, self._home.view_record(live.head.name, number))
-            for source, target in (
-                (output.state_folder, self._home.head_state(live.head.name, number)),
-                (output.published, self._home.version(live.head.name, number)),
-            ):
-                durable.rename(source, target)
+        for live, one in zip(heads, written, strict=True):
+            publish(self._home, live.head.name, number, one)
         hit("publish.after")
 
     def _check_ours(self, error: ProjectorError | Refused, expert: OpenCheckpoint) -> None:
@@ -383,10 +345,10 @@ class Merger:
             with ExitStack() as files:
                 outputs = [self._outputs(live, folder, files) for live in heads]
                 folded = self._fold(self._base.checkpoint, heads, outputs, files)
-                self._read_out(heads, folded.totals, outputs)
-            for live, output in zip(heads, outputs, strict=True):
+                written = self._read_out(heads, folded.totals, outputs)
+            for live, one in zip(heads, written, strict=True):
                 if live.totals.experts:
-                    self._adapting.write(live.head.name, output.published, output.entries, self._store.base().name)
+                    self._adapting.write(live.head.name, one.published, one.weights, self._store.base().name)
         except (OSError, RegistryError, DeviceLost, Abandoned):
             raise
         except Exception as error:

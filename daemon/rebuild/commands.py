@@ -20,12 +20,13 @@ from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
 from daemon.rebuild.plan import Plan, readings, usual_seconds
 from daemon.rebuild.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
-from daemon.rebuild.restating import Arrival, Made, Restating, next_number
+from daemon.rebuild.restating import Arrival, Restating, next_number
 from daemon.versions.heads import LiveHead, live_heads
 from daemon.versions.latest import point_latest
 from daemon.versions.manifest import Withdrawal
 from daemon.versions.retention import remove_whole
 from daemon.versions.sealing import origin
+from daemon.versions.writing import Written
 from projector.method import Contribution, Method, Totals
 from projector.methods import make
 from registry.errors import Busy, RegistryError, StorageFailed
@@ -90,9 +91,9 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to)
             with Restating(home, store, settings, to.progress()) as restating:
-                made = _from_inside(restating, inner, name, home, experts)
+                written = _from_inside(restating, inner, name, home, experts)
                 _link_records(home, inner, name, experts)
-                plan = replace(plan, number=_adopt(home, store, name, method, made, restating))
+                plan = replace(plan, number=_adopt(home, store, name, method, written, restating))
             remove_whole(home, inner.root)
         return plan
 
@@ -130,7 +131,7 @@ def withdraw(
         if replayed:
             _replay_inside(home, store, rest, inner, replayed, settings, to)
         with Restating(home, store, settings, to.progress()) as restating:
-            made = {}
+            written = {}
             for live in heads:
                 name = live.head.name
                 if how[name] == SUBTRACTED:
@@ -138,8 +139,8 @@ def withdraw(
                     new = _subtract(restating, home, live, lineage, gone)
                 else:
                     new = _from_inside(restating, inner, name, home, rest)
-                made[name] = replace(new, withdrawal=Withdrawal(gone, how[name]))
-            number = restating.commit(store, heads, made, gone)
+                written[name] = replace(new, withdrawal=Withdrawal(gone, how[name]))
+            number = restating.commit(store, heads, written, gone)
         remove_whole(home, inner.root)
         return replace(plan, number=number)
 
@@ -208,7 +209,7 @@ def _unfit(inner: Home, store: Store, heads: Heads, experts: Sequence[Expert]) -
         return True
 
 
-def _from_inside(restating: Restating, inner: Home, name: str, home: Home, experts: Sequence[Expert]) -> Made:
+def _from_inside(restating: Restating, inner: Home, name: str, home: Home, experts: Sequence[Expert]) -> Written:
     """The version of a head that the inner home has come to; made exact where that takes a second pass."""
     with Reader.open(inner.registry) as reader:
         (live,) = [live for live in live_heads(reader, methods_of(reader)) if live.head.name == name]
@@ -217,7 +218,9 @@ def _from_inside(restating: Restating, inner: Home, name: str, home: Home, exper
     )
 
 
-def _exact(restating: Restating, there: Home, live: LiveHead, archive: Home, experts: Sequence[Expert]) -> Made | None:
+def _exact(
+    restating: Restating, there: Home, live: LiveHead, archive: Home, experts: Sequence[Expert]
+) -> Written | None:
     """What a second pass over the experts makes of a head; None where one pass is all there is."""
     second = live.method.second_pass(live.totals.experts) if live.totals.experts else None
     if second is None:
@@ -237,19 +240,19 @@ def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Se
         if store.counts()[Status.MERGED] != len(experts):
             raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
         with Restating(target, store, settings, to.progress()) as restating:
-            made = {}
+            written = {}
             for live in heads:
                 name = live.head.name
                 to.say(f"{name}: a second pass" if live.method.second_pass(len(experts)) else f"{name}: stays")
-                made[name] = _exact(restating, target, live, archive, experts) or restating.linked(
+                written[name] = _exact(restating, target, live, archive, experts) or restating.linked(
                     name, target, live.version.number, live.totals
                 )
-            restating.commit(store, heads, made)
+            restating.commit(store, heads, written)
 
 
 def _subtract(
     restating: Restating, home: Home, live: LiveHead, lineage: Sequence[Expert], gone: Sequence[Expert]
-) -> Made:
+) -> Written:
     places = {expert.id: place for place, expert in enumerate(lineage, start=1)}
     arrivals = [_arrival(home, expert, places[expert.id], sign=-1.0) for expert in gone]
     return restating.folded(home, live, live.method, live.totals, arrivals)
@@ -259,19 +262,17 @@ def _arrival(archive: Home, expert: Expert, index: int, sign: float = 1.0) -> Ar
     return archived(archive, expert), Contribution(index, weight=sign * expert.weight), expert
 
 
-def _adopt(home: Home, store: Store, name: str, method: Method, made: Made, restating: Restating) -> int:
+def _adopt(home: Home, store: Store, name: str, method: Method, written: Written, restating: Restating) -> int:
     """Gives the home a further head: version 0, and the version that the other heads stand at, whose number it says."""
     newest = max(head.newest for head in store.heads())
     head = Head(name, method.name, method.params(), live=0, newest=0)
     with open_path(home.base) as base:
         dtypes = floating_dtypes(base)
     versions = [publish_base(home, head, store.base(), base_files(home), dtypes)]
-    hit("publish.before")
     if newest:
         live = LiveHead(head, Version(**asdict(versions[0])), method, Totals())
-        versions.append(restating.place(live, newest, made, origin(store)))
+        versions += restating.place([live], newest, {name: written}, origin(store))
     adopted = replace(head, live=newest, newest=newest)
-    hit("publish.after")
     hit("commit.before")
     store.adopt(adopted, versions)
     hit("commit.after")

@@ -8,7 +8,7 @@
     adapter.py        the merged task vector as a LoRA adapter
     card.py           the model card
     manifest.py       which files a version has, and whether both agree
-    sealing.py        companions, card and manifest, all durable
+    sealing.py        companions, card and manifest, all durable; and everything renamed into place
     latest.py         the names by which readers find the live one
     views.py          an expert's own model out of it
     retention.py      which versions' files go
