@@ -21,14 +21,14 @@ from daemon.checkpoints.weight_names import weight_names
 from daemon.home.health import Health, Trouble
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition, root_of
+from daemon.http.computing import Views
 from daemon.http.files import Entry, Published
 from daemon.http.finding import arrivals, merged
 from daemon.http.forwarded import Forwarded
 from daemon.http.hosts import HostCheck, Hosts
 from daemon.http.rows import base_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
-from daemon.http.uploads import UploadRoutes
-from daemon.http.views import Views
+from daemon.http.upload_routes import UploadRoutes
 from daemon.http.waiting import Waiting
 from daemon.layout import Home, is_weights
 from daemon.notation import called

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from daemon.disk import durable
 from daemon.errors import DaemonError, Reason
 from daemon.pull.client import Connection, Damaged, Origin, Passing
-from daemon.pull.manifest import Listed, Manifest
+from daemon.pull.foreign_manifest import Listed, Manifest
 from daemon.pull.target import Target
 from projector.text import shown
 

@@ -1,7 +1,7 @@
 """Brings a version from a running mainstem into a folder: all of it, each file checked, or nothing.
 
-`pull` is the whole story, and `follow` the same again for each new version. Beside it: client.py asks, manifest.py
-reads what is announced, fetching.py brings the bytes, target.py puts them in place.
+`pull` is the whole story, and `follow` the same again for each new version. Beside it: client.py asks,
+foreign_manifest.py reads what is announced, fetching.py brings the bytes, target.py puts them in place.
 """
 
 import json
@@ -20,7 +20,7 @@ from daemon.layout import CARD, is_adapter, is_weights
 from daemon.notation import called
 from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
 from daemon.pull.fetching import PIECE_BYTES, Fetching, Report
-from daemon.pull.manifest import MOST_BYTES, Listed, Manifest
+from daemon.pull.foreign_manifest import MOST_BYTES, Listed, Manifest
 from daemon.pull.target import MANIFEST_BYTES, Target
 from projector.text import shown
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from daemon.disk import durable
 from daemon.errors import DaemonError, Reason
 from daemon.layout import MANIFEST
-from daemon.pull.manifest import Listed, Manifest, parents
+from daemon.pull.foreign_manifest import Listed, Manifest, parents
 from projector.text import listed, shown
 
 CANNOT_EXCHANGE = (*durable.NO_RENAMEAT2, errno.EXDEV)  # the last: a folder out of a container's image

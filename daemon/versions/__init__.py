@@ -10,7 +10,7 @@
     manifest.py       which files a version has, and whether both agree
     sealing.py        companions, card and manifest, all durable; and everything renamed into place
     latest.py         the names by which readers find the live one
-    views.py          an expert's own model out of it
+    view_file.py      an expert's own model out of it
     retention.py      which versions' files go
 
 Written beside what is live, sealed by its manifest, and never changed afterwards.

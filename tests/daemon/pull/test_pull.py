@@ -16,7 +16,7 @@ from starlette.responses import RedirectResponse, Response
 from daemon.disk import durable
 from daemon.errors import DaemonError
 from daemon.layout import MANIFEST, Home
-from daemon.pull.manifest import Listed, Manifest
+from daemon.pull.foreign_manifest import Listed, Manifest
 from daemon.pull.pulling import pull, wanted
 from daemon.pull.target import Target
 from tests.daemon.processes import forked

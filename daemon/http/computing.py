@@ -22,7 +22,7 @@ from projector.errors import ProjectorError
 from registry.records import Expert, Head, Version
 
 if TYPE_CHECKING:
-    from daemon.versions.views import OpenView
+    from daemon.versions.view_file import OpenView
 
 AT_ONCE = 2  # views in the making: each keeps a core busy
 RETRY_SECONDS = 5
@@ -61,7 +61,7 @@ class Views:
             raise
 
     def _open(self, head: Head, version: Version, expert: Expert) -> "OpenView":
-        from daemon.versions.views import OpenView
+        from daemon.versions.view_file import OpenView
 
         home, n, came_with = self._published.home, version.number, expert.version
         has = came_with is not None and merged_at(expert, n)
