@@ -4,8 +4,6 @@ Both are ours alone, and still both are looked at with every expert: a file that
 where its stamp has changed.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,9 +22,10 @@ from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
 from daemon.home.restoring import again
 from daemon.layout import CARD, STATE_FILE, Home, is_weights
+from daemon.manifest import FileEntry, Manifest
+from daemon.versions.checking import HASH_BYTES, entry, names_below
 from daemon.versions.companions import companions
 from daemon.versions.heads import LiveHead
-from daemon.versions.manifest import HASH_BYTES, FileEntry, entry, names_below
 from projector.driver.steps import state_specs
 from projector.errors import BadFile, ProjectorError
 from projector.files.source import Checkpoint, identity
@@ -313,23 +312,22 @@ def _listed(home: Home, reader: Reader) -> Mapping[str, FileEntry]:
     """The files that version 0 has of the base, from the first manifest of it that is the registry's."""
     for head in reader.heads():
         version = reader.version(head.name, 0)
-        if version and (content := _manifest(home, version)) is not None:
-            return {file["name"]: FileEntry(**file) for file in content["files"] if file["name"] != CARD}
+        if version and (manifest := _manifest(home, version)):
+            return {name: file for name, file in manifest.files.items() if name != CARD}
     return {}
 
 
 def _state_sha256(home: Home, version: Version) -> str | None:
-    content = _manifest(home, version)
-    return content["state"]["sha256"] if content and content["state"] else None
+    manifest = _manifest(home, version)
+    return manifest.state.sha256 if manifest and manifest.state else None
 
 
-def _manifest(home: Home, version: Version) -> dict | None:  # type: ignore[type-arg]
+def _manifest(home: Home, version: Version) -> Manifest | None:
     """A version's manifest; None where it is not the one that the registry knows."""
     try:
-        text = home.manifest(version.head, version.number).read_bytes()
-    except OSError:
+        return Manifest.read(home.manifest(version.head, version.number).read_bytes(), version.manifest_sha256)
+    except (OSError, ValueError):
         return None
-    return json.loads(text) if hashlib.sha256(text).hexdigest() == version.manifest_sha256 else None
 
 
 def _bad_state(home: Home, path: Path, why: str) -> BadHome:

@@ -18,8 +18,8 @@ from daemon.home.restoring import restoring
 from daemon.home.uncommitted import leftovers, refuse_ahead, temporaries
 from daemon.layout import Home, is_head_name
 from daemon.notation import called
+from daemon.versions.checking import problems
 from daemon.versions.latest import PLAIN, point_latest
-from daemon.versions.manifest import problems
 from daemon.versions.retention import finish, remove_whole
 from projector.watch import SILENT, Watch
 from registry.errors import Busy

@@ -22,7 +22,7 @@ from daemon.home.health import Health, Trouble
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, SecurityHeaders, immutable, precondition, root_of
 from daemon.http.computing import Views
-from daemon.http.files import Entry, Published
+from daemon.http.files import Published
 from daemon.http.finding import arrivals, merged
 from daemon.http.forwarded import Forwarded
 from daemon.http.hosts import HostCheck, Hosts
@@ -31,6 +31,7 @@ from daemon.http.sending import file_answer
 from daemon.http.upload_routes import UploadRoutes
 from daemon.http.waiting import Waiting
 from daemon.layout import Home, is_weights
+from daemon.manifest import FileEntry
 from daemon.notation import called
 from registry.errors import Busy, RegistryError
 from registry.records import Head, Status, Version
@@ -224,7 +225,7 @@ class _Api:
         entry = self._entry(head, row, request.path_params["name"])
         return file_answer(request, self.published.open(head, row, entry), entry)
 
-    def _entry(self, head: Head, row: Version, name: str) -> Entry:
+    def _entry(self, head: Head, row: Version, name: str) -> FileEntry:
         entry = self.published.manifest(head, row).files.get(name)
         if entry is None:
             raise Problem(

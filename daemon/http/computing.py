@@ -3,7 +3,6 @@
 Computing one needs torch, which is imported by the first request for one.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -81,7 +80,7 @@ class Views:
             )
         if not home.view_record(head.name, came_with).is_file():
             raise damaged(head, came_with, "what is kept of its expert")
-        dtype: str = json.loads(self._published.manifest(head, version).raw)["dtype"]
+        dtype: str = self._published.manifest(head, version).content["dtype"]
         try:
             return OpenView(home, head, version, dtype, came_with)
         except FileNotFoundError:

@@ -19,8 +19,8 @@ from daemon.disk.failpoints import hit
 from daemon.home.ground import damaged
 from daemon.layout import PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home
 from daemon.release import software_version
+from daemon.versions.checking import entry
 from daemon.versions.heads import LiveHead
-from daemon.versions.manifest import entry
 from daemon.versions.retention import numbered
 from projector.driver.averages import rule_of
 from projector.driver.device import Device

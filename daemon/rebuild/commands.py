@@ -18,12 +18,12 @@ from daemon.errors import BadHome
 from daemon.home.founding import base_files, floating_dtypes, publish_base
 from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
+from daemon.manifest import Withdrawal
 from daemon.rebuild.plan import Plan, readings, usual_seconds
 from daemon.rebuild.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
 from daemon.rebuild.restating import Arrival, Restating, next_number
 from daemon.versions.heads import LiveHead, live_heads
 from daemon.versions.latest import point_latest
-from daemon.versions.manifest import Withdrawal
 from daemon.versions.retention import remove_whole
 from daemon.versions.sealing import origin
 from daemon.versions.writing import Written

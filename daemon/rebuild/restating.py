@@ -3,7 +3,6 @@
 It is published as any other: files first, all durable, then renamed into place, then ONE transaction.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,11 +22,11 @@ from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.home.ground import Base, States, sound_ground
 from daemon.layout import CARD, STATE_FILE, Home, is_adapter
+from daemon.manifest import Manifest
 from daemon.merge.folding import Folding
 from daemon.versions.adapter import Adapting
 from daemon.versions.heads import LiveHead
 from daemon.versions.latest import point_latest
-from daemon.versions.manifest import FileEntry
 from daemon.versions.retention import collect, remove_whole
 from daemon.versions.sealing import Origin, origin, publish, seal
 from daemon.versions.writing import Written
@@ -98,20 +97,18 @@ class Restating:
         self._base.check()
         self._base.confirm()  # nothing may have been folded
         folder = self._folder / head
-        content = json.loads(source.manifest(head, number).read_bytes())
+        manifest = Manifest.read(source.manifest(head, number).read_bytes())
         published, state_folder = folder / "published", folder / "state"
         durable.make_folder(published, public=True)
-        made_anew = [name for name in (file["name"] for file in content["files"]) if name == CARD or is_adapter(name)]
-        weights = [FileEntry(**file) for file in content["files"] if file["name"] not in made_anew]
+        weights = [file for name, file in manifest.files.items() if name != CARD and not is_adapter(name)]
         for file in weights:
             durable.make_folder((published / file.name).parent, public=True)
             durable.link_or_copy(source.version(head, number) / file.name, published / file.name)
-        state = None
-        if content["state"]:
-            state = FileEntry(**content["state"])
+        if manifest.state:
             durable.make_folder(state_folder)
             durable.link_or_copy(source.head_state(head, number) / STATE_FILE, state_folder / STATE_FILE)
-        return Written(published, weights, state_folder, state, totals, content["dtype"], content["approximate"])
+        said = manifest.content
+        return Written(published, weights, state_folder, manifest.state, totals, said["dtype"], said["approximate"])
 
     def place(
         self, heads: Sequence[LiveHead], number: int, written: Mapping[str, Written], origin: Origin

@@ -11,11 +11,12 @@ from pathlib import Path
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.layout import CARD, MANIFEST, Home
+from daemon.manifest import FileEntry, manifest
 from daemon.versions.adapter import Adapter
 from daemon.versions.card import FRONT_MATTER_BYTES, MOST_EXPERTS, AboutBase, Card, about_base, render
+from daemon.versions.checking import entry, names_below
 from daemon.versions.claimed_dtype import config_in
 from daemon.versions.heads import LiveHead
-from daemon.versions.manifest import FileEntry, entry, manifest, names_below
 from daemon.versions.writing import Written
 from registry.records import BaseModel, Expert, NewExpert, NewVersion, Status
 from registry.store import Reader

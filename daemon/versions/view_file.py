@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daemon.checkpoints.checkpoint import open_path
 from daemon.layout import STATE_FILE, Home
-from daemon.versions.manifest import METADATA
+from daemon.versions.weight_files import METADATA
 from daemon.versions.writing import published_specs
 from projector.driver.view import View
 from projector.files.header import build_header

@@ -12,15 +12,8 @@ from daemon.checkpoints.weight_names import weight_names
 from daemon.config import Publish
 from daemon.disk import durable
 from daemon.layout import STATE_FILE
-from daemon.versions.manifest import (
-    METADATA,
-    FileEntry,
-    WeightFile,
-    WeightsPlan,
-    Withdrawal,
-    index_of,
-    plan_weights,
-)
+from daemon.manifest import FileEntry, Withdrawal
+from daemon.versions.weight_files import METADATA, WeightFile, WeightsPlan, index_of, plan_weights
 from projector.driver.steps import record_specs, state_specs
 from projector.files.header import build_header
 from projector.files.tensorfile import TensorWriter
