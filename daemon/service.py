@@ -29,6 +29,7 @@ from daemon.home.presence import Presence
 from daemon.home.recovery import mark_clean, recover
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.interventions.requests import Desk
+from daemon.interventions.withdrawing import withdraw_for
 from daemon.layout import Home
 from daemon.logs import configure
 from daemon.merge.lingering import Lingering
@@ -188,6 +189,7 @@ class Service:
             desk.check()
             self._reload(store, merger, inbox)
             self._uploads.tend()
+            self._withdraw(store, merger, desk)
             if not self._inbox_is_there(watching, store, merger, inbox, once):
                 self._stopping.wait(self._settings.inbox.scan_seconds)
                 continue
@@ -213,6 +215,7 @@ class Service:
                         return
                     desk.check()
                     self._reload(store, merger, inbox)
+                    self._withdraw(store, merger, desk)
                     waiting += not self._take(store, merger, progress, drop, lingering)
             except (OSError, DiskFull) as error:
                 self._make_room(error, store, merger, inbox, once)
@@ -228,6 +231,25 @@ class Service:
                 return_freed_memory()
                 continue  # with a new listing: what came meanwhile may have settled
             self._wake.wait(self._pause(lingering.soon(scan, waiting, self._settings.inbox)))
+
+    def _withdraw(self, store: Store, merger: Merger, desk: Desk) -> None:
+        """Takes experts out, where that was asked for. Raises Abandoned at a stop: the same command then goes on."""
+        while desk.waiting:
+            asked = desk.waiting.pop(0)
+            merger.preparations.discard()  # for the memory and the space
+            try:
+                lines = withdraw_for(self._home, store, self._settings, asked, self._stopping)
+            except (DaemonError, ProjectorError) as error:
+                asked.failed(error)
+            except (OSError, DiskFull) as error:
+                if not _is_full(error):
+                    raise
+                asked.failed(
+                    BadHome(f"the disk is full: {error}", "make room, then ask again: it goes on where it was")
+                )
+            else:
+                desk.tell(asked, lines)
+            merger.follow()
 
     def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
         """A question to be asked between two pieces of idle work: is there something else to do?

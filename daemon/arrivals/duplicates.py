@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from daemon.checkpoints.checkpoint import open_path
+from daemon.checkpoints.nesting import DEEPEST
 from daemon.disk import durable
 from daemon.errors import DaemonError
 from daemon.layout import Home
@@ -18,7 +19,6 @@ from registry.records import Expert, Status
 
 Tensors = set[tuple[str, tuple[int, ...], str]]
 """Of each tensor its dtype, shape and sha256."""
-DEEPEST = 2  # folders below the one that was dropped: snapshots/REVISION/ (see daemon.checkpoints.nesting)
 
 
 def spare(home: Home, reader: Reader, expert: Expert, watch: Watch = SILENT) -> None:

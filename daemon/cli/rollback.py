@@ -26,7 +26,7 @@ def command(
     if not withdraw:
         intervene(Deed.ROLLBACK, home, reason, dry_run, version=version, head=head)
         return
-    from daemon.cli.rebuild import take_out
+    from daemon.cli.rebuild import console, take_out
     from daemon.errors import BadHome
     from daemon.notation import called
 
@@ -37,4 +37,5 @@ def command(
     if not later:
         name = called(meant.head, meant.number)
         raise BadHome(f"no expert came after {name}", f"`mainstem rollback {name}` makes it live again")
-    take_out(where, [str(number) for number in later], reason, dry_run=dry_run)
+    with console() as to:
+        take_out(where, [str(number) for number in later], to, reason=reason, dry=dry_run)

@@ -18,8 +18,8 @@ from daemon.home.restoring import restoring
 from daemon.home.uncommitted import leftovers, refuse_ahead, temporaries
 from daemon.layout import Home, is_head_name
 from daemon.notation import called
-from daemon.versions.latest import PLAIN, point_latest
-from daemon.versions.manifest import problems
+from daemon.versions.checking import problems
+from daemon.versions.latest import PLAIN, follow_live
 from daemon.versions.retention import finish, remove_whole
 from projector.watch import SILENT, Watch
 from registry.errors import Busy
@@ -66,8 +66,7 @@ def recover(home: Home, store: Store, say: Callable[..., object], watch: Watch =
             durable.remove(home.old_uploads)
     _separate_base(home, store, say, watch)
     finish(home, store)
-    for head in store.heads():
-        point_latest(home, head)
+    follow_live(home, store)
     hit("recover.swept")
     place_all(home, store, watch)
     hit("recover.end")

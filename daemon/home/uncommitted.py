@@ -5,7 +5,6 @@ folder of an expert that has no row: rows come first. Anything else was there be
 restored from a backup, or a person put it there. It is never removed.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from daemon.errors import BadHome
 from daemon.home.restoring import again
 from daemon.layout import MANIFEST, PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home, number
+from daemon.manifest import Manifest
 from daemon.versions.latest import PLAIN, names_by_file, names_by_link
 from daemon.versions.retention import remove_whole
 from projector.text import listed
@@ -125,9 +125,9 @@ def _holds_a_state(folder: Path) -> bool:
 def _follows(version: Path, head: Head, newest_sha256: str | None) -> bool:
     """True for a version that was made to be the next one of this head."""
     try:
-        content = json.loads((version / MANIFEST).read_bytes())
+        content = Manifest.read((version / MANIFEST).read_bytes()).content
         named = content["head"], content["version"], content["parent"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return False
     return bool(named == (head.name, head.newest + 1, {"version": head.newest, "manifest_sha256": newest_sha256}))
 

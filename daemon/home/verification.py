@@ -1,6 +1,5 @@
 """Re-hashes a whole home against its manifests and its registry; changes nothing."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,10 @@ from daemon.home.ground import Base
 from daemon.home.restoring import again, restoring
 from daemon.home.uncommitted import ahead
 from daemon.layout import Home, number
+from daemon.manifest import Manifest
 from daemon.notation import called
+from daemon.versions.checking import problems
 from daemon.versions.latest import PLAIN, names_by_file, names_by_link
-from daemon.versions.manifest import problems
 from daemon.versions.retention import needs_state
 from projector.errors import ProjectorError
 from registry.errors import Damaged
@@ -143,7 +143,7 @@ def _left_behind(reader: Reader, head: Head, path: Path, names: Callable[[Path],
 
 def _chain(home: Home, reader: Reader, version: Version) -> list[str]:
     """A version's manifest names the manifest of the version before it."""
-    named = json.loads(home.manifest(version.head, version.number).read_bytes())["parent"]
+    named = Manifest.read(home.manifest(version.head, version.number).read_bytes()).content["parent"]
     parent = reader.version(version.head, version.parent) if version.parent is not None else None
     expected = {"version": parent.number, "manifest_sha256": parent.manifest_sha256} if parent else None
     return [] if named == expected else [f"{called(version.head, version.number)}: its parent is not the registry's"]

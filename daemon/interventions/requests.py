@@ -25,6 +25,7 @@ from daemon.errors import BadHome, DaemonError
 from daemon.home.presence import BUSY, running
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
+from projector.errors import ProjectorError
 from registry.errors import RegistryError, StorageFailed
 from registry.records import Deed
 from registry.store import Store
@@ -38,20 +39,22 @@ Say = Callable[[str], None]
 """Hears of what goes on, line by line."""
 
 
-def ask(home: Home, request: Request, alone: Callable[[Store], list[str]] | None = None, say: Say = print) -> list[str]:
+def ask(home: Home, request: Request, alone: Callable[[], list[str]] | None = None, say: Say = print) -> list[str]:
     """Has it done, by the daemon where one runs, and returns what was done in lines of words. Raises as `carry_out`.
 
-    alone: does it where no daemon runs, on a home that this process holds; `carry_out` unless told otherwise.
+    alone: does it where no daemon runs, and holds the home for itself; `carry_out` unless told otherwise.
     """
     try:
         lock = durable.lock(home.lock)
     except BlockingIOError:
         return _ask_daemon(home, request, say)
     try:
-        with Store.open(home.registry) as store:
-            return alone(store) if alone else carry_out(home, store, request)
+        if alone is None:
+            with Store.open(home.registry) as store:
+                return carry_out(home, store, request)
     finally:
         os.close(lock)
+    return alone()
 
 
 def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
@@ -111,7 +114,7 @@ class Asked:
         """It is done."""
         self._answer({"done": lines})
 
-    def failed(self, error: DaemonError | RegistryError) -> None:
+    def failed(self, error: DaemonError | RegistryError | ProjectorError) -> None:
         """It is not done, and nothing has changed."""
         self._answer({"error": str(error), "hint": error.hint})
 

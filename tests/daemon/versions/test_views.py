@@ -18,7 +18,7 @@ from safetensors.torch import load, load_file, save_file
 from daemon.errors import DaemonError
 from daemon.home.verification import verify
 from daemon.http import HttpServer, create_app
-from daemon.http.views import AT_ONCE
+from daemon.http.computing import AT_ONCE
 from daemon.layout import Home
 from daemon.pull.pulling import pull
 from registry.reader import Reader
