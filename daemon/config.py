@@ -21,6 +21,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.errors import RESUMABLE, BadConfig, Reason
+from daemon.requirements import Rule, parse
 from projector.errors import Reason as ProjectorReason
 from projector.names.naming import Naming, check_prefixes
 from projector.text import listed, shown
@@ -35,6 +36,7 @@ LIVE = (
     "inbox.scan_seconds",
     "retention.*",
     "admission.*",
+    "evaluate.*",
     "log.level",
 )
 """What a running daemon takes up; everything else is fixed when it starts."""
@@ -196,6 +198,39 @@ class Admission(Section):
         return Naming(self.prefixes, self.ignore, lenient=self.lenient_names)
 
 
+class Evaluate(Section):
+    """How good a version is, and whether it goes live."""
+
+    command: tuple[str, ...] = Field(
+        (), description="scores the model in {folder}, and prints JSON; none: nothing is scored"
+    )
+    timeout_seconds: float = Field(3600.0, gt=0, le=1e9, description="how long it may take for one model")
+    environment: dict[str, str] = Field({}, description="what its environment has beside the daemon's: a TOML table")
+    concurrency: int = Field(1, ge=1, le=64, description="how many models are scored at the same time")
+    require: tuple[str, ...] = Field((), description="rules that a version must keep to go live")
+    on_error: Literal["hold", "accept"] = Field("hold", description="what becomes of a version that cannot be scored")
+    heads: tuple[str, ...] = Field(("main",), description="heads whose versions are scored")
+
+    @field_validator("command")
+    @classmethod
+    def _command(cls, command: tuple[str, ...]) -> tuple[str, ...]:
+        if command and not any("{folder}" in argument for argument in command):
+            raise ValueError("no argument has {folder} in it, which stands for the model that is to be scored")
+        return command
+
+    @field_validator("require")
+    @classmethod
+    def _require(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        for rule in rules:
+            parse(rule)
+        return rules
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What `require` says."""
+        return tuple(map(parse, self.require))
+
+
 class Log(Section):
     """The log on standard error."""
 
@@ -222,6 +257,7 @@ class Settings(BaseSettings):
     publish: Publish = Publish()
     retention: Retention = Retention()
     admission: Admission = Admission()
+    evaluate: Evaluate = Evaluate()
     log: Log = Log()
     heads: dict[str, HeadSettings] = {}
 
