@@ -216,7 +216,17 @@ class Evaluate(Section):
     def _command(cls, command: tuple[str, ...]) -> tuple[str, ...]:
         if command and not any("{folder}" in argument for argument in command):
             raise ValueError("no argument has {folder} in it, which stands for the model that is to be scored")
+        if command and (not command[0] or "\0" in "".join(command)):
+            raise ValueError("its first word is the program, and no word has a NUL in it")
         return command
+
+    @field_validator("environment")
+    @classmethod
+    def _environment(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name, value in environment.items():
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"a name is not empty and has no `=` in it, and nothing has a NUL in it: {name!r}")
+        return environment
 
     @field_validator("require")
     @classmethod
@@ -356,15 +366,18 @@ def taking_effect(hint: str, then: str = "") -> str:
     return f"{hint}; once mainstem.toml says so, {how}{then and f', then {then}'}"
 
 
-def check_heads(settings: Mapping[str, HeadSettings], heads: Sequence[str]) -> None:
+def check_heads(settings: Settings, heads: Sequence[str]) -> None:
     """Raises BadConfig where the settings name a head that the home does not have."""
-    unknown = sorted(settings.keys() - set(heads))
-    if unknown:
-        raise BadConfig(
-            f"heads.{shown(unknown[0])} is set, but this home has no such head",
-            f"its heads are {listed(heads, most=20)}; `mainstem rebuild --head {shown(unknown[0])}=ema` adds it,"
-            " by ema or another of `mainstem methods`",
-        )
+    named = [(f"heads.{shown(name)} is set", name) for name in sorted(settings.heads)]
+    if settings.evaluate.command:
+        named += [(f"evaluate.heads names {shown(name)}", name) for name in settings.evaluate.heads]
+    for what, name in named:
+        if name not in heads:
+            raise BadConfig(
+                f"{what}, but this home has no such head",
+                f"its heads are {listed(heads, most=20)}; `mainstem rebuild --head {shown(name)}=ema` adds it,"
+                " by ema or another of `mainstem methods`",
+            )
 
 
 def _problem(error: Mapping[str, Any]) -> str:

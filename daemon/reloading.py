@@ -44,7 +44,7 @@ class Reloading:
         self.asked = False
         try:
             wanted = self._read()
-            check_heads(wanted.heads, heads)
+            check_heads(wanted, heads)
             new = taken_up(now, wanted)
             adopt(new)
         except BadConfig as error:

@@ -4,6 +4,6 @@
     rules.py      what the rules of `[evaluate] require` make of scores
     evaluator.py  runs the evaluator on a folder
 
-The evaluator is the operator's own program: nothing here knows what it measures, and where it fails, that is no fault of
-an expert.
+The evaluator is the operator's own program: nothing here knows what it measures, and where it fails, that is no fault
+of an expert.
 """
