@@ -55,7 +55,14 @@ WANTED = {
 }
 """What a setting is, where the value is none of that."""
 
-EXAMPLES = {"ignore": '["head.*"]', "prefixes": '{"module.": ""}'}
+EXAMPLES = {
+    "ignore": '["head.*"]',
+    "prefixes": '{"module.": ""}',
+    "command": '["python", "score.py", "{folder}"]',
+    "environment": '{"HF_HOME": "/data"}',
+    "require": '["each >= live - 0.02"]',
+    "heads": '["main"]',
+}
 """Settings that are lists or tables, as JSON."""
 
 
@@ -201,15 +208,13 @@ class Admission(Section):
 class Evaluate(Section):
     """How good a version is, and whether it goes live."""
 
-    command: tuple[str, ...] = Field(
-        (), description="scores the model in {folder}, and prints JSON; none: nothing is scored"
-    )
-    timeout_seconds: float = Field(3600.0, gt=0, le=1e9, description="how long it may take for one model")
-    environment: dict[str, str] = Field({}, description="what its environment has beside the daemon's: a TOML table")
-    concurrency: int = Field(1, ge=1, le=64, description="how many models are scored at the same time")
-    require: tuple[str, ...] = Field((), description="rules that a version must keep to go live")
-    on_error: Literal["hold", "accept"] = Field("hold", description="what becomes of a version that cannot be scored")
-    heads: tuple[str, ...] = Field(("main",), description="heads whose versions are scored")
+    command: tuple[str, ...] = Field((), description="scores the model in {folder}; none: nothing is scored")
+    timeout_seconds: float = Field(3600.0, gt=0, le=1e9, description="how long it may take")
+    environment: dict[str, SecretStr] = Field({}, description="what it finds in its environment: a TOML table")
+    concurrency: int = Field(1, ge=1, le=64, description="how many run at a time")
+    require: tuple[str, ...] = Field((), description="rules that a version keeps, or does not go live")
+    on_error: Literal["hold", "accept"] = Field("hold", description="what becomes of a version without scores")
+    heads: tuple[str, ...] = Field(("main",), description="heads that are scored")
 
     @field_validator("command")
     @classmethod
@@ -222,9 +227,9 @@ class Evaluate(Section):
 
     @field_validator("environment")
     @classmethod
-    def _environment(cls, environment: dict[str, str]) -> dict[str, str]:
+    def _environment(cls, environment: dict[str, SecretStr]) -> dict[str, SecretStr]:
         for name, value in environment.items():
-            if not name or "=" in name or "\0" in name + value:
+            if not name or "=" in name or "\0" in name + value.get_secret_value():
                 raise ValueError(f"a name is not empty and has no `=` in it, and nothing has a NUL in it: {name!r}")
         return environment
 

@@ -92,7 +92,7 @@ def _values(settings: Settings) -> dict[str, Any]:
         for table, section in settings
         if table != "heads"
         for key, value in section
-        if isinstance(value, SecretStr)
+        if isinstance(value, SecretStr | dict)  # one that may have secrets in it
     }
     return settings.flat() | secrets
 

@@ -51,7 +51,8 @@ class Evaluated:
 
 def command_sha256(settings: Evaluate) -> str:
     """What the scores depend on beside the weights: of the command and its environment."""
-    said = json.dumps([settings.command, sorted(settings.environment.items())])
+    environment = sorted((name, value.get_secret_value()) for name, value in settings.environment.items())
+    said = json.dumps([settings.command, environment])
     return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -129,7 +130,7 @@ class Evaluator:
 
     def _environment(self) -> dict[str, str]:
         ours = {name: value for name, value in os.environ.items() if name.upper() not in SECRETS}
-        return {**ours, **self._settings.environment}
+        return ours | {name: value.get_secret_value() for name, value in self._settings.environment.items()}
 
 
 class _Heard:
