@@ -110,7 +110,7 @@ class Service:
     def _start(self, closing: ExitStack, once: bool, http: bool) -> None:
         """Recovers, and drains the inbox until it is told to stop. Raises Abandoned where that came first."""
         store = closing.enter_context(Store.open(self._home.registry, self._wait_for_registry))
-        check_heads(self._settings.heads, [head.name for head in store.heads()])
+        check_heads(self._settings, [head.name for head in store.heads()])
         if http:
             self._serve(closing)
         self._recover(store, once)

@@ -41,7 +41,7 @@ def check(at: HomeArgument = None, home: HomeOption = None) -> None:
     where, reader = open_reader(at, home)
     with reader:
         settings = settings_of(where)
-        check_heads(settings.heads, [head.name for head in reader.heads()])
+        check_heads(settings, [head.name for head in reader.heads()])
         write_token(where, settings.http)
         if settings.compute.device.startswith("cuda"):
             from daemon.compute.resources import cuda_device  # it brings torch
@@ -49,4 +49,6 @@ def check(at: HomeArgument = None, home: HomeOption = None) -> None:
             cuda_device(settings.compute.device)
     if unknown := strangers():
         complain(f"{', '.join(unknown)} in the environment: no setting is called so", "docs/settings.md has them all")
+    for rule in settings.evaluate.rules:
+        typer.echo(f"{rule.text}: {rule.meaning()}")
     typer.echo(f"{where.config} is fine")
