@@ -1,0 +1,4 @@
+"""Is a version any good?
+
+    figures.py  the field's figures, from scores alone
+"""
