@@ -7,38 +7,55 @@ After `StorageFailed` a writer must be closed and not be asked again: only a new
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Select, column, insert, select, table, update
+from sqlalchemy import Connection, Engine, Select, Update, column, insert, select, table, update
 
 from registry import migrations
 from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
 from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, Damaged, WrongRevision
-from registry.records import BaseModel, Expert, Flag, Head, NewExpert, NewVersion, Status, Version
+from registry.records import (
+    BaseModel,
+    Evaluation,
+    Expert,
+    Flag,
+    Head,
+    Intervention,
+    NewEvaluation,
+    NewExpert,
+    NewIntervention,
+    NewVersion,
+    Status,
+    Version,
+)
 from registry.statements import (
     PROGRAM_HINT,
     Record,
     advance,
+    blocked_as,
     called,
     columns,
-    comes_from,
     fetch,
     insert_expert,
     insert_head,
+    insert_intervention,
     insert_versions,
     is_kept,
     is_merged,
+    is_open,
     lineage_after,
     merged_as,
     merged_content,
     newest_experts,
     require_one_each,
+    turn,
     withdraw,
 )
-from registry.tables import ExpertRow, HeadRow, HomeRow, TallyRow, VersionRow
+from registry.tables import EvaluationRow, ExpertRow, HeadRow, HomeRow, InterventionRow, TallyRow, VersionRow
 
 
 class Reader:
@@ -162,6 +179,35 @@ class Reader:
         """The merged expert that does the same to the base, in whatever files."""
         return self._one(Expert, merged_content(content_sha256))
 
+    def blocked(self, sha256: str, content_sha256: str | None) -> Expert | None:
+        """The expert, newest first, with those bytes, or that does the same to the base, that may not come back."""
+        return self._one(Expert, blocked_as(sha256, content_sha256))
+
+    def quarantined(self, limit: int = 100, before: int | None = None) -> list[Expert]:
+        """The experts that were refused and that somebody has still to look after, newest first."""
+        query = select(ExpertRow).where(is_open).order_by(ExpertRow.id.desc()).limit(limit)
+        return self._all(Expert, query if before is None else query.where(ExpertRow.id < before))
+
+    def evaluation(self, evaluation_id: int | None) -> Evaluation | None:
+        """One evaluation."""
+        return self._one(Evaluation, select(EvaluationRow).where(EvaluationRow.id == evaluation_id))
+
+    def evaluated(self, weights_sha256: str, command_sha256: str) -> Evaluation | None:
+        """The newest evaluation of these weights by that command."""
+        same = EvaluationRow.weights_sha256 == weights_sha256, EvaluationRow.command_sha256 == command_sha256
+        return self._one(Evaluation, select(EvaluationRow).where(*same).order_by(EvaluationRow.id.desc()).limit(1))
+
+    def interventions(self, limit: int = 100, before: int | None = None) -> list[Intervention]:
+        """What people did, newest first; the next page is what lies `before` the last id of this one."""
+        query = select(InterventionRow).order_by(InterventionRow.id.desc()).limit(limit)
+        return self._all(Intervention, query if before is None else query.where(InterventionRow.id < before))
+
+    def trained_from(self, head: str, number: int) -> bool:
+        """Whether the training of a merged expert began with that version."""
+        named = ExpertRow.trained_head == head, ExpertRow.trained_version == number
+        with self._read() as connection:
+            return connection.execute(select(ExpertRow.id).where(is_merged, *named).limit(1)).first() is not None
+
     def without_content(self, least: float, most: float) -> list[Expert]:
         """The merged experts of which nobody noted what they do to the base, with a norm in that range."""
         unknown = is_merged, ExpertRow.content_sha256.is_(None)
@@ -174,11 +220,6 @@ class Reader:
         The next page is what came `after` the version of the last expert of this one.
         """
         return self._all(Expert, lineage_after(after, limit))
-
-    def comes_from(self, head: str, number: int, ancestor: int) -> bool:
-        """Whether a version of that head has what `ancestor` has: it is that one, or was made from it."""
-        with self._read() as connection:
-            return comes_from(connection, head, number, ancestor)
 
     def unplaced(self) -> list[Expert]:
         """The experts whose file has not been moved out of the inbox for certain, oldest first."""
@@ -286,9 +327,9 @@ class Store(Reader):
     def commit(self, expert: NewExpert, versions: Sequence[NewVersion]) -> Expert:
         """THE COMMIT POINT: the expert is merged, and every head is at its new version, when this returns.
 
-        `versions` holds one version for each head, all with the same number. Raises StaleHead unless every head's
-        live version is the new one's parent and its newest is one below; AlreadyMerged when these bytes or tensors are
-        in the lineage; BadRecord; or an error of the disk.
+        `versions` holds one version for each head, all with the same number. One becomes live unless it is held, or its
+        head frozen. Raises StaleHead unless every head's newest version is the new one's parent, and its number one
+        below; AlreadyMerged when these bytes or tensors are in the lineage; BadRecord; or an error of the disk.
         """
         if expert.status is not Status.MERGED or expert.sha256 is None:
             raise BadRecord(f"{expert.name}: only a merged expert with its sha256 can be committed", PROGRAM_HINT)
@@ -306,23 +347,80 @@ class Store(Reader):
                     f"{expert.name}: the same tensors were merged as expert {earlier.id} ({earlier.name})",
                     "nothing needs to be done: an expert counts once",
                 )
-            for version in versions:
-                advance(connection, version)
+            kept = [advance(connection, version) for version in versions]
             merged = insert_expert(connection, expert, versions[0].number, now)
-            insert_versions(connection, versions, merged.id, now)
+            insert_versions(connection, kept, merged.id, now)
+            connection.execute(update(ExpertRow).where(is_open, ExpertRow.name == expert.name).values(closed_at=now))
         return merged
 
-    def restate(self, versions: Sequence[NewVersion], withdrawn: Sequence[int] = ()) -> None:
-        """Every head is at a new version that folds no new expert, and those withdrawn are in none of them any more.
+    def restate(
+        self,
+        versions: Sequence[NewVersion],
+        withdrawn: Sequence[int] = (),
+        intervention: NewIntervention | None = None,
+    ) -> None:
+        """Every head is at a new version that folds no new expert, and live; those withdrawn are in none of them any
+        more, and blocked.
 
         THE COMMIT POINT of such a version. Raises as `commit` does, and BadRecord where an expert is not merged.
         """
+        now = datetime.now(UTC)
         with self._write() as connection:
             require_one_each(fetch(connection, Head, select(HeadRow)), versions)
-            for version in versions:
-                advance(connection, version)
-            insert_versions(connection, versions, None, datetime.now(UTC))
+            kept = [advance(connection, version, thaw=True) for version in versions]
+            insert_versions(connection, kept, None, now)
             withdraw(connection, withdrawn, versions[0].number)
+            if intervention:
+                insert_intervention(connection, replace(intervention, version=versions[0].number), now)
+
+    def turn(self, head: str, number: int, intervention: NewIntervention, frozen: str | None = None) -> Head:
+        """Another version of the head is live from here on; returns the head as it stands then.
+
+        frozen: why no later version becomes live by itself. Raises BadRecord where the version's files are not kept.
+        """
+        with self._write() as connection:
+            before = turn(connection, head, number, frozen)
+            insert_intervention(connection, replace(intervention, previous=before), datetime.now(UTC))
+            return fetch(connection, Head, select(HeadRow).where(HeadRow.name == head))[0]
+
+    def block(self, expert_ids: Sequence[int], blocked: bool, intervention: NewIntervention) -> None:
+        """These experts may not come back, or may again, when the same weights arrive."""
+        rows = update(ExpertRow).where(ExpertRow.id.in_(expert_ids))
+        self._intervene(rows.values(blocked=blocked), len(expert_ids), intervention)
+
+    def pin(self, head: str, number: int, pinned: bool, intervention: NewIntervention) -> None:
+        """The version's files stay, or may go by retention again. Raises BadRecord where they are not kept."""
+        rows = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number, is_kept)
+        self._intervene(rows.values(pinned=pinned), 1, intervention)
+
+    def close_case(self, expert_id: int, intervention: NewIntervention) -> None:
+        """Nobody has to look after that refused expert any more. Raises BadRecord where nobody had to."""
+        rows = update(ExpertRow).where(ExpertRow.id == expert_id, is_open)
+        self._intervene(rows.values(closed_at=datetime.now(UTC)), 1, intervention)
+
+    def _intervene(self, change: Update, rows: int, intervention: NewIntervention) -> None:
+        with self._write() as connection:
+            if (found := connection.execute(change).rowcount) != rows:
+                raise BadRecord(f"{intervention.deed}: {found} of {rows} rows are there", PROGRAM_HINT)
+            insert_intervention(connection, intervention, datetime.now(UTC))
+
+    def evaluate(self, evaluation: NewEvaluation) -> Evaluation:
+        """Keeps an evaluation."""
+        row = insert(EvaluationRow).values(**columns(NewEvaluation, evaluation), created_at=datetime.now(UTC))
+        with self._write() as connection:
+            key = connection.execute(row.returning(EvaluationRow.id)).scalar_one()
+            return fetch(connection, Evaluation, select(EvaluationRow).where(EvaluationRow.id == key))[0]
+
+    def judge_version(self, head: str, number: int, evaluation_id: int) -> None:
+        """Notes that this evaluation is the version's."""
+        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
+        with self._write() as connection:
+            connection.execute(row.values(evaluation=evaluation_id))
+
+    def judge_expert(self, expert_id: int, evaluation_id: int) -> None:
+        """Notes that this evaluation is that of the expert by itself."""
+        with self._write() as connection:
+            connection.execute(update(ExpertRow).where(ExpertRow.id == expert_id).values(evaluation=evaluation_id))
 
     def adopt(self, head: Head, versions: Sequence[NewVersion]) -> None:
         """A further head, with version 0 and the one it stands at. Raises BadRecord unless that is the others' newest.
@@ -358,12 +456,16 @@ class Store(Reader):
                 raise BadRecord(f"there is no expert {expert_id}", PROGRAM_HINT)
 
     def collected(self, head: str, number: int) -> None:
-        """Notes that the version's files were removed. Raises BadRecord for an unknown version or a live one."""
-        live = select(HeadRow.live).where(HeadRow.name == head).scalar_subquery()
-        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number, VersionRow.number != live)
+        """Notes that the version's files were removed. Raises BadRecord for an unknown version, one that is live or the
+        newest, and one that is pinned.
+        """
+        stays = select(HeadRow.live, HeadRow.newest).where(HeadRow.name == head)
+        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
         with self._write() as connection:
-            if connection.execute(row.values(collected=True)).rowcount != 1:
-                raise BadRecord(f"head {head} has no version {number}, or it is the live one", PROGRAM_HINT)
+            needed = connection.execute(stays).one_or_none() or ()
+            changed = row.where(VersionRow.pinned.is_(False)).values(collected=True)
+            if number in needed or connection.execute(changed).rowcount != 1:
+                raise BadRecord(f"head {head} has no version {number} that may go", PROGRAM_HINT)
 
     def checkpoint(self) -> None:
         """Moves the whole write-ahead log into the database file, synced. Raises Busy when a reader is in the way."""

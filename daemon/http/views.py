@@ -64,8 +64,7 @@ class Views:
         from daemon.versions.views import OpenView
 
         home, n, came_with = self._published.home, version.number, expert.version
-        has = came_with is not None and merged_at(expert, n)
-        if came_with is None or not has or not self._published.reader.comes_from(head.name, n, came_with):
+        if came_with is None or not merged_at(expert, n):
             raise Problem(
                 404,
                 "not_merged",

@@ -39,7 +39,11 @@ ASKED: dict[str, Ask] = {
     "a page of the lineage": lambda reader: reader.lineage(after=800, limit=100),
     "the newest experts": lambda reader: reader.experts(limit=100),
     "the newest that are merged": lambda reader: reader.experts(Status.MERGED, limit=100, before=900),
-    "ancestors": lambda reader: reader.comes_from("main", reader.heads()[0].newest, 1),
+    "whether it was trained from": lambda reader: reader.trained_from("main", reader.heads()[0].newest - 1),
+    "a blocked expert": lambda reader: [reader.blocked(digest(500), digest(501))],
+    "those that were refused and are open": lambda reader: reader.quarantined(limit=100, before=900),
+    "an evaluation of these weights": lambda reader: [reader.evaluated(digest(500), digest(0))],
+    "the newest interventions": lambda reader: reader.interventions(limit=100),
     "experts whose name begins so": lambda reader: reader.experts(name="expert-500.*"),
     "experts of a name": lambda reader: reader.experts(name="task 500"),
     "heads": lambda reader: reader.heads(),
@@ -79,7 +83,8 @@ def test_a_question_costs_no_more_over_many_experts(few: Path, many: Path, what:
         ("experts_by_name", "an expert by its name"),
         ("experts_by_given_name", "an expert by the name in its expert.json"),
         ("versions_kept", "versions that are kept"),
-        ("versions_branched", "ancestors"),
+        ("experts_trained_from", "whether it was trained from"),
+        ("evaluations_of_weights", "an evaluation of these weights"),
     ],
 )
 def test_without_its_index_it_would(few: Path, many: Path, tmp_path: Path, index: str, what: str) -> None:

@@ -92,7 +92,7 @@ def questions(reader: Reader) -> list[Callable[[], object]]:
         lambda: reader.find_experts("expert-2.safetensors"),
         lambda: reader.merged(digest(2)),
         reader.lineage,
-        lambda: reader.comes_from("main", 3, 1),
+        lambda: reader.trained_from("main", 3),
         reader.unplaced,
         reader.counts,
         reader.merged_norms,
