@@ -21,6 +21,7 @@ from daemon.cli import (
     methods,
     pull,
     rebuild,
+    report,
     run,
     serve,
     show,
@@ -30,7 +31,7 @@ from daemon.cli import (
 from daemon.cli.common import complain
 from daemon.cli.logged import KNOWN, SAFE
 
-VERBS = (init, run, serve, status, log, show, compare, inspect, verify, methods, convert, pull, rebuild, demo)
+VERBS = (init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo)
 
 app = typer.Typer(
     name="mainstem",
