@@ -5,6 +5,7 @@ that `COLOURS` names. The same arguments give the same bytes.
 """
 
 import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ WIDTH, HEIGHT, POINTS = 390, 215, 72  # of a chart, in points, of which an inch 
 CELL, CELL_WIDTH = 17, 34  # of a heat map, in points
 LONGEST_NAME = 24
 STRONGEST = 0.6  # opacity: the number in a cell must be legible on it
+LEAST_SPAN = 0.1  # of an axis, as a share of what is on it
 LABELLED = 12  # points of a line with markers
 
 Values = Sequence[float | None]
@@ -62,6 +64,7 @@ class Cells:
 
 def require() -> None:
     """Raises DaemonError where matplotlib is not installed."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of a cache of fonts that it makes the first time
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -110,6 +113,8 @@ def path(key: str, title: str, about: str, series: Sequence[Line], x: str, y: st
             axes.plot(line.xs, ys, color=colour, linestyle=dash, label=short(line.name))
             axes.plot(line.xs[:1], ys[:1], color=colour, marker="o", fillstyle="none", markersize=6, linestyle="")
             axes.plot(line.xs[-1:], ys[-1:], color=colour, marker="o", markersize=6, linestyle="")
+        axes.set_xlim(_room(axes.get_xlim()))
+        axes.set_ylim(_room(axes.get_ylim()))
         _legend(figure, series)
         return _svg(figure, key, title, about)
 
@@ -189,7 +194,7 @@ def _axes(figure: "Figure", x: str, y: str) -> "Axes":
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelcolor=SOFT)
     if x == "version":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.02, y=0.08)
     for side, spine in axes.spines.items():
         spine.set_color(LINE)
@@ -199,6 +204,13 @@ def _axes(figure: "Figure", x: str, y: str) -> "Axes":
 
 def _broken(values: Values) -> list[float]:
     return [float("nan") if value is None else value for value in values]
+
+
+def _room(limits: tuple[float, float]) -> tuple[float, float]:
+    """The limits of an axis, no closer than makes a change of one part in a hundred look like one."""
+    low, high = limits
+    missing = max(0.0, LEAST_SPAN * max(abs(low), abs(high)) - (high - low))
+    return low - missing / 2, high + missing / 2
 
 
 def _legend(figure: "Figure", series: Sequence[Line]) -> None:

@@ -76,7 +76,7 @@ def _card(head: HeadReport) -> _Card:
         lines.append(f"the newest is {called(head.name, head.newest)}")
     if head.found and head.found.accumulation is not None:
         gain = "" if head.found.held_in_gain is None else f", {signed(head.found.held_in_gain)} over the base"
-        lines.append(f"mean score {number(head.found.accumulation)}{gain}")
+        lines.append(f"{called(head.name, head.found.number)}: mean score {number(head.found.accumulation)}{gain}")
     return _Card(called(head.name, head.live), head.method, params, lines)
 
 

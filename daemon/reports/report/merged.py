@@ -23,9 +23,11 @@ def vectors(report: Report) -> Section:
     series = [Line("expert", [a.number for a in norms], [a.norm for a in norms])]
     kept = {head.name: picked(head.arrivals, POINTS) for head in report.heads}
     for name, arrivals in kept.items():
-        series += _figure_line(f"{name} merged", arrivals, "merged_norm")
+        series += _figure_line(f"{name} summed up", arrivals, "merged_norm")
     rows = [[called(first.name, a.number), number(a.norm), ", ".join(a.flags), a.expert or ""] for a in norms]
-    about = "The norm of each expert's task vector, and of the merged one, by version; the table has the experts'."
+    about = (
+        "The norm of each expert's task vector, and of what opcm has summed up, by version; the table has the experts'."
+    )
     table = Table("Norms of the experts", ["version", "norm", "flags", "expert"], newest(rows))
     svg = charts.lines("norms", "Norms of task vectors", about, series, "version", "norm")
     found = [Chart("Norms of task vectors", Markup(svg), table)]
@@ -88,7 +90,7 @@ def overlap(report: Report) -> Section:
         f"Near zero they do not meet. The strongest colour is {strongest:.2g}."
     )
     missing = f"Left out, as they could not be read in archive/: {listed(found.left_out)}." if found.left_out else ""
-    return Section("overlap", title, lead, missing, [Chart(caption, Markup(svg), table, full=True)])
+    return Section("overlap", title, lead, missing, [Chart(caption, Markup(svg), table, columns=k)])
 
 
 def costs(report: Report) -> Section:

@@ -10,6 +10,7 @@ from projector.text import plain
 
 POINTS = 200  # of a line: of more, as many are picked evenly, the first and the newest among them
 ROWS = 100  # of a table
+HALF_PAGE = 10  # columns of a heat map
 
 Item = TypeVar("Item")
 
@@ -26,12 +27,17 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A drawing and its numbers. full: it takes the page's whole width."""
+    """A drawing and its numbers. columns: of a heat map, which is not made smaller where it finds no room."""
 
     caption: str
     svg: Markup
     table: Table
-    full: bool = False
+    columns: int = 0
+
+    @property
+    def place(self) -> str:
+        """The classes of the page's style that say how much room it takes."""
+        return " ".join(["cells"] * bool(self.columns) + ["full"] * (self.columns > HALF_PAGE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +77,9 @@ def number(value: float | None) -> str:
 def signed(value: float | None) -> str:
     """A difference, with its sign."""
     return "-" if value is None else f"{'+' if value > 0 else ''}{plain(value)}"
+
+
+def scores(values: Sequence[float | None]) -> list[str]:
+    """Scores of one task, to stand in a row: with the same decimals, where none is above 1; nothing for None."""
+    small = max((abs(value) for value in values if value is not None), default=0.0) <= 1
+    return ["" if value is None else f"{value:.3f}" if small else plain(value) for value in values]

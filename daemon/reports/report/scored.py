@@ -10,7 +10,7 @@ from daemon.notation import called
 from daemon.reports.report import charts
 from daemon.reports.report.charts import Cells, Line
 from daemon.reports.report.gathering import Arrival, HeadReport, Report
-from daemon.reports.report.parts import POINTS, Chart, Section, Table, newest, number, picked, signed
+from daemon.reports.report.parts import POINTS, Chart, Section, Table, newest, number, picked, scores, signed
 from projector.text import listed
 from registry.records import Score, Scores
 
@@ -118,10 +118,7 @@ def _heat(place: int, head: HeadReport) -> Chart:
     cells = Cells(
         rows=[_task_name(task, _any(shown_versions, task)) for task in tasks],
         columns=names,
-        texts=[
-            [number(arrival.scores[task].score) if task in arrival.scores else "" for arrival in shown_versions]
-            for task in tasks
-        ],
+        texts=[scores([_value(arrival.scores.get(task)) for arrival in shown_versions]) for task in tasks],
         shades=[[None if gain is None else gain / scale[task] for gain in gains[task]] for task in tasks],
     )
     many = len(_scored(head))
@@ -131,7 +128,7 @@ def _heat(place: int, head: HeadReport) -> Chart:
     table = Table(
         caption, ["task", *names], [[row, *texts] for row, texts in zip(cells.rows, cells.texts, strict=True)]
     )
-    return Chart(caption, Markup(charts.heat_map(f"heat{place}", caption, about, cells)), table, full=True)
+    return Chart(caption, Markup(charts.heat_map(f"heat{place}", caption, about, cells)), table, columns=len(names))
 
 
 def _any(arrivals: Sequence[Arrival], task: str) -> Score:
@@ -143,6 +140,10 @@ def _task_name(task: str, score: Score) -> str:
         mark for mark, there in ((" ↓", not score.higher_is_better), (" (held out)", score.held_out)) if there
     )
     return charts.short(task, charts.LONGEST_NAME - len(marks)) + marks
+
+
+def _value(score: Score | None) -> float | None:
+    return score.score if score else None
 
 
 def _gain(score: Score | None, origin: Score | None) -> float | None:
@@ -198,7 +199,7 @@ def _balance(report: Report) -> Chart | None:
 def _curves(report: Report) -> Chart:
     series, rows = [], []
     for head in report.heads:
-        if scored := picked(_scored(head), POINTS):
+        if scored := picked([arrival for arrival in _scored(head) if head.whole or arrival.number], POINTS):
             counted = set(comparable(scored[-1].scores))
             means = [_mean_of(arrival.scores, counted) for arrival in scored]
             hollow = [place for place, arrival in enumerate(scored) if arrival.held]

@@ -129,7 +129,11 @@ def test_what_is_missing_is_said_with_what_to_do() -> None:
         assert words in text
     scored = made_up(3)
     held_in = [
-        replace(head, arrivals=[replace(a, scores={"reading": a.scores["reading"]}, figures={}) for a in head.arrivals])
+        replace(
+            head,
+            base={"reading": head.base["reading"]},
+            arrivals=[replace(a, scores={"reading": a.scores["reading"]}, figures={}) for a in head.arrivals],
+        )
         for head in scored.heads
     ]
     text = text_of(render(replace(scored, heads=held_in, overlap=Overlap(failed="e1 is damaged"))))
