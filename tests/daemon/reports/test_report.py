@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from registry.store import Reader, Store
 from tests.daemon.homes import drain, lineage, make_home, put
 from tests.daemon.processes import forked
 from tests.models import read_weights, write_base, write_expert
+from tests.registry.many import Steps, fill
+from tests.registry.samples import make
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TASKS = ("reading", "mathematics", "law")
@@ -84,6 +87,14 @@ def test_it_is_what_the_registry_says(made: tuple[Home, Path]) -> None:
     assert soup.base == main.base, "version 0 of every head is the base"
 
 
+def test_an_expert_that_was_taken_out_was_not_learned(made: tuple[Home, Path]) -> None:
+    with lineage(made[0]) as reader:
+        main = gather(reader, NOON).heads[0]
+    gone = replace(main, arrivals=[replace(a, withdrawn=a.number == 2) for a in main.arrivals]).figured({})
+    assert gone.found is not None and gone.found.learned == ["reading", "law"]
+    assert gone.found.acc == pytest.approx((0.7 + 0.75) / 2)
+
+
 def test_a_window_leaves_out_what_is_older(made: tuple[Home, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     plain = Reader.expert
@@ -95,6 +106,19 @@ def test_a_window_leaves_out_what_is_older(made: tuple[Home, Path], monkeypatch:
     assert asked == [2, 3], "each expert is read once, whatever the number of heads"
     assert main.versions[0].number == 0 and main.versions[0].scores["reading"].score == 0.5
     assert main.found is not None and main.found.acc == pytest.approx((0.8 + 0.75) / 2)
+
+
+def test_it_asks_no_more_of_a_registry_with_ten_times_the_experts(tmp_path: Path) -> None:
+    taken = []
+    for merged in (200, 2000):
+        path = fill(make(tmp_path / f"{merged}.sqlite"), merged)
+        with Reader.open(path) as reader, Steps() as steps:
+            report = gather(reader, NOON, window=50)
+        assert [len(head.arrivals) for head in report.heads] == [50] * len(report.heads)
+        assert report.heads[0].arrivals[-1].number == merged
+        taken.append((steps.statements, steps.taken))
+    (few_statements, few), (many_statements, many) = taken
+    assert many_statements == few_statements and many < 1.2 * few
 
 
 def test_cosines_are_those_of_the_experts(made: tuple[Home, Path]) -> None:

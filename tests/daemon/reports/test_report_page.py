@@ -14,7 +14,7 @@ from daemon.evaluation.figures import order_spread
 from daemon.reports.report import charts
 from daemon.reports.report.document import render
 from daemon.reports.report.gathering import Overlap
-from daemon.reports.report.parts import POINTS, ROWS, picked
+from daemon.reports.report.parts import picked
 from tests.daemon.reports.reported import HOSTILE, made_up
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -145,9 +145,9 @@ def test_ten_thousand_versions_make_no_longer_page() -> None:
     few, many = render(made_up(1000, window=1000)), render(made_up(10_000, window=1000))
     assert len(many) < 1.1 * len(few)
     assert "the newest 1,000 versions are in it" in text_of(many) and "main/9001" in text_of(many)
-    assert max(table.count("<tr>") for table in many.split("<table")) == ROWS + 1
+    assert max(table.count("<tr>") for table in many.split("<table")) == 100 + 1
     paths = re.findall(r'<path d="(M[^"]+)"', many)
-    assert max(path.count("\n") for path in paths) <= POINTS + 1
+    assert max(path.count("\n") for path in paths) <= 200 + 1
 
 
 def test_points_are_picked_evenly_with_both_ends() -> None:
