@@ -69,6 +69,7 @@ PAGES = {
         end='mainstem show reviews --home home | grep "^status *merged"\n',
     ),
     "docs/cli.md": Page(before=MERGED),
+    "docs/evaluation.md": Page(before=MERGED, end='grep -q "<h1>mainstem report" report.html\n'),
     "docs/settings.md": Page(before=HOME),
     "docs/operating.md": Page(before=HOME + DAEMON, end="listening\nkill -0 %1\n"),
     "docs/methods.md": Page(end="test -e home2/published/soup/latest/config.json\n"),
