@@ -1,11 +1,14 @@
 """What holds for every test."""
 
+import gc
 import os
 import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+gc.disable()  # until all is imported: looking through torch and transformers again and again takes half of that time
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist tells its workers a width, and our commands would keep to it
 
@@ -59,3 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     assert all(path.exists() for path in LONGEST), "LONGEST names a file that is not there"
     places = {path: place for place, path in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look through it, nor write to its pages after a fork."""
+    gc.freeze()
+    gc.enable()
