@@ -103,7 +103,7 @@ PAGES = {
 }
 
 NOT_RUN = {
-    ("README.md", "make demo"): ".ci/run runs it, and tests/daemon/cli/test_demo.py what it runs",
+    ("README.md", "make demo"): ".ci/run runs it, and `make test-slow` what it runs",
     ("README.md", "pip install mainstem"): "needs an index that has it; tests/test_wheel.py installs the wheel",
     ("docs/published.md", 'vllm serve "$(realpath home/published/main/latest)"'): "vllm needs a GPU, and is not ours",
     (
