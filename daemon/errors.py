@@ -35,6 +35,7 @@ class Reason(StrEnum):
     EQUALS_BASE = "equals_base"
     FOREIGN_BASE = "foreign_base"
     NORM_OUTLIER = "norm_outlier"
+    SCORES = "scores"
     FAULT = "fault"
     INCOMPLETE = "incomplete"
     AMBIGUOUS = "ambiguous"

@@ -14,6 +14,7 @@ HOME/
     base/                  the base itself, copied when the home was made
     heads/main/000012/state.safetensors
     heads/main/views/000012.safetensors      what the method keeps of the expert that version 12 folded
+    evaluations/main/000012.log      what the evaluator wrote of a version
     uploads/               what is still being sent over HTTP
     requests/              what commands ask of the running daemon
     tmp/
@@ -178,6 +179,10 @@ class Home:
     def withdrawing(self, n: int) -> Path:
         """A home of its own, in which what version n needs is merged again without the experts that go with it."""
         return self.state / f"without-{number(n)}"
+
+    def evaluation_log(self, head: str, n: int) -> Path:
+        """What the evaluator wrote when it scored a version."""
+        return self.state / "evaluations" / head / f"{number(n)}.log"
 
     @property
     def inner_mark(self) -> Path:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any, Self
 
 from daemon.release import software_version
-from registry.records import Expert, Head, NewExpert, Version
+from registry.records import Expert, Head, NewExpert, Scores, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,13 @@ def manifest(
     approximate: bool = False,
     withdrawal: Withdrawal | None = None,
     adapter: Mapping[str, Any] | None = None,
+    scores: Scores | None = None,
+    verdict: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The bytes of a version's manifest.json: what it is, what it came from, and the sha256 of all it consists of.
 
-    approximate: its method folded this expert with sums that the later ones still change.
+    approximate: its method folded this expert with sums that the later ones still change. scores, verdict: as they were
+    when it was published.
     """
     content = {
         "format": 1,
@@ -82,6 +85,8 @@ def manifest(
         "state": asdict(state) if state else None,
         "record": asdict(record) if record else None,
         "adapter": adapter,
+        "scores": {task: asdict(score) for task, score in scores.items()} if scores else None,
+        "verdict": verdict,
     }
     return json.dumps(content, indent=2).encode() + b"\n"
 

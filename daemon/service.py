@@ -116,7 +116,7 @@ class Service:
         self._recover(store, once)
         progress = Progress(self._stopping, self._report, self._fell_back)
         try:
-            merger = Merger(self._home, store, self._settings, progress)
+            merger = Merger(self._home, store, self._settings, progress, self._attempts.let_go)
         except (DaemonError, ProjectorError, Abandoned):
             mark_clean(self._home)  # what this start found sound, the next one need not hash again
             raise

@@ -158,5 +158,6 @@ def _reason(expert: Expert) -> bytes:
         "detail": expert.detail,
         "hint": expert.hint,
         "received_at": expert.received_at.isoformat(),
+        "verdict": expert.verdict,
     }
     return json.dumps(content, indent=2).encode() + b"\n"

@@ -14,7 +14,7 @@ from projector.text import NEW, shown
 from registry.records import UNKNOWN_KIND, Expert, NewExpert, Status
 
 ANEW = {
-    *(Reason.PICKLE, Reason.LFS_POINTER, Reason.NOT_A_FILE, Reason.EQUALS_BASE),
+    *(Reason.PICKLE, Reason.LFS_POINTER, Reason.NOT_A_FILE, Reason.EQUALS_BASE, Reason.SCORES),
     *(ProjectorReason.TRUNCATED, ProjectorReason.BAD_HEADER, ProjectorReason.UNSUPPORTED_DTYPE),
     ProjectorReason.NOT_FINITE,
 }

@@ -7,7 +7,7 @@ from time import perf_counter
 
 from projector.watch import Watch
 
-PHASES = ("read", "hash", "project", "write", "fsync")
+PHASES = ("read", "hash", "project", "write", "evaluate", "fsync")
 
 
 class Abandoned(Exception):

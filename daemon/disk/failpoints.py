@@ -17,6 +17,8 @@ POINTS = (
     "fold.before",
     "fold.after",
     "read_out.after",
+    "evaluate.before",
+    "evaluate.after",
     "manifest.written",
     "publish.before",
     "rename",

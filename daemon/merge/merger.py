@@ -6,10 +6,11 @@
 4 identify    its weights' digest is its identity, and that of its tensors: a duplicate is set aside, one that changed
               is tried again
 5 read out    write every head's published weights
-6 seal        sync every file; write the manifests; sync the folders
-7 publish     rename everything into place
-8 commit      ONE transaction in the registry: before it nothing happened, after it everything did
-9 tidy        latest, archive, retention: derived, repeatable, finished by recovery after a crash
+6 judge       evaluate each head's version where that is set up: it may be held, or the expert rejected
+7 seal        sync every file; write the manifests; sync the folders
+8 publish     rename everything into place
+9 commit      ONE transaction in the registry: before it nothing happened, after it everything did
+10 tidy       latest, archive, retention: derived, repeatable, finished by recovery after a crash
 """
 
 import os
@@ -39,13 +40,14 @@ from daemon.home.ground import Base, States, damaged, sound_ground, touched_mean
 from daemon.home.uncommitted import clear, temporaries
 from daemon.layout import Home
 from daemon.merge.folding import Folding
+from daemon.merge.gate import REJECTED, Gate, Judged
 from daemon.merge.preparing import Preparations
 from daemon.versions.adapter import Adapting
 from daemon.versions.heads import HeadTip, head_tips
 from daemon.versions.latest import follow_live
 from daemon.versions.modules import check_modules
 from daemon.versions.retention import collect
-from daemon.versions.sealing import origin, publish, seal
+from daemon.versions.sealing import origin, publish, seal, stage
 from daemon.versions.writing import Outputs, Written
 from projector.driver.head import Folded
 from projector.errors import BadFile, BadMerged, DeviceLost, ProjectorError
@@ -61,8 +63,17 @@ from registry.store import Store
 class Merger:
     """Merges one drop after another into every head of a home. The caller holds the home's lock."""
 
-    def __init__(self, home: Home, store: Store, settings: Settings, progress: Progress) -> None:
+    def __init__(
+        self,
+        home: Home,
+        store: Store,
+        settings: Settings,
+        progress: Progress,
+        judging: Callable[[], object] = lambda: None,
+    ) -> None:
+        """judging: is called before an evaluator runs, whose end, or ours meanwhile, is no expert's doing."""
         self._home = home
+        self._judging = judging
         self._store = store
         self._settings = settings
         self._progress = progress
@@ -220,8 +231,16 @@ class Merger:
                         written = self._read_out(heads, folded.totals, outputs)
                 with self._progress.phase("fsync"):
                     files.close()
+            for one in written:
+                stage(self._home, one, self._base.beside)
+            judged = self._judge(heads, number, written, new, expert, again)
+            if rejected := [one for one in judged if one.outcome == REJECTED]:
+                return self._store.record(self._rejected(drop, new, rejected[0]))
             with blaming(expert):
-                versions = [self._seal(tip, number, one, new) for tip, one in zip(heads, written, strict=True)]
+                versions = [
+                    self._seal(tip, number, one, new, verdict)
+                    for tip, one, verdict in zip(heads, written, judged, strict=True)
+                ]
             self._publish(heads, number, written)
             with self._progress.phase("fsync"), blaming(expert):
                 expert.sync()
@@ -320,13 +339,66 @@ class Merger:
         hit("read_out.after")
         return written
 
-    def _seal(self, tip: HeadTip, number: int, written: Written, expert: NewExpert) -> NewVersion:
-        """Puts companions, an adapter where one is wanted, and the manifest beside the weights, all durable."""
+    def _judge(
+        self,
+        heads: Sequence[HeadTip],
+        number: int,
+        written: Sequence[Written],
+        new: NewExpert,
+        expert: OpenCheckpoint,
+        again: bool,
+    ) -> list[Judged]:
+        """What the gate says of each head's version, which can be loaded by now. What was merged once is not judged."""
+        gate = Gate(self._home, self._store, self._settings.evaluate, self._progress)
+        if again or gate.open:
+            return [Judged() for _ in heads]
+        hit("evaluate.before")
+        self._judging()
+        with self._progress.phase("evaluate"), ExitStack() as closing:
+            folder = self._home.tmp / uuid4().hex
+            closing.callback(durable.remove, folder)
+            found = gate.judge(heads, number, written, new, lambda: self._by_itself(expert, folder))
+        hit("evaluate.after")
+        return found
+
+    def _by_itself(self, expert: OpenCheckpoint, folder: Path) -> Written:
+        """The expert alone, as a version would be: what the method `latest` makes of it."""
+        method = make("latest", {})
+        with ExitStack() as files:
+            output = self._folding.outputs(folder, method, files)
+            with self._sound_ground(()):
+                head = self._folding.head(expert, method, Totals(), Contribution(1), None, output)
+                folded = self._folding.fold(expert, [head])
+                written = self._folding.read_out(method, folded.totals[0], output)
+        stage(self._home, written, self._base.beside)
+        return written
+
+    def _rejected(self, drop: Drop, new: NewExpert, judged: Judged) -> NewExpert:
+        number = self._store.last_expert_id() + 1
+        hint = (
+            "nothing of it was merged; train it anew, or, where it is wanted all the same, loosen evaluate.require, then"
+            f" `mainstem unblock {number}` and `mainstem quarantine retry {number}`"
+        )
+        error = Refused(Reason.SCORES, f"a merged model with it breaks a rule: {judged.why}", hint)
+        return replace(self._refused(drop, new, error), verdict=judged.verdict)
+
+    def _seal(self, tip: HeadTip, number: int, written: Written, expert: NewExpert, judged: Judged) -> NewVersion:
+        """Puts an adapter, where one is wanted, card and manifest beside the weights, all durable."""
         base_name = self._store.base().name
         adapter = self._adapting.write(tip.head.name, written.published, written.weights, base_name)
-        of = origin(self._store, expert)
+        of, evaluation = origin(self._store, expert), judged.evaluation
         with self._progress.phase("fsync"):
-            return seal(self._home, tip, number, written, origin=of, beside=self._base.beside, adapter=adapter)
+            sealed = seal(
+                self._home,
+                tip,
+                number,
+                written,
+                origin=of,
+                adapter=adapter,
+                scores=judged.scores,
+                verdict=judged.verdict,
+            )
+        return replace(sealed, held=judged.held, evaluation=evaluation.id if evaluation else None)
 
     def _publish(self, heads: Sequence[HeadTip], number: int, written: Sequence[Written]) -> None:
         hit("publish.before")

@@ -17,7 +17,7 @@ from daemon.checkpoints.expert_json import ABOUT
 from daemon.checkpoints.hints import hinting
 from daemon.compute.memory import return_freed_memory
 from daemon.compute.progress import Progress
-from daemon.config import Retention, Settings
+from daemon.config import Evaluate, Retention, Settings
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, NotYet
 from daemon.home.founding import found
@@ -116,6 +116,7 @@ def replay(
     settings = settings.model_copy(
         update={
             "admission": settings.admission.model_copy(update={"max_base_ratio": NO_LIMIT, "max_norm_ratio": NO_LIMIT}),
+            "evaluate": Evaluate(),
             "retention": Retention(versions=settings.retention.versions, grace_seconds=0),
         }
     )

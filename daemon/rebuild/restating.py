@@ -28,7 +28,7 @@ from daemon.versions.adapter import Adapting
 from daemon.versions.heads import HeadTip
 from daemon.versions.latest import follow_live
 from daemon.versions.retention import collect, remove_whole
-from daemon.versions.sealing import Origin, origin, publish, seal
+from daemon.versions.sealing import Origin, origin, publish, seal, stage
 from daemon.versions.writing import Written
 from projector.files.tensorfile import TensorReader
 from projector.method import Contribution, Method, Totals
@@ -126,7 +126,8 @@ class Restating:
 
     def _seal(self, tip: HeadTip, number: int, written: Written, origin: Origin) -> NewVersion:
         adapter = self._adapting.write(tip.head.name, written.published, written.weights, origin.base.name)
-        return seal(self._home, tip, number, written, origin=origin, beside=self._base.beside, adapter=adapter)
+        stage(self._home, written, self._base.beside)
+        return seal(self._home, tip, number, written, origin=origin, adapter=adapter)
 
     def commit(
         self,

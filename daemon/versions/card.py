@@ -9,7 +9,7 @@ to manifest.json: a version that is made again after a crash then has the same c
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,7 +19,7 @@ from daemon.layout import is_weights
 from daemon.manifest import Withdrawal
 from projector.method import Method
 from projector.text import shown
-from registry.records import BaseModel, NewExpert
+from registry.records import BaseModel, NewExpert, Scores
 
 MOST_EXPERTS = 100  # rows of the table: the newest; the lineage has all
 FRONT_MATTER_BYTES = 64 << 10
@@ -74,6 +74,7 @@ class Card:
     withdrawal: Withdrawal | None = None
     files: Sequence[str] = ()
     adapter: tuple[int, float] | None = None
+    scores: Scores = field(default_factory=dict)
 
 
 def escaped(text: str) -> str:
@@ -97,6 +98,10 @@ def render(card: Card) -> bytes:
         formula=as_code(card.method.formula),
         front=Verbatim(_front_matter(card)),
         params=[(name, as_code(json.dumps(value), ends="`\n|")) for name, value in card.method.params().items()],
+        scores=[
+            (shown(task), f"{one.score:.6g}", "" if one.higher_is_better else "lower is better", one.n or "-")
+            for task, one in card.scores.items()
+        ],
         figures=[(name, f"{value:.6g}") for name, value in card.figures.items()],
         rows=[
             (card.experts - place, shown(_called(one)), shown(_task(one)), f"{one.weight:g}", one.sha256)

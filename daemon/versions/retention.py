@@ -49,6 +49,7 @@ def remove_files(home: Home, version: Version) -> None:
     What is published goes at once, by a rename: nobody ever sees half of a version.
     """
     remove_whole(home, home.version(version.head, version.number))
+    durable.remove(home.evaluation_log(version.head, version.number))
     durable.remove(home.head_state(version.head, version.number))
 
 

@@ -3,10 +3,11 @@ weights, all durable, and then everything is renamed into its place.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
@@ -19,7 +20,7 @@ from daemon.versions.claimed_dtype import config_in
 from daemon.versions.heads import HeadTip
 from daemon.versions.writing import Written
 from registry.reader import Reader
-from registry.records import BaseModel, Expert, NewExpert, NewVersion, Status
+from registry.records import BaseModel, Expert, NewExpert, NewVersion, Scores, Status
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -45,6 +46,17 @@ def origin(reader: Reader, expert: NewExpert | None = None, gone: Sequence[Exper
     return Origin(reader.base(), expert, newest[:MOST_EXPERTS])
 
 
+def stage(home: Home, written: Written, beside: Sequence[str]) -> None:
+    """Puts the files of the base that go with the weights beside them: from here on the folder can be loaded."""
+    published = written.published
+    there = {file.name for file in written.weights}
+    config = home.base / CONFIG
+    if written.dtype != "base" and CONFIG not in there and config.is_file():
+        durable.write_file(published / CONFIG, config_in(config.read_bytes(), written.dtype))
+        there.add(CONFIG)
+    copy_files(home.base, published, [name for name in beside if name not in there])
+
+
 def seal(
     home: Home,
     tip: HeadTip,
@@ -52,21 +64,17 @@ def seal(
     written: Written,
     *,
     origin: Origin,
-    beside: Sequence[str],
     adapter: Adapter | None = None,
+    scores: Scores | None = None,
+    verdict: Mapping[str, Any] | None = None,
 ) -> NewVersion:
-    """Completes the folder of what is published, makes all of the version durable, and returns what to commit of it.
+    """Completes what is staged, makes all of the version durable, and returns what to commit of it.
 
-    live: the head as it stands. beside: the files of the base that go with the weights. Whatever else lies in the
-    folder, or in one below it, is hashed and listed too.
+    tip: the head as it stands. Whatever lies in the folder, or in one below it, is hashed and listed. scores, verdict:
+    the gate's.
     """
     published, totals, dtype = written.published, written.totals, written.dtype
     weights = {file.name for file in written.weights}
-    config, there = home.base / CONFIG, set(weights)
-    if dtype != "base" and CONFIG not in weights and config.is_file():
-        durable.write_file(published / CONFIG, config_in(config.read_bytes(), dtype))
-        there.add(CONFIG)
-    copy_files(home.base, published, [name for name in beside if name not in there])
     figures = dict(tip.method.figures(totals))
     card = Card(
         head=tip.head.name,
@@ -82,6 +90,7 @@ def seal(
         withdrawal=written.withdrawal,
         files=[file.name for file in written.weights],
         adapter=(adapter.rank, adapter.kept) if adapter else None,
+        scores=scores or {},
     )
     durable.write_file(published / CARD, render(card))
     others = [entry(published / name, name) for name in names_below(published) if name not in weights]
@@ -102,6 +111,8 @@ def seal(
         approximate=written.approximate,
         withdrawal=written.withdrawal,
         adapter=adapter.described() if adapter else None,
+        scores=scores,
+        verdict=verdict,
     )
     durable.write_file(published / MANIFEST, text)
     hit("manifest.written")
@@ -116,6 +127,7 @@ def seal(
         size_bytes=sum(file.size for file in files),
         totals={"experts": float(totals.experts), **totals.scalars},
         figures=figures,
+        verdict=verdict,
     )
 
 

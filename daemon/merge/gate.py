@@ -1,0 +1,147 @@
+"""May a new version go live? It is evaluated before anything of it is committed, and held against the rules.
+
+What comes of an arrival is one of three: live; held, which is committed and not live; or rejected, when nothing is
+committed at all. Where the evaluator fails, no expert is to blame: `evaluate.on_error` says what happens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from daemon.config import Evaluate
+from daemon.errors import NoScores
+from daemon.evaluation.rules import Question, Verdict, judge, needs
+from daemon.evaluation.scoring import Scoring, described, plain
+from daemon.layout import Home
+from daemon.manifest import Manifest
+from daemon.notation import called
+from daemon.versions.heads import HeadTip
+from daemon.versions.writing import Written
+from projector.watch import Watch
+from registry.records import Evaluation, NewExpert, Scores
+from registry.store import Store
+
+LIVE, HELD, REJECTED = "live", "held", "rejected"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the gate says of one head's version. verdict: ready for JSON, with the scores."""
+
+    outcome: str = LIVE
+    why: str | None = None
+    verdict: Mapping[str, Any] | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def held(self) -> str | None:
+        """Why the version does not become live; None where it does."""
+        return self.why if self.outcome == HELD else None
+
+    @property
+    def scores(self) -> Scores | None:
+        return self.evaluation.scores if self.evaluation else None
+
+
+class Gate:
+    """The gate of one home, by one set of settings."""
+
+    def __init__(self, home: Home, store: Store, settings: Evaluate, watch: Watch) -> None:
+        self._home = home
+        self._store = store
+        self._settings = settings
+        self._scoring = Scoring(home, store, settings, watch)
+        self._log = structlog.get_logger()
+
+    @property
+    def open(self) -> bool:
+        """True where nothing is evaluated."""
+        return not self._settings.command
+
+    def judge(
+        self,
+        heads: Sequence[HeadTip],
+        number: int,
+        written: Sequence[Written],
+        expert: NewExpert,
+        by_itself: Callable[[], Written],
+    ) -> list[Judged]:
+        """What is said of each head's version, staged in `written`; heads that are not evaluated go live.
+
+        by_itself: stages the expert alone. Raises BadHome where the evaluator changed what it scored, and what the
+        watch raises.
+        """
+        alone = self._alone(expert, by_itself) if self._needs("expert") else None
+        staged = list(zip(heads, written, strict=True))
+        with ThreadPoolExecutor(self._settings.concurrency) as pool:
+            return list(pool.map(lambda pair: self._judge_head(*pair, number, expert, alone), staged))
+
+    def _judge_head(
+        self, tip: HeadTip, written: Written, number: int, expert: NewExpert, alone: Scores | None
+    ) -> Judged:
+        head = tip.head
+        if head.name not in self._settings.heads:
+            return Judged()
+        try:
+            live = self._of_version(head.name, head.live) if self._needs("live") else None
+            base = self._of_version(head.name, 0) if self._needs("base") else None
+            known = {"live": live, "base": base, "expert": alone}
+            told = {
+                "head": head.name,
+                "version": number,
+                "parent": tip.version.number,
+                "live": head.live,
+                "expert": described(expert),
+                "scores": {whose: plain(scores) for whose, scores in known.items() if scores},
+            }
+            log = self._home.evaluation_log(head.name, number)
+            name = called(head.name, number)
+            found = self._scoring.of(name, written.weights, written.published, told, log)
+            own = expert.about.get("task") if expert.about else None
+            verdict = judge(self._settings.rules, Question(found.scores, live, base, alone, own))
+        except NoScores as error:
+            return self._failed(head.name, number, error)
+        return self._told(head.name, number, head.live, found, verdict)
+
+    def _told(self, head: str, number: int, live: int, found: Evaluation, verdict: Verdict) -> Judged:
+        why = "; ".join(f"`{one.rule}`: {one.why}" for one in verdict.broken) or None
+        said = {**verdict.described(), "against": called(head, live), "scores": plain(found.scores)}
+        if why:
+            self._log.warning("the version breaks a rule", version=called(head, number), then=verdict.outcome, why=why)
+        return Judged(verdict.outcome, why, said, found)
+
+    def _failed(self, head: str, number: int, error: NoScores) -> Judged:
+        holds = self._settings.on_error == "hold"
+        outcome, why = HELD if holds else LIVE, f"it was not evaluated: {error}"
+        self._log.error(
+            "the evaluator failed", version=called(head, number), then=outcome, error=str(error), hint=error.hint
+        )
+        return Judged(outcome, why, {"outcome": outcome, "broken": [], "notes": [], "error": str(error)})
+
+    def _needs(self, whose: str) -> bool:
+        return whose in needs(self._settings.rules)
+
+    def _of_version(self, head: str, number: int) -> Scores:
+        """The scores of a version that is published; it is evaluated where it was not yet, or in another way."""
+        manifest = Manifest.read(self._home.manifest(head, number).read_bytes())
+        files, folder = list(manifest.files.values()), self._home.version(head, number)
+        told = {"head": head, "version": number, "parent": None, "expert": None, "scores": {}}
+        found = self._scoring.of(called(head, number), files, folder, told, self._home.evaluation_log(head, number))
+        self._store.judge_version(head, number, found.id)
+        return found.scores
+
+    def _alone(self, expert: NewExpert, by_itself: Callable[[], Written]) -> Scores | None:
+        """The scores of an expert by itself. None where the evaluator fails: the version's own evaluation will say so."""
+        written = by_itself()
+        told = {"head": None, "version": None, "parent": None, "expert": described(expert), "scores": {}}
+        log = self._home.evaluation_log("experts", self._store.last_expert_id() + 1)
+        try:
+            return self._scoring.of(expert.name, written.weights, written.published, told, log).scores
+        except NoScores as error:
+            self._log.error(
+                "the expert by itself was not evaluated", expert=expert.name, error=str(error), hint=error.hint
+            )
+            return None
