@@ -1,17 +1,24 @@
 """`mainstem init`: make a home."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from daemon.cli.common import HomeOption, named_home, settings_of
 from daemon.errors import BadConfig
+from daemon.home.presets import PRESETS
 from daemon.layout import Home, is_head_name
 from projector.text import shown, size
 
+if TYPE_CHECKING:
+    from projector.method import Method
+
+DEFAULT_METHOD = "opcm"  # of main
 MOST_LETTERS = 200  # in a base's name
+PresetName = StrEnum("PresetName", {name: name for name in PRESETS})  # type: ignore[misc]  # names known at run time
 
 
 def command(
@@ -26,7 +33,17 @@ def command(
         str | None,
         typer.Option(help="What the base is called: in cards, over HTTP, on the page. By default as its folder."),
     ] = None,
-    method: Annotated[str, typer.Option(help="The method of the head `main`; see `mainstem methods`.")] = "opcm",
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(help="A set of heads that has a name; see docs/time.md. The others go before it."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The method of the head `main`, by default {DEFAULT_METHOD}; see `mainstem methods`.",
+            show_default=False,
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,11 +57,8 @@ def command(
     """Make a home: copy the base into it and publish it as version 0 of every head."""
     # imported here: these bring torch
     from daemon.home.founding import found
-    from projector.methods import make
 
-    chosen = {"main": method, **heads_of(heads or [])}
-    params = params_of(settings or [], chosen)
-    made = [(head, make(method, params[head])) for head, method in chosen.items()]
+    made = list(heads_chosen(preset, method, heads or [], settings or []).items())
     folder = named_home(at, home)
     if folder is None:
         raise typer.BadParameter("name the folder to make", param_hint="HOME")
@@ -55,6 +69,21 @@ def command(
     record = found(target, base, made, lambda step: typer.echo(f"{step} ...", err=True), compute, name=name)
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
     typer.echo(f"next: mainstem run --home {folder}    then drop experts into {folder / 'inbox'}")
+
+
+def heads_chosen(
+    preset: str | None, method: str | None, heads: Sequence[str], settings: Sequence[str]
+) -> dict[str, "Method"]:
+    """The heads of a new home by name: those of the preset, and those that are given (NAME=METHOD, the method of main),
+    with the parameters that are given (KEY=VALUE). A head that is given has nothing of the preset's. Raises BadConfig.
+    """
+    from projector.methods import make
+
+    planned = dict(PRESETS[preset].heads) if preset else {}
+    given = {**({"main": method} if method else {}), **heads_of(heads)}
+    planned = {"main": (DEFAULT_METHOD, {}), **planned, **{name: (named, {}) for name, named in given.items()}}
+    params = params_of(settings, planned)
+    return {name: make(named, {**some, **params[name]}) for name, (named, some) in planned.items()}
 
 
 def heads_of(words: Sequence[str]) -> dict[str, str]:
@@ -71,7 +100,7 @@ def heads_of(words: Sequence[str]) -> dict[str, str]:
     return chosen
 
 
-def params_of(words: Sequence[str], heads: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def params_of(words: Sequence[str], heads: Collection[str]) -> dict[str, dict[str, str]]:
     """Every head's parameters, from KEY=VALUE for main and HEAD.KEY=VALUE for any. Raises BadConfig."""
     params: dict[str, dict[str, str]] = {name: {} for name in heads}
     for word in words:

@@ -11,7 +11,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from daemon.cli.common import HomeArgument, HomeOption, find_home, settings_of
-from daemon.cli.init import heads_of, params_of
+from daemon.cli.init import heads_chosen, heads_of, params_of
 from daemon.errors import BadConfig
 from daemon.layout import Home
 from daemon.notation import called
@@ -94,13 +94,8 @@ def command(
 
 def _heads(method: str | None, heads: Sequence[str], settings: Sequence[str]) -> "Heads | None":
     """The heads of a new home; None, which stands for those of this one, where nothing is said of them."""
-    from projector.methods import make
-
-    if method is None and not heads and not settings:
-        return None
-    chosen = {"main": method or "opcm", **heads_of(heads)}
-    params = params_of(settings, chosen)
-    return {name: make(named, params[name]) for name, named in chosen.items()}
+    given = method is not None or heads or settings
+    return heads_chosen(None, method, heads, settings) if given else None
 
 
 def _called(head: str, plan: "Plan") -> str:
