@@ -25,6 +25,7 @@ from registry.statements import (
     called,
     columns,
     comes_from,
+    experts_in,
     fetch,
     insert_expert,
     insert_head,
@@ -174,6 +175,10 @@ class Reader:
         The next page is what came `after` the version of the last expert of this one.
         """
         return self._all(Expert, lineage_after(after, limit))
+
+    def experts_in(self, number: int, after: int = 0, limit: int | None = None) -> list[Expert]:
+        """The experts that version `number` of every head has, in the order of merging; pages as `lineage` has them."""
+        return self._all(Expert, experts_in(number, after, limit))
 
     def comes_from(self, head: str, number: int, ancestor: int) -> bool:
         """Whether a version of that head has what `ancestor` has: it is that one, or was made from it."""

@@ -25,7 +25,7 @@ from daemon.http.files import Entry, Published
 from daemon.http.finding import arrivals, merged
 from daemon.http.forwarded import Forwarded
 from daemon.http.hosts import HostCheck, Hosts
-from daemon.http.rows import base_row, expert_row, head_row, version_row
+from daemon.http.rows import base_row, data_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
 from daemon.http.uploads import UploadRoutes
 from daemon.http.views import Views
@@ -82,6 +82,7 @@ def create_app(
             Route("/v1/heads/{head}/latest/files/{name:path}", api.latest_file),
             Route("/v1/heads/{head}/versions", api.versions),
             Route("/v1/heads/{head}/versions/{n}", api.version),
+            Route("/v1/heads/{head}/versions/{n}/data", api.data),
             Route("/v1/heads/{head}/versions/{n}/files/{name:path}", api.file),
             Route("/v1/heads/{head}/versions/{n}/views/{expert}/files/{name:path}", api.view),
             Route("/v1/experts", api.experts),
@@ -202,6 +203,20 @@ class _Api:
             return unchanged
         manifest = self.published.manifest(head, row)
         return Response(manifest.raw, headers=immutable(row.manifest_sha256), media_type="application/json")
+
+    def data(self, request: Request) -> Response:
+        head = self.published.head(request.path_params["head"])
+        version = self.published.row(head, _number(request))
+        limit = _limit(request, PAGE_LIMIT)
+        rows = self.reader.experts_in(version.number, _query_number(request, "after", None, least=0) or 0, limit)
+        last = rows[-1].version if len(rows) == limit else None
+        body = {
+            "head": head.name,
+            "version": version.number,
+            "experts": [data_row(row) for row in rows],
+            "next": _next(request, limit, after=last) if last else None,
+        }
+        return JSONResponse(body, headers=NO_CACHE)
 
     def file(self, request: Request) -> Response:
         head = self.published.head(request.path_params["head"])

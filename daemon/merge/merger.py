@@ -26,6 +26,7 @@ from daemon.arrivals.blame import blaming
 from daemon.arrivals.filing import note_place, place
 from daemon.arrivals.identity import twin_of
 from daemon.arrivals.inbox import Drop, entry_id
+from daemon.arrivals.origin import origin_of
 from daemon.arrivals.recording import arrived, changed, refused
 from daemon.checkpoints.adapter_modules import read_config
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
@@ -118,6 +119,7 @@ class Merger:
                     with blaming(expert):
                         if not again:
                             check_arrival(expert, self._base.tensors.schema)
+                            origin_of(self._store, expert.about)
                         expert.check(self._base.tensors, base_config)
                         if not again:
                             check_modules(expert.folder, self._home.base)

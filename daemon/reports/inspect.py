@@ -10,6 +10,7 @@ from daemon.arrivals.admission import USUAL_EXPERTS, Oddity, check_norm, odditie
 from daemon.arrivals.arrival import check_arrival
 from daemon.arrivals.identity import twin_of
 from daemon.arrivals.inbox import check_finished
+from daemon.arrivals.origin import origin_of
 from daemon.checkpoints.adapter_modules import read_config
 from daemon.checkpoints.checkpoint import open_path
 from daemon.checkpoints.hints import hinting
@@ -54,6 +55,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
     ):
         own = tensor_parts(expert.tensors.schema) if expert.kind == "adapter" else expert.tensors.schema
         check_arrival(expert, base.tensors.schema)
+        origin_of(reader, expert.about)
         expert.check(base.tensors, read_config(home.base))
         check_modules(expert.folder, home.base)
         expert.digest_tensors()
