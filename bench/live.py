@@ -22,7 +22,7 @@ from daemon.demo.live import Live, daemon
 from daemon.home.founding import found
 from daemon.layout import Home
 from projector.methods import make
-from registry.store import Reader
+from registry.reader import Reader
 
 SETTINGS = "[retention]\nversions = 2\ngrace_seconds = 0\n"
 """Every arrival removes an old version, as it does in a daemon that has run for long; and the disk stays small."""

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.errors import RESUMABLE, BadConfig, Reason
+from daemon.requirements import Rule, parse
 from projector.errors import Reason as ProjectorReason
 from projector.names.naming import Naming, check_prefixes
 from projector.text import listed, shown
@@ -35,6 +36,7 @@ LIVE = (
     "inbox.scan_seconds",
     "retention.*",
     "admission.*",
+    "evaluate.*",
     "log.level",
 )
 """What a running daemon takes up; everything else is fixed when it starts."""
@@ -53,7 +55,14 @@ WANTED = {
 }
 """What a setting is, where the value is none of that."""
 
-EXAMPLES = {"ignore": '["head.*"]', "prefixes": '{"module.": ""}'}
+EXAMPLES = {
+    "ignore": '["head.*"]',
+    "prefixes": '{"module.": ""}',
+    "command": '["python", "score.py", "{folder}"]',
+    "environment": '{"HF_HOME": "/data"}',
+    "require": '["each >= live - 0.02"]',
+    "heads": '["main"]',
+}
 """Settings that are lists or tables, as JSON."""
 
 
@@ -196,6 +205,47 @@ class Admission(Section):
         return Naming(self.prefixes, self.ignore, lenient=self.lenient_names)
 
 
+class Evaluate(Section):
+    """How good a version is, and whether it goes live."""
+
+    command: tuple[str, ...] = Field((), description="scores the model in {folder}; none: nothing is scored")
+    timeout_seconds: float = Field(3600.0, gt=0, le=1e9, description="how long it may take")
+    environment: dict[str, SecretStr] = Field({}, description="what it finds in its environment: a TOML table")
+    concurrency: int = Field(1, ge=1, le=64, description="how many run at a time")
+    require: tuple[str, ...] = Field((), description="rules that a version keeps, or does not go live")
+    on_error: Literal["hold", "accept"] = Field("hold", description="what becomes of a version without scores")
+    heads: tuple[str, ...] = Field(("main",), description="heads that are scored")
+
+    @field_validator("command")
+    @classmethod
+    def _command(cls, command: tuple[str, ...]) -> tuple[str, ...]:
+        if command and not any("{folder}" in argument for argument in command):
+            raise ValueError("no argument has {folder} in it, which stands for the model that is to be scored")
+        if command and (not command[0] or "\0" in "".join(command)):
+            raise ValueError("its first word is the program, and no word has a NUL in it")
+        return command
+
+    @field_validator("environment")
+    @classmethod
+    def _environment(cls, environment: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        for name, value in environment.items():
+            if not name or "=" in name or "\0" in name + value.get_secret_value():
+                raise ValueError(f"a name is not empty and has no `=` in it, and nothing has a NUL in it: {name!r}")
+        return environment
+
+    @field_validator("require")
+    @classmethod
+    def _require(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        for rule in rules:
+            parse(rule)
+        return rules
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What `require` says."""
+        return tuple(map(parse, self.require))
+
+
 class Log(Section):
     """The log on standard error."""
 
@@ -222,6 +272,7 @@ class Settings(BaseSettings):
     publish: Publish = Publish()
     retention: Retention = Retention()
     admission: Admission = Admission()
+    evaluate: Evaluate = Evaluate()
     log: Log = Log()
     heads: dict[str, HeadSettings] = {}
 
@@ -320,15 +371,18 @@ def taking_effect(hint: str, then: str = "") -> str:
     return f"{hint}; once mainstem.toml says so, {how}{then and f', then {then}'}"
 
 
-def check_heads(settings: Mapping[str, HeadSettings], heads: Sequence[str]) -> None:
+def check_heads(settings: Settings, heads: Sequence[str]) -> None:
     """Raises BadConfig where the settings name a head that the home does not have."""
-    unknown = sorted(settings.keys() - set(heads))
-    if unknown:
-        raise BadConfig(
-            f"heads.{shown(unknown[0])} is set, but this home has no such head",
-            f"its heads are {listed(heads, most=20)}; `mainstem rebuild --head {shown(unknown[0])}=ema` adds it,"
-            " by ema or another of `mainstem methods`",
-        )
+    named = [(f"heads.{shown(name)} is set", name) for name in sorted(settings.heads)]
+    if settings.evaluate.command:
+        named += [(f"evaluate.heads names {shown(name)}", name) for name in settings.evaluate.heads]
+    for what, name in named:
+        if name not in heads:
+            raise BadConfig(
+                f"{what}, but this home has no such head",
+                f"its heads are {listed(heads, most=20)}; `mainstem rebuild --head {shown(name)}=ema` adds it,"
+                " by ema or another of `mainstem methods`",
+            )
 
 
 def _problem(error: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@
     ├── NotYet        an expert that is not complete, or changed while it was read: it stays in the inbox
     ├── Failed        an expert that could not be worked on, for now: it is tried again, and refused after some tries
     ├── NotUploaded   an upload over HTTP that is not taken, or not to its end: nothing of it is left
+    ├── NoScores      the evaluator failed: nobody knows how good a version is, which is no fault of its expert
     ├── BadHome       HOME is missing, in use, damaged or from another version
     └── BadConfig     a setting is unknown or outside its range
 
@@ -44,6 +45,7 @@ class Reason(StrEnum):
     CONFIG = "config"
     PULL = "pull"
     CONVERT = "convert"
+    EVALUATION = "evaluation"
     UPLOAD_NAME = "upload_name"
     UPLOAD_TAKEN = "upload_taken"
     UPLOAD_MISSING = "upload_missing"
@@ -81,6 +83,14 @@ class Failed(DaemonError):
 
 class NotUploaded(DaemonError):
     """An upload over HTTP is not taken, or not to its end."""
+
+
+class NoScores(DaemonError):
+    """The evaluator failed, took too long or gave no scores; `log` is the end of what it wrote."""
+
+    def __init__(self, detail: str, hint: str, log: bytes = b"") -> None:
+        super().__init__(Reason.EVALUATION, detail, hint)
+        self.log = log
 
 
 class BadHome(DaemonError):

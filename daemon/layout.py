@@ -15,6 +15,7 @@ HOME/
     heads/main/000012/state.safetensors
     heads/main/views/000012.safetensors      what the method keeps of the expert that version 12 folded
     uploads/               what is still being sent over HTTP
+    requests/              what commands ask of the running daemon
     tmp/
     rebuild-main/  without-000013/       homes in this home, while a rebuild is on its way
 """
@@ -100,6 +101,11 @@ class Home:
     def presence(self) -> Path:
         """What the running daemon says of itself."""
         return self.state / "daemon.json"
+
+    @property
+    def requests(self) -> Path:
+        """What commands ask of the running daemon, and its answers."""
+        return self.state / "requests"
 
     @property
     def attempts(self) -> Path:

@@ -9,13 +9,13 @@ from daemon.compute.progress import PHASES
 from daemon.errors import Reason
 from daemon.release import software_version
 from projector.errors import Reason as ProjectorReason
+from registry.reader import Reader
 from registry.records import Flag
-from registry.store import Reader
 
 UPLOADS = ("stored", "refused", "broken")
 OUTCOMES = ("merged", "duplicate", "quarantined", "requeued", "abandoned")
 NOT_OF_EXPERTS = {"unknown", "home", "config", "pull", "changed", "bad_parameter", "unknown_method", "over_budget"}
-NOT_OF_EXPERTS |= {"device_lost"}
+NOT_OF_EXPERTS |= {"device_lost", "evaluation"}
 NOT_OF_EXPERTS |= {"convert"} | {reason for reason in Reason if reason.startswith("upload_")}
 REASONS = tuple(dict.fromkeys(str(r) for r in (*Reason, *ProjectorReason) if r not in NOT_OF_EXPERTS))
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)

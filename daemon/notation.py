@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from daemon.errors import DaemonError, Reason
 
 if TYPE_CHECKING:
+    from registry.reader import Reader
     from registry.records import Version
-    from registry.store import Reader
 
 LATEST = "latest"
 _WORDS = re.compile(r"(?:(?P<head>[^\W\d]\w*)[/@:])?v?(?P<number>[0-9]{1,18}|latest)", re.ASCII)

@@ -44,7 +44,7 @@ class Reloading:
         self.asked = False
         try:
             wanted = self._read()
-            check_heads(wanted.heads, heads)
+            check_heads(wanted, heads)
             new = taken_up(now, wanted)
             adopt(new)
         except BadConfig as error:
@@ -92,7 +92,7 @@ def _values(settings: Settings) -> dict[str, Any]:
         for table, section in settings
         if table != "heads"
         for key, value in section
-        if isinstance(value, SecretStr)
+        if isinstance(value, SecretStr | dict)  # one that may have secrets in it
     }
     return settings.flat() | secrets
 

@@ -28,6 +28,8 @@ from daemon.home.health import Health, Trouble
 from daemon.home.presence import Presence
 from daemon.home.recovery import mark_clean, recover
 from daemon.http import Hosts, HttpServer, base_url, create_app
+from daemon.interventions.requests import Desk
+from daemon.interventions.withdrawing import withdraw_for
 from daemon.layout import Home
 from daemon.logs import configure
 from daemon.merge.lingering import Lingering
@@ -39,8 +41,9 @@ from daemon.versions.retention import collect
 from projector.errors import ProjectorError
 from projector.text import shown
 from registry.errors import Busy, DiskFull
+from registry.reader import Reader
 from registry.records import Expert, Status
-from registry.store import Reader, Store
+from registry.store import Store
 
 Display = Callable[[Drop], AbstractContextManager[Callable[[float], None]]]
 
@@ -107,7 +110,7 @@ class Service:
     def _start(self, closing: ExitStack, once: bool, http: bool) -> None:
         """Recovers, and drains the inbox until it is told to stop. Raises Abandoned where that came first."""
         store = closing.enter_context(Store.open(self._home.registry, self._wait_for_registry))
-        check_heads(self._settings.heads, [head.name for head in store.heads()])
+        check_heads(self._settings, [head.name for head in store.heads()])
         if http:
             self._serve(closing)
         self._recover(store, once)
@@ -122,6 +125,8 @@ class Service:
         self._metrics.show_heads(store)
         for head in store.heads():
             self._metrics.prepared.labels(head.name).set_function(partial(merger.preparations.share, head.name))
+        desk = Desk(self._home, store, self._wake.set, lambda _: self._metrics.show_heads(store))
+        closing.callback(desk.close)
         watching = Watching(self._home, self._wake, events=self._settings.inbox.watch != "poll")
         closing.callback(watching.close)
         self._look(watching)
@@ -129,7 +134,7 @@ class Service:
         self._presence.watches()
         self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
         with suppress(Abandoned):  # what is recorded is finished by the next start
-            self._drain_on(store, merger, progress, watching, once)
+            self._drain_on(store, merger, desk, progress, watching, once)
         mark_clean(self._home)
         self._log.info("stopped")
 
@@ -155,11 +160,13 @@ class Service:
         self._signalled.wait(DISK_FULL_WAIT_SECONDS)
         self._signalled.clear()
 
-    def _drain_on(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
+    def _drain_on(
+        self, store: Store, merger: Merger, desk: Desk, progress: Progress, watching: Watching, once: bool
+    ) -> None:
         """Drains, and goes on where descriptors or memory were short for a while."""
         while True:
             try:
-                return self._drain(store, merger, progress, watching, once)
+                return self._drain(store, merger, desk, progress, watching, once)
             except OSError as error:
                 if once or not durable.is_short(error):
                     raise
@@ -168,7 +175,9 @@ class Service:
                 self._stopping.wait(SHORTAGE_WAIT_SECONDS)
                 self._interrupted = True  # perhaps in the middle of a move
 
-    def _drain(self, store: Store, merger: Merger, progress: Progress, watching: Watching, once: bool) -> None:
+    def _drain(
+        self, store: Store, merger: Merger, desk: Desk, progress: Progress, watching: Watching, once: bool
+    ) -> None:
         assert self._attempts
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
         lingering = Lingering(self._home, store, merger)
@@ -177,8 +186,10 @@ class Service:
             self._wake.clear()
             if self._stopping.is_set():
                 return
+            desk.check()
             self._reload(store, merger, inbox)
             self._uploads.tend()
+            self._withdraw(store, merger, desk)
             if not self._inbox_is_there(watching, store, merger, inbox, once):
                 self._stopping.wait(self._settings.inbox.scan_seconds)
                 continue
@@ -202,7 +213,9 @@ class Service:
                 for drop in drops:
                     if self._stopping.is_set():
                         return
+                    desk.check()
                     self._reload(store, merger, inbox)
+                    self._withdraw(store, merger, desk)
                     waiting += not self._take(store, merger, progress, drop, lingering)
             except (OSError, DiskFull) as error:
                 self._make_room(error, store, merger, inbox, once)
@@ -218,6 +231,25 @@ class Service:
                 return_freed_memory()
                 continue  # with a new listing: what came meanwhile may have settled
             self._wake.wait(self._pause(lingering.soon(scan, waiting, self._settings.inbox)))
+
+    def _withdraw(self, store: Store, merger: Merger, desk: Desk) -> None:
+        """Takes experts out, where that was asked for. Raises Abandoned at a stop: the same command then goes on."""
+        while desk.waiting:
+            asked = desk.waiting.pop(0)
+            merger.preparations.discard()  # for the memory and the space
+            try:
+                lines = withdraw_for(self._home, store, self._settings, asked, self._stopping)
+            except (DaemonError, ProjectorError) as error:
+                asked.failed(error)
+            except (OSError, DiskFull) as error:
+                if not _is_full(error):
+                    raise
+                asked.failed(
+                    BadHome(f"the disk is full: {error}", "make room, then ask again: it goes on where it was")
+                )
+            else:
+                desk.tell(asked, lines)
+            merger.follow()
 
     def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
         """A question to be asked between two pieces of idle work: is there something else to do?

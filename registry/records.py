@@ -46,6 +46,27 @@ class Flag(StrEnum):
     BUFFER = "buffer"  # a buffer that nobody trains is another than the base's, which stays
 
 
+class RelativeTo(StrEnum):
+    """What a head's task vectors are taken against."""
+
+    BASE = "base"
+    TRAINED_FROM = "trained_from"  # the version that the expert's training began with, where it names one
+
+
+class Deed(StrEnum):
+    """What a person can do to a home."""
+
+    ROLLBACK = "rollback"
+    PROMOTE = "promote"
+    WITHDRAW = "withdraw"
+    BLOCK = "block"
+    UNBLOCK = "unblock"
+    PIN = "pin"
+    UNPIN = "unpin"
+    RETRY = "retry"
+    DISCARD = "discard"
+
+
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """The base every expert was fine-tuned from."""
@@ -59,13 +80,20 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """One line of merged models. `live` is the version that `latest` names, `newest` the highest ever committed."""
+    """One line of merged models. `live` is the version that `latest` names, `newest` the highest ever committed, which
+    the next one continues from.
+
+    frozen: why no later version becomes live by itself, after a rollback; else None. relative_to: what its task vectors
+    are taken against.
+    """
 
     name: str
     method: str
     params: Mapping[str, object]
     live: int
     newest: int
+    frozen: str | None = None
+    relative_to: RelativeTo = RelativeTo.BASE
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +121,9 @@ class NewExpert:
     naming: Mapping[str, Any] | None = None  # `prefixes` and `ignore` as it was read by; None where nobody noted them
     flags: tuple[Flag, ...] = ()
     content_sha256: str | None = None  # of what it does to the base, in whatever files; None where nobody worked it out
+    trained_head: str | None = None  # the version that its training began with, where its expert.json names one
+    trained_version: int | None = None
+    verdict: Mapping[str, Any] | None = None  # the gate's, with the scores, where it was rejected
 
     @property
     def weight(self) -> float:
@@ -109,7 +140,9 @@ class NewExpert:
 class Expert(NewExpert):
     """An expert as the registry keeps it. `place` is relative to HOME, None until it left the inbox.
 
-    version: the first that has it. withdrawn_in: the first after that which has it no more.
+    version: the first that has it. withdrawn_in: the first after that which has it no more. blocked: it does not come
+    back when the same weights arrive again. closed_at: since when nobody has to look after one that was refused.
+    evaluation: the one of the expert by itself.
     """
 
     id: int = 0
@@ -117,11 +150,17 @@ class Expert(NewExpert):
     finished_at: datetime | None = None
     place: str | None = None
     withdrawn_in: int | None = None
+    blocked: bool = False
+    closed_at: datetime | None = None
+    evaluation: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NewVersion:
-    """One head's new version, to be committed together with its expert."""
+    """One head's new version, to be committed together with its expert.
+
+    held: why it does not become live; else None. verdict: the gate's. evaluation: the one that it rests on.
+    """
 
     head: str
     number: int
@@ -131,12 +170,62 @@ class NewVersion:
     totals: Figures  # the method's scalars: part of the state
     figures: Figures  # what to report: lambda, norms, ...
     seconds: float | None = None
+    held: str | None = None
+    verdict: Mapping[str, Any] | None = None
+    evaluation: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Version(NewVersion):
-    """One head's version. `collected`: its files were removed by retention; the row stays."""
+    """One head's version. `collected`: its files were removed by retention; the row stays.
+
+    They stay where it is `pinned`, and where the training of so many merged experts began with it: `trained`.
+    """
 
     expert_id: int | None = None
     created_at: datetime | None = None
     collected: bool = False
+    pinned: bool = False
+    trained: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvaluation:
+    """What a command said of some weights. Both are known by their sha256: the same ones need no second evaluation."""
+
+    weights_sha256: str
+    command_sha256: str
+    scores: Scores
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation(NewEvaluation):
+    """An evaluation as the registry keeps it."""
+
+    id: int = 0
+    created_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewIntervention:
+    """What a person did to a home: to which head, version or experts, by whom (a user's name), and why, if said.
+
+    previous: the version that was live before.
+    """
+
+    deed: Deed
+    who: str
+    why: str | None = None
+    head: str | None = None
+    version: int | None = None
+    previous: int | None = None
+    experts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Intervention(NewIntervention):
+    """An intervention as the registry keeps it."""
+
+    id: int = 0
+    at: datetime | None = None

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -17,22 +17,37 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
-    text,
     type_coerce,
     union,
+    union_all,
     update,
 )
 
 from registry.errors import BadRecord, StaleHead
-from registry.records import BaseModel, Expert, Flag, Head, NewExpert, NewVersion, Status, Version
-from registry.tables import AnyText, ExpertRow, HeadRow, VersionRow
+from registry.records import (
+    BaseModel,
+    Evaluation,
+    Expert,
+    Flag,
+    Head,
+    Intervention,
+    NewExpert,
+    NewIntervention,
+    NewVersion,
+    Status,
+    Version,
+)
+from registry.tables import AnyText, ExpertRow, HeadRow, InterventionRow, VersionRow
 
-Record = TypeVar("Record", BaseModel, Head, Expert, Version)
+Record = TypeVar("Record", BaseModel, Head, Expert, Version, Evaluation, Intervention)
 
 # These in the words of the indexes: with bound values in them SQLite would not take the index.
 given_name = func.json_extract(ExpertRow.about, literal_column("'$.name'"), type_=AnyText())  # in its expert.json
 is_merged = ExpertRow.status == literal_column("'merged'")
+is_blocked = ExpertRow.blocked == literal_column("1")
+is_open = and_(ExpertRow.status == literal_column("'quarantined'"), ExpertRow.closed_at.is_(None))
 is_kept = VersionRow.collected == literal_column("0")
+is_unneeded = and_(is_kept, *(column == literal_column("0") for column in (VersionRow.pinned, VersionRow.trained)))
 _LAST = "\U0010ffff"  # behind every letter
 PROGRAM_HINT = "this is a fault in the program: please report it"
 
@@ -45,6 +60,13 @@ def merged_as(sha256: str) -> Select[Any]:
 def merged_content(content_sha256: str) -> Select[Any]:
     """The merged expert that does the same to the base, bit for bit, in whatever files."""
     return select(ExpertRow).where(ExpertRow.content_sha256 == content_sha256, is_merged)
+
+
+def blocked_as(sha256: str, content_sha256: str | None) -> Select[Any]:
+    """The newest expert with those bytes, or that does the same to the base, that may not come back."""
+    same = [ExpertRow.sha256 == sha256, ExpertRow.content_sha256 == content_sha256][: 2 if content_sha256 else 1]
+    ids = [select(ExpertRow.id).where(one, is_blocked) for one in same]
+    return select(ExpertRow).where(ExpertRow.id.in_(union_all(*ids))).order_by(ExpertRow.id.desc()).limit(1)
 
 
 def called(words: str) -> ColumnElement[bool]:
@@ -68,26 +90,6 @@ def experts_in(number: int, after: int, limit: int | None) -> Select[Any]:
     came = ExpertRow.version > after, ExpertRow.version <= number
     there = or_(ExpertRow.withdrawn_in.is_(None), ExpertRow.withdrawn_in > number)
     return select(ExpertRow).where(*came, there).order_by(ExpertRow.version).limit(limit)
-
-
-def comes_from(connection: Connection, head: str, number: int, ancestor: int) -> bool:
-    """Whether version `ancestor` is `number` itself or one of those it was made from.
-
-    Nearly every version was made from the one before; those that were not are few and have an index of their own. A
-    head that was added later begins with one version, made from version 0, in which all experts of that time are: it
-    counts as made from every one before it.
-    """
-    branched = select(VersionRow.number, VersionRow.parent, VersionRow.expert_id)
-    branched = branched.where(VersionRow.head == head, text("parent <> number - 1"))
-    at: int | None = number
-    while at and at >= ancestor:
-        branch = connection.execute(
-            branched.where(VersionRow.number <= at).order_by(VersionRow.number.desc()).limit(1)
-        ).first()
-        if branch is None or branch.number <= ancestor or (branch.parent == 0 and branch.expert_id is None):
-            return True
-        at = branch.parent
-    return False
 
 
 def _matches(glob: str) -> ColumnElement[bool]:
@@ -141,20 +143,46 @@ def require_one_each(heads: Sequence[Head], versions: Sequence[NewVersion]) -> N
         raise BadRecord(f"there must be one version, of the same number, for each of the heads {names}", PROGRAM_HINT)
 
 
-def advance(connection: Connection, version: NewVersion) -> None:
-    """Moves a head on to its new version. Raises StaleHead unless it stands where that one expects it."""
-    at_parent = HeadRow.name == version.head, HeadRow.live == version.parent, HeadRow.newest == version.number - 1
-    moved = connection.execute(update(HeadRow).where(*at_parent).values(live=version.number, newest=version.number))
-    if moved.rowcount != 1:
+def advance(connection: Connection, version: NewVersion, *, thaw: bool = False) -> NewVersion:
+    """Moves a head on to its new version, and returns that as it is to be kept: one that would become live is held
+    where the head is frozen. thaw: the head is frozen no more, and the version live in any case. Raises StaleHead
+    unless the head stands where the version expects it.
+    """
+    at_parent = HeadRow.name == version.head, HeadRow.newest == version.parent, HeadRow.newest == version.number - 1
+    frozen = connection.execute(select(HeadRow.frozen).where(HeadRow.name == version.head)).scalar()
+    kept = version if thaw or version.held else replace(version, held=frozen)
+    live = HeadRow.live if kept.held else version.number
+    moved = update(HeadRow).where(*at_parent).values(newest=version.number, live=live, frozen=None if thaw else frozen)
+    if connection.execute(moved).rowcount != 1:
         raise StaleHead(
             f"head {version.head} is no longer at version {version.parent}: version {version.number} cannot follow",
-            "fold the expert again, onto the version that is live now",
+            "fold the expert again, onto the version that is the newest now",
         )
+    return kept
+
+
+def turn(connection: Connection, head: str, number: int, frozen: str | None) -> int:
+    """Lets a version that is kept be the head's live one; returns the one that was live before. Raises BadRecord."""
+    there = select(VersionRow.number).where(VersionRow.head == head, VersionRow.number == number, is_kept)
+    before = connection.execute(select(HeadRow.live).where(HeadRow.name == head)).scalar()
+    if before is None or connection.execute(there).first() is None:
+        raise BadRecord(f"head {head} has no version {number} whose files are kept", "`mainstem log` lists versions")
+    connection.execute(update(HeadRow).where(HeadRow.name == head).values(live=number, frozen=frozen))
+    version = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
+    connection.execute(version.values(held=None))
+    return int(before)
+
+
+def insert_intervention(connection: Connection, intervention: NewIntervention, now: datetime) -> None:
+    """A row for what a person did."""
+    connection.execute(insert(InterventionRow).values(**columns(NewIntervention, intervention), at=now))
 
 
 def insert_expert(connection: Connection, expert: NewExpert, version: int | None, now: datetime) -> Expert:
     """A row for an arrival, and what became of it."""
-    row = insert(ExpertRow).values(**columns(NewExpert, expert), version=version, finished_at=now, place=None)
+    blocked = expert.status is Status.QUARANTINED and expert.verdict is not None
+    known = {"version": version, "finished_at": now, "place": None, "blocked": blocked}
+    row = insert(ExpertRow).values(**columns(NewExpert, expert), **known)
     key = connection.execute(row.returning(ExpertRow.id)).scalar_one()  # RETURNING can give an integer for a float
     return fetch(connection, Expert, select(ExpertRow).where(ExpertRow.id == key))[0]
 
@@ -166,11 +194,22 @@ def insert_head(connection: Connection, head: Head) -> None:
 
 
 def withdraw(connection: Connection, expert_ids: Sequence[int], number: int) -> None:
-    """Notes that these merged experts went with version `number`. Raises BadRecord where one of them is not merged."""
+    """Notes that these merged experts went with version `number`: they do not come back by themselves. Raises BadRecord
+    where one of them is not merged.
+    """
     rows = update(ExpertRow).where(ExpertRow.id.in_(expert_ids), ExpertRow.status == Status.MERGED)
-    gone = connection.execute(rows.values(status=Status.WITHDRAWN, withdrawn_in=number))
+    gone = connection.execute(rows.values(status=Status.WITHDRAWN, withdrawn_in=number, blocked=True))
+    count_trained(connection, expert_ids, -1)
     if gone.rowcount != len(expert_ids):
         raise BadRecord(f"of the experts {list(expert_ids)} only {gone.rowcount} are merged", PROGRAM_HINT)
+
+
+def count_trained(connection: Connection, expert_ids: Sequence[int], change: int) -> None:
+    """Notes at each version from which these experts were trained that so many more merged ones were."""
+    query = select(ExpertRow.trained_head, ExpertRow.trained_version).where(ExpertRow.id.in_(expert_ids))
+    for head, number in connection.execute(query.where(ExpertRow.trained_head.is_not(None))).all():
+        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
+        connection.execute(row.values(trained=VersionRow.trained + change))
 
 
 def insert_versions(
@@ -179,4 +218,5 @@ def insert_versions(
     """A row for each version; `expert_id` is the expert that they fold, None where they fold none."""
     for version in versions:
         row = columns(NewVersion, version)
-        connection.execute(insert(VersionRow).values(**row, expert_id=expert_id, created_at=now, collected=False))
+        kept = {"expert_id": expert_id, "created_at": now, "collected": False, "pinned": False, "trained": 0}
+        connection.execute(insert(VersionRow).values(**row, **kept))

@@ -1,234 +1,53 @@
-"""The registry as the daemon uses it, and the only place with transactions.
+"""The registry's one writer, which also answers what a `Reader` does; nobody else begins a transaction that writes.
 
-`Reader` answers questions, from any number of threads and processes. `Store` is the one writer; it answers the same
-questions. Every method is one transaction: it sees one state of the database, and changes it wholly or not at all.
-After `StorageFailed` a writer must be closed and not be asked again: only a new start tells what the disk holds.
+Every method is one transaction: it sees one state of the database, and changes it wholly or not at all. After
+`StorageFailed` a writer must be closed and not be asked again: only a new start tells what the disk holds.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from sqlalchemy import Connection, Engine, Select, column, insert, select, table, update
+from sqlalchemy import Connection, Update, insert, select, update
 
 from registry import migrations
-from registry.engine import APPLICATION_ID, REBUILD_HINT, check, connect, examine, reading, translated, writing
-from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, Damaged, WrongRevision
-from registry.records import BaseModel, Expert, Flag, Head, NewExpert, NewVersion, Status, Version
+from registry.engine import APPLICATION_ID, check, connect, examine, translated, writing
+from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy
+from registry.reader import Reader
+from registry.records import (
+    BaseModel,
+    Evaluation,
+    Expert,
+    Head,
+    NewEvaluation,
+    NewExpert,
+    NewIntervention,
+    NewVersion,
+    Status,
+)
 from registry.statements import (
     PROGRAM_HINT,
-    Record,
     advance,
-    called,
     columns,
-    comes_from,
-    experts_in,
+    count_trained,
     fetch,
     insert_expert,
     insert_head,
+    insert_intervention,
     insert_versions,
     is_kept,
-    is_merged,
-    lineage_after,
+    is_open,
+    is_unneeded,
     merged_as,
     merged_content,
-    newest_experts,
     require_one_each,
+    turn,
     withdraw,
 )
-from registry.tables import ExpertRow, HeadRow, HomeRow, TallyRow, VersionRow
-
-
-class Reader:
-    """Questions to a registry, read-only and safe to share between threads. Close it, or use it in `with`."""
-
-    def __init__(self, path: Path, engine: Engine) -> None:
-        self.path = path
-        self._engine = engine
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Opens the registry at `path`. Raises RegistryError when it is missing, not ours or not migrated.
-
-        A damaged page is met, as Damaged, by the question that needs it; `check` looks for all of them.
-        """
-        revision = examine(path)
-        migrations.refuse_unknown(path, revision)
-        if revision != migrations.newest():
-            raise WrongRevision(
-                f"{path}: its layout is {revision}, this mainstem reads {migrations.newest()}",
-                "start `mainstem run` on this home once: it upgrades the registry",
-            )
-        return cls(path, reading(path))
-
-    def close(self) -> None:
-        """Closes every connection."""
-        self._engine.dispose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def base(self) -> BaseModel:
-        """The base of this home."""
-        found = self._one(BaseModel, select(HomeRow))
-        if found is None:
-            raise Damaged(f"{self.path}: it names no base", REBUILD_HINT)
-        return found
-
-    def heads(self) -> list[Head]:
-        """All heads, in the order in which they were made."""
-        return self._all(Head, select(HeadRow).order_by(HeadRow.position))
-
-    def head(self, name: str) -> Head | None:
-        """The head of that name."""
-        return self._one(Head, select(HeadRow).where(HeadRow.name == name))
-
-    def version(self, head: str, number: int) -> Version | None:
-        """One version of one head; also one whose files were collected."""
-        return self._one(Version, select(VersionRow).where(VersionRow.head == head, VersionRow.number == number))
-
-    def versions(
-        self,
-        head: str,
-        limit: int | None = None,
-        newest_first: bool = True,
-        include_collected: bool = True,
-        before: int | None = None,
-    ) -> list[Version]:
-        """The versions of one head, `limit` of them at the most; only those with a number below `before`."""
-        query = select(VersionRow).where(VersionRow.head == head).limit(limit)
-        if not include_collected:
-            query = query.where(is_kept)
-        if before is not None:
-            query = query.where(VersionRow.number < before)
-        number = VersionRow.number
-        return self._all(Version, query.order_by(number.desc() if newest_first else number))
-
-    def expert(self, expert_id: int) -> Expert | None:
-        """The expert with that arrival id."""
-        return self._one(Expert, select(ExpertRow).where(ExpertRow.id == expert_id))
-
-    def experts(
-        self,
-        status: Status | None = None,
-        limit: int = 100,
-        before: int | None = None,
-        name: str | None = None,
-        flags: Collection[Flag] = (),
-    ) -> list[Expert]:
-        """The newest experts first. The next page is what lies `before` the last id of this one.
-
-        name: a glob (*, ?, [...]) that the name it was dropped by, or the one in its expert.json, must match.
-        flags: only those that have one of these, where any are given.
-        """
-        return self._all(Expert, newest_experts(status, limit, before, name, flags))
-
-    def find_experts(self, text: str, limit: int | None = None) -> list[Expert]:
-        """The expert with that id; if there is none, all with that sha256 prefix or exactly that name, newest first.
-
-        Its name is the one it was dropped by, or the one in its expert.json. limit: of more than so many come those
-        that were ever merged first.
-        """
-        # SQLite's integers end at 19 digits.
-        if text.isascii() and text.isdigit() and len(text) < 19 and (expert := self.expert(int(text))):
-            return [expert]
-        newest_first = ExpertRow.id.desc()
-        query = select(ExpertRow).where(called(text))
-        if limit is None:
-            return self._all(Expert, query.order_by(newest_first))
-        found = self._all(Expert, query.order_by(ExpertRow.version.is_(None), newest_first).limit(limit))
-        return sorted(found, key=lambda expert: -expert.id)
-
-    def last_expert_id(self) -> int:
-        """The highest id that an expert was ever given; 0 where none came yet."""
-        given: Select[Any] = (
-            select(column("seq")).select_from(table("sqlite_sequence")).where(column("name") == "experts")
-        )
-        with self._read() as connection:
-            return connection.execute(given).scalar() or 0
-
-    def merged(self, sha256: str) -> Expert | None:
-        """The merged expert with those bytes."""
-        return self._one(Expert, merged_as(sha256))
-
-    def merged_content(self, content_sha256: str) -> Expert | None:
-        """The merged expert that does the same to the base, in whatever files."""
-        return self._one(Expert, merged_content(content_sha256))
-
-    def without_content(self, least: float, most: float) -> list[Expert]:
-        """The merged experts of which nobody noted what they do to the base, with a norm in that range."""
-        unknown = is_merged, ExpertRow.content_sha256.is_(None)
-        query = select(ExpertRow).where(*unknown, ExpertRow.norm.between(least, most))
-        return self._all(Expert, query)
-
-    def lineage(self, after: int = 0, limit: int | None = None) -> list[Expert]:
-        """The experts that are in the merged models, in the order of merging.
-
-        The next page is what came `after` the version of the last expert of this one.
-        """
-        return self._all(Expert, lineage_after(after, limit))
-
-    def experts_in(self, number: int, after: int = 0, limit: int | None = None) -> list[Expert]:
-        """The experts that version `number` of every head has, in the order of merging; pages as `lineage` has them."""
-        return self._all(Expert, experts_in(number, after, limit))
-
-    def comes_from(self, head: str, number: int, ancestor: int) -> bool:
-        """Whether a version of that head has what `ancestor` has: it is that one, or was made from it."""
-        with self._read() as connection:
-            return comes_from(connection, head, number, ancestor)
-
-    def unplaced(self) -> list[Expert]:
-        """The experts whose file has not been moved out of the inbox for certain, oldest first."""
-        return self._all(Expert, select(ExpertRow).where(ExpertRow.place.is_(None)).order_by(ExpertRow.id))
-
-    def counts(self) -> dict[Status, int]:
-        """How many experts have each status; every status is there."""
-        with self._read() as connection:
-            found = {row.status: row.experts for row in connection.execute(select(TallyRow.status, TallyRow.experts))}
-        return {status: found.get(status, 0) for status in Status}
-
-    def merged_norms(self, limit: int | None = 1000) -> list[float]:
-        """The norms of the newest `limit` merged experts that have one, newest first; None takes all."""
-        norms = select(ExpertRow.norm).where(is_merged, ExpertRow.norm.is_not(None))
-        with self._read() as connection:
-            return list(connection.scalars(norms.order_by(ExpertRow.version.desc()).limit(limit)))
-
-    def check(self) -> None:
-        """Raises Damaged, and says why, when the file, a reference or a head's live version is not sound."""
-        with translated(self.path), closing(connect(self.path, "ro")) as raw:
-            check(raw, self.path)
-            raw.execute("BEGIN")  # somebody may be writing
-            told = dict(raw.execute("SELECT status, experts FROM tallies WHERE experts != 0"))
-            found = dict(raw.execute("SELECT status, count(*) FROM experts GROUP BY status"))
-        if told != found:
-            raise Damaged(f"{self.path}: it counts the experts as {told}, there are {found}", REBUILD_HINT)
-        there = VersionRow.head == HeadRow.name, VersionRow.number == HeadRow.live, VersionRow.collected.is_(False)
-        for head in self._all(Head, select(HeadRow).where(~select(VersionRow.head).where(*there).exists())):
-            raise Damaged(f"{self.path}: head {head.name} has lost its live version {head.live}", REBUILD_HINT)
-
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        with translated(self.path), self._engine.begin() as connection:
-            yield connection
-
-    def _all(self, kind: type[Record], query: Select[Any]) -> list[Record]:
-        with self._read() as connection:
-            try:
-                return fetch(connection, kind, query)
-            except (ValueError, TypeError, OverflowError) as error:  # a value that none of ours can be
-                raise Damaged(f"{self.path}: {error}", REBUILD_HINT) from error
-
-    def _one(self, kind: type[Record], query: Select[Any]) -> Record | None:
-        return next(iter(self._all(kind, query)), None)
-
+from registry.tables import EvaluationRow, ExpertRow, HeadRow, HomeRow, VersionRow
 
 Patience = Callable[[Busy | None], None]
 """Hears that another program holds the registry, as long as it does, and may raise to give up; None once it is over."""
@@ -291,9 +110,9 @@ class Store(Reader):
     def commit(self, expert: NewExpert, versions: Sequence[NewVersion]) -> Expert:
         """THE COMMIT POINT: the expert is merged, and every head is at its new version, when this returns.
 
-        `versions` holds one version for each head, all with the same number. Raises StaleHead unless every head's
-        live version is the new one's parent and its newest is one below; AlreadyMerged when these bytes or tensors are
-        in the lineage; BadRecord; or an error of the disk.
+        `versions` holds one version for each head, all with the same number. One becomes live unless it is held, or its
+        head frozen. Raises StaleHead unless every head's newest version is the new one's parent, and its number one
+        below; AlreadyMerged when these bytes or tensors are in the lineage; BadRecord; or an error of the disk.
         """
         if expert.status is not Status.MERGED or expert.sha256 is None:
             raise BadRecord(f"{expert.name}: only a merged expert with its sha256 can be committed", PROGRAM_HINT)
@@ -311,23 +130,81 @@ class Store(Reader):
                     f"{expert.name}: the same tensors were merged as expert {earlier.id} ({earlier.name})",
                     "nothing needs to be done: an expert counts once",
                 )
-            for version in versions:
-                advance(connection, version)
+            kept = [advance(connection, version) for version in versions]
             merged = insert_expert(connection, expert, versions[0].number, now)
-            insert_versions(connection, versions, merged.id, now)
+            insert_versions(connection, kept, merged.id, now)
+            count_trained(connection, [merged.id], 1)
+            connection.execute(update(ExpertRow).where(is_open, ExpertRow.name == expert.name).values(closed_at=now))
         return merged
 
-    def restate(self, versions: Sequence[NewVersion], withdrawn: Sequence[int] = ()) -> None:
-        """Every head is at a new version that folds no new expert, and those withdrawn are in none of them any more.
+    def restate(
+        self,
+        versions: Sequence[NewVersion],
+        withdrawn: Sequence[int] = (),
+        intervention: NewIntervention | None = None,
+    ) -> None:
+        """Every head is at a new version that folds no new expert, and live; those withdrawn are in none of them any
+        more, and blocked.
 
         THE COMMIT POINT of such a version. Raises as `commit` does, and BadRecord where an expert is not merged.
         """
+        now = datetime.now(UTC)
         with self._write() as connection:
             require_one_each(fetch(connection, Head, select(HeadRow)), versions)
-            for version in versions:
-                advance(connection, version)
-            insert_versions(connection, versions, None, datetime.now(UTC))
+            kept = [advance(connection, version, thaw=True) for version in versions]
+            insert_versions(connection, kept, None, now)
             withdraw(connection, withdrawn, versions[0].number)
+            if intervention:
+                insert_intervention(connection, replace(intervention, version=versions[0].number), now)
+
+    def turn(self, head: str, number: int, intervention: NewIntervention, frozen: str | None = None) -> Head:
+        """Another version of the head is live from here on; returns the head as it stands then.
+
+        frozen: why no later version becomes live by itself. Raises BadRecord where the version's files are not kept.
+        """
+        with self._write() as connection:
+            before = turn(connection, head, number, frozen)
+            insert_intervention(connection, replace(intervention, previous=before), datetime.now(UTC))
+            return fetch(connection, Head, select(HeadRow).where(HeadRow.name == head))[0]
+
+    def block(self, expert_ids: Sequence[int], blocked: bool, intervention: NewIntervention) -> None:
+        """These experts may not come back, or may again, when the same weights arrive."""
+        rows = update(ExpertRow).where(ExpertRow.id.in_(expert_ids))
+        self._intervene(rows.values(blocked=blocked), len(expert_ids), intervention)
+
+    def pin(self, head: str, number: int, pinned: bool, intervention: NewIntervention) -> None:
+        """The version's files stay, or may go by retention again. Raises BadRecord where they are not kept."""
+        rows = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number, is_kept)
+        self._intervene(rows.values(pinned=pinned), 1, intervention)
+
+    def close_case(self, expert_id: int, intervention: NewIntervention) -> None:
+        """Nobody has to look after that refused expert any more. Raises BadRecord where nobody had to."""
+        rows = update(ExpertRow).where(ExpertRow.id == expert_id, is_open)
+        self._intervene(rows.values(closed_at=datetime.now(UTC)), 1, intervention)
+
+    def _intervene(self, change: Update, rows: int, intervention: NewIntervention) -> None:
+        with self._write() as connection:
+            if (found := connection.execute(change).rowcount) != rows:
+                raise BadRecord(f"{intervention.deed}: {found} of {rows} rows are there", PROGRAM_HINT)
+            insert_intervention(connection, intervention, datetime.now(UTC))
+
+    def evaluate(self, evaluation: NewEvaluation) -> Evaluation:
+        """Keeps an evaluation."""
+        row = insert(EvaluationRow).values(**columns(NewEvaluation, evaluation), created_at=datetime.now(UTC))
+        with self._write() as connection:
+            key = connection.execute(row.returning(EvaluationRow.id)).scalar_one()
+            return fetch(connection, Evaluation, select(EvaluationRow).where(EvaluationRow.id == key))[0]
+
+    def judge_version(self, head: str, number: int, evaluation_id: int) -> None:
+        """Notes that this evaluation is the version's."""
+        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
+        with self._write() as connection:
+            connection.execute(row.values(evaluation=evaluation_id))
+
+    def judge_expert(self, expert_id: int, evaluation_id: int) -> None:
+        """Notes that this evaluation is that of the expert by itself."""
+        with self._write() as connection:
+            connection.execute(update(ExpertRow).where(ExpertRow.id == expert_id).values(evaluation=evaluation_id))
 
     def adopt(self, head: Head, versions: Sequence[NewVersion]) -> None:
         """A further head, with version 0 and the one it stands at. Raises BadRecord unless that is the others' newest.
@@ -363,12 +240,16 @@ class Store(Reader):
                 raise BadRecord(f"there is no expert {expert_id}", PROGRAM_HINT)
 
     def collected(self, head: str, number: int) -> None:
-        """Notes that the version's files were removed. Raises BadRecord for an unknown version or a live one."""
-        live = select(HeadRow.live).where(HeadRow.name == head).scalar_subquery()
-        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number, VersionRow.number != live)
+        """Notes that the version's files were removed. Raises BadRecord for an unknown version, one that is live or the
+        newest, and one that is pinned.
+        """
+        stays = select(HeadRow.live, HeadRow.newest).where(HeadRow.name == head)
+        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
         with self._write() as connection:
-            if connection.execute(row.values(collected=True)).rowcount != 1:
-                raise BadRecord(f"head {head} has no version {number}, or it is the live one", PROGRAM_HINT)
+            needed = connection.execute(stays).one_or_none() or ()
+            changed = row.where(is_unneeded).values(collected=True)
+            if number in needed or connection.execute(changed).rowcount != 1:
+                raise BadRecord(f"head {head} has no version {number} that may go", PROGRAM_HINT)
 
     def checkpoint(self) -> None:
         """Moves the whole write-ahead log into the database file, synced. Raises Busy when a reader is in the way."""

@@ -1,10 +1,12 @@
 """The tables. The columns that a record has carry the record's own field names, so that a row becomes one directly.
 
-    home        one row: the base
-    heads       the lines of merged models, and where each stands
-    experts     everything that ever arrived; `id` is the arrival number
-    versions    every version of every head; rows are never deleted, only marked as collected
-    tallies     how many experts have each status; triggers keep it
+    home           one row: the base
+    heads          the lines of merged models, and where each stands
+    experts        everything that ever arrived; `id` is the arrival number
+    versions       every version of every head; rows are never deleted, only marked as collected
+    evaluations    what a command said of some weights
+    interventions  what people did: rollbacks, promotions, blocks
+    tallies        how many experts have each status; triggers keep it
 
 Nothing that is asked at every poll, arrival or request may read more rows the more experts there are: each such
 question has an index here (`tests/registry/test_costs.py` counts). SQLite takes a partial index only where the query
@@ -15,8 +17,10 @@ What is written here must equal what the migrations build (a test compares them)
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any, ClassVar, cast
+from enum import StrEnum
+from typing import Any, ClassVar, TypeVar, cast
 
 from sqlalchemy import (
     DDL,
@@ -34,7 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from registry.records import Flag, Status
+from registry.records import Deed, Flag, RelativeTo, Score, Scores, Status
 
 
 class AnyText(TypeDecorator[str]):
@@ -77,17 +81,52 @@ class JsonObject(TypeDecorator[Mapping[str, Any]]):
         return None if value is None else cast(dict[str, Any], json.loads(value))
 
 
-class StatusText(TypeDecorator[Status]):
-    """A status as its word."""
+Word = TypeVar("Word", bound=StrEnum)
+
+
+class EnumText(TypeDecorator[Word]):
+    """One of a closed list of words, as that word."""
 
     impl = Text
     cache_ok = True
 
-    def process_bind_param(self, value: Status | None, dialect: Dialect) -> str | None:
-        return None if value is None else Status(value).value
+    def __init__(self, words: type[Word]) -> None:
+        super().__init__()
+        self.words = words
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Status | None:
-        return None if value is None else Status(value)
+    def process_bind_param(self, value: Word | None, dialect: Dialect) -> str | None:
+        return None if value is None else self.words(value).value
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Word | None:
+        return None if value is None else self.words(value)
+
+
+class ScoresText(TypeDecorator[Scores]):
+    """Scores by task, as a JSON object of objects. Every finite float comes back bit for bit."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Scores | None, dialect: Dialect) -> str | None:
+        if value is None:
+            return None
+        return json.dumps({task: asdict(score) for task, score in value.items()}, allow_nan=False)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Scores | None:
+        return None if value is None else {task: Score(**score) for task, score in json.loads(value).items()}
+
+
+class Numbers(TypeDecorator[tuple[int, ...]]):
+    """Whole numbers as a JSON list; NULL where there is none."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: tuple[int, ...] | None, dialect: Dialect) -> str | None:
+        return json.dumps(list(value)) if value else None
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[int, ...]:
+        return tuple(map(int, json.loads(value))) if value else ()
 
 
 class Flags(TypeDecorator[tuple[Flag, ...]]):
@@ -111,7 +150,11 @@ class Base(DeclarativeBase):
         float: Double,
         datetime: UtcTime,
         Mapping[str, Any]: JsonObject,
-        Status: StatusText,
+        Status: EnumText(Status),
+        RelativeTo: EnumText(RelativeTo),
+        Deed: EnumText(Deed),
+        Scores: ScoresText,
+        tuple[int, ...]: Numbers,
         tuple[Flag, ...]: Flags,
     }
 
@@ -142,6 +185,8 @@ class HeadRow(Base):
     params: Mapped[Mapping[str, Any]]
     live: Mapped[int]
     newest: Mapped[int]
+    frozen: Mapped[str | None]
+    relative_to: Mapped[RelativeTo] = mapped_column(server_default="base")
 
 
 class ExpertRow(Base):
@@ -171,6 +216,9 @@ class ExpertRow(Base):
         Index("experts_unplaced", "id", sqlite_where=text("place IS NULL")),
         Index("experts_lineage", "status", "version", "norm", sqlite_where=text("status = 'merged'")),
         Index("experts_flagged", "id", sqlite_where=text("flags IS NOT NULL")),
+        Index("experts_blocked", "sha256", sqlite_where=text("blocked = 1")),
+        Index("experts_blocked_content", "content_sha256", sqlite_where=text("blocked = 1")),
+        Index("experts_open", "id", sqlite_where=text("status = 'quarantined' AND closed_at IS NULL")),
         {"sqlite_autoincrement": True},
     )
 
@@ -196,6 +244,12 @@ class ExpertRow(Base):
     naming: Mapped[Mapping[str, Any] | None]
     content_sha256: Mapped[str | None]
     flags: Mapped[tuple[Flag, ...]] = mapped_column(nullable=True)
+    trained_head: Mapped[str | None]
+    trained_version: Mapped[int | None]
+    verdict: Mapped[Mapping[str, Any] | None]
+    blocked: Mapped[bool] = mapped_column(server_default=text("0"))
+    closed_at: Mapped[datetime | None]
+    evaluation: Mapped[int | None]
 
 
 class VersionRow(Base):
@@ -209,7 +263,13 @@ class VersionRow(Base):
             name="version_has_parent",
         ),
         Index("versions_kept", "head", "number", sqlite_where=text("collected = 0")),
-        Index("versions_branched", "head", "number", sqlite_where=text("parent <> number - 1")),
+        Index(
+            "versions_unneeded",
+            "head",
+            "number",
+            sqlite_where=text("collected = 0 AND pinned = 0 AND trained = 0"),
+        ),
+        Index("versions_held", "head", "number", sqlite_where=text("held IS NOT NULL")),
     )
 
     head: Mapped[str] = mapped_column(ForeignKey("heads.name"), primary_key=True)
@@ -223,6 +283,41 @@ class VersionRow(Base):
     seconds: Mapped[float | None]
     created_at: Mapped[datetime]
     collected: Mapped[bool]
+    held: Mapped[str | None]
+    verdict: Mapped[Mapping[str, Any] | None]
+    evaluation: Mapped[int | None]
+    pinned: Mapped[bool] = mapped_column(server_default=text("0"))
+    trained: Mapped[int] = mapped_column(server_default=text("0"))
+
+
+class EvaluationRow(Base):
+    """What a command said of some weights; both are known by their sha256."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (Index("evaluations_of_weights", "weights_sha256", "command_sha256"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    weights_sha256: Mapped[str]
+    command_sha256: Mapped[str]
+    scores: Mapped[Scores]
+    seconds: Mapped[float]
+    created_at: Mapped[datetime]
+
+
+class InterventionRow(Base):
+    """What a person did."""
+
+    __tablename__ = "interventions"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    deed: Mapped[Deed]
+    who: Mapped[str]
+    why: Mapped[str | None]
+    head: Mapped[str | None]
+    version: Mapped[int | None]
+    previous: Mapped[int | None]
+    experts: Mapped[tuple[int, ...]] = mapped_column(nullable=True)
+    at: Mapped[datetime]
 
 
 class TallyRow(Base):

@@ -7,18 +7,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from daemon.checkpoints.checkpoint import open_path
+from daemon.checkpoints.nesting import DEEPEST
 from daemon.disk import durable
 from daemon.errors import DaemonError
 from daemon.layout import Home
 from projector.errors import ProjectorError
 from projector.files.tensorfile import TensorReader
 from projector.watch import SILENT, Watch
+from registry.reader import Reader
 from registry.records import Expert, Status
-from registry.store import Reader
 
 Tensors = set[tuple[str, tuple[int, ...], str]]
 """Of each tensor its dtype, shape and sha256."""
-DEEPEST = 2  # folders below the one that was dropped: snapshots/REVISION/ (see daemon.checkpoints.nesting)
 
 
 def spare(home: Home, reader: Reader, expert: Expert, watch: Watch = SILENT) -> None:

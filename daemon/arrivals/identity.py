@@ -9,8 +9,9 @@ from daemon.layout import Home
 from projector.errors import ProjectorError
 from projector.files.source import Checkpoint
 from projector.watch import SILENT, Watch
+from registry.reader import Reader
 from registry.records import Expert
-from registry.store import Reader, Store
+from registry.store import Store
 
 SAME_NORM = 1e-9  # relative: float64 sums of the same numbers, in whatever order and on whatever device
 

@@ -3,8 +3,8 @@
 from daemon.checkpoints.expert_json import ABOUT, About
 from daemon.errors import Reason, Refused
 from daemon.notation import called
+from registry.reader import Reader
 from registry.records import Version
-from registry.store import Reader
 
 
 def origin_of(reader: Reader, about: About | None) -> Version | None:

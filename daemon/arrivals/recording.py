@@ -11,7 +11,7 @@ from daemon.layout import Home, number
 from projector.errors import ProjectorError
 from projector.errors import Reason as ProjectorReason
 from projector.text import NEW, shown
-from registry.records import UNKNOWN_KIND, NewExpert, Status
+from registry.records import UNKNOWN_KIND, Expert, NewExpert, Status
 
 ANEW = {
     *(Reason.PICKLE, Reason.LFS_POINTER, Reason.NOT_A_FILE, Reason.EQUALS_BASE),
@@ -37,6 +37,19 @@ def refused(
     if error.reason not in ANEW and not hint.endswith(back) and NEW not in error.hint:
         hint += f"; what is mended in quarantine/{number(expert_id)}/ goes back with {back}"
     return replace(expert, status=Status.QUARANTINED, reason=str(error.reason), detail=str(error), hint=hint)
+
+
+def once_blocked(expert: NewExpert, blocked: Expert) -> NewExpert:
+    """The expert as one that was here before, and may not come back."""
+    which = f"expert {blocked.id} ({blocked.name})"
+    what = "taken out of the merge" if blocked.status is Status.WITHDRAWN else "rejected, or blocked"
+    return replace(
+        expert,
+        status=Status.DUPLICATE,
+        duplicate_of=blocked.id,
+        detail=f"the same as {which}, which was {what}: it does not come back",
+        hint=f"where it is wanted after all, `mainstem unblock {blocked.id}`, then drop it again",
+    )
 
 
 def changed(drop: Drop) -> NotYet:

@@ -39,8 +39,8 @@ from projector.errors import Reason as ProjectorReason
 from projector.files.header import MAX_HEADER_BYTES, PREFIX_BYTES
 from projector.files.source import Checkpoint, identity
 from projector.files.tensorfile import RunningDigest, TensorReader
+from projector.lora.adapter_fitting import fitted_adapter
 from projector.lora.expert import LoraExpert
-from projector.lora.fitting import fitted_adapter
 from projector.lora.targets import Targets
 from projector.matching.fitting import fitted
 from projector.matching.matching import matched

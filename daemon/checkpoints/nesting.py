@@ -24,6 +24,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 TRAINER_STATE = "trainer_state.json"
 MAX_STATE_BYTES = 64 << 20
 SNAPSHOTS, REFS = "snapshots", "refs"
+DEEPEST = 2  # how many folders below the one that was dropped: snapshots/REVISION
 OF_A_MODEL = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 NOT_OF_A_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")  # a Trainer's, in its folder too
 

@@ -11,6 +11,7 @@ import sys
 import typer
 
 from daemon.cli import (
+    block,
     compare,
     config,
     convert,
@@ -19,18 +20,27 @@ from daemon.cli import (
     inspect,
     log,
     methods,
+    pin,
+    promote,
     pull,
+    quarantine,
     rebuild,
+    rollback,
     run,
     serve,
     show,
     status,
+    unblock,
+    unpin,
     verify,
 )
 from daemon.cli.common import complain
 from daemon.cli.logged import KNOWN, SAFE
 
-VERBS = (init, run, serve, status, log, show, compare, inspect, verify, methods, convert, pull, rebuild, demo)
+VERBS = (
+    *(init, run, serve, status, log, show, compare, inspect, verify, methods, convert, pull, rebuild, demo),
+    *(rollback, promote, pin, unpin, block, unblock),
+)
 
 app = typer.Typer(
     name="mainstem",
@@ -43,6 +53,7 @@ app = typer.Typer(
 for command in VERBS:
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(config.app, name="config")
+app.add_typer(quarantine.app, name="quarantine")
 
 
 @app.callback(invoke_without_command=True)

@@ -18,7 +18,7 @@ from daemon.layout import Home
 
 if TYPE_CHECKING:
     from daemon.config import Settings
-    from registry.store import Reader
+    from registry.reader import Reader
 
 
 HomeArgument = Annotated[
@@ -61,7 +61,7 @@ def find_home(argument: Path | None, option: Path | None) -> Home:
 
 def open_reader(argument: Path | None, option: Path | None) -> tuple[Home, "Reader"]:
     """The home and its registry, read-only."""
-    from registry.store import Reader
+    from registry.reader import Reader
 
     home = find_home(argument, option)
     return home, Reader.open(home.registry)

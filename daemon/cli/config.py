@@ -47,7 +47,7 @@ def show(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption =
 def _heads(home: Home) -> list["Head"] | None:
     """The home's heads; None where its registry cannot be read now, which the settings have nothing to do with."""
     from registry.errors import RegistryError
-    from registry.store import Reader
+    from registry.reader import Reader
 
     try:
         with Reader.open(home.registry) as reader:
@@ -77,7 +77,7 @@ def check(at: HomeArgument = None, home: HomeOption = None) -> None:
     where, reader = open_reader(at, home)
     with reader:
         settings = settings_of(where)
-        check_heads(settings.heads, [head.name for head in reader.heads()])
+        check_heads(settings, [head.name for head in reader.heads()])
         write_token(where, settings.http)
         if settings.compute.device.startswith("cuda"):
             from daemon.compute.resources import cuda_device  # it brings torch
@@ -85,4 +85,6 @@ def check(at: HomeArgument = None, home: HomeOption = None) -> None:
             cuda_device(settings.compute.device)
     if unknown := strangers():
         complain(f"{', '.join(unknown)} in the environment: no setting is called so", "docs/settings.md has them all")
+    for rule in settings.evaluate.rules:
+        typer.echo(f"{rule.text}: {rule.meaning()}")
     typer.echo(f"{where.config} is fine")

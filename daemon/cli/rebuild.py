@@ -15,6 +15,7 @@ from daemon.cli.init import heads_chosen, heads_of, params_of
 from daemon.errors import BadConfig
 from daemon.layout import Home
 from daemon.notation import called
+from registry.records import Deed
 
 if TYPE_CHECKING:
     from daemon.rebuild.plan import Plan
@@ -49,13 +50,15 @@ def command(
     replay: Annotated[
         bool, typer.Option("--replay", help="With --without: merge the others again where one could subtract, too.")
     ] = False,
+    reason: Annotated[str | None, typer.Option("--reason", help="With --without: why; kept with who and when.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it may take.")
     ] = False,
 ) -> None:
     """Merge the archive again: into a new home (--into), as a new head (--head), or --without some of its experts.
 
-    Cut short, it goes on where it was when it is called again. Only --into runs beside the daemon.
+    Cut short, it goes on where it was when it is called again. With --head the daemon must be stopped; --without is
+    done by the daemon where one runs, between two experts.
     """
     from daemon.rebuild import commands
     from projector.methods import make
@@ -63,7 +66,7 @@ def command(
     where, gone = find_home(at, home), without or []
     if replay and (target is not None or not gone):
         raise BadConfig("--replay is for --without", "everything else is replayed in any case")
-    with _console() as to:
+    with console() as to:
         if target is not None:
             new = Home(target.resolve())
             in_force = settings_of(new if new.config.exists() else where)
@@ -85,11 +88,36 @@ def command(
         elif gone:
             if method or settings:
                 raise BadConfig("--without keeps every head's method", "give --into for a home with other methods")
-            plan = commands.withdraw(where, settings_of(where), gone, to, always_replay=replay, dry=dry_run)
-            done = "\n".join(f"{_called(head, plan)}: {how}" for head, how in plan.how.items())
+            take_out(where, gone, to, reason=reason, replay=replay, dry=dry_run)
+            return
         else:
             raise BadConfig("there is nothing to rebuild", "give --into, --head or --without; see --help")
     typer.echo(_planned(plan) if dry_run else done)
+
+
+def take_out(
+    where: Home, words: Sequence[str], to: "Console", *, reason: str | None, replay: bool = False, dry: bool = False
+) -> None:
+    """Takes these merged experts out of every head, by the daemon where one runs, and says how."""
+    from daemon.interventions.deeds import Request, whoever
+    from daemon.interventions.requests import ask
+    from daemon.rebuild.commands import described, plan_withdrawal, withdraw
+    from daemon.rebuild.replay import merged_experts
+    from registry.reader import Reader
+
+    with Reader.open(where.registry) as reader:
+        gone = merged_experts(reader, words)
+        if dry:
+            typer.echo(_planned(plan_withdrawal(where, reader, gone, to, replay=replay)))
+            return
+    experts = tuple(expert.id for expert in gone)
+    request = Request(Deed.WITHDRAW, whoever(), reason, experts=experts, replay=replay)
+
+    def alone() -> list[str]:
+        deed = request.intervention
+        return described(withdraw(where, settings_of(where), gone, to, deed, replay=replay))
+
+    typer.echo("\n".join(ask(where, request, alone, to.say)))
 
 
 def _heads(method: str | None, heads: Sequence[str], settings: Sequence[str]) -> "Heads | None":
@@ -110,7 +138,7 @@ def _planned(plan: "Plan") -> str:
 
 
 @contextmanager
-def _console() -> Iterator["Console"]:
+def console() -> Iterator["Console"]:
     """A progress bar for a terminal, otherwise a line for every expert; on standard error."""
     from daemon.rebuild.replay import Console
 

@@ -11,7 +11,7 @@ from daemon.cli.logged import logged
 from daemon.layout import Home
 
 if TYPE_CHECKING:
-    from registry.store import Reader
+    from registry.reader import Reader
 
 
 def command(

@@ -1,8 +1,10 @@
-"""What there is to compute with, and how far it is.
+"""What there is to compute with, how far it is, and other programs that compute.
 
     resources.py  what the settings of [compute] mean on this machine
     memory.py     keeps the resident size near what is in use
     progress.py   watches the driver: how far, how long, and whether to stop
+    processes.py  other programs, started and ended
+    leash.py      the process that ends them when ours has ended
 
 Decides where and how wide; never what is computed.
 """

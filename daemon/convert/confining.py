@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from time import monotonic
 from typing import Any
 
+from daemon.compute.processes import bare_environment, end, python, signal_name
 from daemon.errors import Reason, Refused
 from projector.errors import Reason as ProjectorReason
 from projector.text import shown
@@ -30,7 +30,6 @@ GRACE_SECONDS = 5  # by which the limit on processor time lies beyond the one on
 MOST_LINE_BYTES = 64 << 20
 MOST_WORDS = 4000  # characters of a refusal
 READ_BYTES = 1 << 16
-KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME")  # without which some Pythons do not start
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def unpickle(source: int, target: int, options: Options, tell: Callable[[int, in
     }
     deadline = monotonic() + seconds
     process = subprocess.Popen(
-        [sys.executable, "-P", "-B", "-m", PROCESS, json.dumps(job)],
+        python("-m", PROCESS, json.dumps(job)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -111,18 +110,14 @@ def unpickle(source: int, target: int, options: Options, tell: Callable[[int, in
             Reason.CONVERT, f"it took longer than {seconds:.6g} s and was stopped", "give it more with --timeout"
         ) from None
     finally:
-        if process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end(process)
         process.stdout.close()
 
 
 def _environment() -> dict[str, str]:
     """What Python needs to find the same packages, and nothing of ours besides."""
-    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # noqa: PTH100 - "" is the current folder
-    return {**kept, "PYTHONPATH": path, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**bare_environment(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _listen(fd: int, deadline: float, tell: Callable[[int, int], None]) -> Told | str:
@@ -205,14 +200,10 @@ def _died(status: int, last: str) -> Refused:
     if status == -signal.SIGKILL:
         what = "the process that read it was killed: the machine's memory may have run out"
     elif status < 0:
-        what = f"the process that read it was ended by {_signal(-status)}: the file may be hostile"
+        what = f"the process that read it was ended by {signal_name(-status)}: the file may be hostile"
     else:
         what = f"the process that read it failed (exit status {status}): {shown(last)}"
     return Refused(Reason.CONVERT, what, "convert it where there is more memory, or give it more with --memory")
-
-
-def _signal(number: int) -> str:
-    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _babble() -> Refused:

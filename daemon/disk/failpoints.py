@@ -26,6 +26,8 @@ POINTS = (
     "link.swap",
     "latest.half",
     "latest.after",
+    "turn.after",
+    "case.moved",
     "archive.before",
     "archive.after",
     "remove",

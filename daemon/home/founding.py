@@ -17,10 +17,11 @@ from daemon.config import Compute
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
 from daemon.layout import CARD, MANIFEST, Home
+from daemon.manifest import FileEntry, manifest
 from daemon.versions.card import Card, render
+from daemon.versions.checking import entry, names_below
 from daemon.versions.companions import Companions, companions
 from daemon.versions.latest import point_latest
-from daemon.versions.manifest import FileEntry, entry, manifest, names_below
 from daemon.versions.modules import check_pickled
 from daemon.versions.sealing import copy_files, read_about_base, sync_folders
 from projector.driver.measure import count_finite

@@ -4,11 +4,9 @@ Both are ours alone, and still both are looked at with every expert: a file that
 where its stamp has changed.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -24,9 +22,10 @@ from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, NotYet, Reason
 from daemon.home.restoring import again
 from daemon.layout import CARD, STATE_FILE, Home, is_weights
+from daemon.manifest import FileEntry, Manifest
+from daemon.versions.checking import HASH_BYTES, entry, names_below
 from daemon.versions.companions import companions
-from daemon.versions.heads import LiveHead
-from daemon.versions.manifest import HASH_BYTES, FileEntry, entry, names_below
+from daemon.versions.heads import HeadTip
 from projector.driver.steps import state_specs
 from projector.errors import BadFile, ProjectorError
 from projector.files.source import Checkpoint, identity
@@ -34,8 +33,8 @@ from projector.files.tensorfile import RunningDigest, TensorReader
 from projector.spec import Schema
 from projector.text import shown
 from projector.watch import SILENT, Watch
+from registry.reader import Reader
 from registry.records import Version
-from registry.store import Reader
 
 
 class Base:
@@ -178,24 +177,24 @@ class States:
         self._sound: dict[Path, tuple[str, Stamp]] = {}  # the manifest's sha256 and the file's stamp
         self._reading: list[_Reading] = []
 
-    def check(self, heads: Sequence[LiveHead], base: Schema) -> None:
+    def check(self, heads: Sequence[HeadTip], base: Schema) -> None:
         """Raises BadHome where a head cannot go on from its live version's state, as far as its header tells."""
-        for live in heads:
-            if live.totals.experts:
+        for tip in heads:
+            if tip.totals.experts:
                 with ExitStack() as files:
-                    self._opened(live, base, files)
+                    self._opened(tip, base, files)
 
-    def open(self, live: LiveHead, base: Schema, files: ExitStack) -> TensorReader:
+    def open(self, tip: HeadTip, base: Schema, files: ExitStack) -> TensorReader:
         """The accumulators of a head's live version, until `files` closes. Raises BadHome."""
-        path, fd, now, reader = self._opened(live, base, files)
-        known = self._sound.get(path) == (live.version.manifest_sha256, now)
+        path, fd, now, reader = self._opened(tip, base, files)
+        known = self._sound.get(path) == (tip.version.manifest_sha256, now)
         hashing = None if known else files.enter_context(_Hashing(fd, now[2], self._watch))
-        self._reading.append(_Reading(path, fd, now, live.version, hashing))
+        self._reading.append(_Reading(path, fd, now, tip.version, hashing))
         files.callback(self._reading.clear)
         return reader
 
-    def _opened(self, live: LiveHead, base: Schema, files: ExitStack) -> tuple[Path, int, Stamp, TensorReader]:
-        path = self._home.head_state(live.head.name, live.version.number) / STATE_FILE
+    def _opened(self, tip: HeadTip, base: Schema, files: ExitStack) -> tuple[Path, int, Stamp, TensorReader]:
+        path = self._home.head_state(tip.head.name, tip.version.number) / STATE_FILE
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             files.callback(os.close, fd)
@@ -205,7 +204,7 @@ class States:
             raise _bad_state(self._home, path, "it is gone") from None
         except BadFile as error:
             raise _bad_state(self._home, path, str(error)) from error
-        lacking = [spec.name for spec in state_specs(live.method, base) if spec.name not in reader.specs]
+        lacking = [spec.name for spec in state_specs(tip.method, base) if spec.name not in reader.specs]
         if lacking:
             raise BadHome(
                 f"{path.relative_to(self._home.root)} has no {shown(lacking[0])}: an earlier mainstem merged it"
@@ -229,6 +228,27 @@ class States:
         written."""
         paths = {self._home.head_state(head, n) / STATE_FILE: sha256 for head, n, sha256 in versions}
         self._sound = {path: (sha256, stamp(path.stat())) for path, sha256 in paths.items()}
+
+
+@contextmanager
+def sound_ground(base: Base, states: States, confirm: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """What is read in the block is the base and each head's own state, or it raises; `confirm` may look at more.
+
+    Whatever the block raises of an expert may be the fault of ours: that is looked at first.
+    """
+
+    def confirm_all() -> None:
+        base.confirm()
+        states.confirm()
+        confirm()
+
+    base.check()
+    try:
+        yield
+    except (ProjectorError, RuntimeError):  # torch's, where the arithmetic fails
+        confirm_all()
+        raise
+    confirm_all()
 
 
 class _Hashing:
@@ -292,23 +312,22 @@ def _listed(home: Home, reader: Reader) -> Mapping[str, FileEntry]:
     """The files that version 0 has of the base, from the first manifest of it that is the registry's."""
     for head in reader.heads():
         version = reader.version(head.name, 0)
-        if version and (content := _manifest(home, version)) is not None:
-            return {file["name"]: FileEntry(**file) for file in content["files"] if file["name"] != CARD}
+        if version and (manifest := _manifest(home, version)):
+            return {name: file for name, file in manifest.files.items() if name != CARD}
     return {}
 
 
 def _state_sha256(home: Home, version: Version) -> str | None:
-    content = _manifest(home, version)
-    return content["state"]["sha256"] if content and content["state"] else None
+    manifest = _manifest(home, version)
+    return manifest.state.sha256 if manifest and manifest.state else None
 
 
-def _manifest(home: Home, version: Version) -> dict | None:  # type: ignore[type-arg]
+def _manifest(home: Home, version: Version) -> Manifest | None:
     """A version's manifest; None where it is not the one that the registry knows."""
     try:
-        text = home.manifest(version.head, version.number).read_bytes()
-    except OSError:
+        return Manifest.read(home.manifest(version.head, version.number).read_bytes(), version.manifest_sha256)
+    except (OSError, ValueError):
         return None
-    return json.loads(text) if hashlib.sha256(text).hexdigest() == version.manifest_sha256 else None
 
 
 def _bad_state(home: Home, path: Path, why: str) -> BadHome:

@@ -3,8 +3,6 @@
 The daemon notes what only it knows (`Health.note`); all else is looked for, from inside it and from beside it alike.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import stat
@@ -18,11 +16,12 @@ from daemon.arrivals.receiving import RESERVE_BYTES
 from daemon.arrivals.stuck import stays_hint
 from daemon.disk import durable
 from daemon.layout import MANIFEST, Home
+from daemon.manifest import Manifest
 from daemon.notation import called
 from projector.text import listed
 from registry.errors import Busy, RegistryError
+from registry.reader import Reader
 from registry.records import Head, Status
-from registry.store import Reader
 
 STUCK = timedelta(seconds=10)  # what is decided is moved out of the inbox at once
 
@@ -106,7 +105,7 @@ class Health:
         folder = self._home.version(head.name, head.live)
         try:
             sizes = _sizes(folder, manifest_sha256)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             return [MANIFEST]
         return [name for name, size in sizes.items() if _size(folder / name) != size]
 
@@ -129,11 +128,10 @@ def _size(path: Path) -> int | None:
 def _sizes(folder: Path, manifest_sha256: str) -> Mapping[str, int]:
     """The size of each file of a version in bytes, its manifest among them.
 
-    OSError, ValueError, KeyError or TypeError where the manifest is damaged.
+    OSError or ValueError where the manifest is damaged.
     """
     fd = os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(fd, "rb") as file:
         raw = file.read()
-    if hashlib.sha256(raw).hexdigest() != manifest_sha256:
-        raise ValueError("the manifest is not the one that was committed")
-    return {MANIFEST: len(raw)} | {str(file["name"]): int(file["size"]) for file in json.loads(raw)["files"]}
+    files = Manifest.read(raw, manifest_sha256).files
+    return {MANIFEST: len(raw)} | {name: file.size for name, file in files.items()}

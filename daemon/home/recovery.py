@@ -1,7 +1,7 @@
 """Brings a home back to where its registry says it is. Runs at every start; running it twice equals running it once.
 
-Whatever was not committed is removed, whatever was committed is finished. A live version whose files are damaged stops
-the start: going back is the person's decision, never ours.
+Whatever was not committed is removed, whatever was committed is finished. A version whose files are damaged stops the
+start where it is live, or the newest: going back is the person's decision, never ours.
 """
 
 import os
@@ -18,8 +18,8 @@ from daemon.home.restoring import restoring
 from daemon.home.uncommitted import leftovers, refuse_ahead, temporaries
 from daemon.layout import Home, is_head_name
 from daemon.notation import called
-from daemon.versions.latest import PLAIN, point_latest
-from daemon.versions.manifest import problems
+from daemon.versions.checking import problems
+from daemon.versions.latest import PLAIN, follow_live
 from daemon.versions.retention import finish, remove_whole
 from projector.watch import SILENT, Watch
 from registry.errors import Busy
@@ -38,7 +38,7 @@ UNFINISHED = (
 
 def recover(home: Home, store: Store, say: Callable[..., object], watch: Watch = SILENT) -> None:
     """Makes the home sound. `say(event, **fields)` hears what was done, `watch` of the bytes that are read: it may
-    raise, to leave the rest to the next start. Raises BadHome where a live version is damaged.
+    raise, to leave the rest to the next start. Raises BadHome where a version that is read is damaged.
     """
     hit("recover.begin")
     _check_file_system(home)
@@ -51,7 +51,7 @@ def recover(home: Home, store: Store, say: Callable[..., object], watch: Watch =
     if unclean:
         say("the last stop was not clean: hashing the live versions")
     refuse_ahead(home, store)
-    _check_live(home, store, hashes=unclean, read=watch.advance)
+    _check_read(home, store, hashes=unclean, read=watch.advance)
     durable.remove(home.clean)
     durable.sync_folder(home.state)
     for path in [*leftovers(home, store), *_strays(home, store)]:
@@ -66,8 +66,7 @@ def recover(home: Home, store: Store, say: Callable[..., object], watch: Watch =
             durable.remove(home.old_uploads)
     _separate_base(home, store, say, watch)
     finish(home, store)
-    for head in store.heads():
-        point_latest(home, head)
+    follow_live(home, store)
     hit("recover.swept")
     place_all(home, store, watch)
     hit("recover.end")
@@ -101,16 +100,17 @@ def _check_file_system(home: Home) -> None:
             )
 
 
-def _check_live(home: Home, store: Store, *, hashes: bool, read: Callable[[int], object]) -> None:
-    for head in store.heads():
-        version = store.version(head.name, head.live)
+def _check_read(home: Home, store: Store, *, hashes: bool, read: Callable[[int], object]) -> None:
+    """What is read: each head's live version, and its newest, which the next one continues from."""
+    for head, n in [(one, n) for one in store.heads() for n in sorted({one.live, one.newest})]:
+        version = store.version(head.name, n)
         if version is None:
-            found, hint = [f"{called(head.name, head.live)} is not in the registry"], "restore the home from a backup"
-        elif found := problems(home, version, hashes=hashes, extras=False, read=read):
+            found, hint = [f"{called(head.name, n)} is not in the registry"], "restore the home from a backup"
+        elif found := problems(home, version, hashes=hashes, extras=False, state=n == head.newest, read=read):
             hint = restoring(home, version, found, read)
         if found:
             raise BadHome(
-                f"{called(head.name, head.live)} is damaged: {'; '.join(found)}",
+                f"{called(head.name, n)} is damaged: {'; '.join(found)}",
                 f"{hint}; `mainstem verify` lists everything that differs",
             )
 

@@ -1,19 +1,19 @@
 """How a person puts back what was edited or lost of a published version."""
 
-import json
 from collections.abc import Callable, Sequence
 from shlex import quote
 
 from daemon.layout import Home
+from daemon.manifest import Manifest
 from daemon.notation import called
-from daemon.versions.manifest import entry, names_below
+from daemon.versions.checking import entry, names_below
 from registry.records import Version
 
 
 def restoring(
     home: Home, version: Version, problems: Sequence[str], read: Callable[[int], object] = lambda _: None
 ) -> str:
-    """The hint for what `generations.problems` found: the very commands for files of version 0 that state/base has too,
+    """The hint for what `checking.problems` found: the very commands for files of version 0 that state/base has too,
     where those are sound; else where a copy may be had. `read` hears of the bytes that are hashed.
     """
     folder = home.version(version.head, version.number)
@@ -43,9 +43,8 @@ def again(home: Home) -> str:
 
 def _is_copy(home: Home, version: Version, name: str, read: Callable[[int], object]) -> bool:
     """Whether the base's file is what the version's manifest, which was found sound, says of its own."""
-    files = json.loads(home.manifest(version.head, version.number).read_bytes())["files"]
-    wanted = next((file["sha256"] for file in files if file["name"] == name), None)
+    wanted = Manifest.read(home.manifest(version.head, version.number).read_bytes()).files.get(name)
     try:
-        return wanted == entry(home.base / name, read=read).sha256
+        return wanted is not None and wanted.sha256 == entry(home.base / name, read=read).sha256
     except OSError:
         return False

@@ -1,11 +1,10 @@
 """What lies in a home beyond its registry: what a crash of ours may leave, and what only an older registry explains.
 
-A crash leaves the next version of each head at the most, whole and with a manifest that follows the live one, and no
+A crash leaves the next version of each head at the most, whole and with a manifest that follows the newest one, and no
 folder of an expert that has no row: rows come first. Anything else was there before the registry, which was then
 restored from a backup, or a person put it there. It is never removed.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -13,11 +12,12 @@ from pathlib import Path
 from daemon.errors import BadHome
 from daemon.home.restoring import again
 from daemon.layout import MANIFEST, PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home, number
+from daemon.manifest import Manifest
 from daemon.versions.latest import PLAIN, names_by_file, names_by_link
 from daemon.versions.retention import remove_whole
 from projector.text import listed
+from registry.reader import Reader
 from registry.records import Head
-from registry.store import Reader
 
 TEMPORARY = re.compile(r"(prepared-)?[0-9a-f]{32}")
 IN_A_STATE = {STATE_FILE, PREPARED_FILE, PREPARED_DIGEST, f".{PREPARED_DIGEST}.tmp"}
@@ -31,7 +31,7 @@ def ahead(home: Home, reader: Reader) -> list[Path]:
     found = [path for paths in experts.values() for n, path in paths.items() if n > last and path.is_dir()]
     for head in reader.heads():
         if head.name in versions:
-            found += versions[head.name].beyond(head, _live_manifest(reader, head))
+            found += versions[head.name].beyond(head, _newest_manifest(reader, head))
     return sorted(found)
 
 
@@ -60,9 +60,10 @@ def refuse_ahead(home: Home, reader: Reader) -> None:
 
 
 def _stands(home: Home, head: Head) -> bool:
-    """Whether what the registry calls live can be gone on from: the state of one that was followed has been removed."""
-    state = home.head_state(head.name, head.live) / STATE_FILE
-    return home.version(head.name, head.live).exists() and (head.live == 0 or state.exists())
+    """Whether what the registry calls the newest can be gone on from, and what it calls live be read."""
+    state = home.head_state(head.name, head.newest) / STATE_FILE
+    there = all(home.version(head.name, n).exists() for n in (head.live, head.newest))
+    return there and (head.newest == 0 or state.exists())
 
 
 def temporaries(home: Home) -> list[Path]:
@@ -77,7 +78,7 @@ def clear(home: Home, reader: Reader) -> list[Path]:
     found = leftovers(home, reader)
     for head in reader.heads():
         version, state, _ = _next(home, head)
-        follows = not version.exists() or _follows(version, head, _live_manifest(reader, head))
+        follows = not version.exists() or _follows(version, head, _newest_manifest(reader, head))
         if not follows or (state.exists() and not _holds_a_state(state)):
             there = state if follows else version
             raise BadHome(f"{there} has the place of the next version", "move it out of the home, then start again")
@@ -96,14 +97,14 @@ class _Found:
         self._states = _numbered(home.states(head))
         self._records = _numbered(home.views(head), ".safetensors")
 
-    def beyond(self, head: Head, live_sha256: str | None) -> list[Path]:
+    def beyond(self, head: Head, newest_sha256: str | None) -> list[Path]:
         """What no crash leaves."""
         every = [(n, path) for paths in (self._versions, self._states, self._records) for n, path in paths.items()]
         found = [path for n, path in every if n > head.newest + 1 and (path.suffix or path.is_dir())]
         if version := self._versions.get(head.newest + 1):
             if number(head.newest + 1) in self._named:
                 found.append(version)  # `latest` turns to a version once it is committed
-            elif not _follows(version, head, live_sha256):
+            elif not _follows(version, head, newest_sha256):
                 found.append(version)
         state = self._states.get(head.newest + 1)
         if state and state.is_dir() and not _holds_a_state(state):
@@ -121,19 +122,19 @@ def _holds_a_state(folder: Path) -> bool:
     return {path.name for path in folder.iterdir()} <= IN_A_STATE
 
 
-def _follows(version: Path, head: Head, live_sha256: str | None) -> bool:
+def _follows(version: Path, head: Head, newest_sha256: str | None) -> bool:
     """True for a version that was made to be the next one of this head."""
     try:
-        content = json.loads((version / MANIFEST).read_bytes())
+        content = Manifest.read((version / MANIFEST).read_bytes()).content
         named = content["head"], content["version"], content["parent"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return False
-    return bool(named == (head.name, head.newest + 1, {"version": head.live, "manifest_sha256": live_sha256}))
+    return bool(named == (head.name, head.newest + 1, {"version": head.newest, "manifest_sha256": newest_sha256}))
 
 
-def _live_manifest(reader: Reader, head: Head) -> str | None:
-    live = reader.version(head.name, head.live)
-    return live.manifest_sha256 if live else None
+def _newest_manifest(reader: Reader, head: Head) -> str | None:
+    newest = reader.version(head.name, head.newest)
+    return newest.manifest_sha256 if newest else None
 
 
 def _numbered(folder: Path, suffix: str = "") -> dict[int, Path]:

@@ -1,6 +1,5 @@
 """Re-hashes a whole home against its manifests and its registry; changes nothing."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +11,15 @@ from daemon.home.ground import Base
 from daemon.home.restoring import again, restoring
 from daemon.home.uncommitted import ahead
 from daemon.layout import Home, number
+from daemon.manifest import Manifest
 from daemon.notation import called
+from daemon.versions.checking import problems
 from daemon.versions.latest import PLAIN, names_by_file, names_by_link
-from daemon.versions.manifest import problems
-from daemon.versions.retention import keeps_state
+from daemon.versions.retention import needs_state
 from projector.errors import ProjectorError
 from registry.errors import Damaged
+from registry.reader import Reader
 from registry.records import Expert, Head, Status, Version
-from registry.store import Reader
 
 PAGE = 1000
 WITHOUT_WEIGHTS = (Reason.NO_WEIGHTS, Reason.INCOMPLETE, Reason.PICKLE)
@@ -54,13 +54,13 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
     for head in reader.heads():
         for version in reader.versions(head.name, newest_first=False, include_collected=False):
             say(called(head.name, version.number))
-            state = keeps_state(home, head, version.number)
+            state = needs_state(home, head, version.number)
             wrong = problems(home, version, hashes=True, state=state, read=checked.read)
             if wrong and (now := reader.head(head.name)) and now != head:  # beside a daemon: it has moved on meanwhile
                 row = reader.version(head.name, version.number)
                 if row is None or row.collected:
                     continue
-                state = keeps_state(home, now, version.number)
+                state = needs_state(home, now, version.number)
                 wrong = problems(home, version, hashes=True, state=state, read=checked.read)
             if wrong:
                 hint = restoring(home, version, wrong)
@@ -143,7 +143,7 @@ def _left_behind(reader: Reader, head: Head, path: Path, names: Callable[[Path],
 
 def _chain(home: Home, reader: Reader, version: Version) -> list[str]:
     """A version's manifest names the manifest of the version before it."""
-    named = json.loads(home.manifest(version.head, version.number).read_bytes())["parent"]
+    named = Manifest.read(home.manifest(version.head, version.number).read_bytes()).content["parent"]
     parent = reader.version(version.head, version.parent) if version.parent is not None else None
     expected = {"version": parent.number, "manifest_sha256": parent.manifest_sha256} if parent else None
     return [] if named == expected else [f"{called(version.head, version.number)}: its parent is not the registry's"]

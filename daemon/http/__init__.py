@@ -1,20 +1,21 @@
 """HTTP over one home: the API, the bytes of every version, the metrics, the status page, and uploads of experts.
 
-    answers.py       what every answer shares: JSON problems, entity tags, preconditions, caching, security headers
-    files.py         the manifest and the files of one published version
-    ranges.py        which bytes a Range header asks for
-    sending.py       one file as an answer: whole, in parts, or not at all
-    waiting.py       clients that wait for a version
-    views.py         experts' own models, computed while they are sent
-    uploads.py       experts that are sent to us
-    hosts.py         by which names it may be asked
-    forwarded.py     what a proxy in front says
-    finding.py       which expert an address means
-    rows.py          records of the registry as JSON
-    app.py           the routes
-    page.py          the status page
-    connections.py   how many there may be, and how long one may keep us waiting
-    server.py        the socket and the thread
+    app.py            which address is answered by what
+    read_routes.py    what is read: heads, versions, files, experts, how the daemon is
+    upload_routes.py  experts that are sent to us
+    answers.py        what every answer shares: JSON problems, entity tags, preconditions, caching, security headers
+    files.py          the manifest and the files of one published version
+    ranges.py         which bytes a Range header asks for
+    sending.py        one file as an answer: whole, in parts, or not at all
+    waiting.py        clients that wait for a version
+    computing.py      experts' own models, computed while they are sent
+    hosts.py          by which names it may be asked
+    forwarded.py      what a proxy in front says
+    finding.py        which expert an address means
+    rows.py           records of the registry as JSON
+    page.py           the status page
+    connections.py    how many there may be, and how long one may keep us waiting
+    server.py         the socket and the thread
 
 Nothing here loads a tensor: `mainstem serve` starts without torch.
 """

@@ -3,7 +3,8 @@
 Every connection is a descriptor, and most that are answered hold a file as well. Merging needs descriptors too, so
 connections have a quarter of what the system allows, and an idle one makes room for a newcomer. A client is not waited
 for longer than it is honest: it has REQUEST_SECONDS for the head of a request, and takes LEAST_BYTES_PER_SECOND of an
-answer at the least, measured over `stall_seconds`. What it sends of an upload is measured in `daemon.http.uploads`.
+answer at the least, measured over `stall_seconds`. What it sends of an upload is measured in
+`daemon.http.upload_routes`.
 """
 
 import asyncio

@@ -7,41 +7,22 @@ Two rules make every body the bytes of exactly one committed version:
 - a file exists when that MANIFEST lists it: a name from the network is looked up, never joined to a path.
 """
 
-import hashlib
-import json
 import os
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from daemon.disk.durable import is_short
 from daemon.http.answers import Problem
 from daemon.layout import MANIFEST, Home
+from daemon.manifest import FileEntry, Manifest
 from daemon.notation import called
+from registry.reader import Reader
 from registry.records import Head, Version
-from registry.store import Reader
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # NONBLOCK: a FIFO must not hang us
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One file of a version, as its manifest lists it. `size` in bytes, `sha256` in hex."""
-
-    name: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """A manifest.json whose digest was checked: its bytes, and the files it lists by name."""
-
-    raw: bytes
-    files: Mapping[str, Entry]
 
 
 class Published:
@@ -83,10 +64,10 @@ class Published:
             return _manifest(self.home.version(head.name, version.number), version.manifest_sha256)
         except FileNotFoundError:
             raise self.missing(head, version.number) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise _busy() if is_short(error) else damaged(head, version.number, MANIFEST) from error
 
-    def open(self, head: Head, version: Version, entry: Entry) -> int:
+    def open(self, head: Head, version: Version, entry: FileEntry) -> int:
         """A descriptor of one listed file; the caller closes it. Problem 410 or 500 as for `manifest`."""
         try:
             descriptor = _open(self.home.version(head.name, version.number), entry.name)
@@ -109,13 +90,12 @@ class Published:
 
 @lru_cache(maxsize=256)
 def _manifest(folder: Path, sha256: str) -> Manifest:
-    """Reads, checks and remembers a manifest. OSError; ValueError, KeyError or TypeError when it is damaged."""
+    """Reads, checks and remembers a manifest, with the files in it that can be asked for. OSError, or ValueError when
+    it is damaged.
+    """
     with open(_open(folder, MANIFEST), "rb") as file:
-        raw = file.read()
-    if hashlib.sha256(raw).hexdigest() != sha256:
-        raise ValueError("the manifest is not the one that was committed")
-    entries = [Entry(str(f["name"]), int(f["size"]), str(f["sha256"])) for f in json.loads(raw)["files"]]
-    return Manifest(raw, {entry.name: entry for entry in entries if _stays_below(entry.name)})
+        found = Manifest.read(file.read(), sha256)
+    return replace(found, files={name: entry for name, entry in found.files.items() if _stays_below(name)})
 
 
 def _stays_below(name: str) -> bool:

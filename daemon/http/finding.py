@@ -3,10 +3,10 @@
 import re
 
 from daemon.http.answers import Problem
-from daemon.http.views import merged_at
+from daemon.http.computing import merged_at
 from daemon.rebuild.candidates import told_apart
+from registry.reader import Reader
 from registry.records import Expert
-from registry.store import Reader
 
 MOST_FOUND = 1000  # arrivals that one name or digest may have here: the newest, and before them those that were merged
 

@@ -15,15 +15,15 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from daemon.http.answers import Problem, http_date, immutable, precondition
-from daemon.http.files import Entry
 from daemon.http.ranges import Malformed, Span, Unsatisfiable, spans
+from daemon.manifest import FileEntry
 
 CHUNK_BYTES = 256 << 10
 Piece = bytes | Span
 """What a body is made of: bytes as they are, or a span of the file."""
 
 
-def file_answer(request: Request, descriptor: int, entry: Entry) -> Response:
+def file_answer(request: Request, descriptor: int, entry: FileEntry) -> Response:
     """The answer to GET or HEAD of one file, which closes the descriptor. Problem 400, 412 or 416."""
     try:
         answer = _answer(request, descriptor, entry)
@@ -35,7 +35,7 @@ def file_answer(request: Request, descriptor: int, entry: Entry) -> Response:
     return answer
 
 
-def _answer(request: Request, descriptor: int, entry: Entry) -> Response:
+def _answer(request: Request, descriptor: int, entry: FileEntry) -> Response:
     modified = os.fstat(descriptor).st_mtime
     if unchanged := precondition(request.headers, entry.sha256, modified):
         return unchanged

@@ -1,6 +1,7 @@
 """From a settled drop to a version that everyone sees.
 
     merger.py     the publish protocol, top to bottom
+    folding.py    how experts become states and weights, here and where the archive is merged again
     preparing.py  what a head prepares while nothing arrives
     lingering.py  what stays in the inbox for a while, and why
     outcome.py    what became of an expert, for the log and the metrics

@@ -14,8 +14,8 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -27,7 +27,7 @@ from daemon.arrivals.filing import note_place, place
 from daemon.arrivals.identity import twin_of
 from daemon.arrivals.inbox import Drop, entry_id
 from daemon.arrivals.origin import origin_of
-from daemon.arrivals.recording import arrived, changed, refused
+from daemon.arrivals.recording import arrived, changed, once_blocked, refused
 from daemon.checkpoints.adapter_modules import read_config
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
 from daemon.compute.progress import Abandoned, Progress
@@ -36,18 +36,19 @@ from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
-from daemon.home.ground import Base, States, damaged, touched_meanwhile
+from daemon.home.ground import Base, States, damaged, sound_ground, touched_meanwhile
 from daemon.home.uncommitted import clear, temporaries
 from daemon.layout import Home
+from daemon.merge.folding import Folding
 from daemon.merge.preparing import Preparations
 from daemon.versions.adapter import Adapting
-from daemon.versions.heads import LiveHead, live_heads
-from daemon.versions.latest import point_latest
+from daemon.versions.heads import HeadTip, head_tips
+from daemon.versions.latest import follow_live
 from daemon.versions.modules import check_modules
 from daemon.versions.retention import collect
-from daemon.versions.sealing import origin, seal
-from daemon.versions.writing import Outputs, weights_plan
-from projector.driver.head import Folded, HeadFold, Norms
+from daemon.versions.sealing import origin, publish, seal
+from daemon.versions.writing import Outputs, Written
+from projector.driver.head import Folded
 from projector.errors import BadFile, BadMerged, DeviceLost, ProjectorError
 from projector.files.tensorfile import TensorReader
 from projector.method import Contribution, Totals
@@ -71,15 +72,14 @@ class Merger:
         self._needs = sorted({need for method in self._methods.values() for need in method.needs})
         self._base = Base(home, store, progress)
         self._states = States(home, progress)
-        self._states.check(live_heads(store, self._methods), self._base.tensors.schema)
+        self._states.check(head_tips(store, self._methods), self._base.tensors.schema)
         self._base_config = read_config(home.base)
-        self._plan = weights_plan(self._base.checkpoint, settings.publish)
+        self._folding = Folding(self._base, settings.publish, self._driver)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
-        self._base_norms: Norms | None = None
         reserved = self._driver.device.slab_bytes
         check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute, reserved)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
-        self.preparations.follow(live_heads(store, self._methods))
+        self.preparations.follow(head_tips(store, self._methods))
 
     def close(self) -> None:
         """Lets go of the base and of what is being prepared."""
@@ -161,7 +161,7 @@ class Merger:
         """
         placed = self._tidy(expert)
         if expert.status is Status.MERGED:
-            self.preparations.follow(live_heads(self._store, self._methods))
+            self.preparations.follow(head_tips(self._store, self._methods))
         return placed
 
     def again(self, expert: Expert, *, there: bool) -> None:
@@ -184,8 +184,12 @@ class Merger:
         for expert in unplaced:
             self._tidy(expert)
         collect(self._home, self._store, self._settings.retention)  # time may have made room
-        self.preparations.follow(live_heads(self._store, self._methods))
+        self.preparations.follow(head_tips(self._store, self._methods))
         return unplaced
+
+    def follow(self) -> None:
+        """Turns to the heads as they are now: somebody else published a version of them."""
+        self.preparations.follow(head_tips(self._store, self._methods))
 
     def _opened(self, drop: Drop, naming: Naming) -> OpenCheckpoint:
         with ExitStack() as closing:
@@ -199,14 +203,14 @@ class Merger:
 
     def _merge(self, drop: Drop, expert: OpenCheckpoint, again: bool) -> Expert:
         started = time.monotonic()
-        heads = live_heads(self._store, self._methods)
-        number = max(live.head.newest for live in heads) + 1
+        heads = head_tips(self._store, self._methods)
+        number = max(tip.head.newest for tip in heads) + 1
         clear(self._home, self._store)  # left by a commit that failed: its space may be what is missing
         self._progress.begin(self._work_bytes())
         folder = self._home.tmp / uuid4().hex
         try:
             with ExitStack() as files:
-                outputs = [self._outputs(live, folder, files) for live in heads]
+                outputs = [self._outputs(tip, folder, files) for tip in heads]
                 descriptors = [fd for output in outputs for fd in output.descriptors]
                 with durable.flushing(descriptors), blaming(expert):
                     with self._sound_ground(heads):
@@ -215,15 +219,12 @@ class Merger:
                     if new.status is not Status.MERGED:
                         return self._store.record(new)
                     with self._sound_ground(heads):
-                        self._read_out(heads, folded.totals, outputs)
+                        written = self._read_out(heads, folded.totals, outputs)
                 with self._progress.phase("fsync"):
                     files.close()
             with blaming(expert):
-                versions = [
-                    self._seal(live, totals, output, number, new)
-                    for live, totals, output in zip(heads, folded.totals, outputs, strict=True)
-                ]
-            self._publish(heads, outputs, number)
+                versions = [self._seal(tip, number, one, new) for tip, one in zip(heads, written, strict=True)]
+            self._publish(heads, number, written)
             with self._progress.phase("fsync"), blaming(expert):
                 expert.sync()
             hit("commit.before")
@@ -236,59 +237,43 @@ class Merger:
             durable.remove(folder)
 
     def _work_bytes(self) -> int:
-        """What the driver will have reported at the end: the tensors that are merged once for each sweep over them."""
-        specs = self._base.tensors.schema.values()
-        sweeps = 1 + sum(method.rounds + (not method.one_sweep) for method in self._methods.values())
-        return sweeps * sum(spec.nbytes for spec in specs if spec.merged) + self._adapting.work_bytes(self._methods)
+        return self._folding.work_bytes(self._methods.values()) + self._adapting.work_bytes(self._methods)
 
-    def _outputs(self, live: LiveHead, folder: Path, files: ExitStack) -> Outputs:
-        schema = self._base.tensors.schema
-        return Outputs(folder / live.head.name, schema, live.method, self._plan, files, self._progress)
+    def _outputs(self, tip: HeadTip, folder: Path, files: ExitStack) -> Outputs:
+        return self._folding.outputs(folder / tip.head.name, tip.method, files)
 
     def _fold(
-        self, expert: OpenCheckpoint, heads: Sequence[LiveHead], outputs: Sequence[Outputs], files: ExitStack
+        self, expert: OpenCheckpoint, heads: Sequence[HeadTip], outputs: Sequence[Outputs], files: ExitStack
     ) -> Folded:
         hit("fold.before")
-        folds = []
-        for live, output in zip(heads, outputs, strict=True):
-            contribution = Contribution(index=live.totals.experts + 1, weight=expert.weight)
-            if live.method.keyed:
-                contribution = replace(contribution, sha256=expert.identity())
-            state = self._state(live, files)
-            contribution = self._driver.survey(self._base.tensors, expert.tensors, live.method, contribution, state)
-            ready = self.preparations.ready(live)
-            now = output.weights if live.method.one_sweep else ()
-            folds.append(
-                HeadFold(live.method, live.totals, contribution, state, output.state, ready, now, output.record)
+        folds = [
+            self._folding.head(
+                expert,
+                tip.method,
+                tip.totals,
+                Contribution(tip.totals.experts + 1, weight=expert.weight),
+                self._state(tip, files),
+                output,
+                self.preparations.ready(tip),
             )
-        folded = self._driver.fold(self._base.tensors, expert.tensors, folds, self._base_norms)
-        self._base_norms = folded.base
+            for tip, output in zip(heads, outputs, strict=True)
+        ]
+        folded = self._folding.fold(expert, folds)
         hit("fold.after")
         return folded
 
-    @contextmanager
-    def _sound_ground(self, heads: Sequence[LiveHead]) -> Iterator[None]:
-        """What is read in the block is the base, each head's own state and what was prepared from it, or it raises.
+    def _sound_ground(self, heads: Sequence[HeadTip]) -> AbstractContextManager[None]:
+        """What is read in the block is the base, each head's own state and what was prepared from it, or it raises."""
 
-        Whatever the block raises of an expert may be the fault of ours: that is looked at first.
-        """
-        self._base.check()
-        try:
-            yield
-        except (ProjectorError, RuntimeError):  # torch's, where the arithmetic fails
-            self._confirm(heads)
-            raise
-        self._confirm(heads)
+        def confirm_prepared() -> None:
+            for tip in heads:
+                if self.preparations.touched(tip):
+                    raise touched_meanwhile(f"what was prepared for {tip.head.name}")
 
-    def _confirm(self, heads: Sequence[LiveHead]) -> None:
-        self._base.confirm()
-        self._states.confirm()
-        for live in heads:
-            if self.preparations.touched(live):
-                raise touched_meanwhile(f"what was prepared for {live.head.name}")
+        return sound_ground(self._base, self._states, confirm_prepared)
 
-    def _state(self, live: LiveHead, files: ExitStack) -> TensorReader | None:
-        return self._states.open(live, self._base.tensors.schema, files) if live.totals.experts else None
+    def _state(self, tip: HeadTip, files: ExitStack) -> TensorReader | None:
+        return self._states.open(tip, self._base.tensors.schema, files) if tip.totals.experts else None
 
     def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded, again: bool) -> NewExpert:
         sha256, content, sidecars = expert.identity(), expert.content(), expert.sidecar_digests()
@@ -316,6 +301,8 @@ class Merger:
             watch=self._progress,
         ):
             return replace(new, status=Status.DUPLICATE, duplicate_of=twin.id)
+        if not again and (blocked := self._store.blocked(sha256, content)):
+            return once_blocked(new, blocked)
         if again and self._store.merged_content(content):  # merged twice, when only the same files were the same expert
             new = replace(new, content_sha256=None)
         usual, limits = usual_norm(self._store.merged_norms(limit=USUAL_EXPERTS)), self._settings.admission
@@ -325,47 +312,28 @@ class Merger:
             return self._refused(drop, new, error)
         return flagged(new, oddities(folded.task_vector.whole, usual, limits, expert.tensors.resized, altered))
 
-    def _read_out(self, heads: Sequence[LiveHead], totals: Sequence[Totals], outputs: Sequence[Outputs]) -> None:
-        for live, after, output in zip(heads, totals, outputs, strict=True):
-            if not live.method.one_sweep:
-                self._driver.read_out(self._base.tensors, live.method, after, output.state.reader(), output.weights)
-            output.finish()
+    def _read_out(
+        self, heads: Sequence[HeadTip], totals: Sequence[Totals], outputs: Sequence[Outputs]
+    ) -> list[Written]:
+        written = [
+            self._folding.read_out(tip.method, after, output)
+            for tip, after, output in zip(heads, totals, outputs, strict=True)
+        ]
         hit("read_out.after")
+        return written
 
-    def _seal(self, live: LiveHead, totals: Totals, output: Outputs, number: int, expert: NewExpert) -> NewVersion:
+    def _seal(self, tip: HeadTip, number: int, written: Written, expert: NewExpert) -> NewVersion:
         """Puts companions, an adapter where one is wanted, and the manifest beside the weights, all durable."""
         base_name = self._store.base().name
-        adapter = self._adapting.write(live.head.name, output.published, output.entries, base_name)
+        adapter = self._adapting.write(tip.head.name, written.published, written.weights, base_name)
+        of = origin(self._store, expert)
         with self._progress.phase("fsync"):
-            sealed = seal(
-                self._home,
-                live,
-                number,
-                output.published,
-                output.entries,
-                output.state_entry,
-                totals,
-                origin=origin(self._store, expert),
-                beside=self._base.beside,
-                dtype=self._settings.publish.dtype,
-                record=output.record_entry,
-                approximate=live.method.approximate,
-                adapter=adapter,
-            )
-            durable.sync_folder(output.state_folder)
-        return sealed
+            return seal(self._home, tip, number, written, origin=of, beside=self._base.beside, adapter=adapter)
 
-    def _publish(self, heads: Sequence[LiveHead], outputs: Sequence[Outputs], number: int) -> None:
+    def _publish(self, heads: Sequence[HeadTip], number: int, written: Sequence[Written]) -> None:
         hit("publish.before")
-        for live, output in zip(heads, outputs, strict=True):
-            if output.record:
-                durable.make_folder(self._home.views(live.head.name))  # its name is durable with the state's
-                durable.rename(output.record_file, self._home.view_record(live.head.name, number))
-            for source, target in (
-                (output.state_folder, self._home.head_state(live.head.name, number)),
-                (output.published, self._home.version(live.head.name, number)),
-            ):
-                durable.rename(source, target)
+        for tip, one in zip(heads, written, strict=True):
+            publish(self._home, tip.head.name, number, one)
         hit("publish.after")
 
     def _check_ours(self, error: ProjectorError | Refused, expert: OpenCheckpoint) -> None:
@@ -379,16 +347,16 @@ class Merger:
         """Raises BadHome where not even the base itself, a task vector of zeros, can be folded: then what went wrong
         depends on the heads' state or on this machine, and no expert is to blame. Nothing is kept of it.
         """
-        heads = [live for live in live_heads(self._store, self._methods) if not live.method.needs]
+        heads = [tip for tip in head_tips(self._store, self._methods) if not tip.method.needs]
         folder = self._home.tmp / uuid4().hex
         try:
             with ExitStack() as files:
-                outputs = [self._outputs(live, folder, files) for live in heads]
+                outputs = [self._outputs(tip, folder, files) for tip in heads]
                 folded = self._fold(self._base.checkpoint, heads, outputs, files)
-                self._read_out(heads, folded.totals, outputs)
-            for live, output in zip(heads, outputs, strict=True):
-                if live.totals.experts:
-                    self._adapting.write(live.head.name, output.published, output.entries, self._store.base().name)
+                written = self._read_out(heads, folded.totals, outputs)
+            for tip, one in zip(heads, written, strict=True):
+                if tip.totals.experts:
+                    self._adapting.write(tip.head.name, one.published, one.weights, self._store.base().name)
         except (OSError, RegistryError, DeviceLost, Abandoned):
             raise
         except Exception as error:
@@ -412,8 +380,7 @@ class Merger:
     def _tidy(self, expert: Expert) -> bool:
         """Finishes an expert whose fate is recorded; False where it cannot be moved out of the inbox."""
         if expert.status is Status.MERGED:
-            for head in self._store.heads():
-                point_latest(self._home, head)
+            follow_live(self._home, self._store)
             hit("latest.after")
         placed = place(self._home, self._store, expert, self._progress)
         collect(self._home, self._store, self._settings.retention)

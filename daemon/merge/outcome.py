@@ -33,6 +33,9 @@ def tell(
         if expert.weight != 1 and even:
             log.info("it counts as any other in heads whose method has no weights", weight=expert.weight, heads=even)
     elif expert.status is Status.DUPLICATE:
-        log.info("a duplicate: merged before", id=expert.id, of=expert.duplicate_of)
+        if expert.detail:
+            log.warning("it does not come back", id=expert.id, detail=expert.detail, hint=expert.hint)
+        else:
+            log.info("a duplicate: merged before", id=expert.id, of=expert.duplicate_of)
     else:
         log.warning("refused", id=expert.id, reason=expert.reason, detail=expert.detail, hint=expert.hint)

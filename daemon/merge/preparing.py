@@ -19,8 +19,8 @@ from daemon.disk.failpoints import hit
 from daemon.home.ground import damaged
 from daemon.layout import PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home
 from daemon.release import software_version
-from daemon.versions.heads import LiveHead
-from daemon.versions.manifest import entry
+from daemon.versions.checking import entry
+from daemon.versions.heads import HeadTip
 from daemon.versions.retention import numbered
 from projector.driver.averages import rule_of
 from projector.driver.device import Device
@@ -42,31 +42,29 @@ class Preparations:
         self._base = base
         self._heads: dict[str, _Preparation] = {}
 
-    def follow(self, heads: Sequence[LiveHead]) -> None:
+    def follow(self, heads: Sequence[HeadTip]) -> None:
         """Turns to these live versions: forgets what was prepared from others, takes up what is on disk."""
         self.close()
-        for live in heads:
-            current = self._home.head_state(live.head.name, live.version.number)
-            for path in numbered(self._home.states(live.head.name)).values():
+        for tip in heads:
+            current = self._home.head_state(tip.head.name, tip.version.number)
+            for path in numbered(self._home.states(tip.head.name)).values():
                 if path != current:
                     durable.remove(path / PREPARED_FILE)
                     durable.remove(path / PREPARED_DIGEST)
         reserve = _next_version_bytes(heads, self._base)
-        self._heads = {
-            live.head.name: _Preparation(self._home, self._driver, self._base, live, reserve) for live in heads
-        }
+        self._heads = {tip.head.name: _Preparation(self._home, self._driver, self._base, tip, reserve) for tip in heads}
 
-    def ready(self, live: LiveHead) -> Prepared | None:
+    def ready(self, tip: HeadTip) -> Prepared | None:
         """What the next expert finds ready; nothing where another version is live than the one prepared from."""
-        found = self._heads.get(live.head.name)
-        if found is None or not found.made_from(live) or found.drop_touched():
+        found = self._heads.get(tip.head.name)
+        if found is None or not found.made_from(tip) or found.drop_touched():
             return None
         return found.view()
 
-    def touched(self, live: LiveHead) -> bool:
+    def touched(self, tip: HeadTip) -> bool:
         """True where the file behind `ready` was written to since by somebody else; it is then given up."""
-        found = self._heads.get(live.head.name)
-        return bool(found and found.made_from(live) and found.drop_touched())
+        found = self._heads.get(tip.head.name)
+        return bool(found and found.made_from(tip) and found.drop_touched())
 
     def share(self, head: str) -> float:
         """How much of a head's preparation is ready, by bytes, 0 to 1; 1 where there is nothing to prepare."""
@@ -119,18 +117,18 @@ class Preparations:
 class _Preparation:
     """One head's, for one version."""
 
-    def __init__(self, home: Home, driver: Driver, base: Checkpoint, live: LiveHead, reserve: int) -> None:
+    def __init__(self, home: Home, driver: Driver, base: Checkpoint, tip: HeadTip, reserve: int) -> None:
         self._driver = driver
         self._base = base
-        self._method = live.method
-        self._state = home.head_state(live.head.name, live.version.number) / STATE_FILE
-        self._path = home.prepared(live.head.name, live.version.number)
+        self._method = tip.method
+        self._state = home.head_state(tip.head.name, tip.version.number) / STATE_FILE
+        self._path = home.prepared(tip.head.name, tip.version.number)
         self._digest = self._path.with_name(PREPARED_DIGEST)
         self._unfinished = home.tmp / f"prepared-{uuid4().hex}"
-        specs = prepared_specs(live.method, base.schema) if live.totals.experts else []
+        specs = prepared_specs(tip.method, base.schema) if tip.totals.experts else []
         self._specs = {spec.name: spec for spec in specs}
-        self._bytes = _bytes_by_tensor(live, base) if specs else {}
-        self._key = {"version": live.version.manifest_sha256, "made_by": _maker(driver.device)}
+        self._bytes = _bytes_by_tensor(tip, base) if specs else {}
+        self._key = {"version": tip.version.manifest_sha256, "made_by": _maker(driver.device)}
         self._reserve = reserve
         self._files: list[int] = []
         self._stamp: Stamp | None = None  # of the first file, since nothing was written to it
@@ -146,8 +144,8 @@ class _Preparation:
     def share(self) -> float:
         return self._ready_bytes / self._all_bytes if self._all_bytes else 1.0
 
-    def made_from(self, live: LiveHead) -> bool:
-        return self._key["version"] == live.version.manifest_sha256
+    def made_from(self, tip: HeadTip) -> bool:
+        return self._key["version"] == tip.version.manifest_sha256
 
     def view(self) -> Prepared | None:
         reader = self._writer.reader() if self._writer else self._reader
@@ -245,19 +243,19 @@ class _Preparation:
         return fd
 
 
-def _next_version_bytes(heads: Sequence[LiveHead], base: Checkpoint) -> int:
+def _next_version_bytes(heads: Sequence[HeadTip], base: Checkpoint) -> int:
     """What the next version of every head will take on the disk: its state, its record and its weights."""
     schema = base.schema
     weights = sum(spec.nbytes for spec in schema.values())
-    kept = (spec for live in heads for of in (state_specs, record_specs) for spec in of(live.method, schema))
+    kept = (spec for tip in heads for of in (state_specs, record_specs) for spec in of(tip.method, schema))
     return len(heads) * weights + sum(spec.nbytes for spec in kept)
 
 
-def _bytes_by_tensor(live: LiveHead, base: Checkpoint) -> Mapping[str, int]:
+def _bytes_by_tensor(tip: HeadTip, base: Checkpoint) -> Mapping[str, int]:
     """What is prepared for each of the base's tensors, in bytes; without those for which nothing is."""
     schema = base.schema
     sizes = {
-        name: sum(spec.nbytes for spec in rule_of(live.method, schema[name]).prepares(schema[name]).values())
+        name: sum(spec.nbytes for spec in rule_of(tip.method, schema[name]).prepares(schema[name]).values())
         for name in base.order
     }
     return {name: size for name, size in sizes.items() if size}

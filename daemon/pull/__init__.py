@@ -1,10 +1,10 @@
 """Fetching a version from a running mainstem.
 
-    client.py    one origin, and which faults may pass
-    manifest.py  a manifest as somebody else's words
-    fetching.py  files by parts, several at once
-    target.py    the folder that is brought to a version
-    pulling.py   the whole of it
+    client.py            one origin, and which faults may pass
+    foreign_manifest.py  a manifest as somebody else's words
+    fetching.py          files by parts, several at once
+    target.py            the folder that is brought to a version
+    pulling.py           the whole of it
 
 Nothing that comes over the network is believed before it is checked.
 """

@@ -16,8 +16,9 @@ from urllib.parse import quote
 
 from daemon.disk import durable
 from daemon.errors import DaemonError, Reason
+from daemon.manifest import FileEntry
 from daemon.pull.client import Connection, Damaged, Origin, Passing
-from daemon.pull.manifest import Listed, Manifest
+from daemon.pull.foreign_manifest import ForeignManifest, etag
 from daemon.pull.target import Target
 from projector.text import shown
 
@@ -34,7 +35,7 @@ Report = Callable[[int, int], None]
 class _File:
     """A file on its way: its descriptor, the offsets of its pieces that are there, and the hash of its beginning."""
 
-    listed: Listed
+    listed: FileEntry
     fd: int
     there: set[int]
     hashed: int = 0
@@ -85,7 +86,13 @@ class Fetching:
     """One version's files on their way into a target's workshop."""
 
     def __init__(
-        self, origin: Origin, folder: str, target: Target, current: Manifest | None, connections: int, report: Report
+        self,
+        origin: Origin,
+        folder: str,
+        target: Target,
+        current: ForeignManifest | None,
+        connections: int,
+        report: Report,
     ) -> None:
         """`folder` is the path of the files; `current` is the version in place, whose files may serve again."""
         self._origin = origin
@@ -101,7 +108,7 @@ class Fetching:
         self.fetched_bytes = 0
         """What came over the network."""
 
-    def fetch(self, files: Sequence[Listed], there: dict[str, set[int]]) -> None:
+    def fetch(self, files: Sequence[FileEntry], there: dict[str, set[int]]) -> None:
         """Brings the files, whole, right and synced; of the pieces `there`, by file, only those that are missing.
 
         Raises DaemonError: Passing where the network stayed broken, Gone where the version was removed meanwhile.
@@ -135,7 +142,7 @@ class Fetching:
         for file in wrong:
             raise _wrong(file.listed.name, "its sha256 is not the manifest's, twice: its bytes change on the way")
 
-    def _has_again(self, file: Listed) -> bool:
+    def _has_again(self, file: FileEntry) -> bool:
         """True where the version in place had this very file, and it is in the workshop now."""
         fd = self._target.reuse(file, self._current)
         if fd is None:
@@ -197,17 +204,17 @@ class Fetching:
                     raise
                 self._stop.wait(PAUSES[max(tries - 1, 0)])
 
-    def _range(self, connection: Connection, file: Listed, start: int, end: int) -> Iterator[bytes]:
+    def _range(self, connection: Connection, file: FileEntry, start: int, end: int) -> Iterator[bytes]:
         """The bytes from `start` up to `end` of a file. DaemonError where the server has another file there."""
         path = f"{self._folder}/{quote(file.name)}"
-        headers = {"Range": f"bytes={start}-{end - 1}", "If-Range": file.etag}
+        headers = {"Range": f"bytes={start}-{end - 1}", "If-Range": etag(file.sha256)}
         with connection.get(path, headers) as answer:
             if answer.status not in (200, 206, 416):
                 raise connection.problem(path, answer)
             whole = answer.status == 200 and (start, end) == (0, file.size)
             length = answer.headers["Content-Length"] if whole else _total(answer.headers["Content-Range"])
             tag = answer.headers["ETag"]
-            if answer.status != 416 and tag != file.etag:
+            if answer.status != 416 and tag != etag(file.sha256):
                 raise _wrong(file.name, f"its sha256 is not the manifest's: its ETag is {tag}")
             if answer.status == 200 and not whole:
                 raise DaemonError(

@@ -1,7 +1,7 @@
 """Brings a version from a running mainstem into a folder: all of it, each file checked, or nothing.
 
-`pull` is the whole story, and `follow` the same again for each new version. Beside it: client.py asks, manifest.py
-reads what is announced, fetching.py brings the bytes, target.py puts them in place.
+`pull` is the whole story, and `follow` the same again for each new version. Beside it: client.py asks,
+foreign_manifest.py reads what is announced, fetching.py brings the bytes, target.py puts them in place.
 """
 
 import json
@@ -17,10 +17,11 @@ from daemon.checkpoints.weight_names import weight_names
 from daemon.disk import durable
 from daemon.errors import DaemonError, Reason
 from daemon.layout import CARD, is_adapter, is_weights
+from daemon.manifest import FileEntry
 from daemon.notation import called
 from daemon.pull.client import TIMEOUT_SECONDS, Connection, Damaged, Gone, Origin, Passing
 from daemon.pull.fetching import PIECE_BYTES, Fetching, Report
-from daemon.pull.manifest import MOST_BYTES, Listed, Manifest
+from daemon.pull.foreign_manifest import MOST_BYTES, ForeignManifest, etag
 from daemon.pull.target import MANIFEST_BYTES, Target
 from projector.text import shown
 
@@ -154,7 +155,7 @@ def _fill(target: Target, source: Source, report: Report) -> Pulled:
     )
 
 
-def _fill_with(target: Target, source: Source, manifest: Manifest, report: Report) -> Pulled:
+def _fill_with(target: Target, source: Source, manifest: ForeignManifest, report: Report) -> Pulled:
     current, view = target.current(), source.view
     if view is not None and current is not None:
         raise DaemonError(Reason.PULL, f"{target.dest} is there already", "a view needs a folder of its own")
@@ -181,7 +182,7 @@ def _fill_with(target: Target, source: Source, manifest: Manifest, report: Repor
     return Pulled(manifest.head, manifest.version, len(files), size, fetching.fetched_bytes, up_to_date=False)
 
 
-def adapter_of(manifest: Manifest) -> list[Listed]:
+def adapter_of(manifest: ForeignManifest) -> list[FileEntry]:
     """The files of a version's LoRA adapter. Raises DaemonError where it has none."""
     found = [file for file in manifest.files.values() if is_adapter(file.name)]
     if not found:
@@ -193,7 +194,7 @@ def adapter_of(manifest: Manifest) -> list[Listed]:
     return found
 
 
-def wanted(manifest: Manifest, view: str | None) -> list[Listed]:
+def wanted(manifest: ForeignManifest, view: str | None) -> list[FileEntry]:
     """The files of a version to fetch: all, or those that stand beside an expert's view of the weights."""
     files = list(manifest.files.values())
     if view is None:
@@ -218,7 +219,7 @@ def _live(source: Source, wait_for: int | None = None) -> int | None:
         return int(found[1])
 
 
-def _manifest(source: Source, version: str) -> Manifest:
+def _manifest(source: Source, version: str) -> ForeignManifest:
     """A version's manifest, with the digest that the server names, and of what was asked for."""
     path = f"{source.origin.head(source.head)}/versions/{quote(version, safe='')}"
     with Connection(source.origin) as connection, connection.get(path) as answer:
@@ -226,11 +227,11 @@ def _manifest(source: Source, version: str) -> Manifest:
             raise connection.problem(path, answer)
         text = connection.text(path, answer, MANIFEST_BYTES)
         try:
-            manifest = Manifest.read(text)
+            manifest = ForeignManifest.read(text)
         except ValueError as error:
             raise connection.refusal(path, f"what is there is no manifest: {error}") from error
     tag = answer.headers["ETag"] or "none"
-    if tag != f'"sha256:{manifest.sha256}"':
+    if tag != etag(manifest.sha256):
         what = f"{path}: the manifest came with the sha256 {manifest.sha256}, its ETag is {shown(tag)}"
         raise Passing(Reason.PULL, what, "something between here and the server changes what it sends")
     if (manifest.head, str(manifest.version)) != (source.head, version):

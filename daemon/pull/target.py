@@ -23,7 +23,8 @@ from pathlib import Path
 from daemon.disk import durable
 from daemon.errors import DaemonError, Reason
 from daemon.layout import MANIFEST
-from daemon.pull.manifest import Listed, Manifest, parents
+from daemon.manifest import FileEntry
+from daemon.pull.foreign_manifest import ForeignManifest, parents
 from projector.text import listed, shown
 
 CANNOT_EXCHANGE = (*durable.NO_RENAMEAT2, errno.EXDEV)  # the last: a folder out of a container's image
@@ -58,7 +59,7 @@ class Target:
         finally:
             os.close(self._lock)
 
-    def current(self) -> Manifest | None:
+    def current(self) -> ForeignManifest | None:
         """The version in place, or None where there is nothing yet. DaemonError where something else is there."""
         if not self.dest.exists():
             return None
@@ -70,7 +71,7 @@ class Target:
             raise DaemonError(Reason.PULL, f"{shown(str(self.dest))} is there already", hint)
         try:
             with (self.dest / MANIFEST).open("rb") as file:
-                manifest = Manifest.read(file.read(MANIFEST_BYTES))
+                manifest = ForeignManifest.read(file.read(MANIFEST_BYTES))
         except ValueError as error:
             what = f"{shown(str(self.dest))} is there already, and its {MANIFEST} is not a version's: {error}"
             raise DaemonError(Reason.PULL, what, hint) from error
@@ -80,7 +81,7 @@ class Target:
             raise DaemonError(Reason.PULL, what, "the whole folder is replaced: move these away first")
         return manifest
 
-    def is_whole(self, manifest: Manifest, files: Sequence[Listed]) -> bool:
+    def is_whole(self, manifest: ForeignManifest, files: Sequence[FileEntry]) -> bool:
         """True where that version is in place, with these of its files and no others, every byte of them read again."""
         current = self.current()
         if current is None or current.text != manifest.text:
@@ -95,7 +96,7 @@ class Target:
         """Everything in DEST, by its path from there."""
         return {path.relative_to(self.dest).as_posix(): path for path in self.dest.rglob("*")}
 
-    def begin(self, key: str, manifest: Manifest) -> dict[str, set[int]]:
+    def begin(self, key: str, manifest: ForeignManifest) -> dict[str, set[int]]:
         """Prepares `new/` for what `key` names. Returns, by file, the offsets of the pieces that are there already."""
         self.keep = False
         there = self._pieces(key)
@@ -109,7 +110,7 @@ class Target:
         durable.remove(stray)
         return there
 
-    def open(self, file: Listed) -> tuple[int, bool]:
+    def open(self, file: FileEntry) -> tuple[int, bool]:
         """The file of `new/` to write pieces into, as a descriptor that the caller closes, and whether it was there."""
         path = self._place(file)
         with suppress(FileNotFoundError):
@@ -118,7 +119,7 @@ class Target:
         durable.remove(path)
         return durable.create(path, file.size), False
 
-    def reuse(self, file: Listed, current: Manifest | None) -> int | None:
+    def reuse(self, file: FileEntry, current: ForeignManifest | None) -> int | None:
         """Takes a file over from the version in place, if it has one of that content; a descriptor to check it by."""
         same = [old for old in (current.files if current else {}).values() if old.sha256 == file.sha256]
         if not same:
@@ -133,12 +134,12 @@ class Target:
                 raise
             return None  # somebody removed it, or put a link there
 
-    def note(self, file: Listed, offset: int) -> None:
+    def note(self, file: FileEntry, offset: int) -> None:
         """Remembers that the piece at `offset` is there."""
         with self._journal.open("ab", buffering=0) as journal:
             journal.write(_line([file.name, offset]))  # one write: whole or not at all, but for a power failure
 
-    def put_in_place(self, manifest: Manifest | None) -> None:
+    def put_in_place(self, manifest: ForeignManifest | None) -> None:
         """Makes `new/`, whose files are synced, what DEST is: at once and durably."""
         if manifest is not None:
             durable.write_file(self.new / MANIFEST, manifest.text)
@@ -159,7 +160,7 @@ class Target:
                 "remove DEST and call again (what was fetched is kept), or pull each version into a folder of its own",
             ) from error
 
-    def _place(self, file: Listed) -> Path:
+    def _place(self, file: FileEntry) -> Path:
         """Where a file is put together; the folders that it lies in are made."""
         path = self.new / file.name
         durable.make_folder(path.parent)

@@ -18,21 +18,25 @@ from daemon.errors import BadHome
 from daemon.home.founding import base_files, floating_dtypes, publish_base
 from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
+from daemon.manifest import Withdrawal
+from daemon.notation import called
 from daemon.rebuild.plan import Plan, readings, usual_seconds
 from daemon.rebuild.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
-from daemon.rebuild.restating import Arrival, Made, Restating, next_number
-from daemon.versions.heads import LiveHead, live_heads
+from daemon.rebuild.restating import Arrival, Restating, next_number
+from daemon.versions.checking import problems
+from daemon.versions.heads import HeadTip, head_tips, totals_of
 from daemon.versions.latest import point_latest
-from daemon.versions.manifest import Withdrawal
-from daemon.versions.retention import remove_whole
+from daemon.versions.retention import numbered, remove_whole
 from daemon.versions.sealing import origin
+from daemon.versions.writing import Written
 from projector.method import Contribution, Method, Totals
 from projector.methods import make
 from registry.errors import Busy, RegistryError, StorageFailed
-from registry.records import Expert, Head, Status, Version
-from registry.store import Reader, Store
+from registry.reader import Reader
+from registry.records import Expert, Head, NewIntervention, Status, Version
+from registry.store import Store
 
-SUBTRACTED, REPLAYED = "subtracted", "replayed"
+RESTORED, SUBTRACTED, REPLAYED = "restored", "subtracted", "replayed"
 MOST_SUBTRACTED = 100.0  # times the weight of what is left: beyond that its rounding shows in the fifth digit
 
 
@@ -90,63 +94,111 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to)
             with Restating(home, store, settings, to.progress()) as restating:
-                made = _from_inside(restating, inner, name, home, experts)
+                written = _from_inside(restating, inner, name, home, experts)
                 _link_records(home, inner, name, experts)
-                plan = replace(plan, number=_adopt(home, store, name, method, made, restating))
+                plan = replace(plan, number=_adopt(home, store, name, method, written, restating))
             remove_whole(home, inner.root)
         return plan
 
 
 def withdraw(
-    home: Home,
-    settings: Settings,
-    words: Sequence[str],
-    to: Console,
-    *,
-    always_replay: bool = False,
-    dry: bool = False,
+    home: Home, settings: Settings, gone: Sequence[Expert], to: Console, deed: NewIntervention, *, replay: bool = False
 ) -> Plan:
-    """Takes merged experts out of every head: each gets a new version without them. Raises BadHome as `add_head`.
-
-    always_replay: subtract in no head, even where the method allows it.
+    """Takes merged experts out of every head: each gets a new version without them, which is live. Raises BadHome as
+    `add_head`. The rest as in `withdraw_from`.
     """
-    with _reading(home) if dry else _opened(home) as store:
-        heads = live_heads(store, methods_of(store))
-        lineage, gone = store.lineage(), merged_experts(store, words)
+    with _opened(home) as store:
+        return withdraw_from(home, store, settings, gone, to, deed, replay=replay)
+
+
+def plan_withdrawal(home: Home, reader: Reader, gone: Sequence[Expert], to: Console, *, replay: bool = False) -> Plan:
+    """What taking these merged experts out would do. Raises BadHome where it cannot be done."""
+    return _Withdrawal(home, reader, gone, to, replay).plan
+
+
+def withdraw_from(
+    home: Home,
+    store: Store,
+    settings: Settings,
+    gone: Sequence[Expert],
+    to: Console,
+    deed: NewIntervention,
+    *,
+    replay: bool = False,
+) -> Plan:
+    """Takes these merged experts out of every head of a home that the caller holds and that is sound.
+
+    replay: merge the others again in every head, also where what is wanted is kept, or can be subtracted.
+    """
+    planned = _Withdrawal(home, store, gone, to, replay)
+    heads, rest = planned.heads, planned.rest
+    inner = Home(home.withdrawing(next_number(heads)))
+    if planned.replayed:
+        _replay_inside(home, store, rest, inner, planned.replayed, settings, to)
+    with Restating(home, store, settings, to.progress()) as restating:
+        written = {}
+        for tip in heads:
+            name, how = tip.head.name, planned.plan.how[tip.head.name]
+            if kept := planned.kept.get(name):
+                to.say(f"{name}: as {called(name, kept.number)} was")
+                new = restating.linked(name, home, kept.number, totals_of(kept))
+            elif how == SUBTRACTED:
+                to.say(f"{name}: subtracting {len(gone)}")
+                new = _subtract(restating, home, tip, planned.lineage, gone)
+            else:
+                new = _from_inside(restating, inner, name, home, rest)
+            written[name] = replace(new, withdrawal=Withdrawal(gone, how))
+        number = restating.commit(store, heads, written, gone, deed)
+    remove_whole(home, inner.root)
+    return replace(planned.plan, number=number)
+
+
+def described(plan: Plan) -> list[str]:
+    """What was done to each head, in words."""
+    return [f"{called(head, plan.number or 0)}: {how}" for head, how in plan.how.items()]
+
+
+class _Withdrawal:
+    """How experts are taken out of each head: by a version that is kept and has all the others and no more, by
+    subtracting them, or by merging the others again. The first is exact, and reads no expert.
+    """
+
+    def __init__(self, home: Home, reader: Reader, gone: Sequence[Expert], to: Console, replay: bool) -> None:
+        self.heads = head_tips(reader, methods_of(reader))
+        self.lineage = reader.lineage()
         out = {expert.id for expert in gone}
-        rest = [expert for expert in lineage if expert.id not in out]
-        subtracts = not always_replay and _light(gone, rest) and _archived(home, gone, heads, to)
-        how = {live.head.name: SUBTRACTED if live.method.subtractable and subtracts else REPLAYED for live in heads}
-        subtracted = [live for live in heads if how[live.head.name] == SUBTRACTED]
-        replayed = {live.head.name: live.method for live in heads if how[live.head.name] == REPLAYED}
-        if replayed:
-            check_archive(home, rest, replayed)
-        reads = [*(gone if subtracted else []), *(rest if replayed else [])]
-        often = len(subtracted) * len(gone) + (readings(replayed, rest) if replayed else 0)
-        plan = Plan(how, reads, often, usual_seconds(store))
-        if not isinstance(store, Store):
-            return plan
-        inner = Home(home.withdrawing(next_number(heads)))
-        if replayed:
-            _replay_inside(home, store, rest, inner, replayed, settings, to)
-        with Restating(home, store, settings, to.progress()) as restating:
-            made = {}
-            for live in heads:
-                name = live.head.name
-                if how[name] == SUBTRACTED:
-                    to.say(f"{name}: subtracting {len(gone)}")
-                    new = _subtract(restating, home, live, lineage, gone)
-                else:
-                    new = _from_inside(restating, inner, name, home, rest)
-                made[name] = replace(new, withdrawal=Withdrawal(gone, how[name]))
-            number = restating.commit(store, heads, made, gone)
-        remove_whole(home, inner.root)
-        return replace(plan, number=number)
+        self.rest = [expert for expert in self.lineage if expert.id not in out]
+        self.kept = {} if replay else self._find_kept(home, reader, gone)
+        others = [tip for tip in self.heads if tip.head.name not in self.kept]
+        subtracts = bool(others) and not replay and _light(gone, self.rest) and _archived(home, gone, others, to)
+        subtracted = [tip.head.name for tip in others if tip.method.subtractable and subtracts]
+        self.replayed = {tip.head.name: tip.method for tip in others if tip.head.name not in subtracted}
+        if self.replayed:
+            check_archive(home, self.rest, self.replayed)
+        reads = [*(gone if subtracted else []), *(self.rest if self.replayed else [])]
+        often = len(subtracted) * len(gone) + (readings(self.replayed, self.rest) if self.replayed else 0)
+        how = {**dict.fromkeys(self.kept, RESTORED), **dict.fromkeys(subtracted, SUBTRACTED)}
+        ways = {tip.head.name: how.get(tip.head.name, REPLAYED) for tip in self.heads}
+        self.plan = Plan(ways, reads, often, usual_seconds(reader))
+
+    def _find_kept(self, home: Home, reader: Reader, gone: Sequence[Expert]) -> dict[str, Version]:
+        """By head, the newest version that has just the others, where its files and its state are kept and sound."""
+        first = min((expert.version or 0 for expert in gone), default=0)
+        withdrawn = [one for one in reader.experts(Status.WITHDRAWN, limit=-1) if (one.version or 0) < first]
+        least = max([one.version or 0 for one in self.rest] + [one.withdrawn_in or 0 for one in withdrawn], default=0)
+        found = {}
+        for tip in self.heads:
+            name = tip.head.name
+            there = [n for n in {0, *numbered(home.states(name))} if least <= n < first]
+            version = reader.version(name, max(there, default=-1))
+            if version and not version.collected and not problems(home, version, hashes=True, extras=False):
+                found[name] = version
+        return found
 
 
-def _archived(home: Home, gone: Sequence[Expert], heads: Sequence[LiveHead], to: Console) -> bool:
+def _archived(home: Home, gone: Sequence[Expert], heads: Sequence[HeadTip], to: Console) -> bool:
     """True where all that subtracting needs is in the archive; else it says what is not."""
-    subtractable = {live.head.name: live.method for live in heads if live.method.subtractable}
+    subtractable = {tip.head.name: tip.method for tip in heads if tip.method.subtractable}
     try:
         check_archive(home, gone, subtractable)
     except BadHome as error:
@@ -208,70 +260,66 @@ def _unfit(inner: Home, store: Store, heads: Heads, experts: Sequence[Expert]) -
         return True
 
 
-def _from_inside(restating: Restating, inner: Home, name: str, home: Home, experts: Sequence[Expert]) -> Made:
+def _from_inside(restating: Restating, inner: Home, name: str, home: Home, experts: Sequence[Expert]) -> Written:
     """The version of a head that the inner home has come to; made exact where that takes a second pass."""
     with Reader.open(inner.registry) as reader:
-        (live,) = [live for live in live_heads(reader, methods_of(reader)) if live.head.name == name]
-    return _exact(restating, inner, live, home, experts) or restating.linked(
-        name, inner, live.version.number, live.totals
-    )
+        (tip,) = [tip for tip in head_tips(reader, methods_of(reader)) if tip.head.name == name]
+    return _exact(restating, inner, tip, home, experts) or restating.linked(name, inner, tip.version.number, tip.totals)
 
 
-def _exact(restating: Restating, there: Home, live: LiveHead, archive: Home, experts: Sequence[Expert]) -> Made | None:
+def _exact(restating: Restating, there: Home, tip: HeadTip, archive: Home, experts: Sequence[Expert]) -> Written | None:
     """What a second pass over the experts makes of a head; None where one pass is all there is."""
-    second = live.method.second_pass(live.totals.experts) if live.totals.experts else None
+    second = tip.method.second_pass(tip.totals.experts) if tip.totals.experts else None
     if second is None:
         return None
     arrivals = [_arrival(archive, expert, place) for place, expert in enumerate(experts, start=1)]
-    return restating.folded(there, live, second, Totals(), arrivals)
+    return restating.folded(there, tip, second, Totals(), arrivals)
 
 
 def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Settings, to: Console) -> None:
     """One more version of every head, where a second pass makes one of them exact: the others' stay what they are."""
     with _opened(target) as store:
-        heads = live_heads(store, methods_of(store))
-        if not experts or all(live.method.second_pass(len(experts)) is None for live in heads):
+        heads = head_tips(store, methods_of(store))
+        if not experts or all(tip.method.second_pass(len(experts)) is None for tip in heads):
             return
         if heads[0].version.expert_id is None:
             return  # it was made before: the newest version folds no expert
         if store.counts()[Status.MERGED] != len(experts):
             raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
         with Restating(target, store, settings, to.progress()) as restating:
-            made = {}
-            for live in heads:
-                name = live.head.name
-                to.say(f"{name}: a second pass" if live.method.second_pass(len(experts)) else f"{name}: stays")
-                made[name] = _exact(restating, target, live, archive, experts) or restating.linked(
-                    name, target, live.version.number, live.totals
+            written = {}
+            for tip in heads:
+                name = tip.head.name
+                to.say(f"{name}: a second pass" if tip.method.second_pass(len(experts)) else f"{name}: stays")
+                written[name] = _exact(restating, target, tip, archive, experts) or restating.linked(
+                    name, target, tip.version.number, tip.totals
                 )
-            restating.commit(store, heads, made)
+            restating.commit(store, heads, written)
 
 
 def _subtract(
-    restating: Restating, home: Home, live: LiveHead, lineage: Sequence[Expert], gone: Sequence[Expert]
-) -> Made:
+    restating: Restating, home: Home, tip: HeadTip, lineage: Sequence[Expert], gone: Sequence[Expert]
+) -> Written:
     places = {expert.id: place for place, expert in enumerate(lineage, start=1)}
     arrivals = [_arrival(home, expert, places[expert.id], sign=-1.0) for expert in gone]
-    return restating.folded(home, live, live.method, live.totals, arrivals)
+    return restating.folded(home, tip, tip.method, tip.totals, arrivals)
 
 
 def _arrival(archive: Home, expert: Expert, index: int, sign: float = 1.0) -> Arrival:
     return archived(archive, expert), Contribution(index, weight=sign * expert.weight), expert
 
 
-def _adopt(home: Home, store: Store, name: str, method: Method, made: Made, restating: Restating) -> int:
+def _adopt(home: Home, store: Store, name: str, method: Method, written: Written, restating: Restating) -> int:
     """Gives the home a further head: version 0, and the version that the other heads stand at, whose number it says."""
     newest = max(head.newest for head in store.heads())
     head = Head(name, method.name, method.params(), live=0, newest=0)
     with open_path(home.base) as base:
         dtypes = floating_dtypes(base)
     versions = [publish_base(home, head, store.base(), base_files(home), dtypes)]
-    hit("publish.before")
     if newest:
-        live = LiveHead(head, Version(**asdict(versions[0])), method, Totals())
-        versions.append(restating.place(live, newest, made, origin(store)))
+        tip = HeadTip(head, Version(**asdict(versions[0])), method, Totals())
+        versions += restating.place([tip], newest, {name: written}, origin(store))
     adopted = replace(head, live=newest, newest=newest)
-    hit("publish.after")
     hit("commit.before")
     store.adopt(adopted, versions)
     hit("commit.after")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from daemon.rebuild.replay import Heads
+from registry.reader import Reader
 from registry.records import Expert
-from registry.store import Reader
 
 
 @dataclass(frozen=True)

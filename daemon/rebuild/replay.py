@@ -30,8 +30,9 @@ from projector.errors import ProjectorError
 from projector.method import Method
 from projector.names.naming import Naming
 from projector.text import shown
+from registry.reader import Reader
 from registry.records import Expert, Status
-from registry.store import Reader, Store
+from registry.store import Store
 
 Heads = Mapping[str, Method]
 NO_LIMIT = 1e30

@@ -3,11 +3,10 @@
 It is published as any other: files first, all durable, then renamed into place, then ONE transaction.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isclose
 from pathlib import Path
 from uuid import uuid4
@@ -21,37 +20,23 @@ from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
-from daemon.home.ground import Base, States
+from daemon.home.ground import Base, States, sound_ground
 from daemon.layout import CARD, STATE_FILE, Home, is_adapter
+from daemon.manifest import Manifest
+from daemon.merge.folding import Folding
 from daemon.versions.adapter import Adapting
-from daemon.versions.heads import LiveHead
-from daemon.versions.latest import point_latest
-from daemon.versions.manifest import FileEntry, WeightsPlan, Withdrawal
+from daemon.versions.heads import HeadTip
+from daemon.versions.latest import follow_live
 from daemon.versions.retention import collect, remove_whole
-from daemon.versions.sealing import Origin, origin, seal
-from daemon.versions.writing import Outputs, weights_plan
-from projector.driver.head import HeadFold
+from daemon.versions.sealing import Origin, origin, publish, seal
+from daemon.versions.writing import Written
 from projector.files.tensorfile import TensorReader
 from projector.method import Contribution, Method, Totals
-from registry.records import Expert, NewVersion
-from registry.store import Reader, Store
+from registry.reader import Reader
+from registry.records import Expert, NewIntervention, NewVersion
+from registry.store import Store
 
-STATE_ONLY: WeightsPlan = ((), None)
 Arrival = tuple[Path, Contribution, Expert]  # a file or folder, how it counts, and as what it was merged
-
-
-@dataclass(frozen=True)
-class Made:
-    """A version of one head, written but not published; its state's folder is missing where it has none."""
-
-    published: Path
-    weights: Sequence[FileEntry]
-    state_folder: Path
-    state: FileEntry | None
-    totals: Totals
-    dtype: str
-    approximate: bool = False
-    withdrawal: Withdrawal | None = None
 
 
 class Restating:
@@ -61,10 +46,9 @@ class Restating:
         self._home = home
         self._settings = settings
         self._progress = progress
-        self._driver = driver(settings.compute, progress)
         self._closing = ExitStack()
         self._base = self._closing.enter_context(Base(home, reader, progress))
-        self._plan = weights_plan(self._base.checkpoint, settings.publish)
+        self._folding = Folding(self._base, settings.publish, driver(settings.compute, progress))
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         self._folder = home.tmp / uuid4().hex
         self._closing.callback(durable.remove, self._folder)
@@ -75,119 +59,92 @@ class Restating:
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def folded(self, source: Home, live: LiveHead, method: Method, totals: Totals, arrivals: Sequence[Arrival]) -> Made:
+    def folded(
+        self, source: Home, tip: HeadTip, method: Method, totals: Totals, arrivals: Sequence[Arrival]
+    ) -> Written:
         """Folds these experts, one or more, onto the state of a live version of `source`, and reads out the weights.
 
         method, totals: by which, and counted from there.
         """
-        head, states, state = live.head.name, States(source, self._progress), None
-        self._base.check()
+        states, written = States(source, self._progress), None
         for place, (path, contribution, expert) in enumerate(arrivals, start=1):
-            folder = self._folder / head / str(place)
             last = place == len(arrivals)
-            self._progress.begin(self._sweep_bytes() * (1 + method.rounds + last))
+            self._progress.begin(self._folding.work_bytes([method], weights=last))
             with ExitStack() as files:
-                before = _state(state, files) if state else states.open(live, self._base.tensors.schema, files)
-                output = Outputs(
-                    folder, self._base.tensors.schema, method, self._plan if last else STATE_ONLY, files, self._progress
-                )
-                naming = naming_of(expert, self._settings.admission)
-                expert_files = files.enter_context(
-                    open_path(path, self._progress, follow=False, needs=method.needs, naming=naming)
-                )
-                expert_files.check(self._base.tensors)
-                if method.keyed:
-                    contribution = replace(contribution, sha256=expert_files.identity())
-                contribution = self._driver.survey(
-                    self._base.tensors, expert_files.tensors, method, contribution, before
-                )
-                head_fold = HeadFold(method, totals, contribution, before, output.state, record=output.record)
-                folded = self._driver.fold(self._base.tensors, expert_files.tensors, [head_fold])
+                before = _state(written, files) if written else states.open(tip, self._base.tensors.schema, files)
+                output = self._folding.outputs(self._folder / tip.head.name / str(place), method, files, weights=last)
+                read = files.enter_context(self._opened(path, expert, method))
+                read.check(self._base.tensors)
+                with sound_ground(self._base, states):
+                    head = self._folding.head(read, method, totals, contribution, before, output)
+                    folded = self._folding.fold(read, [head])
                 (totals,) = folded.totals
-                self._base.confirm()
-                states.confirm()
-                _check(path, expert_files, folded.task_vector.whole, expert)
-                self._driver.read_out(self._base.tensors, method, totals, output.state.reader(), output.weights)
-                self._base.confirm()
-                output.finish()
-            if state:
-                durable.remove(state)  # the one before, which only this one needed
-            state = output.state_folder
-        return Made(
-            output.published,
-            output.entries,
-            output.state_folder,
-            output.state_entry,
-            totals,
-            self._settings.publish.dtype,
-        )
+                _check(path, read, folded.task_vector.whole, expert)
+                with sound_ground(self._base, states):
+                    now = self._folding.read_out(method, totals, output)
+            if written:
+                durable.remove(written.state_folder)  # which only this one needed
+            written = now
+        assert written
+        return replace(written, record_file=None, record=None)  # kept of each expert since it was merged
 
-    def linked(self, head: str, source: Home, number: int, totals: Totals) -> Made:
+    def _opened(self, path: Path, expert: Expert, method: Method) -> OpenCheckpoint:
+        """An expert in the archive, as it was taken when it was merged."""
+        naming = naming_of(expert, self._settings.admission)
+        return open_path(path, self._progress, follow=False, needs=method.needs, naming=naming)
+
+    def linked(self, head: str, source: Home, number: int, totals: Totals) -> Written:
         """Version `number` of the head in `source`, this home or another on the same disk, under further names."""
         self._base.check()
         self._base.confirm()  # nothing may have been folded
         folder = self._folder / head
-        content = json.loads(source.manifest(head, number).read_bytes())
+        manifest = Manifest.read(source.manifest(head, number).read_bytes())
         published, state_folder = folder / "published", folder / "state"
         durable.make_folder(published, public=True)
-        made_anew = [name for name in (file["name"] for file in content["files"]) if name == CARD or is_adapter(name)]
-        weights = [FileEntry(**file) for file in content["files"] if file["name"] not in made_anew]
+        weights = [file for name, file in manifest.files.items() if name != CARD and not is_adapter(name)]
         for file in weights:
             durable.make_folder((published / file.name).parent, public=True)
             durable.link_or_copy(source.version(head, number) / file.name, published / file.name)
-        state = None
-        if content["state"]:
-            state = FileEntry(**content["state"])
+        if manifest.state:
             durable.make_folder(state_folder)
             durable.link_or_copy(source.head_state(head, number) / STATE_FILE, state_folder / STATE_FILE)
-        return Made(published, weights, state_folder, state, totals, content["dtype"], content["approximate"])
+        said = manifest.content
+        return Written(published, weights, state_folder, manifest.state, totals, said["dtype"], said["approximate"])
 
-    def place(self, live: LiveHead, number: int, made: Made, origin: Origin) -> NewVersion:
-        """Seals a version and renames it into place; nothing names it yet."""
-        adapter = self._adapting.write(live.head.name, made.published, made.weights, origin.base.name)
-        sealed = seal(
-            self._home,
-            live,
-            number,
-            made.published,
-            made.weights,
-            made.state,
-            made.totals,
-            origin=origin,
-            beside=self._base.beside,
-            dtype=made.dtype,
-            approximate=made.approximate,
-            withdrawal=made.withdrawal,
-            adapter=adapter,
-        )
-        targets = [(made.published, self._home.version(live.head.name, number))]
-        if made.state:
-            durable.sync_folder(made.state_folder)
-            targets.append((made.state_folder, self._home.head_state(live.head.name, number)))
-        for source, target in targets:
-            remove_whole(self._home, target)  # left by one that was cut short
-            durable.rename(source, target)
+    def place(
+        self, heads: Sequence[HeadTip], number: int, written: Mapping[str, Written], origin: Origin
+    ) -> list[NewVersion]:
+        """Seals a version of each of these heads, and renames it into place; nothing names it yet."""
+        sealed = [self._seal(tip, number, written[tip.head.name], origin) for tip in heads]
+        hit("publish.before")
+        for name in (tip.head.name for tip in heads):
+            for left in (self._home.version(name, number), self._home.head_state(name, number)):
+                remove_whole(self._home, left)  # by one that was cut short
+            publish(self._home, name, number, written[name])
+        hit("publish.after")
         return sealed
 
+    def _seal(self, tip: HeadTip, number: int, written: Written, origin: Origin) -> NewVersion:
+        adapter = self._adapting.write(tip.head.name, written.published, written.weights, origin.base.name)
+        return seal(self._home, tip, number, written, origin=origin, beside=self._base.beside, adapter=adapter)
+
     def commit(
-        self, store: Store, heads: Sequence[LiveHead], made: Mapping[str, Made], gone: Sequence[Expert] = ()
+        self,
+        store: Store,
+        heads: Sequence[HeadTip],
+        written: Mapping[str, Written],
+        gone: Sequence[Expert] = (),
+        deed: NewIntervention | None = None,
     ) -> int:
-        """Publishes a version of every head, in which the experts `gone` are no more; returns its number."""
+        """Publishes a version of every head, in which the experts `gone` are no more by that deed; says its number."""
         number = next_number(heads)
-        hit("publish.before")
-        of = origin(store, gone=gone)
-        versions = [self.place(live, number, made[live.head.name], of) for live in heads]
-        hit("publish.after")
+        versions = self.place(heads, number, written, origin(store, gone=gone))
         hit("commit.before")
-        store.restate(versions, [expert.id for expert in gone])
+        store.restate(versions, [expert.id for expert in gone], deed)
         hit("commit.after")
-        for head in store.heads():
-            point_latest(self._home, head)
+        follow_live(self._home, store)
         collect(self._home, store, self._settings.retention)
         return number
-
-    def _sweep_bytes(self) -> int:
-        return sum(spec.nbytes for spec in self._base.tensors.schema.values() if spec.merged)
 
 
 def unlike(expert: Expert, sha256: str | None, sidecars: Mapping[str, str]) -> str | None:
@@ -211,12 +168,12 @@ def _check(path: Path, source: OpenCheckpoint, norm: float, expert: Expert) -> N
         raise BadHome(f"{path} is not what was merged: {why}", "restore it from a backup; nothing was published")
 
 
-def next_number(heads: Sequence[LiveHead]) -> int:
+def next_number(heads: Sequence[HeadTip]) -> int:
     """The number of the next version, which is the same for every head."""
-    return max(live.head.newest for live in heads) + 1
+    return max(tip.head.newest for tip in heads) + 1
 
 
-def _state(folder: Path, files: ExitStack) -> TensorReader:
-    fd = os.open(folder / STATE_FILE, os.O_RDONLY | os.O_CLOEXEC)
+def _state(written: Written, files: ExitStack) -> TensorReader:
+    fd = os.open(written.state_folder / STATE_FILE, os.O_RDONLY | os.O_CLOEXEC)
     files.callback(os.close, fd)
     return TensorReader(fd)

@@ -12,8 +12,8 @@ from daemon.layout import Home
 from daemon.notation import called, find_version
 from projector.driver.measure import Pair, pairs
 from projector.files.source import Checkpoint
+from registry.reader import Reader
 from registry.records import Expert, Version
-from registry.store import Reader
 
 PARAMETER_NAMES = ("weight", "bias")
 

@@ -26,8 +26,8 @@ from projector.driver.steps import state_specs
 from projector.lora.keys import tensor_parts
 from projector.methods import make
 from projector.text import shown
+from registry.reader import Reader
 from registry.records import Expert
-from registry.store import Reader
 
 
 def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Mapping[str, Any]:

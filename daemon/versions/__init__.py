@@ -7,10 +7,11 @@
     modules.py        modules in folders of their own, which every version has from the base
     adapter.py        the merged task vector as a LoRA adapter
     card.py           the model card
-    manifest.py       which files a version has, and whether both agree
-    sealing.py        companions, card and manifest, all durable
+    weight_files.py   which weights files it is written in
+    checking.py       which files it has, and whether its manifest says so too
+    sealing.py        companions, card and manifest, all durable; and everything renamed into place
     latest.py         the names by which readers find the live one
-    views.py          an expert's own model out of it
+    view_file.py      an expert's own model out of it
     retention.py      which versions' files go
 
 Written beside what is live, sealed by its manifest, and never changed afterwards.

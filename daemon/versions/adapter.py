@@ -24,7 +24,8 @@ from daemon.config import Settings
 from daemon.disk import durable
 from daemon.errors import BadConfig
 from daemon.layout import ADAPTER_FOLDER, Home
-from daemon.versions.manifest import METADATA, FileEntry
+from daemon.manifest import FileEntry
+from daemon.versions.weight_files import METADATA
 from projector.algebra.linalg import energy, on_device, one_thread
 from projector.algebra.low_rank import LowRank, low_rank, low_rank_bytes
 from projector.driver.device import load, unload

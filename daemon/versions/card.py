@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from daemon.checkpoints.weight_names import SUFFIX, weight_names
 from daemon.layout import is_weights
-from daemon.versions.manifest import Withdrawal
+from daemon.manifest import Withdrawal
 from projector.method import Method
 from projector.text import shown
 from registry.records import BaseModel, NewExpert

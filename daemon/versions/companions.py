@@ -17,7 +17,7 @@ from daemon.checkpoints.expert_json import ABOUT
 from daemon.checkpoints.weight_names import SUFFIX
 from daemon.errors import BadHome
 from daemon.layout import ADAPTER_FOLDER, CARD, MANIFEST, Home
-from daemon.pull.manifest import is_plain
+from daemon.pull.foreign_manifest import is_plain
 from projector.text import shown
 
 MOST_BYTES = 256 << 20  # of one file: the largest tokenizers have about 40 MB, and every version has a copy

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from projector.method import Method, Totals
+from registry.reader import Reader
 from registry.records import Head, Version
-from registry.store import Reader
 
 
 @dataclass(frozen=True)
-class LiveHead:
-    """One head: its row, its live version, its method and the method's totals."""
+class HeadTip:
+    """One head: its row, its newest version, its method and the method's totals."""
 
     head: Head
     version: Version
@@ -18,14 +18,19 @@ class LiveHead:
     totals: Totals
 
 
-def live_heads(reader: Reader, methods: Mapping[str, Method]) -> list[LiveHead]:
+def head_tips(reader: Reader, methods: Mapping[str, Method]) -> list[HeadTip]:
     """Every head as the registry has it now; `methods` by head."""
-    return [_live(reader, head, methods[head.name]) for head in reader.heads()]
+    return [_tip(reader, head, methods[head.name]) for head in reader.heads()]
 
 
-def _live(reader: Reader, head: Head, method: Method) -> LiveHead:
-    version = reader.version(head.name, head.live)
+def _tip(reader: Reader, head: Head, method: Method) -> HeadTip:
+    version = reader.version(head.name, head.newest)
     if version is None:
-        raise AssertionError(f"the registry has no version {head.live} of {head.name}")
+        raise AssertionError(f"the registry has no version {head.newest} of {head.name}")
+    return HeadTip(head, version, method, totals_of(version))
+
+
+def totals_of(version: Version) -> Totals:
+    """A method's totals after that version."""
     scalars = dict(version.totals)
-    return LiveHead(head, version, method, Totals(int(scalars.pop("experts")), scalars))
+    return Totals(int(scalars.pop("experts")), scalars)

@@ -5,14 +5,28 @@ A crash between the two leaves just that, and recovery calls this again.
 """
 
 from pathlib import Path
+from threading import Lock
 
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.layout import Home, number
+from registry.reader import Reader
 from registry.records import Head
 
 PLAIN = "LATEST"
+
+
+_POINTING = Lock()
+
+
+def follow_live(home: Home, reader: Reader) -> None:
+    """Lets `latest` and LATEST of every head name its live version. A rollback may come from another thread than a new
+    version: whoever points last has also looked last.
+    """
+    with _POINTING:
+        for head in reader.heads():
+            point_latest(home, head)
 
 
 def point_latest(home: Home, head: Head) -> None:

@@ -14,8 +14,8 @@ from daemon.checkpoints.checkpoint import PICKLED
 from daemon.checkpoints.opening import open_entry
 from daemon.checkpoints.weight_names import SUFFIX, WEIGHTS
 from daemon.errors import BadHome, Reason, Refused
+from daemon.versions.checking import names_below
 from daemon.versions.companions import modules_of
-from daemon.versions.manifest import names_below
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader
 from projector.text import shown

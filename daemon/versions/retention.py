@@ -1,8 +1,9 @@
 """Removes old versions' files. Their rows stay, so that lineage and numbers live on; experts are never touched.
 
-What is published of a version stays as the settings say. Its state goes as soon as the next version is committed: only
-the newest is ever folded onto. Heads that keep a record of each expert are the exception, since the views of a version
-are read from its state.
+What is published of a version stays as the settings say, and longer where it is pinned or an expert was trained from
+it. Only the newest state is ever folded onto. Some older ones stay, so that what came after them can be taken out at
+once: the one before the newest, the live version's, and those of pinned versions. Heads that keep a record of each
+expert keep all, since the views of a version are read from its state.
 
 What there is to remove is found by the folders, which are few, and not by the rows, of which every version has one.
 """
@@ -10,7 +11,7 @@ What there is to remove is found by the folders, which are few, and not by the r
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import takewhile
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,14 +21,15 @@ from daemon.layout import Home
 from registry.records import Head, Version
 from registry.store import Store
 
-OLDEST = 100  # versions of a head that are looked at together; more than the base and the live one
+OLDEST = 100  # versions of a head that are looked at together
 
 
 def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
     """Removes what retention no longer keeps and returns it.
 
-    Kept: version 0, the live version, the newest `settings.versions`, and whatever was followed by another version less
-    than the grace time ago: a reader may just have resolved `latest` to it.
+    Kept: version 0, the live version, the newest `settings.versions`, what is pinned, what a merged expert was trained
+    from, and whatever was followed by another version less than the grace time ago: a reader may just have resolved
+    `latest` to it.
     The row is marked first: a version whose files are going is no longer offered.
     """
     remove_old_states(home, store)
@@ -74,12 +76,14 @@ def remove_old_states(home: Home, store: Store) -> None:
     """Removes the states that nothing will read. Call it once the newest version is committed: it is durable then."""
     for head in store.heads():
         for number, path in numbered(home.states(head.name)).items():
-            if number <= head.newest and not keeps_state(home, head, number):
-                durable.remove(path)
+            if number < head.newest - 1 and number != head.live and not needs_state(home, head, number):
+                version = store.version(head.name, number)
+                if version is None or not version.pinned:
+                    durable.remove(path)
 
 
-def keeps_state(home: Home, head: Head, number: int) -> bool:
-    """Whether the state of that version of a head is still there: of the newest, of all where there are views."""
+def needs_state(home: Home, head: Head, number: int) -> bool:
+    """Whether the state of that version of a head must be there: of the newest, of all where there are views."""
     return number == head.newest or home.views(head.name).is_dir()
 
 
@@ -95,15 +99,13 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _expired(store: Store, head: Head, settings: Retention) -> list[Version]:
-    """The oldest versions that may go, out of the OLDEST of a head: within the grace time there may be thousands."""
+    """The oldest versions that may go, OLDEST of them at the most: within the grace time there may be thousands."""
     before = datetime.now(UTC) - timedelta(seconds=settings.grace_seconds)
     newest = store.versions(head.name, limit=settings.versions, include_collected=False)
-    oldest = store.versions(head.name, limit=OLDEST, newest_first=False, include_collected=False)
-    return [
-        version
-        for version, successor in pairwise(oldest)
-        if version.number < newest[-1].number
-        and version.number not in (0, head.live)
-        and successor.created_at
-        and successor.created_at < before
-    ]
+    found = [version for version in store.unneeded(head, OLDEST) if version.number < newest[-1].number]
+    return list(takewhile(lambda version: _followed_before(store, version, before), found))
+
+
+def _followed_before(store: Store, version: Version, moment: datetime) -> bool:
+    successor = store.version(version.head, version.number + 1)
+    return bool(successor and successor.created_at and successor.created_at < moment)

@@ -1,4 +1,6 @@
-"""The last step before a version is published: companions, card and manifest go beside its weights, all durable."""
+"""From a version that is written to one that only waits for its row: companions, card and manifest go beside its
+weights, all durable, and then everything is renamed into its place.
+"""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -9,14 +11,15 @@ from pathlib import Path
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.layout import CARD, MANIFEST, Home
+from daemon.manifest import FileEntry, manifest
 from daemon.versions.adapter import Adapter
 from daemon.versions.card import FRONT_MATTER_BYTES, MOST_EXPERTS, AboutBase, Card, about_base, render
+from daemon.versions.checking import entry, names_below
 from daemon.versions.claimed_dtype import config_in
-from daemon.versions.heads import LiveHead
-from daemon.versions.manifest import FileEntry, Withdrawal, entry, manifest, names_below
-from projector.method import Totals
+from daemon.versions.heads import HeadTip
+from daemon.versions.writing import Written
+from registry.reader import Reader
 from registry.records import BaseModel, Expert, NewExpert, NewVersion, Status
-from registry.store import Reader
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -44,81 +47,86 @@ def origin(reader: Reader, expert: NewExpert | None = None, gone: Sequence[Exper
 
 def seal(
     home: Home,
-    live: LiveHead,
+    tip: HeadTip,
     number: int,
-    published: Path,
-    weights: Sequence[FileEntry],
-    state: FileEntry | None,
-    totals: Totals,
+    written: Written,
     *,
     origin: Origin,
     beside: Sequence[str],
-    dtype: str,
-    record: FileEntry | None = None,
-    approximate: bool = False,
-    withdrawal: Withdrawal | None = None,
     adapter: Adapter | None = None,
 ) -> NewVersion:
-    """Completes the folder `published`, which holds the files of `weights`, and returns what to commit of it.
+    """Completes the folder of what is published, makes all of the version durable, and returns what to commit of it.
 
-    beside: the files of the base that go with the weights. Whatever else lies in the folder, or in one below it, is
-    hashed and listed too. live: the head as it stands. totals:
-    after this version. The folder of the state is the caller's to sync.
+    live: the head as it stands. beside: the files of the base that go with the weights. Whatever else lies in the
+    folder, or in one below it, is hashed and listed too.
     """
-    written = {file.name for file in weights}
-    config, there = home.base / CONFIG, set(written)
-    if dtype != "base" and CONFIG not in written and config.is_file():
+    published, totals, dtype = written.published, written.totals, written.dtype
+    weights = {file.name for file in written.weights}
+    config, there = home.base / CONFIG, set(weights)
+    if dtype != "base" and CONFIG not in weights and config.is_file():
         durable.write_file(published / CONFIG, config_in(config.read_bytes(), dtype))
         there.add(CONFIG)
     copy_files(home.base, published, [name for name in beside if name not in there])
-    figures = dict(live.method.figures(totals))
+    figures = dict(tip.method.figures(totals))
     card = Card(
-        head=live.head.name,
+        head=tip.head.name,
         number=number,
-        method=live.method,
+        method=tip.method,
         base=origin.base,
         about=read_about_base(home.base),
         experts=totals.experts,
         newest=origin.newest,
         figures=figures,
         dtype=dtype,
-        approximate=approximate,
-        withdrawal=withdrawal,
-        files=[file.name for file in weights],
+        approximate=written.approximate,
+        withdrawal=written.withdrawal,
+        files=[file.name for file in written.weights],
         adapter=(adapter.rank, adapter.kept) if adapter else None,
     )
     durable.write_file(published / CARD, render(card))
-    others = [entry(published / name, name) for name in names_below(published) if name not in written]
-    files = sorted([*weights, *others], key=lambda file: file.name)
+    others = [entry(published / name, name) for name in names_below(published) if name not in weights]
+    files = sorted([*written.weights, *others], key=lambda file: file.name)
     text = manifest(
-        head=live.head,
+        head=tip.head,
         number=number,
         base_sha256=origin.base.sha256,
-        parent=live.version,
+        parent=tip.version,
         experts=totals.experts,
         expert=origin.expert,
         figures=figures,
         dtype=dtype,
         created_at=datetime.now(UTC),
         files=files,
-        state=state,
-        record=record,
-        approximate=approximate,
-        withdrawal=withdrawal,
+        state=written.state,
+        record=written.record,
+        approximate=written.approximate,
+        withdrawal=written.withdrawal,
         adapter=adapter.described() if adapter else None,
     )
     durable.write_file(published / MANIFEST, text)
     hit("manifest.written")
     sync_folders(published, files)
+    if written.state:
+        durable.sync_folder(written.state_folder)
     return NewVersion(
-        head=live.head.name,
+        head=tip.head.name,
         number=number,
-        parent=live.version.number,
+        parent=tip.version.number,
         manifest_sha256=hashlib.sha256(text).hexdigest(),
         size_bytes=sum(file.size for file in files),
         totals={"experts": float(totals.experts), **totals.scalars},
         figures=figures,
     )
+
+
+def publish(home: Home, head: str, number: int, written: Written) -> None:
+    """Renames a sealed version into its place; it counts once its row is committed."""
+    if written.record_file:
+        durable.make_folder(home.views(head))  # its name is durable with the state's
+        durable.rename(written.record_file, home.view_record(head, number))
+    if written.state:
+        durable.rename(written.state_folder, home.head_state(head, number))
+    durable.rename(written.published, home.version(head, number))
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -1,7 +1,8 @@
 """One head's next version while it is being written, in a temporary folder: its state, its weights, its record."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,13 +12,34 @@ from daemon.checkpoints.weight_names import weight_names
 from daemon.config import Publish
 from daemon.disk import durable
 from daemon.layout import STATE_FILE
-from daemon.versions.manifest import METADATA, FileEntry, WeightFile, WeightsPlan, index_of, plan_weights
+from daemon.manifest import FileEntry, Withdrawal
+from daemon.versions.weight_files import METADATA, WeightFile, WeightsPlan, index_of, plan_weights
 from projector.driver.steps import record_specs, state_specs
 from projector.files.header import build_header
 from projector.files.tensorfile import TensorWriter
-from projector.method import Method
+from projector.method import Method, Totals
 from projector.spec import Schema, TensorSpec
 from projector.watch import Watch
+
+
+@dataclass(frozen=True)
+class Written:
+    """A head's next version, all of it written and nothing of it named yet: to be sealed, and then published.
+
+    published: the folder with its weights, which are listed. totals: after it. approximate, withdrawal: as its manifest
+    has them. state, record: None where it has none.
+    """
+
+    published: Path
+    weights: Sequence[FileEntry]
+    state_folder: Path
+    state: FileEntry | None
+    totals: Totals
+    dtype: str
+    approximate: bool = False
+    withdrawal: Withdrawal | None = None
+    record_file: Path | None = None
+    record: FileEntry | None = None
 
 
 class Outputs:
@@ -40,21 +62,30 @@ class Outputs:
         files_planned, self._index = plan
         self._names = [file.name for file in files_planned]
         self.weights = [self._writer(self.published / file.name, list(file.specs)) for file in files_planned]
-        self.entries: list[FileEntry] = []
-        self.state_entry: FileEntry | None = None
-        self.record_entry: FileEntry | None = None
 
-    def finish(self) -> None:
+    def finish(self, totals: Totals, dtype: str, *, approximate: bool = False) -> Written:
         """Takes the digests, once everything is written and while the files are still open."""
-        self.state_entry = FileEntry(STATE_FILE, self.state.header.size, self.state.finish())
+        state = FileEntry(STATE_FILE, self.state.header.size, self.state.finish())
+        record = None
         if self.record:
-            self.record_entry = FileEntry(self.record_file.name, self.record.header.size, self.record.finish())
-        self.entries = [
+            record = FileEntry(self.record_file.name, self.record.header.size, self.record.finish())
+        weights = [
             FileEntry(name, writer.header.size, writer.finish())
             for name, writer in zip(self._names, self.weights, strict=True)
         ]
         if self._index is not None:
             durable.write_file(self.published / self._index.name, self._index.text)
+        return Written(
+            self.published,
+            weights,
+            self.state_folder,
+            state,
+            totals,
+            dtype,
+            approximate,
+            record_file=self.record_file if self.record else None,
+            record=record,
+        )
 
     def _writer(self, path: Path, specs: list[TensorSpec]) -> TensorWriter:
         size = build_header(specs, METADATA)[1].size

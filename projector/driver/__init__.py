@@ -7,7 +7,7 @@
     device.py    CPU or CUDA, which may fail
     measure.py   measures checkpoints without folding
     averages.py  running statistics
-    views.py     an expert's own model out of a merged one
+    view.py      an expert's own model out of a merged one
 
 One thread reads, workers compute, one writes in order: no bit depends on threads.
 """

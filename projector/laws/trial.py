@@ -12,7 +12,7 @@ from projector.driver.averages import rule_of
 from projector.driver.fold import Driver
 from projector.driver.head import HeadFold, Prepared
 from projector.driver.steps import prepared_specs, record_specs, state_specs
-from projector.driver.views import View
+from projector.driver.view import View
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
 from projector.method import Contribution, Method, Totals

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from projector.errors import BadSchema, Reason
 from projector.files.source import Checkpoint
-from projector.matching.heads import (
+from projector.matching.task_heads import (
     LAYER,
     check_none_lost,
     common_parts,

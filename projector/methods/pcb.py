@@ -132,6 +132,8 @@ class Pcb(Method):
 class _SecondPass(Pcb):
     """The same over experts that are all in S already, from a state whose shares are those of the first pass."""
 
+    approximate = False
+
     experts: int = param(1, "how many experts there are", low=1)
 
     def _sum(self, state: State, delta: Tensor) -> Tensor:

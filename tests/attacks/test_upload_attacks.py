@@ -15,7 +15,7 @@ from daemon.arrivals.uploads import Uploads
 from daemon.config import Http
 from daemon.http import HttpServer, create_app
 from daemon.layout import Home
-from registry.store import Reader
+from registry.reader import Reader
 from tests.daemon.homes import make_home, tree
 from tests.models import write_base
 

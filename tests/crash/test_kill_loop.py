@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from daemon.layout import Home
+from registry.reader import Reader
 from registry.records import Status
-from registry.store import Reader
 from tests.crash.invariants import History, check, sha256
 from tests.crash.worlds import VERSIONS_KEPT, World, drain, fill_inbox, outcome
 from tests.models import read_weights, write_expert

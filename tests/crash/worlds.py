@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from daemon.layout import MANIFEST, STATE_FILE, Home
+from registry.reader import Reader
 from registry.records import Status
-from registry.store import Reader
 from tests.crash.daemons import LIMIT_SECONDS, Ended, Running, Zygote
 from tests.crash.invariants import History, check, files_in, sha256
 from tests.models import read_weights, write_base, write_expert

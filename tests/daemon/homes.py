@@ -17,8 +17,8 @@ from daemon.home.founding import found
 from daemon.layout import Home
 from daemon.service import Service
 from projector.methods import make
+from registry.reader import Reader
 from registry.records import Expert
-from registry.store import Reader
 from tests.models import read_weights
 
 Heads = Sequence[tuple[str, str, Mapping[str, Any]]]

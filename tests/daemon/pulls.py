@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from daemon.http import HttpServer, create_app
 from daemon.layout import MANIFEST, Home
-from registry.store import Reader
+from registry.reader import Reader
 from tests.daemon.homes import drain, make_home, quick
 from tests.models import write_base, write_expert
 

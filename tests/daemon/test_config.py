@@ -148,14 +148,20 @@ def test_what_is_wrong_is_said_with_where_it_came_from(toml: Path, monkeypatch: 
     assert "environment" not in str(refused.value) and "(in" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["MAINSTEM_ADMISSION__IGNORE", "MAINSTEM_ADMISSION__PREFIXES"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MAINSTEM_ADMISSION__IGNORE", "MAINSTEM_ADMISSION__PREFIXES", "MAINSTEM_EVALUATE__COMMAND"),
+        *("MAINSTEM_EVALUATE__ENVIRONMENT", "MAINSTEM_EVALUATE__REQUIRE", "MAINSTEM_EVALUATE__HEADS"),
+    ],
+)
 def test_what_is_no_json_has_an_example_that_works(toml: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "foo")
     with pytest.raises(BadConfig, match=f"{name} in the environment is not JSON") as refused:
         load(toml)
     variable, value = shlex.split(refused.value.hint.split("`")[1])[0].split("=", 1)
     monkeypatch.setenv(variable, value)
-    assert load(toml).admission.ignore or load(toml).admission.prefixes
+    assert load(toml).flat()[variable.removeprefix("MAINSTEM_").lower().replace("__", ".")]
 
 
 def test_a_variable_that_means_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

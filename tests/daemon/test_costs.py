@@ -24,8 +24,9 @@ from daemon.http import create_app
 from daemon.layout import Home
 from daemon.rebuild.replay import pages
 from daemon.versions.retention import collect
+from registry.reader import Reader
 from registry.records import Status
-from registry.store import Reader, Store
+from registry.store import Store
 from tests.daemon.homes import drain, experts, make_home, put, quick
 from tests.models import write_expert
 from tests.registry.many import Steps, fill

@@ -306,6 +306,12 @@ def test_a_secret_that_changed_is_named_and_not_shown() -> None:
     assert name == "http.write_token" and before == after and not {*TOKENS} & {before, after}
 
 
+def test_secrets_for_the_evaluator_are_not_shown_either() -> None:
+    one, other = (Settings.model_validate({"evaluate": {"environment": {"HF_TOKEN": token}}}) for token in TOKENS)
+    ((name, before, after),) = differences(one, taken_up(one, other))
+    assert name == "evaluate.environment" and before == after == {"HF_TOKEN": "**********"}
+
+
 def test_the_hint_of_a_setting_says_how_it_takes_effect() -> None:
     then = "; once mainstem.toml says so, `kill -HUP` the daemon (or restart it)"
     assert taking_effect("raise admission.max_norm_ratio", "drop it") == (

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from daemon.checkpoints.checkpoint import open_path
 from daemon.config import Settings
 from daemon.layout import Home
+from daemon.manifest import FileEntry
 from daemon.versions.adapter import Adapting
-from daemon.versions.manifest import FileEntry
 from projector.watch import SILENT
 from tests.memory.fold_once import memory
 

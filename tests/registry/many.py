@@ -21,7 +21,8 @@ def fill(path: Path, merged: int) -> Path:
         raw.execute("BEGIN")
         raw.executemany(
             "INSERT INTO experts (id, name, kind, sha256, size_bytes, status, received_at, entry, norm, version,"
-            " finished_at, place, about) VALUES (?, ?, 'file', ?, 1000, 'merged', ?, ?, ?, ?, ?, ?, ?)",
+            " finished_at, place, about, trained_head, trained_version)"
+            " VALUES (?, ?, 'file', ?, 1000, 'merged', ?, ?, ?, ?, ?, ?, ?, 'main', ?)",
             [_expert(n) for n in range(1, merged + 1)],
         )
         raw.executemany(
@@ -33,6 +34,11 @@ def fill(path: Path, merged: int) -> Path:
                 for n in range(1, merged + 1)
             ),
         )
+        raw.executemany(
+            "INSERT INTO evaluations (weights_sha256, command_sha256, scores, seconds, created_at)"
+            " VALUES (?, ?, '{}', 1.5, ?)",
+            [(digest(n), digest(0), WHEN) for n in range(1, merged + 1)],
+        )
         raw.execute("UPDATE heads SET live = ?, newest = ?", (merged, merged))
         raw.execute("COMMIT")
     return path
@@ -41,7 +47,7 @@ def fill(path: Path, merged: int) -> Path:
 def _expert(n: int) -> tuple[object, ...]:
     about = json.dumps({"name": f"task {n}"})
     name, place, entry = f"expert-{n}.safetensors", f"archive/{n:06d}", f"1:{n}:{n}"
-    return n, name, digest(n), WHEN, entry, 1 + n / 1e6, n, WHEN, place, about
+    return n, name, digest(n), WHEN, entry, 1 + n / 1e6, n, WHEN, place, about, n - 1
 
 
 class Steps:

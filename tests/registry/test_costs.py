@@ -13,8 +13,9 @@ import pytest
 from sqlalchemy import event
 
 from registry.engine import connect
+from registry.reader import Reader
 from registry.records import Status
-from registry.store import Reader, Store
+from registry.store import Store
 from tests.registry.many import Steps, fill
 from tests.registry.samples import digest, expert, make, versions
 
@@ -40,7 +41,11 @@ ASKED: dict[str, Ask] = {
     "a page of what a version has": lambda reader: reader.experts_in(950, after=800, limit=100),
     "the newest experts": lambda reader: reader.experts(limit=100),
     "the newest that are merged": lambda reader: reader.experts(Status.MERGED, limit=100, before=900),
-    "ancestors": lambda reader: reader.comes_from("main", reader.heads()[0].newest, 1),
+    "versions that may go": lambda reader: reader.unneeded(reader.heads()[0], 100),
+    "a blocked expert": lambda reader: [reader.blocked(digest(500), digest(501))],
+    "those that were refused and are open": lambda reader: reader.quarantined(limit=100, before=900),
+    "an evaluation of these weights": lambda reader: [reader.evaluated(digest(500), digest(0))],
+    "the newest interventions": lambda reader: reader.interventions(limit=100),
     "experts whose name begins so": lambda reader: reader.experts(name="expert-500.*"),
     "experts of a name": lambda reader: reader.experts(name="task 500"),
     "heads": lambda reader: reader.heads(),
@@ -80,7 +85,7 @@ def test_a_question_costs_no_more_over_many_experts(few: Path, many: Path, what:
         ("experts_by_name", "an expert by its name"),
         ("experts_by_given_name", "an expert by the name in its expert.json"),
         ("versions_kept", "versions that are kept"),
-        ("versions_branched", "ancestors"),
+        ("evaluations_of_weights", "an evaluation of these weights"),
     ],
 )
 def test_without_its_index_it_would(few: Path, many: Path, tmp_path: Path, index: str, what: str) -> None:
@@ -132,10 +137,20 @@ def test_a_commit_costs_no_more_over_many_experts(few: Path, many: Path) -> None
     assert 0 < taken[1] <= 1.1 * taken[0] + 50, taken
 
 
+def test_versions_that_experts_were_trained_from_are_not_looked_through(few: Path, many: Path, tmp_path: Path) -> None:
+    costs = []
+    for path in (few, many):
+        copy = Path(shutil.copy(path, tmp_path / path.parent.name))
+        with closing(connect(copy, "rw")) as raw:
+            raw.execute("UPDATE versions SET collected = 0, trained = 1 WHERE collected = 1")
+        costs.append(cost(copy, ASKED["versions that may go"]))
+    assert costs[1] <= 1.1 * costs[0] + 50
+
+
 def test_opening_reads_no_rows(few: Path, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a daemon's start and `verify` look through all of it."""
     looked: list[str] = []
-    monkeypatch.setattr("registry.store.check", lambda *_: looked.append("all"))
+    monkeypatch.setattr("registry.reader.check", lambda *_: looked.append("all"))
     for path in (few, many):
         Reader.open(path).close()
         Store.open(path).close()

@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy import event
 
 from registry.errors import DiskFull
-from registry.store import Reader, Store
+from registry.reader import Reader
+from registry.store import Store
 from tests.registry.samples import expert, make, versions
 
 # Children are forked, and only use what this thread holds: other tests' threads (torch, a server) do not matter.

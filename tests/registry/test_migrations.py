@@ -18,7 +18,8 @@ from sqlalchemy import create_engine
 from registry import migrations
 from registry.engine import APPLICATION_ID, connect, reading, writing
 from registry.errors import NotOurs, RegistryError, WrongRevision
-from registry.store import Reader, Store
+from registry.reader import Reader
+from registry.store import Store
 from registry.tables import Base
 from tests.registry.samples import expert, make, versions
 

@@ -12,8 +12,9 @@ import pytest
 from registry import migrations
 from registry.engine import _stamp, connect, translated
 from registry.errors import Busy, Damaged, Missing, NoAccess, NotOurs, RegistryError
+from registry.reader import Reader
 from registry.records import Status
-from registry.store import Reader, Store
+from registry.store import Store
 from tests.nobody import as_nobody
 from tests.registry.samples import BASE, HEADS, digest, expert, make, versions
 
@@ -92,7 +93,7 @@ def questions(reader: Reader) -> list[Callable[[], object]]:
         lambda: reader.find_experts("expert-2.safetensors"),
         lambda: reader.merged(digest(2)),
         reader.lineage,
-        lambda: reader.comes_from("main", 3, 1),
+        lambda: reader.unneeded(reader.heads()[0], 3),
         reader.unplaced,
         reader.counts,
         reader.merged_norms,

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from registry.engine import connect
 from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, Damaged, RegistryError, StaleHead
-from registry.records import Head, NewVersion, Status
-from registry.store import Reader, Store
+from registry.reader import Reader
+from registry.records import Deed, Head, NewEvaluation, NewIntervention, NewVersion, Score, Status
+from registry.store import Store
 from registry.tables import JsonObject
 from tests.registry.samples import BASE, HEADS, WHEN, digest, expert, make, versions
 
@@ -275,39 +276,103 @@ def test_collected_versions_stay_on_record(store: Store) -> None:
     store.check()
 
 
-def test_after_a_rollback_the_next_version_follows_the_live_one(store: Store) -> None:
+def test_after_a_rollback_versions_follow_the_newest_and_are_held_until_one_is_promoted(store: Store) -> None:
     for number in (1, 2):
         store.commit(expert(number), versions(number))
-    with connect(store.path, "rw") as other:
-        other.execute("UPDATE heads SET live = 1")
-    other.close()
-    with pytest.raises(StaleHead):
-        store.commit(expert(3), versions(3))
-    with pytest.raises(StaleHead):
-        store.commit(expert(3), versions(2, parent=1))  # the number 2 is taken for ever
-    store.commit(expert(3), versions(3, parent=1))
-    assert [v.parent for v in store.versions("main")] == [1, 1, 0, None]
+    assert store.turn("main", 1, NewIntervention(Deed.ROLLBACK, "ann", "bad", "main", 1), "since Friday").live == 1
+    for wrong in (versions(3, parent=1), versions(2, parent=1)):  # the number 2 is taken for ever
+        with pytest.raises(StaleHead):
+            store.commit(expert(3), wrong)
+    store.commit(expert(3), versions(3))
+    assert [(head.live, head.newest, head.frozen) for head in store.heads()] == [(1, 3, "since Friday"), (3, 3, None)]
+    assert [(v.parent, v.held) for v in store.versions("main")] == [
+        (2, "since Friday"),
+        (1, None),
+        (0, None),
+        (None, None),
+    ]
+    store.turn("main", 3, NewIntervention(Deed.PROMOTE, "ann", None, "main", 3))
+    store.commit(expert(4), versions(4))
+    assert [(head.live, head.frozen) for head in store.heads()] == [(4, None), (4, None)]
+    assert not any(v.held for v in store.versions("main"))
+    done = [(one.deed, one.who, one.why, one.version, one.previous) for one in store.interventions()]
+    assert done == [("promote", "ann", None, 3, 1), ("rollback", "ann", "bad", 1, 2)]
+    store.check()
 
 
-def test_ancestors_are_those_of_the_branch(store: Store) -> None:
-    """Versions 1, 2, 3, then back to 1: 4 and 5."""
-    for number, parent in ((1, 0), (2, 1), (3, 2)):
-        store.commit(expert(number), versions(number, parent))
-    with connect(store.path, "rw") as other:
-        other.execute("UPDATE heads SET live = 1")
-    other.close()
-    store.commit(expert(4), versions(4, parent=1))
-    store.commit(expert(5), versions(5))
-    ancestors = {n: [a for a in range(7) if store.comes_from("main", n, a)] for n in range(1, 6)}
-    assert ancestors == {1: [0, 1], 2: [0, 1, 2], 3: [0, 1, 2, 3], 4: [0, 1, 4], 5: [0, 1, 4, 5]}
+def test_a_version_that_is_held_is_not_live_and_the_next_one_follows_it(store: Store) -> None:
+    verdict = {"outcome": "held"}
+    held = [dataclasses.replace(v, held="it lost" if v.head == "main" else None, verdict=verdict) for v in versions(1)]
+    store.commit(expert(1), held)
+    assert [head.live for head in store.heads()] == [0, 1]
+    assert (version := store.version("main", 1)) and (version.held, version.verdict) == ("it lost", verdict)
+    store.commit(expert(2), versions(2))
+    assert [head.live for head in store.heads()] == [2, 2]
 
 
-def test_a_head_that_was_added_has_all_that_came_before_it(store: Store) -> None:
+def test_only_a_version_whose_files_are_kept_becomes_live_again(store: Store) -> None:
+    for number in (1, 2):
+        store.commit(expert(number), versions(number))
+    store.collected("main", 1)
+    for head, number in (("main", 1), ("main", 3), ("nobody", 0)):
+        with pytest.raises(BadRecord):
+            store.turn(head, number, NewIntervention(Deed.ROLLBACK, "ann"), "why")
+    assert store.interventions() == [] and [head.live for head in store.heads()] == [2, 2]
+
+
+def test_what_is_live_newest_or_pinned_is_not_collected(store: Store) -> None:
     for number in (1, 2, 3):
         store.commit(expert(number), versions(number))
-    late = [dataclasses.replace(versions(n, 0)[0], head="late", parent=0 if n else None) for n in (0, 3)]
-    store.adopt(Head("late", "emr", {}, 3, 3), late)
-    assert [a for a in range(5) if store.comes_from("late", 3, a)] == [0, 1, 2, 3]
+    store.turn("main", 1, NewIntervention(Deed.ROLLBACK, "ann"), "why")
+    store.pin("main", 2, True, NewIntervention(Deed.PIN, "ann", head="main", version=2))
+    for number in (1, 2, 3):
+        with pytest.raises(BadRecord):
+            store.collected("main", number)
+    store.pin("main", 2, False, NewIntervention(Deed.UNPIN, "ann", head="main", version=2))
+    store.collected("main", 2)
+
+
+def test_evaluations_are_known_by_what_was_evaluated_and_how(store: Store) -> None:
+    scores = {"sst2": Score(0.1 + 0.2, n=10, stderr=0.01), "loss": Score(-0.0, higher_is_better=False, held_out=True)}
+    first = store.evaluate(NewEvaluation("ab", "cd", scores, 1.5))
+    again = store.evaluate(NewEvaluation("ab", "cd", {}, 2.5))
+    assert first.scores == scores and store.evaluation(first.id) == first
+    assert store.evaluated("ab", "cd") == again and store.evaluated("ab", "ef") is None
+    store.commit(expert(1), versions(1))
+    store.judge_version("main", 1, first.id)
+    store.judge_expert(1, again.id)
+    assert (version := store.version("main", 1)) and version.evaluation == first.id
+    assert (one := store.expert(1)) and one.evaluation == again.id
+
+
+def test_a_rejected_expert_is_blocked_and_an_open_case_until_it_is_closed(store: Store) -> None:
+    rejected = store.record(expert(1, Status.QUARANTINED, content_sha256="c0", verdict={"outcome": "rejected"}))
+    refused = store.record(expert(2, Status.QUARANTINED))
+    assert (rejected.blocked, refused.blocked) == (True, False)
+    assert store.blocked(digest(1), None) == rejected == store.blocked("other", "c0")
+    assert store.blocked(digest(2), None) is None
+    assert [one.id for one in store.quarantined()] == [2, 1]
+    store.close_case(2, NewIntervention(Deed.DISCARD, "ann", experts=(2,)))
+    with pytest.raises(BadRecord):
+        store.close_case(2, NewIntervention(Deed.DISCARD, "ann", experts=(2,)))
+    store.block([1], False, NewIntervention(Deed.UNBLOCK, "ann", experts=(1,)))
+    assert store.blocked(digest(1), "c0") is None
+    store.commit(expert(7, name=rejected.name), versions(1))  # another file of that name was merged
+    assert store.quarantined() == []
+    assert [one.experts for one in store.interventions()] == [(1,), (2,)]
+
+
+def test_what_an_expert_was_trained_from_is_known_while_it_is_merged(store: Store) -> None:
+    store.commit(expert(1), versions(1))
+    store.commit(expert(2, trained_head="main", trained_version=1), versions(2))
+    assert [version.trained for version in store.versions("main")] == [0, 1, 0]
+    assert [version.number for version in store.unneeded(store.heads()[0], 9)] == []
+    with pytest.raises(BadRecord):
+        store.collected("main", 1)
+    store.restate(versions(3), [2], NewIntervention(Deed.WITHDRAW, "ann", experts=(2,)))
+    assert [version.number for version in store.unneeded(store.heads()[0], 9)] == [1, 2]
+    assert (one := store.expert(2)) and one.blocked
+    assert [(one.deed, one.version) for one in store.interventions()] == [("withdraw", 3)]
 
 
 def test_the_newest_norms_come_first_and_pages_of_the_lineage_follow_each_other(store: Store) -> None:

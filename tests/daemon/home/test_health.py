@@ -17,7 +17,7 @@ from daemon.home import health
 from daemon.home.health import Health, Trouble
 from daemon.layout import MANIFEST, Home
 from registry.errors import Busy
-from registry.store import Reader
+from registry.reader import Reader
 from tests.daemon.homes import drain, put
 from tests.daemon.processes import running, until
 from tests.models import write_expert

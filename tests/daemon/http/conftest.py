@@ -16,8 +16,9 @@ from prometheus_client import CollectorRegistry, Counter
 
 from daemon.http import HttpServer, create_app
 from daemon.layout import MANIFEST, Home
+from registry.reader import Reader
 from registry.records import BaseModel, Expert, Head, NewExpert, NewVersion, Status
-from registry.store import Reader, Store
+from registry.store import Store
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HEADS = (

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from daemon.http import HttpServer, connections, create_app
 from daemon.layout import Home
-from registry.store import Reader
+from registry.reader import Reader
 from tests.daemon.processes import running, until
 from tests.models import write_expert
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from daemon.config import load
 from daemon.errors import BadConfig
 from daemon.http import Hosts, HttpServer, create_app
-from registry.store import Reader
+from registry.reader import Reader
 
 if TYPE_CHECKING:
     from tests.daemon.http.conftest import Line

@@ -11,7 +11,7 @@ from daemon.arrivals.uploads import Uploads
 from daemon.config import Http
 from daemon.http import Hosts, create_app
 from daemon.layout import Home
-from registry.store import Reader
+from registry.reader import Reader
 from tests.daemon.processes import running
 
 if TYPE_CHECKING:

@@ -74,7 +74,7 @@ def test_stopping_does_not_wait_for_a_reader_that_stalls(
     from prometheus_client import CollectorRegistry
 
     from daemon.http import create_app
-    from registry.store import Reader
+    from registry.reader import Reader
 
     monkeypatch.setattr(server, "GRACE_SECONDS", 1)
     line.publish(os.urandom(1 << 20) * 32)

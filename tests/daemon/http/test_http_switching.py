@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from daemon.http.files import Entry, Published
+from daemon.http.files import Published
+from daemon.manifest import FileEntry
 from registry.records import Head, Version
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def test_a_file_removed_between_open_and_answer_is_still_sent(
 ) -> None:
     opens = Published.open
 
-    def opens_then_loses(self: Published, head: Head, version: Version, entry: Entry) -> int:
+    def opens_then_loses(self: Published, head: Head, version: Version, entry: FileEntry) -> int:
         descriptor = opens(self, head, version, entry)
         (one.home.version("main", 1) / entry.name).unlink()
         return descriptor

@@ -24,10 +24,10 @@ from daemon.arrivals.inbox import Inbox
 from daemon.arrivals.uploads import Uploads
 from daemon.config import Http
 from daemon.errors import BadConfig
-from daemon.http import HttpServer, create_app, uploads
+from daemon.http import HttpServer, create_app, upload_routes
 from daemon.layout import Home
 from daemon.service import Service
-from registry.store import Reader
+from registry.reader import Reader
 from tests.daemon.homes import quick
 from tests.daemon.processes import until
 
@@ -276,7 +276,7 @@ def test_without_a_token_nothing_is_taken(line: "Line", readiness: "Readiness") 
 
 def test_a_client_that_stalls_is_dropped(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.uploads.stall_seconds = 0.3
-    monkeypatch.setattr(uploads, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(upload_routes, "LINGER_SECONDS", 0.3)
     with server.begin() as connection:
         answer = b"".join(iter(lambda: connection.recv(10_000), b""))  # to the end: it is closed
         assert answer.startswith(b"HTTP/1.1 408")

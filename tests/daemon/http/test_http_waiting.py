@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from daemon.http import HttpServer, create_app, waiting
 from registry.errors import Damaged
+from registry.reader import Reader
 from registry.records import Head
-from registry.store import Reader
 from tests.daemon.processes import running, until
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from daemon.disk import durable
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.layout import STATE_FILE, Home
+from daemon.manifest import FileEntry
 from daemon.merge import preparing
 from daemon.merge.merger import Merger
 from daemon.service import Service
-from daemon.versions.manifest import FileEntry
 from registry.store import Store
 from tests.daemon.arrivals.test_queue import scan
 from tests.daemon.homes import MAIN, count, drain, latest, lineage, live, make_home, put, quick, tree

@@ -16,7 +16,8 @@ from starlette.responses import RedirectResponse, Response
 from daemon.disk import durable
 from daemon.errors import DaemonError
 from daemon.layout import MANIFEST, Home
-from daemon.pull.manifest import Listed, Manifest
+from daemon.manifest import FileEntry
+from daemon.pull.foreign_manifest import ForeignManifest
 from daemon.pull.pulling import pull, wanted
 from daemon.pull.target import Target
 from tests.daemon.processes import forked
@@ -142,7 +143,7 @@ def test_a_view_comes_with_the_weights_of_the_modules_beside_it() -> None:
     """Of a dense layer of sentence-transformers: no expert brings it, and the folder does not load without."""
     names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "2_Dense/model.safetensors", CONFIG]
     names += ["adapter/adapter_config.json", "README.md"]
-    manifest = Manifest(b"", "", "main", 1, {name: Listed(name, 1, "0" * 64) for name in names})
+    manifest = ForeignManifest(b"", "", "main", 1, {name: FileEntry(name, 1, "0" * 64) for name in names})
     assert [file.name for file in wanted(manifest, view="1")] == ["2_Dense/model.safetensors", CONFIG]
 
 

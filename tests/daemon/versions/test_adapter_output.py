@@ -25,9 +25,9 @@ from daemon.config import Settings, load
 from daemon.errors import BadConfig, DaemonError
 from daemon.home.verification import verify
 from daemon.layout import ADAPTER_FOLDER, Home
+from daemon.manifest import FileEntry
 from daemon.pull.pulling import pull
 from daemon.versions.adapter import Adapting
-from daemon.versions.manifest import FileEntry
 from projector.spec import TensorSpec
 from projector.watch import SILENT
 from tests.daemon.homes import drain, latest, lineage, live, make_home, put, quick

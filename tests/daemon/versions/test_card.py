@@ -16,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from daemon.manifest import Withdrawal
 from daemon.versions.card import MOST_EXPERTS, AboutBase, Card, _is_repository, about_base, escaped, render
-from daemon.versions.manifest import Withdrawal
 from projector.methods import make
 from projector.text import shown
 from registry.records import BaseModel, Expert, NewExpert, Status

@@ -12,10 +12,10 @@ from daemon.disk import durable
 from daemon.errors import BadHome
 from daemon.home.founding import found
 from daemon.layout import Home
+from daemon.manifest import FileEntry
 from daemon.pull.pulling import pull
 from daemon.versions import companions as room
 from daemon.versions.companions import companions
-from daemon.versions.manifest import FileEntry
 from daemon.versions.sealing import copy_files, sync_folders
 from projector.methods import make
 from tests.daemon.homes import drain, make_home, put

@@ -24,9 +24,9 @@ from daemon.layout import Home
 from daemon.rebuild.commands import add_head, into, withdraw
 from daemon.rebuild.replay import Console
 from daemon.versions import sealing
+from daemon.versions.checking import entry
 from daemon.versions.companions import companions
 from daemon.versions.latest import point_latest
-from daemon.versions.manifest import entry
 from daemon.versions.retention import collect
 from daemon.versions.sealing import origin
 from projector.methods import make

@@ -11,7 +11,7 @@ from daemon.disk import durable
 from daemon.home.recovery import recover
 from daemon.home.verification import verify
 from daemon.layout import STATE_FILE, Home
-from daemon.versions.manifest import problems
+from daemon.versions.checking import problems
 from daemon.versions.retention import collect
 from registry.store import Store
 from tests.daemon.homes import drain, experts, latest, lineage, make_home, put, quick

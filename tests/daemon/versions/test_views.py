@@ -18,10 +18,10 @@ from safetensors.torch import load, load_file, save_file
 from daemon.errors import DaemonError
 from daemon.home.verification import verify
 from daemon.http import HttpServer, create_app
-from daemon.http.views import AT_ONCE
+from daemon.http.computing import AT_ONCE
 from daemon.layout import Home
 from daemon.pull.pulling import pull
-from registry.store import Reader
+from registry.reader import Reader
 from tests.daemon.homes import assert_close, drain, experts, lineage, make_home, put, quick
 from tests.daemon.processes import forked, running, until
 from tests.models import CONFIG, WEIGHTS, read_weights, write_base, write_expert

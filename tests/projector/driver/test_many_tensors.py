@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from daemon.versions.manifest import plan_weights
+from daemon.versions.weight_files import plan_weights
 from projector.errors import BadSchema, Reason
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader

@@ -9,7 +9,7 @@ import torch
 
 from daemon.checkpoints.adapter_modules import has_output, is_tied
 from projector.errors import BadSchema
-from projector.lora.fitting import fitted_adapter
+from projector.lora.adapter_fitting import fitted_adapter
 from projector.lora.keys import tensor_parts
 from projector.names.naming import Naming
 from projector.spec import Schema, TensorSpec

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from daemon.layout import MANIFEST
+from daemon.manifest import FileEntry
 from projector.text import shown
 
 MOST_BYTES = (1 << 63) - 1  # of a file: no system has a larger one
@@ -15,36 +16,22 @@ PATH_BYTES = 1024
 
 
 @dataclass(frozen=True)
-class Listed:
-    """One file of a version: `size` in bytes, `sha256` in hex; `name` may lead into a folder below the version's."""
-
-    name: str
-    size: int
-    sha256: str
-
-    @property
-    def etag(self) -> str:
-        """The entity tag under which a mainstem serves it."""
-        return f'"sha256:{self.sha256}"'
-
-
-@dataclass(frozen=True)
-class Manifest:
+class ForeignManifest:
     """A manifest.json: its bytes, their sha256 (hex), and what a pull needs of it."""
 
     text: bytes
     sha256: str
     head: str
     version: int
-    files: Mapping[str, Listed]
+    files: Mapping[str, FileEntry]
 
     @staticmethod
-    def read(text: bytes) -> "Manifest":
+    def read(text: bytes) -> "ForeignManifest":
         """ValueError where it is no manifest, or a name in it could lead out of the folder."""
         try:
             found: Any = json.loads(text)
             head, version = found["head"], found["version"]
-            files = [Listed(file["name"], file["size"], file["sha256"]) for file in found["files"]]
+            files = [FileEntry(file["name"], file["size"], file["sha256"]) for file in found["files"]]
         except (KeyError, TypeError, RecursionError) as error:
             raise ValueError("it lacks what every manifest has") from error
         if not isinstance(head, str) or type(version) is not int or not all(map(_is_sound, files)):
@@ -54,10 +41,15 @@ class Manifest:
             raise ValueError("it lists a file twice")
         if not by_name.keys().isdisjoint(parent for name in by_name for parent in parents(name)):
             raise ValueError("a file of it is a folder of it too")
-        return Manifest(text, hashlib.sha256(text).hexdigest(), head, version, by_name)
+        return ForeignManifest(text, hashlib.sha256(text).hexdigest(), head, version, by_name)
 
 
-def _is_sound(file: Listed) -> bool:
+def etag(sha256: str) -> str:
+    """The entity tag under which a mainstem serves what has that sha256."""
+    return f'"sha256:{sha256}"'
+
+
+def _is_sound(file: FileEntry) -> bool:
     if not isinstance(file.name, str) or not is_plain(file.name):
         raise ValueError(f"{shown(str(file.name))} cannot be the name of a file")
     sha256 = file.sha256

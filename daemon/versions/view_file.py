@@ -14,9 +14,9 @@ from torch import Tensor
 
 from daemon.checkpoints.checkpoint import open_path
 from daemon.layout import STATE_FILE, Home
-from daemon.versions.manifest import METADATA
+from daemon.versions.weight_files import METADATA
 from daemon.versions.writing import published_specs
-from projector.driver.views import View
+from projector.driver.view import View
 from projector.files.header import build_header
 from projector.files.tensorfile import TensorReader
 from projector.method import Sums

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from daemon.layout import Home
-from daemon.versions.manifest import METADATA, entry, plan_weights, problems
+from daemon.versions.checking import entry, problems
+from daemon.versions.weight_files import METADATA, plan_weights
 from projector.files.header import build_header
 from projector.spec import TensorSpec
 from registry.records import Version

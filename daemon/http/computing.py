@@ -3,7 +3,6 @@
 Computing one needs torch, which is imported by the first request for one.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -22,7 +21,7 @@ from projector.errors import ProjectorError
 from registry.records import Expert, Head, Version
 
 if TYPE_CHECKING:
-    from daemon.versions.views import OpenView
+    from daemon.versions.view_file import OpenView
 
 AT_ONCE = 2  # views in the making: each keeps a core busy
 RETRY_SECONDS = 5
@@ -61,11 +60,10 @@ class Views:
             raise
 
     def _open(self, head: Head, version: Version, expert: Expert) -> "OpenView":
-        from daemon.versions.views import OpenView
+        from daemon.versions.view_file import OpenView
 
         home, n, came_with = self._published.home, version.number, expert.version
-        has = came_with is not None and merged_at(expert, n)
-        if came_with is None or not has or not self._published.reader.comes_from(head.name, n, came_with):
+        if came_with is None or not merged_at(expert, n):
             raise Problem(
                 404,
                 "not_merged",
@@ -81,7 +79,7 @@ class Views:
             )
         if not home.view_record(head.name, came_with).is_file():
             raise damaged(head, came_with, "what is kept of its expert")
-        dtype: str = json.loads(self._published.manifest(head, version).raw)["dtype"]
+        dtype: str = self._published.manifest(head, version).content["dtype"]
         try:
             return OpenView(home, head, version, dtype, came_with)
         except FileNotFoundError:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from projector.lora.keys import FULL, A, B, is_embedding, tensor_parts
 from projector.matching.fitting import COUNTED, RENAMED
-from projector.matching.heads import (
+from projector.matching.task_heads import (
     LAYER,
     check_none_lost,
     common_parts,

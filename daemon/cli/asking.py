@@ -1,0 +1,85 @@
+"""What the verbs share by which a person changes a home: each asks nothing twice, and says what it did.
+
+A dry run says what would be done; a reason is kept with who and when.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from daemon.cli.common import open_reader
+from daemon.errors import BadHome
+from registry.records import Deed, Expert, Status
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from registry.reader import Reader
+    from registry.records import Version
+
+ReasonOption = Annotated[str | None, typer.Option("--reason", help="Why: kept with who did it and when.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+VersionArgument = Annotated[
+    str, typer.Argument(metavar="VERSION", help="A version: HEAD/N, as main/12, or N.", show_default=False)
+]
+HeadOption = Annotated[str | None, typer.Option(help="The head, where VERSION does not name it: main at first.")]
+ExpertArgument = Annotated[
+    list[str], typer.Argument(metavar="ID", help="An expert: its id, sha256 or name.", show_default=False)
+]
+
+
+def intervene(
+    deed: Deed,
+    option: "Path | None",
+    why: str | None,
+    dry_run: bool,
+    *,
+    version: str | None = None,
+    head: str | None = None,
+    experts: Sequence[str] = (),
+) -> None:
+    """Does it, or says what it would do."""
+    from daemon.interventions.deeds import MOST_LETTERS, Request, check, whoever
+    from daemon.interventions.requests import ask
+
+    if why is not None and (not why.strip() or len(why) > MOST_LETTERS):
+        raise typer.BadParameter(f"1 to {MOST_LETTERS} letters", param_hint="--reason")
+    home, reader = open_reader(None, option)
+    with reader:
+        meant = version_named(reader, version, head) if version is not None else None
+        ids = tuple(expert_named(reader, word, deed).id for word in experts)
+        named, number = (meant.head, meant.number) if meant else (None, None)
+        request = Request(deed, whoever(), why, named, number, ids)
+        planned = check(home, reader, request)
+    lines = planned if dry_run else ask(home, request)
+    typer.echo("\n".join(lines) or "nothing is to be done: it is so already")
+
+
+def version_named(reader: "Reader", words: str, head: str | None) -> "Version":
+    """The version that is meant: by HEAD/N, or by N and the option. Raises DaemonError where there is none."""
+    from daemon.notation import find_version, read_name
+
+    named = read_name(words)
+    if head is not None:
+        if named and named.head not in (None, head):
+            raise typer.BadParameter(f"{words} is of another head than {head}", param_hint="--head")
+        words = f"{head}/{words.rpartition('/')[2]}"
+    return find_version(reader, words)
+
+
+def expert_named(reader: "Reader", word: str, deed: Deed) -> Expert:
+    """The one expert that is meant; where many have one name, the newest that the deed fits."""
+    from daemon.rebuild.candidates import told_apart
+
+    found = reader.find_experts(word, 100)
+    open_cases = [one for one in found if one.status is Status.QUARANTINED and not one.closed_at]
+    blocked = [one for one in found if one.blocked]
+    fitting = {Deed.RETRY: open_cases, Deed.DISCARD: open_cases, Deed.UNBLOCK: blocked}.get(deed, found)
+    if len(fitting or found) != 1:
+        what = f"{len(fitting or found)} experts are called {word!r}: {told_apart(fitting or found)}"
+        raise BadHome(
+            what if found else f"no expert is called {word!r}",
+            "give the id; `mainstem log` lists them, `mainstem quarantine list` the open cases",
+        )
+    return (fitting or found)[0]

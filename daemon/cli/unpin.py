@@ -1,0 +1,16 @@
+"""`mainstem unpin`: a version may go again."""
+
+from daemon.cli.asking import DryRunOption, HeadOption, ReasonOption, VersionArgument, intervene
+from daemon.cli.common import HomeOption
+from registry.records import Deed
+
+
+def command(
+    version: VersionArgument,
+    head: HeadOption = None,
+    reason: ReasonOption = None,
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Let retention remove a version again."""
+    intervene(Deed.UNPIN, home, reason, dry_run, version=version, head=head)

@@ -1,0 +1,167 @@
+"""What a person can do to a home: rollback, promote, withdraw, block, pin, and look after refused experts.
+
+`check` says in words what a deed would do, or why it cannot be done, and changes nothing: a dry run does no more.
+`carry_out` does it. The caller is the only one that writes to the home.
+"""
+
+import getpass
+import os
+from dataclasses import dataclass, replace
+
+from daemon.disk.failpoints import hit
+from daemon.errors import BadHome
+from daemon.interventions import cases
+from daemon.layout import Home
+from daemon.notation import called
+from daemon.versions.latest import follow_live
+from projector.text import listed
+from registry.reader import Reader
+from registry.records import Deed, Expert, Head, NewIntervention, Status, Version
+from registry.store import Store
+
+MOST_LETTERS = 500  # of a reason
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody asks for. experts: their ids. replay: withdraw by merging the others again in any case."""
+
+    deed: Deed
+    who: str
+    why: str | None = None
+    head: str | None = None
+    version: int | None = None
+    experts: tuple[int, ...] = ()
+    replay: bool = False
+
+    @property
+    def intervention(self) -> NewIntervention:
+        """The row that it leaves."""
+        return NewIntervention(self.deed, self.who, self.why, self.head, self.version, experts=self.experts)
+
+
+def whoever() -> str:
+    """The user that this process runs as."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no name in a container
+        return str(os.getuid())
+
+
+def check(home: Home, reader: Reader, request: Request) -> list[str]:
+    """What it would do, in lines of words; none where all is as it is asked to be. Raises BadHome where it cannot."""
+    match request.deed:
+        case Deed.ROLLBACK:
+            return _rollback(*_version(home, reader, request))
+        case Deed.PROMOTE:
+            return _promote(*_version(home, reader, request))
+        case Deed.PIN | Deed.UNPIN:
+            return _pin(*_version(home, reader, request), request.deed is Deed.PIN)
+        case Deed.BLOCK | Deed.UNBLOCK:
+            return _block(_experts(reader, request), request.deed is Deed.BLOCK)
+        case Deed.RETRY | Deed.DISCARD:
+            return cases.check(home, _experts(reader, request), request.deed)
+        case Deed.WITHDRAW:
+            raise AssertionError("the rebuild's to plan")
+
+
+def carry_out(home: Home, store: Store, request: Request) -> list[str]:
+    """Does it, and says what was done in lines of words; none where nothing was to be done. Raises BadHome, and then
+    nothing has changed; OSError or RegistryError where the disk fails.
+    """
+    done = check(home, store, request)
+    if not done:
+        return done
+    match request.deed:
+        case Deed.ROLLBACK | Deed.PROMOTE:
+            head, version = _version(home, store, request)
+            frozen = head.frozen if version.number < head.newest else None
+            if request.deed is Deed.ROLLBACK:
+                frozen = f"rolled back to {called(head.name, version.number)}"
+            store.turn(head.name, version.number, request.intervention, frozen)
+            hit("turn.after")
+            follow_live(home, store)
+        case Deed.PIN | Deed.UNPIN:
+            _, version = _version(home, store, request)
+            store.pin(version.head, version.number, request.deed is Deed.PIN, request.intervention)
+        case Deed.BLOCK | Deed.UNBLOCK:
+            store.block(request.experts, request.deed is Deed.BLOCK, request.intervention)
+        case Deed.RETRY | Deed.DISCARD:
+            for expert in _experts(store, request):
+                cases.close(home, store, expert, replace(request.intervention, experts=(expert.id,)))
+        case Deed.WITHDRAW:
+            raise AssertionError("the rebuild's to do")
+    return done
+
+
+def _version(home: Home, reader: Reader, request: Request) -> tuple[Head, Version]:
+    head = reader.head(request.head or "")
+    version = reader.version(request.head or "", request.version if request.version is not None else -1)
+    if head is None or version is None:
+        raise BadHome(
+            f"there is no version {called(request.head or '-', request.version or 0)}", "`mainstem status` names them"
+        )
+    if version.collected or not home.manifest(version.head, version.number).exists():
+        raise BadHome(
+            f"the files of {called(version.head, version.number)} were removed by retention",
+            f"`mainstem log --versions` lists what is kept; to have what it had, take out what came after it:"
+            f" `mainstem rollback {called(version.head, version.number)} --withdraw`",
+        )
+    return head, version
+
+
+def _rollback(head: Head, version: Version) -> list[str]:
+    name, live = called(head.name, version.number), called(head.name, head.live)
+    if version.number == head.live:
+        return []
+    if version.number > head.live:
+        raise BadHome(f"{name} is newer than {live}, which is live", f"`mainstem promote {name}` makes it live")
+    return [
+        f"{name} is live, {live} is not",
+        f"the next expert is folded onto {called(head.name, head.newest)}, the newest; what comes of it is held until"
+        f" `mainstem promote` makes it live",
+        f"`mainstem rollback {name} --withdraw` takes out for good what came after {name}",
+    ]
+
+
+def _promote(head: Head, version: Version) -> list[str]:
+    name, live = called(head.name, version.number), called(head.name, head.live)
+    newest = version.number == head.newest
+    if version.number == head.live and (head.frozen is None or not newest):
+        return []
+    if version.number < head.live:
+        raise BadHome(f"{name} is older than {live}, which is live", f"`mainstem rollback {name}` goes back to it")
+    if newest:
+        return [f"{name} is live, as what follows it will be"]
+    still = f"; {called(head.name, head.newest)}, the newest, is still held" if head.frozen else ""
+    return [f"{name} is live, {live} is not{still}"]
+
+
+def _pin(head: Head, version: Version, pin: bool) -> list[str]:
+    if version.pinned == pin:
+        return []
+    name = called(head.name, version.number)
+    return [f"{name} is kept, whatever retention says" if pin else f"{name} goes when retention says so"]
+
+
+def _experts(reader: Reader, request: Request) -> list[Expert]:
+    found = [reader.expert(number) for number in request.experts]
+    if None in found or not found:
+        raise BadHome(f"there is no expert {request.experts[found.index(None)]}", "`mainstem log` lists them")
+    return [expert for expert in found if expert]
+
+
+def _block(experts: list[Expert], block: bool) -> list[str]:
+    if merged := [expert for expert in experts if expert.status is Status.MERGED and block]:
+        raise BadHome(
+            f"expert {merged[0].id} ({merged[0].name}) is merged: it cannot come twice in any case",
+            f"`mainstem rebuild --without {merged[0].id}` takes it out, and blocks it",
+        )
+    if nameless := [expert for expert in experts if expert.sha256 is None and block]:
+        raise BadHome(
+            f"expert {nameless[0].id} ({nameless[0].name}) was never read: its weights are not known",
+            "there is nothing to block",
+        )
+    changed = [f"{expert.id} ({expert.name})" for expert in experts if expert.blocked != block]
+    what = "do not come back" if block else "may come back"
+    return [f"{listed(changed)} {what} when the same weights arrive again"] if changed else []

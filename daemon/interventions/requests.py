@@ -1,0 +1,219 @@
+"""How a command reaches the daemon that holds a home, and how that answers: by files in state/requests.
+
+    <id>.json          what is asked; taken away once it is answered
+    <id>.answer.json   what became of it
+
+The registry has one writer. Where no daemon runs, the command holds the home itself and does what it was asked. Nothing
+here need outlive the machine: whoever asks waits, and what was done is told by the registry.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+from uuid import uuid4
+
+import structlog
+
+from daemon.disk import durable
+from daemon.errors import BadHome, DaemonError
+from daemon.home.presence import BUSY, running
+from daemon.interventions.deeds import Request, carry_out
+from daemon.layout import Home
+from projector.errors import ProjectorError
+from registry.errors import RegistryError, StorageFailed
+from registry.records import Deed
+from registry.store import Store
+
+LOOK_SECONDS = 0.1
+PATIENCE_SECONDS = 30.0  # for a daemon that says nothing: recovering, or stopped by a signal
+MOST_BYTES = 1 << 20
+ANSWER = ".answer.json"
+
+Say = Callable[[str], None]
+"""Hears of what goes on, line by line."""
+
+
+def ask(home: Home, request: Request, alone: Callable[[], list[str]] | None = None, say: Say = print) -> list[str]:
+    """Has it done, by the daemon where one runs, and returns what was done in lines of words. Raises as `carry_out`.
+
+    alone: does it where no daemon runs, and holds the home for itself; `carry_out` unless told otherwise.
+    """
+    try:
+        lock = durable.lock(home.lock)
+    except BlockingIOError:
+        return _ask_daemon(home, request, say)
+    try:
+        if alone is None:
+            with Store.open(home.registry) as store:
+                return carry_out(home, store, request)
+    finally:
+        os.close(lock)
+    return alone()
+
+
+def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
+    there = running(home)
+    if there and there.doing == BUSY:
+        raise BadHome(f"another command of mainstem works on {home.root}", "try again when it is done")
+    asked = home.requests / f"{uuid4().hex}.json"
+    answer = asked.with_suffix(ANSWER)
+    try:
+        durable.make_folder(home.requests)
+        durable.note(asked, json.dumps(asdict(request)).encode())
+        return _wait(home, answer, say)
+    except PermissionError as error:
+        raise BadHome(
+            f"{error.filename}: {error.strerror}", "run this as the user that the daemon runs as: it will then be asked"
+        ) from error
+    finally:
+        for path in (asked, answer):
+            with suppress(OSError):
+                durable.remove(path)
+
+
+def _wait(home: Home, answer: Path, say: Say) -> list[str]:
+    heard, said = time.monotonic(), ""
+    while True:
+        with suppress(FileNotFoundError):
+            content = json.loads(answer.read_bytes())
+            if "error" in content:
+                raise BadHome(content["error"], content["hint"])
+            if "done" in content:
+                return list(content["done"])
+            if content["doing"] != said:
+                said, heard = content["doing"], time.monotonic()
+                say(said)
+        if not durable.is_locked(home.lock) and not answer.exists():
+            raise BadHome("the daemon stopped before it answered", "ask again; `mainstem log --interventions` tells")
+        if not said and time.monotonic() - heard > PATIENCE_SECONDS:
+            raise BadHome(
+                f"the daemon has not answered within {PATIENCE_SECONDS:.0f} seconds",
+                "it may still be recovering: see `mainstem status`, then ask again; nothing was done",
+            )
+        time.sleep(LOOK_SECONDS)
+
+
+class Asked:
+    """One request in hand, and its answer."""
+
+    def __init__(self, path: Path, request: Request) -> None:
+        self.request = request
+        self._path = path
+
+    def doing(self, text: str) -> None:
+        """Tells whoever waits what goes on."""
+        self._answer({"doing": text})
+
+    def done(self, lines: list[str]) -> None:
+        """It is done."""
+        self._answer({"done": lines})
+
+    def failed(self, error: DaemonError | RegistryError | ProjectorError) -> None:
+        """It is not done, and nothing has changed."""
+        self._answer({"error": str(error), "hint": error.hint})
+
+    def _answer(self, content: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # whoever waits gives up; the registry tells what was done
+            if self._path.exists():
+                durable.note(self._path.with_suffix(ANSWER), json.dumps(content).encode())
+                if "doing" not in content:
+                    durable.remove(self._path)
+
+
+class Desk:
+    """Answers what is asked of a running daemon, in a thread of its own: at once, whatever is being merged.
+
+    What takes long is left to the merge loop, which fetches it from `waiting` between two experts.
+    """
+
+    def __init__(self, home: Home, store: Store, wake: Callable[[], None], changed: Callable[[Request], None]) -> None:
+        """`wake` is called when something waits or this thread has failed, `changed` after each thing that was done."""
+        self.waiting: list[Asked] = []
+        self._home = home
+        self._store = store
+        self._wake = wake
+        self._changed = changed
+        self._seen: set[str] = set()
+        self._closing = Event()
+        self._failed: BaseException | None = None
+        self._log = structlog.get_logger()
+        durable.remove(home.requests)  # of whoever waited for another daemon
+        durable.make_folder(home.requests)
+        self._thread = Thread(target=self._work, name="desk", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises what ended the thread: only a restart helps then."""
+        if self._failed:
+            raise self._failed
+
+    def close(self) -> None:
+        """Answers nothing more; whoever waits is told that the daemon has stopped."""
+        self._closing.set()
+        self._thread.join()
+        with suppress(OSError):
+            durable.remove(self._home.requests)
+
+    def _work(self) -> None:
+        try:
+            while not self._closing.wait(LOOK_SECONDS):
+                for name in self._new():
+                    self._take(name)
+        except BaseException as error:  # it is raised again where it ends the process
+            self._failed = error
+            self._wake()
+
+    def _new(self) -> list[str]:
+        try:
+            names = set(os.listdir(self._home.requests))
+        except FileNotFoundError:
+            return []
+        asked = {name for name in names if name.endswith(".json") and not name.endswith(ANSWER) and name[0] != "."}
+        self._seen &= asked
+        return sorted(asked - self._seen)
+
+    def _take(self, name: str) -> None:
+        self._seen.add(name)
+        path = self._home.requests / name
+        try:
+            asked = Asked(path, _read(path))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            self._log.warning("a request that cannot be read", file=name, error=str(error))
+            return
+        if asked.request.deed is Deed.WITHDRAW:
+            asked.doing("waiting for the expert that is being merged")
+            self.waiting.append(asked)
+            self._wake()
+            return
+        try:
+            lines = carry_out(self._home, self._store, asked.request)
+        except StorageFailed:
+            raise
+        except (DaemonError, RegistryError) as error:
+            asked.failed(error)
+            return
+        self.tell(asked, lines)
+
+    def tell(self, asked: Asked, lines: list[str]) -> None:
+        """Says to whoever waits, to the log and to `changed` that it is done."""
+        asked.done(lines)
+        request = asked.request
+        if lines:
+            told = {"head": request.head, "version": request.version, "experts": list(request.experts) or None}
+            named = {key: value for key, value in told.items() if value is not None}
+            self._log.info(f"asked for: {request.deed}", who=request.who, why=request.why, **named)
+        self._changed(request)
+
+
+def _read(path: Path) -> Request:
+    with path.open("rb") as file:
+        content = json.loads(file.read(MOST_BYTES))
+    content["deed"] = Deed(content["deed"])
+    content["experts"] = tuple(int(number) for number in content["experts"])
+    return Request(**content)
