@@ -31,9 +31,7 @@ def show(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption =
     where = find_home(at, home)
     values, heads = settings_of(where).flat(), _heads(where)
     if as_json:
-        print_json(
-            {**values, "heads": heads and [{"name": h.name, "method": h.method, "params": h.params} for h in heads]}
-        )
+        print_json({**values, "heads": heads and [_described(head) for head in heads]})
         return
     print_table(
         ("setting", "value", "default", "meaning"),
@@ -41,7 +39,10 @@ def show(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption =
     )
     if heads:
         typer.echo()
-        print_table(("head", "method", "parameters"), ((head.name, head.method, _words(head)) for head in heads))
+        print_table(
+            ("head", "method", "relative to", "parameters"),
+            ((head.name, head.method, head.relative_to, _words(head)) for head in heads),
+        )
 
 
 def _heads(home: Home) -> list["Head"] | None:
@@ -55,6 +56,10 @@ def _heads(home: Home) -> list["Head"] | None:
     except RegistryError as error:
         complain(str(error), error.hint)
         return None
+
+
+def _described(head: "Head") -> dict[str, object]:
+    return {"name": head.name, "method": head.method, "params": head.params, "relative_to": head.relative_to}
 
 
 def _words(head: "Head") -> str:

@@ -1,9 +1,9 @@
 """`mainstem init`: make a home."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from projector.method import Method
 
 DEFAULT_METHOD = "opcm"  # of main
+RELATIVE = "relative_to"  # the one thing that is set of a head whatever its method
 MOST_LETTERS = 200  # in a base's name
 PresetName = StrEnum("PresetName", {name: name for name in PRESETS})  # type: ignore[misc]  # names known at run time
 
@@ -47,7 +48,9 @@ def command(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="A parameter: KEY=VALUE for main, HEAD.KEY=VALUE for another head.", metavar="KEY=VALUE"
+            "--set",
+            help="A parameter: KEY=VALUE for main, HEAD.KEY=VALUE for another head; relative_to=trained_from for any.",
+            metavar="KEY=VALUE",
         ),
     ] = None,
     heads: Annotated[
@@ -58,7 +61,7 @@ def command(
     # imported here: these bring torch
     from daemon.home.founding import found
 
-    made = list(heads_chosen(preset, method, heads or [], settings or []).items())
+    made = heads_chosen(preset, method, heads or [], settings or [])
     folder = named_home(at, home)
     if folder is None:
         raise typer.BadParameter("name the folder to make", param_hint="HOME")
@@ -66,24 +69,50 @@ def command(
         raise BadConfig(f"--name {shown(name)}: no name", f"give 1 to {MOST_LETTERS} printable letters, as org/model")
     target = Home(folder.resolve())
     compute = settings_of(target).compute
-    record = found(target, base, made, lambda step: typer.echo(f"{step} ...", err=True), compute, name=name)
+    record = found(
+        target,
+        base,
+        list(made.methods.items()),
+        lambda step: typer.echo(f"{step} ...", err=True),
+        compute,
+        name=name,
+        relative=made.relative,
+    )
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
     typer.echo(f"next: mainstem run --home {folder}    then drop experts into {folder / 'inbox'}")
 
 
-def heads_chosen(
-    preset: str | None, method: str | None, heads: Sequence[str], settings: Sequence[str]
-) -> dict[str, "Method"]:
-    """The heads of a new home by name: those of the preset, and those that are given (NAME=METHOD, the method of main),
-    with the parameters that are given (KEY=VALUE). A head that is given has nothing of the preset's. Raises BadConfig.
-    """
-    from projector.methods import make
+class Chosen(NamedTuple):
+    """Heads by name, and those of them whose task vectors are taken against what an expert was trained from."""
 
+    methods: "dict[str, Method]"
+    relative: frozenset[str]
+
+
+def heads_chosen(preset: str | None, method: str | None, heads: Sequence[str], settings: Sequence[str]) -> Chosen:
+    """The heads of a new home: those of the preset, and those that are given (NAME=METHOD, the method of main), with
+    the parameters that are given (KEY=VALUE). A head that is given has nothing of the preset's. Raises BadConfig.
+    """
     planned = dict(PRESETS[preset].heads) if preset else {}
     given = {**({"main": method} if method else {}), **heads_of(heads)}
     planned = {"main": (DEFAULT_METHOD, {}), **planned, **{name: (named, {}) for name, named in given.items()}}
-    params = params_of(settings, planned)
-    return {name: make(named, {**some, **params[name]}) for name, (named, some) in planned.items()}
+    return chosen(planned, settings)
+
+
+def chosen(heads: Mapping[str, tuple[str, Mapping[str, Any]]], settings: Sequence[str]) -> Chosen:
+    """Heads of these methods and parameters, and what is given beside (KEY=VALUE). Raises BadConfig."""
+    from projector.methods import make
+    from registry.records import RelativeTo
+
+    params, relative = params_of(settings, heads), set()
+    for name in heads:
+        word = params[name].pop(RELATIVE, RelativeTo.BASE)
+        if word not in list(RelativeTo):
+            raise BadConfig(f"{name}.{RELATIVE} cannot be {word!r}", f"allowed: {', '.join(RelativeTo)}")
+        if word == RelativeTo.TRAINED_FROM:
+            relative.add(name)
+    methods = {name: make(method, {**some, **params[name]}) for name, (method, some) in heads.items()}
+    return Chosen(methods, frozenset(relative))
 
 
 def heads_of(words: Sequence[str]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def command(
                 (e.sha256 or "-")[:12],
                 e.name if e.given_name is None else f"{e.name} ({e.given_name})",
                 e.about and e.about.get("task"),
-                e.about and e.about.get("trained_from"),
+                e.trained_from,
                 e.reason
                 or (e.duplicate_of and f"of {e.duplicate_of}")
                 or (e.withdrawn_in and f"with version {e.withdrawn_in}"),

@@ -16,6 +16,7 @@ def head_row(head: Head, root: str = "") -> Row:
         "name": head.name,
         "method": head.method,
         "params": dict(head.params),
+        "relative_to": head.relative_to,
         "live": head.live,
         "newest": head.newest,
         "manifest": f"{root}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}",
@@ -51,7 +52,7 @@ def expert_row(expert: Expert) -> Row:
         "withdrawn_in": expert.withdrawn_in,
         "norm": _finite({"norm": expert.norm})["norm"],
         "flags": list(expert.flags),
-        "trained_from": (expert.about or {}).get("trained_from"),
+        "trained_from": expert.trained_from,
         "about": dict(expert.about) if expert.about is not None else None,
         "sidecars": dict(expert.sidecars) if expert.sidecars is not None else None,
         "naming": dict(expert.naming) if expert.naming is not None else None,
@@ -73,7 +74,7 @@ def data_row(expert: Expert) -> Row:
         "sha256": expert.sha256,
         "version": expert.version,
         "weight": expert.weight,
-        "trained_from": (expert.about or {}).get("trained_from"),
+        "trained_from": expert.trained_from,
         "data": [{"uri": one.get("uri"), "sha256": one.get("sha256")} for one in data],
     }
 

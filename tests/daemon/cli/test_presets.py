@@ -16,7 +16,7 @@ from tests.daemon.processes import forked_each
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_what_its_row_says(name: str) -> None:
-    made = heads_chosen(name, None, [], [])
+    made = heads_chosen(name, None, [], []).methods
     assert next(iter(made)) == "main"
     assert made == {head: make(method, params) for head, (method, params) in PRESETS[name].heads.items()}
     for head, (_, params) in PRESETS[name].heads.items():
@@ -36,15 +36,20 @@ def test_the_protocols_of_time_are_theirs() -> None:
 
 
 def test_what_is_given_goes_before_the_preset() -> None:
-    made = heads_chosen("best-in-time", "mean", ["soup=recency"], ["init.weight=0.2", "soup.scheme=log"])
-    assert made == {
+    given = ["init.weight=0.2", "soup.scheme=log", "soup.relative_to=trained_from"]
+    made = heads_chosen("best-in-time", "mean", ["soup=recency"], given)
+    assert made.relative == {"soup"}
+    assert made.methods == {
         "main": make("mean"),
         "init": make("ema", {"weight": 0.2}),
         "soup": make("recency", {"scheme": "log"}),
     }
-    assert heads_chosen("offline", None, ["init=latest"], [])["init"] == make("latest")
+    assert heads_chosen("offline", None, ["init=latest"], []).methods["init"] == make("latest")
     with pytest.raises(BadConfig, match="expected KEY=VALUE"):
         heads_chosen("opcm", None, [], ["init.weight=0.2"])
+    with pytest.raises(BadConfig, match="relative_to cannot be 'latest'") as refused:
+        heads_chosen("opcm", None, [], ["relative_to=latest"])
+    assert refused.value.hint == "allowed: base, trained_from"
 
 
 def test_config_show_prints_the_heads(tmp_path: Path, base: Path) -> None:
@@ -62,8 +67,8 @@ def test_config_show_prints_the_heads(tmp_path: Path, base: Path) -> None:
     settings = json.loads(plain.stdout)
     assert settings["http.port"] == 8765
     assert settings["heads"] == [
-        {"name": "main", "method": "ema", "params": {"weight": 0.5, "start": "base"}},
-        {"name": "init", "method": "ema", "params": {"weight": 0.25, "start": "base"}},
+        {"name": "main", "method": "ema", "params": {"weight": 0.5, "start": "base"}, "relative_to": "base"},
+        {"name": "init", "method": "ema", "params": {"weight": 0.25, "start": "base"}, "relative_to": "base"},
     ]
     with lineage(Home(home)) as reader:
         assert [head.name for head in reader.heads()] == ["main", "init"]

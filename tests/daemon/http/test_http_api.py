@@ -56,6 +56,7 @@ def test_heads_name_their_live_version(line: "Line", client: httpx.Client) -> No
         "name": "main",
         "method": "opcm",
         "params": {"alpha": 0.5},
+        "relative_to": "base",
         "live": 1,
         "newest": 1,
         "manifest": "/v1/heads/main/versions/1",
@@ -154,7 +155,8 @@ def test_bad_queries(client: httpx.Client) -> None:
 def test_a_version_names_the_data_of_its_experts(line: "Line", client: httpx.Client) -> None:
     """The replay list of a trainer: in the order of merging, of the experts that this version has."""
     whole = {"uri": "s3://bucket/two.jsonl", "sha256": "0f" * 32}
-    line.publish(b"one", about={"data": ["hf://datasets/me/one"], "trained_from": "main/0", "weight": 2})
+    start = {"trained_head": "main", "trained_version": 0}
+    line.publish(b"one", about={"data": ["hf://datasets/me/one"], "weight": 2}, **start)
     gone = line.publish(b"two", about={"data": [whole]})
     line.publish(b"three")
     line.store.restate([lay(line.home, head, 4, b"four") for head in ("main", "init")], [gone.id])

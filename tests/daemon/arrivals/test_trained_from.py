@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.arrivals.origin import origin_of
+from daemon.arrivals.trained_from import named_version
 from daemon.checkpoints.expert_json import ABOUT, About
 from daemon.errors import Reason, Refused
 from daemon.layout import Home
@@ -53,10 +53,10 @@ def test_what_it_may_name(base: Path, tmp_path: Path) -> None:
     with lineage(home) as reader:
 
         def named(words: str | None) -> tuple[str, int] | None:
-            version = origin_of(reader, About(trained_from=words))
+            version = named_version(reader, About(trained_from=words))
             return version and (version.head, version.number)
 
-        assert origin_of(reader, None) is named(None) is None
+        assert named_version(reader, None) is named(None) is None
         assert named("init/1") == ("init", 1) and named("main/000001") == ("main", 1)
         assert named(reader.base().sha256) == ("main", 0)
         for words, why in (
