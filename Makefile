@@ -4,6 +4,9 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 DEMO_HOME ?= demo-home
 
+# The tests start many interpreters, which need not compile the same files again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install test test-slow check format demo dist docs bench gpu-wheels system clean
 
 help:  ## list the targets

@@ -1,11 +1,14 @@
 """What holds for every test."""
 
+import gc
 import os
 import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+gc.disable()  # until all is imported: looking through torch and transformers again and again takes half of that time
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist tells its workers a width, and our commands would keep to it
 
@@ -15,20 +18,27 @@ LONGEST = [  # files, which are handed out whole: the longest first, lest one of
     for name in (
         "crash/test_failpoints.py",
         "projector/laws/test_laws.py",
-        "memory/test_daemon_memory.py",
         "test_commands.py",
-        "daemon/checkpoints/test_sidecar_files.py",
-        "daemon/rebuild/test_rebuild.py",
-        "daemon/cli/test_demo.py",
         "memory/test_projector_memory.py",
+        "memory/test_daemon_memory.py",
+        "crash/test_strace.py",
+        "crash/test_signals.py",
+        "crash/test_crash_states.py",
+        "attacks/test_convert_attacks.py",
+        "daemon/http/test_http_connections.py",
+        "daemon/http/test_http_uploads.py",
+        "daemon/http/test_http_waiting.py",
+        "test_wheel.py",
+        "daemon/checkpoints/test_sidecar_files.py",
+        "daemon/test_end_to_end.py",
+        "projector/methods/test_spectral.py",
+        "daemon/versions/test_adapter_output.py",
+        "projector/methods/test_trim.py",
+        "projector/methods/test_opcm.py",
+        "projector/methods/test_sidecars.py",
+        "daemon/test_transformers.py",
         "daemon/versions/test_publishing.py",
         "daemon/home/test_older_registry.py",
-        "daemon/test_end_to_end.py",
-        "daemon/home/test_ground.py",
-        "projector/methods/test_trim.py",
-        "daemon/versions/test_adapter_output.py",
-        "daemon/test_transformers.py",
-        "crash/test_crash_states.py",
     )
 ]
 
@@ -59,3 +69,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     assert all(path.exists() for path in LONGEST), "LONGEST names a file that is not there"
     places = {path: place for place, path in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look through it, nor write to its pages after a fork."""
+    gc.freeze()
+    gc.enable()

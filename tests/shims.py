@@ -8,6 +8,7 @@ Importing torch and transformers takes seconds, once for each command otherwise.
 gets the caller's arguments, folder, environment and streams, and signals are passed on to it.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -109,6 +110,7 @@ def started(address: Path, *modules: str) -> subprocess.Popen[bytes]:
 
 def serve(address: str, *modules: str) -> NoReturn:
     """Answers callers, each in a process of its own, until it is ended."""
+    gc.disable()  # it would look through all that is imported again and again
     import alembic.command  # noqa: F401
 
     import daemon.cli.app
@@ -120,6 +122,8 @@ def serve(address: str, *modules: str) -> NoReturn:
     for module in map(importlib.import_module, modules):
         for name in LAZY.get(module.__name__, ()):
             getattr(module, name)
+    gc.freeze()  # the forks share its pages for longer
+    gc.enable()
     signal.signal(signal.SIGCHLD, _reap)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{address}.new")

@@ -69,6 +69,7 @@ PAGES = {
         end='mainstem show reviews --home home | grep "^status *merged"\n',
     ),
     "docs/cli.md": Page(before=MERGED),
+    "docs/evaluation.md": Page(before=MERGED, end='grep -q "<h1>mainstem report" report.html\n'),
     "docs/settings.md": Page(before=HOME),
     "docs/operating.md": Page(before=HOME + DAEMON, end="listening\nkill -0 %1\n"),
     "docs/methods.md": Page(end="test -e home2/published/soup/latest/config.json\n"),
@@ -108,7 +109,7 @@ PAGES = {
 }
 
 NOT_RUN = {
-    ("README.md", "make demo"): ".ci/run runs it, and tests/daemon/cli/test_demo.py what it runs",
+    ("README.md", "make demo"): ".ci/run runs it, and `make test-slow` what it runs",
     ("README.md", "pip install mainstem"): "needs an index that has it; tests/test_wheel.py installs the wheel",
     ("docs/published.md", 'vllm serve "$(realpath home/published/main/latest)"'): "vllm needs a GPU, and is not ours",
     (

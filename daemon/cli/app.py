@@ -25,6 +25,7 @@ from daemon.cli import (
     pull,
     quarantine,
     rebuild,
+    report,
     rollback,
     run,
     serve,
@@ -38,7 +39,7 @@ from daemon.cli.common import complain
 from daemon.cli.logged import KNOWN, SAFE
 
 VERBS = (
-    *(init, run, serve, status, log, show, compare, inspect, verify, methods, convert, pull, rebuild, demo),
+    *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
     *(rollback, promote, pin, unpin, block, unblock),
 )
 

@@ -16,6 +16,8 @@ from projector.spec import TensorSpec
 from projector.text import shown
 from projector.watch import SILENT, Watch
 
+PRODUCT_BYTES = 1 << 20  # of one block of one task vector
+
 
 @dataclass(frozen=True)
 class Overlap:
@@ -134,6 +136,38 @@ def pairs(
                 )
         watch.advance(step.nbytes)
     return found
+
+
+@one_thread()
+def products(
+    base: Checkpoint, sources: Sequence[Source], most_bytes: int, watch: Watch = SILENT
+) -> tuple[Tensor, float]:
+    """The inner products of the task vectors of k sources, (k, k) float64, and of which share of the values.
+
+    most_bytes: how much of a model of the base's dtype is looked at of each: of a larger one every so many blocks, the
+    same of all. Reads `sources` block by block, each in the order of the base; holds k blocks. Raises BadValues as a
+    fold would.
+    """
+    names = [name for name, spec in base.schema.items() if spec.merged]
+    every = list(steps(base.schema, names, [], PRODUCT_BYTES))
+    whole = sum(step.nbytes for step in every)
+    share = min(1.0, most_bytes / max(1, whole))
+    found = torch.zeros(len(sources), len(sources), dtype=torch.float64)
+    due = seen = 0.0
+    for step in every:
+        due += share * step.nbytes
+        if due > 0:
+            due -= step.nbytes
+            seen += step.nbytes
+            theta0 = base.read(step.spec.name, step.rows)
+            deltas = [one.delta(step.spec, theta0, one.fetch(step.spec, step.rows)) for one in sources]
+            with watch.phase("project"):
+                for delta in deltas:
+                    finite_energy(delta, step.spec)
+                rows = torch.stack([delta.flatten() for delta in deltas]).double()  # (k, numel)
+                found += rows @ rows.T
+        watch.advance(step.nbytes)
+    return found, seen / whole if whole else 1.0
 
 
 @one_thread()

@@ -4,6 +4,7 @@
 interpreter needs seconds for torch. What runs in the fork is `daemon.cli.main` itself.
 """
 
+import gc
 import json
 import os
 import signal
@@ -117,8 +118,9 @@ class Zygote:
 
 
 def _serve() -> None:
-    # What the verbs and the planning of shards import late, and the methods, which are found late: before the fork.
+    gc.disable()  # it would look through all that is imported again and again
 
+    # What the verbs and the planning of shards import late, and the methods, which are found late: before the fork.
     import alembic.command  # noqa: F401
 
     import daemon.cli.app
@@ -128,6 +130,8 @@ def _serve() -> None:
     from projector.methods import methods
 
     methods()
+    gc.freeze()  # the forks share its pages for longer
+    gc.enable()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

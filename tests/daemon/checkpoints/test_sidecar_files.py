@@ -3,10 +3,11 @@
 import hashlib
 import json
 import pickle
+import runpy
 import shutil
 import sqlite3
-import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +22,8 @@ from daemon.home.verification import verify
 from daemon.layout import Home
 from registry.records import Expert, Status
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, make_home, reason_of, tree
-from tests.daemon.processes import environment, forked, mainstem, rebuild
+from tests.daemon.processes import forked, mainstem, rebuild
+from tests.daemon.pulls import ended, forking
 from tests.models import WEIGHTS, read_weights, write_base, write_expert
 from tests.oracles.sidecars import fisher, regmean
 
@@ -40,15 +42,15 @@ def example() -> ModuleType:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the example writes when it is run as its docstring says."""
     folder = tmp_path_factory.mktemp("work")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLE, folder],
-        env=environment({"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+
+    def run() -> None:
+        torch.set_num_threads(1)  # the parent's threads are not here
+        warnings.simplefilter("error")
+        sys.argv = [str(EXAMPLE), str(folder)]
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+    with forking(run) as child:  # its imports would take longer than all that it does
+        assert ended(child) == 0
     return folder
 
 

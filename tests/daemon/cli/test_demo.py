@@ -14,6 +14,7 @@ from tests.demo_table import check
 from tests.models import write_base
 
 
+@pytest.mark.slow  # .ci/run has `make demo` run and its table checked, and test_demo_digits.py has its parts
 def test_the_demo_merges_every_expert_and_reads_every_place(tmp_path: Path) -> None:
     done = mainstem("demo", "--home", tmp_path / "home")
     assert done.returncode == 0, done.stderr

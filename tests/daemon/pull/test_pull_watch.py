@@ -254,8 +254,9 @@ def test_the_command_follows_until_it_is_told_to_stop(stop: signal.Signals, home
     assert sorted(os.listdir(tmp_path)) == ["model", "served"]
 
 
-def test_many_pulls_while_versions_change_and_old_ones_are_removed(home: Home, tmp_path: Path) -> None:
-    """32 at a time: whatever version each got, it is one that was committed, whole, byte for byte."""
+@pytest.mark.parametrize("at_once", [8, pytest.param(32, marks=pytest.mark.slow)])
+def test_many_pulls_while_versions_change_and_old_ones_are_removed(home: Home, tmp_path: Path, at_once: int) -> None:
+    """Whatever version each got, it is one that was committed, whole, byte for byte."""
     last, over = 4, threading.Event()
 
     def keep_pulling(number: int) -> list[int]:
@@ -271,8 +272,8 @@ def test_many_pulls_while_versions_change_and_old_ones_are_removed(home: Home, t
             if ending:
                 return got
 
-    with served(home) as origin, ThreadPoolExecutor(32) as pool:
-        pulls = [pool.submit(keep_pulling, number) for number in range(32)]
+    with served(home) as origin, ThreadPoolExecutor(at_once) as pool:
+        pulls = [pool.submit(keep_pulling, number) for number in range(at_once)]
         try:
             for n in range(2, last + 1):
                 merge_one(home, n, **KEPT_ONE)

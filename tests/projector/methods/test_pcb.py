@@ -65,13 +65,18 @@ def assert_near(found: Tensors, truth: Tensors, base: Tensors, tolerance: float)
     assert length > 0.1 and error <= tolerance * length, (error, length)
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.5, 0.95, 1.0])
+ratios = pytest.mark.parametrize(
+    "ratio", [0.05, 0.5, 1.0, *(pytest.param(r, marks=pytest.mark.slow) for r in (0.1, 0.95))]
+)
+
+
+@ratios
 def test_two_passes_are_the_offline_method(ratio: float) -> None:
     base, experts = model(12)
     assert_near(twice(base, experts, ratio=ratio, scale=1.2), pcb(base, experts, ratio, 1.2), base, 1e-5)
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.5, 0.95, 1.0])
+@ratios
 def test_one_pass_is_the_method_with_the_sums_of_that_moment(ratio: float) -> None:
     base, experts = model(12)
     merged = merge(make("pcb", {"ratio": ratio}), base, experts)[0]

@@ -43,8 +43,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("counting", [[1.0] * COUNT, WEIGHTS], ids=["alike", "weighted"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "counting"),
+    [
+        pytest.param(torch.float32, [1.0] * COUNT, id="alike"),
+        pytest.param(torch.bfloat16, WEIGHTS, id="weighted, in half precision"),
+        pytest.param(torch.float32, WEIGHTS, id="weighted", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, [1.0] * COUNT, id="alike, in half precision", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_twelve_arrivals_match_the_oracle(case: str, dtype: torch.dtype, counting: list[float]) -> None:
     name, params = CASES[case]

@@ -98,8 +98,15 @@ def gap(ours: Tensors, theirs: Tensors) -> float:
     return max(error / norm if norm else (math.inf if error else 0.0) for error, norm in apart.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weights", [[1.0] * COUNT, WEIGHTS], ids=["alike", "weighted"])
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [
+        pytest.param([1.0] * COUNT, torch.float32, id="alike"),
+        pytest.param(WEIGHTS, torch.bfloat16, id="weighted, in half precision"),
+        pytest.param(WEIGHTS, torch.float32, id="weighted", marks=pytest.mark.slow),
+        pytest.param([1.0] * COUNT, torch.bfloat16, id="alike, in half precision", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_twelve_experts_match_the_oracle(case: str, weights: list[float], dtype: torch.dtype) -> None:
     method = make(*CASES[case])
