@@ -10,8 +10,8 @@ from typing import Any
 
 from daemon.evaluation.figures import Field, Spread, Step, figures
 from daemon.release import software_version
-from registry.records import BaseModel, Expert, Flag, Head, Score, Scores, Status, Version
 from registry.reader import Reader
+from registry.records import BaseModel, Expert, Flag, Head, Score, Scores, Status, Version
 
 WINDOW = 1000  # versions of each head
 REJECTED = 50  # experts

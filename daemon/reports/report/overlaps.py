@@ -18,8 +18,8 @@ from daemon.reports.report.gathering import Overlap
 from projector.driver.measure import products
 from projector.errors import ProjectorError
 from projector.files.source import Checkpoint
-from registry.records import Status
 from registry.reader import Reader
+from registry.records import Status
 
 MOST_BYTES = 256 << 20  # of one expert
 MOST_FILES = 400  # held open at once

@@ -14,8 +14,8 @@ from torch import Tensor
 from daemon.layout import Home
 from daemon.reports.report.gathering import gather
 from daemon.reports.report.overlaps import overlap
-from registry.records import NewEvaluation, Score, Scores
 from registry.reader import Reader
+from registry.records import NewEvaluation, Score, Scores
 from registry.store import Store
 from tests.daemon.homes import drain, lineage, make_home, put
 from tests.daemon.processes import forked
