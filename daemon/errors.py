@@ -32,6 +32,7 @@ class Reason(StrEnum):
     MODULE = "module"
     MISSING_SIDECAR = "missing_sidecar"
     BAD_ABOUT = "bad_about"
+    TRAINED_FROM = "trained_from"
     EQUALS_BASE = "equals_base"
     FOREIGN_BASE = "foreign_base"
     NORM_OUTLIER = "norm_outlier"

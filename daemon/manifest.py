@@ -71,6 +71,7 @@ def manifest(
         "version": number,
         "method": head.method,
         "params": head.params,
+        "relative_to": head.relative_to,
         "base_sha256": base_sha256,
         "parent": {"version": parent.number, "manifest_sha256": parent.manifest_sha256} if parent else None,
         "experts": experts,

@@ -116,7 +116,7 @@ class Service:
         self._recover(store, once)
         progress = Progress(self._stopping, self._report, self._fell_back)
         try:
-            merger = Merger(self._home, store, self._settings, progress, self._attempts.let_go)
+            merger = Merger(self._home, store, self._settings, progress, self._let_go)
         except (DaemonError, ProjectorError, Abandoned):
             mark_clean(self._home)  # what this start found sound, the next one need not hash again
             raise
@@ -342,6 +342,11 @@ class Service:
             self._attempts.merged()
         return expert
 
+    def _let_go(self) -> None:
+        """From here on the end of this process is no expert's doing."""
+        if self._attempts:
+            self._attempts.let_go()
+
     def _report(self, share: float) -> None:
         self._metrics.progress.set(share)
         self._presence.progresses()
@@ -479,8 +484,7 @@ class Service:
         def stop(*_: int | FrameType | None) -> None:
             self._stopping.ask()
             wake(self._signalled, self._wake)
-            if self._attempts:
-                self._attempts.let_go()  # whatever ends this process now, it is no expert's doing
+            self._let_go()
 
         def reload() -> None:
             self._reloading.asked = True

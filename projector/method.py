@@ -88,6 +88,7 @@ class Method(ABC):
     approximate: ClassVar[bool] = False  # the fold only approximates the offline method
     rounds: ClassVar[int] = 0  # survey sweeps over the expert before the fold
     surveys_state: ClassVar[bool] = False  # `survey` is given the accumulators too, which are then read in each round
+    own_statistics: ClassVar[bool] = False  # it folds running statistics too, which are averaged for all others
     wants_base: ClassVar[bool] = False  # `update` finds the base tensor in its state, as "base"
 
     @property

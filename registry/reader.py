@@ -28,6 +28,7 @@ from registry.statements import (
     Record,
     blocked_as,
     called,
+    experts_in,
     fetch,
     is_kept,
     is_merged,
@@ -205,6 +206,10 @@ class Reader:
         The next page is what came `after` the version of the last expert of this one.
         """
         return self._all(Expert, lineage_after(after, limit))
+
+    def experts_in(self, number: int, after: int = 0, limit: int | None = None) -> list[Expert]:
+        """The experts that version `number` of every head has, in the order of merging; pages as `lineage` has them."""
+        return self._all(Expert, experts_in(number, after, limit))
 
     def unplaced(self) -> list[Expert]:
         """The experts whose file has not been moved out of the inbox for certain, oldest first."""

@@ -131,6 +131,11 @@ class NewExpert:
         return float(self.about.get("weight", 1.0)) if self.about else 1.0
 
     @property
+    def trained_from(self) -> str | None:
+        """The version that its training began with, as main/12."""
+        return None if self.trained_head is None else f"{self.trained_head}/{self.trained_version}"
+
+    @property
     def given_name(self) -> str | None:
         """What its expert.json calls it."""
         return self.about.get("name") if self.about else None

@@ -85,6 +85,13 @@ def lineage_after(version: int, limit: int | None) -> Select[Any]:
     return query.order_by(ExpertRow.version).limit(limit)
 
 
+def experts_in(number: int, after: int, limit: int | None) -> Select[Any]:
+    """The experts that version `number` has, of those that came with a later one than `after`, as they were merged."""
+    came = ExpertRow.version > after, ExpertRow.version <= number
+    there = or_(ExpertRow.withdrawn_in.is_(None), ExpertRow.withdrawn_in > number)
+    return select(ExpertRow).where(*came, there).order_by(ExpertRow.version).limit(limit)
+
+
 def _matches(glob: str) -> ColumnElement[bool]:
     """Its name, as dropped or in its expert.json, matches; by the indexes where the glob begins with letters."""
     begins = re.split(r"[*?\[]", glob, maxsplit=1)[0]

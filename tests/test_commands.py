@@ -73,6 +73,12 @@ PAGES = {
     "docs/settings.md": Page(before=HOME),
     "docs/operating.md": Page(before=HOME + DAEMON, end="listening\nkill -0 %1\n"),
     "docs/methods.md": Page(end="test -e home2/published/soup/latest/config.json\n"),
+    "docs/time.md": Page(
+        after={"mainstem run --home digits &": "listening"},
+        end="curl -s http://127.0.0.1:8765/v1/heads/main/versions/2/data | grep -F urn:digits:right\n"
+        "mainstem show top_left --home digits | grep -F init/0\n"
+        "mainstem show right --home digits | grep -F init/1\nkill %1\nwait %1\n",
+    ),
     "docs/convert.md": Page(
         before=HOME + "cp -r pickled old-model\ncp pickled/pytorch_model.bin .\n",
         end="cmp home/inbox/french.safetensors french.safetensors\ntest -e home/inbox/old-model/config.json\n",

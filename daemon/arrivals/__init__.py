@@ -5,6 +5,7 @@
     receiving.py     one file that comes over HTTP
     uploads.py       experts that are sent, moved into the inbox when whole
     arrival.py       is it the only one in its folder, and was all of it written
+    trained_from.py  the version that it was trained from
     admission.py     what its numbers must be like
     identity.py      which merged expert it is once more
     recording.py     as the registry is told of it

@@ -8,9 +8,9 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from daemon.errors import NotYet, Reason, Refused
 from projector.names.naming import Naming, check_prefixes
@@ -22,6 +22,8 @@ MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3  # further apart, rounding would eat what the
 MAX_NOTES = 4000
 MAX_NAMES = 64  # of prefixes and of globs
 MAX_NAME = 200
+MAX_DATA = 256  # entries: what it was trained on
+MAX_URI = 1000
 MAX_STEPS = 1 << 30  # characters of globs times characters of names: seconds at most
 SHORT = f"at most {MAX_NAMES}, of at most {MAX_NAME} printable characters each"
 ONE_LINE = "one printable line of at most 200 characters"
@@ -48,7 +50,24 @@ Line = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 Name = Annotated[str, Field(max_length=MAX_NAME), AfterValidator(_printable)]
 Names = Annotated[list[Name], Field(max_length=MAX_NAMES)]
 Lines = Annotated[str, Field(max_length=MAX_NOTES), AfterValidator(_printable_lines)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Uri = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*:\S+$", max_length=MAX_URI), AfterValidator(_printable)]
 Origin = Annotated[str, Field(pattern=r"^([A-Za-z_][A-Za-z0-9_]*/[0-9]{1,18}|[0-9a-f]{64})$", max_length=200)]
+
+
+class Data(BaseModel):
+    """What it was trained on: where that is, its digest, or both."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    uri: Uri | None = None
+    sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.uri is None and self.sha256 is None:
+            raise ValueError("neither")
+        return self
 
 
 class About(BaseModel):
@@ -65,6 +84,11 @@ class About(BaseModel):
         default=None, description="a version such as main/12, or a sha256 in lower case"
     )
     notes: Lines | None = Field(default=None, description=f"printable text of at most {MAX_NOTES} characters")
+    data: Annotated[list[Uri | Data], Field(max_length=MAX_DATA)] = Field(
+        default=[],
+        description=f"a list of at most {MAX_DATA}, each a URI of at most {MAX_URI} printable characters, none blank,"
+        ' or an object with "uri", "sha256" or both',
+    )
 
     prefixes: Annotated[dict[Name, Name], Field(max_length=MAX_NAMES), AfterValidator(_stars)] = Field(
         default={}, description=f"an object: what names begin with -> what the base's do; {SHORT}, a * on both sides"

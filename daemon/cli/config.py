@@ -1,4 +1,6 @@
-"""`mainstem config show|check`: the settings in force."""
+"""`mainstem config show|check`: the settings in force, and the heads."""
+
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -13,23 +15,62 @@ from daemon.cli.common import (
     print_table,
     settings_of,
 )
+from daemon.layout import Home
 
-app = typer.Typer(help="The settings in force.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from registry.records import Head
+
+app = typer.Typer(help="The settings in force, and the heads.", no_args_is_help=True)
 
 
 @app.command()
 def show(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Print every setting with its value: defaults, mainstem.toml and the environment taken together."""
+    """Print every setting with its value, defaults, mainstem.toml and the environment taken together; and the heads."""
     from daemon.config import meaning
 
-    values = settings_of(find_home(at, home)).flat()
+    where = find_home(at, home)
+    values, heads = settings_of(where).flat(), _heads(where)
     if as_json:
-        print_json(values)
+        print_json({**values, "heads": heads and [_described(head) for head in heads]})
         return
     print_table(
         ("setting", "value", "default", "meaning"),
         ((n, str(value).lower() if isinstance(value, bool) else value, *meaning(n)) for n, value in values.items()),
     )
+    if heads:
+        typer.echo()
+        print_table(
+            ("head", "method", "relative to", "parameters"),
+            ((head.name, head.method, head.relative_to, _words(head)) for head in heads),
+        )
+
+
+def _heads(home: Home) -> list["Head"] | None:
+    """The home's heads; None where its registry cannot be read now, which the settings have nothing to do with."""
+    from registry.errors import RegistryError
+    from registry.reader import Reader
+
+    try:
+        with Reader.open(home.registry) as reader:
+            return reader.heads()
+    except RegistryError as error:
+        complain(str(error), error.hint)
+        return None
+
+
+def _described(head: "Head") -> dict[str, object]:
+    return {"name": head.name, "method": head.method, "params": head.params, "relative_to": head.relative_to}
+
+
+def _words(head: "Head") -> str:
+    """A head's parameters as `--set` takes them."""
+    return " ".join(f"{key}={_word(value)}" for key, value in head.params.items()) or "-"
+
+
+def _word(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @app.command()

@@ -1,17 +1,25 @@
 """`mainstem init`: make a home."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from daemon.cli.common import HomeOption, named_home, settings_of
 from daemon.errors import BadConfig
+from daemon.home.presets import PRESETS
 from daemon.layout import Home, is_head_name
 from projector.text import shown, size
 
+if TYPE_CHECKING:
+    from projector.method import Method
+
+DEFAULT_METHOD = "opcm"  # of main
+RELATIVE = "relative_to"  # the one thing that is set of a head whatever its method
 MOST_LETTERS = 200  # in a base's name
+PresetName = StrEnum("PresetName", {name: name for name in PRESETS})  # type: ignore[misc]  # names known at run time
 
 
 def command(
@@ -26,11 +34,23 @@ def command(
         str | None,
         typer.Option(help="What the base is called: in cards, over HTTP, on the page. By default as its folder."),
     ] = None,
-    method: Annotated[str, typer.Option(help="The method of the head `main`; see `mainstem methods`.")] = "opcm",
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(help="A set of heads that has a name; see docs/time.md. The others go before it."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The method of the head `main`, by default {DEFAULT_METHOD}; see `mainstem methods`.",
+            show_default=False,
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="A parameter: KEY=VALUE for main, HEAD.KEY=VALUE for another head.", metavar="KEY=VALUE"
+            "--set",
+            help="A parameter: KEY=VALUE for main, HEAD.KEY=VALUE for another head; relative_to=trained_from for any.",
+            metavar="KEY=VALUE",
         ),
     ] = None,
     heads: Annotated[
@@ -40,11 +60,8 @@ def command(
     """Make a home: copy the base into it and publish it as version 0 of every head."""
     # imported here: these bring torch
     from daemon.home.founding import found
-    from projector.methods import make
 
-    chosen = {"main": method, **heads_of(heads or [])}
-    params = params_of(settings or [], chosen)
-    made = [(head, make(method, params[head])) for head, method in chosen.items()]
+    made = heads_chosen(preset, method, heads or [], settings or [])
     folder = named_home(at, home)
     if folder is None:
         raise typer.BadParameter("name the folder to make", param_hint="HOME")
@@ -52,9 +69,50 @@ def command(
         raise BadConfig(f"--name {shown(name)}: no name", f"give 1 to {MOST_LETTERS} printable letters, as org/model")
     target = Home(folder.resolve())
     compute = settings_of(target).compute
-    record = found(target, base, made, lambda step: typer.echo(f"{step} ...", err=True), compute, name=name)
+    record = found(
+        target,
+        base,
+        list(made.methods.items()),
+        lambda step: typer.echo(f"{step} ...", err=True),
+        compute,
+        name=name,
+        relative=made.relative,
+    )
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
     typer.echo(f"next: mainstem run --home {folder}    then drop experts into {folder / 'inbox'}")
+
+
+class Chosen(NamedTuple):
+    """Heads by name, and those of them whose task vectors are taken against what an expert was trained from."""
+
+    methods: "dict[str, Method]"
+    relative: frozenset[str]
+
+
+def heads_chosen(preset: str | None, method: str | None, heads: Sequence[str], settings: Sequence[str]) -> Chosen:
+    """The heads of a new home: those of the preset, and those that are given (NAME=METHOD, the method of main), with
+    the parameters that are given (KEY=VALUE). A head that is given has nothing of the preset's. Raises BadConfig.
+    """
+    planned = dict(PRESETS[preset].heads) if preset else {}
+    given = {**({"main": method} if method else {}), **heads_of(heads)}
+    planned = {"main": (DEFAULT_METHOD, {}), **planned, **{name: (named, {}) for name, named in given.items()}}
+    return chosen(planned, settings)
+
+
+def chosen(heads: Mapping[str, tuple[str, Mapping[str, Any]]], settings: Sequence[str]) -> Chosen:
+    """Heads of these methods and parameters, and what is given beside (KEY=VALUE). Raises BadConfig."""
+    from projector.methods import make
+    from registry.records import RelativeTo
+
+    params, relative = params_of(settings, heads), set()
+    for name in heads:
+        word = params[name].pop(RELATIVE, RelativeTo.BASE)
+        if word not in list(RelativeTo):
+            raise BadConfig(f"{name}.{RELATIVE} cannot be {word!r}", f"allowed: {', '.join(RelativeTo)}")
+        if word == RelativeTo.TRAINED_FROM:
+            relative.add(name)
+    methods = {name: make(method, {**some, **params[name]}) for name, (method, some) in heads.items()}
+    return Chosen(methods, frozenset(relative))
 
 
 def heads_of(words: Sequence[str]) -> dict[str, str]:
@@ -71,7 +129,7 @@ def heads_of(words: Sequence[str]) -> dict[str, str]:
     return chosen
 
 
-def params_of(words: Sequence[str], heads: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def params_of(words: Sequence[str], heads: Collection[str]) -> dict[str, dict[str, str]]:
     """Every head's parameters, from KEY=VALUE for main and HEAD.KEY=VALUE for any. Raises BadConfig."""
     params: dict[str, dict[str, str]] = {name: {} for name in heads}
     for word in words:

@@ -48,7 +48,7 @@ def command(
         print_json([asdict(expert) for expert in experts])
         return
     print_table(
-        ("id", "finished", "status", "version", "norm", "flags", "weight", "sha256", "name", "task", "reason"),
+        ("id", "finished", "status", "version", "norm", "flags", "weight", "sha256", "name", "task", "from", "reason"),
         (
             (
                 e.id,
@@ -61,6 +61,7 @@ def command(
                 (e.sha256 or "-")[:12],
                 e.name if e.given_name is None else f"{e.name} ({e.given_name})",
                 e.about and e.about.get("task"),
+                e.trained_from,
                 e.reason
                 or (e.duplicate_of and f"of {e.duplicate_of}")
                 or (e.withdrawn_in and f"with version {e.withdrawn_in}"),

@@ -11,7 +11,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from daemon.cli.common import HomeArgument, HomeOption, find_home, settings_of
-from daemon.cli.init import heads_of, params_of
+from daemon.cli.init import Chosen, chosen, heads_chosen, heads_of
 from daemon.errors import BadConfig
 from daemon.layout import Home
 from daemon.notation import called
@@ -19,7 +19,7 @@ from registry.records import Deed
 
 if TYPE_CHECKING:
     from daemon.rebuild.plan import Plan
-    from daemon.rebuild.replay import Console, Heads
+    from daemon.rebuild.replay import Console
 
 
 def command(
@@ -61,7 +61,6 @@ def command(
     done by the daemon where one runs, between two experts.
     """
     from daemon.rebuild import commands
-    from projector.methods import make
 
     where, gone = find_home(at, home), without or []
     if replay and (target is not None or not gone):
@@ -71,7 +70,8 @@ def command(
             new = Home(target.resolve())
             in_force = settings_of(new if new.config.exists() else where)
             wanted = _heads(method, heads or [], settings or [])
-            plan = commands.into(where, new, in_force, wanted, gone, to, dry=dry_run)
+            methods, relative = wanted or (None, ())
+            plan = commands.into(where, new, in_force, methods, gone, to, relative=relative, dry=dry_run)
             done = f"made {new.root}: {len(plan.reads)} experts are merged"
         elif heads:
             if gone or len(heads) > 1:
@@ -79,11 +79,11 @@ def command(
             if (method is None) is ("=" not in heads[0]):
                 wrong = "missing" if method is None else "given twice"
                 raise BadConfig(f"the method of the head {heads[0]!r} is {wrong}", "use --method, or NAME=METHOD")
-            chosen = heads_of(heads if method is None else [f"{heads[0]}={method}"])
-            ((name, named),) = chosen.items()
+            ((name, named),) = heads_of(heads if method is None else [f"{heads[0]}={method}"]).items()
             words = [word if word.startswith(f"{name}.") else f"{name}.{word}" for word in settings or []]
-            added = make(named, params_of(words, chosen)[name])
-            plan = commands.add_head(where, settings_of(where), name, added, to, dry=dry_run)
+            methods, relative = chosen({name: (named, {})}, words)
+            in_force = settings_of(where)
+            plan = commands.add_head(where, in_force, name, methods[name], to, relative=name in relative, dry=dry_run)
             done = f"{_called(name, plan)}: {len(plan.reads)} experts are merged"
         elif gone:
             if method or settings:
@@ -120,15 +120,10 @@ def take_out(
     typer.echo("\n".join(ask(where, request, alone, to.say)))
 
 
-def _heads(method: str | None, heads: Sequence[str], settings: Sequence[str]) -> "Heads | None":
+def _heads(method: str | None, heads: Sequence[str], settings: Sequence[str]) -> Chosen | None:
     """The heads of a new home; None, which stands for those of this one, where nothing is said of them."""
-    from projector.methods import make
-
-    if method is None and not heads and not settings:
-        return None
-    chosen = {"main": method or "opcm", **heads_of(heads)}
-    params = params_of(settings, chosen)
-    return {name: make(named, params[name]) for name, named in chosen.items()}
+    given = method is not None or heads or settings
+    return heads_chosen(None, method, heads, settings) if given else None
 
 
 def _called(head: str, plan: "Plan") -> str:

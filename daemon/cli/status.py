@@ -72,7 +72,7 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
         (
             (
                 head.name,
-                head.method,
+                f"{head.method}, relative to {head.relative_to}" if head.relative_to != "base" else head.method,
                 called(head.name, head.live),
                 local(version.created_at) if version else "-",
                 _figures(version),

@@ -153,13 +153,15 @@ def budget_for(need: int, reserved: int) -> int:
     return -(-need * SLAB_SHARE // (SLAB_SHARE - 1)) if reserved else need
 
 
-def check_budget(schema: Schema, methods: Sequence[Method], settings: Compute, reserved: int = 0) -> None:
+def check_budget(
+    schema: Schema, methods: Sequence[Method], settings: Compute, reserved: int = 0, *, origin: bool = False
+) -> None:
     """Raises BadConfig where one tensor alone does not fit into the memory budget, with both numbers.
 
-    reserved: bytes of it that are taken otherwise.
+    reserved: bytes of it that are taken otherwise. origin: what experts were trained from is read beside the base.
     """
     budget = memory_budget(settings) - reserved
-    step, need = largest_step(schema, methods, settings.block_bytes)
+    step, need = largest_step(schema, methods, settings.block_bytes, origin=origin)
     if need > budget:
         enough = budget_for(need, reserved)
         raise BadConfig(

@@ -1,6 +1,7 @@
 """A home as a whole.
 
     founding.py      makes one
+    presets.py       sets of heads that have a name
     ground.py        what every merge stands on, the base and the states, looked at each time
     recovery.py      brings it back to where its registry says it is
     uncommitted.py   what lies in it beyond its registry

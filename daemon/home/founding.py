@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
@@ -31,7 +31,7 @@ from projector.method import Method
 from projector.methods import make
 from projector.spec import check_base
 from projector.text import shown
-from registry.records import BaseModel, Head, NewVersion
+from registry.records import BaseModel, Head, NewVersion, RelativeTo
 from registry.store import Store
 
 CONFIG_TEXT = """\
@@ -50,11 +50,13 @@ def found(
     *,
     name: str | None = None,
     config: bytes | None = None,
+    relative: Collection[str] = (),
 ) -> BaseModel:
     """Makes the home. Raises BadHome, BadConfig where the base's largest tensor does not fit into the memory budget,
     and BadFile or BadValues where the base is no sound checkpoint.
 
     name: the base's, where its path does not say it. config: the text of mainstem.toml, where there is none yet.
+    relative: the heads whose task vectors are what was trained since the version that an expert names.
 
     Interrupted, it leaves no registry, hence no home; the next `init` starts over.
     """
@@ -74,7 +76,8 @@ def found(
             parameters = count_finite(checkpoint.tensors)
             if not parameters:
                 raise BadHome("it has no floating tensor that could be merged", "give --base the weights of a model")
-            check_budget(checkpoint.tensors.schema, [method for _, method in heads], compute)
+            methods = [method for _, method in heads]
+            check_budget(checkpoint.tensors.schema, methods, compute, origin=bool(relative))
             _make_room(home)
             for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.base, home.tmp):
                 durable.make_folder(folder)
@@ -92,7 +95,7 @@ def found(
         record = BaseModel(named, checkpoint.identity(), parameters, checkpoint.size_bytes, datetime.now(UTC))
         dtypes = floating_dtypes(checkpoint)
     progress("publishing version 0")
-    records = [Head(name, method.name, method.params(), live=0, newest=0) for name, method in heads]
+    records = [new_head(name, method, relative=name in relative) for name, method in heads]
     files = base_files(home)
     versions = [publish_base(home, head, record, files, dtypes) for head in records]
     if not home.config.exists():
@@ -105,6 +108,12 @@ def found(
     durable.rename(unfinished, home.registry)
     durable.remove(home.founding)
     return record
+
+
+def new_head(name: str, method: Method, *, relative: bool) -> Head:
+    """A head at version 0."""
+    relative_to = RelativeTo.TRAINED_FROM if relative else RelativeTo.BASE
+    return Head(name, method.name, method.params(), live=0, newest=0, relative_to=relative_to)
 
 
 def floating_dtypes(base: OpenCheckpoint) -> str:
@@ -198,6 +207,7 @@ def publish_base(home: Home, head: Head, base: BaseModel, files: Sequence[FileEn
         newest=(),
         figures={},
         dtype=dtype,
+        relative=head.relative_to is RelativeTo.TRAINED_FROM,
         files=[file.name for file in files],
     )
     durable.write_file(folder / CARD, render(card))

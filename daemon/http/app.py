@@ -65,6 +65,7 @@ def create_app(
             Route("/v1/heads/{head}/latest/files/{name:path}", api.latest_file),
             Route("/v1/heads/{head}/versions", api.versions),
             Route("/v1/heads/{head}/versions/{n}", api.version),
+            Route("/v1/heads/{head}/versions/{n}/data", api.data),
             Route("/v1/heads/{head}/versions/{n}/files/{name:path}", api.file),
             Route("/v1/heads/{head}/versions/{n}/views/{expert}/files/{name:path}", api.view),
             Route("/v1/experts", api.experts),

@@ -39,8 +39,8 @@ class Published:
             raise Problem(404, "unknown_head", "there is no such head", "GET /v1/heads lists the heads")
         return head
 
-    def version(self, head: Head, n: int) -> Version:
-        """The row of a version whose files should be there. Problem 404, or 410 when retention removed it."""
+    def row(self, head: Head, n: int) -> Version:
+        """The row of a version, whether or not its files are still there. Problem 404."""
         version = self.reader.version(head.name, n)
         if version is None:
             raise Problem(
@@ -49,6 +49,11 @@ class Published:
                 f"there is no version {called(head.name, n)}",
                 f"{called(head.name, head.live)} is live",
             )
+        return version
+
+    def version(self, head: Head, n: int) -> Version:
+        """The row of a version whose files should be there. Problem 404, or 410 when retention removed it."""
+        version = self.row(head, n)
         if version.collected:
             raise _gone(head, n)
         return version

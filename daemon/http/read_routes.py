@@ -19,7 +19,7 @@ from daemon.http.answers import NO_CACHE, Problem, immutable, precondition, root
 from daemon.http.computing import Views
 from daemon.http.files import Published
 from daemon.http.finding import arrivals, merged
-from daemon.http.rows import base_row, expert_row, head_row, version_row
+from daemon.http.rows import base_row, data_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
 from daemon.http.waiting import Waiting
 from daemon.layout import Home, is_weights
@@ -118,6 +118,20 @@ class ReadRoutes:
             return unchanged
         manifest = self.published.manifest(head, row)
         return Response(manifest.raw, headers=immutable(row.manifest_sha256), media_type="application/json")
+
+    def data(self, request: Request) -> Response:
+        head = self.published.head(request.path_params["head"])
+        version = self.published.row(head, _number(request))
+        limit = _limit(request, PAGE_LIMIT)
+        rows = self.reader.experts_in(version.number, _query_number(request, "after", None, least=0) or 0, limit)
+        last = rows[-1].version if len(rows) == limit else None
+        body = {
+            "head": head.name,
+            "version": version.number,
+            "experts": [data_row(row) for row in rows],
+            "next": _next(request, limit, after=last) if last else None,
+        }
+        return JSONResponse(body, headers=NO_CACHE)
 
     def file(self, request: Request) -> Response:
         head = self.published.head(request.path_params["head"])

@@ -16,6 +16,7 @@ def head_row(head: Head, root: str = "") -> Row:
         "name": head.name,
         "method": head.method,
         "params": dict(head.params),
+        "relative_to": head.relative_to,
         "live": head.live,
         "newest": head.newest,
         "manifest": f"{root}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}",
@@ -51,6 +52,7 @@ def expert_row(expert: Expert) -> Row:
         "withdrawn_in": expert.withdrawn_in,
         "norm": _finite({"norm": expert.norm})["norm"],
         "flags": list(expert.flags),
+        "trained_from": expert.trained_from,
         "about": dict(expert.about) if expert.about is not None else None,
         "sidecars": dict(expert.sidecars) if expert.sidecars is not None else None,
         "naming": dict(expert.naming) if expert.naming is not None else None,
@@ -60,6 +62,20 @@ def expert_row(expert: Expert) -> Row:
         "hint": expert.hint,
         "received_at": _time(expert.received_at),
         "finished_at": _time(expert.finished_at),
+    }
+
+
+def data_row(expert: Expert) -> Row:
+    """What an expert was trained on, as far as it says so, and from which version."""
+    data = [{"uri": one} if isinstance(one, str) else one for one in (expert.about or {}).get("data", ())]
+    return {
+        "id": expert.id,
+        "name": expert.name,
+        "sha256": expert.sha256,
+        "version": expert.version,
+        "weight": expert.weight,
+        "trained_from": expert.trained_from,
+        "data": [{"uri": one.get("uri"), "sha256": one.get("sha256")} for one in data],
     }
 
 

@@ -15,6 +15,7 @@ from daemon.home.ground import Base
 from daemon.versions.writing import Outputs, Written, weights_plan
 from projector.driver.fold import Driver
 from projector.driver.head import Folded, HeadFold, Norms, Prepared
+from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader
 from projector.method import Contribution, Method, Totals
 
@@ -50,16 +51,18 @@ class Folding:
         before: TensorReader | None,
         output: Outputs,
         prepared: Prepared | None = None,
+        origin: Checkpoint | None = None,
     ) -> HeadFold:
         """How a head takes this expert: surveyed first, where its method has rounds for that.
 
-        contribution: its place and its weight. before: the head's state, None where it has none yet.
+        contribution: its place and its weight. before: the head's state, None where it has none yet. origin: what the
+        expert was trained from, where the head takes what was trained since.
         """
         if method.keyed:
             contribution = replace(contribution, sha256=expert.identity())
-        contribution = self._driver.survey(self._base, expert.tensors, method, contribution, before)
+        contribution = self._driver.survey(self._base, expert.tensors, method, contribution, before, origin)
         now = output.weights if method.one_sweep else ()
-        return HeadFold(method, totals, contribution, before, output.state, prepared, now, output.record)
+        return HeadFold(method, totals, contribution, before, output.state, prepared, now, output.record, origin)
 
     def fold(self, expert: OpenCheckpoint, heads: Sequence[HeadFold]) -> Folded:
         """Reads the expert once, into every head's new state; see `Driver.fold`."""

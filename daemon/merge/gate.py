@@ -75,9 +75,8 @@ class Gate:
         watch raises.
         """
         alone = self._alone(expert, by_itself) if self._needs("expert") else None
-        staged = list(zip(heads, written, strict=True))
         with ThreadPoolExecutor(self._settings.concurrency) as pool:
-            return list(pool.map(lambda pair: self._judge_head(*pair, number, expert, alone), staged))
+            return list(pool.map(lambda tip, one: self._judge_head(tip, one, number, expert, alone), heads, written))
 
     def _judge_head(
         self, tip: HeadTip, written: Written, number: int, expert: NewExpert, alone: Scores | None
@@ -134,7 +133,7 @@ class Gate:
         return found.scores
 
     def _alone(self, expert: NewExpert, by_itself: Callable[[], Written]) -> Scores | None:
-        """The scores of an expert by itself. None where the evaluator fails: the version's own evaluation will say so."""
+        """The scores of an expert by itself; None where the evaluator fails, as it will for the version."""
         written = by_itself()
         told = {"head": None, "version": None, "parent": None, "expert": described(expert), "scores": {}}
         log = self._home.evaluation_log("experts", self._store.last_expert_id() + 1)

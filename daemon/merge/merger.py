@@ -15,9 +15,9 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -28,6 +28,7 @@ from daemon.arrivals.filing import note_place, place
 from daemon.arrivals.identity import twin_of
 from daemon.arrivals.inbox import Drop, entry_id
 from daemon.arrivals.recording import arrived, changed, once_blocked, refused
+from daemon.arrivals.trained_from import Start, TrainedFrom, named_version
 from daemon.checkpoints.adapter_modules import read_config
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
 from daemon.compute.progress import Abandoned, Progress
@@ -43,7 +44,7 @@ from daemon.merge.folding import Folding
 from daemon.merge.gate import REJECTED, Gate, Judged
 from daemon.merge.preparing import Preparations
 from daemon.versions.adapter import Adapting
-from daemon.versions.heads import HeadTip, head_tips
+from daemon.versions.heads import HeadTip, head_tips, relative_heads
 from daemon.versions.latest import follow_live
 from daemon.versions.modules import check_modules
 from daemon.versions.retention import collect
@@ -58,6 +59,15 @@ from projector.names.naming import Naming
 from registry.errors import RegistryError
 from registry.records import Expert, NewExpert, NewVersion, Status
 from registry.store import Store
+
+
+@dataclass(frozen=True)
+class Again:
+    """What is known of an expert that was merged before: how its names became the base's, and what it was trained from,
+    where that counts."""
+
+    naming: Naming
+    start: Start | None = None
 
 
 class Merger:
@@ -87,7 +97,8 @@ class Merger:
         self._folding = Folding(self._base, settings.publish, self._driver)
         self._adapting = Adapting(home, self._base.tensors, settings, progress)
         reserved = self._driver.device.slab_bytes
-        check_budget(self._base.tensors.schema, list(self._methods.values()), settings.compute, reserved)
+        methods, self._relative = list(self._methods.values()), relative_heads(store)
+        check_budget(self._base.tensors.schema, methods, settings.compute, reserved, origin=bool(self._relative))
         self.preparations = Preparations(home, self._driver, self._base.tensors)
         self.preparations.follow(head_tips(store, self._methods))
 
@@ -104,36 +115,37 @@ class Merger:
         self._adapting = Adapting(self._home, self._base.tensors, settings, self._progress)
         self._settings = settings
 
-    def take(self, drop: Drop, naming: Naming | None = None) -> Expert:
+    def take(self, drop: Drop, again: Again | None = None) -> Expert:
         """Merges, recognises or refuses one drop, and tidies up after it; see `decide`."""
-        recorded = self.decide(drop, naming)
+        recorded = self.decide(drop, again)
         self.tidy(recorded)
         return recorded
 
-    def decide(self, drop: Drop, naming: Naming | None = None) -> Expert:
+    def decide(self, drop: Drop, again: Again | None = None) -> Expert:
         """Merges, recognises or refuses one drop; returns what the registry says of it. `tidy` is to follow.
 
-        naming: how its names become the base's, of an expert that was merged before; by default as the settings say.
+        again: of an expert that was merged before; what was taken once is taken again.
 
         Raises NotYet where it must be looked at again later, Failed where it should be tried again a few times, OSError
         where the disk fails (see durable.is_full), BadHome where the home itself is at fault, and Abandoned where the
         daemon is stopping; the drop is then still in the inbox and nothing else has changed.
         """
         try:
-            again = naming is not None  # what was taken once is taken again
-            base_config = None if again else self._base_config
-            with self._opened(drop, naming or self._settings.admission.naming) as expert:
+            start = again.start if again else None
+            with self._opened(drop, again.naming if again else self._settings.admission.naming) as expert:
                 hit("take.opened")
                 self._check_entry(drop)
                 try:
                     with blaming(expert):
                         if not again:
                             check_arrival(expert, self._base.tensors.schema)
-                        expert.check(self._base.tensors, base_config)
+                            named = named_version(self._store, expert.about)
+                            start = Start(self._home, named) if named else None
+                        expert.check(self._base.tensors, None if again else self._base_config)
                         if not again:
                             check_modules(expert.folder, self._home.base)
                         expert.digest_tensors()
-                    return self._merge(drop, expert, again)
+                    return self._merge(drop, expert, start, again=again is not None)
                 except (ProjectorError, Refused) as error:
                     self._check_ours(error, expert)
                     if expert.unchanged():
@@ -210,7 +222,7 @@ class Merger:
             with blaming():
                 return open_checkpoint(inbox, drop.name, needs=self._needs, watch=self._progress, naming=naming)
 
-    def _merge(self, drop: Drop, expert: OpenCheckpoint, again: bool) -> Expert:
+    def _merge(self, drop: Drop, expert: OpenCheckpoint, start: Start | None, *, again: bool) -> Expert:
         started = time.monotonic()
         heads = head_tips(self._store, self._methods)
         number = max(tip.head.newest for tip in heads) + 1
@@ -222,9 +234,10 @@ class Merger:
                 outputs = [self._outputs(tip, folder, files) for tip in heads]
                 descriptors = [fd for output in outputs for fd in output.descriptors]
                 with durable.flushing(descriptors), blaming(expert):
-                    with self._sound_ground(heads):
-                        folded = self._fold(expert, heads, outputs, files)
-                    new = self._identify(drop, expert, folded, again)
+                    begun = start.opened(expert, files, self._progress) if start and self._relative else None
+                    with self._sound_ground(heads, begun):
+                        folded = self._fold(expert, heads, outputs, files, begun)
+                    new = self._identify(drop, expert, folded, start, again=again)
                     if new.status is not Status.MERGED:
                         return self._store.record(new)
                     with self._sound_ground(heads):
@@ -260,7 +273,12 @@ class Merger:
         return self._folding.outputs(folder / tip.head.name, tip.method, files)
 
     def _fold(
-        self, expert: OpenCheckpoint, heads: Sequence[HeadTip], outputs: Sequence[Outputs], files: ExitStack
+        self,
+        expert: OpenCheckpoint,
+        heads: Sequence[HeadTip],
+        outputs: Sequence[Outputs],
+        files: ExitStack,
+        begun: TrainedFrom | None = None,
     ) -> Folded:
         hit("fold.before")
         folds = [
@@ -272,6 +290,7 @@ class Merger:
                 self._state(tip, files),
                 output,
                 self.preparations.ready(tip),
+                begun.tensors if begun and tip.head.name in self._relative else None,
             )
             for tip, output in zip(heads, outputs, strict=True)
         ]
@@ -279,24 +298,30 @@ class Merger:
         hit("fold.after")
         return folded
 
-    def _sound_ground(self, heads: Sequence[HeadTip]) -> AbstractContextManager[None]:
-        """What is read in the block is the base, each head's own state and what was prepared from it, or it raises."""
+    def _sound_ground(self, heads: Sequence[HeadTip], begun: TrainedFrom | None = None) -> AbstractContextManager[None]:
+        """What is read in the block is the base, each head's own state, what was prepared from it and what the expert
+        was trained from, or it raises."""
 
-        def confirm_prepared() -> None:
+        def confirm_others() -> None:
+            if begun:
+                begun.confirm()
             for tip in heads:
                 if self.preparations.touched(tip):
                     raise touched_meanwhile(f"what was prepared for {tip.head.name}")
 
-        return sound_ground(self._base, self._states, confirm_prepared)
+        return sound_ground(self._base, self._states, confirm_others)
 
     def _state(self, tip: HeadTip, files: ExitStack) -> TensorReader | None:
         return self._states.open(tip, self._base.tensors.schema, files) if tip.totals.experts else None
 
-    def _identify(self, drop: Drop, expert: OpenCheckpoint, folded: Folded, again: bool) -> NewExpert:
+    def _identify(
+        self, drop: Drop, expert: OpenCheckpoint, folded: Folded, start: Start | None, *, again: bool
+    ) -> NewExpert:
         sha256, content, sidecars = expert.identity(), expert.content(), expert.sidecar_digests()
         altered = expert.tensors.altered
         if not expert.unchanged():
             raise changed(drop)
+        trained_head, trained_version = start.noted(self._home, self._store) if start else (None, None)
         new = replace(
             arrived(drop, Status.MERGED),
             kind=expert.kind,
@@ -306,6 +331,8 @@ class Merger:
             about=expert.about.given() if expert.about else None,
             sidecars=sidecars or None,
             naming=expert.naming.noted(),
+            trained_head=trained_head,
+            trained_version=trained_version,
         )
         if twin := twin_of(
             self._home,
@@ -376,8 +403,8 @@ class Merger:
     def _rejected(self, drop: Drop, new: NewExpert, judged: Judged) -> NewExpert:
         number = self._store.last_expert_id() + 1
         hint = (
-            "nothing of it was merged; train it anew, or, where it is wanted all the same, loosen evaluate.require, then"
-            f" `mainstem unblock {number}` and `mainstem quarantine retry {number}`"
+            "nothing of it was merged; train it anew, or, where it is wanted all the same, loosen evaluate.require,"
+            f" then `mainstem unblock {number}` and `mainstem quarantine retry {number}`"
         )
         error = Refused(Reason.SCORES, f"a merged model with it breaks a rule: {judged.why}", hint)
         return replace(self._refused(drop, new, error), verdict=judged.verdict)

@@ -5,7 +5,7 @@ one transaction takes over its result. Whatever cuts it short, the same command 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 
@@ -15,34 +15,39 @@ from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
-from daemon.home.founding import base_files, floating_dtypes, publish_base
+from daemon.home.founding import base_files, floating_dtypes, new_head, publish_base
 from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
 from daemon.manifest import Withdrawal
 from daemon.notation import called
 from daemon.rebuild.plan import Plan, readings, usual_seconds
-from daemon.rebuild.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
+from daemon.rebuild.replay import (
+    Console,
+    Heads,
+    archived,
+    check_archive,
+    lock,
+    merged_experts,
+    methods_of,
+    misfit,
+    replay,
+    started,
+)
 from daemon.rebuild.restating import Arrival, Restating, next_number
 from daemon.versions.checking import problems
-from daemon.versions.heads import HeadTip, head_tips, totals_of
+from daemon.versions.heads import HeadTip, head_tips, relative_heads, totals_of
 from daemon.versions.latest import point_latest
 from daemon.versions.retention import numbered, remove_whole
 from daemon.versions.sealing import origin
 from daemon.versions.writing import Written
 from projector.method import Contribution, Method, Totals
-from projector.methods import make
 from registry.errors import Busy, RegistryError, StorageFailed
 from registry.reader import Reader
-from registry.records import Expert, Head, NewIntervention, Status, Version
+from registry.records import Expert, Head, NewIntervention, RelativeTo, Status, Version
 from registry.store import Store
 
 RESTORED, SUBTRACTED, REPLAYED = "restored", "subtracted", "replayed"
 MOST_SUBTRACTED = 100.0  # times the weight of what is left: beyond that its rounding shows in the fifth digit
-
-
-def methods_of(reader: Reader) -> Heads:
-    """The heads of a home by name."""
-    return {head.name: make(head.method, head.params) for head in reader.heads()}
 
 
 def into(
@@ -53,32 +58,43 @@ def into(
     without: Sequence[str],
     to: Console,
     *,
+    relative: Collection[str] = (),
     dry: bool = False,
 ) -> Plan:
     """Replays the archive of `home`, which may be in use, into the home `target`, less the experts `without`.
 
-    heads: of the new home; None takes the same ones. Raises BadHome where an expert is missing, or where `target` is
-    there and is no earlier part of the same.
+    heads: of the new home, and which of them are `relative` to what an expert was trained from; None takes the same
+    ones. Raises BadHome where an expert is missing, or where `target` is there and is no earlier part of the same.
     """
     with Reader.open(home.registry) as reader:
         chosen = methods_of(reader) if heads is None else heads
+        relative = relative_heads(reader) if heads is None else relative
         gone = {expert.id for expert in merged_experts(reader, without)}
         experts = [expert for expert in reader.lineage() if expert.id not in gone]
         if target.root == home.root:
             raise BadHome(f"{target.root} is the home to be replayed", "give --into another folder")
-        check_archive(home, experts, chosen)
-        if target.exists() and (why := misfit(target, reader, chosen, experts)):
+        check_archive(home, reader, experts, chosen, relative)
+        if target.exists() and (why := misfit(target, reader, chosen, relative, experts)):
             raise BadHome(f"{target.root} cannot take this replay: {why}", "choose another folder, or remove it")
         plan = Plan(dict.fromkeys(chosen, REPLAYED), experts, readings(chosen, experts), usual_seconds(reader))
         if not dry:
-            replay(home, reader, experts, target, chosen, settings, to)
-            _refine(target, home, experts, settings, to)
+            replay(home, reader, experts, target, chosen, settings, to, relative=relative)
+            _refine(target, home, reader, experts, settings, to)
         return plan
 
 
-def add_head(home: Home, settings: Settings, name: str, method: Method, to: Console, *, dry: bool = False) -> Plan:
-    """Adds a head that has folded every merged expert. Raises BadHome where the daemon runs, an expert is missing, or
-    there is such a head.
+def add_head(
+    home: Home,
+    settings: Settings,
+    name: str,
+    method: Method,
+    to: Console,
+    *,
+    relative: bool = False,
+    dry: bool = False,
+) -> Plan:
+    """Adds a head that has folded every merged expert; where it is `relative`, what was trained since the version that
+    each names. Raises BadHome where the daemon runs, an expert is missing, or there is such a head.
     """
     with _reading(home) if dry else _opened(home) as store:
         if store.head(name):
@@ -88,15 +104,18 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
             raise BadHome(
                 f"{home.versions(name)} is there and belongs to no head", "move it away, or choose a new name"
             )
-        heads, experts = {name: method}, store.lineage()
-        check_archive(home, experts, heads)
+        heads, experts, relatives = {name: method}, store.lineage(), {name} if relative else set()
+        check_archive(home, store, experts, heads, relatives)
         plan = Plan({name: REPLAYED}, experts, readings(heads, experts), usual_seconds(store))
         if isinstance(store, Store):
-            _replay_inside(home, store, experts, inner, heads, settings, to)
+            _replay_inside(home, store, experts, inner, heads, settings, to, relatives)
             with Restating(home, store, settings, to.progress()) as restating:
-                written = _from_inside(restating, inner, name, home, experts)
+                written = _from_inside(restating, inner, name, home, store, experts)
                 _link_records(home, inner, name, experts)
-                plan = replace(plan, number=_adopt(home, store, name, method, written, restating))
+                plan = replace(
+                    plan,
+                    number=_adopt(home, store, new_head(name, method, relative=relative), method, written, restating),
+                )
             remove_whole(home, inner.root)
         return plan
 
@@ -134,7 +153,8 @@ def withdraw_from(
     heads, rest = planned.heads, planned.rest
     inner = Home(home.withdrawing(next_number(heads)))
     if planned.replayed:
-        _replay_inside(home, store, rest, inner, planned.replayed, settings, to)
+        relative = relative_heads(store) & planned.replayed.keys()
+        _replay_inside(home, store, rest, inner, planned.replayed, settings, to, relative)
     with Restating(home, store, settings, to.progress()) as restating:
         written = {}
         for tip in heads:
@@ -144,9 +164,9 @@ def withdraw_from(
                 new = restating.linked(name, home, kept.number, totals_of(kept))
             elif how == SUBTRACTED:
                 to.say(f"{name}: subtracting {len(gone)}")
-                new = _subtract(restating, home, tip, planned.lineage, gone)
+                new = _subtract(restating, home, store, tip, planned.lineage, gone)
             else:
-                new = _from_inside(restating, inner, name, home, rest)
+                new = _from_inside(restating, inner, name, home, store, rest)
             written[name] = replace(new, withdrawal=Withdrawal(gone, how))
         number = restating.commit(store, heads, written, gone, deed)
     remove_whole(home, inner.root)
@@ -170,11 +190,12 @@ class _Withdrawal:
         self.rest = [expert for expert in self.lineage if expert.id not in out]
         self.kept = {} if replay else self._find_kept(home, reader, gone)
         others = [tip for tip in self.heads if tip.head.name not in self.kept]
-        subtracts = bool(others) and not replay and _light(gone, self.rest) and _archived(home, gone, others, to)
+        light = bool(others) and not replay and _light(gone, self.rest)
+        subtracts = light and _archived(home, reader, gone, others, to)
         subtracted = [tip.head.name for tip in others if tip.method.subtractable and subtracts]
         self.replayed = {tip.head.name: tip.method for tip in others if tip.head.name not in subtracted}
         if self.replayed:
-            check_archive(home, self.rest, self.replayed)
+            check_archive(home, reader, self.rest, self.replayed, relative_heads(reader))
         reads = [*(gone if subtracted else []), *(self.rest if self.replayed else [])]
         often = len(subtracted) * len(gone) + (readings(self.replayed, self.rest) if self.replayed else 0)
         how = {**dict.fromkeys(self.kept, RESTORED), **dict.fromkeys(subtracted, SUBTRACTED)}
@@ -196,11 +217,11 @@ class _Withdrawal:
         return found
 
 
-def _archived(home: Home, gone: Sequence[Expert], heads: Sequence[HeadTip], to: Console) -> bool:
+def _archived(home: Home, reader: Reader, gone: Sequence[Expert], heads: Sequence[HeadTip], to: Console) -> bool:
     """True where all that subtracting needs is in the archive; else it says what is not."""
     subtractable = {tip.head.name: tip.method for tip in heads if tip.method.subtractable}
     try:
-        check_archive(home, gone, subtractable)
+        check_archive(home, reader, gone, subtractable, relative_heads(reader))
     except BadHome as error:
         if subtractable:
             to.say(f"cannot subtract: {error}")
@@ -235,9 +256,16 @@ def _opened(home: Home) -> Iterator[Store]:
 
 
 def _replay_inside(
-    home: Home, store: Store, experts: Sequence[Expert], inner: Home, heads: Heads, settings: Settings, to: Console
+    home: Home,
+    store: Store,
+    experts: Sequence[Expert],
+    inner: Home,
+    heads: Heads,
+    settings: Settings,
+    to: Console,
+    relative: Collection[str],
 ) -> None:
-    if inner.root.exists() and _unfit(inner, store, heads, experts):
+    if inner.root.exists() and _unfit(inner, store, heads, relative, experts):
         if not inner.inner_mark.exists():
             raise BadHome(f"{inner.root} is in the way, and no rebuild made it", "move it out of the home")
         remove_whole(home, inner.root)
@@ -245,38 +273,46 @@ def _replay_inside(
     if not inner.inner_mark.exists():
         durable.replace_file(inner.inner_mark, b"")
     plain = settings.model_copy(update={"heads": {}})  # what is published of it is published anew
-    replay(home, store, experts, inner, heads, plain, to)
+    replay(home, store, experts, inner, heads, plain, to, relative=relative)
 
 
-def _unfit(inner: Home, store: Store, heads: Heads, experts: Sequence[Expert]) -> bool:
+def _unfit(inner: Home, store: Store, heads: Heads, relative: Collection[str], experts: Sequence[Expert]) -> bool:
     """True where the home was begun for something else, or cannot be read."""
     if not inner.exists():
         return not inner.founding.exists()
     try:
-        return misfit(inner, store, heads, experts) is not None
+        return misfit(inner, store, heads, relative, experts) is not None
     except (StorageFailed, Busy):
         raise
     except RegistryError:
         return True
 
 
-def _from_inside(restating: Restating, inner: Home, name: str, home: Home, experts: Sequence[Expert]) -> Written:
+def _from_inside(
+    restating: Restating, inner: Home, name: str, home: Home, reader: Reader, experts: Sequence[Expert]
+) -> Written:
     """The version of a head that the inner home has come to; made exact where that takes a second pass."""
-    with Reader.open(inner.registry) as reader:
-        (tip,) = [tip for tip in head_tips(reader, methods_of(reader)) if tip.head.name == name]
-    return _exact(restating, inner, tip, home, experts) or restating.linked(name, inner, tip.version.number, tip.totals)
+    with Reader.open(inner.registry) as inside:
+        (tip,) = [tip for tip in head_tips(inside, methods_of(inside)) if tip.head.name == name]
+    return _exact(restating, inner, tip, home, reader, experts) or restating.linked(
+        name, inner, tip.version.number, tip.totals
+    )
 
 
-def _exact(restating: Restating, there: Home, tip: HeadTip, archive: Home, experts: Sequence[Expert]) -> Written | None:
+def _exact(
+    restating: Restating, there: Home, tip: HeadTip, archive: Home, reader: Reader, experts: Sequence[Expert]
+) -> Written | None:
     """What a second pass over the experts makes of a head; None where one pass is all there is."""
     second = tip.method.second_pass(tip.totals.experts) if tip.totals.experts else None
     if second is None:
         return None
-    arrivals = [_arrival(archive, expert, place) for place, expert in enumerate(experts, start=1)]
+    arrivals = [_arrival(archive, reader, tip, expert, place) for place, expert in enumerate(experts, start=1)]
     return restating.folded(there, tip, second, Totals(), arrivals)
 
 
-def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Settings, to: Console) -> None:
+def _refine(
+    target: Home, archive: Home, reader: Reader, experts: Sequence[Expert], settings: Settings, to: Console
+) -> None:
     """One more version of every head, where a second pass makes one of them exact: the others' stay what they are."""
     with _opened(target) as store:
         heads = head_tips(store, methods_of(store))
@@ -291,34 +327,40 @@ def _refine(target: Home, archive: Home, experts: Sequence[Expert], settings: Se
             for tip in heads:
                 name = tip.head.name
                 to.say(f"{name}: a second pass" if tip.method.second_pass(len(experts)) else f"{name}: stays")
-                written[name] = _exact(restating, target, tip, archive, experts) or restating.linked(
+                written[name] = _exact(restating, target, tip, archive, reader, experts) or restating.linked(
                     name, target, tip.version.number, tip.totals
                 )
             restating.commit(store, heads, written)
 
 
 def _subtract(
-    restating: Restating, home: Home, tip: HeadTip, lineage: Sequence[Expert], gone: Sequence[Expert]
+    restating: Restating,
+    home: Home,
+    reader: Reader,
+    tip: HeadTip,
+    lineage: Sequence[Expert],
+    gone: Sequence[Expert],
 ) -> Written:
     places = {expert.id: place for place, expert in enumerate(lineage, start=1)}
-    arrivals = [_arrival(home, expert, places[expert.id], sign=-1.0) for expert in gone]
+    arrivals = [_arrival(home, reader, tip, expert, places[expert.id], sign=-1.0) for expert in gone]
     return restating.folded(home, tip, tip.method, tip.totals, arrivals)
 
 
-def _arrival(archive: Home, expert: Expert, index: int, sign: float = 1.0) -> Arrival:
-    return archived(archive, expert), Contribution(index, weight=sign * expert.weight), expert
+def _arrival(archive: Home, reader: Reader, tip: HeadTip, expert: Expert, index: int, sign: float = 1.0) -> Arrival:
+    relative = [tip.head.name] if tip.head.relative_to is RelativeTo.TRAINED_FROM else []
+    start = started(archive, reader, expert, relative)
+    return Arrival(archived(archive, expert), Contribution(index, weight=sign * expert.weight), expert, start)
 
 
-def _adopt(home: Home, store: Store, name: str, method: Method, written: Written, restating: Restating) -> int:
+def _adopt(home: Home, store: Store, head: Head, method: Method, written: Written, restating: Restating) -> int:
     """Gives the home a further head: version 0, and the version that the other heads stand at, whose number it says."""
     newest = max(head.newest for head in store.heads())
-    head = Head(name, method.name, method.params(), live=0, newest=0)
     with open_path(home.base) as base:
         dtypes = floating_dtypes(base)
     versions = [publish_base(home, head, store.base(), base_files(home), dtypes)]
     if newest:
         tip = HeadTip(head, Version(**asdict(versions[0])), method, Totals())
-        versions += restating.place([tip], newest, {name: written}, origin(store))
+        versions += restating.place([tip], newest, {head.name: written}, origin(store))
     adopted = replace(head, live=newest, newest=newest)
     hit("commit.before")
     store.adopt(adopted, versions)

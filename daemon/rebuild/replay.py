@@ -4,7 +4,7 @@ A replay may be cut short at any point: the next one goes on behind the last exp
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from daemon.arrivals.admission import naming_of
 from daemon.arrivals.inbox import Drop, entry_id
+from daemon.arrivals.trained_from import Start, noted_version
 from daemon.checkpoints.checkpoint import OpenCheckpoint, identity_at, open_path
 from daemon.checkpoints.expert_json import ABOUT
 from daemon.checkpoints.hints import hinting
@@ -19,17 +20,19 @@ from daemon.compute.memory import return_freed_memory
 from daemon.compute.progress import Progress
 from daemon.config import Evaluate, Retention, Settings
 from daemon.disk import durable
-from daemon.errors import BadHome, DaemonError, NotYet
+from daemon.errors import BadHome, DaemonError, NotYet, Refused
 from daemon.home.founding import found
 from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
-from daemon.merge.merger import Merger
+from daemon.merge.merger import Again, Merger
 from daemon.rebuild.candidates import told_apart
 from daemon.rebuild.restating import unlike
+from daemon.versions.heads import relative_heads
 from projector.errors import ProjectorError
 from projector.method import Method
-from projector.names.naming import Naming
+from projector.methods import make
 from projector.text import shown
+from projector.watch import SILENT
 from registry.reader import Reader
 from registry.records import Expert, Status
 from registry.store import Store
@@ -37,6 +40,11 @@ from registry.store import Store
 Heads = Mapping[str, Method]
 NO_LIMIT = 1e30
 PAGE = 1000
+
+
+def methods_of(reader: Reader) -> Heads:
+    """The heads of a home by name."""
+    return {head.name: make(head.method, head.params) for head in reader.heads()}
 
 
 class Console:
@@ -69,10 +77,25 @@ def archived(home: Home, expert: Expert) -> Path:
     return path
 
 
-def check_archive(home: Home, experts: Sequence[Expert], heads: Heads) -> None:
-    """Raises BadHome where an expert, or a sidecar that a method needs, is not in the archive: before the long work."""
+def check_archive(
+    home: Home, reader: Reader, experts: Sequence[Expert], heads: Heads, relative: Collection[str] = ()
+) -> None:
+    """Raises BadHome where an expert, or a sidecar that a method needs, is not in the archive, or where the files of a
+    version that it was trained from are gone and one of the heads is `relative` to that: before the long work.
+    """
     for expert in experts:
-        _open(home, expert, needed(heads)).close()
+        with _open(home, expert, needed(heads)) as again, ExitStack() as files:
+            if start := started(home, reader, expert, heads.keys() & set(relative)):
+                try:
+                    start.opened(again, files, SILENT)
+                except Refused as error:
+                    raise _not_again(expert, str(error), error.hint) from error
+
+
+def started(home: Home, reader: Reader, expert: Expert, relative: Collection[str]) -> Start | None:
+    """What a merged expert was trained from, where a head goes by it. Raises BadHome where that is not known."""
+    version = noted_version(reader, expert) if relative else None
+    return Start(home, version) if version else None
 
 
 def _open(home: Home, expert: Expert, needs: Sequence[str] = ()) -> OpenCheckpoint:
@@ -89,14 +112,14 @@ def needed(heads: Heads) -> list[str]:
     return sorted({need for method in heads.values() for need in method.needs})
 
 
-def misfit(target: Home, source: Reader, heads: Heads, experts: Sequence[Expert]) -> str | None:
+def misfit(
+    target: Home, source: Reader, heads: Heads, relative: Collection[str], experts: Sequence[Expert]
+) -> str | None:
     """Why a replay cannot go on in this home, in words; None where it can."""
     with Reader.open(target.registry) as there:
         if there.base().sha256 != source.base().sha256:
             return "it has another base"
-        if {head.name: (head.method, head.params) for head in there.heads()} != {
-            name: (method.name, method.params()) for name, method in heads.items()
-        }:
+        if methods_of(there) != heads or relative_heads(there) != set(relative):
             return "its heads are others"
         done = there.counts()[Status.MERGED]
         if done > len(experts) or not all(map(_same, pages(there), experts)):
@@ -105,7 +128,15 @@ def misfit(target: Home, source: Reader, heads: Heads, experts: Sequence[Expert]
 
 
 def replay(
-    source: Home, reader: Reader, experts: Sequence[Expert], target: Home, heads: Heads, settings: Settings, to: Console
+    source: Home,
+    reader: Reader,
+    experts: Sequence[Expert],
+    target: Home,
+    heads: Heads,
+    settings: Settings,
+    to: Console,
+    *,
+    relative: Collection[str] = (),
 ) -> None:
     """Makes the home `target` where it is not there, and merges into it those of `experts` that it does not have yet.
 
@@ -127,7 +158,16 @@ def replay(
         fresh = not target.root.exists() or os.listdir(target.root) == [target.inner_mark.name]
         config = source.config.read_bytes() if source.config.exists() else None
         name = reader.base().name
-        base = found(target, source.base, list(heads.items()), to.say, settings.compute, name=name, config=config)
+        base = found(
+            target,
+            source.base,
+            list(heads.items()),
+            to.say,
+            settings.compute,
+            name=name,
+            config=config,
+            relative=relative,
+        )
         if base.sha256 != reader.base().sha256:
             _unfound(target, wholly=fresh)
             raise BadHome("the base in state/base is damaged", "restore it from a backup; nothing was made")
@@ -140,8 +180,8 @@ def replay(
         done = store.counts()[Status.MERGED]
         for place, expert in enumerate(experts[done:], start=done + 1):
             to.say(f"merging {expert.name} ({place} of {len(experts)})")
-            naming = naming_of(expert, settings.admission)
-            _merge(merger, target, expert, archived(source, expert), naming)
+            naming, start = naming_of(expert, settings.admission), started(source, reader, expert, relative)
+            _merge(merger, target, expert, archived(source, expert), Again(naming, start))
             return_freed_memory()
         mark_clean(target)
 
@@ -154,7 +194,7 @@ def lock(home: Home) -> int:
         raise BadHome(f"another mainstem is running on {home.root}", "stop it first") from None
 
 
-def _merge(merger: Merger, target: Home, expert: Expert, source: Path, naming: Naming) -> None:
+def _merge(merger: Merger, target: Home, expert: Expert, source: Path, again: Again) -> None:
     dropped = target.inbox / source.name
     if not os.path.lexists(dropped):
         _drop(source, target)
@@ -163,7 +203,7 @@ def _merge(merger: Merger, target: Home, expert: Expert, source: Path, naming: N
     drop = Drop(source.name, entry_id(dropped), dropped.lstat().st_mtime_ns, expert.size_bytes, 0.0)
     try:
         with hinting(source):
-            recorded = merger.take(drop, naming)
+            recorded = merger.take(drop, again)
     except NotYet as error:
         raise _not_again(expert, str(error), error.hint) from error
     if recorded.status is not Status.MERGED:

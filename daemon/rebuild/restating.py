@@ -6,13 +6,14 @@ It is published as any other: files first, all durable, then renamed into place,
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 from uuid import uuid4
 
 from daemon.arrivals.admission import naming_of
 from daemon.arrivals.identity import SAME_NORM
+from daemon.arrivals.trained_from import Start
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
 from daemon.compute.progress import Progress
 from daemon.compute.resources import driver
@@ -36,7 +37,16 @@ from registry.reader import Reader
 from registry.records import Expert, NewIntervention, NewVersion
 from registry.store import Store
 
-Arrival = tuple[Path, Contribution, Expert]  # a file or folder, how it counts, and as what it was merged
+
+@dataclass(frozen=True)
+class Arrival:
+    """An expert in the archive: its file or folder, how it counts, as what it was merged, and what it was trained from,
+    where the head goes by that."""
+
+    path: Path
+    contribution: Contribution
+    expert: Expert
+    start: Start | None = None
 
 
 class Restating:
@@ -67,19 +77,21 @@ class Restating:
         method, totals: by which, and counted from there.
         """
         states, written = States(source, self._progress), None
-        for place, (path, contribution, expert) in enumerate(arrivals, start=1):
+        for place, one in enumerate(arrivals, start=1):
             last = place == len(arrivals)
             self._progress.begin(self._folding.work_bytes([method], weights=last))
             with ExitStack() as files:
                 before = _state(written, files) if written else states.open(tip, self._base.tensors.schema, files)
                 output = self._folding.outputs(self._folder / tip.head.name / str(place), method, files, weights=last)
-                read = files.enter_context(self._opened(path, expert, method))
+                read = files.enter_context(self._opened(one.path, one.expert, method))
                 read.check(self._base.tensors)
-                with sound_ground(self._base, states):
-                    head = self._folding.head(read, method, totals, contribution, before, output)
+                begun = one.start.opened(read, files, self._progress) if one.start else None
+                with sound_ground(self._base, states, begun.confirm if begun else lambda: None):
+                    origin = begun.tensors if begun else None
+                    head = self._folding.head(read, method, totals, one.contribution, before, output, origin=origin)
                     folded = self._folding.fold(read, [head])
                 (totals,) = folded.totals
-                _check(path, read, folded.task_vector.whole, expert)
+                _check(one.path, read, folded.task_vector.whole, one.expert)
                 with sound_ground(self._base, states):
                     now = self._folding.read_out(method, totals, output)
             if written:

@@ -1,6 +1,7 @@
 """The dry run behind `mainstem inspect`: everything that merging would check and measure, and nothing written."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from threading import Event
@@ -10,6 +11,7 @@ from daemon.arrivals.admission import USUAL_EXPERTS, Oddity, check_norm, odditie
 from daemon.arrivals.arrival import check_arrival
 from daemon.arrivals.identity import twin_of
 from daemon.arrivals.inbox import check_finished
+from daemon.arrivals.trained_from import Start, named_version
 from daemon.checkpoints.adapter_modules import read_config
 from daemon.checkpoints.checkpoint import open_path
 from daemon.checkpoints.hints import hinting
@@ -18,6 +20,7 @@ from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.layout import Home
 from daemon.notation import called
+from daemon.versions.heads import relative_heads
 from daemon.versions.modules import check_modules
 from projector.driver.head import Folded
 from projector.driver.measure import overlap
@@ -25,6 +28,7 @@ from projector.driver.steps import state_specs
 from projector.lora.keys import tensor_parts
 from projector.methods import make
 from projector.text import shown
+from projector.watch import SILENT
 from registry.reader import Reader
 from registry.records import Expert
 
@@ -54,6 +58,10 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
     ):
         own = tensor_parts(expert.tensors.schema) if expert.kind == "adapter" else expert.tensors.schema
         check_arrival(expert, base.tensors.schema)
+        named = named_version(reader, expert.about)
+        if named and relative_heads(reader):
+            with ExitStack() as files:
+                Start(home, named).opened(expert, files, SILENT)
         expert.check(base.tensors, read_config(home.base))
         check_modules(expert.folder, home.base)
         expert.digest_tensors()

@@ -58,7 +58,8 @@ class Card:
     """Everything that a card says.
 
     newest: its experts, newest first, MOST_EXPERTS of them at the most. files: those of its weights. adapter: the rank
-    of the one beside the weights, and the share of the task vector's squared norm that it keeps.
+    of the one beside the weights, and the share of the task vector's squared norm that it keeps. relative: a task
+    vector is what was trained since the version that an expert names.
     """
 
     head: str
@@ -71,6 +72,7 @@ class Card:
     figures: Mapping[str, float]
     dtype: str
     approximate: bool = False
+    relative: bool = False
     withdrawal: Withdrawal | None = None
     files: Sequence[str] = ()
     adapter: tuple[int, float] | None = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from projector.method import Method, Totals
 from registry.reader import Reader
-from registry.records import Head, Version
+from registry.records import Head, RelativeTo, Version
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ class HeadTip:
 def head_tips(reader: Reader, methods: Mapping[str, Method]) -> list[HeadTip]:
     """Every head as the registry has it now; `methods` by head."""
     return [_tip(reader, head, methods[head.name]) for head in reader.heads()]
+
+
+def relative_heads(reader: Reader) -> frozenset[str]:
+    """The heads whose task vectors are what was trained since the version that an expert names."""
+    return frozenset(head.name for head in reader.heads() if head.relative_to is RelativeTo.TRAINED_FROM)
 
 
 def _tip(reader: Reader, head: Head, method: Method) -> HeadTip:

@@ -20,7 +20,7 @@ from daemon.versions.claimed_dtype import config_in
 from daemon.versions.heads import HeadTip
 from daemon.versions.writing import Written
 from registry.reader import Reader
-from registry.records import BaseModel, Expert, NewExpert, NewVersion, Scores, Status
+from registry.records import BaseModel, Expert, NewExpert, NewVersion, RelativeTo, Scores, Status
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -87,6 +87,7 @@ def seal(
         figures=figures,
         dtype=dtype,
         approximate=written.approximate,
+        relative=tip.head.relative_to is RelativeTo.TRAINED_FROM,
         withdrawal=written.withdrawal,
         files=[file.name for file in written.weights],
         adapter=(adapter.rank, adapter.kept) if adapter else None,

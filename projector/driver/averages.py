@@ -1,4 +1,4 @@
-"""Running statistics are averaged, whatever the method.
+"""Running statistics are averaged, whatever the method, unless what it gives is one model itself.
 
 What a layer counts of its inputs is no direction that training took: a sum of differences of variances may be negative,
 and what is trimmed, projected or scaled is the statistic of nothing. So a head's method folds the weights, and
@@ -60,4 +60,6 @@ class Averages(Method):
 
 def rule_of(method: Method, spec: TensorSpec) -> Method:
     """What folds this tensor in a head of that method."""
-    return Averages(method.weighted, bool(method.keeps(spec))) if spec.statistic else method
+    if not spec.statistic or method.own_statistics:
+        return method
+    return Averages(method.weighted, bool(method.keeps(spec)))

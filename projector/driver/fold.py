@@ -39,12 +39,14 @@ Out = TypeVar("Out")
 
 @dataclass(frozen=True)
 class _Read:
-    """A step's operands, read: a part of the base, what the expert has for it, and how each head sees the expert."""
+    """A step's operands, read: a part of the base, what the expert has for it, how each head sees the expert, and the
+    same part of the model that it was trained from, where that is asked for."""
 
     step: Step
     base: Tensor
     expert: Sequence[Tensor]
     contributions: Sequence[Contribution]
+    origin: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,24 @@ class Driver:
     watch: Watch = SILENT
 
     def survey(
-        self, base: Checkpoint, source: Source, method: Method, expert: Contribution, before: TensorReader | None
+        self,
+        base: Checkpoint,
+        source: Source,
+        method: Method,
+        expert: Contribution,
+        before: TensorReader | None,
+        origin: Checkpoint | None = None,
     ) -> Contribution:
         """Runs the method's survey rounds over the expert and returns `expert` with their sums.
 
-        before: the state's file, None where there is no expert yet.
+        before: the state's file, None where there is no expert yet. origin: as of the head's fold.
         """
         for _ in range(method.rounds):
             shares: dict[str, Tensor] = {}
             for step, found in self._pipeline().run(
                 steps(base.schema, source.order, [method], self.block_bytes),
-                partial(fold_bytes, [method]),
-                partial(self._read, base, source, [method], [expert]),
+                partial(fold_bytes, [method], origin=origin is not None),
+                partial(self._read, base, source, [method], [expert], origin),
                 partial(self._survey_part, source, method, before),
             ):
                 for key, value in found.items():
@@ -101,10 +109,11 @@ class Driver:
         """
         done: list[_FoldedPart] = []
         methods, contributions = [head.method for head in heads], [head.expert for head in heads]
+        origin = next((head.origin for head in heads if head.origin), None)
         for part in self._pipeline().run(
             steps(base.schema, source.order, methods, self.block_bytes),
-            partial(fold_bytes, methods),
-            partial(self._read, base, source, methods, contributions),
+            partial(fold_bytes, methods, origin=origin is not None),
+            partial(self._read, base, source, methods, contributions, origin),
             partial(self._fold_part, source, heads, base_norms is None),
         ):
             for writer, piece in part.written:
@@ -220,6 +229,7 @@ class Driver:
         source: Source,
         methods: Sequence[Method],
         contributions: Sequence[Contribution],
+        origin: Checkpoint | None,
         step: Step,
     ) -> _Read:
         with self._reading(step, methods):
@@ -232,6 +242,8 @@ class Driver:
                     replace(contribution, sidecars=sidecars) if sidecars else contribution
                     for contribution in contributions
                 ],
+                # an average of statistics is one of the experts' own, wherever they were trained
+                None if origin is None or step.spec.statistic else origin.read(step.spec.name, step.rows),
             )
 
     def _survey_part(
@@ -243,19 +255,22 @@ class Driver:
         def work(device: torch.device) -> Survey:
             state = self._state(method, before, read.step, device) if method.surveys_state else {}
             with self.watch.phase("project"):
-                _, delta, _ = _delta(source, read, device, factored=False)
+                _, delta, since, _ = _deltas(source, read, device, factored=False)
+                delta = delta if since is None else since
                 contribution = replace(
                     read.contributions[0], sidecars=load_each(read.contributions[0].sidecars, device)
                 )
                 found = method.survey(state, delta, read.step.part, contribution)
                 return {key: unload(value) for key, value in found.items()}
 
-        return read.step, self._run(work, read.step, [method], fold_bytes([method], read.step))
+        need = fold_bytes([method], read.step, origin=read.origin is not None)
+        return read.step, self._run(work, read.step, [method], need)
 
     def _fold_part(self, source: Source, heads: Sequence[HeadFold], measure: bool, read: _Read) -> _FoldedPart:
         work = partial(self._fold_on, source, heads, measure, read)
         methods = [head.method for head in heads]
-        return self._run(work, read.step, methods, fold_bytes(methods, read.step))
+        need = fold_bytes(methods, read.step, origin=read.origin is not None)
+        return self._run(work, read.step, methods, need)
 
     def _fold_on(
         self, source: Source, heads: Sequence[HeadFold], measure: bool, read: _Read, device: torch.device
@@ -266,20 +281,28 @@ class Driver:
         with self.watch.phase("project"):
             rules = [rule_of(head.method, step.spec) for head in heads]
             matrix = any(not rule.elementwise(step.spec) for rule in rules)
-            theta0, delta, factors = _delta(source, read, device, factored=matrix)
-            delta_energy, base_energy = finite_energy(delta, step.spec), energy(theta0) if measure else 0.0
+            theta0, from_base, since, factors = _deltas(source, read, device, factored=matrix)
+            delta_energy, base_energy = finite_energy(from_base, step.spec), energy(theta0) if measure else 0.0
+            since_energy = 0.0 if since is None else finite_energy(since, step.spec)
         for head, rule, contribution in zip(heads, rules, read.contributions, strict=True):
+            relative = since is not None and head.origin is not None
+            delta = since if since is not None and relative else from_base
             before = self._state(head.method, head.before, step, device)
             ready = self._prepared(head, step, device)
             with self.watch.phase("project"):
                 prepared = ready if ready is not None else rule.prepare(before, step.spec)
-                contribution = replace(contribution, sidecars=load_each(contribution.sidecars, device), factors=factors)
+                sidecars = load_each(contribution.sidecars, device)
+                contribution = replace(contribution, sidecars=sidecars, factors=None if relative else factors)
                 known = {"base": widened(theta0)} if rule.wants_base else {}
                 state, found = rule.update({**before, **prepared, **known}, delta, step.part, contribution)
                 outcome = [(head.after, state)]
                 if head.record:
                     outcome.append((head.record, rule.keep(delta, step.part, contribution)))
-                sums.append(found if step.spec.statistic else {**found, "task_vector": delta_energy})
+                sums.append(
+                    found
+                    if step.spec.statistic
+                    else {**found, "task_vector": since_energy if relative else delta_energy}
+                )
             for file, tensors in outcome:
                 for key, value in tensors.items():
                     piece = file.put(slot_name(key, step.spec.name), unload(value), step.part.start)
@@ -317,11 +340,21 @@ class Driver:
         return unload(narrow)
 
 
-def _delta(source: Source, read: _Read, device: torch.device, factored: bool) -> tuple[Tensor, Tensor, Factors | None]:
-    """(theta_0, theta - theta_0, its factors where it has any and they are wanted) of one step, on the device."""
+def _deltas(
+    source: Source, read: _Read, device: torch.device, factored: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Factors | None]:
+    """(theta_0, theta - theta_0, theta less what it was trained from if that was read, the factors of theta - theta_0
+    where it has any and they are wanted) of one step, on the device."""
+    spec, rows = read.step.spec, read.step.rows
     theta0, fetched = load(read.base, device), [load(tensor, device) for tensor in read.expert]
-    factors = source.factors(read.step.spec, fetched) if factored else None
-    return theta0, source.delta(read.step.spec, theta0, fetched), factors
+    factors = source.factors(spec, fetched) if factored else None
+    since = None
+    if read.origin is not None:
+        since = source.delta(spec, load(read.origin, device), [tensor.clone() for tensor in fetched])
+        own = source.own_rows(spec, rows)
+        if own is not None:  # what it has not itself, nobody trained
+            (since[own:] if since.ndim else since).zero_()
+    return theta0, source.delta(spec, theta0, fetched), since, factors
 
 
 def _elementwise(step: Step, methods: Sequence[Method]) -> bool:

@@ -6,6 +6,7 @@ from functools import cached_property
 from math import fsum, sqrt
 from typing import Self
 
+from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
 from projector.method import Contribution, Method, Totals
 from projector.spec import TensorSpec
@@ -26,7 +27,8 @@ class HeadFold:
     expert: what its method may know of the arriving expert. before: its state's file, None where it has no expert yet.
     after: the file for its new state. prepared: what is ready of its method's `prepare`. weights: the files for the
     merged weights, where the method gives them in the same sweep (`one_sweep`). record: the file for what its method
-    keeps of the expert, where it does.
+    keeps of the expert, where it does. origin: the model that the expert was trained from, where the head's task vector
+    is what was trained since, and not the way from the base; the same for all heads of a fold that have one.
     """
 
     method: Method
@@ -37,6 +39,7 @@ class HeadFold:
     prepared: Prepared | None = None
     weights: Sequence[TensorWriter] = ()
     record: TensorWriter | None = None
+    origin: Checkpoint | None = None
 
     @cached_property
     def weights_of(self) -> Mapping[str, Sequence[TensorWriter]]:

@@ -78,14 +78,16 @@ def record_specs(method: Method, schema: Schema) -> list[TensorSpec]:
     return _file_specs(lambda spec: rule_of(method, spec).keeps(spec), schema)
 
 
-def fold_bytes(methods: Sequence[Method], step: Step) -> int:
+def fold_bytes(methods: Sequence[Method], step: Step, *, origin: bool = False) -> int:
     """The memory that a step of a fold takes at its peak: what is read, the delta, and each head's states, old and new,
     and its record of the expert.
 
-    Counts the expert at the base's width or float32, and what is published at the base's.
+    Counts the expert at the base's width or float32, and what is published at the base's. origin: there is the version
+    that the expert was trained from too, and the delta to it; the expert is then there twice.
     """
     spec = step.spec
-    operands = step.numel * (spec.dtype.itemsize + max(4, spec.dtype.itemsize) + 4)
+    width = max(4, spec.dtype.itemsize)
+    operands = step.numel * (spec.dtype.itemsize + width + 4 + (2 * width + 4 if origin else 0))
     states = sum(2 * _slots_bytes(method, step) + _prepared_bytes(method, spec) + step.nbytes for method in methods)
     widened = 4 * step.numel if any(rule_of(method, spec).wants_base for method in methods) else 0
     records = sum(_record_bytes(method, step) for method in methods)
@@ -107,10 +109,12 @@ def view_bytes(method: Method, step: Step) -> int:
     return read_bytes(method, step) + _record_bytes(method, step)
 
 
-def largest_step(schema: Schema, methods: Sequence[Method], block_bytes: int) -> tuple[Step, int]:
+def largest_step(
+    schema: Schema, methods: Sequence[Method], block_bytes: int, *, origin: bool = False
+) -> tuple[Step, int]:
     """The step of a fold that takes the most memory, and how many bytes. `schema` has a tensor that is merged."""
     names = [name for name, spec in schema.items() if spec.merged]
-    costs = ((step, fold_bytes(methods, step)) for step in steps(schema, names, methods, block_bytes))
+    costs = ((step, fold_bytes(methods, step, origin=origin)) for step in steps(schema, names, methods, block_bytes))
     return max(costs, key=lambda cost: cost[1])
 
 

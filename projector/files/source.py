@@ -40,6 +40,11 @@ class Source(Protocol):
         Reads nothing, and may use up `fetched`.
         """
 
+    def own_rows(self, spec: TensorSpec, rows: slice | None) -> int | None:
+        """How many of these rows, counted from the first, the expert has itself, where the others are the base's; None
+        where it has all of the tensor itself.
+        """
+
     def factors(self, spec: TensorSpec, fetched: Sequence[Tensor]) -> Factors | None:
         """up (m, k) and down (k, n) in float64, with delta = up @ down, where the expert has a matrix in that form.
 
@@ -206,6 +211,14 @@ class Checkpoint:
         (theta,) = fetched
         wide = torch.float64 if torch.float64 in (theta.dtype, base.dtype) else torch.float32
         return theta.to(wide).sub_(base.to(wide)).to(torch.float32)  # in mixed dtypes it is four times slower
+
+    def own_rows(self, spec: TensorSpec, rows: slice | None) -> int | None:
+        if spec.name in self._lent:
+            return 0
+        place = self._places[spec.name]
+        if place.beyond is None:
+            return None
+        return max(0, place.file.specs[place.name].shape[0] - (rows.start if rows else 0))
 
     def factors(self, spec: TensorSpec, fetched: Sequence[Tensor]) -> Factors | None:
         return None

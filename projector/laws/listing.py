@@ -89,7 +89,8 @@ def lines(listed: Listing) -> Iterator[tuple[str, str]]:
         parameters = sorted({parameter for fact in facts for parameter in listed.depends.get(fact, ())})
         return f"{words} (depends on {', '.join(parameters)})" if parameters else words
 
-    yield "keeps", answer(f"{_amount(listed)}: {_accumulators(listed.keeps)}", "keeps", "vector_bytes_per_parameter")
+    kept = f"{_amount(listed)}: {_accumulators(listed.keeps)}" if listed.keeps else "nothing"
+    yield "keeps", answer(kept, "keeps", "vector_bytes_per_parameter")
     if listed.prepares:
         yield "prepares", answer(_accumulators(listed.prepares), "prepares")
     if listed.record_bytes_per_parameter:

@@ -61,11 +61,13 @@ def merge(
     counting: Sequence[float] | None = None,
     prepare: bool = False,
     one_sweep: bool = False,
+    origins: Sequence[Tensors] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Totals]:
     """(merged weights, state, totals) after a stream of experts, through real files and the real driver.
 
     counting: each expert's weight, 1 where it is not given. prepare: what the method prepares is worked out between
-    experts and read from a file. one_sweep: the weights are those that the last fold wrote itself.
+    experts and read from a file. one_sweep: the weights are those that the last fold wrote itself. origins: what each
+    expert was trained from, where its task vector is what was trained since.
     """
     totals = Totals()
     with _Files() as files:
@@ -77,11 +79,13 @@ def merge(
                 [files.written(weights)], {kind: files.written(sidecar(kind, weights)) for kind in method.needs}
             )
             expert = Contribution(index, sha256=_sha256(weights), weight=counting[index - 1] if counting else 1.0)
-            expert = driver.survey(origin, source, method, expert, state)
+            since = Checkpoint([files.written(origins[index - 1])]) if origins else None
+            expert = driver.survey(origin, source, method, expert, state, since)
             state_fd = files.new()
             after = TensorWriter(state_fd, state_specs(method, origin.schema), {})
             prepared = _prepared(driver, origin, method, state, files.new()) if prepare and state else None
-            head = HeadFold(method, totals, expert, state, after, prepared, [out] if one_sweep else [])
+            now = [out] if one_sweep else []
+            head = HeadFold(method, totals, expert, state, after, prepared, now, origin=since)
             totals = driver.fold(origin, source, [head]).totals[0]
             state = TensorReader(state_fd)
         if not one_sweep or state is None:

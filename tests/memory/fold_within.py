@@ -1,8 +1,9 @@
 """Merges two experts by OPCM under a memory budget; prints by how many bytes the second raised the peak memory.
 
-    python -m tests.memory.fold_within FOLDER BUDGET_BYTES
+    python -m tests.memory.fold_within FOLDER BUDGET_BYTES [origin]
 
-FOLDER holds base.safetensors, 1.safetensors and 2.safetensors. Four workers, as many as the daemon takes at most.
+FOLDER holds base.safetensors, 1.safetensors and 2.safetensors; with `origin` the second counts from the first. Four
+workers, as many as the daemon takes at most.
 """
 
 import os
@@ -28,11 +29,19 @@ def checkpoint(path: Path) -> Checkpoint:
     return Checkpoint([TensorReader(os.open(path, os.O_RDONLY))])
 
 
-def fold(folder: Path, index: int, before: TensorReader | None, totals: Totals, driver: Driver) -> tuple[int, Totals]:
+def fold(
+    folder: Path,
+    index: int,
+    before: TensorReader | None,
+    totals: Totals,
+    driver: Driver,
+    origin: Checkpoint | None = None,
+) -> tuple[int, Totals]:
     """Folds one expert; the descriptor of the new state, and the totals."""
     base = checkpoint(folder / "base.safetensors")
     fd = os.open(folder / f"state.{index}", os.O_RDWR | os.O_CREAT)
-    head = HeadFold(METHOD, totals, Contribution(index), before, TensorWriter(fd, state_specs(METHOD, base.schema), {}))
+    after = TensorWriter(fd, state_specs(METHOD, base.schema), {})
+    head = HeadFold(METHOD, totals, Contribution(index), before, after, origin=origin)
     return fd, driver.fold(base, checkpoint(folder / f"{index}.safetensors"), [head]).totals[0]
 
 
@@ -44,5 +53,6 @@ if __name__ == "__main__":
     fd, totals = fold(folder, 1, None, Totals(), Driver())
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    fold(folder, 2, TensorReader(fd), totals, Driver(workers=4, budget_bytes=budget))
+    origin = checkpoint(folder / "1.safetensors") if "origin" in sys.argv[3:] else None
+    fold(folder, 2, TensorReader(fd), totals, Driver(workers=4, budget_bytes=budget), origin)
     print(memory("VmHWM") - before)

@@ -94,17 +94,19 @@ def test_no_method_takes_more_memory_for_a_later_expert(names: Sequence[str]) ->
     assert {name: bytes_ for name, bytes_ in grew.items() if bytes_ > 2 * EXPERT_BYTES} == {}
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_the_budget_holds_whatever_the_workers(tmp_path: Path, at_once: int) -> None:
-    """Four workers and twelve matrices, and a budget for one matrix, or three, at a time."""
+@pytest.mark.parametrize(("at_once", "origin"), [(1, False), (3, False), (3, True)])
+def test_the_budget_holds_whatever_the_workers(tmp_path: Path, at_once: int, origin: bool) -> None:
+    """Four workers and twelve matrices, and a budget for one matrix, or three, at a time; also where the expert counts
+    from another model than the base."""
     side = 512
     for number, name in enumerate(("base", "1", "2")):
         draw = torch.Generator().manual_seed(number)
         weights = {f"layers.{i}.weight": torch.randn(side, side, generator=draw) for i in range(12)}
         save_file(weights, tmp_path / f"{name}.safetensors")
-    budget = at_once * fold_bytes([make("opcm")], Step(TensorSpec("layers.0.weight", (side, side), torch.float32)))
+    step = Step(TensorSpec("layers.0.weight", (side, side), torch.float32))
+    budget = at_once * fold_bytes([make("opcm")], step, origin=origin)
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.memory.fold_within", str(tmp_path), str(budget)],
+        [sys.executable, "-m", "tests.memory.fold_within", str(tmp_path), str(budget), *(["origin"] if origin else [])],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Oracles of the folds in which an expert's place in the line counts: recency, slerp, magmax, continual_ties.
+"""Oracles of the folds in which an expert's place in the line counts: recency, slerp, magmax, latest, continual_ties.
 
 As in `tests.oracles.rules`: float64, every expert in memory, straight from the formulas, nothing of the package.
 """
@@ -63,6 +63,11 @@ def magmax(base: Weights, experts: Sequence[Weights], scale: float = 0.5) -> dic
         best = [max(enumerate(column), key=lambda entry: (abs(entry[1]), entry[0]))[1] for column in columns]
         merged[name] = scale * torch.tensor(best, dtype=torch.float64).reshape(first.shape)
     return merged
+
+
+def latest(base: Weights, experts: Sequence[Weights]) -> dict[str, Tensor]:
+    """theta_T - theta_0."""
+    return task_vector(base, experts[-1])
 
 
 def continual_ties(

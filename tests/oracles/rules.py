@@ -78,10 +78,15 @@ def task_arithmetic(
     return _plus(base, total, factor)
 
 
-def ema(base: Weights, experts: Sequence[Weights], weight: float = 0.5) -> dict[str, Tensor]:
-    """run_t = weight * theta_t + (1 - weight) * run_{t-1}, run_0 = theta_0."""
-    old = _floating(base)
-    for expert in experts:
+def ema(
+    base: Weights, experts: Sequence[Weights], weight: float = 0.5, start: Literal["base", "first"] = "base"
+) -> dict[str, Tensor]:
+    """run_t = weight * theta_t + (1 - weight) * run_{t-1}, run_0 = theta_0; or run_1 = theta_1 without theta_0."""
+    old, others = _floating(base), list(experts)
+    if start == "first" and others:
+        first = others.pop(0)
+        old = {name: first[name].double() for name in old}
+    for expert in others:
         new = {name: expert[name].double() for name in old}
         old = {name: weight * new[name] + (1 - weight) * old[name] for name in old}
     return {name: old[name] if name in old else tensor.clone() for name, tensor in base.items()}

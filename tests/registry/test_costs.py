@@ -38,6 +38,7 @@ ASKED: dict[str, Ask] = {
     "those without a content": lambda reader: reader.without_content(1.0005, 1.0006),
     "the lineage's first page": lambda reader: reader.lineage(limit=100),
     "a page of the lineage": lambda reader: reader.lineage(after=800, limit=100),
+    "a page of what a version has": lambda reader: reader.experts_in(950, after=800, limit=100),
     "the newest experts": lambda reader: reader.experts(limit=100),
     "the newest that are merged": lambda reader: reader.experts(Status.MERGED, limit=100, before=900),
     "versions that may go": lambda reader: reader.unneeded(reader.heads()[0], 100),

@@ -29,7 +29,8 @@ EVERYTHING = {
     "name": "fünf 🐋",
     "task": "counting in fives",
     "weight": 3,
-    "trained_from": "main/12",
+    "trained_from": "main/0",
+    "data": ["hf://datasets/me/fives", {"uri": "s3://bucket/more.jsonl", "sha256": "0f" * 32}],
     "notes": "three epochs\n\tand a half",
 }
 
@@ -59,6 +60,9 @@ def said(folder: Path, **about: object) -> Path:
         {"weight": 1e-3},
         {"trained_from": "0" * 64},
         {"trained_from": "soup_2/0"},
+        {"trained_from": "main/12"},
+        {"data": [f"file:///data/{n}" for n in range(256)]},
+        {"data": [{"sha256": "0f" * 32}, "urn:a:b"]},
         {"name": "x" * 200, "notes": "y" * 4000},
         {"prefixes": {"net.*.": "bert.*.", "": "x."}, "ignore": ["ema.*", "*"], "unchanged": ["lm_head.?"]},
         {"prefixes": {}, "ignore": ["x" * 200] * 64},
@@ -125,6 +129,21 @@ LINE = "must be one printable line of at most 200 characters"
         *(
             (json.dumps({"trained_from": value}), "trained_from must be a version such as main/12, or a sha256")
             for value in ("main", "main/-1", "main/12\n", "../main/1", "A" * 64, "0" * 63, "", 12, "x" * 500 + "/1")
+        ),
+        *(
+            (json.dumps({"data": value}), "data must be a list of at most 256, each a URI of at most 1000 printable")
+            for value in (
+                "hf://datasets/me",
+                ["data/train.jsonl"],
+                ["s3://with blank"],
+                ["s3://" + "x" * 1000],
+                ["s3://\x1b[2J"],
+                [{}],
+                [{"sha256": "0F" * 32}],
+                [{"uri": "s3://a", "rows": 3}],
+                [3],
+                ["s3://a"] * 257,
+            )
         ),
         ('{"wieght": 2}', "wieght is none of its fields"),
         *(
@@ -255,7 +274,7 @@ def check_listings(home: Home, sha256: str) -> None:
     assert "counting in fives" in table and "weight" in table
     assert json.loads(forked("show", "1", "--json", *at).stdout)["about"] == EVERYTHING
     shown = forked("show", "1", *at).stdout
-    for words in ("name             fünf", "counting in fives", "trained_from     main/12", "three epochs"):
+    for words in ("name             fünf", "counting in fives", "trained_from     main/0", "three epochs"):
         assert words in shown
     assert "about            -" in forked("show", "2", *at).stdout
     found = json.loads(forked("inspect", home.archive(1) / "one", "--json", *at).stdout)

@@ -55,11 +55,13 @@ class Line:
     home: Home
     store: Store
 
-    def publish(self, weights: bytes, name: str = "expert.safetensors", digest: str | None = None) -> Expert:
+    def publish(
+        self, weights: bytes, name: str = "expert.safetensors", digest: str | None = None, **more: Any
+    ) -> Expert:
         """One merged expert; its version of `main` holds `weights`, that of `init` the same reversed."""
         n = self.store.heads()[0].newest + 1
         rows = [lay(self.home, "main", n, weights), lay(self.home, "init", n, weights[::-1])]
-        expert = self.store.commit(self.expert(name, Status.MERGED, digest or sha256(weights)), rows)
+        expert = self.store.commit(self.expert(name, Status.MERGED, digest or sha256(weights), **more), rows)
         self.store.placed(expert.id, f"archive/{expert.id:06d}")
         return expert
 

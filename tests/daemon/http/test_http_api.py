@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from registry.records import Status
+from tests.daemon.http.conftest import lay
 from tests.registry.many import fill
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ PATHS = (
     "/v1/heads/main/latest",
     "/v1/heads/main/versions",
     "/v1/heads/main/versions/0",
+    "/v1/heads/main/versions/0/data",
     "/v1/heads/main/versions/0/files/config.json",
     "/v1/experts",
     "/v1/lineage",
@@ -54,6 +56,7 @@ def test_heads_name_their_live_version(line: "Line", client: httpx.Client) -> No
         "name": "main",
         "method": "opcm",
         "params": {"alpha": 0.5},
+        "relative_to": "base",
         "live": 1,
         "newest": 1,
         "manifest": "/v1/heads/main/versions/1",
@@ -149,6 +152,39 @@ def test_bad_queries(client: httpx.Client) -> None:
         assert (answer.status_code, answer.json()["reason"]) == (400, "bad_query"), query
 
 
+def test_a_version_names_the_data_of_its_experts(line: "Line", client: httpx.Client) -> None:
+    """The replay list of a trainer: in the order of merging, of the experts that this version has."""
+    whole = {"uri": "s3://bucket/two.jsonl", "sha256": "0f" * 32}
+    start = {"trained_head": "main", "trained_version": 0}
+    line.publish(b"one", about={"data": ["hf://datasets/me/one"], "weight": 2}, **start)
+    gone = line.publish(b"two", about={"data": [whole]})
+    line.publish(b"three")
+    line.store.restate([lay(line.home, head, 4, b"four") for head in ("main", "init")], [gone.id])
+    line.store.collected("main", 2)
+
+    def data(n: int, head: str = "main") -> list[tuple[int, list[dict[str, str | None]]]]:
+        body = client.get(f"/v1/heads/{head}/versions/{n}/data").json()
+        assert (body["head"], body["version"], body["next"]) == (head, n, None)
+        return [(row["version"], row["data"]) for row in body["experts"]]
+
+    one, two, three = (1, [{"uri": "hf://datasets/me/one", "sha256": None}]), (2, [whole]), (3, [])
+    assert data(0) == []
+    assert data(2) == data(2, "init") == [one, two], "the files of main/2 are gone, and its lineage is not"
+    assert data(3) == [one, two, three]
+    assert data(4) == [one, three]
+    (first,) = client.get("/v1/heads/main/versions/1/data").json()["experts"]
+    assert (first["trained_from"], first["weight"]) == ("main/0", 2)
+    assert [row["trained_from"] for row in client.get("/v1/lineage").json()["experts"]] == ["main/0", None]
+    for path, reason in (
+        ("main/versions/5", "unknown_version"),
+        ("main/versions/x", "unknown_version"),
+        ("soup/versions/1", "unknown_head"),
+    ):
+        answer = client.get(f"/v1/heads/{path}/data")
+        assert (answer.status_code, answer.json()["reason"]) == (404, reason)
+    assert client.get("/v1/heads/main/versions/1/data?after=-1").json()["reason"] == "bad_query"
+
+
 def test_an_expert_by_its_digest(line: "Line", client: httpx.Client) -> None:
     merged = line.publish(b"one", digest="abcd" + "1" * 60)
     line.store.record(line.expert("again.safetensors", Status.DUPLICATE, merged.sha256, duplicate_of=merged.id))
@@ -179,6 +215,7 @@ def test_the_lineage(line: "Line", client: httpx.Client) -> None:
         ("/v1/lineage?limit=5", "experts", "version", [1, 2, 3, 4, 5]),
         ("/v1/lineage?after=3", "experts", "version", [4, 5]),
         ("/v1/lineage?after=0&limit=3", "experts", "version", [1, 2, 3, 4, 5]),
+        ("/v1/heads/main/versions/4/data?limit=3", "experts", "version", [1, 2, 3, 4]),
         ("/v1/experts?limit=2&status=merged", "experts", "version", [5, 4, 3, 2, 1]),
         ("/v1/heads/main/versions?limit=2", "versions", "version", [5, 4, 3, 2, 1, 0]),
         ("/v1/heads/main/versions?limit=3", "versions", "version", [5, 4, 3, 2, 1, 0]),

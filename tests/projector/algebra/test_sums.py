@@ -25,6 +25,7 @@ CASES: dict[str, tuple[Method, Callable[..., dict[str, Tensor]]]] = {
     ),
     "ema": (make("ema"), oracles.ema),
     "ema 0.1": (make("ema", {"weight": 0.1}), partial(oracles.ema, weight=0.1)),
+    "ema first": (make("ema", {"weight": 0.3, "start": "first"}), partial(oracles.ema, weight=0.3, start="first")),
 }
 WEIGHTED = [case for case in CASES if "ema" not in case]
 COUNTING = [0.3, 0.7, 2.0, 1.0, 0.001, 5.0, 1.1, 0.25, 1.0, 3.0, 0.9, 0.6]

@@ -1,4 +1,4 @@
-"""Recency, slerp, magmax and continual_ties as they stream, against their formulas in float64."""
+"""Recency, slerp, magmax, latest and continual_ties as they stream, against their formulas in float64."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # a method and its param
     "slerp 0.992": ("slerp", {"dot_threshold": 0.992}),
     "magmax": ("magmax", {}),
     "magmax 1.0": ("magmax", {"scale": 1.0}),
+    "latest": ("latest", {}),
     "continual_ties": ("continual_ties", {}),
     "continual_ties 0.7": ("continual_ties", {"density": 0.7, "scale": 1.0}),
     "continual_ties whole": ("continual_ties", {"density": 1.0}),

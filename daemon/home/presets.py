@@ -1,0 +1,31 @@
+"""Sets of heads that have a name, each no more than methods with parameters: what `mainstem init --preset` takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What it is for, in a line, and each head's method with the parameters that are given to it."""
+
+    meaning: str
+    heads: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+
+_EMA = ("ema", {"weight": 0.5, "start": "base"})
+
+PRESETS: Mapping[str, Preset] = {
+    "best-in-time": Preset(
+        "trainers start from the moving average of the experts, which is served too", {"main": _EMA, "init": _EMA}
+    ),
+    "offline": Preset(
+        "trainers start from the base, and the mean of all experts is served",
+        {"main": ("mean", {}), "init": ("zero_shot", {})},
+    ),
+    "opcm": Preset("trainers start from the base, and the orthogonal merge is served", {"main": ("opcm", {})}),
+    "continual": Preset(
+        "trainers start from the last expert, which is served too", {"main": ("latest", {}), "init": ("latest", {})}
+    ),
+}
+"""By name. `best-in-time`, `offline` and `continual` are protocols of TIME (arXiv 2412.06712), `opcm` is OPCM's own."""

@@ -1,0 +1,75 @@
+"""`mainstem init --preset`, and the heads that `config show` prints."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from daemon.cli.init import heads_chosen
+from daemon.errors import BadConfig
+from daemon.home.presets import PRESETS
+from daemon.layout import Home
+from projector.methods import make
+from tests.daemon.homes import lineage
+from tests.daemon.processes import forked_each
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_what_its_row_says(name: str) -> None:
+    made = heads_chosen(name, None, [], []).methods
+    assert next(iter(made)) == "main"
+    assert made == {head: make(method, params) for head, (method, params) in PRESETS[name].heads.items()}
+    for head, (_, params) in PRESETS[name].heads.items():
+        assert params.items() <= made[head].params().items()
+
+
+def test_the_protocols_of_time_are_theirs() -> None:
+    """Best-in-TIME averages for the start and for the deployment, from the base on, one half each."""
+    named = {name: {head: method for head, (method, _) in preset.heads.items()} for name, preset in PRESETS.items()}
+    assert named == {
+        "best-in-time": {"main": "ema", "init": "ema"},
+        "offline": {"main": "mean", "init": "zero_shot"},
+        "opcm": {"main": "opcm"},
+        "continual": {"main": "latest", "init": "latest"},
+    }
+    assert make("ema", PRESETS["best-in-time"].heads["init"][1]).params() == {"weight": 0.5, "start": "base"}
+
+
+def test_what_is_given_goes_before_the_preset() -> None:
+    given = ["init.weight=0.2", "soup.scheme=log", "soup.relative_to=trained_from"]
+    made = heads_chosen("best-in-time", "mean", ["soup=recency"], given)
+    assert made.relative == {"soup"}
+    assert made.methods == {
+        "main": make("mean"),
+        "init": make("ema", {"weight": 0.2}),
+        "soup": make("recency", {"scheme": "log"}),
+    }
+    assert heads_chosen("offline", None, ["init=latest"], []).methods["init"] == make("latest")
+    with pytest.raises(BadConfig, match="expected KEY=VALUE"):
+        heads_chosen("opcm", None, [], ["init.weight=0.2"])
+    with pytest.raises(BadConfig, match="relative_to cannot be 'latest'") as refused:
+        heads_chosen("opcm", None, [], ["relative_to=latest"])
+    assert refused.value.hint == "allowed: base, trained_from"
+
+
+def test_config_show_prints_the_heads(tmp_path: Path, base: Path) -> None:
+    home = tmp_path / "home"
+    made, text, plain, wrong = forked_each(
+        [
+            ("init", home, "--base", base, "--preset", "best-in-time", "--set", "init.weight=0.25"),
+            ("config", "show", "--home", home),
+            ("config", "show", "--home", home, "--json"),
+            ("init", tmp_path / "other", "--base", base, "--preset", "worst-in-time"),
+        ]
+    )
+    assert made.returncode == text.returncode == plain.returncode == 0, made.stderr + text.stderr + plain.stderr
+    assert "http.port" in text.stdout and "weight=0.25 start=base" in text.stdout
+    settings = json.loads(plain.stdout)
+    assert settings["http.port"] == 8765
+    assert settings["heads"] == [
+        {"name": "main", "method": "ema", "params": {"weight": 0.5, "start": "base"}, "relative_to": "base"},
+        {"name": "init", "method": "ema", "params": {"weight": 0.25, "start": "base"}, "relative_to": "base"},
+    ]
+    with lineage(Home(home)) as reader:
+        assert [head.name for head in reader.heads()] == ["main", "init"]
+    assert wrong.returncode == 2 and "best-in-time" in wrong.stderr
