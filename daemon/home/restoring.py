@@ -13,7 +13,7 @@ from registry.records import Version
 def restoring(
     home: Home, version: Version, problems: Sequence[str], read: Callable[[int], object] = lambda _: None
 ) -> str:
-    """The hint for what `generations.problems` found: the very commands for files of version 0 that state/base has too,
+    """The hint for what `manifest.problems` found: the very commands for files of version 0 that state/base has too,
     where those are sound; else where a copy may be had. `read` hears of the bytes that are hashed.
     """
     folder = home.version(version.head, version.number)

@@ -29,7 +29,7 @@ from daemon.merge.merger import Merger
 from daemon.rebuild.commands import into
 from daemon.rebuild.replay import Console
 from daemon.service import Service
-from daemon.versions import manifest as generations
+from daemon.versions import manifest
 from registry.records import Expert, NewExpert, Status
 from registry.store import Store
 from tests.daemon.arrivals.test_queue import scan
@@ -259,7 +259,7 @@ def test_sigterm_while_the_live_version_is_hashed_ends_at_the_next_piece(
     drain(home)
     home.clean.unlink()
     put(home, write_expert(tmp_path / "b.safetensors", base, 3))
-    monkeypatch.setattr(generations, "HASH_BYTES", 100)
+    monkeypatch.setattr(manifest, "HASH_BYTES", 100)
     pieces = []
 
     class Told(Progress):
