@@ -27,8 +27,7 @@ from daemon.cli import (
     status,
     verify,
 )
-from daemon.cli.common import complain
-from daemon.cli.logged import KNOWN, SAFE
+from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (init, run, serve, status, log, show, compare, inspect, verify, methods, convert, pull, rebuild, demo)
 

@@ -17,7 +17,7 @@ from daemon.layout import Home
 from daemon.notation import called
 
 if TYPE_CHECKING:
-    from daemon.rebuild.plan import Plan
+    from daemon.rebuild.commands import Plan
     from daemon.rebuild.replay import Console, Heads
 
 

@@ -5,12 +5,13 @@ one transaction takes over its result. Whatever cuts it short, the same command 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 
 from daemon.checkpoints.checkpoint import open_path
-from daemon.compute.memory import reuse_freed_memory
+from daemon.compute.resources import reuse_freed_memory
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
@@ -18,7 +19,6 @@ from daemon.errors import BadHome
 from daemon.home.founding import base_files, floating_dtypes, publish_base
 from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
-from daemon.rebuild.plan import Plan, readings, usual_seconds
 from daemon.rebuild.replay import Console, Heads, archived, check_archive, lock, merged_experts, misfit, replay
 from daemon.rebuild.restating import Arrival, Made, Restating, next_number
 from daemon.versions.heads import LiveHead, live_heads
@@ -34,6 +34,19 @@ from registry.store import Reader, Store
 
 SUBTRACTED, REPLAYED = "subtracted", "replayed"
 MOST_SUBTRACTED = 100.0  # times the weight of what is left: beyond that its rounding shows in the fifth digit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rebuild would do: per head how it comes about, the experts it reads, how often it reads one in all, and
+    the usual seconds for one. number: of the version that it has made, once it has.
+    """
+
+    how: Mapping[str, str]
+    reads: Sequence[Expert]
+    readings: int
+    usual_seconds: float | None
+    number: int | None = None
 
 
 def methods_of(reader: Reader) -> Heads:
@@ -65,7 +78,7 @@ def into(
         check_archive(home, experts, chosen)
         if target.exists() and (why := misfit(target, reader, chosen, experts)):
             raise BadHome(f"{target.root} cannot take this replay: {why}", "choose another folder, or remove it")
-        plan = Plan(dict.fromkeys(chosen, REPLAYED), experts, readings(chosen, experts), usual_seconds(reader))
+        plan = Plan(dict.fromkeys(chosen, REPLAYED), experts, _readings(chosen, experts), _usual_seconds(reader))
         if not dry:
             replay(home, reader, experts, target, chosen, settings, to)
             _refine(target, home, experts, settings, to)
@@ -86,7 +99,7 @@ def add_head(home: Home, settings: Settings, name: str, method: Method, to: Cons
             )
         heads, experts = {name: method}, store.lineage()
         check_archive(home, experts, heads)
-        plan = Plan({name: REPLAYED}, experts, readings(heads, experts), usual_seconds(store))
+        plan = Plan({name: REPLAYED}, experts, _readings(heads, experts), _usual_seconds(store))
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to)
             with Restating(home, store, settings, to.progress()) as restating:
@@ -122,8 +135,8 @@ def withdraw(
         if replayed:
             check_archive(home, rest, replayed)
         reads = [*(gone if subtracted else []), *(rest if replayed else [])]
-        often = len(subtracted) * len(gone) + (readings(replayed, rest) if replayed else 0)
-        plan = Plan(how, reads, often, usual_seconds(store))
+        often = len(subtracted) * len(gone) + (_readings(replayed, rest) if replayed else 0)
+        plan = Plan(how, reads, often, _usual_seconds(store))
         if not isinstance(store, Store):
             return plan
         inner = Home(home.withdrawing(next_number(heads)))
@@ -289,3 +302,15 @@ def _link_records(home: Home, inner: Home, name: str, experts: Sequence[Expert])
         durable.link_or_copy(inner.view_record(name, place), home.view_record(name, expert.version))
     durable.sync_folder(home.views(name))
     durable.sync_folder(home.states(name))
+
+
+def _readings(replayed: Heads, experts: Sequence[Expert]) -> int:
+    """How often a replay reads an expert: all heads read each once together, a second pass reads them for its head."""
+    second = [method for method in replayed.values() if experts and method.second_pass(len(experts))]
+    return len(experts) * (1 + len(second))
+
+
+def _usual_seconds(reader: Reader) -> float | None:
+    """What a merge took lately; None where there was none."""
+    seconds = [v.seconds for v in reader.versions(reader.heads()[0].name, limit=5) if v.seconds is not None]
+    return median(seconds) if seconds else None

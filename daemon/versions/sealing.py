@@ -1,17 +1,18 @@
 """The last step before a version is published: companions, card and manifest go beside its weights, all durable."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.layout import CARD, MANIFEST, Home
 from daemon.versions.adapter import Adapter
 from daemon.versions.card import FRONT_MATTER_BYTES, MOST_EXPERTS, AboutBase, Card, about_base, render
-from daemon.versions.claimed_dtype import config_in
 from daemon.versions.heads import LiveHead
 from daemon.versions.manifest import FileEntry, Withdrawal, entry, manifest, names_below
 from projector.method import Totals
@@ -20,6 +21,7 @@ from registry.store import Reader
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
+DTYPE_KEYS = ("dtype", "torch_dtype")  # as transformers has it from version 5 on, and before
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def seal(
     written = {file.name for file in weights}
     config, there = home.base / CONFIG, set(written)
     if dtype != "base" and CONFIG not in written and config.is_file():
-        durable.write_file(published / CONFIG, config_in(config.read_bytes(), dtype))
+        durable.write_file(published / CONFIG, _config_in(config.read_bytes(), dtype))
         there.add(CONFIG)
     copy_files(home.base, published, [name for name in beside if name not in there])
     figures = dict(live.method.figures(totals))
@@ -147,3 +149,26 @@ def _opening(path: Path, most: int) -> bytes:
         return b""
     with path.open("rb") as file:
         return file.read(most)
+
+
+def _config_in(text: bytes, dtype: str) -> bytes:
+    """The config.json with `dtype` ("float32") wherever it names one, also for a part of the model: loaders convert to
+    it whatever the weights are in.
+
+    One that is no JSON object, or names none, comes back as it is.
+    """
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    stated = _stated(config, dtype)
+    return text if stated == config else json.dumps(stated, indent=2).encode() + b"\n"
+
+
+def _stated(config: Any, dtype: str) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in DTYPE_KEYS and isinstance(value, str) else _stated(value, dtype)
+        for key, value in config.items()
+    }
