@@ -31,7 +31,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.oracles import rules as oracles
+from tests.oracles import rules
 
 UNMERGED = "embeddings.class_embedding"
 GROUPS = ("matrices", "other", "class_embedding")
@@ -92,7 +92,7 @@ def group_of(name: str, tensor: torch.Tensor) -> str:
     """Which of GROUPS a tensor belongs to."""
     if name.endswith(UNMERGED):
         return "class_embedding"
-    return "matrices" if oracles.is_projected(name, tensor, oracles.DEFAULT_EXCLUDE) else "other"
+    return "matrices" if rules.is_projected(name, tensor, rules.DEFAULT_EXCLUDE) else "other"
 
 
 def measure(base: Path, theirs: Lookup, ours: Lookup) -> dict[str, Distance]:
@@ -146,7 +146,7 @@ def main() -> int:
     with safe_open(weights_file(options.theirs), "pt") as theirs:
         if options.oracle:
             experts = [load_file(weights_file(path)) for path in options.oracle]
-            merged = oracles.opcm(load_file(weights_file(options.base)), experts, alpha=options.alpha)
+            merged = rules.opcm(load_file(weights_file(options.base)), experts, alpha=options.alpha)
             compared = report(measure(options.base, theirs.get_tensor, merged.__getitem__))
         else:
             with safe_open(weights_file(options.ours), "pt") as ours:

@@ -20,7 +20,7 @@ from bench.live import scratch
 from bench.record import parser, peer, run, save
 from bench.shapes import write
 from bench.side_by_side import Case, apart, ours, weights
-from projector.algebra.matrices import EXCLUDED
+from projector.algebra.linalg import EXCLUDED
 from projector.laws.trial import sidecar
 
 EXPERTS = 4

@@ -1,0 +1,1 @@
+"""The service: from a drop to a version that everyone sees. Internal to mainstem, whatever its name says."""

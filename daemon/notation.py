@@ -1,6 +1,7 @@
 """What a version is called: HEAD/N, as main/12. All that is printed says it so; a number alone is every head's.
 
 Others are understood too: a head for its live version, N of the first head, and N as v12 or as its folder is called.
+And how experts are told apart.
 """
 
 import re
@@ -8,10 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from daemon.errors import DaemonError, Reason
+from projector.text import listed
 
 if TYPE_CHECKING:
     from registry.reader import Reader
-    from registry.records import Version
+    from registry.records import Expert, Version
 
 LATEST = "latest"
 _WORDS = re.compile(r"(?:(?P<head>[^\W\d]\w*)[/@:])?v?(?P<number>[0-9]{1,18}|latest)", re.ASCII)
@@ -72,3 +74,8 @@ def find_version(reader: "Reader", words: str) -> "Version":
             f"the newest is {called(head.name, head.newest)}: see `mainstem status`",
         )
     return version
+
+
+def told_apart(experts: Sequence["Expert"]) -> str:
+    """The id, sha256 and name of each, where one word names several, and how many more there are."""
+    return listed(f"{one.id} ({(one.sha256 or '-')[:12]} {one.name})" for one in experts)

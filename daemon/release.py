@@ -1,4 +1,4 @@
-"""Which mainstem this is. Loads nothing, so that everything may ask."""
+"""Which mainstem this is. A module of its own, which loads nothing, so that everything may ask."""
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version

@@ -18,9 +18,8 @@ from daemon.arrivals.inbox import Drop, Inbox, Scan
 from daemon.arrivals.inbox_folder import Watching
 from daemon.arrivals.uploads import Uploads, write_token
 from daemon.checkpoints.unfinished import said_by
-from daemon.compute.memory import return_freed_memory, reuse_freed_memory
 from daemon.compute.progress import Abandoned, Progress
-from daemon.compute.resources import memory_budget
+from daemon.compute.resources import memory_budget, return_freed_memory, reuse_freed_memory
 from daemon.config import Settings, check_heads
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason

@@ -14,8 +14,8 @@ Beside the merged model a method may offer a view of each expert, out of a recor
 
 A method is a frozen dataclass: its fields are its parameters, declared with `param`, which holds their help and range.
 State keys, shapes and dtypes depend on the base tensor's spec alone; arguments are never mutated; the same arguments
-give the same bits. `projector.laws.checks` holds any method to this. A method of another package registers itself under
-the entry point group `mainstem.methods`.
+give the same bits. `projector.laws` holds any method to this. What is in `__all__` is public: methods of other packages
+are made of it, and register themselves under the entry point group `mainstem.methods`.
 """
 
 from abc import ABC, abstractmethod
@@ -27,8 +27,26 @@ from typing import Any, ClassVar, Self, get_type_hints
 import torch
 from torch import Tensor
 
-from projector.errors import BadParameter
+from projector.errors import BadParameter, BadSchema, BadValues, Reason
 from projector.spec import TensorSpec
+
+__all__ = [
+    "BadParameter",
+    "BadSchema",
+    "BadValues",
+    "Contribution",
+    "Factors",
+    "Method",
+    "Reason",
+    "Sidecars",
+    "State",
+    "Sums",
+    "Survey",
+    "TensorSpec",
+    "Totals",
+    "idle",
+    "param",
+]
 
 State = Mapping[str, Tensor]
 Sums = Mapping[str, float]

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from projector.errors import BadValues, Reason
 from projector.text import shown
 
+__all__ = ["Batch", "fisher_diagonal", "input_grams", "sampled_nll"]
+
 Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
 

@@ -1,4 +1,7 @@
-"""How the driver lets its caller watch it: named phases and bytes done. The projector knows no clock and no logger."""
+"""How the driver lets its caller watch it: named phases and bytes done. The projector knows no clock and no logger.
+
+A module of its own, below all that reads, computes or writes: each of them takes one.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal

@@ -1,0 +1,1 @@
+"""The lineage database. Internal to mainstem, whatever its name says."""

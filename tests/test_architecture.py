@@ -23,6 +23,7 @@ METRICS = {"Counter", "Gauge", "Histogram", "Summary", "Info", "Enum"}
 NOT_IN_PROJECTOR = {"pathlib", "time", "datetime", "logging", "structlog", "sqlalchemy", "sqlite3", "prometheus_client"}
 ONLY_THERE = {"os": "projector/files/tensorfile.py", "tempfile": "projector/laws/trial.py"}
 MOST_LINES = 500
+FEWEST_LINES = 40
 MANY_TEST_LINES = 400
 NOT_LISTED = {"cli", "methods", "demo", "migrations"}  # one file for each verb, method, part, step
 
@@ -155,6 +156,18 @@ def test_a_room_lists_its_files() -> None:
 def test_files_are_short() -> None:
     long = {path: lines for path in TREES if (lines := len((ROOT / path).read_text().splitlines())) > MOST_LINES}
     assert not long
+
+
+def test_a_small_module_says_why_it_is_one() -> None:
+    """Its docstring has "of its own", and a reason; a verb, a method or a step is a module anyway."""
+    silent = {
+        path
+        for path, tree in TREES.items()
+        if not path.endswith(("/__init__.py", "/__main__.py")) and not NOT_LISTED & {*Path(path).parts}
+        if len((ROOT / path).read_text().splitlines()) < FEWEST_LINES
+        if "of its own" not in (ast.get_docstring(tree) or "").replace("\n", " ")
+    }
+    assert not silent
 
 
 def test_long_tests_are_named() -> None:

@@ -1,4 +1,6 @@
-"""An expert whose fate is recorded and that cannot be moved out of the inbox: what to do. Loads no torch."""
+"""An expert whose fate is recorded and that cannot be moved out of the inbox: what to do. A module of its own
+beside filing.py, since it loads no torch: `mainstem status` and `serve` ask it.
+"""
 
 import os
 

@@ -2,8 +2,7 @@
 
     opening.py          opens what lies in a folder that others write to
     unfinished.py       names under which other programs write what is not finished
-    weight_names.py     what the files that hold weights are called
-    formats.py          what else weights are saved as
+    weight_names.py     what the files that hold weights are called, in this format and in others
     nesting.py          where in a dropped folder the checkpoint is
     shard_index.py      which file holds which tensor
     expert_json.py      what an expert says about itself

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
 
-from daemon.checkpoints.formats import FORMATS
 from daemon.checkpoints.unfinished import TEMPORARY
+from daemon.checkpoints.weight_names import FORMATS
 from daemon.errors import DaemonError
 from daemon.layout import Home
 from projector.errors import ProjectorError

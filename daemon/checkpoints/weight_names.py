@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from projector.text import EXPERT, FOLDER, OUT
+
 SUFFIX = ".safetensors"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -17,6 +19,32 @@ SHARD_OF_MANY = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")
 _SHARD = re.compile(r"(?P<name>.+)-\d+-of-\d+")
 _INDEX = re.compile(r"(?P<name>.+)\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
 _VARIANT = re.compile(rf"({'|'.join(FIRST)})\.(?P<variant>\w+)")
+
+FORMATS = {
+    ".distcp": (
+        "a distributed checkpoint",
+        f"gather it (accelerate merge-weights {EXPERT} {OUT}; or FSDP's state_dict_type FULL_STATE_DICT), and drop what"
+        " that makes",
+    ),
+    ".gguf": ("GGUF", "it is made for inference: drop the model that it was made from"),
+    ".onnx": ("ONNX", "it is made for inference: drop the model that it was exported from"),
+    ".h5": (
+        "weights of Keras",
+        "with transformers 4 and TensorFlow, of the model's own class, "
+        f'from_pretrained("{FOLDER}", from_tf=True).save_pretrained("{OUT}"), and drop that',
+    ),
+    ".msgpack": (
+        "weights of Flax",
+        "with transformers 4 and Flax, of the model's own class, "
+        f'from_pretrained("{FOLDER}", from_flax=True).save_pretrained("{OUT}"), and drop that',
+    ),
+    ".nemo": ("an archive of NeMo", "export it to Hugging Face's form with NeMo, and drop that folder"),
+    ".npz": (
+        "arrays of numpy or MLX",
+        "save it as safetensors: mlx.core.save_safetensors, safetensors.numpy.save_file",
+    ),
+}
+"""What else weights are saved as, by the suffix of a file: what it is, and how it becomes safetensors."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +114,9 @@ def checkpoints(names: Iterable[str], beside: Collection[str] = ()) -> list[str]
     if usual := next((name for name in FIRST if name in found), None):
         return [found[usual]]
     return [file for name, file in found.items() if name.rpartition(".")[0] not in found]
+
+
+def other_format(names: Iterable[str]) -> tuple[str, str] | None:
+    """(what these files are, what to do) where one of them is of a format that is known and not read."""
+    there = list(names)
+    return next((said for suffix, said in FORMATS.items() if any(name.endswith(suffix) for name in there)), None)

@@ -35,8 +35,7 @@ from daemon.cli import (
     unpin,
     verify,
 )
-from daemon.cli.common import complain
-from daemon.cli.logged import KNOWN, SAFE
+from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
     *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),

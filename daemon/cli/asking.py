@@ -70,7 +70,7 @@ def version_named(reader: "Reader", words: str, head: str | None) -> "Version":
 
 def expert_named(reader: "Reader", word: str, deed: Deed) -> Expert:
     """The one expert that is meant; where many have one name, the newest that the deed fits."""
-    from daemon.rebuild.candidates import told_apart
+    from daemon.notation import told_apart
 
     found = reader.find_experts(word, 100)
     open_cases = [one for one in found if one.status is Status.QUARANTINED and not one.closed_at]

@@ -1,9 +1,10 @@
-"""What the verbs share: options, finding the home, printing tables or JSON."""
+"""What the verbs share: options, finding the home, printing tables or JSON, how they end."""
 
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,13 +14,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from daemon.errors import BadHome
+from daemon.errors import BadHome, DaemonError
 from daemon.layout import Home
+from projector.errors import DeviceLost, ProjectorError
+from registry.errors import RegistryError
 
 if TYPE_CHECKING:
     from daemon.config import Settings
     from registry.reader import Reader
 
+KNOWN = (DaemonError, ProjectorError, RegistryError, DeviceLost)
+SAFE = "see the message; what was already published is safe"
 
 HomeArgument = Annotated[
     Path | None,
@@ -74,6 +79,32 @@ def settings_of(
     from daemon.config import load
 
     return load(home.config, flags, needed=needed)
+
+
+@contextmanager
+def logged(config: Path | None) -> Iterator[None]:
+    """Sets the log up by what that mainstem.toml and the environment say of it, as far as they can be read. Where it is
+    JSON lines, whatever is raised inside is the last of them, and exit status 1.
+    """
+    from daemon.config import log_of
+    from daemon.logs import configure, is_json
+
+    configure(log_of(config))
+    try:
+        yield
+    except Exception as error:
+        if not is_json():
+            raise
+        import structlog
+
+        log = structlog.get_logger()
+        if isinstance(error, KNOWN):
+            log.critical("ended by an error", error=str(error), reason=str(error.reason), hint=error.hint)
+        elif isinstance(error, OSError):
+            log.critical("ended by an error", error=str(error), hint=SAFE)
+        else:
+            log.critical("ended by a fault of the program", error=repr(error), exc_info=True, hint=SAFE)
+        sys.exit(1)
 
 
 def print_json(value: Any) -> None:

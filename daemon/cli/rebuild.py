@@ -18,7 +18,7 @@ from daemon.notation import called
 from registry.records import Deed
 
 if TYPE_CHECKING:
-    from daemon.rebuild.plan import Plan
+    from daemon.rebuild.commands import Plan
     from daemon.rebuild.replay import Console
 
 

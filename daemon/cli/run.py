@@ -12,8 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from daemon.cli.common import HomeArgument, HomeOption, find_home, named_home, settings_of
-from daemon.cli.logged import logged
+from daemon.cli.common import HomeArgument, HomeOption, find_home, logged, named_home, settings_of
 from daemon.layout import Home
 from projector.text import shown
 

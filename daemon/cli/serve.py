@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from daemon.cli.common import HomeArgument, HomeOption, named_home, open_reader, settings_of
-from daemon.cli.logged import logged
+from daemon.cli.common import HomeArgument, HomeOption, logged, named_home, open_reader, settings_of
 from daemon.layout import Home
 
 if TYPE_CHECKING:

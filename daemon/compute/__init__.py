@@ -1,7 +1,6 @@
 """What there is to compute with, how far it is, and other programs that compute.
 
-    resources.py  what the settings of [compute] mean on this machine
-    memory.py     keeps the resident size near what is in use
+    resources.py  what the settings of [compute] mean on this machine, and how it keeps freed memory
     progress.py   watches the driver: how far, how long, and whether to stop
     processes.py  other programs, started and ended
     leash.py      the process that ends them when ours has ended

@@ -4,7 +4,7 @@ import re
 
 from daemon.http.answers import Problem
 from daemon.http.computing import merged_at
-from daemon.rebuild.candidates import told_apart
+from daemon.notation import told_apart
 from registry.reader import Reader
 from registry.records import Expert
 

@@ -1,7 +1,8 @@
 """What a proxy in front says of the address that was asked: X-Forwarded-Proto and -For, as uvicorn reads them, and
 X-Forwarded-Prefix, the path that it took off. Believed of those proxies alone that http.trusted_proxies names.
 
-By which name we may be asked is not theirs to say: that is the Host header's, whoever passes it on (`hosts.py`).
+A module of its own beside `hosts.py`: by which name we may be asked is not theirs to say. That is the Host header's,
+whoever passes it on.
 """
 
 import re

@@ -1,4 +1,6 @@
-"""What became of an expert, told to the log and to the metrics."""
+"""What became of an expert, told to the log and to the metrics. A module of its own, so that the publish protocol knows
+neither.
+"""
 
 import structlog
 

@@ -5,12 +5,13 @@ one transaction takes over its result. Whatever cuts it short, the same command 
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 
 from daemon.checkpoints.checkpoint import open_path
-from daemon.compute.memory import reuse_freed_memory
+from daemon.compute.resources import reuse_freed_memory
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
@@ -20,7 +21,6 @@ from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
 from daemon.manifest import Withdrawal
 from daemon.notation import called
-from daemon.rebuild.plan import Plan, readings, usual_seconds
 from daemon.rebuild.replay import (
     Console,
     Heads,
@@ -50,6 +50,19 @@ RESTORED, SUBTRACTED, REPLAYED = "restored", "subtracted", "replayed"
 MOST_SUBTRACTED = 100.0  # times the weight of what is left: beyond that its rounding shows in the fifth digit
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a rebuild would do: per head how it comes about, the experts it reads, how often it reads one in all, and
+    the usual seconds for one. number: of the version that it has made, once it has.
+    """
+
+    how: Mapping[str, str]
+    reads: Sequence[Expert]
+    readings: int
+    usual_seconds: float | None
+    number: int | None = None
+
+
 def into(
     home: Home,
     target: Home,
@@ -76,7 +89,7 @@ def into(
         check_archive(home, reader, experts, chosen, relative)
         if target.exists() and (why := misfit(target, reader, chosen, relative, experts)):
             raise BadHome(f"{target.root} cannot take this replay: {why}", "choose another folder, or remove it")
-        plan = Plan(dict.fromkeys(chosen, REPLAYED), experts, readings(chosen, experts), usual_seconds(reader))
+        plan = Plan(dict.fromkeys(chosen, REPLAYED), experts, _readings(chosen, experts), _usual_seconds(reader))
         if not dry:
             replay(home, reader, experts, target, chosen, settings, to, relative=relative)
             _refine(target, home, reader, experts, settings, to)
@@ -106,7 +119,7 @@ def add_head(
             )
         heads, experts, relatives = {name: method}, store.lineage(), {name} if relative else set()
         check_archive(home, store, experts, heads, relatives)
-        plan = Plan({name: REPLAYED}, experts, readings(heads, experts), usual_seconds(store))
+        plan = Plan({name: REPLAYED}, experts, _readings(heads, experts), _usual_seconds(store))
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to, relatives)
             with Restating(home, store, settings, to.progress()) as restating:
@@ -197,10 +210,10 @@ class _Withdrawal:
         if self.replayed:
             check_archive(home, reader, self.rest, self.replayed, relative_heads(reader))
         reads = [*(gone if subtracted else []), *(self.rest if self.replayed else [])]
-        often = len(subtracted) * len(gone) + (readings(self.replayed, self.rest) if self.replayed else 0)
+        often = len(subtracted) * len(gone) + (_readings(self.replayed, self.rest) if self.replayed else 0)
         how = {**dict.fromkeys(self.kept, RESTORED), **dict.fromkeys(subtracted, SUBTRACTED)}
         ways = {tip.head.name: how.get(tip.head.name, REPLAYED) for tip in self.heads}
-        self.plan = Plan(ways, reads, often, usual_seconds(reader))
+        self.plan = Plan(ways, reads, often, _usual_seconds(reader))
 
     def _find_kept(self, home: Home, reader: Reader, gone: Sequence[Expert]) -> dict[str, Version]:
         """By head, the newest version that has just the others, where its files and its state are kept and sound."""
@@ -379,3 +392,15 @@ def _link_records(home: Home, inner: Home, name: str, experts: Sequence[Expert])
         durable.link_or_copy(inner.view_record(name, place), home.view_record(name, expert.version))
     durable.sync_folder(home.views(name))
     durable.sync_folder(home.states(name))
+
+
+def _readings(replayed: Heads, experts: Sequence[Expert]) -> int:
+    """How often a replay reads an expert: all heads read each once together, a second pass reads them for its head."""
+    second = [method for method in replayed.values() if experts and method.second_pass(len(experts))]
+    return len(experts) * (1 + len(second))
+
+
+def _usual_seconds(reader: Reader) -> float | None:
+    """What a merge took lately; None where there was none."""
+    seconds = [v.seconds for v in reader.versions(reader.heads()[0].name, limit=5) if v.seconds is not None]
+    return median(seconds) if seconds else None

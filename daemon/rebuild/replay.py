@@ -16,8 +16,8 @@ from daemon.arrivals.trained_from import Start, noted_version
 from daemon.checkpoints.checkpoint import OpenCheckpoint, identity_at, open_path
 from daemon.checkpoints.expert_json import ABOUT
 from daemon.checkpoints.hints import hinting
-from daemon.compute.memory import return_freed_memory
 from daemon.compute.progress import Progress
+from daemon.compute.resources import return_freed_memory
 from daemon.config import Evaluate, Retention, Settings
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, NotYet, Refused
@@ -25,7 +25,7 @@ from daemon.home.founding import found
 from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
 from daemon.merge.merger import Again, Merger
-from daemon.rebuild.candidates import told_apart
+from daemon.notation import told_apart
 from daemon.rebuild.restating import unlike
 from daemon.versions.heads import relative_heads
 from projector.errors import ProjectorError

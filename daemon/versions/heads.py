@@ -1,4 +1,6 @@
-"""A head as it stands: what its next version continues from."""
+"""A head as it stands: what its next version continues from. A module of its own: `merge/`, `rebuild/` and `home/` all
+begin with it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,6 +3,7 @@ weights, all durable, and then everything is renamed into its place.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +17,6 @@ from daemon.manifest import FileEntry, manifest
 from daemon.versions.adapter import Adapter
 from daemon.versions.card import FRONT_MATTER_BYTES, MOST_EXPERTS, AboutBase, Card, about_base, render
 from daemon.versions.checking import entry, names_below
-from daemon.versions.claimed_dtype import config_in
 from daemon.versions.heads import HeadTip
 from daemon.versions.writing import Written
 from registry.reader import Reader
@@ -24,6 +24,7 @@ from registry.records import BaseModel, Expert, NewExpert, NewVersion, RelativeT
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
+DTYPE_KEYS = ("dtype", "torch_dtype")  # as transformers has it from version 5 on, and before
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def stage(home: Home, written: Written, beside: Sequence[str]) -> None:
     there = {file.name for file in written.weights}
     config = home.base / CONFIG
     if written.dtype != "base" and CONFIG not in there and config.is_file():
-        durable.write_file(published / CONFIG, config_in(config.read_bytes(), written.dtype))
+        durable.write_file(published / CONFIG, _config_in(config.read_bytes(), written.dtype))
         there.add(CONFIG)
     copy_files(home.base, published, [name for name in beside if name not in there])
 
@@ -168,3 +169,26 @@ def _opening(path: Path, most: int) -> bytes:
         return b""
     with path.open("rb") as file:
         return file.read(most)
+
+
+def _config_in(text: bytes, dtype: str) -> bytes:
+    """The config.json with `dtype` ("float32") wherever it names one, also for a part of the model: loaders convert to
+    it whatever the weights are in.
+
+    One that is no JSON object, or names none, comes back as it is.
+    """
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    stated = _stated(config, dtype)
+    return text if stated == config else json.dumps(stated, indent=2).encode() + b"\n"
+
+
+def _stated(config: Any, dtype: str) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in DTYPE_KEYS and isinstance(value, str) else _stated(value, dtype)
+        for key, value in config.items()
+    }

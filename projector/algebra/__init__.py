@@ -1,7 +1,6 @@
 """Linear algebra in blocks.
 
-    linalg.py     blocks of rows, norms, Gram matrices
-    matrices.py   which tensors are matrices
+    linalg.py     which tensors are matrices, blocks of rows, norms, Gram matrices
     svd.py        decompositions from the smaller Gram matrix, or a sketch
     low_rank.py   the best approximation of a rank
     selection.py  the k-th largest magnitude, exact

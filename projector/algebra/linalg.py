@@ -1,15 +1,19 @@
-"""What the linear algebra of the methods is made of: blocks of rows, norms, Gram matrices.
+"""What the linear algebra of the methods is made of: which tensors are matrices, blocks of rows, norms, Gram matrices.
 
 Norms and Gram matrices are float64; large operands keep their dtype and are widened block by block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from projector.method import Factors
+from projector.spec import TensorSpec
+
+EXCLUDED = ("*embed*", "*wte*", "*wpe*", "shared.weight", "*relative_attention_bias*")
 
 BLOCK_NUMEL = 1 << 19  # elements of a block of rows
 WIDE_NUMEL = 1 << 18  # of one that is widened: 2 MiB as float64, which a core's cache holds
@@ -18,6 +22,23 @@ PIECE_NUMEL = 1 << 18  # of a flattened tensor that goes through many elementwis
 CUDA_NUMEL = 1 << 24  # in each case on a device, which wants few large pieces: 128 MiB as float64
 WIDE_BLOCKS = 6  # of rows that are there at a time, at the most
 STRIPS = 4  # of a Gram matrix's columns: products of 5/8 of it give it whole
+
+
+def is_projected(spec: TensorSpec, exclude: Sequence[str] = EXCLUDED) -> bool:
+    """True for a matrix (m, n) with both sides >= 2, or a stack of them (k, m, n), whose name matches no glob."""
+    return (
+        len(spec.shape) in (2, 3)
+        and spec.numel > 0
+        and min(spec.shape[-2:]) >= 2
+        and not any(fnmatchcase(spec.name, glob) for glob in exclude)
+    )
+
+
+def matrices(*operands: Tensor) -> Iterator[Sequence[Tensor]]:
+    """The operands' parts, matrix by matrix, where the first operand is one matrix or a stack of them (k, m, n)."""
+    if operands[0].ndim == 2:
+        return iter([operands])
+    return zip(*operands, strict=True)
 
 
 def energy(x: Tensor) -> float:

@@ -4,5 +4,9 @@
     trial.py    the stream that they run a method on
     listing.py  what can be said of a method from its code
 
-Public: a method of another package is held to them by `from projector.laws.checks import LAWS`.
+Public: `LAWS`, which packages hold methods of their own to, and the type `Law`.
 """
+
+from projector.laws.checks import LAWS, Law
+
+__all__ = ["LAWS", "Law"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from projector.algebra.matrices import EXCLUDED, is_projected
+from projector.algebra.linalg import EXCLUDED, is_projected
 from projector.errors import BadSchema, BadValues, Reason
 from projector.method import Contribution
 from projector.spec import TensorSpec

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.algebra.matrices import EXCLUDED, is_projected
+from projector.algebra.linalg import EXCLUDED, is_projected
 from projector.algebra.svd import isotropic, isotropic_bytes
 from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec

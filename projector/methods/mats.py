@@ -7,8 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import add_product
-from projector.algebra.matrices import EXCLUDED
+from projector.algebra.linalg import EXCLUDED, add_product
 from projector.errors import BadParameter
 from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.methods._curvature import RESIDUE, fisher, gram, regresses

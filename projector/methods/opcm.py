@@ -28,8 +28,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import energy, row_blocks
-from projector.algebra.matrices import EXCLUDED, is_projected, matrices
+from projector.algebra.linalg import EXCLUDED, energy, is_projected, matrices, row_blocks
 from projector.algebra.svd import isotropic, isotropic_bytes, svd_bytes, thin_svd
 from projector.errors import BadParameter
 from projector.method import Contribution, Factors, Method, State, Sums, Totals, param

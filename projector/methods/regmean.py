@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import add_product, row_blocks
-from projector.algebra.matrices import EXCLUDED
+from projector.algebra.linalg import EXCLUDED, add_product, row_blocks
 from projector.errors import BadValues, Reason
 from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.methods._curvature import GRAM_HINT, RESIDUE, gram, regresses

@@ -22,8 +22,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import BLOCK_NUMEL, add_product, gram, row_blocks
-from projector.algebra.matrices import EXCLUDED, is_projected, matrices
+from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, add_product, gram, is_projected, matrices, row_blocks
 from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.spec import TensorSpec
 

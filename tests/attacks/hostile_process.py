@@ -119,6 +119,15 @@ def hang_with_a_child(job: dict[str, Any]) -> NoReturn:
         time.sleep(1)
 
 
+def stay_confined(job: dict[str, Any]) -> None:
+    """The real confinement, then nothing for a minute. Its own number is in the file that it was to write."""
+    from daemon.convert import unpickling
+
+    unpickling.confine(unpickling.Job(**job))
+    os.write(job["target"], str(os.getpid()).encode())
+    time.sleep(60)
+
+
 if __name__ == "__main__":
     JOB = json.loads(sys.argv[1])
     play: Callable[[dict[str, Any]], None] = globals()[JOB["key"]]

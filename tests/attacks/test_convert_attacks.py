@@ -6,10 +6,12 @@ import json
 import os
 import pickle
 import resource
+import signal
 import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -352,6 +354,29 @@ def test_it_is_ended_with_its_children(taken_over: None, plain: Path) -> None:
     os.close(source)
     os.close(target)
     assert until(lambda: ended(child), 10)
+
+
+def test_it_ends_with_whoever_asked_for_it(taken_over: None, plain: Path) -> None:
+    """Killed, that one can end nothing any more."""
+    target = os.open(plain.parent / "process", os.O_RDWR | os.O_CREAT)
+    source = os.open(plain, os.O_RDONLY)
+    asking = os.fork()
+    if asking == 0:
+        try:
+            confining.unpickle(source, target, Options(key="stay_confined"), lambda *_: None)
+        finally:
+            os._exit(1)
+    said = until(lambda: os.pread(target, 20, 0), 60)
+    os.kill(asking, signal.SIGKILL)
+    os.waitpid(asking, 0)
+    os.close(source)
+    os.close(target)
+    process = int(said)
+    try:
+        assert until(lambda: ended(process), 10)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def test_ordered_dicts_and_parameters_are_plain(tmp_path: Path) -> None:

@@ -98,6 +98,26 @@ def test_replaced_by_rename_the_newcomer_is_merged(
     _is_base_plus(home, base, new)
 
 
+def test_replaced_while_another_is_read_it_is_looked_at_anew(
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lay there when its turn was given had come to rest, and what lies there now may not have."""
+    first = write_expert(tmp_path / "first.safetensors", base, 2)
+    new = write_expert(tmp_path / "new.safetensors", base, 4)
+    merged = opcm(read_weights(base), [read_weights(first), read_weights(new)])
+    put(home, first)
+    target = put(home, write_expert(tmp_path / "second.safetensors", base, 3))
+    _during_the_read(monkeypatch, lambda: new.rename(target))
+    metrics = drain(home)
+    assert count(metrics, "mainstem_experts_total", outcome="requeued") == 1
+    assert [(one.name, one.status) for one in experts(home)] == [
+        ("first.safetensors", Status.MERGED),
+        ("second.safetensors", Status.MERGED),
+    ]
+    assert_close(latest(home), merged)
+    assert os.listdir(home.inbox) == []
+
+
 def test_truncated_it_is_not_refused_while_it_moves(
     home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

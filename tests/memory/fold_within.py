@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from daemon.compute.memory import reuse_freed_memory
+from daemon.compute.resources import reuse_freed_memory
 from projector.driver.fold import Driver
 from projector.driver.head import HeadFold
 from projector.driver.steps import state_specs

@@ -19,9 +19,8 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from daemon.arrivals import receiving
-from daemon.arrivals import uploads as uploading
 from daemon.arrivals.inbox import Inbox
-from daemon.arrivals.uploads import Uploads
+from daemon.arrivals.uploads import AT_ONCE, Uploads
 from daemon.config import Http
 from daemon.errors import BadConfig
 from daemon.http import HttpServer, create_app, upload_routes
@@ -310,7 +309,7 @@ def test_a_slow_but_honest_upload_is_taken(server: Server) -> None:
 
 
 def test_only_so_many_at_a_time(server: Server) -> None:
-    begun = [server.begin(f"/v1/experts/{i}.safetensors") for i in range(uploading.AT_ONCE)]
+    begun = [server.begin(f"/v1/experts/{i}.safetensors") for i in range(AT_ONCE)]
     answer = server.put()
     assert (answer.status_code, answer.json()["reason"]) == (503, "upload_limit")
     for connection in begun:
@@ -319,8 +318,8 @@ def test_only_so_many_at_a_time(server: Server) -> None:
 
 
 def test_only_so_many_unfinished(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploading, "MOST_OPEN", 2)
-    monkeypatch.setattr(uploading, "MOST_FILES", 2)
+    monkeypatch.setattr("daemon.arrivals.uploads.MOST_OPEN", 2)
+    monkeypatch.setattr("daemon.arrivals.uploads.MOST_FILES", 2)
     for path in ("a/files/1", "a/files/2", "b/files/1"):
         assert server.put(f"/v1/experts/{path}", b"x").status_code == 201
     for path in ("a/files/3", "c/files/1"):
@@ -331,7 +330,7 @@ def test_what_nobody_adds_to_is_removed(server: Server, monkeypatch: pytest.Monk
     server.put("/v1/experts/mine/files/a.safetensors", b"a")
     server.uploads.tend()
     assert server.left() == ["mine", "mine/a.safetensors"]
-    monkeypatch.setattr(uploading, "STALE_SECONDS", 0.0)
+    monkeypatch.setattr("daemon.arrivals.uploads.STALE_SECONDS", 0.0)
     with server.begin("/v1/experts/other/files/a.safetensors"):
         server.uploads.tend()
         assert server.left() == ["other", "other/.a.safetensors.part"], "it is still coming"
@@ -383,7 +382,7 @@ def test_that_an_upload_failed_is_not_told_for_ever(server: Server, monkeypatch:
     monkeypatch.setenv("MAINSTEM_FAILPOINT", "file.create=enospc")
     assert server.put().status_code == 507
     assert server.client.get("/readyz").status_code == 503
-    monkeypatch.setattr(uploading, "FAILING_SECONDS", 0.0)
+    monkeypatch.setattr("daemon.arrivals.uploads.FAILING_SECONDS", 0.0)
     assert server.client.get("/readyz").status_code == 200
 
 
@@ -410,7 +409,7 @@ def test_what_could_not_be_begun_can_be_begun_again(server: Server) -> None:
 
 def test_an_upload_that_broke_off_is_not_old(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.put("/v1/experts/mine/files/a", b"a")
-    monkeypatch.setattr(uploading, "STALE_SECONDS", 3.0)
+    monkeypatch.setattr("daemon.arrivals.uploads.STALE_SECONDS", 3.0)
     with server.begin("/v1/experts/mine/files/b"):
         time.sleep(3.2)
     assert until(lambda: server.left() == ["mine", "mine/a"], 10)

@@ -14,8 +14,7 @@ from daemon.home.founding import found
 from daemon.layout import Home
 from daemon.manifest import FileEntry
 from daemon.pull.pulling import pull
-from daemon.versions import companions as room
-from daemon.versions.companions import companions
+from daemon.versions.companions import KENLM, MOST_BYTES, companions
 from daemon.versions.sealing import copy_files, sync_folders
 from projector.methods import make
 from tests.daemon.homes import drain, make_home, put
@@ -143,17 +142,17 @@ def test_a_link_is_followed_to_where_the_weights_are_and_nowhere_else(tmp_path: 
 
 def test_what_is_huge_too_deep_or_not_to_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(tmp_path, "corpus.txt", "vocab.txt", "/".join("d" * 12) + "/x.json")
-    os.truncate(tmp_path / "corpus.txt", room.MOST_BYTES + 1)
+    os.truncate(tmp_path / "corpus.txt", MOST_BYTES + 1)
     found = companions(tmp_path)
     assert found.files == ["vocab.txt"]
     assert [text.partition(" (")[2] for text in found.left_out] == [
-        f"{room.MOST_BYTES + 1} bytes, {room.MOST_BYTES} at the most)",
+        f"{MOST_BYTES + 1} bytes, {MOST_BYTES} at the most)",
         "a folder that lies too deep, or cannot be read)",
     ]
     lay(tmp_path, "a", "b", "c")
     for bound, most in (("MOST_FILES", 3), ("MOST_BYTES_TOGETHER", 12)):
         with monkeypatch.context() as patched, pytest.raises(BadHome, match="holds more than") as refused:
-            patched.setattr(room, bound, most)
+            patched.setattr(f"daemon.versions.companions.{bound}", most)
             companions(tmp_path)
         assert "folder of its own" in refused.value.hint
 
@@ -167,7 +166,7 @@ def test_no_name_goes_that_no_pull_would_take(tmp_path: Path) -> None:
 
 def test_the_words_of_a_speech_decoder_go_though_they_are_called_like_weights(tmp_path: Path) -> None:
     lay(tmp_path, "language_model/5gram.bin", "language_model/other.bin")
-    (tmp_path / "language_model" / "5gram.bin").write_bytes(room.KENLM + b" format version 5\n\0")
+    (tmp_path / "language_model" / "5gram.bin").write_bytes(KENLM + b" format version 5\n\0")
     assert companions(tmp_path).files == ["language_model/5gram.bin"]
 
 

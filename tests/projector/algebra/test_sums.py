@@ -10,22 +10,22 @@ from torch import Tensor
 from projector.laws.trial import merge, stream
 from projector.method import Method
 from projector.methods import make
-from tests.oracles import rules as oracles
+from tests.oracles import rules
 
 CASES: dict[str, tuple[Method, Callable[..., dict[str, Tensor]]]] = {
-    "mean": (make("mean"), oracles.mean),
-    "task_arithmetic": (make("task_arithmetic"), oracles.task_arithmetic),
+    "mean": (make("mean"), rules.mean),
+    "task_arithmetic": (make("task_arithmetic"), rules.task_arithmetic),
     "task_arithmetic norm": (
         make("task_arithmetic", {"scale": "norm"}),
-        partial(oracles.task_arithmetic, scale="norm"),
+        partial(rules.task_arithmetic, scale="norm"),
     ),
     "task_arithmetic per_sqrt": (
         make("task_arithmetic", {"scale": "per_sqrt", "c": 0.7}),
-        partial(oracles.task_arithmetic, scale="per_sqrt", coefficient=0.7),
+        partial(rules.task_arithmetic, scale="per_sqrt", coefficient=0.7),
     ),
-    "ema": (make("ema"), oracles.ema),
-    "ema 0.1": (make("ema", {"weight": 0.1}), partial(oracles.ema, weight=0.1)),
-    "ema first": (make("ema", {"weight": 0.3, "start": "first"}), partial(oracles.ema, weight=0.3, start="first")),
+    "ema": (make("ema"), rules.ema),
+    "ema 0.1": (make("ema", {"weight": 0.1}), partial(rules.ema, weight=0.1)),
+    "ema first": (make("ema", {"weight": 0.3, "start": "first"}), partial(rules.ema, weight=0.3, start="first")),
 }
 WEIGHTED = [case for case in CASES if "ema" not in case]
 COUNTING = [0.3, 0.7, 2.0, 1.0, 0.001, 5.0, 1.1, 0.25, 1.0, 3.0, 0.9, 0.6]
@@ -40,7 +40,7 @@ def test_twelve_arrivals_match_the_oracle(case: str, rank: int | None) -> None:
     weights, _, _ = merge(method, base, experts)
     for name, tensor in weights.items():
         assert torch.allclose(tensor.double(), truth[name], rtol=5e-7, atol=1e-6), name
-    assert oracles.norm({name: truth[name] - base[name].double() for name in base}) > 0.1
+    assert rules.norm({name: truth[name] - base[name].double() for name in base}) > 0.1
 
 
 @pytest.mark.parametrize("case", WEIGHTED)
@@ -52,7 +52,7 @@ def test_twelve_weighted_arrivals_match_the_oracle(case: str) -> None:
     for name, tensor in weights.items():
         assert torch.allclose(tensor.double(), truth[name], rtol=5e-7, atol=2e-6), name
     alike = oracle(base, experts)
-    assert oracles.norm({name: truth[name] - alike[name] for name in base}) > 0.1
+    assert rules.norm({name: truth[name] - alike[name] for name in base}) > 0.1
     assert totals.weight == pytest.approx(sum(COUNTING))
 
 
@@ -80,7 +80,7 @@ def test_experts_that_cancel_out_are_not_scaled_up() -> None:
     assert state["S/w"].any()
     assert totals.scalars["scale"] == 0.0
     assert torch.equal(weights["w"], base["w"])
-    assert oracles.task_arithmetic(base, [experts[0], experts[2]], "norm", weights=[0.3, 0.3])["w"].tolist() == [0, 0]
+    assert rules.task_arithmetic(base, [experts[0], experts[2]], "norm", weights=[0.3, 0.3])["w"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("case", WEIGHTED)

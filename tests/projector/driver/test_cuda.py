@@ -18,7 +18,7 @@ from projector.driver.fold import Driver
 from projector.files.slabs import SLAB_BYTES, Slabs
 from projector.laws.trial import merge, stream
 from projector.methods import make, methods
-from tests.oracles import rules as oracles
+from tests.oracles import rules
 from tests.projector.cards import Listening
 
 pytestmark = [
@@ -69,7 +69,7 @@ def test_the_devices_agree(name: str, card: Cuda) -> None:
     there, again = (merge(make(name), base, experts, Driver(card))[0] for _ in range(2))
     apart = {key: there[key].double() - here[key].double() for key in base}
     whole = {key: here[key].double() - base[key].double() for key in base}
-    assert oracles.norm(apart) <= 1e-5 * oracles.norm(whole)
+    assert rules.norm(apart) <= 1e-5 * rules.norm(whole)
     for key, tensor in there.items():
         assert torch.equal(tensor, again[key]), key
 
@@ -128,8 +128,8 @@ def test_matrices_of_low_rank_come_out_on_whichever_side(rank: int, card: Cuda) 
     base, *experts = of_low_rank(3, 1024, rank)
     for name in ("opcm", "iso_c"):
         here, there = (merge(make(name), base, experts, driver)[0] for driver in (Driver(), Driver(card)))
-        apart = oracles.norm({"": there["layer.weight"].double() - here["layer.weight"].double()})
-        assert apart <= 1e-5 * oracles.norm(here), name
+        apart = rules.norm({"": there["layer.weight"].double() - here["layer.weight"].double()})
+        assert apart <= 1e-5 * rules.norm(here), name
     card.probe()
 
 

@@ -19,7 +19,7 @@ from projector.method import Contribution, Totals
 from projector.methods import make
 from projector.spec import TensorSpec
 from projector.watch import Watch
-from tests.oracles import rules as oracles
+from tests.oracles import rules
 
 Tensors = dict[str, Tensor]
 
@@ -92,8 +92,8 @@ def test_weights_that_do_not_fit_the_published_dtype_are_refused(files: Files) -
 def test_the_norms_are_the_oracles(files: Files) -> None:
     base, (expert,) = stream(1)
     folded, _ = fold(files, Driver(block_bytes=64), dict(base), dict(expert), "mean")
-    assert folded.task_vector.whole == pytest.approx(oracles.norm(oracles.task_vector(base, expert)), rel=1e-6)
-    assert folded.base.whole == pytest.approx(oracles.norm(base), rel=1e-12)
+    assert folded.task_vector.whole == pytest.approx(rules.norm(rules.task_vector(base, expert)), rel=1e-6)
+    assert folded.base.whole == pytest.approx(rules.norm(base), rel=1e-12)
     assert [totals.experts for totals in folded.totals] == [1]
 
 

@@ -427,8 +427,7 @@ from dataclasses import dataclass
 
 import torch
 
-from projector.method import Method, Totals, param
-from projector.spec import TensorSpec
+from projector.method import Method, TensorSpec, Totals, param
 
 
 @dataclass(frozen=True)
@@ -492,7 +491,7 @@ class GramMean(Method):
 '''
 
 LAWS_FOR_THE_STRANGER = """
-from projector.laws.checks import LAWS
+from projector.laws import LAWS
 from projector.methods import make, methods
 
 for name in ("loud_fisher", "gram_mean"):

@@ -12,7 +12,7 @@ from projector.laws.trial import Tensors, merge, stream, views
 from projector.methods import make
 from projector.methods.emr import NEGATIVE, POSITIVE, pack, unpack
 from projector.spec import TensorSpec
-from tests.oracles import rules as oracles
+from tests.oracles import rules
 from tests.oracles.emr import emr, emr_unified, emr_views
 
 EMR = make("emr")
@@ -20,8 +20,8 @@ EMR = make("emr")
 
 def relative_error(base: Tensors, ours: Tensors, truth: Tensors) -> float:
     """Of the task vectors, in the norm of the whole model."""
-    error = oracles.norm({name: ours[name].double() - truth[name].double() for name in truth})
-    return error / oracles.norm({name: truth[name].double() - base[name].double() for name in truth})
+    error = rules.norm({name: ours[name].double() - truth[name].double() for name in truth})
+    return error / rules.norm({name: truth[name].double() - base[name].double() for name in truth})
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from projector.algebra.matrices import EXCLUDED
+from projector.algebra.linalg import EXCLUDED
 from projector.driver.fold import Driver
 from projector.driver.steps import prepared_specs
 from projector.files.source import Checkpoint
@@ -27,7 +27,7 @@ from projector.laws.trial import merge
 from projector.method import Contribution, Totals
 from projector.methods.opcm import Opcm
 from projector.spec import TensorSpec
-from tests.oracles import rules as oracles
+from tests.oracles import rules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,7 +94,7 @@ def gap(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """||ours - theirs|| / ||theirs|| over all tensors taken as one vector."""
     assert ours.keys() == theirs.keys()
     apart = {name: tensor.double() - theirs[name].double() for name, tensor in ours.items()}
-    return oracles.norm(apart) / oracles.norm(theirs)
+    return rules.norm(apart) / rules.norm(theirs)
 
 
 def in_each(dtypes: Sequence[torch.dtype]) -> list[Any]:
@@ -110,7 +110,7 @@ def in_each(dtypes: Sequence[torch.dtype]) -> list[Any]:
 def test_ten_arrivals_match_the_oracle(base_dtype: torch.dtype, alpha: float, projection: str) -> None:
     base, experts = stream(base_dtype)
     weights, state, totals = merge(Opcm(alpha=alpha, projection=projection), base, experts)
-    truth = oracles.opcm(base, experts, alpha=alpha, projection=projection)
+    truth = rules.opcm(base, experts, alpha=alpha, projection=projection)
     ours, theirs = deployed(state, totals), {name: truth[name] - base[name].double() for name in base}
     error = gap(ours, theirs)
     print(f"{base_dtype} alpha {alpha} {projection}: {error:.1e}")
@@ -123,7 +123,7 @@ def test_ten_arrivals_match_the_oracle(base_dtype: torch.dtype, alpha: float, pr
 def test_float32_accumulators_are_half_the_size_and_drift() -> None:
     """Low-rank experts in bfloat16 leave a floor of close singular values, the worst there is."""
     base, experts = stream(torch.bfloat16)
-    truth = oracles.opcm(base, experts)
+    truth = rules.opcm(base, experts)
     theirs = {name: truth[name] - base[name].double() for name in base}
     errors, sizes = [], []
     for accumulator in ("float64", "float32"):
@@ -176,10 +176,10 @@ def worst_step(method: Opcm, base: Tensors, experts: list[Tensors]) -> float:
 
 def oracle_step(method: Opcm, name: str, tau: Tensor, old: Tensor) -> Tensor:
     """P(tau; A) by the oracle, in float64."""
-    if not oracles.is_projected(name, tau, method.exclude):
+    if not rules.is_projected(name, tau, method.exclude):
         return tau
     pairs = zip(tau, old, strict=True) if tau.ndim == 3 else [(tau, old)]
-    parts = [oracles.project(one, before, method.alpha, method.projection, method.tol) for one, before in pairs]
+    parts = [rules.project(one, before, method.alpha, method.projection, method.tol) for one, before in pairs]
     return torch.stack(parts) if tau.ndim == 3 else parts[0]
 
 
@@ -297,13 +297,13 @@ def test_after_each_arrival_the_figures_are_the_oracles() -> None:
     base, experts = stream(count=4)
     for count in range(1, 5):
         _, state, totals = merge(Opcm(), base, experts[:count])
-        norms = [oracles.norm(oracles.task_vector(base, expert)) for expert in experts[:count]]
+        norms = [rules.norm(rules.task_vector(base, expert)) for expert in experts[:count]]
         figures = Opcm().figures(totals)
         assert totals.experts == count
         assert figures["mean_norm"] == pytest.approx(sum(norms) / count, rel=1e-6)
-        assert figures["merged_norm"] == pytest.approx(oracles.norm(state), rel=1e-9)
+        assert figures["merged_norm"] == pytest.approx(rules.norm(state), rel=1e-9)
         assert figures["lambda"] == pytest.approx(figures["merged_norm"] / figures["mean_norm"], rel=1e-12)
-        assert oracles.norm(deployed(state, totals)) == pytest.approx(figures["mean_norm"], rel=1e-9)
+        assert rules.norm(deployed(state, totals)) == pytest.approx(figures["mean_norm"], rel=1e-9)
 
 
 def test_the_first_expert_is_taken_whole() -> None:
@@ -328,7 +328,7 @@ def test_a_tensor_that_no_expert_trained_stays_and_is_whole_when_one_does() -> N
 def test_what_is_excluded_and_what_is_no_matrix_is_summed() -> None:
     base, experts = stream(count=3)
     _, state, _ = merge(Opcm(exclude=("tall*",)), base, experts)
-    total = oracles.task_sum(base, experts)
+    total = rules.task_sum(base, experts)
     for name in ("tall.weight", "row.weight", "bias", "scalar"):
         assert torch.allclose(state[f"A/{name}"].double(), total[name], rtol=1e-5, atol=1e-6), name
     for name in ("square.weight", "word_embeddings.weight", "experts.weight"):
@@ -356,7 +356,7 @@ def test_the_oracle_is_the_papers_recursion(alpha: float, projection: str) -> No
     base, experts = stream(count=5)
     base64 = {name: tensor.double() for name, tensor in base.items() if name != "lora.weight"}
     experts64 = [{name: expert[name].double() for name in base64} for expert in experts]
-    truth = oracles.opcm(base64, experts64, alpha=alpha, projection=projection)
+    truth = rules.opcm(base64, experts64, alpha=alpha, projection=projection)
     theirs = recursion(base64, experts64, alpha, projection)
     error = gap(*({name: weights[name] - base64[name] for name in base64} for weights in (theirs, truth)))
     print(f"alpha {alpha} {projection}: {error:.1e}")
@@ -370,16 +370,16 @@ def recursion(base: Tensors, experts: list[Tensors], alpha: float, projection: s
     mean norm of the task vectors so far.
     """
     theta = experts[0]
-    mean_norm = oracles.norm({name: theta[name] - base[name] for name in base})
+    mean_norm = rules.norm({name: theta[name] - base[name] for name in base})
     lam = 1.0
     for t, expert in enumerate(experts[1:], start=2):
         tau = {name: expert[name] - base[name] for name in base}
-        mean_norm += (oracles.norm(tau) - mean_norm) / t
+        mean_norm += (rules.norm(tau) - mean_norm) / t
         step = {}
         for name in base:
             delta = theta[name] - base[name]
             step[name] = lam * delta + without_the_merged(name, tau[name], delta, alpha, projection)
-        lam = oracles.norm(step) / mean_norm
+        lam = rules.norm(step) / mean_norm
         theta = {name: base[name] + step[name] / lam for name in base}
     return theta
 
@@ -412,6 +412,6 @@ def test_the_projection_takes_a_good_part_of_an_expert() -> None:
     """Otherwise the comparisons above would compare sums."""
     base, experts = stream()
     _, state, _ = merge(Opcm(), base, experts)
-    total = oracles.task_sum(base, experts)
+    total = rules.task_sum(base, experts)
     for name in ("square.weight", "tall.weight", "wide.weight", "lora.weight", "experts.weight"):
         assert gap({name: state[f"A/{name}"]}, {name: total[name]}) > 0.05, name

@@ -15,8 +15,7 @@ from projector.method import Contribution, Method, State, Totals, method_params
 from projector.methods import make
 from projector.methods.recency import Recency
 from projector.spec import TensorSpec
-from tests.oracles import order as oracles_order
-from tests.oracles import rules as oracles
+from tests.oracles import order, rules
 
 Tensors = Mapping[str, Tensor]
 
@@ -37,7 +36,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # a method and its param
 def oracle(case: str, base: Tensors, experts: Sequence[Tensors]) -> dict[str, Tensor]:
     """The merged task vector of a case."""
     name, params = CASES[case]
-    merged: dict[str, Tensor] = getattr(oracles_order, name)(base, experts, **params)
+    merged: dict[str, Tensor] = getattr(order, name)(base, experts, **params)
     return merged
 
 
@@ -65,7 +64,7 @@ def deployed(method: Method, state: Tensors, totals: Totals) -> dict[str, Tensor
 def gap(ours: Tensors, theirs: Tensors) -> float:
     """||ours - theirs|| / ||theirs|| over all tensors taken as one vector."""
     assert ours.keys() == theirs.keys()
-    return oracles.norm({name: ours[name] - theirs[name] for name in ours}) / oracles.norm(theirs)
+    return rules.norm({name: ours[name] - theirs[name] for name in ours}) / rules.norm(theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -140,7 +139,7 @@ def test_a_long_line_keeps_its_digits(scheme: str) -> None:
     if scheme == "exp":  # 2^2000 is no float; what is 64 experts old carries nothing
         f = torch.tensor([2.0 ** max(i - count, -64) for i in range(1, count + 1)], dtype=torch.float64)
     else:
-        f = torch.tensor(oracles_order.recency_weights(scheme, count), dtype=torch.float64)
+        f = torch.tensor(order.recency_weights(scheme, count), dtype=torch.float64)
     truth = (f[:, None] * taus.double()).sum(0) / f.sum()
     assert gap({"w": ours}, {"w": truth}) <= 1e-5
 
@@ -173,7 +172,7 @@ def test_two_experts_give_plain_slerp_of_their_weights() -> None:
     turned = 0
     for name, tensor in base.items():
         a, b = (expert[name].double() for expert in experts)
-        plain, straight = oracles_order.slerped(a, b, 0.5, 0.9995), (a + b) / 2
+        plain, straight = order.slerped(a, b, 0.5, 0.9995), (a + b) / 2
         turned += not torch.allclose(plain, straight, rtol=1e-4)
         assert torch.allclose(weights[name].double(), plain, rtol=1e-6, atol=1e-6), tensor.shape
     assert turned >= 5
@@ -208,7 +207,7 @@ def test_slerp_goes_straight_where_there_is_no_arc(deltas: list[list[list[float]
 def test_slerp_averages_scalars() -> None:
     base, experts = stream(12)
     weights, _, _ = merge(make("slerp"), base, experts)
-    truth = oracles.mean(base, experts)
+    truth = rules.mean(base, experts)
     assert torch.allclose(weights["scalar"].double(), truth["scalar"], atol=1e-6)
 
 

@@ -18,8 +18,7 @@ from projector.methods.fisher import Fisher
 from projector.methods.mats import Mats
 from projector.methods.regmean import RegMean
 from projector.spec import TensorSpec
-from tests.oracles import rules as oracles
-from tests.oracles import sidecars as oracles_sidecars
+from tests.oracles import rules, sidecars
 
 Tensors = Mapping[str, Tensor]
 
@@ -57,8 +56,8 @@ def test_twelve_arrivals_match_the_oracle(case: str, dtype: torch.dtype, countin
     name, params = CASES[case]
     method, base, experts = make(name, params), *in_dtype(dtype)
     weights, state, totals = merge(method, base, experts, counting=counting)
-    sidecars = [sidecar(method.needs[0], expert) for expert in experts]
-    truth = getattr(oracles_sidecars, name)(base, experts, sidecars, counting, **params)
+    brought = [sidecar(method.needs[0], expert) for expert in experts]
+    truth = getattr(sidecars, name)(base, experts, brought, counting, **params)
     error = gap(merged_vector(method, base, state, totals), base, truth)
     print(f"{case} {dtype}: {error:.1e}")
     assert error <= 1e-5
@@ -176,7 +175,7 @@ def test_mats_solves_what_few_inputs_determine_and_leaves_the_rest(
     stream = [(tau, (x.T @ x).to(dtype)) for tau, x in zip(taus, inputs, strict=True)]
     counts = weights[:count]
     start = sum((c * tau for c, tau in zip(counts, taus, strict=True)), torch.zeros(8, 64))
-    truth = oracles_sidecars.nearest_solution(inputs, taus, counts, start)
+    truth = sidecars.nearest_solution(inputs, taus, counts, start)
     error = float((folded(Mats(), spec, stream, counts) - truth).norm() / truth.norm())
     print(f"{count} experts of {rows} rows: {error:.1e}")
     assert error <= 5e-5
@@ -355,7 +354,7 @@ def gap(ours: Tensors, base: Tensors, truth: Tensors) -> float:
     """The largest relative error of any tensor's merged task vector."""
     theirs = {name: truth[name] - base[name].double() for name in base}
     return max(
-        oracles.norm({name: ours[name] - theirs[name]}) / oracles.norm({name: theirs[name]})
+        rules.norm({name: ours[name] - theirs[name]}) / rules.norm({name: theirs[name]})
         for name in base
         if base[name].numel()
     )

@@ -13,8 +13,7 @@ from projector.laws.trial import merge
 from projector.method import Contribution, Method, Totals
 from projector.methods import make
 from projector.spec import TensorSpec
-from tests.oracles import rules as oracles
-from tests.oracles import spectral as oracles_spectral
+from tests.oracles import rules, spectral
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,12 +38,12 @@ COUNTING = [0.5, 2.0, 1.0, 3.0, 1.0, 0.25, 1.0, 1.5, 1.0, 1.0, 0.75, 2.0]
 DTYPES = [torch.float32, torch.bfloat16]
 
 CASES: dict[str, tuple[str, dict[str, Any], Oracle, float]] = {
-    "iso_c": ("iso_c", {}, oracles_spectral.iso_c, 1e-5),
-    "iso_c 1.5": ("iso_c", {"scale": 1.5}, oracles_spectral.iso_c, 1e-5),
-    "wudi": ("wudi", {}, oracles_spectral.wudi_adam, 1e-5),
-    "wudi 1e-4": ("wudi", {"lr": 1e-4, "steps": 60}, oracles_spectral.wudi_adam, 1e-5),
-    "wudi ridge": ("wudi", {"solver": "ridge"}, oracles_spectral.wudi_ridge, 1e-5),
-    "wudi ridge 1e-4": ("wudi", {"solver": "ridge", "ridge": 1e-4}, oracles_spectral.wudi_ridge, 1e-5),
+    "iso_c": ("iso_c", {}, spectral.iso_c, 1e-5),
+    "iso_c 1.5": ("iso_c", {"scale": 1.5}, spectral.iso_c, 1e-5),
+    "wudi": ("wudi", {}, spectral.wudi_adam, 1e-5),
+    "wudi 1e-4": ("wudi", {"lr": 1e-4, "steps": 60}, spectral.wudi_adam, 1e-5),
+    "wudi ridge": ("wudi", {"solver": "ridge"}, spectral.wudi_ridge, 1e-5),
+    "wudi ridge 1e-4": ("wudi", {"solver": "ridge", "ridge": 1e-4}, spectral.wudi_ridge, 1e-5),
 }
 cases = pytest.mark.parametrize("case", CASES)
 
@@ -95,7 +94,7 @@ def gap(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """||ours - theirs|| / ||theirs|| over all tensors taken as one vector."""
     assert ours.keys() == theirs.keys()
     apart = {name: tensor.double() - theirs[name].double() for name, tensor in ours.items()}
-    return oracles.norm(apart) / oracles.norm(theirs)
+    return rules.norm(apart) / rules.norm(theirs)
 
 
 def worst(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
@@ -132,7 +131,7 @@ def test_what_wudi_adds_to_the_sum_matches_the_oracle(case: str) -> None:
     """A descent moves by little: beside the sum that it starts from, an error in it would hardly show."""
     method, oracle, tolerance = method_of(case)
     base, experts = stream()
-    total, truth = oracles.task_sum(base, experts), oracle(base, experts)
+    total, truth = rules.task_sum(base, experts), oracle(base, experts)
     ours = merged_task_vector(method, base, experts)
     error = worst({name: ours[name] - total[name] for name in MATRICES}, {n: truth[n] - total[n] for n in MATRICES})
     print(f"{case}: {error:.1e}")
@@ -191,7 +190,7 @@ def test_what_is_excluded_and_what_is_no_matrix_is_averaged(case: str) -> None:
     name, params, _, _ = CASES[case]
     base, experts = stream(count=3)
     ours = merged_task_vector(make(name, {**params, "exclude": "tall*"}), base, experts)
-    mean = {name: tensor / 3 for name, tensor in oracles.task_sum(base, experts).items()}
+    mean = {name: tensor / 3 for name, tensor in rules.task_sum(base, experts).items()}
     for tensor in ("tall.weight", "row.weight", "bias", "scalar"):
         assert gap({tensor: ours[tensor]}, {tensor: mean[tensor]}) <= 1e-6, tensor
     for tensor in (*(name for name in MATRICES if name != "tall.weight"), "word_embeddings.weight"):
@@ -200,7 +199,7 @@ def test_what_is_excluded_and_what_is_no_matrix_is_averaged(case: str) -> None:
 
 def test_iso_c_has_a_flat_spectrum_and_the_sums_singular_vectors() -> None:
     base, experts = stream()
-    ours, total = merged_task_vector(make("iso_c"), base, experts), oracles.task_sum(base, experts)
+    ours, total = merged_task_vector(make("iso_c"), base, experts), rules.task_sum(base, experts)
     for name in ("square.weight", "tall.weight", "wide.weight"):
         values = torch.linalg.svdvals(total[name])
         assert torch.allclose(torch.linalg.svdvals(ours[name]), values.mean().expand_as(values), rtol=1e-6), name
@@ -219,7 +218,7 @@ def test_directions_that_no_expert_moved_stay_empty(name: str) -> None:
     assert torch.allclose(values[:4], values[0].expand(4), rtol=1e-5)
     assert (values[4:] <= 1e-5 * values[0]).all()
     if name == "iso_c":
-        sums = torch.linalg.svdvals(oracles.task_sum(base, experts)["lora.weight"])
+        sums = torch.linalg.svdvals(rules.task_sum(base, experts)["lora.weight"])
         assert float(values[0]) == pytest.approx(float(sums.sum()) / 40, rel=1e-4)
 
 
@@ -237,7 +236,7 @@ def test_opcm_read_out_isotropic_matches_the_oracle(dtype: torch.dtype, projecti
     given = [
         {name: base[name] + (expert[name].float() - base[name].float()).double() for name in base} for expert in experts
     ]
-    truth = oracles_spectral.opcm_isotropic(base, given, projection=projection, scale=1.5)
+    truth = spectral.opcm_isotropic(base, given, projection=projection, scale=1.5)
     error = gap(merged_task_vector(method, base, experts), truth)
     print(f"{dtype} {projection}: {error:.1e}")
     assert error <= 1e-5
@@ -254,7 +253,7 @@ def test_opcm_read_out_isotropic_is_right_for_the_state_on_disk(accumulator: str
         a = state[f"A/{name}"].double()
         truth = a * lengthened
         if name in MATRICES:
-            parts = [2.0 * oracles_spectral.flat(part, 1e-6) for part in (a if a.ndim == 3 else [a])]
+            parts = [2.0 * spectral.flat(part, 1e-6) for part in (a if a.ndim == 3 else [a])]
             truth = torch.stack(parts).reshape(a.shape)
         error = gap({name: tensor}, {name: truth})
         print(f"{name} {accumulator}: {error:.1e}")
@@ -274,12 +273,12 @@ def test_both_read_outs_of_opcm_share_a_state() -> None:
 def test_wudi_lessens_the_loss_of_the_sum(solver: str) -> None:
     base, experts = stream()
     ours = merged_task_vector(make("wudi", {"solver": solver}), base, experts)
-    total = oracles.task_sum(base, experts)
-    tasks = [oracles.task_vector(base, expert) for expert in experts]
+    total = rules.task_sum(base, experts)
+    tasks = [rules.task_vector(base, expert) for expert in experts]
     weights = torch.ones(COUNT, dtype=torch.float64)
     for name in ("square.weight", "tall.weight", "wide.weight", "lora.weight"):
         taus = torch.stack([task[name] for task in tasks])
-        after, before = (float(oracles_spectral.wudi_loss(m, taus, weights)) for m in (ours[name], total[name]))
+        after, before = (float(spectral.wudi_loss(m, taus, weights)) for m in (ours[name], total[name]))
         assert after < (0.95 if solver == "adam" else 0.5) * before, name
 
 
@@ -287,7 +286,7 @@ def test_wudi_lessens_the_loss_of_the_sum(solver: str) -> None:
 def test_wudi_takes_a_single_expert_whole(params: dict[str, Any]) -> None:
     base, experts = stream(count=1)
     ours = merged_task_vector(make("wudi", params), base, experts)
-    assert worst(ours, oracles.task_vector(base, experts[0])) <= 1e-6
+    assert worst(ours, rules.task_vector(base, experts[0])) <= 1e-6
 
 
 @pytest.mark.parametrize("solver", ["adam", "ridge"])
@@ -295,7 +294,7 @@ def test_wudi_leaves_a_single_expert_whole_once_another_is_taken_out(solver: str
     """Adam would take the rounding that is left for a gradient, and move each weight by lr at every step."""
     base, experts = stream(count=2)
     ours = merged_task_vector(make("wudi", {"solver": solver}), base, [*experts, experts[1]], [1.0, 0.7, -0.7])
-    truth = oracles.task_vector(base, experts[0])
+    truth = rules.task_vector(base, experts[0])
     assert worst({name: ours[name] for name in MATRICES}, {name: truth[name] for name in MATRICES}) <= 1e-6
 
 
@@ -316,7 +315,7 @@ def test_iso_c_matches_the_oracle_at_either_end_of_tol(tol: float, dtype: torch.
     base, experts = stream(dtype, count=2)
     given = [{n: base[n] + (e[n].float() - base[n].float()).double() for n in base} for e in experts]
     ours = merged_task_vector(make("iso_c", {"tol": tol}), base, experts)
-    assert worst(ours, oracles_spectral.iso_c(base, given, tol=tol)) <= 1e-5
+    assert worst(ours, spectral.iso_c(base, given, tol=tol)) <= 1e-5
 
 
 def test_wudi_declares_what_its_solvers_take() -> None:

@@ -20,7 +20,7 @@ from projector.methods import make
 from projector.methods.dare import Dare, random_bits, stream_key
 from projector.methods.ties import Ties
 from projector.spec import TensorSpec
-from tests.oracles import trim as oracles_trim
+from tests.oracles import trim
 
 Tensors = dict[str, Tensor]
 Oracle = Callable[..., Tensors]
@@ -76,8 +76,8 @@ def experts_of(dtype: torch.dtype, seed: int = 0) -> tuple[Tensors, list[Tensors
 def truth_of(case: str, base: Tensors, experts: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
     name, params = CASES[case]
     if name == "dare":
-        return oracles_trim.dare(base, experts, [identity(expert) for expert in experts], weights, **params)
-    oracle: Oracle = getattr(oracles_trim, name)
+        return trim.dare(base, experts, [identity(expert) for expert in experts], weights, **params)
+    oracle: Oracle = getattr(trim, name)
     return oracle(base, experts, weights, **params)
 
 
@@ -306,15 +306,13 @@ def test_breadcrumbs_leave_something_of_every_tensor() -> None:
 def test_the_random_numbers_are_splitmix64() -> None:
     """The published first numbers of seed 1234567, and any part of any stream against whole numbers in Python."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    assert oracles_trim.splitmix64(1234567, 4) == published
+    assert trim.splitmix64(1234567, 4) == published
     for key in (0, 1, 1234567, 2**63 - 1, 2**63, 2**64 - 1, stream_key("a" * 64, "w", 3)):
-        numbers = [oracles_trim.signed(x) for x in oracles_trim.splitmix64(key, 300)]
+        numbers = [trim.signed(x) for x in trim.splitmix64(key, 300)]
         assert random_bits(key, 0, 300, CPU).tolist() == numbers
         assert random_bits(key, 123, 100, CPU).tolist() == numbers[123:223]
     far = (2**40 + 5) * 0x9E3779B97F4A7C15 % 2**64
-    assert random_bits(0, 2**40 + 5, 3, CPU).tolist() == [
-        oracles_trim.signed(x) for x in oracles_trim.splitmix64(far, 3)
-    ]
+    assert random_bits(0, 2**40 + 5, 3, CPU).tolist() == [trim.signed(x) for x in trim.splitmix64(far, 3)]
 
 
 def test_a_mask_is_the_same_in_any_blocks_and_on_replay() -> None:
