@@ -1,0 +1,158 @@
+"""The gate: what goes live, what is held and what is rejected, with a real evaluator in a process of its own."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon.config import Settings
+from daemon.errors import BadHome
+from daemon.home.verification import verify
+from daemon.layout import Home
+from registry.records import Expert, Status
+from tests.daemon.homes import drain, experts, lineage, live, put, quick, tree
+from tests.models import read_weights, write_expert
+
+EVALUATOR = """
+import json, os, sys
+told = json.load(sys.stdin)
+folder = sys.argv[1]
+with open("calls.jsonl", "a") as calls:
+    calls.write(json.dumps({**told, "files": sorted(os.listdir(folder))}) + "\\n")
+scores = json.load(open("scores.json"))
+key = (told["expert"] or {}).get("name") if told["head"] is None else str(told["version"])
+given = scores.get(key, scores["else"])
+if given == "fail":
+    sys.exit("no GPU")
+print(json.dumps(given))
+"""
+
+
+@pytest.fixture
+def scored(home: Home) -> Home:
+    (home.root / "score.py").write_text(EVALUATOR)
+    return home
+
+
+def gate(**evaluate: Any) -> Settings:
+    return quick(evaluate={"command": ["python3", "score.py", "{folder}"], **evaluate})
+
+
+def drop(home: Home, base: Path, seed: int, scores: Mapping[str, Any], settings: Settings, task: str = "") -> Expert:
+    (home.root / "scores.json").write_text(json.dumps(scores))
+    path = write_expert(home.root.parent / f"expert{seed}.safetensors", base, seed)
+    if task:
+        folder = home.root.parent / f"expert{seed}"
+        folder.mkdir()
+        shutil.move(path, folder / "model.safetensors")
+        (folder / "expert.json").write_text(json.dumps({"task": task}))
+        path = folder
+    put(home, path)
+    drain(home, settings)
+    return experts(home)[-1]
+
+
+def calls(home: Home) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (home.root / "calls.jsonl").read_text().splitlines()]
+
+
+def test_a_version_that_keeps_the_rules_is_live_with_its_scores(scored: Home, base: Path) -> None:
+    settings = gate(require=["each >= live - 0.05", "mean >= base"])
+    came = drop(scored, base, 2, {"0": {"a": 0.5, "b": 0.5}, "else": {"a": 0.6, "b": 0.5}}, settings)
+    assert came.status is Status.MERGED and live(scored) == 1
+    with lineage(scored) as reader:
+        version, zero = reader.version("main", 1), reader.version("main", 0)
+        assert version and version.held is None and version.verdict and version.verdict["outcome"] == "live"
+        evaluation = reader.evaluation(version.evaluation)
+        assert evaluation and {task: score.score for task, score in evaluation.scores.items()} == {"a": 0.6, "b": 0.5}
+        assert zero and zero.evaluation and zero.evaluation != version.evaluation
+    manifest = json.loads(scored.manifest("main", 1).read_bytes())
+    assert manifest["scores"]["a"]["score"] == 0.6 and manifest["verdict"]["against"] == "main/0"
+    assert "| a | 0.6 |" in (scored.version("main", 1) / "README.md").read_text()
+    base_call, call = calls(scored)
+    assert (base_call["version"], call["version"], call["head"], call["parent"]) == (0, 1, "main", 0)
+    assert call["expert"]["name"] == came.name and call["scores"]["live"]["a"]["score"] == 0.5
+    assert "config.json" in call["files"] or call["files"] == ["model.safetensors"]
+    assert scored.evaluation_log("main", 1).exists()
+    with lineage(scored) as reader:
+        assert verify(scored, reader, lambda _: None)[1] == []
+
+
+def test_one_that_breaks_a_rule_is_held_and_the_next_one_is_held_against_what_is_live(scored: Home, base: Path) -> None:
+    settings = gate(require=["each >= live - 0.05"])
+    scores: dict[str, Any] = {"0": {"a": 0.5}, "1": {"a": 0.3}, "2": {"a": 0.49}, "else": {"a": 0.5}}
+    assert drop(scored, base, 2, scores, settings).status is Status.MERGED
+    assert live(scored) == 0
+    with lineage(scored) as reader:
+        head, held = reader.heads()[0], reader.version("main", 1)
+        assert (head.live, head.newest, head.frozen) == (0, 1, None)
+        assert held and held.held and "`each >= live - 0.05`: `a` 0.3 against 0.5" in held.held
+    drop(scored, base, 3, scores, settings)
+    assert live(scored) == 2
+    assert [call["version"] for call in calls(scored)] == [0, 1, 2]  # none is scored twice
+
+
+def test_one_that_must_be_rejected_leaves_everything_as_it_was(scored: Home, base: Path) -> None:
+    settings = gate(require=["own >= live + 0.1 else reject"])
+    drop(scored, base, 2, {"else": {"a": 0.5}}, settings)
+    before = {
+        name: content for name, content in tree(scored.root).items() if name.startswith(("published", "state/heads"))
+    }
+    came = drop(scored, base, 3, {"else": {"a": 0.55}}, settings, task="a")
+    assert (came.status, came.reason, came.blocked) == (Status.QUARANTINED, "scores", True)
+    assert came.detail and "`own >= live + 0.1 else reject`" in came.detail
+    after = {
+        name: content for name, content in tree(scored.root).items() if name.startswith(("published", "state/heads"))
+    }
+    assert after == before and live(scored) == 1
+    reason = json.loads((scored.quarantine(came.id) / "reason.json").read_text())
+    assert reason["verdict"]["scores"]["a"]["score"] == 0.55
+    again = write_expert(scored.root.parent / "again.safetensors", base, 3)
+    put(scored, again)
+    drain(scored, settings)
+    back = experts(scored)[-1]
+    assert (back.status, back.duplicate_of) == (Status.DUPLICATE, came.id)
+    assert back.detail and "does not come back" in back.detail
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("hold", 0), ("accept", 1)])
+def test_an_evaluator_that_fails_is_no_fault_of_the_expert(
+    scored: Home, base: Path, policy: str, expected: int
+) -> None:
+    came = drop(scored, base, 2, {"else": "fail"}, gate(on_error=policy))
+    assert came.status is Status.MERGED and live(scored) == expected
+    with lineage(scored) as reader:
+        version = reader.version("main", 1)
+    assert version and version.verdict and "no GPU" in version.verdict["error"]
+    assert (version.held is None) == (policy == "accept")
+    assert b"no GPU" in scored.evaluation_log("main", 1).read_bytes()
+
+
+def test_an_expert_is_held_against_what_it_scores_by_itself(scored: Home, base: Path) -> None:
+    settings = gate(require=["own >= expert - 0.1 else reject"])
+    first = drop(scored, base, 2, {"expert2": {"a": 0.9}, "else": {"a": 0.1}}, settings, task="a")
+    assert (
+        first.status is Status.MERGED and len(calls(scored)) == 1
+    )  # alone it is the merged model: its scores are known
+    scores = {"expert3": {"a": 0.9}, "else": {"a": 0.85}}
+    assert drop(scored, base, 3, scores, settings, task="a").status is Status.MERGED and live(scored) == 2
+    _, alone, merged = calls(scored)
+    assert alone["head"] is None and alone["expert"]["expert.json"]["task"] == "a"
+    assert merged["scores"]["expert"]["a"]["score"] == 0.9
+    assert drop(scored, base, 4, {"expert4": {"a": 0.99}, "else": {"a": 0.85}}, settings, task="a").reason == "scores"
+
+
+def test_an_evaluator_that_writes_into_the_version_stops_the_daemon(scored: Home, base: Path) -> None:
+    (scored.root / "score.py").write_text(
+        "import sys\nopen(sys.argv[1] + '/model.safetensors', 'ab').write(b'x')\nprint('{\"a\": 1}')"
+    )
+    with pytest.raises(BadHome, match="the evaluator changed what it was to score"):
+        drop(scored, base, 2, {}, gate())
+    assert live(scored) == 0 and experts(scored) == []
+    (scored.root / "score.py").write_text("import sys\nopen(sys.argv[1] + '/cache', 'w')\nprint('{\"a\": 1}')")
+    drain(scored, gate())
+    assert live(scored) == 1 and not (scored.version("main", 1) / "cache").exists()
+    assert read_weights(scored.version("main", 1))
