@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from urllib.parse import quote, urlencode
 
@@ -31,6 +31,18 @@ from registry.records import Head, Status, Version
 PAGE_LIMIT = 1000  # rows in one answer, at the most
 WAIT_SECONDS = 30.0  # for a version, unless told otherwise
 LONGEST_WAIT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a client waits for: version `wanted` or a later one, or another than the one that it has; and how long."""
+
+    wanted: int | None
+    has: int | None
+    seconds: float
+
+    def is_over(self, live: int) -> bool:
+        return (self.wanted is not None and live >= self.wanted) or (self.has is not None and live != self.has)
 
 
 class ReadRoutes:
@@ -80,13 +92,15 @@ class ReadRoutes:
 
     async def latest(self, request: Request) -> Response:
         name = request.path_params["head"]
-        wanted, seconds = _wait(request)
+        wait = _wait(request)
         head = await run_in_threadpool(self.published.head, name)
-        if head.live < wanted:
-            await self.waiting.until(request, head.name, wanted, seconds)
+        if wait and not wait.is_over(head.live):
+            begun = head.live
+            # Further back than where the wait began: the head was rolled back, and who waits has what is live no more.
+            await self.waiting.until(request, head.name, lambda live: live < begun or wait.is_over(live), wait.seconds)
             head = await run_in_threadpool(self.published.head, name)
-        if head.live < wanted:
-            return Response(status_code=204, headers=NO_CACHE)
+            if head.live >= begun and not wait.is_over(head.live):
+                return Response(status_code=204, headers=NO_CACHE)
         return RedirectResponse(f"versions/{head.live}", 307, headers=NO_CACHE)
 
     def latest_file(self, request: Request) -> Response:
@@ -223,21 +237,20 @@ def _next(request: Request, limit: int, **cursor: int) -> str:
     return f"{request.url.path}?{urlencode(asked)}"
 
 
-def _wait(request: Request) -> tuple[int, float]:
-    """The version to wait for, 0 for none, and for how many seconds. Problem 400."""
-    version, seconds = (request.query_params.get(name) for name in ("wait_for", "timeout"))
-    if version is None:
+def _wait(request: Request) -> Wait | None:
+    """What to wait for; None for nothing. Problem 400."""
+    wanted, has = _query_number(request, "wait_for", None, least=0), _query_number(request, "have", None, least=0)
+    seconds = request.query_params.get("timeout")
+    if wanted is None and has is None:
         if seconds is not None:
-            raise Problem(400, "bad_query", "timeout is for wait_for", "for example ?wait_for=12&timeout=30")
-        return 0, 0.0
-    if not re.fullmatch(r"[0-9]{1,12}", version):
-        raise Problem(400, "bad_query", "wait_for must be the number of a version", "for example ?wait_for=12")
+            raise Problem(400, "bad_query", "timeout is for wait_for and have", "for example ?wait_for=12&timeout=30")
+        return None
     if seconds is None:
-        return int(version), WAIT_SECONDS
+        return Wait(wanted, has, WAIT_SECONDS)
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", seconds) or float(seconds) > LONGEST_WAIT_SECONDS:
         limit = f"0 to {LONGEST_WAIT_SECONDS:.0f}"
         raise Problem(400, "bad_query", f"timeout must be {limit} seconds", "ask again when it is over")
-    return int(version), float(seconds)
+    return Wait(wanted, has, float(seconds))
 
 
 def _limit(request: Request, default: int = 100) -> int:
