@@ -14,19 +14,20 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from daemon.checkpoints.weight_names import weight_names
 from daemon.home.health import Trouble
+from daemon.home.standing import held
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, immutable, precondition, root_of
 from daemon.http.computing import Views
 from daemon.http.files import Published
 from daemon.http.finding import arrivals, merged
-from daemon.http.rows import base_row, data_row, expert_row, head_row, version_row
+from daemon.http.rows import Row, base_row, data_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
 from daemon.http.waiting import Waiting
 from daemon.layout import Home, is_weights
 from daemon.manifest import FileEntry
 from daemon.notation import called
 from registry.reader import Reader
-from registry.records import Head, Status, Version
+from registry.records import Expert, Head, Status, Version
 
 PAGE_LIMIT = 1000  # rows in one answer, at the most
 WAIT_SECONDS = 30.0  # for a version, unless told otherwise
@@ -87,7 +88,12 @@ class ReadRoutes:
         return Response(encode(self.metrics), headers={**NO_CACHE, "Content-Type": content_type})
 
     def heads(self, request: Request) -> Response:
-        rows = [head_row(head, root_of(request)) for head in self.reader.heads()]
+        heads = self.reader.heads()
+        live = {head.name: self.reader.version(head.name, head.live) for head in heads}
+        ids = {name: version.evaluation if version else None for name, version in live.items()}
+        said = self.reader.evaluations(ids.values())
+        root = root_of(request)
+        rows = [head_row(head, held(self.reader, head), said.get(ids[head.name] or 0), root) for head in heads]
         return JSONResponse({"heads": rows}, headers=NO_CACHE)
 
     async def latest(self, request: Request) -> Response:
@@ -116,10 +122,11 @@ class ReadRoutes:
         limit, before = _limit(request), _query_number(request, "before", None)
         rows = self.reader.versions(head.name, limit=limit, before=before)
         last = rows[-1].number if len(rows) == limit else 0  # and before version 0 there is none
+        said = self.reader.evaluations(row.evaluation for row in rows)
         body = {
             "head": head.name,
             "live": head.live,
-            "versions": [version_row(row, head) for row in rows],
+            "versions": [version_row(row, head, said.get(row.evaluation or 0)) for row in rows],
             "next": _next(request, limit, before=last) if last else None,
         }
         return JSONResponse(body, headers=NO_CACHE)
@@ -188,7 +195,7 @@ class ReadRoutes:
         rows = self.reader.experts(status=Status(wanted) if wanted else None, limit=limit, before=before)
         last = rows[-1].id if len(rows) == limit else None
         body = {
-            "experts": [expert_row(row) for row in rows],
+            "experts": self._expert_rows(rows),
             "next_before": last,
             "next": _next(request, limit, before=last) if last else None,
         }
@@ -199,8 +206,13 @@ class ReadRoutes:
         found = arrivals(self.reader, prefix)
         # The same bytes may have arrived often: the one that was merged speaks for all, else the newest.
         chosen = max(found, key=lambda row: (row.status is Status.MERGED, row.id))
-        body = {**expert_row(chosen), "arrivals": sorted(row.id for row in found)}
+        (row,) = self._expert_rows([chosen])
+        body = {**row, "arrivals": sorted(one.id for one in found)}
         return JSONResponse(body, headers=NO_CACHE)
+
+    def _expert_rows(self, experts: Sequence[Expert]) -> list[Row]:
+        said = self.reader.evaluations(expert.evaluation for expert in experts)
+        return [expert_row(expert, said.get(expert.evaluation or 0)) for expert in experts]
 
     def lineage(self, request: Request) -> Response:
         limit = _limit(request, PAGE_LIMIT)  # a small home's lineage is one page
@@ -209,7 +221,7 @@ class ReadRoutes:
         last = rows[-1].version if len(rows) == limit else None
         body = {
             "base": base_row(self.reader.base()),
-            "experts": [expert_row(row) for row in rows],
+            "experts": self._expert_rows(rows),
             "next": _next(request, limit, after=last) if last else None,
         }
         return JSONResponse(body, headers=NO_CACHE)
