@@ -185,6 +185,11 @@ class Reader:
         found = [self._all(Evaluation, select(EvaluationRow).where(EvaluationRow.id.in_(page))) for page in pages]
         return {one.id: one for page in found for one in page}
 
+    def last_evaluation_id(self) -> int:
+        """The highest id of an evaluation; 0 where none was made yet."""
+        with self._read() as connection:
+            return connection.execute(select(func.max(EvaluationRow.id))).scalar() or 0
+
     def evaluated(self, weights_sha256: str, command_sha256: str) -> Evaluation | None:
         """The newest evaluation of these weights by that command."""
         same = EvaluationRow.weights_sha256 == weights_sha256, EvaluationRow.command_sha256 == command_sha256

@@ -147,7 +147,7 @@ def _commands(published: Published, head: Head, origin: str) -> Sequence[tuple[s
     # Not the whole path: the page may be read by many, and where things lie on this machine is nobody's business.
     latest = str(home.latest(head.name).absolute().relative_to(home.root.absolute().parent))
     if "config.json" in manifest.files:
-        where = "Load the newest on this machine, from the folder that the home is in"
+        where = "Load what is live on this machine, from the folder that the home is in"
         commands.insert(0, (where, f"AutoModel.from_pretrained({latest!r})"))
     return commands
 
