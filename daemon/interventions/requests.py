@@ -27,7 +27,7 @@ from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from projector.errors import ProjectorError
 from registry.errors import RegistryError, StorageFailed
-from registry.records import Deed
+from registry.records import Deed, NewEvaluation, Score
 from registry.store import Store
 
 LOOK_SECONDS = 0.1
@@ -216,4 +216,7 @@ def _read(path: Path) -> Request:
         content = json.loads(file.read(MOST_BYTES))
     content["deed"] = Deed(content["deed"])
     content["experts"] = tuple(int(number) for number in content["experts"])
+    if found := content["evaluation"]:
+        scores = {task: Score(**score) for task, score in found.pop("scores").items()}
+        content["evaluation"] = NewEvaluation(scores=scores, **found)
     return Request(**content)
