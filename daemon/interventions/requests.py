@@ -183,7 +183,7 @@ class Desk:
         path = self._home.requests / name
         try:
             asked = Asked(path, _read(path))
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             self._log.warning("a request that cannot be read", file=name, error=str(error))
             return
         if asked.request.deed is Deed.WITHDRAW:
