@@ -53,7 +53,7 @@ class Gate:
         self._home = home
         self._store = store
         self._settings = settings
-        self._scoring = Scoring(home, store, settings, watch)
+        self._scoring = Scoring(home, store, settings, store.evaluate, watch)
         self._log = structlog.get_logger()
 
     @property
