@@ -22,6 +22,7 @@ NOT_OF_EXPERTS = {"unknown", "home", "config", "pull", "changed", "bad_parameter
 NOT_OF_EXPERTS |= {"device_lost", "evaluation"}
 NOT_OF_EXPERTS |= {"convert"} | {reason for reason in Reason if reason.startswith("upload_")}
 REASONS = tuple(dict.fromkeys(str(r) for r in (*Reason, *ProjectorReason) if r not in NOT_OF_EXPERTS))
+DEEDS = tuple(deed for deed in Deed if deed not in (Deed.EVALUATE, Deed.COLLECT))  # that leave a row
 JUDGED = ("live", "held", "rejected", "failed")
 MOST_TASKS = 32
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
@@ -77,7 +78,7 @@ class HeadMetrics:
         self.last_success = Gauge(
             "mainstem_last_success_timestamp_seconds", "When the last version was committed.", registry=registry
         )
-        for deed in Deed:
+        for deed in DEEDS:
             self.interventions.labels(str(deed))
         self._figures: set[tuple[str, str]] = set()
         self._scores: set[tuple[str, str]] = set()

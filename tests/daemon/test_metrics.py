@@ -11,7 +11,7 @@ from daemon.compute.progress import PHASES
 from daemon.config import Settings
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
-from daemon.metrics import JUDGED, MOST_TASKS, OUTCOMES, REASONS, HeadMetrics, Metrics
+from daemon.metrics import DEEDS, JUDGED, MOST_TASKS, OUTCOMES, REASONS, HeadMetrics, Metrics
 from registry.records import Deed, Flag
 from registry.store import Store
 from tests.daemon.homes import count, drain, put, quick
@@ -34,7 +34,7 @@ def test_every_series_with_a_closed_label_is_there_from_the_start() -> None:
         ("mainstem_experts_total", "outcome", OUTCOMES),
         ("mainstem_refused_total", "reason", REASONS),
         ("mainstem_evaluations_total", "outcome", JUDGED),
-        ("mainstem_interventions_total", "deed", Deed),
+        ("mainstem_interventions_total", "deed", DEEDS),
         ("mainstem_experts_flagged_total", "flag", Flag),
         ("mainstem_merge_phase_seconds_total", "phase", PHASES),
     ):
