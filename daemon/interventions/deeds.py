@@ -76,6 +76,8 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
     """
     done = check(home, store, request)
     if not done:
+        if request.deed in (Deed.ROLLBACK, Deed.PROMOTE):
+            follow_live(home, store)  # whoever asked before may have been stopped half way
         return done
     match request.deed:
         case Deed.ROLLBACK | Deed.PROMOTE:
