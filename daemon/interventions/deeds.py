@@ -76,6 +76,7 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
     """
     done = check(home, store, request)
     if not done:
+        follow_live(home, store)  # one that was cut short may have come so far
         return done
     match request.deed:
         case Deed.ROLLBACK | Deed.PROMOTE:
