@@ -76,8 +76,7 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
     """
     done = check(home, store, request)
     if not done:
-        if request.deed in (Deed.ROLLBACK, Deed.PROMOTE):
-            follow_live(home, store)  # whoever asked before may have been stopped half way
+        follow_live(home, store)  # one that was cut short may have come so far
         return done
     match request.deed:
         case Deed.ROLLBACK | Deed.PROMOTE:

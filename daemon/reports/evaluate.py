@@ -14,7 +14,7 @@ from daemon.disk import durable
 from daemon.errors import BadConfig, BadHome
 from daemon.evaluation.scoring import Scoring, described
 from daemon.home.ground import Base
-from daemon.layout import Home
+from daemon.layout import BY_ITSELF, Home
 from daemon.manifest import Manifest
 from daemon.merge.folding import Folding
 from daemon.notation import called
@@ -83,7 +83,7 @@ class Evaluating:
                 stage(self._home, written, base.beside)
             told: dict[str, Any] = dict.fromkeys(("head", "version", "parent"))
             told |= {"expert": described(expert), "scores": {}}
-            log = self._home.evaluation_log("experts", expert.id)
+            log = self._home.evaluation_log(BY_ITSELF, expert.version or 0)
             scoring, name = self._scoring(expert), expert.name
             found = scoring.of(name, written.weights, written.published, told, log, again=again)
             return self._noted(found, expert)

@@ -57,8 +57,8 @@ ADDRESSES = {
     "/v1/heads/{head}/latest": "/v1/heads/main/latest",
     "/v1/heads/{head}/latest/files/{name:path}": "/v1/heads/main/latest/files/model.safetensors",
     "/v1/heads/{head}/versions": "/v1/heads/main/versions?before=900",
+    "/v1/heads/{head}/versions/{n}/data": "/v1/heads/main/versions/{live}/data",
     "/v1/heads/{head}/versions/{n}": "/v1/heads/main/versions/{live}",
-    "/v1/heads/{head}/versions/{n}/data": "/v1/heads/main/versions/{live}/data?limit=100",
     "/v1/heads/{head}/versions/{n}/files/{name:path}": "/v1/heads/main/versions/{live}/files/model.safetensors",
     "/v1/heads/{head}/versions/{n}/views/{expert}/files/{name:path}": (
         "/v1/heads/own/versions/{live}/views/{live}/files/model.safetensors"
