@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.safetensors"
+REASON_FILE = "reason.json"  # why an expert was refused, beside it
 BY_ITSELF = "by-itself"  # no head is called so
 PREPARED_FILE = "prepared.safetensors"
 PREPARED_DIGEST = "prepared.sha256"
