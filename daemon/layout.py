@@ -26,6 +26,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+REASON_FILE = "reason.json"
 ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.safetensors"
 PREPARED_FILE = "prepared.safetensors"

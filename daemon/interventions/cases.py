@@ -6,11 +6,10 @@ What was refused is an open case until one of these was done, or another drop of
 import os
 from collections.abc import Sequence
 
-from daemon.arrivals.filing import REASON_FILE
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
-from daemon.layout import Home, number
+from daemon.layout import REASON_FILE, Home, number
 from daemon.versions.retention import remove_whole
 from projector.text import shown
 from registry.records import Deed, Expert, NewIntervention, Status

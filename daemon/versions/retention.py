@@ -13,18 +13,21 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from daemon.config import Retention
 from daemon.disk import durable
 from daemon.layout import Home
 from registry.records import Head, Version
 from registry.store import Store
 
+if TYPE_CHECKING:
+    from daemon.config import Retention
+
 OLDEST = 100  # versions of a head that are looked at together
 
 
-def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
+def collect(home: Home, store: Store, settings: "Retention") -> list[Version]:
     """Removes what retention no longer keeps and returns it.
 
     Kept: version 0, the live version, the newest `settings.versions`, what is pinned, what a merged expert was trained
@@ -99,7 +102,7 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
             yield int(path.name), path
 
 
-def _expired(store: Store, head: Head, settings: Retention) -> list[Version]:
+def _expired(store: Store, head: Head, settings: "Retention") -> list[Version]:
     """The oldest versions that may go, OLDEST of them at the most: within the grace time there may be thousands."""
     before = datetime.now(UTC) - timedelta(seconds=settings.grace_seconds)
     newest = store.versions(head.name, limit=settings.versions, include_collected=False)
