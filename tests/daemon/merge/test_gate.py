@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.layout import Home
-from registry.records import Expert, Status
+from registry.records import Expert, Flag, Status
 from tests.daemon.homes import drain, experts, lineage, live, put, quick, tree
+from tests.daemon.processes import forked
 from tests.models import read_weights, write_expert
 
 EVALUATOR = """
@@ -116,6 +118,18 @@ def test_one_that_must_be_rejected_leaves_everything_as_it_was(scored: Home, bas
     back = experts(scored)[-1]
     assert (back.status, back.duplicate_of) == (Status.DUPLICATE, came.id)
     assert back.detail and "does not come back" in back.detail
+
+
+def test_without_a_gate_one_that_is_far_too_long_is_flagged_after_two_others(home: Home, base: Path) -> None:
+    for seed, scale in ((2, 0.01), (3, 0.01), (4, 0.046)):
+        put(home, write_expert(home.root.parent / f"{seed}.safetensors", base, seed, scale))
+    with structlog.testing.capture_logs() as said:
+        drain(home)
+    assert live(home) == 3
+    assert [one.flags for one in experts(home)] == [(), (), (Flag.LONG,)]
+    (line,) = [line for line in said if line["log_level"] == "warning"]
+    assert line["flags"] == ("long",) and "4.53 times as long as is usual here" in line["detail"]
+    assert "flagged" in forked("status", "--home", home.root).stdout
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("hold", 0), ("accept", 1)])
