@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,16 @@ from tests.crash.daemons import LIMIT_SECONDS, Ended, Zygote
 from tests.crash.invariants import History, check, sha256
 from tests.crash.test_failpoints import Trace, passes
 from tests.crash.worlds import MakeFolder, World, drain, fill_inbox, outcome, watch
+from tests.daemon.processes import ended, until
 
 NAMES = ("a.safetensors", "b", "e")  # live, rejected, held
 EVALUATOR = """
+cd state/evaluations
 told=$(cat)
 echo call >> calls
+case $told in
+*'"name": "b"'*) [ -e hang ] && { echo $$ > pid; sleep 1000; } ;;
+esac
 case $told in
 *'"name": "b"'*) echo '{"task": 0.1}' ;;
 *'"name": "e"'*) echo '{"task": 0.3}' ;;
@@ -57,7 +61,7 @@ class Gated:
         """A new one, with the three drops in its inbox."""
         home = self._world.home(self._make_folder("gated") / "home", fill=False)
         (home.state / "evaluations").mkdir()
-        (home.state / "evaluations" / "score.sh").write_text(EVALUATOR.replace("calls", "state/evaluations/calls"))
+        (home.state / "evaluations" / "score.sh").write_text(EVALUATOR)
         home.config.write_text(GATE)
         fill_inbox(home, self.drops)
         return home
@@ -94,8 +98,8 @@ def gated(world: World, make_folder: MakeFolder) -> Gated:
 def judged(gated: Gated, make_folder: MakeFolder) -> tuple[Home, Trace]:
     """A home over which all three were judged, and the failpoints that were passed."""
     home, trace = gated.home(), make_folder("trace") / "trace"
-    ended = gated.zygote.run(*drain(home), trace=trace)
-    assert ended.code == 0, ended.log
+    done = gated.zygote.run(*drain(home), trace=trace)
+    assert done.code == 0, done.log
     gated.check(home, {})
     with Reader.open(home.registry) as reader:
         head = reader.head("main")
@@ -113,12 +117,12 @@ def test_a_gate_passes_its_points(judged: tuple[Home, Trace]) -> None:
 def cut_short(point: str, action: str, nth: int, gated: Gated, judged: Home) -> None:
     """Ends a run where it evaluates, and asserts that the next one goes on from there."""
     home, history = gated.home(), History()
-    ended = gated.zygote.run(*drain(home), MAINSTEM_FAILPOINT=f"{point}={action}:{nth}")
-    assert ended.code == (-signal.SIGKILL if action == "kill" else 1), ended.log
+    done = gated.zygote.run(*drain(home), MAINSTEM_FAILPOINT=f"{point}={action}:{nth}")
+    assert done.code == (-signal.SIGKILL if action == "kill" else 1), done.log
     gated.check(home, history)
     assert sorted(os.listdir(home.inbox)) == list(NAMES)[nth - 1 :]
-    ended = gated.zygote.run(*drain(home))
-    assert ended.code == 0, ended.log
+    done = gated.zygote.run(*drain(home))
+    assert done.code == 0, done.log
     gated.check(home, history)
     assert standing(home) == standing(judged)
     assert calls(home) == 3  # what was scored before it ended is not scored again, and nothing goes unscored
@@ -131,6 +135,28 @@ def test_an_evaluation_that_is_cut_short_is_resumed(
 ) -> None:
     """Over the expert that is rejected."""
     cut_short(point, action, 2, gated, judged[0])
+
+
+def test_an_evaluator_ends_with_its_daemon_and_what_it_had_not_scored_is_scored_anew(
+    gated: Gated, judged: tuple[Home, Trace]
+) -> None:
+    home, history = gated.home(), History()
+    evaluator, hangs = home.state / "evaluations" / "pid", home.state / "evaluations" / "hang"
+    hangs.touch()
+    daemon = gated.zygote.start(*watch(home))
+    assert until(lambda: evaluator.exists() and evaluator.read_text().endswith("\n"), LIMIT_SECONDS), daemon.log
+    pid = int(evaluator.read_text())
+    assert not ended(pid)
+    os.kill(daemon.pid, signal.SIGKILL)
+    assert daemon.wait().code == -signal.SIGKILL
+    assert until(lambda: ended(pid), LIMIT_SECONDS)
+    gated.check(home, history)
+    assert calls(home) == 2 and sorted(os.listdir(home.inbox)) == ["b", "e"]
+    hangs.unlink()
+    assert gated.zygote.run(*drain(home)).code == 0
+    gated.check(home, history)
+    assert standing(home) == standing(judged[0])
+    assert calls(home) == 4  # the one that was cut short, once more
 
 
 @pytest.mark.slow
@@ -159,8 +185,8 @@ def deed(
     """What is asked for, what then is otherwise, and the failpoints that are passed."""
     name, root = request.param, make_folder("deed")
     home = copied(judged[0], root / "home")
-    ended = gated.ask(home, *DEEDS[name], trace=root / "trace")
-    assert ended.code == 0, ended.log
+    done = gated.ask(home, *DEEDS[name], trace=root / "trace")
+    assert done.code == 0, done.log
     gated.check(home, {}, gone=name == "discard")
     trace = (root / "trace").read_text().split()
     assert own_point(name) in trace
@@ -199,13 +225,13 @@ def test_a_deed_that_is_cut_short_at_any_pass(
 def cut(name: str, after: tuple[object, ...], failpoint: str, code: int, gated: Gated, home: Home) -> None:
     """Ends a deed there: the home is sound, and once it was asked for again all is as if it never had."""
     before, history = changed(home), History()
-    ended = gated.ask(home, *DEEDS[name], MAINSTEM_FAILPOINT=failpoint)
-    assert ended.code == code, ended.log
+    done = gated.ask(home, *DEEDS[name], MAINSTEM_FAILPOINT=failpoint)
+    assert done.code == code, done.log
     gated.check(home, history, gone=name == "discard" and not (home.quarantine(2) / "b").exists())
     if changed(home) != after:
         assert changed(home)[:4] == before[:4], failpoint
-        ended = gated.ask(home, *DEEDS[name])
-        assert ended.code == 0, ended.log
+        done = gated.ask(home, *DEEDS[name])
+        assert done.code == 0, done.log
     assert changed(home) == after, failpoint
     gated.check(home, history, gone=name == "discard")
 
@@ -219,10 +245,7 @@ def test_a_daemon_that_dies_over_a_rollback_has_made_it(
 ) -> None:
     home = copied(judged[0], tmp_path / "home")
     daemon = gated.zygote.start(*watch(home), MAINSTEM_FAILPOINT="turn.after=kill")
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not home.requests.exists():
-        assert daemon.running and time.monotonic() < deadline, daemon.log
-        time.sleep(0.01)
+    assert until(home.requests.exists, LIMIT_SECONDS), daemon.log
     asked = gated.ask(home, "rollback", "main/0")
     assert asked.code == 1 and "the daemon stopped before it answered" in asked.log
     assert daemon.wait().code == -signal.SIGKILL

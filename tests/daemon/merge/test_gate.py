@@ -145,6 +145,28 @@ def test_an_evaluator_that_fails_is_no_fault_of_the_expert(
     assert b"no GPU" in scored.evaluation_log("main", 1).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("script", "more", "said"),
+    [
+        ("kill -KILL $$", {}, "ended by SIGKILL"),
+        ("sleep 100 & sleep 100", {"timeout_seconds": 0.3}, "took longer than 0.3 s"),
+    ],
+)
+def test_one_that_is_killed_or_hangs_holds_the_version_which_can_be_promoted(
+    home: Home, base: Path, script: str, more: dict[str, Any], said: str
+) -> None:
+    settings = quick(evaluate={"command": ["sh", "-c", f"echo working >&2; {script}", "{folder}"], **more})
+    put(home, write_expert(home.root.parent / "expert.safetensors", base, 2))
+    drain(home, settings)
+    assert live(home) == 0 and experts(home)[-1].status is Status.MERGED
+    with lineage(home) as reader:
+        version = reader.version("main", 1)
+    assert version and version.held and said in version.held and version.evaluation is None
+    assert home.evaluation_log("main", 1).read_bytes() == b"working\n"
+    done = forked("promote", "1", "--home", home.root)
+    assert done.returncode == 0 and live(home) == 1
+
+
 def test_an_expert_is_held_against_what_it_scores_by_itself(scored: Home, base: Path) -> None:
     settings = gate(require=["own >= expert - 0.1 else reject"])
     first = drop(scored, base, 2, {"expert2": {"a": 0.9}, "else": {"a": 0.1}}, settings, task="a")
