@@ -65,6 +65,7 @@ class Deed(StrEnum):
     UNPIN = "unpin"
     RETRY = "retry"
     DISCARD = "discard"
+    EVALUATE = "evaluate"
 
 
 @dataclass(frozen=True, slots=True)

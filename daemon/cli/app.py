@@ -16,6 +16,7 @@ from daemon.cli import (
     config,
     convert,
     demo,
+    evaluate,
     init,
     inspect,
     log,
@@ -39,7 +40,7 @@ from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
     *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
-    *(rollback, promote, pin, unpin, block, unblock),
+    *(evaluate, rollback, promote, pin, unpin, block, unblock),
 )
 
 app = typer.Typer(

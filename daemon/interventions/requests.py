@@ -27,7 +27,7 @@ from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from projector.errors import ProjectorError
 from registry.errors import RegistryError, StorageFailed
-from registry.records import Deed
+from registry.records import Deed, NewEvaluation, Score
 from registry.store import Store
 
 LOOK_SECONDS = 0.1
@@ -183,7 +183,7 @@ class Desk:
         path = self._home.requests / name
         try:
             asked = Asked(path, _read(path))
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             self._log.warning("a request that cannot be read", file=name, error=str(error))
             return
         if asked.request.deed is Deed.WITHDRAW:
@@ -216,4 +216,7 @@ def _read(path: Path) -> Request:
         content = json.loads(file.read(MOST_BYTES))
     content["deed"] = Deed(content["deed"])
     content["experts"] = tuple(int(number) for number in content["experts"])
+    if found := content["evaluation"]:
+        scores = {task: Score(**score) for task, score in found.pop("scores").items()}
+        content["evaluation"] = NewEvaluation(scores=scores, **found)
     return Request(**content)

@@ -390,14 +390,9 @@ class Merger:
         return found
 
     def _by_itself(self, expert: OpenCheckpoint, folder: Path) -> Written:
-        """The expert alone, as a version would be: what the method `latest` makes of it."""
-        method = make("latest", {})
-        with ExitStack() as files:
-            output = self._folding.outputs(folder, method, files)
-            with self._sound_ground(()):
-                head = self._folding.head(expert, method, Totals(), Contribution(1), None, output)
-                folded = self._folding.fold(expert, [head])
-                written = self._folding.read_out(method, folded.totals[0], output)
+        """The expert alone, as a version would be."""
+        with self._sound_ground(()):
+            written = self._folding.alone(expert, folder)
         stage(self._home, written, self._base.beside)
         return written
 

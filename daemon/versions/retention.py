@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from daemon.disk import durable
-from daemon.layout import Home
+from daemon.layout import BY_ITSELF, Home
 from registry.records import Head, Version
 from registry.store import Store
 
@@ -52,7 +52,8 @@ def remove_files(home: Home, version: Version) -> None:
     What is published goes at once, by a rename: nobody ever sees half of a version.
     """
     remove_whole(home, home.version(version.head, version.number))
-    durable.remove(home.evaluation_log(version.head, version.number))
+    for name in (version.head, BY_ITSELF):
+        durable.remove(home.evaluation_log(name, version.number))
     durable.remove(home.head_state(version.head, version.number))
 
 

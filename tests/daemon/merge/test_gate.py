@@ -15,7 +15,7 @@ from daemon.home.verification import verify
 from daemon.layout import Home
 from registry.records import Expert, Flag, Status
 from tests.daemon.homes import drain, experts, lineage, live, put, quick, tree
-from tests.daemon.processes import forked
+from tests.daemon.processes import environment, forked, running, until
 from tests.models import read_weights, write_expert
 
 EVALUATOR = """
@@ -192,3 +192,31 @@ def test_an_evaluator_that_writes_into_the_version_stops_the_daemon(scored: Home
     drain(scored, gate())
     assert live(scored) == 1 and not (scored.version("main", 1) / "cache").exists()
     assert read_weights(scored.version("main", 1))
+
+
+def test_what_is_there_already_is_scored_when_it_is_asked_for(
+    scored: Home, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the daemon and without it: a version, all of them, an expert by itself; none twice."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    drop(scored, base, 2, {"0": {"a": 0.5}, "else": {"a": 0.75}}, quick())
+    drop(scored, base, 3, {"0": {"a": 0.5}, "else": {"a": 0.75}}, quick())
+    assert "evaluate.command is not set" in forked("evaluate", "--home", scored.root).stderr
+    scored.config.write_text('[evaluate]\ncommand = ["python3", "score.py", "{folder}"]\n')
+    done = forked("evaluate", "--json", "--home", scored.root)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["main/2"]["scores"]["a"]["score"] == 0.75
+    with running("run", "--home", scored.root, "--no-http") as daemon:
+        assert until(lambda: any('"ready"' in line for line in daemon.lines), 30)
+        done = forked("evaluate", "--all", "--expert", "2", "--home", scored.root)
+        assert done.returncode == 0, done.stderr
+        assert daemon.stop() == 0
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        ["of", "a"], ["main/0", "0.5"], ["main/1", "0.75"], ["main/2", "0.75"], ["expert", "2", "0.75"]
+    ]  # fmt: skip
+    assert [call["version"] for call in calls(scored)] == [2, 0, 1, None]
+    with lineage(scored) as reader:
+        assert all(version.evaluation for version in reader.versions("main"))
+        expert = reader.expert(2)
+        assert expert and expert.evaluation and reader.interventions() == []
