@@ -17,6 +17,7 @@ from daemon.cli import (
     convert,
     demo,
     evaluate,
+    gc,
     init,
     inspect,
     log,
@@ -40,7 +41,7 @@ from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
     *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
-    *(evaluate, rollback, promote, pin, unpin, block, unblock),
+    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock),
 )
 
 app = typer.Typer(

@@ -66,8 +66,8 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
             return cases.check(home, _experts(reader, request), request.deed)
         case Deed.EVALUATE:
             return ["kept"]
-        case Deed.WITHDRAW:
-            raise AssertionError("the rebuild's to plan")
+        case Deed.WITHDRAW | Deed.COLLECT:
+            raise AssertionError("not to be planned here")
 
 
 def carry_out(home: Home, store: Store, request: Request) -> list[str]:
@@ -76,6 +76,8 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
     """
     done = check(home, store, request)
     if not done:
+        if request.deed in (Deed.ROLLBACK, Deed.PROMOTE):
+            follow_live(home, store)  # whoever asked before may have been stopped half way
         return done
     match request.deed:
         case Deed.ROLLBACK | Deed.PROMOTE:
@@ -96,8 +98,8 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
                 cases.close(home, store, expert, replace(request.intervention, experts=(expert.id,)))
         case Deed.EVALUATE:
             _keep(store, request)
-        case Deed.WITHDRAW:
-            raise AssertionError("the rebuild's to do")
+        case Deed.WITHDRAW | Deed.COLLECT:
+            raise AssertionError("not to be done here")
     return done
 
 

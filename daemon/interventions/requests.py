@@ -186,7 +186,7 @@ class Desk:
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             self._log.warning("a request that cannot be read", file=name, error=str(error))
             return
-        if asked.request.deed is Deed.WITHDRAW:
+        if asked.request.deed in (Deed.WITHDRAW, Deed.COLLECT):
             asked.doing("waiting for the expert that is being merged")
             self.waiting.append(asked)
             self._wake()

@@ -1,4 +1,4 @@
-"""Experts taken out by the daemon that runs, between two arrivals."""
+"""What the daemon that runs does between two arrivals: experts taken out, and what retention no longer keeps."""
 
 from threading import Event
 
@@ -6,13 +6,14 @@ from daemon.compute.progress import Progress
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
+from daemon.interventions import collecting
 from daemon.interventions.requests import Asked, Desk
 from daemon.layout import Home
 from daemon.rebuild.commands import described, withdraw_from
 from daemon.rebuild.replay import Console
 from projector.errors import ProjectorError
 from registry.errors import DiskFull
-from registry.records import Status
+from registry.records import Deed, Status
 from registry.store import Store
 
 
@@ -51,6 +52,8 @@ def withdraw_waiting(home: Home, store: Store, settings: Settings, desk: Desk, s
 def _withdraw(home: Home, store: Store, settings: Settings, asked: Asked, stopping: Event) -> list[str]:
     """What was done, in lines of words."""
     request = asked.request
+    if request.deed is Deed.COLLECT:
+        return collecting.remove(home, store, settings.retention)
     gone = [expert for number in request.experts if (expert := store.expert(number))]
     if len(gone) != len(request.experts) or any(expert.status is not Status.MERGED for expert in gone):
         raise BadHome("one of these experts is in the merge no more", "see `mainstem log`, then ask again")

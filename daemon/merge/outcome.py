@@ -51,8 +51,9 @@ def tell(
     metrics.experts.labels(str(expert.status)).inc()
     if expert.reason:
         metrics.refused.labels(expert.reason).inc()
+    metrics.judged(expert, store)
+    metrics.show_heads(store)
     if expert.status is Status.MERGED:
-        metrics.show_heads(store)
         for flag in expert.flags:
             metrics.flagged.labels(str(flag)).inc()
         log.info("merged", id=expert.id, version=expert.version, norm=expert.norm, sha256=expert.sha256)
