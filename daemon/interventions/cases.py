@@ -45,7 +45,8 @@ def _check(home: Home, expert: Expert, deed: Deed) -> str:
     names = _dropped(home, expert)
     if deed is Deed.DISCARD:
         return f"{which}: what lies in quarantine/{number(expert.id)} is removed for good"
-    if not names:
+    moved = not names and os.path.lexists(home.inbox / expert.name)  # by somebody who died before it was noted
+    if not names and not moved:
         raise BadHome(
             f"{which}: nothing is left of it in quarantine/{number(expert.id)}",
             f"drop it again; `mainstem quarantine discard {expert.id}` closes the case",

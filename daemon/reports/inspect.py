@@ -7,7 +7,7 @@ from statistics import median
 from threading import Event
 from typing import Any
 
-from daemon.arrivals.admission import USUAL_EXPERTS, Oddity, check_norm, oddities, usual_norm, worded
+from daemon.arrivals.admission import ENOUGH_TO_FLAG, USUAL_EXPERTS, Oddity, check_norm, oddities, usual_norm, worded
 from daemon.arrivals.arrival import check_arrival
 from daemon.arrivals.identity import twin_of
 from daemon.arrivals.inbox import check_finished
@@ -70,7 +70,8 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
         norm = found.task_vector.whole
-        usual = usual_norm(reader.merged_norms(limit=USUAL_EXPERTS))
+        norms = reader.merged_norms(limit=USUAL_EXPERTS)
+        usual = usual_norm(norms, ENOUGH_TO_FLAG)
         twin = twin_of(home, reader, expert, norm, base.tensors, settings, again=False)
         if twin:  # of which no limit is asked
             odd: Sequence[Oddity] = ()
@@ -79,7 +80,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             odd, twin = (), blocked
             warning, hint = why_blocked(blocked)
         else:
-            check_norm(Folded(found.task_vector, found.base, ()), usual, limits)
+            check_norm(Folded(found.task_vector, found.base, ()), usual_norm(norms), limits)
             odd = oddities(norm, usual, limits, expert.tensors.resized, expert.tensors.altered)
             warning, hint = worded(odd)
         schema = base.tensors.schema

@@ -14,9 +14,9 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from daemon.config import Retention
 from daemon.disk import durable
 from daemon.layout import BY_ITSELF, Home
 from registry.errors import BadRecord
@@ -24,10 +24,13 @@ from registry.reader import Reader
 from registry.records import Head, Version
 from registry.store import Store
 
+if TYPE_CHECKING:
+    from daemon.config import Retention
+
 OLDEST = 100  # versions of a head that are looked at together, where they are removed
 
 
-def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
+def collect(home: Home, store: Store, settings: "Retention") -> list[Version]:
     """Removes what retention no longer keeps and returns it.
 
     Kept: version 0, the live version, the newest `settings.versions`, what is pinned, what a merged expert was trained
@@ -112,7 +115,7 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
             yield int(path.name), path
 
 
-def expired(reader: Reader, head: Head, settings: Retention, limit: int = -1) -> list[Version]:
+def expired(reader: Reader, head: Head, settings: "Retention", limit: int = -1) -> list[Version]:
     """The versions that may go, the oldest first, `limit` of them at the most: within the grace time there may be
     thousands.
     """

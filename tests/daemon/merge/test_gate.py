@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.layout import Home
-from registry.records import Expert, Status
+from registry.records import Expert, Flag, Status
 from tests.daemon.homes import drain, experts, lineage, live, put, quick, tree
 from tests.daemon.processes import environment, forked, running, until
 from tests.models import read_weights, write_expert
@@ -119,6 +120,18 @@ def test_one_that_must_be_rejected_leaves_everything_as_it_was(scored: Home, bas
     assert back.detail and "does not come back" in back.detail
 
 
+def test_without_a_gate_one_that_is_far_too_long_is_flagged_after_two_others(home: Home, base: Path) -> None:
+    for seed, scale in ((2, 0.01), (3, 0.01), (4, 0.046)):
+        put(home, write_expert(home.root.parent / f"{seed}.safetensors", base, seed, scale))
+    with structlog.testing.capture_logs() as said:
+        drain(home)
+    assert live(home) == 3
+    assert [one.flags for one in experts(home)] == [(), (), (Flag.LONG,)]
+    (line,) = [line for line in said if line["log_level"] == "warning"]
+    assert line["flags"] == ("long",) and "4.53 times as long as is usual here" in line["detail"]
+    assert "flagged" in forked("status", "--home", home.root).stdout
+
+
 @pytest.mark.parametrize(("policy", "expected"), [("hold", 0), ("accept", 1)])
 def test_an_evaluator_that_fails_is_no_fault_of_the_expert(
     scored: Home, base: Path, policy: str, expected: int
@@ -130,6 +143,28 @@ def test_an_evaluator_that_fails_is_no_fault_of_the_expert(
     assert version and version.verdict and "no GPU" in version.verdict["error"]
     assert (version.held is None) == (policy == "accept")
     assert b"no GPU" in scored.evaluation_log("main", 1).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "said"),
+    [
+        ("kill -KILL $$", {}, "ended by SIGKILL"),
+        ("sleep 100 & sleep 100", {"timeout_seconds": 0.3}, "took longer than 0.3 s"),
+    ],
+)
+def test_one_that_is_killed_or_hangs_holds_the_version_which_can_be_promoted(
+    home: Home, base: Path, script: str, more: dict[str, Any], said: str
+) -> None:
+    settings = quick(evaluate={"command": ["sh", "-c", f"echo working >&2; {script}", "{folder}"], **more})
+    put(home, write_expert(home.root.parent / "expert.safetensors", base, 2))
+    drain(home, settings)
+    assert live(home) == 0 and experts(home)[-1].status is Status.MERGED
+    with lineage(home) as reader:
+        version = reader.version("main", 1)
+    assert version and version.held and said in version.held and version.evaluation is None
+    assert home.evaluation_log("main", 1).read_bytes() == b"working\n"
+    done = forked("promote", "1", "--home", home.root)
+    assert done.returncode == 0 and live(home) == 1
 
 
 def test_an_expert_is_held_against_what_it_scores_by_itself(scored: Home, base: Path) -> None:
