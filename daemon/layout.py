@@ -26,7 +26,6 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
-REASON_FILE = "reason.json"
 ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.safetensors"
 REASON_FILE = "reason.json"  # why an expert was refused, beside it
