@@ -55,6 +55,7 @@ class Gate:
         self._settings = settings
         self._scoring = Scoring(home, store, settings, store.evaluate, watch)
         self._log = structlog.get_logger()
+        self.alone: Evaluation | None = None  # of the expert by itself, where a rule asks for it
 
     @property
     def open(self) -> bool:
@@ -74,7 +75,9 @@ class Gate:
         by_itself: stages the expert alone. Raises BadHome where the evaluator changed what it scored, and what the
         watch raises.
         """
-        alone = self._alone(expert, number, by_itself) if self._needs("expert") else None
+        if self._needs("expert"):
+            self.alone = self._alone(expert, number, by_itself)
+        alone = self.alone.scores if self.alone else None
         with ThreadPoolExecutor(self._settings.concurrency) as pool:
             return list(pool.map(lambda tip, one: self._judge_head(tip, one, number, expert, alone), heads, written))
 
@@ -132,13 +135,13 @@ class Gate:
         self._store.judge_version(head, number, found.id)
         return found.scores
 
-    def _alone(self, expert: NewExpert, number: int, by_itself: Callable[[], Written]) -> Scores | None:
-        """The scores of an expert by itself; None where the evaluator fails, as it will for the version."""
+    def _alone(self, expert: NewExpert, number: int, by_itself: Callable[[], Written]) -> Evaluation | None:
+        """That of an expert by itself; None where the evaluator fails, as it will for the version."""
         written = by_itself()
         told = {"head": None, "version": None, "parent": None, "expert": described(expert), "scores": {}}
         log = self._home.evaluation_log(BY_ITSELF, number)
         try:
-            return self._scoring.of(expert.name, written.weights, written.published, told, log).scores
+            return self._scoring.of(expert.name, written.weights, written.published, told, log)
         except NoScores as error:
             self._log.error(
                 "the expert by itself was not evaluated", expert=expert.name, error=str(error), hint=error.hint

@@ -57,7 +57,7 @@ from projector.method import Contribution, Totals
 from projector.methods import make
 from projector.names.naming import Naming
 from registry.errors import RegistryError
-from registry.records import Expert, NewExpert, NewVersion, Status
+from registry.records import Evaluation, Expert, NewExpert, NewVersion, Status
 from registry.store import Store
 
 
@@ -246,7 +246,7 @@ class Merger:
                     files.close()
             for one in written:
                 stage(self._home, one, self._base.beside)
-            judged = self._judge(heads, number, written, new, expert, again)
+            judged, alone = self._judge(heads, number, written, new, expert, again)
             if rejected := [one for one in judged if one.outcome == REJECTED]:
                 return self._store.record(self._rejected(drop, new, rejected[0]))
             with blaming(expert):
@@ -261,6 +261,8 @@ class Merger:
             seconds = time.monotonic() - started
             merged = self._store.commit(new, [replace(version, seconds=seconds) for version in versions])
             hit("commit.after")
+            if alone:
+                self._store.judge_expert(merged.id, alone.id)
             self._states.written([(version.head, number, version.manifest_sha256) for version in versions])
             return merged
         finally:
@@ -375,11 +377,13 @@ class Merger:
         new: NewExpert,
         expert: OpenCheckpoint,
         again: bool,
-    ) -> list[Judged]:
-        """What the gate says of each head's version, which can be loaded by now. What was merged once is not judged."""
+    ) -> tuple[list[Judged], Evaluation | None]:
+        """What the gate says of each head's version, which can be loaded by now, and the evaluation of the expert by
+        itself, if there is one. What was merged once is not judged.
+        """
         gate = Gate(self._home, self._store, self._settings.evaluate, self._progress)
         if again or gate.open:
-            return [Judged() for _ in heads]
+            return [Judged() for _ in heads], None
         hit("evaluate.before")
         self._judging()
         with self._progress.phase("evaluate"), ExitStack() as closing:
@@ -387,7 +391,7 @@ class Merger:
             closing.callback(durable.remove, folder)
             found = gate.judge(heads, number, written, new, lambda: self._by_itself(expert, folder))
         hit("evaluate.after")
-        return found
+        return found, gate.alone
 
     def _by_itself(self, expert: OpenCheckpoint, folder: Path) -> Written:
         """The expert alone, as a version would be."""

@@ -178,6 +178,9 @@ def test_an_expert_is_held_against_what_it_scores_by_itself(scored: Home, base: 
     _, alone, merged = calls(scored)
     assert alone["head"] is None and alone["expert"]["expert.json"]["task"] == "a"
     assert merged["scores"]["expert"]["a"]["score"] == 0.9
+    with lineage(scored) as reader:
+        own = reader.evaluation(experts(scored)[-1].evaluation)
+        assert own and own.scores["a"].score == 0.9
     assert drop(scored, base, 4, {"expert4": {"a": 0.99}, "else": {"a": 0.85}}, settings, task="a").reason == "scores"
 
 
