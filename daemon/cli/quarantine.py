@@ -49,8 +49,8 @@ def show(
         print_json({**asdict(found), "folder": str(folder), "files": files})
         return
     typer.echo(f"{found.id}  {shown(found.name)}  {found.reason}\n    {found.detail}\n    hint: {found.hint}")
-    for line in (found.verdict or {}).get("why", ()):
-        typer.echo(f"    {line}")
+    for broken in (found.verdict or {}).get("broken", ()):
+        typer.echo(f"    {broken['rule']}: {broken['why']}")
     typer.echo(f"    quarantine/{number(found.id)}/: {', '.join(map(shown, files)) or 'nothing'}")
     state = "closed" if found.closed_at else "open"
     typer.echo(f"    {state}{'; blocked' if found.blocked else ''}")
