@@ -31,6 +31,7 @@ from daemon.cli import (
     serve,
     show,
     status,
+    study,
     unblock,
     unpin,
     verify,
@@ -39,7 +40,7 @@ from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
     *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
-    *(rollback, promote, pin, unpin, block, unblock),
+    *(rollback, promote, pin, unpin, block, unblock, study),
 )
 
 app = typer.Typer(
