@@ -96,12 +96,15 @@ def _write(study: "Study", found: "Results", out: Path) -> None:
 
 
 def _print(found: "Results", out: Path) -> None:
-    from daemon.study.telling import COLUMNS, conclusion, rows
+    from daemon.study.telling import MERIT, PRICE, conclusion, merit, price
 
-    print_table(COLUMNS, rows(found))
+    print_table(MERIT, merit(found))
+    typer.echo("")
+    print_table(PRICE, price(found))
+    typer.echo("")
     for one in found.left_out:
         typer.echo(f"left out: {one.label}: {one.why}; {one.hint}")
-    typer.echo("\n".join(["", *conclusion(found), "", f"wrote {out / 'report.html'} and {out / 'study.json'}"]))
+    typer.echo("\n".join([*conclusion(found), "", f"wrote {out / 'report.html'} and {out / 'study.json'}"]))
 
 
 @contextmanager

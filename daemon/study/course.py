@@ -4,6 +4,7 @@ The home is the daemon's in every way; what is left of one that was cut short is
 """
 
 import os
+import shlex
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +132,10 @@ class Course:
             raise unfit(name, "it is another than when the study began", "put back what it was")
         return recorded
 
+    def scored(self, number: int) -> bool:
+        """Whether every head's version of that number is."""
+        return all((one := self.store.version(head, number)) and one.evaluation for head in self._heads)
+
     def arrived(self, number: int) -> Expert:
         """The expert that came with a version."""
         version = self.store.version(next(iter(self._heads)), number)
@@ -180,7 +185,7 @@ class Course:
         try:
             return self._shared.scoring().of(name, files, folder, told, log)
         except NoScores as error:
-            words = " ".join(self._shared.plan.evaluate.command).replace(FOLDER, str(folder))
+            words = shlex.join(self._shared.plan.evaluate.command).replace(FOLDER, str(folder))
             hint = f"what it wrote is in {log}; mend it, try `{words}` here, then give the same command: it goes on"
             raise NoScores(f"{name} was not scored: {error}", hint, error.log) from error
 

@@ -1,6 +1,7 @@
 """What a study tries, on which experts and in which orders: fixed before it begins, and the same when it goes on."""
 
 import itertools
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ class Plan:
             "experts": {name: str(path.absolute()) for name, path in self.experts.items()},
             "evaluate": list(self.evaluate.command),
             "methods": {one.head: {"method": one.method.name, "params": one.method.params()} for one in self.variants},
-            "orders": [list(order) for order in self.orders],
             "seed": self.seed,
+            "orders": [list(order) for order in self.orders],
         }
 
 
@@ -156,8 +157,9 @@ def variants(names: Sequence[str], settings: Sequence[str]) -> list[Variant]:
         grid = grids.get(name, {})
         points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         made = {make(name, point): point for point in points}  # 0.5 and 0.50 are one
+        head = re.sub(r"\W|^(?=\d)", "_", name, flags=re.ASCII)  # a package of somebody's may call it otherwise
         for number, (method, point) in enumerate(made.items(), start=1):
-            found.append(Variant(name if len(made) == 1 else f"{name}_{number}", method, point))
+            found.append(Variant(head if len(made) == 1 else f"{head}_{number}", method, point))
     if len(found) > MOST_VARIANTS:
         raise BadConfig(
             f"these are {len(found)} methods and parameters, {MOST_VARIANTS} are the most", "give --set fewer values"

@@ -190,16 +190,16 @@ def _why(found: Results, ranked: Sequence[Row], by: str) -> str:
     best, *others = ranked
     spread, base = best.figure(by), found.base_figure
     assert spread
-    orders = f"{spread.orders} orders" if spread.orders > 1 else "the one order"
-    words = [f"{best.label} has {by} {told(spread)} over {orders} that were tried."]
+    orders = f"{spread.orders} orders" if spread.orders > 1 else "one order"
+    words = [f"{best.label} has {by} {told(spread)} over {orders}."]
     if others and (next_best := others[0].figure(by)):
         apart = spread.least > next_best.most or next_best.least > spread.most
         words.append(
             f"Next is {others[0].label} with {told(next_best)}; "
             + (
-                "what the orders leave of the two does not meet."
+                "their ranges over the orders do not meet."
                 if apart
-                else "their ranges over the orders meet, so that these experts hardly tell them apart."
+                else "their ranges over the orders meet: these experts hardly tell them apart."
             )
         )
     if base is not None:

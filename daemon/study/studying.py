@@ -65,8 +65,8 @@ class Study:
         """What is tried, in a line, and what is left out, in a line each."""
         plan = self._plan
         lines = [
-            f"{len(plan.variants)} methods and parameters, {len(plan.experts)} experts, {len(plan.orders)} orders: "
-            f"{plan.versions} versions to be made and scored"
+            f"methods and parameters: {len(plan.variants)}, experts: {len(plan.experts)}, orders: {len(plan.orders)}; "
+            f"versions to be made and scored: {plan.versions}"
         ]
         lines += [f"left out: {one.label}: {one.why}; {one.hint}" for one in plan.left_out]
         return "\n".join(lines)
@@ -197,11 +197,12 @@ class Study:
                     continue
                 if number > course.done:
                     course.take(name)
+                new = not course.scored(number)
                 course.judge(course.arrived(number), own[name])
                 scored = course.score(number)
                 where = f"order {place}, arrival {number} of {len(order)} ({shown(name)})"
                 for one in self._plan.variants:
-                    self._tell(f"{where}: {one.label}", scored[one.head].scores)
+                    self._tell(f"{where}: {one.label}", scored[one.head].scores, new=new)
             kept = {one.head: course.kept_bytes(one.head) for one in self._plan.variants}
         durable.replace_file(mark, json.dumps(kept).encode())
         self._shrink(home, place)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from markupsafe import Markup
 
+from daemon.evaluation.figures import Spread, accumulation
 from daemon.reports.report import charts
 from daemon.reports.report.charts import Line
 from daemon.reports.report.gathering import Overlap, Report
@@ -12,10 +13,8 @@ from daemon.reports.report.parts import Chart, Section, Table, number, signed
 from daemon.study.results import ACC, Results, Row, told
 from projector.text import plain, size
 
-COLUMNS = (
-    *("method", "ACC", "held in", "held out", "share", "BWT", "range", "seconds", "memory"),
-    *("state", "published", "needs", "order", "sensitivity"),
-)
+MERIT = ("method", "ACC", "held in", "held out", "share", "BWT", "range", "sensitivity")
+PRICE = ("method", "seconds", "memory", "state", "published", "needs", "order")
 MOST_LINES = 8
 TERMS = (
     ("ACC", "mean score of the tasks that the experts name, ± one standard deviation over the orders"),
@@ -32,14 +31,12 @@ TERMS = (
 )
 
 
-def rows(found: Results) -> list[list[str]]:
-    """The table, by COLUMNS, in the order in which the methods were given."""
-    by = found.figure or ACC
-    return [_row(row, by) for row in found.rows]
+def merit(found: Results) -> list[list[str]]:
+    """How good each method is, by the columns of MERIT, in the order in which they were given."""
+    return [_merit(row, row.figure(found.figure or ACC)) for row in found.rows]
 
 
-def _row(row: Row, by: str) -> list[str]:
-    spread = row.figure(by)
+def _merit(row: Row, spread: Spread | None) -> list[str]:
     return [
         row.label,
         told(row.acc),
@@ -48,13 +45,23 @@ def _row(row: Row, by: str) -> list[str]:
         "-" if row.share is None else number(row.share.mean),
         "-" if row.bwt is None else signed(row.bwt.mean),
         "-" if spread is None else f"{plain(spread.least, 4)} to {plain(spread.most, 4)}",
-        plain(row.seconds),
-        "-" if row.peak_bytes is None else size(row.peak_bytes),
-        size(row.state_bytes),
-        size(row.published_bytes),
-        ", ".join(row.needs) or "-",
-        "free" if row.order_independent else "matters",
         "-" if row.sensitivity is None else plain(row.sensitivity, 2),
+    ]
+
+
+def price(found: Results) -> list[list[str]]:
+    """What each takes, by the columns of PRICE."""
+    return [
+        [
+            row.label,
+            plain(row.seconds),
+            "-" if row.peak_bytes is None else size(row.peak_bytes),
+            size(row.state_bytes),
+            size(row.published_bytes),
+            ", ".join(f"{need}.safetensors" for need in row.needs) or "-",
+            "free" if row.order_independent else "matters",
+        ]
+        for row in found.rows
     ]
 
 
@@ -75,13 +82,17 @@ def conclusion(found: Results) -> list[str]:
 
 def section(found: Results) -> Section:
     """The beginning of the report."""
-    tables = [Table("Methods over the orders", COLUMNS, rows(found))]
+    tables = []
+    if choice := found.choice:
+        tables.append(Table("Recommended", ["command", "by the rule"], [[choice.command, choice.rule]], words=True))
+    tables += [Table("How good they are", MERIT, merit(found)), Table("What they take", PRICE, price(found))]
     if found.left_out:
         gone = [[one.label, one.why, one.hint] for one in found.left_out]
         tables.append(Table("Left out", ["method", "why", "what to do"], gone, words=True))
     orders = [[str(place), ", ".join(order)] for place, order in enumerate(found.plan.orders, start=1)]
     tables.append(Table("The orders; the rest of this page is of the first", ["order", "experts"], orders, words=True))
-    return Section("study", "The study", " ".join(conclusion(found)), "", _charts(found), tables, TERMS)
+    lead = " ".join(conclusion(found)[1:-1] if found.choice else conclusion(found))
+    return Section("study", "The study", lead, "", _charts(found), tables, TERMS)
 
 
 def _charts(found: Results) -> list[Chart]:
@@ -103,8 +114,6 @@ def _last(row: Row) -> float:
 
 def _curve(row: Row) -> Sequence[float | None]:
     """By arrival, the mean over the orders; nothing where one was not scored."""
-    from daemon.evaluation.figures import accumulation
-
     points = [[accumulation(one.scores) for one in run.arrivals if one.number] for run in row.runs]
     means: list[float | None] = []
     for at in zip(*points, strict=True):
