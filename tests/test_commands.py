@@ -71,6 +71,7 @@ PAGES = {
     "docs/cli.md": Page(before=MERGED),
     "docs/evaluation.md": Page(before=MERGED, end='grep -q "<h1>mainstem report" report.html\n'),
     "docs/settings.md": Page(before=HOME),
+    "docs/study.md": Page(end="grep -q 'mainstem init HOME --base my-model' study/study.json\n"),
     "docs/operating.md": Page(before=HOME + DAEMON, end="listening\nkill -0 %1\n"),
     "docs/methods.md": Page(end="test -e home2/published/soup/latest/config.json\n"),
     "docs/time.md": Page(

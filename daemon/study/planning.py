@@ -195,7 +195,7 @@ def shuffled(names: Sequence[str], count: int, seed: int) -> list[Sequence[str]]
 
 def disk_bytes(plan: Plan, schema: Schema, base_bytes: int) -> int:
     """What is on disk at most: one home at a time, of each head the base, the newest version and the next one."""
-    total = base_bytes
+    total = 6 * base_bytes  # the home of the experts by themselves, and of what the report reads
     for one in plan.variants:
         state = sum(spec.nbytes for spec in state_specs(one.method, schema))
         record = sum(spec.nbytes for spec in record_specs(one.method, schema))
