@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from daemon.study.results import Results
     from daemon.study.studying import Study
 
+COMPARED = 32  # experts, in the report
+
 
 def command(
     base: Annotated[Path, typer.Option(help="The base: a Hugging Face folder or a .safetensors file.")],
@@ -89,7 +91,7 @@ def _write(study: "Study", found: "Results", out: Path) -> None:
 
     home, reader = study.first()
     with reader:
-        cosines = overlap(home, reader, len(found.plan.experts))
+        cosines = overlap(home, reader, COMPARED)
     page = render(report(found, cosines), more=[section(found)])
     (out / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     (out / "study.json").write_text(json.dumps(found.described(), indent=2) + "\n")

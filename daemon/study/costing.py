@@ -14,7 +14,7 @@ from daemon.compute.resources import return_freed_memory
 from daemon.disk import durable
 from daemon.layout import Home
 from daemon.study.course import Course, Shared
-from daemon.study.planning import Variant
+from daemon.study.planning import LeftOut, Unfit, Variant
 
 ARRIVALS = 2  # the first loads what is loaded at first use, and has no state to read
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -29,15 +29,20 @@ class Cost:
     peak_bytes: int | None
 
 
-def cost(folder: Path, variant: Variant, experts: Sequence[str], shared: Shared) -> Cost:
-    """Measured once, and kept in `folder` under the head's name. experts: those that arrive."""
+def cost(folder: Path, variant: Variant, experts: Sequence[str], shared: Shared) -> Cost | LeftOut:
+    """Measured once, and kept in `folder` under the head's name. experts: those that arrive, known to be good by now:
+    where one is refused, it is by what the method makes of it.
+    """
     kept, home = folder / f"{variant.head}.json", Home(folder / variant.head)
     if kept.exists():
-        return Cost(**json.loads(kept.read_bytes()))
+        content = json.loads(kept.read_bytes())
+        return Cost(**content) if "seconds" in content else LeftOut(**content)
     durable.remove(home.root)
     with Course(home, {variant.head: variant.method}, shared) as course:
-        for name in experts[:ARRIVALS]:
-            found = _measured(course, name)
+        try:
+            found: Cost | LeftOut = [_measured(course, name) for name in experts[:ARRIVALS]][-1]
+        except Unfit as error:
+            found = LeftOut(variant.label, str(error), "try other values of its parameters")
     durable.replace_file(kept, json.dumps(asdict(found)).encode())
     durable.remove(home.root)
     return found

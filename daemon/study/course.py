@@ -32,7 +32,7 @@ from daemon.manifest import FileEntry, Manifest
 from daemon.merge.merger import Again, Merger
 from daemon.notation import called
 from daemon.rebuild.replay import lock
-from daemon.study.planning import Plan, unfit
+from daemon.study.planning import Plan, Unfit
 from projector.method import Method
 from registry.records import Evaluation, Expert, NewEvaluation, Status
 from registry.store import Store
@@ -117,19 +117,19 @@ class Course:
         try:
             recorded = self._merger.take(drop, self._again(path))
         except NotYet as error:
-            raise unfit(name, str(error), error.hint) from error
+            raise Unfit(name, str(error), error.hint) from error
         finally:
             return_freed_memory()
         if recorded.status is Status.DUPLICATE:
             twin = self.store.expert(recorded.duplicate_of or 0)
-            raise unfit(name, f"it is the same as {twin.name if twin else 'another one'}", "")
+            raise Unfit(name, f"it is the same as {twin.name if twin else 'another one'}", "")
         if recorded.status is not Status.MERGED:
-            raise unfit(name, f"it is refused ({recorded.reason}): {recorded.detail}", recorded.hint or "")
+            raise Unfit(name, f"it is refused ({recorded.reason}): {recorded.detail}", self._mended(recorded, path))
         if not linked:
             durable.remove(self.home.archive(recorded.id))  # one copy at a time
         known = self._shared.alone.get(name)
         if known and known.sha256 != recorded.sha256:
-            raise unfit(name, "it is another than when the study began", "put back what it was")
+            raise Unfit(name, "it is another than when the study began", "put back what it was")
         return recorded
 
     def scored(self, number: int) -> bool:
@@ -180,7 +180,8 @@ class Course:
         expert = self.arrived(number) if number else None
         told = {"head": head, "version": number, "parent": number - 1 if number else None}
         told |= {"expert": described(expert), "scores": {}}
-        name, log = called(head, number), self.home.evaluation_log(head, number)
+        name = f"{called(head, number)} ({expert.name})" if expert else "the base"
+        log = self.home.evaluation_log(head, number)
         folder = self.home.version(head, number)
         try:
             return self._shared.scoring().of(name, files, folder, told, log)
@@ -208,10 +209,16 @@ class Course:
             away = expert.about and expert.about.trained_from
             return Again(expert.naming) if away else None
 
+    def _mended(self, refused: Expert, path: Path) -> str:
+        """What to do about one that was refused: where it lies, and not in the home."""
+        hint = (refused.hint or "").partition("; once mainstem.toml")[0].partition("; what is mended")[0]
+        hint = hint.replace(str(self.home.quarantine(refused.id) / path.name), str(path))
+        return f"{hint.replace(str(self.home.inbox), str(path.parent))} (settings: mainstem.toml in --out)"
+
     def _dropped(self, name: str) -> Drop:
         scan = Inbox(self.home.inbox, 0.0, time.monotonic).scan()
         for held in scan.held:
-            raise unfit(name, f"{held.waits_for} says that it is still being written", "let that finish")
+            raise Unfit(name, f"{held.waits_for} says that it is still being written", "let that finish")
         return scan.settled[0]
 
     def _drop(self, path: Path) -> bool:

@@ -16,6 +16,7 @@ from daemon.config import Admission, Evaluate
 from daemon.errors import BadConfig, DaemonError, Reason
 from projector.driver.steps import record_specs, state_specs
 from projector.errors import ProjectorError
+from projector.errors import Reason as ProjectorReason
 from projector.method import Method
 from projector.methods import make, methods
 from projector.spec import Schema
@@ -93,6 +94,8 @@ def plan(
     expert cannot be opened.
     """
     asked = variants(names, settings)
+    if not base.exists():
+        raise BadConfig(f"--base {base} does not exist", "give a .safetensors file or a folder")
     found = experts_in(experts)
     lacking = {need: _without(found, need, admission) for need in SIDECARS}
     tried, left_out = [], []
@@ -227,15 +230,17 @@ def _without(experts: Mapping[str, Path], need: str, admission: Admission) -> li
                 pass
         except (DaemonError, ProjectorError) as error:
             if error.reason is not Reason.MISSING_SIDECAR:
-                raise unfit(name, str(error), error.hint) from error
+                raise Unfit(name, str(error), error.hint) from error
             lacking.append(name)
     return lacking
 
 
-def unfit(name: str, why: str, hint: str) -> DaemonError:
-    """An expert that cannot be studied, and why."""
-    more = "or take it out of the folder of --experts, and begin the study anew"
-    return DaemonError(Reason.UNKNOWN, f"the expert {shown(name)}: {why}", f"{hint}; {more}" if hint else more)
+class Unfit(DaemonError):
+    """An expert that cannot be studied as it is; `why`."""
+
+    def __init__(self, name: str, why: str, hint: str, reason: Reason | ProjectorReason = Reason.UNKNOWN) -> None:
+        more = "then give the same command; or take it out of the folder of --experts, with another --out"
+        super().__init__(reason, f"the expert {shown(name)}: {why}", f"{hint}; {more}" if hint else more)
 
 
 def _left_out(one: Variant, need: str, lacking: Sequence[str], experts: int) -> LeftOut:

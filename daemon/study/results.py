@@ -15,8 +15,8 @@ from registry.records import Scores
 
 ACC, HELD_IN, HELD_OUT = "ACC", "held in", "held out"
 RULE = (
-    "the highest mean over the orders less one standard deviation, so that a higher mean does not count where orders "
-    "take it below a lower one; of equals, the one that keeps fewer bytes"
+    "the best mean over the orders, made worse by one standard deviation, so that a better mean does not count where "
+    "orders take it below a worse one; of equals, the one that keeps fewer bytes"
 )
 
 
@@ -191,11 +191,12 @@ def _why(found: Results, ranked: Sequence[Row], by: str) -> str:
     spread, base = best.figure(by), found.base_figure
     assert spread
     orders = f"{spread.orders} orders" if spread.orders > 1 else "one order"
-    words = [f"{best.label} has {by} {told(spread)} over {orders}."]
+    direction = "" if found.higher_is_better else ", and lower is better"
+    words = [f"{best.label}: {by} {told(spread)} over {orders}{direction}."]
     if others and (next_best := others[0].figure(by)):
         apart = spread.least > next_best.most or next_best.least > spread.most
         words.append(
-            f"Next is {others[0].label} with {told(next_best)}; "
+            f"Next is {others[0].label}: {told(next_best)}; "
             + (
                 "their ranges over the orders do not meet."
                 if apart

@@ -14,21 +14,23 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 
 from daemon.checkpoints.checkpoint import open_path
+from daemon.compute.resources import check_budget
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.errors import BadConfig, BadHome
 from daemon.evaluation.figures import accumulation
 from daemon.layout import Home
 from daemon.reports.report.gathering import Report, gather
-from daemon.study.costing import Cost, cost
+from daemon.study.costing import ARRIVALS, Cost, cost
 from daemon.study.course import Course, Shared
-from daemon.study.planning import Plan, disk_bytes, linked
+from daemon.study.planning import LeftOut, Plan, disk_bytes, linked
 from daemon.study.results import Results, results
 from projector.methods import make
 from projector.text import plain, shown, size
@@ -50,11 +52,12 @@ class Study:
 
     def __init__(self, plan: Plan, out: Path, settings: Settings, to: Console, stopping: Event) -> None:
         """stopping: once it is set, Abandoned is raised; the same study then goes on where it was."""
-        self._plan, self._out, self._to = plan, out, to
+        self._plan, self._out, self._to, self._compute = plan, out, to, settings.compute
         config = self.config(out)
         self._shared = Shared(plan, settings, config.read_bytes() if config.exists() else None, stopping)
         self._cells = 1 + len(plan.experts) + len(plan.variants) + plan.versions
         self._done = 0
+        self._own: dict[str, Evaluation] = {}
 
     @staticmethod
     def config(out: Path) -> Path:
@@ -73,12 +76,12 @@ class Study:
 
     def estimate(self) -> str:
         """What the whole study takes, in words: the first cells are made and timed, in a folder that goes again."""
-        self._check_room(self._out.parent)
+        beside = next(folder for folder in self._out.parents if folder.is_dir())
+        self._check_room(beside)
         self._to.say("timing the first cells ...")
-        with TemporaryDirectory(dir=self._out.parent, prefix=f"{self._out.name}.timed-") as folder:
+        with TemporaryDirectory(dir=beside, prefix=f"{self._out.name}.timed-") as folder:
             with self._alone(Path(folder)) as alone:
-                base = self._base(alone)
-                costs = self._costs(Path(folder))
+                base, costs = self._first_cells(alone, Path(folder))
             return self._takes(base, costs, self._done)
 
     def run(self) -> Results:
@@ -94,12 +97,11 @@ class Study:
             self._settle_plan()
             self._check_room(self._out)
             alone = closing.enter_context(self._alone(self._out))
-            base = self._base(alone)
-            costs = self._costs(self._out)
+            base, costs = self._first_cells(alone, self._out)
             there = self._there(alone)
             going_on = f"going on: {there} of {self._cells} cells are there; " if there > self._done else ""
             self._to.say(going_on + self._takes(base, costs, there))
-            own = self._by_themselves(alone)
+            own = self._by_themselves(alone, list(self._plan.experts))
             for place, order in enumerate(self._plan.orders, start=1):
                 self._order(place, order, own)
             return self._results({name: one.scores for name, one in own.items()}, costs)
@@ -129,10 +131,14 @@ class Study:
             )
 
     def _check_room(self, folder: Path) -> None:
-        """Raises BadHome where the disk is too full."""
+        """Raises BadHome where the disk is too full, BadConfig where memory is too small for all heads at once."""
         plan = self._plan
         with open_path(plan.base) as base:
             needed = disk_bytes(plan, base.tensors.schema, base.size_bytes)
+            try:
+                check_budget(base.tensors.schema, [one.method for one in plan.variants], self._compute)
+            except BadConfig as error:
+                raise BadConfig(str(error), f"{error.hint}; or try fewer --methods at a time") from None
         free = shutil.disk_usage(folder).free
         copies = "" if linked(plan, folder) else ", and a copy of one expert at a time: they lie on another file system"
         self._to.say(f"at most {size(needed)} of disk in {self._out}, which has {size(free)} free{copies}")
@@ -152,6 +158,12 @@ class Study:
             finally:
                 self._shared.book = None
 
+    def _first_cells(self, alone: Course, folder: Path) -> tuple[Evaluation, dict[str, Cost]]:
+        """The base, the experts that costs are measured with, and the costs: by these the rest is estimated."""
+        base = self._base(alone)
+        self._by_themselves(alone, list(self._plan.experts)[:ARRIVALS])
+        return base, self._costs(folder)
+
     def _base(self, alone: Course) -> Evaluation:
         known = alone.store.version(ALONE, 0)
         there = alone.store.evaluation(known.evaluation) if known else None
@@ -160,17 +172,32 @@ class Study:
         return found
 
     def _costs(self, folder: Path) -> dict[str, Cost]:
-        names, costs = list(self._plan.experts), {}
-        for one in self._plan.variants:
+        plan, costs, left_out = self._plan, {}, list(self._plan.left_out)
+        for one in plan.variants:
             new = not (folder / "costs" / f"{one.head}.json").exists()
-            found = costs[one.head] = cost(folder / "costs", one, names, self._shared)
+            found = cost(folder / "costs", one, list(plan.experts), self._shared)
+            if isinstance(found, LeftOut):
+                left_out.append(found)
+                self._tell(f"{one.label} is left out: {found.why}", {})
+                continue
+            costs[one.head] = found
             memory = "" if found.peak_bytes is None else f", {size(found.peak_bytes)} of memory"
             self._tell(f"{one.label} by itself: {plain(found.seconds)} s an arrival{memory}", {}, new=new)
+        tried = [one for one in plan.variants if one.head in costs]
+        if not tried:
+            raise BadConfig(f"{left_out[-1].label} is left out: {left_out[-1].why}", "give other --methods, and --out")
+        self._cells -= plan.versions
+        self._plan = self._shared.plan = replace(plan, variants=tried, left_out=left_out)
+        self._cells += self._plan.versions
         return costs
 
-    def _by_themselves(self, alone: Course) -> dict[str, Evaluation]:
+    def _by_themselves(self, alone: Course, names: Sequence[str]) -> dict[str, Evaluation]:
+        """Of the experts with these names, the first ones. Raises Unfit where one is refused."""
         own = {}
-        for number, name in enumerate(self._plan.experts, start=1):
+        for number, name in enumerate(names, start=1):
+            if name in self._own:
+                own[name] = self._own[name]
+                continue
             new = alone.done < number
             if new:
                 alone.take(name)
@@ -178,6 +205,7 @@ class Study:
             version = alone.store.version(ALONE, number)
             there = alone.store.evaluation(version.evaluation) if version else None
             own[name] = there or alone.score(number)[ALONE]
+            self._own[name] = own[name]
             alone.judge(expert, own[name])
             self._tell(f"expert {shown(name)} by itself", own[name].scores, new=there is None)
         return own
@@ -224,7 +252,7 @@ class Study:
             elif self._home(place).exists():
                 with Reader.open(self._home(place).registry) as reader:
                     more += max(0, max(head.newest for head in reader.heads()) - 1) * len(self._plan.variants)
-        return self._done + alone.done + more
+        return self._done + alone.done - len(self._own) + more
 
     def _takes(self, base: Evaluation, costs: Mapping[str, Cost], done: int) -> str:
         """In words, from the first cells: what is to be done yet."""

@@ -64,7 +64,7 @@ def test_one_order_has_no_deviation() -> None:
 def test_where_lower_is_better_the_lowest_is_recommended() -> None:
     found = of({"mean": [0.4, 0.41], "ema": [0.3, 0.31]}, ["mean", "ema"], [], higher_is_better=False)
     assert found.choice and found.choice.head == "ema"
-    assert "no method is better" not in found.choice.why
+    assert "no method is better" not in found.choice.why and "lower is better" in found.choice.why
 
 
 def test_it_is_said_where_no_merging_is_as_good() -> None:

@@ -172,7 +172,7 @@ def test_stopped_at_any_time_the_same_command_goes_on_and_finds_the_same(
     (world / "broken").touch()
     failing = study(world, out="resumed")
     assert failing.returncode == 1
-    assert "was not scored: the evaluator failed (exit status 1): no GPU" in failing.stderr
+    assert "the base was not scored: the evaluator failed (exit status 1): no GPU" in failing.stderr
     log = failing.stderr.partition("what it wrote is in ")[2].partition(";")[0]
     assert "no GPU" in Path(log).read_text()
     (world / "broken").unlink()
@@ -181,7 +181,7 @@ def test_stopped_at_any_time_the_same_command_goes_on_and_finds_the_same(
         return lambda: os.environ.update(variables, STUDY=str(os.getpid()))
 
     killers: Sequence[dict[str, str]] = (
-        {"MAINSTEM_FAILPOINT": "commit.after=kill:8"},  # two by two for their costs, then the second expert by itself
+        {"MAINSTEM_FAILPOINT": "commit.after=kill:9"},  # two experts, their costs, then the third by itself
         {"KILL_AT": "10"},  # in the midst of an order
     )
     for killer in killers:
@@ -223,3 +223,21 @@ def test_an_expert_that_is_refused_is_named_with_the_reason(world: Path, tmp_pat
     assert "no experts in it" in none.stderr and not (tmp_path / "of-empty").exists()
     assert "the expert french: it is refused (not_finite): " in odd.stderr and "take it out" in odd.stderr
     assert "the expert french: it is the same as again" in twice.stderr
+
+
+def test_a_method_whose_result_does_not_fit_is_left_out(tmp_path: Path) -> None:
+    """The experts are good, and other methods take them."""
+    base = {"layers.0.weight": torch.full((8, 8), 40_000, dtype=torch.float16)}
+    (tmp_path / "experts").mkdir()
+    save_file(base, tmp_path / "base.safetensors")
+    for place in (1, 2):
+        moved = {name: tensor + 1000 * place * torch.eye(8).half() for name, tensor in base.items()}
+        save_file(moved, tmp_path / f"experts/{place}.safetensors")
+    (tmp_path / "score.sh").write_text("echo '{\"a\": 1}'")
+    grid = {"methods": "task_arithmetic", "set": "task_arithmetic.scale=0.3,10", "orders": 1}
+    done = study(tmp_path, **grid, base="base.safetensors", evaluate="sh score.sh {folder}")
+    assert done.returncode == 0, done.stderr
+    found = said(tmp_path)
+    assert [one["label"] for one in found["methods"]] == ["task_arithmetic scale=0.3"]
+    assert [one["label"] for one in found["left_out"]] == ["task_arithmetic scale=10"]
+    assert "does not fit into float16" in found["left_out"][0]["why"] and "left out: " in done.stdout
