@@ -223,11 +223,11 @@ class Course:
 
     def _drop(self, path: Path) -> bool:
         """Puts an expert into the inbox, whole at once; False where it is a copy, and no link."""
-        dropped = self.home.inbox / path.name
-        if not os.path.lexists(dropped):
-            new = self.home.tmp / uuid4().hex
-            _link(path, new)
-            durable.rename(new, dropped)
+        dropped, new = self.home.inbox / path.name, self.home.tmp / uuid4().hex
+        for left in self.home.inbox.iterdir():  # by a run that was cut short
+            durable.remove(left)
+        _link(path, new)
+        durable.rename(new, dropped)
         return all(there.samefile(path / there.relative_to(dropped)) for there in _files_below(dropped))
 
 
