@@ -1,6 +1,7 @@
 """The sections of docs/performance.md: the numbers behind each ratio, as lines of Markdown."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 from textwrap import wrap
 from typing import Any
 
@@ -159,6 +160,25 @@ def growth_size(figures: Figures) -> list[str]:
     ]
 
 
+def gate(figures: Figures) -> list[str]:
+    middle, beside, turned = figures["median"], figures["bytes"], figures["rollback"]
+    return [
+        *text(
+            f"A model of {_size(figures['model_bytes'])}, `mean`; drop to visible, and the bytes of a version beside",
+            "its weights. The command only prints a score. From `mainstem rollback` typed to another version live over",
+            f"HTTP: {median(turned['idle']):.2f} s, while experts are merged {turned['merging']:.2f} s.",
+        ),
+        "",
+        *_table(
+            ("an arrival", "s", "bytes"),
+            (
+                ("without `[evaluate]`", _short(middle["without"]), str(beside["without"])),
+                ("a trivial command", _short(middle["trivial"]), str(beside["trivial"])),
+            ),
+        ),
+    ]
+
+
 def gpu(figures: Figures) -> list[str]:
     """Every step of bench/gpu.sh: how it ended, and the figures of those that found any."""
     steps: Mapping[str, Mapping[str, Any]] = figures["steps"]
@@ -233,6 +253,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Figures], list[str]]]] = {
     "download": ("Downloads", download),
     "growth_experts": ("Growth with the experts before", growth_experts),
     "growth_size": ("Growth with the model", growth_size),
+    "gate": ("The gate, and back", gate),
     "gpu": ("On a GPU", gpu),
 }
 

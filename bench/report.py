@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.details import NEVER, SECTIONS, machine, origin, text
@@ -135,6 +136,11 @@ def growth_size(figures: Figures) -> Outcome:
     return _judged(f"memory {space:+.1%} over the range, time's R² {fit:.3f}", space <= FLAT and fit >= LINEAR)
 
 
+def rollback(figures: Figures) -> Outcome:
+    idle, merging = median(figures["rollback"]["idle"]), figures["rollback"]["merging"]
+    return _judged(f"{idle:.2f} s, while experts are merged {merging:.2f} s", max(idle, merging) <= 1)
+
+
 def gpu(figures: Figures) -> Outcome:
     """Prepare + update, and the update of what is prepared, against merge_linear_weights, which decomposes at every
     arrival, on the layers that both did. The target is the backlog's."""
@@ -187,6 +193,7 @@ ROWS = (
         "growth_size",
         growth_size,
     ),
+    Row("`mainstem rollback`, typed to visible over HTTP", "<= 1 s", "gate", rollback),
     Row(
         "OPCM on a GPU, layers 4096x4096 and 4096x14336, against FusionBench",
         ">= 20x faster",

@@ -26,8 +26,11 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+REASON_FILE = "reason.json"
 ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.safetensors"
+REASON_FILE = "reason.json"  # why an expert was refused, beside it
+BY_ITSELF = "by-itself"  # no head is called so
 PREPARED_FILE = "prepared.safetensors"
 PREPARED_DIGEST = "prepared.sha256"
 
@@ -181,7 +184,7 @@ class Home:
         return self.state / f"without-{number(n)}"
 
     def evaluation_log(self, head: str, n: int) -> Path:
-        """What the evaluator wrote when it scored a version."""
+        """What the evaluator wrote when it scored a version; of the head BY_ITSELF, the expert that came with it."""
         return self.state / "evaluations" / head / f"{number(n)}.log"
 
     @property

@@ -28,12 +28,12 @@ from daemon.home.presence import Presence
 from daemon.home.recovery import mark_clean, recover
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.interventions.requests import Desk
-from daemon.interventions.withdrawing import withdraw_for
+from daemon.interventions.withdrawing import withdraw_waiting
 from daemon.layout import Home
 from daemon.logs import configure
 from daemon.merge.lingering import Lingering
 from daemon.merge.merger import Merger
-from daemon.merge.outcome import tell
+from daemon.merge.outcome import logged_progress, tell, timed
 from daemon.metrics import Metrics
 from daemon.reloading import Read, Reloading, Stop, hearing, wake
 from daemon.versions.retention import collect
@@ -49,7 +49,6 @@ Display = Callable[[Drop], AbstractContextManager[Callable[[float], None]]]
 DISK_FULL_WAIT_SECONDS = 15.0
 SHORTAGE_WAIT_SECONDS = 2.0
 ONCE_WAITS_SECONDS = 60.0  # for a registry that another program holds: whoever drains once wants an answer
-LOG_EVERY_SHARE = 0.25
 WAKE_SECONDS = 0.01
 
 
@@ -67,7 +66,7 @@ class Service:
             )
         self._home = home
         self._settings = settings
-        self._display = display or self._log_progress
+        self._display = display or logged_progress
         self._log = structlog.get_logger()
         self._metrics = Metrics()
         self._reloading = Reloading(read or (lambda: settings), self._metrics)
@@ -233,21 +232,9 @@ class Service:
 
     def _withdraw(self, store: Store, merger: Merger, desk: Desk) -> None:
         """Takes experts out, where that was asked for. Raises Abandoned at a stop: the same command then goes on."""
-        while desk.waiting:
-            asked = desk.waiting.pop(0)
+        if desk.waiting:
             merger.preparations.discard()  # for the memory and the space
-            try:
-                lines = withdraw_for(self._home, store, self._settings, asked, self._stopping)
-            except (DaemonError, ProjectorError) as error:
-                asked.failed(error)
-            except (OSError, DiskFull) as error:
-                if not _is_full(error):
-                    raise
-                asked.failed(
-                    BadHome(f"the disk is full: {error}", "make room, then ask again: it goes on where it was")
-                )
-            else:
-                desk.tell(asked, lines)
+            withdraw_waiting(self._home, store, self._settings, desk, self._stopping)
             merger.follow()
 
     def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
@@ -315,7 +302,8 @@ class Service:
             self._attempts.let_go()
             moved = merger.tidy(expert)
         finally:  # whatever hinders the tidying, what was recorded counts
-            self._time(expert, drop, progress, started)
+            if expert.status is Status.MERGED:
+                timed(drop, progress, time.monotonic() - started, self._metrics)
             self._tell(expert, store, log)
         if not moved:
             say_immovable(self._home, expert)
@@ -354,15 +342,6 @@ class Service:
     def _fell_back(self, name: str, why: str) -> None:
         self._metrics.fallbacks.inc()
         self._log.warning("computed on the CPU", tensor=shown(name), why=why)
-
-    def _time(self, expert: Expert, drop: Drop, progress: Progress, started: float) -> None:
-        metrics = self._metrics
-        if expert.status is Status.MERGED:
-            seconds = time.monotonic() - started
-            metrics.merge_seconds.observe(seconds)
-            metrics.arrival_seconds.observe(drop.waited_seconds)
-            for phase, spent in progress.seconds.items():
-                metrics.phase_seconds.labels(phase).inc(spent)
 
     def _tell(self, expert: Expert, store: Store, log: structlog.typing.FilteringBoundLogger) -> None:
         self._told = expert.id
@@ -509,20 +488,6 @@ class Service:
         closing.callback(server.stop)
         self._presence.answers(base_url(host, port))
         self._log.info("listening", url=base_url(host, port))
-
-    @contextmanager
-    def _log_progress(self, drop: Drop) -> Iterator[Callable[[float], None]]:
-        """Where there is no terminal: a line at every quarter of a long merge."""
-        said = 0.0
-        started = time.monotonic()
-
-        def show(share: float) -> None:
-            nonlocal said
-            if share >= said + LOG_EVERY_SHARE and time.monotonic() - started > 2:
-                said = share
-                self._log.info("merging", drop=shown(drop.name), share=round(share, 2))
-
-        yield show
 
 
 def _is_full(error: OSError | DiskFull) -> bool:

@@ -3,13 +3,13 @@
 Every method is one transaction: it sees one state of the database.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Select, column, select, table
+from sqlalchemy import Connection, Engine, Select, column, func, select, table
 
 from registry import migrations
 from registry.engine import REBUILD_HINT, check, connect, examine, reading, translated
@@ -40,6 +40,8 @@ from registry.statements import (
     newest_experts,
 )
 from registry.tables import EvaluationRow, ExpertRow, HeadRow, HomeRow, InterventionRow, TallyRow, VersionRow
+
+PAGE = 1000  # ids in one question
 
 
 class Reader:
@@ -176,6 +178,18 @@ class Reader:
         """One evaluation."""
         return self._one(Evaluation, select(EvaluationRow).where(EvaluationRow.id == evaluation_id))
 
+    def evaluations(self, ids: Iterable[int | None]) -> dict[int, Evaluation]:
+        """These evaluations by their ids; None among the ids is none."""
+        wanted = sorted({one for one in ids if one is not None})
+        pages = (wanted[at : at + PAGE] for at in range(0, len(wanted), PAGE))
+        found = [self._all(Evaluation, select(EvaluationRow).where(EvaluationRow.id.in_(page))) for page in pages]
+        return {one.id: one for page in found for one in page}
+
+    def last_evaluation_id(self) -> int:
+        """The highest id of an evaluation; 0 where none was made yet."""
+        with self._read() as connection:
+            return connection.execute(select(func.max(EvaluationRow.id))).scalar() or 0
+
     def evaluated(self, weights_sha256: str, command_sha256: str) -> Evaluation | None:
         """The newest evaluation of these weights by that command."""
         same = EvaluationRow.weights_sha256 == weights_sha256, EvaluationRow.command_sha256 == command_sha256
@@ -185,6 +199,17 @@ class Reader:
         """What people did, newest first; the next page is what lies `before` the last id of this one."""
         query = select(InterventionRow).order_by(InterventionRow.id.desc()).limit(limit)
         return self._all(Intervention, query if before is None else query.where(InterventionRow.id < before))
+
+    def count_open(self) -> int:
+        """How many refused experts somebody has still to look after."""
+        with self._read() as connection:
+            return connection.execute(select(func.count()).select_from(ExpertRow).where(is_open)).scalar_one()
+
+    def count_held(self, head: Head) -> int:
+        """How many versions of a head are newer than the live one, and were not let live."""
+        held = VersionRow.head == head.name, VersionRow.number > head.live, VersionRow.held.is_not(None)
+        with self._read() as connection:
+            return connection.execute(select(func.count()).select_from(VersionRow).where(*held)).scalar_one()
 
     def unneeded(self, head: Head, limit: int) -> list[Version]:
         """The oldest versions of a head that nothing asks to keep: neither base nor live, not pinned, and no merged

@@ -65,6 +65,8 @@ class Deed(StrEnum):
     UNPIN = "unpin"
     RETRY = "retry"
     DISCARD = "discard"
+    EVALUATE = "evaluate"  # leaves a row of its own kind
+    COLLECT = "collect"  # what retention says: no row tells of that
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,10 +69,22 @@ PAGES = {
         end='mainstem show reviews --home home | grep "^status *merged"\n',
     ),
     "docs/cli.md": Page(before=MERGED),
-    "docs/evaluation.md": Page(before=MERGED, end='grep -q "<h1>mainstem report" report.html\n'),
+    "docs/evaluation.md": Page(
+        before=MERGED,
+        after={
+            "mainstem evaluate --home home": "mainstem show main/1 --home home | grep -F german",
+            'mainstem rollback main/0 --reason "worse in German" --home home': "live 0",
+            "mainstem promote main/1 --home home": "live 1",
+        },
+        end='grep -q "<h1>mainstem report" report.html\n',
+    ),
     "docs/settings.md": Page(before=HOME),
     "docs/study.md": Page(end="grep -q 'mainstem init HOME --base my-model' study/study.json\n"),
-    "docs/operating.md": Page(before=HOME + DAEMON, end="listening\nkill -0 %1\n"),
+    "docs/operating.md": Page(
+        before=HOME + DAEMON + "cp -r my-finetune home/inbox/\nlive 1\n",
+        after={'mainstem rollback main/0 --reason "fails in German" --home home': "live 0"},
+        end="listening\nkill -0 %1\nmainstem log --status withdrawn --home home | grep -F my-finetune\n",
+    ),
     "docs/methods.md": Page(end="test -e home2/published/soup/latest/config.json\n"),
     "docs/time.md": Page(
         after={"mainstem run --home digits &": "listening"},

@@ -16,6 +16,7 @@ from registry.records import Expert, Flag, NewExpert
 UNDER = " under [admission] in mainstem.toml"
 NEGLIGIBLE = 1e-6  # of the base's norm: below what float32 resolves
 ENOUGH = 3  # experts, before there is such a thing as a usual norm
+ENOUGH_TO_FLAG = 2  # a flag costs nothing where it is wrong
 USUAL_EXPERTS = 1000  # so many of the newest tell what is usual: no arrival reads more rows the more there are
 
 
@@ -56,12 +57,12 @@ def added(naming: Mapping[str, Any], settings: Naming) -> dict[str, Any]:
     }
 
 
-def usual_norm(norms: Sequence[float]) -> float | None:
+def usual_norm(norms: Sequence[float], enough: int = ENOUGH) -> float | None:
     """The median of these norms, which no single expert can move; None while there are too few of them.
 
     norms: of the newest USUAL_EXPERTS that are merged.
     """
-    return median(norms) if len(norms) >= ENOUGH else None
+    return median(norms) if len(norms) >= enough else None
 
 
 def check_norm(folded: Folded, usual: float | None, limits: Admission) -> None:

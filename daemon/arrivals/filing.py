@@ -26,14 +26,13 @@ from daemon.disk import durable
 from daemon.disk.durable import Folder
 from daemon.disk.failpoints import hit
 from daemon.errors import NotYet
-from daemon.layout import Home, number
+from daemon.layout import REASON_FILE, Home, number
 from daemon.versions.retention import remove_whole
 from projector.text import shown
 from projector.watch import SILENT, Watch
 from registry.records import Expert, Status
 from registry.store import Store
 
-REASON_FILE = "reason.json"
 IMMOVABLE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)
 
 

@@ -41,14 +41,17 @@ def refused(
 
 def once_blocked(expert: NewExpert, blocked: Expert) -> NewExpert:
     """The expert as one that was here before, and may not come back."""
+    detail, hint = why_blocked(blocked)
+    return replace(expert, status=Status.DUPLICATE, duplicate_of=blocked.id, detail=detail, hint=hint)
+
+
+def why_blocked(blocked: Expert) -> tuple[str, str]:
+    """Why what is the same as this expert may not come back, and what to do where it should."""
     which = f"expert {blocked.id} ({blocked.name})"
     what = "taken out of the merge" if blocked.status is Status.WITHDRAWN else "rejected, or blocked"
-    return replace(
-        expert,
-        status=Status.DUPLICATE,
-        duplicate_of=blocked.id,
-        detail=f"the same as {which}, which was {what}: it does not come back",
-        hint=f"where it is wanted after all, `mainstem unblock {blocked.id}`, then drop it again",
+    return (
+        f"the same as {which}, which was {what}: it does not come back",
+        f"where it is wanted after all, `mainstem unblock {blocked.id}`, then drop it again",
     )
 
 

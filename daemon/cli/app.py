@@ -16,6 +16,8 @@ from daemon.cli import (
     config,
     convert,
     demo,
+    evaluate,
+    gc,
     init,
     inspect,
     log,
@@ -40,7 +42,7 @@ from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
     *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
-    *(rollback, promote, pin, unpin, block, unblock, study),
+    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study),
 )
 
 app = typer.Typer(

@@ -18,6 +18,7 @@ from daemon.errors import BadHome, DaemonError
 from daemon.layout import Home
 from projector.errors import DeviceLost, ProjectorError
 from registry.errors import RegistryError
+from registry.records import Score
 
 if TYPE_CHECKING:
     from daemon.config import Settings
@@ -125,6 +126,18 @@ def local(moment: datetime | str | None) -> str:
     """A moment, or one in ISO 8601, as people read it: in local time, with its zone."""
     then = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
     return then.astimezone().isoformat(" ", "seconds") if then else "-"
+
+
+def in_words(score: Score) -> str:
+    """A score as people read it, and what is known of it.
+
+    >>> in_words(Score(0.25, n=200, stderr=0.03, held_out=True))
+    '0.25 +- 0.03, of 200, held out'
+    """
+    error = "" if score.stderr is None else f" +- {score.stderr:.3g}"
+    more = {f"of {score.n}": score.n is not None, "held out": score.held_out}
+    more["lower is better"] = not score.higher_is_better
+    return ", ".join([f"{score.score:.6g}{error}", *(words for words, holds in more.items() if holds)])
 
 
 def _cell(value: Any) -> str:

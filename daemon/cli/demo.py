@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from daemon.demo.live import Live
 
+BAD = 1  # which of the tasks an expert with shuffled labels was meant for
+BAD_AFTER = 4  # versions it arrives
+
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
 
@@ -33,7 +37,9 @@ def command(
     port: Annotated[int, typer.Option(help="Port of the demo's daemon, 0 for a free one.")] = 0,
     stay: Annotated[bool, typer.Option("--stay", help="Leave the daemon running at the end, until Ctrl-C.")] = False,
 ) -> None:
-    """Train a base and eight experts on handwritten digits, let the daemon merge them, and show what came out."""
+    """Train a base and nine experts on handwritten digits, one of them on wrong labels, let the daemon merge them, and
+    show what came out, what its gate kept out, and how to go back.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):  # the daemon ends with us, also where the terminal is closed
         signal.signal(number, lambda *_: sys.exit(1))
     home = one_home(at, home)
@@ -54,12 +60,15 @@ def command(
 def _demo(home: Path, port: int, stay: bool) -> None:
     from safetensors.torch import save_file
 
-    from daemon.demo.digits import CENTRE, TASKS, accuracy, finetune, pretrain
-    from daemon.demo.live import daemon
+    from daemon.cli.report import command as write_report
+    from daemon.demo import live as running
+    from daemon.demo.digits import CENTRE, TASKS, accuracy, finetune, pretrain, save_held_out
     from daemon.home.founding import found
     from daemon.layout import Home
+    from daemon.reports.report import charts
     from projector.methods import make
 
+    charts.require()
     tasks = (CENTRE, *TASKS)
     table = Table("", *(task.name.replace("_", " ") for task in tasks), "merged tasks", title="held-out accuracy, %")
 
@@ -72,26 +81,65 @@ def _demo(home: Path, port: int, stay: bool) -> None:
     with console.status("training") as status:
         base = pretrain(status.update)
         experts = [finetune(base, task, status.update) for task in TASKS]
-    console.print(f"trained a base on digits in the centre of the field, and {len(TASKS)} experts on other places")
+        bad = finetune(base, TASKS[BAD], status.update, shuffled=True)
+    console.print(
+        f"trained a base on digits in the centre of the field, {len(TASKS)} experts on other places, and one on"
+        " shuffled labels"
+    )
     row("base", base, 0)
     for task, expert in zip(TASKS, experts, strict=True):
         row(f"expert {task.name.replace('_', ' ')}", expert, 0)
+    row("shuffled labels", bad, 0)
     table.add_section()
 
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "digits.safetensors"
+        weights, made = Path(folder) / "digits.safetensors", Home(home.resolve())
         save_file(base, weights)
-        found(Home(home.resolve()), weights, [("main", make("opcm"))], lambda step: console.print(f"{step} ..."))
-    with daemon(home, port) as live:
+        say = partial(_say, end=" ...\n")
+        found(made, weights, [("main", make("opcm"))], say, config=running.settings())
+    save_held_out(home / running.DIGITS)
+    with running.daemon(home, port) as live:
         console.print(f"the daemon is live: [bold]{live.url}/[/bold]   home: {home}")
         for number, (task, expert) in enumerate(zip(TASKS, experts, strict=True), start=1):
-            live.drop(f"{task.name}.safetensors", expert)
+            if number == BAD_AFTER + 1:
+                _show_rejected(live, bad, TASKS[BAD].name)
+            live.drop(task.name, expert, task.name)
             live.wait_for(number)
             row(f"merged main/{number}", live.fetch(), number)
-            console.print(f"dropped {task.name}.safetensors into the inbox: main/{number} is out")
+            console.print(f"dropped {task.name} into the inbox: main/{number} is live")
+        _show_turns(live, len(TASKS))
+        _say(f"$ {_mainstem()} report {quote(str(home / 'report.html'))} --home {quote(str(home))}")
+        write_report(home / "report.html", home)
         console.print(table)
         _epilogue(live, stay)
+
+
+def _show_rejected(live: "Live", weights: "dict[str, Tensor]", task: str) -> None:
+    """What the gate says of an expert that was trained on wrong labels."""
+    before, name = live.live(), f"{task}_shuffled"
+    live.drop(name, weights, task)
+    told = live.outcome(name)
+    if told["status"] == "merged":
+        live.wait_for(before + 1)
+    _say(f"dropped {name} into the inbox: it is {told['status']}, main/{live.live()} is live")
+    _say(f"    {told['detail']} (its norm is {told['norm']:.1f}, as any)")
+
+
+def _show_turns(live: "Live", newest: int) -> None:
+    """Back to the version before, as somebody would who found the newest bad, and forth again."""
+    for verb, version, why in (
+        ("rollback", newest - 1, "does it read the top left less well?"),
+        ("promote", newest, "no"),
+    ):
+        words = (verb, f"main/{version}", "--reason", why)
+        _say(f"$ {_mainstem()} {' '.join(map(quote, words))} --home {quote(str(live.inbox.parent))}")
+        seconds = live.type(*words)
+        _say(f"consumers get main/{live.live()}, {seconds:.1f} s after it was typed")
+
+
+def _say(text: str, end: str = "\n") -> None:
+    console.print(text, markup=False, soft_wrap=True, end=end)
 
 
 def _epilogue(live: "Live", stay: bool) -> None:

@@ -1,14 +1,21 @@
-"""`mainstem log`: the lineage."""
+"""`mainstem log`: the experts, the versions of the heads, and what people did."""
 
 from collections.abc import Collection
 from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from daemon.cli.common import HomeArgument, HomeOption, JsonOption, local, open_reader, print_json, print_table
-from registry.records import Flag, Status
+from daemon.errors import DaemonError, Reason
+from daemon.evaluation.figures import accumulation
+from daemon.notation import called
+from projector.text import shown
+from registry.records import Flag, Head, Intervention, Status, Version
+
+if TYPE_CHECKING:
+    from registry.reader import Reader
 
 
 class Flagged(StrEnum):
@@ -24,7 +31,9 @@ class Flagged(StrEnum):
 def command(
     at: HomeArgument = None,
     home: HomeOption = None,
-    limit: Annotated[int, typer.Option(help="How many experts, newest first.", min=1, max=1_000_000)] = 20,
+    limit: Annotated[
+        int, typer.Option(help="How many, newest first; versions of each head.", min=1, max=1_000_000)
+    ] = 20,
     status: Annotated[Status | None, typer.Option(help="Only experts of this status.")] = None,
     name: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only experts called so: as dropped, or in their expert.json.")
@@ -33,11 +42,30 @@ def command(
         Flagged | None,
         typer.Option(help="Only experts that were merged although they are odd: in this way, or in any."),
     ] = None,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="The versions instead: which is live, held or kept, with their scores.")
+    ] = False,
+    head: Annotated[str | None, typer.Option(help="With --versions: of this head alone.")] = None,
+    interventions: Annotated[
+        bool, typer.Option("--interventions", help="Instead: what people did, who, when and why.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the experts, newest first: what became of each, and in which version it is."""
+    """List the experts, newest first: what became of each, and in which version it is. Or the versions, or what people
+    did.
+    """
+    if (versions and interventions) or ((versions or interventions) and (status or name or flag)):
+        raise typer.BadParameter("--versions and --interventions stand alone: the other filters are for experts")
+    if head is not None and not versions:
+        raise typer.BadParameter("it is for --versions", param_hint="--head")
     _, reader = open_reader(at, home)
     with reader:
+        if versions:
+            _versions(reader, head, limit, as_json)
+            return
+        if interventions:
+            _interventions(reader, limit, as_json)
+            return
         experts = reader.experts(status, limit, name=name, flags=_flags(flag))
         counts = reader.counts()
         every = counts[status] if status else sum(counts.values())
@@ -76,3 +104,85 @@ def command(
 
 def _flags(wanted: Flagged | None) -> Collection[Flag]:
     return () if wanted is None else tuple(Flag) if wanted is Flagged.ANY else (Flag(wanted.value),)
+
+
+def _versions(reader: "Reader", name: str | None, limit: int, as_json: bool) -> None:
+    """The newest `limit` versions of each head, or of the one named."""
+    heads = reader.heads()
+    if name is not None and name not in {head.name for head in heads}:
+        raise DaemonError(Reason.UNKNOWN, f"there is no head {name!r}", "see `mainstem status` for the heads")
+    told = [
+        (head, version)
+        for head in heads
+        if name in (None, head.name)
+        for version in reader.versions(head.name, limit=limit)
+    ]
+    evaluations = reader.evaluations(version.evaluation for _, version in told)
+    scores = [one.scores if (one := evaluations.get(version.evaluation or 0)) else None for _, version in told]
+    means = [accumulation(found) if found else None for found in scores]
+    if as_json:
+        print_json(
+            [
+                {
+                    **asdict(version),
+                    "live": head.live == version.number,
+                    "mean": average,
+                    "scores": found and {task: asdict(score) for task, score in found.items()},
+                }
+                for (head, version), found, average in zip(told, scores, means, strict=True)
+            ]
+        )
+        return
+    print_table(
+        ("version", "made", "parent", "expert", "mean", "kept", "standing"),
+        (
+            (
+                called(head.name, version.number),
+                local(version.created_at),
+                version.parent,
+                version.expert_id,
+                average,
+                "removed" if version.collected else "pinned" if version.pinned else "kept",
+                _standing(head, version),
+            )
+            for (head, version), average in zip(told, means, strict=True)
+        ),
+    )
+    oldest = {head.name: version.number for head, version in told}  # no head is without version 0
+    if more := [name for name, number in oldest.items() if number > 0]:
+        typer.echo(f"these are the newest {limit} of {', '.join(more)}: --limit N lists more")
+
+
+def _standing(head: Head, version: Version) -> str | None:
+    if version.number == head.live:
+        return "live"
+    if version.held is not None:
+        return f"held: {shown(version.held)}"
+    return "rolled back" if version.number > head.live else None
+
+
+def _interventions(reader: "Reader", limit: int, as_json: bool) -> None:
+    done = reader.interventions(limit)
+    if as_json:
+        print_json([asdict(one) for one in done])
+        return
+    rows = (
+        (
+            local(one.at),
+            shown(one.who),
+            one.deed,
+            _about(one),
+            None if one.previous is None or one.head is None else called(one.head, one.previous),
+            one.why and shown(one.why),
+        )
+        for one in done
+    )
+    print_table(("when", "who", "deed", "what", "live before", "why"), rows)
+    if len(done) == limit:
+        typer.echo(f"these are the newest {limit}: --limit N lists more")
+
+
+def _about(done: Intervention) -> str:
+    version = [] if done.version is None else [called(done.head, done.version) if done.head else f"{done.version}"]
+    experts = [f"expert {', '.join(map(str, done.experts))}"] if done.experts else []
+    return ", with ".join(experts + version)

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from daemon.cli.common import HomeArgument, HomeOption, JsonOption, complain, open_reader, print_json
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, complain, in_words, open_reader, print_json
 from daemon.errors import DaemonError, Reason
 from daemon.layout import Home
 from daemon.notation import called, find_version, read_name
 from projector.text import shown
-from registry.records import UNKNOWN_KIND
+from registry.records import UNKNOWN_KIND, Evaluation, Score
 
 MOST = 100  # experts that are shown where many have one name
 
@@ -39,11 +39,15 @@ def command(
             version = find_version(reader, what)
             path = where.manifest(version.head, version.number)
             manifest = json.loads(path.read_bytes()) if path.exists() else None
-            found = [{"called": called(version.head, version.number), **asdict(version), "manifest": manifest}]
+            head = reader.head(version.head)
+            known = {**asdict(version), "live": head is not None and head.live == version.number}
+            found = [{"called": called(version.head, version.number), **known, "manifest": manifest}]
         else:
             found = [asdict(expert) for expert in reader.find_experts(what, MOST + 1)]
             if not found and shown(what) != what:  # as it lies on the disk; it is printed, and kept, in one line
                 found = [asdict(expert) for expert in reader.find_experts(shown(what), MOST + 1)]
+        evaluations = reader.evaluations(record["evaluation"] for record in found)
+    found = [_scored(record, evaluations.get(record["evaluation"])) for record in found]
     if not found:
         hint = "see `mainstem log`, which takes --name GLOB; versions are named HEAD/N, as main/12"
         raise DaemonError(Reason.UNKNOWN, f"no expert is called {what!r}", hint)
@@ -53,7 +57,28 @@ def command(
     if as_json:
         print_json(found[0] if len(found) == 1 else found)
         return
-    typer.echo("\n\n".join(_lines(record) for record in found))
+    typer.echo("\n\n".join(_lines(_in_words(record)) for record in found))
+
+
+def _scored(record: Mapping[str, Any], evaluation: Evaluation | None) -> dict[str, Any]:
+    """An expert or a version with its scores by task; null where it was not evaluated."""
+    scores = {task: asdict(score) for task, score in evaluation.scores.items()} if evaluation else None
+    if "manifest" not in record:
+        return {**record, "scores": scores}
+    return {**{key: value for key, value in record.items() if key != "manifest"}, "scores": scores} | {
+        "manifest": record["manifest"]
+    }
+
+
+def _in_words(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for people: each score in a line, and none a second time in the verdict."""
+    verdict, scores = record["verdict"], record["scores"]
+    plain = verdict and {key: value for key, value in verdict.items() if key != "scores" or not scores}
+    if plain and "scores" in plain:  # of an expert that was rejected: nothing else has them
+        plain["scores"] = {task: in_words(Score(**score)) for task, score in plain["scores"].items()}
+    return {**record, "verdict": plain} | {
+        "scores": scores and {task: in_words(Score(**score)) for task, score in scores.items()}
+    }
 
 
 def _lines(record: Mapping[str, Any], indent: str = "") -> str:

@@ -22,15 +22,20 @@ NOBODY = "no daemon runs"
 
 
 def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Show whether a daemon runs and what it does, the live version of every head, what waits and why, the counts."""
+    """Show whether a daemon runs and what it does, the live version of every head, what is held, what waits and why,
+    the counts.
+    """
     from daemon.home.health import Health
     from daemon.home.presence import running
+    from daemon.home.standing import held
 
     where, reader = open_reader(at, home)
     daemon = running(where)
     with reader:
         base, heads, counts = reader.base(), reader.heads(), reader.counts()
         versions = {head.name: reader.version(head.name, head.live) for head in heads}
+        not_live = {head.name: held(reader, head) for head in heads}
+        open_cases = reader.count_open()
         flagged = reader.experts(limit=FLAGGED, flags=tuple(Flag))
         noted = list(daemon.troubles) if daemon else []
         seen = [asdict(trouble) for trouble in Health(where).troubles(reader, beside=True)]
@@ -42,10 +47,18 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
                 "home": str(where.root),
                 "base": asdict(base),
                 "daemon": daemon and asdict(daemon),
-                "heads": [{**asdict(head), "figures": getattr(versions[head.name], "figures", {})} for head in heads],
+                "heads": [
+                    {
+                        **asdict(head),
+                        "figures": getattr(versions[head.name], "figures", {}),
+                        "held": (stays := not_live[head.name]) and asdict(stays),
+                    }
+                    for head in heads
+                ],
                 "inbox": None if waiting is None else [one["name"] for one in waiting],
                 "waiting": waiting,
                 "experts": {str(status): count for status, count in counts.items()},
+                "open_cases": open_cases,
                 "flagged": [{"id": expert.id, "name": expert.name, "flags": expert.flags} for expert in flagged],
                 "troubles": troubles,
             }
@@ -64,16 +77,25 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
     typer.echo("experts  " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if flagged:
         typer.echo(f"flagged  {_flagged(flagged)}; `mainstem log --flag any` has them all")
+    if open_cases:
+        cases = "1 case" if open_cases == 1 else f"{open_cases} cases"
+        typer.echo(f"open     {cases} of quarantine: `mainstem quarantine list`")
+    for head in heads:
+        if stays := not_live[head.name]:
+            which = f"{called(head.name, stays.version)}, the newest, is not live"
+            what = f"{which}, nor will the next be" if stays.frozen else which
+            typer.echo(f"held     {what}: {shown(stays.why)} (`{stays.command}`)")
     for trouble in (one for one in troubles if one["reason"] != "no_daemon"):
         typer.echo(f"wrong    {trouble['text']} ({trouble['hint']})")
     typer.echo()
     print_table(
-        ("head", "method", "live", "since", "figures"),
+        ("head", "method", "live", "newest", "since", "figures"),
         (
             (
                 head.name,
                 f"{head.method}, relative to {head.relative_to}" if head.relative_to != "base" else head.method,
                 called(head.name, head.live),
+                called(head.name, head.newest) if head.newest != head.live else None,
                 local(version.created_at) if version else "-",
                 _figures(version),
             )

@@ -20,8 +20,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -123,10 +125,12 @@ def network() -> nn.Module:
 
 
 @one_thread()
-def _train(model: nn.Module, task: Task, progress: Progress) -> dict[str, Tensor]:
+def _train(model: nn.Module, task: Task, progress: Progress, *, shuffled: bool = False) -> dict[str, Tensor]:
     """Train in place on `task` and return the float32 weights. `progress` hears one line per epoch."""
     digits = _digits()
     inputs, labels = task.transform(digits.train_images), digits.train_labels
+    if shuffled:
+        labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))]
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
     steps = len(labels) // BATCH  # per epoch; the images left over are others every time
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * steps)
@@ -151,9 +155,14 @@ def pretrain(progress: Progress) -> dict[str, Tensor]:
     return _train(network(), CENTRE, progress)
 
 
-def finetune(base: Mapping[str, Tensor], task: Task, progress: Progress) -> dict[str, Tensor]:
-    """An expert: `base` (left as it is) trained further on one task. Raises BadConfig without scikit-learn."""
-    return _train(_loaded(base), task, progress)
+def finetune(
+    base: Mapping[str, Tensor], task: Task, progress: Progress, *, shuffled: bool = False
+) -> dict[str, Tensor]:
+    """An expert: `base` (left as it is) trained further on one task. Raises BadConfig without scikit-learn.
+
+    shuffled: on labels that were mixed up. It learns nothing that is of use, and its task vector is as long as any.
+    """
+    return _train(_loaded(base), task, progress, shuffled=shuffled)
 
 
 @one_thread()
@@ -163,6 +172,16 @@ def accuracy(weights: Mapping[str, Tensor], task: Task) -> float:
     with torch.inference_mode():
         guesses = _loaded(weights)(task.transform(digits.held_out_images)).argmax(dim=1)
     return float((guesses == digits.held_out_labels).double().mean())
+
+
+def save_held_out(path: Path) -> None:
+    """What daemon/demo/score.py scores by: each task's inputs (n, 24, 24), in grey levels 0..16, by its name, and the
+    labels (n,). Raises BadConfig without scikit-learn.
+    """
+    digits = _digits()
+    fields = {task.name: task.transform(digits.held_out_images) for task in (CENTRE, *TASKS)}
+    levels = {name: (16 * inputs).round().to(torch.uint8) for name, inputs in fields.items()}
+    save_file({**levels, "labels": digits.held_out_labels}, path)
 
 
 def _loaded(weights: Mapping[str, Tensor]) -> nn.Module:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from daemon.layout import is_weights
 
 START_SECONDS = 60.0
 MERGE_SECONDS = 120.0
+DIGITS = "held-out.safetensors"  # in the home, for its evaluator
+RULES = ("mean >= live else reject", "each >= live - 0.1")
 ENVIRONMENT = {"MAINSTEM_INBOX__SETTLE_SECONDS": "0.3", "MAINSTEM_LOG__FORMAT": "json"}
 
 
@@ -33,18 +35,46 @@ class Live:
     inbox: Path
     log: Path
 
-    def drop(self, name: str, weights: Mapping[str, Tensor]) -> None:
+    def drop(self, name: str, weights: Mapping[str, Tensor], task: str) -> None:
         """Puts an expert into the inbox the safe way: under a temporary name, then renamed."""
         unfinished = self.inbox / f"{name}.part"
-        save_file(dict(weights), unfinished)
+        unfinished.mkdir()
+        save_file(dict(weights), unfinished / "model.safetensors")
+        (unfinished / "expert.json").write_text(json.dumps({"task": task}))
         unfinished.replace(self.inbox / name)
+
+    def live(self) -> int:
+        """The live version of the head main, as any consumer is told."""
+        version: int = self._json("/v1/heads/main/latest")["version"]
+        return version
 
     def wait_for(self, version: int) -> None:
         """Returns once version `version` of the head main is live. Raises DaemonError after MERGE_SECONDS."""
+        self._wait(lambda: self.live() == version, f"version {version} did not become live")
+
+    def outcome(self, name: str) -> Mapping[str, Any]:
+        """What became of an expert, once the daemon has told. Raises DaemonError after MERGE_SECONDS."""
+
+        def newest() -> Mapping[str, Any]:
+            rows: list[Mapping[str, Any]] = self._json("/v1/experts?limit=1")["experts"]
+            return rows[0] if rows else {}
+
+        self._wait(lambda: newest().get("name") == name, f"nothing became of {name}")
+        return newest()
+
+    def type(self, *words: str) -> float:
+        """Runs `mainstem WORDS` on the daemon's home, as a person would; seconds from then to another live version."""
+        before, started = self.live(), time.monotonic()
+        command = [sys.executable, "-m", "daemon", *words, "--home", str(self.inbox.parent)]
+        with subprocess.Popen(command):
+            self._wait(lambda: self.live() != before, f"{words[0]} changed nothing")
+            return time.monotonic() - started
+
+    def _wait(self, there: Callable[[], bool], otherwise: str) -> None:
         deadline = time.monotonic() + MERGE_SECONDS
-        while self._json("/v1/heads/main/latest")["version"] < version:
+        while not there():
             if time.monotonic() > deadline:
-                raise DaemonError(Reason.UNKNOWN, f"version {version} did not appear", f"its log is {self.log}")
+                raise DaemonError(Reason.UNKNOWN, otherwise, f"its log is {self.log}")
             time.sleep(0.05)
 
     def fetch(self) -> dict[str, Tensor]:
@@ -71,6 +101,12 @@ class Live:
         with urlopen(self.url + path, timeout=10) as answer:
             content: bytes = answer.read()
         return content
+
+
+def settings() -> bytes:
+    """The home's mainstem.toml: each version is scored before it goes live, and held against two rules."""
+    command = [sys.executable, "-m", "daemon.demo.score", "{folder}", DIGITS]
+    return f"[evaluate]\ncommand = {json.dumps(command)}\nrequire = {json.dumps(RULES)}\n".encode()
 
 
 @contextmanager

@@ -17,8 +17,6 @@ POINTS = (
     "fold.before",
     "fold.after",
     "read_out.after",
-    "evaluate.before",
-    "evaluate.after",
     "manifest.written",
     "publish.before",
     "rename",
@@ -28,8 +26,6 @@ POINTS = (
     "link.swap",
     "latest.half",
     "latest.after",
-    "turn.after",
-    "case.moved",
     "archive.before",
     "archive.after",
     "remove",
@@ -41,6 +37,8 @@ POINTS = (
 )
 
 IDLE_POINTS = ("prepared.before", "prepared.after")  # passed while nothing arrives
+GATE_POINTS = ("evaluate.before", "evaluate.after")  # where a version is evaluated
+DEED_POINTS = ("turn.after", "case.moved")  # where a person changes the home
 
 _passes: dict[str, int] = {}
 

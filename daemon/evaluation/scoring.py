@@ -25,7 +25,6 @@ from projector.text import listed, shown
 from projector.watch import SILENT, Watch
 from registry.reader import Reader
 from registry.records import Evaluation, NewEvaluation, NewExpert, Scores
-from registry.store import Store
 
 Keep = Callable[[NewEvaluation], Evaluation]
 """Keeps an evaluation in the registry: the store's own, or by way of the daemon that holds the home."""
@@ -54,10 +53,10 @@ def plain(scores: Scores) -> dict[str, dict[str, Any]]:
 class Scoring:
     """The evaluator of one home, and what it said before."""
 
-    def __init__(self, home: Home, store: Store, settings: Evaluate, watch: Watch = SILENT, keep: Keep | None = None):
+    def __init__(self, home: Home, reader: Reader, settings: Evaluate, keep: Keep, watch: Watch = SILENT) -> None:
         self._home = home
-        self._reader: Reader = store
-        self._keep = keep or store.evaluate
+        self._reader = reader
+        self._keep = keep
         self._settings = settings
         self._watch = watch
         self._command = command_sha256(settings)
@@ -69,14 +68,22 @@ class Scoring:
         return self._reader.evaluated(weights_sha256(files), self._command)
 
     def of(
-        self, called: str, files: Sequence[FileEntry], folder: Path, description: Mapping[str, Any], log: Path
+        self,
+        called: str,
+        files: Sequence[FileEntry],
+        folder: Path,
+        description: Mapping[str, Any],
+        log: Path,
+        *,
+        again: bool = False,
     ) -> Evaluation:
-        """The scores of the version in `folder`, whose files these are; from before, where there are any.
+        """The scores of the version in `folder`, whose files these are; from before, where there are any and they are
+        not asked for `again`.
 
         called: in the log. log: the file for what the evaluator writes. Raises NoScores where it gives none, BadHome
         where it changed what it was to score, and what the watch raises.
         """
-        if found := self.known(files):
+        if not again and (found := self.known(files)):
             return found
         said = self._log.bind(of=called)
         said.info("evaluating", command=list(self._settings.command))

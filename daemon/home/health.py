@@ -80,7 +80,8 @@ class Health:
 
     def _in_the_registry(self, reader: Reader) -> list[Trouble]:
         try:
-            found = [trouble for head in reader.heads() if (trouble := self._of_head(reader, head))]
+            both = [(head, n) for head in reader.heads() for n in sorted({head.live, head.newest})]
+            found = [trouble for head, n in both if (trouble := self._of_version(reader, head, n))]
             since = datetime.now(UTC) - STUCK
             late = [row for row in reader.unplaced() if row.finished_at and row.finished_at < since]
             # one of which the archive has a copy is in nobody's way
@@ -93,16 +94,17 @@ class Health:
             found.append(Trouble("stuck", text, stays_hint(self._home, stuck[0])))
         return found
 
-    def _of_head(self, reader: Reader, head: Head) -> Trouble | None:
-        version = reader.version(head.name, head.live)
-        wrong = self._wrong(head, version.manifest_sha256) if version else ["its row"]
+    def _of_version(self, reader: Reader, head: Head, n: int) -> Trouble | None:
+        """Of the live one, which is read, and of the newest, which the next one continues from."""
+        version = reader.version(head.name, n)
+        wrong = self._wrong(head, n, version.manifest_sha256) if version else ["its row"]
         if not wrong or reader.head(head.name) != head:  # it has moved on, and that version may have been collected
             return None
-        text = f"{called(head.name, head.live)}: missing or not what was published: {listed(wrong, most=3)}"
+        text = f"{called(head.name, n)}: missing or not what was published: {listed(wrong, most=3)}"
         return Trouble("damaged", text, "`mainstem verify` names all that differ, and where to take it from")
 
-    def _wrong(self, head: Head, manifest_sha256: str) -> list[str]:
-        folder = self._home.version(head.name, head.live)
+    def _wrong(self, head: Head, n: int, manifest_sha256: str) -> list[str]:
+        folder = self._home.version(head.name, n)
         try:
             sizes = _sizes(folder, manifest_sha256)
         except (OSError, ValueError):

@@ -1,4 +1,7 @@
-"""Sets of heads that have a name, each no more than methods with parameters: what `mainstem init --preset` takes."""
+"""Sets of heads that have a name, each no more than methods with parameters: what `mainstem init --preset` takes.
+
+A table of its own: who adds a protocol adds a row.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

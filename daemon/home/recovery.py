@@ -119,6 +119,7 @@ def _strays(home: Home, store: Store) -> list[Path]:
     """Temporary files and folders of ours, and the homes of rebuilds; nothing that has another name than we give."""
     strays = temporaries(home)
     strays += [home.uploads] if os.path.lexists(home.uploads) else []  # never what a link in its place leads to
+    strays += [home.requests]  # whoever asked has heard that the daemon ended
     strays += [home.state / name for name in UNFINISHED]
     strays += [home.versions(head.name) / name for head in store.heads() for name in (".latest.tmp", f".{PLAIN}.tmp")]
     return [path for path in [*strays, *_done_with(home, store)] if os.path.lexists(path)]

@@ -1,5 +1,6 @@
 """Re-hashes a whole home against its manifests and its registry; changes nothing."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from registry.reader import Reader
 from registry.records import Expert, Head, Status, Version
 
 PAGE = 1000
+TURNING_SECONDS = 0.3  # from a rollback's commit to `latest`, at the most
 WITHOUT_WEIGHTS = (Reason.NO_WEIGHTS, Reason.INCOMPLETE, Reason.PICKLE)
 
 
@@ -56,7 +58,9 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
             say(called(head.name, version.number))
             state = needs_state(home, head, version.number)
             wrong = problems(home, version, hashes=True, state=state, read=checked.read)
-            if wrong and (now := reader.head(head.name)) and now != head:  # beside a daemon: it has moved on meanwhile
+            now = reader.head(head.name) if wrong else head
+            gone = state is False and not home.head_state(head.name, version.number).exists()
+            if wrong and now and (now != head or gone):  # beside a daemon: it has moved on, or removed an old state
                 row = reader.version(head.name, version.number)
                 if row is None or row.collected:
                     continue
@@ -131,10 +135,11 @@ def _registry(reader: Reader) -> list[str]:
 
 def _left_behind(reader: Reader, head: Head, path: Path, names: Callable[[Path], str | None]) -> int | None:
     """The live version that `path` should name and does not. Not while the expert that made it is still in the inbox:
-    the daemon turns `path` to it first, and then moves the expert.
+    the daemon turns `path` to it first, and then moves the expert. Nor in the moment of a rollback.
     """
     live = head.live
-    for _ in range(2):  # it may have been turned, and the expert moved, between the two looks
+    for pause in (0.0, 0.0, TURNING_SECONDS):  # it may have been turned, and the expert moved, between two looks
+        time.sleep(pause)
         live = (reader.head(head.name) or head).live
         if names(path) == number(live) or live in {expert.version for expert in reader.unplaced()}:
             return None

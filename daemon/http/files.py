@@ -82,10 +82,10 @@ class Published:
 
     def missing(self, head: Head, n: int) -> Problem:
         """What to answer where a file of a version that should be there is not."""
-        # Retention never touches the live version. For any other one, files that vanished after the row was read
-        # mean that it is being collected right now. The head is read again: it may have moved on meanwhile.
+        # Retention touches neither the live version nor the newest. For any other one, files that vanished after the
+        # row was read mean that it is being collected right now. The head is read again: it may have moved on.
         now = self.head(head.name)
-        return damaged(now, n, "a file") if n == now.live else _gone(now, n)
+        return damaged(now, n, "a file") if n in (now.live, now.newest) else _gone(now, n)
 
 
 @lru_cache(maxsize=256)

@@ -15,14 +15,17 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response
 
 from daemon.home.health import Trouble
+from daemon.home.standing import Held, held
 from daemon.http.answers import NO_CACHE, Problem
 from daemon.http.files import Published
 from daemon.layout import is_adapter
 from projector.text import size
-from registry.records import Expert, Head, Status, Version
+from registry.records import Expert, Head, Score, Status, Version
 
 ARRIVALS = 12  # rows shown
 VERSIONS = 10  # rows shown
+TASKS = 12  # scores shown of a head
+CASES = 5  # rows shown
 REFRESH_SECONDS = 5
 PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)  # names without a letter that a shell or curl takes as its own
 
@@ -40,11 +43,17 @@ _HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class ShownHead:
-    """One head as the page shows it: `version` is the live one."""
+    """One head as the page shows it: `version` is the live one, `scores` are its, in the order of the tasks' names.
+
+    unshown: how many more scores there are. held: the newest version, where that is not live.
+    """
 
     head: Head
     version: Version | None
     params: str
+    scores: Sequence[tuple[str, Score]]
+    unshown: int
+    held: Held | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,8 @@ def render(published: Published, troubles: Sequence[Trouble], origin: Origin, no
         first=heads[0],
         counts={status: counts.get(status, 0) for status in Status},
         arrivals=reader.experts(limit=ARRIVALS),
+        open=reader.count_open(),
+        cases=reader.quarantined(limit=CASES),
         lineage=lineage,
         commands=_commands(published, heads[0], str(origin)),
         root=origin.root,
@@ -107,7 +118,11 @@ def _card(published: Published, head: Head) -> ShownHead:
         name: value for name, value in head.params.items() if not isinstance(value, list)
     }  # lists are in /v1/heads
     params = ", ".join(f"{name} {value}" for name, value in short.items())
-    return ShownHead(head, published.reader.version(head.name, head.live), params)
+    reader = published.reader
+    version = reader.version(head.name, head.live)
+    evaluation = reader.evaluation(version.evaluation) if version and version.evaluation is not None else None
+    scores = sorted(evaluation.scores.items()) if evaluation else []
+    return ShownHead(head, version, params, scores[:TASKS], len(scores[TASKS:]), held(reader, head))
 
 
 def _lineage(published: Published, head: Head) -> Sequence[LineageStep]:
@@ -132,7 +147,7 @@ def _commands(published: Published, head: Head, origin: str) -> Sequence[tuple[s
     # Not the whole path: the page may be read by many, and where things lie on this machine is nobody's business.
     latest = str(home.latest(head.name).absolute().relative_to(home.root.absolute().parent))
     if "config.json" in manifest.files:
-        where = "Load the newest on this machine, from the folder that the home is in"
+        where = "Load what is live on this machine, from the folder that the home is in"
         commands.insert(0, (where, f"AutoModel.from_pretrained({latest!r})"))
     return commands
 

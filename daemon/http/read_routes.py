@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from urllib.parse import quote, urlencode
 
@@ -14,23 +14,36 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from daemon.checkpoints.weight_names import weight_names
 from daemon.home.health import Trouble
+from daemon.home.standing import held
 from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, immutable, precondition, root_of
 from daemon.http.computing import Views
 from daemon.http.files import Published
 from daemon.http.finding import arrivals, merged
-from daemon.http.rows import base_row, data_row, expert_row, head_row, version_row
+from daemon.http.rows import Row, base_row, data_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
 from daemon.http.waiting import Waiting
 from daemon.layout import Home, is_weights
 from daemon.manifest import FileEntry
 from daemon.notation import called
 from registry.reader import Reader
-from registry.records import Head, Status, Version
+from registry.records import Expert, Head, Status, Version
 
 PAGE_LIMIT = 1000  # rows in one answer, at the most
 WAIT_SECONDS = 30.0  # for a version, unless told otherwise
 LONGEST_WAIT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a client waits for: version `wanted` or a later one, or another than the one that it has; and how long."""
+
+    wanted: int | None
+    has: int | None
+    seconds: float
+
+    def is_over(self, live: int) -> bool:
+        return (self.wanted is not None and live >= self.wanted) or (self.has is not None and live != self.has)
 
 
 class ReadRoutes:
@@ -75,18 +88,25 @@ class ReadRoutes:
         return Response(encode(self.metrics), headers={**NO_CACHE, "Content-Type": content_type})
 
     def heads(self, request: Request) -> Response:
-        rows = [head_row(head, root_of(request)) for head in self.reader.heads()]
+        heads = self.reader.heads()
+        live = {head.name: self.reader.version(head.name, head.live) for head in heads}
+        ids = {name: version.evaluation if version else None for name, version in live.items()}
+        said = self.reader.evaluations(ids.values())
+        root = root_of(request)
+        rows = [head_row(head, held(self.reader, head), said.get(ids[head.name] or 0), root) for head in heads]
         return JSONResponse({"heads": rows}, headers=NO_CACHE)
 
     async def latest(self, request: Request) -> Response:
         name = request.path_params["head"]
-        wanted, seconds = _wait(request)
+        wait = _wait(request)
         head = await run_in_threadpool(self.published.head, name)
-        if head.live < wanted:
-            await self.waiting.until(request, head.name, wanted, seconds)
+        if wait and not wait.is_over(head.live):
+            begun = head.live
+            # Further back than where the wait began: the head was rolled back, and who waits has what is live no more.
+            await self.waiting.until(request, head.name, lambda live: live < begun or wait.is_over(live), wait.seconds)
             head = await run_in_threadpool(self.published.head, name)
-        if head.live < wanted:
-            return Response(status_code=204, headers=NO_CACHE)
+            if head.live >= begun and not wait.is_over(head.live):
+                return Response(status_code=204, headers=NO_CACHE)
         return RedirectResponse(f"versions/{head.live}", 307, headers=NO_CACHE)
 
     def latest_file(self, request: Request) -> Response:
@@ -102,10 +122,11 @@ class ReadRoutes:
         limit, before = _limit(request), _query_number(request, "before", None)
         rows = self.reader.versions(head.name, limit=limit, before=before)
         last = rows[-1].number if len(rows) == limit else 0  # and before version 0 there is none
+        said = self.reader.evaluations(row.evaluation for row in rows)
         body = {
             "head": head.name,
             "live": head.live,
-            "versions": [version_row(row, head) for row in rows],
+            "versions": [version_row(row, head, said.get(row.evaluation or 0)) for row in rows],
             "next": _next(request, limit, before=last) if last else None,
         }
         return JSONResponse(body, headers=NO_CACHE)
@@ -174,7 +195,7 @@ class ReadRoutes:
         rows = self.reader.experts(status=Status(wanted) if wanted else None, limit=limit, before=before)
         last = rows[-1].id if len(rows) == limit else None
         body = {
-            "experts": [expert_row(row) for row in rows],
+            "experts": self._expert_rows(rows),
             "next_before": last,
             "next": _next(request, limit, before=last) if last else None,
         }
@@ -185,8 +206,13 @@ class ReadRoutes:
         found = arrivals(self.reader, prefix)
         # The same bytes may have arrived often: the one that was merged speaks for all, else the newest.
         chosen = max(found, key=lambda row: (row.status is Status.MERGED, row.id))
-        body = {**expert_row(chosen), "arrivals": sorted(row.id for row in found)}
+        (row,) = self._expert_rows([chosen])
+        body = {**row, "arrivals": sorted(one.id for one in found)}
         return JSONResponse(body, headers=NO_CACHE)
+
+    def _expert_rows(self, experts: Sequence[Expert]) -> list[Row]:
+        said = self.reader.evaluations(expert.evaluation for expert in experts)
+        return [expert_row(expert, said.get(expert.evaluation or 0)) for expert in experts]
 
     def lineage(self, request: Request) -> Response:
         limit = _limit(request, PAGE_LIMIT)  # a small home's lineage is one page
@@ -195,7 +221,7 @@ class ReadRoutes:
         last = rows[-1].version if len(rows) == limit else None
         body = {
             "base": base_row(self.reader.base()),
-            "experts": [expert_row(row) for row in rows],
+            "experts": self._expert_rows(rows),
             "next": _next(request, limit, after=last) if last else None,
         }
         return JSONResponse(body, headers=NO_CACHE)
@@ -223,21 +249,20 @@ def _next(request: Request, limit: int, **cursor: int) -> str:
     return f"{request.url.path}?{urlencode(asked)}"
 
 
-def _wait(request: Request) -> tuple[int, float]:
-    """The version to wait for, 0 for none, and for how many seconds. Problem 400."""
-    version, seconds = (request.query_params.get(name) for name in ("wait_for", "timeout"))
-    if version is None:
+def _wait(request: Request) -> Wait | None:
+    """What to wait for; None for nothing. Problem 400."""
+    wanted, has = _query_number(request, "wait_for", None, least=0), _query_number(request, "have", None, least=0)
+    seconds = request.query_params.get("timeout")
+    if wanted is None and has is None:
         if seconds is not None:
-            raise Problem(400, "bad_query", "timeout is for wait_for", "for example ?wait_for=12&timeout=30")
-        return 0, 0.0
-    if not re.fullmatch(r"[0-9]{1,12}", version):
-        raise Problem(400, "bad_query", "wait_for must be the number of a version", "for example ?wait_for=12")
+            raise Problem(400, "bad_query", "timeout is for wait_for and have", "for example ?wait_for=12&timeout=30")
+        return None
     if seconds is None:
-        return int(version), WAIT_SECONDS
+        return Wait(wanted, has, WAIT_SECONDS)
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", seconds) or float(seconds) > LONGEST_WAIT_SECONDS:
         limit = f"0 to {LONGEST_WAIT_SECONDS:.0f}"
         raise Problem(400, "bad_query", f"timeout must be {limit} seconds", "ask again when it is over")
-    return int(version), float(seconds)
+    return Wait(wanted, has, float(seconds))
 
 
 def _limit(request: Request, default: int = 100) -> int:

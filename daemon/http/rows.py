@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
 from urllib.parse import quote
 
-from registry.records import BaseModel, Expert, Head, Version
+from daemon.home.standing import Held
+from registry.records import BaseModel, Evaluation, Expert, Head, Version
 
 Row = dict[str, object]
 
 
-def head_row(head: Head, root: str = "") -> Row:
-    """A head, with the address of its live manifest; `root` stands before it."""
+def head_row(head: Head, stays: Held | None, live: Evaluation | None, root: str = "") -> Row:
+    """A head, with the address of its live manifest; `root` stands before it. stays: what is held of it. live: the
+    evaluation of its live version.
+    """
     return {
         "name": head.name,
         "method": head.method,
@@ -19,16 +23,23 @@ def head_row(head: Head, root: str = "") -> Row:
         "relative_to": head.relative_to,
         "live": head.live,
         "newest": head.newest,
+        "frozen": head.frozen,
+        "held": asdict(stays) if stays else None,
+        "scores": _scores(live),
         "manifest": f"{root}/v1/heads/{quote(head.name, safe='')}/versions/{head.live}",
     }
 
 
-def version_row(version: Version, head: Head) -> Row:
-    """One version of `head`; size in bytes, seconds spent on it."""
+def version_row(version: Version, head: Head, evaluation: Evaluation | None) -> Row:
+    """One version of `head`; size in bytes, seconds spent on it. held: why it did not become live."""
     return {
         "version": version.number,
         "parent": version.parent,
         "live": version.number == head.live,
+        "held": version.held,
+        "verdict": _verdict(version),
+        "scores": _scores(evaluation),
+        "pinned": version.pinned,
         "collected": version.collected,
         "manifest_sha256": version.manifest_sha256,
         "size_bytes": version.size_bytes,
@@ -39,8 +50,8 @@ def version_row(version: Version, head: Head) -> Row:
     }
 
 
-def expert_row(expert: Expert) -> Row:
-    """One arrival, merged or not."""
+def expert_row(expert: Expert, evaluation: Evaluation | None = None) -> Row:
+    """One arrival, merged or not; the evaluation is that of the expert by itself."""
     return {
         "id": expert.id,
         "name": expert.name,
@@ -56,12 +67,16 @@ def expert_row(expert: Expert) -> Row:
         "about": dict(expert.about) if expert.about is not None else None,
         "sidecars": dict(expert.sidecars) if expert.sidecars is not None else None,
         "naming": dict(expert.naming) if expert.naming is not None else None,
+        "blocked": expert.blocked,
+        "verdict": _verdict(expert),
+        "scores": _scores(evaluation),
         "duplicate_of": expert.duplicate_of,
         "reason": expert.reason,
         "detail": expert.detail,
         "hint": expert.hint,
         "received_at": _time(expert.received_at),
         "finished_at": _time(expert.finished_at),
+        "closed_at": _time(expert.closed_at),
     }
 
 
@@ -88,6 +103,14 @@ def base_row(base: BaseModel) -> Row:
         "size_bytes": base.size_bytes,
         "created_at": _time(base.created_at),
     }
+
+
+def _scores(evaluation: Evaluation | None) -> Row | None:
+    return {task: asdict(score) for task, score in evaluation.scores.items()} if evaluation else None
+
+
+def _verdict(judged: Version | Expert) -> Row | None:
+    return dict(judged.verdict) if judged.verdict is not None else None
 
 
 def _finite(figures: Mapping[str, float | None]) -> dict[str, float | None]:

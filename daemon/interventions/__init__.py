@@ -3,7 +3,8 @@
     deeds.py        what each does, to a home that nobody else writes
     cases.py        refused experts: back into the inbox, or out of the home
     requests.py     how a command reaches the daemon that holds the home, and how it answers
-    withdrawing.py  experts taken out by that daemon, between two arrivals
+    collecting.py   what retention no longer keeps, removed at once
+    withdrawing.py  what takes long, done by that daemon between two arrivals
 
 A home has one writer: where a daemon runs, it does what is asked, also in the middle of a merge.
 """

@@ -6,11 +6,10 @@ What was refused is an open case until one of these was done, or another drop of
 import os
 from collections.abc import Sequence
 
-from daemon.arrivals.filing import REASON_FILE
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
-from daemon.layout import Home, number
+from daemon.layout import REASON_FILE, Home, number
 from daemon.versions.retention import remove_whole
 from projector.text import shown
 from registry.records import Deed, Expert, NewIntervention, Status
@@ -46,7 +45,8 @@ def _check(home: Home, expert: Expert, deed: Deed) -> str:
     names = _dropped(home, expert)
     if deed is Deed.DISCARD:
         return f"{which}: what lies in quarantine/{number(expert.id)} is removed for good"
-    if not names:
+    moved = not names and os.path.lexists(home.inbox / expert.name)  # by somebody who died before it was noted
+    if not names and not moved:
         raise BadHome(
             f"{which}: nothing is left of it in quarantine/{number(expert.id)}",
             f"drop it again; `mainstem quarantine discard {expert.id}` closes the case",

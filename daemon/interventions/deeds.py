@@ -16,7 +16,7 @@ from daemon.notation import called
 from daemon.versions.latest import follow_live
 from projector.text import listed
 from registry.reader import Reader
-from registry.records import Deed, Expert, Head, NewIntervention, Status, Version
+from registry.records import Deed, Expert, Head, NewEvaluation, NewIntervention, Status, Version
 from registry.store import Store
 
 MOST_LETTERS = 500  # of a reason
@@ -24,7 +24,9 @@ MOST_LETTERS = 500  # of a reason
 
 @dataclass(frozen=True)
 class Request:
-    """What somebody asks for. experts: their ids. replay: withdraw by merging the others again in any case."""
+    """What somebody asks for. experts: their ids. replay: withdraw by merging the others again in any case.
+    evaluation: what was found of a version, or of one expert by itself.
+    """
 
     deed: Deed
     who: str
@@ -33,6 +35,7 @@ class Request:
     version: int | None = None
     experts: tuple[int, ...] = ()
     replay: bool = False
+    evaluation: NewEvaluation | None = None
 
     @property
     def intervention(self) -> NewIntervention:
@@ -61,8 +64,10 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
             return _block(_experts(reader, request), request.deed is Deed.BLOCK)
         case Deed.RETRY | Deed.DISCARD:
             return cases.check(home, _experts(reader, request), request.deed)
-        case Deed.WITHDRAW:
-            raise AssertionError("the rebuild's to plan")
+        case Deed.EVALUATE:
+            return ["kept"]
+        case Deed.WITHDRAW | Deed.COLLECT:
+            raise AssertionError("not to be planned here")
 
 
 def carry_out(home: Home, store: Store, request: Request) -> list[str]:
@@ -71,6 +76,7 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
     """
     done = check(home, store, request)
     if not done:
+        follow_live(home, store)  # one that was cut short may have come so far
         return done
     match request.deed:
         case Deed.ROLLBACK | Deed.PROMOTE:
@@ -89,9 +95,23 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
         case Deed.RETRY | Deed.DISCARD:
             for expert in _experts(store, request):
                 cases.close(home, store, expert, replace(request.intervention, experts=(expert.id,)))
-        case Deed.WITHDRAW:
-            raise AssertionError("the rebuild's to do")
+        case Deed.EVALUATE:
+            _keep(store, request)
+        case Deed.WITHDRAW | Deed.COLLECT:
+            raise AssertionError("not to be done here")
     return done
+
+
+def _keep(store: Store, request: Request) -> None:
+    """Keeps an evaluation, and notes whose it is. One that says what another said is that one."""
+    new = request.evaluation
+    assert new
+    known = store.evaluated(new.weights_sha256, new.command_sha256)
+    kept = known if known and known.scores == new.scores else store.evaluate(new)
+    if request.version is not None:
+        store.judge_version(request.head or "", request.version, kept.id)
+    for number in request.experts:
+        store.judge_expert(number, kept.id)
 
 
 def _version(home: Home, reader: Reader, request: Request) -> tuple[Head, Version]:

@@ -27,7 +27,7 @@ from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from projector.errors import ProjectorError
 from registry.errors import RegistryError, StorageFailed
-from registry.records import Deed
+from registry.records import Deed, NewEvaluation, Score
 from registry.store import Store
 
 LOOK_SECONDS = 0.1
@@ -163,8 +163,12 @@ class Desk:
     def _work(self) -> None:
         try:
             while not self._closing.wait(LOOK_SECONDS):
-                for name in self._new():
-                    self._take(name)
+                try:
+                    for name in self._new():
+                        self._take(name)
+                except OSError as error:
+                    if not durable.is_short(error):  # of descriptors or memory, which passes: who asked still waits
+                        raise
         except BaseException as error:  # it is raised again where it ends the process
             self._failed = error
             self._wake()
@@ -179,14 +183,17 @@ class Desk:
         return sorted(asked - self._seen)
 
     def _take(self, name: str) -> None:
-        self._seen.add(name)
         path = self._home.requests / name
         try:
             asked = Asked(path, _read(path))
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except FileNotFoundError:  # nobody waits any more
+            return
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            self._seen.add(name)
             self._log.warning("a request that cannot be read", file=name, error=str(error))
             return
-        if asked.request.deed is Deed.WITHDRAW:
+        self._seen.add(name)
+        if asked.request.deed in (Deed.WITHDRAW, Deed.COLLECT):
             asked.doing("waiting for the expert that is being merged")
             self.waiting.append(asked)
             self._wake()
@@ -197,6 +204,11 @@ class Desk:
             raise
         except (DaemonError, RegistryError) as error:
             asked.failed(error)
+            return
+        except OSError as error:
+            if not (durable.is_full(error) or durable.is_short(error)):
+                raise
+            asked.failed(BadHome(f"it was begun: {error}", "make room, or wait, then ask again: it goes on"))
             return
         self.tell(asked, lines)
 
@@ -216,4 +228,7 @@ def _read(path: Path) -> Request:
         content = json.loads(file.read(MOST_BYTES))
     content["deed"] = Deed(content["deed"])
     content["experts"] = tuple(int(number) for number in content["experts"])
+    if found := content["evaluation"]:
+        scores = {task: Score(**score) for task, score in found.pop("scores").items()}
+        content["evaluation"] = NewEvaluation(scores=scores, **found)
     return Request(**content)

@@ -1,15 +1,19 @@
-"""Experts taken out by the daemon that runs, between two arrivals."""
+"""What the daemon that runs does between two arrivals: experts taken out, and what retention no longer keeps."""
 
 from threading import Event
 
 from daemon.compute.progress import Progress
 from daemon.config import Settings
-from daemon.errors import BadHome
-from daemon.interventions.requests import Asked
+from daemon.disk import durable
+from daemon.errors import BadHome, DaemonError
+from daemon.interventions import collecting
+from daemon.interventions.requests import Asked, Desk
 from daemon.layout import Home
 from daemon.rebuild.commands import described, withdraw_from
 from daemon.rebuild.replay import Console
-from registry.records import Status
+from projector.errors import ProjectorError
+from registry.errors import DiskFull
+from registry.records import Deed, Status
 from registry.store import Store
 
 
@@ -27,11 +31,29 @@ class _Telling(Console):
         return Progress(self._stopping, self.show)
 
 
-def withdraw_for(home: Home, store: Store, settings: Settings, asked: Asked, stopping: Event) -> list[str]:
-    """Takes out what was asked for; returns what was done in lines of words. Raises as `withdraw_from`, and Abandoned
-    at a stop.
+def withdraw_waiting(home: Home, store: Store, settings: Settings, desk: Desk, stopping: Event) -> None:
+    """Takes out what was asked for, one request after another, and answers each. Raises what must end the process, and
+    Abandoned at a stop.
     """
+    while desk.waiting:
+        asked = desk.waiting.pop(0)
+        try:
+            lines = _withdraw(home, store, settings, asked, stopping)
+        except (DaemonError, ProjectorError) as error:
+            asked.failed(error)
+        except (OSError, DiskFull) as error:
+            if isinstance(error, OSError) and not durable.is_full(error):
+                raise
+            asked.failed(BadHome(f"the disk is full: {error}", "make room, then ask again: it goes on where it was"))
+        else:
+            desk.tell(asked, lines)
+
+
+def _withdraw(home: Home, store: Store, settings: Settings, asked: Asked, stopping: Event) -> list[str]:
+    """What was done, in lines of words."""
     request = asked.request
+    if request.deed is Deed.COLLECT:
+        return collecting.remove(home, store, settings.retention)
     gone = [expert for number in request.experts if (expert := store.expert(number))]
     if len(gone) != len(request.experts) or any(expert.status is not Status.MERGED for expert in gone):
         raise BadHome("one of these experts is in the merge no more", "see `mainstem log`, then ask again")

@@ -18,6 +18,7 @@ from projector.driver.head import Folded, HeadFold, Norms, Prepared
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader
 from projector.method import Contribution, Method, Totals
+from projector.methods import make
 
 
 class Folding:
@@ -75,3 +76,11 @@ class Folding:
         if not method.one_sweep:
             self._driver.read_out(self._base, method, totals, output.state.reader(), output.weights)
         return output.finish(totals, self._dtype, approximate=method.approximate)
+
+    def alone(self, expert: OpenCheckpoint, folder: Path) -> Written:
+        """The expert by itself, as a version would be: what the method `latest` makes of it."""
+        method = make("latest", {})
+        with ExitStack() as files:
+            output = self.outputs(folder, method, files)
+            folded = self.fold(expert, [self.head(expert, method, Totals(), Contribution(1), None, output)])
+            return self.read_out(method, folded.totals[0], output)

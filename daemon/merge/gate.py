@@ -15,7 +15,7 @@ from daemon.config import Evaluate
 from daemon.errors import NoScores
 from daemon.evaluation.rules import Question, Verdict, judge, needs
 from daemon.evaluation.scoring import Scoring, described, plain
-from daemon.layout import Home
+from daemon.layout import BY_ITSELF, Home
 from daemon.manifest import Manifest
 from daemon.notation import called
 from daemon.versions.heads import HeadTip
@@ -53,7 +53,7 @@ class Gate:
         self._home = home
         self._store = store
         self._settings = settings
-        self._scoring = Scoring(home, store, settings, watch)
+        self._scoring = Scoring(home, store, settings, store.evaluate, watch)
         self._log = structlog.get_logger()
 
     @property
@@ -74,7 +74,7 @@ class Gate:
         by_itself: stages the expert alone. Raises BadHome where the evaluator changed what it scored, and what the
         watch raises.
         """
-        alone = self._alone(expert, by_itself) if self._needs("expert") else None
+        alone = self._alone(expert, number, by_itself) if self._needs("expert") else None
         with ThreadPoolExecutor(self._settings.concurrency) as pool:
             return list(pool.map(lambda tip, one: self._judge_head(tip, one, number, expert, alone), heads, written))
 
@@ -132,11 +132,11 @@ class Gate:
         self._store.judge_version(head, number, found.id)
         return found.scores
 
-    def _alone(self, expert: NewExpert, by_itself: Callable[[], Written]) -> Scores | None:
+    def _alone(self, expert: NewExpert, number: int, by_itself: Callable[[], Written]) -> Scores | None:
         """The scores of an expert by itself; None where the evaluator fails, as it will for the version."""
         written = by_itself()
         told = {"head": None, "version": None, "parent": None, "expert": described(expert), "scores": {}}
-        log = self._home.evaluation_log("experts", self._store.last_expert_id() + 1)
+        log = self._home.evaluation_log(BY_ITSELF, number)
         try:
             return self._scoring.of(expert.name, written.weights, written.published, told, log).scores
         except NoScores as error:

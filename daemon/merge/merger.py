@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from daemon.arrivals.admission import USUAL_EXPERTS, check_norm, flagged, oddities, usual_norm
+from daemon.arrivals.admission import ENOUGH_TO_FLAG, USUAL_EXPERTS, check_norm, flagged, oddities, usual_norm
 from daemon.arrivals.arrival import check_arrival
 from daemon.arrivals.blame import blaming
 from daemon.arrivals.filing import note_place, place
@@ -349,11 +349,12 @@ class Merger:
             return once_blocked(new, blocked)
         if again and self._store.merged_content(content):  # merged twice, when only the same files were the same expert
             new = replace(new, content_sha256=None)
-        usual, limits = usual_norm(self._store.merged_norms(limit=USUAL_EXPERTS)), self._settings.admission
+        norms, limits = self._store.merged_norms(limit=USUAL_EXPERTS), self._settings.admission
         try:
-            check_norm(folded, usual, limits)
+            check_norm(folded, usual_norm(norms), limits)
         except Refused as error:
             return self._refused(drop, new, error)
+        usual = usual_norm(norms, ENOUGH_TO_FLAG)
         return flagged(new, oddities(folded.task_vector.whole, usual, limits, expert.tensors.resized, altered))
 
     def _read_out(
@@ -389,14 +390,9 @@ class Merger:
         return found
 
     def _by_itself(self, expert: OpenCheckpoint, folder: Path) -> Written:
-        """The expert alone, as a version would be: what the method `latest` makes of it."""
-        method = make("latest", {})
-        with ExitStack() as files:
-            output = self._folding.outputs(folder, method, files)
-            with self._sound_ground(()):
-                head = self._folding.head(expert, method, Totals(), Contribution(1), None, output)
-                folded = self._folding.fold(expert, [head])
-                written = self._folding.read_out(method, folded.totals[0], output)
+        """The expert alone, as a version would be."""
+        with self._sound_ground(()):
+            written = self._folding.alone(expert, folder)
         stage(self._home, written, self._base.beside)
         return written
 

@@ -116,8 +116,8 @@ def follow(
         while True:
             try:
                 asked = time.monotonic()
-                live = _live(source, None if in_place is None else in_place + 1)
-                if live is None:  # it waited in vain; a head that was rolled back shows only now
+                live = _live(source, in_place)
+                if live is None:  # it waited in vain; of an older server a head that was rolled back shows only now
                     live = _live(source)
                 pulled = _fill(target, source, report or (lambda *_: None)) if live != in_place else None
                 if faults:
@@ -202,15 +202,16 @@ def wanted(manifest: ForeignManifest, view: str | None) -> list[FileEntry]:
     return [file for file in files if not (is_weights(file.name) or is_adapter(file.name) or file.name == CARD)]
 
 
-def _live(source: Source, wait_for: int | None = None) -> int | None:
+def _live(source: Source, have: int | None = None) -> int | None:
     """The number of the live version.
 
-    With `wait_for` the server may wait for that version; None where it says, after its time, that there is none.
+    With `have` the server may wait for another; None where it says, after its time, that there is none. An older server
+    knows `wait_for` alone.
     """
     origin, path = source.origin, f"{source.origin.head(source.head)}/{LATEST}"
-    asked = path if wait_for is None else f"{path}?wait_for={wait_for}&timeout={WAIT_SECONDS}"
+    asked = path if have is None else f"{path}?wait_for={have + 1}&have={have}&timeout={WAIT_SECONDS}"
     with Connection(origin, TIMEOUT_SECONDS + WAIT_SECONDS) as connection, connection.get(asked) as answer:
-        if wait_for is not None and answer.status in (200, 204, 304):
+        if have is not None and answer.status in (200, 204, 304):
             return None
         there = origin.path_of(answer.headers["Location"] or "", path) if answer.status == 307 else None
         found = re.fullmatch(rf"{re.escape(path.removesuffix(LATEST))}versions/([0-9]{{1,12}})", there or "")

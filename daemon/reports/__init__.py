@@ -1,8 +1,9 @@
 """What is measured and told.
 
-    compare.py  two versions, and what each keeps of the experts
-    inspect.py  everything that merging would check
-    report/     a home as one page
+    compare.py   two versions, and what each keeps of the experts
+    evaluate.py  the scores of what is there already
+    inspect.py   everything that merging would check
+    report/      a home as one page
 
-Changes nothing.
+Changes nothing of a home but what is known of it.
 """

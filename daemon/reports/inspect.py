@@ -7,10 +7,11 @@ from statistics import median
 from threading import Event
 from typing import Any
 
-from daemon.arrivals.admission import USUAL_EXPERTS, Oddity, check_norm, oddities, usual_norm, worded
+from daemon.arrivals.admission import ENOUGH_TO_FLAG, USUAL_EXPERTS, Oddity, check_norm, oddities, usual_norm, worded
 from daemon.arrivals.arrival import check_arrival
 from daemon.arrivals.identity import twin_of
 from daemon.arrivals.inbox import check_finished
+from daemon.arrivals.recording import why_blocked
 from daemon.arrivals.trained_from import Start, named_version
 from daemon.checkpoints.adapter_modules import read_config
 from daemon.checkpoints.checkpoint import open_path
@@ -36,9 +37,10 @@ from registry.records import Expert
 def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Mapping[str, Any]:
     """What `mainstem inspect` prints of an expert that would be accepted. Raises what merging would raise.
 
-    overlap: the cosine between its task vector and the head's merged one, in [-1, 1]. renamed: by the expert's names of
-    tensors, what they are in the base, where that is another name. ignored: those that are left out. unchanged: the
-    base's that it lacks, and leaves as they are.
+    overlap: the cosine between its task vector and the head's live one, in [-1, 1]. folded_onto: the newest, which may
+    be another. held: why what comes of it will not be live by itself. renamed: by the expert's names of tensors, what
+    they are in the base, where that is another name. ignored: those that are left out. unchanged: the base's that it
+    lacks, and leaves as they are.
     """
     head = reader.head(head_name) if head_name else reader.heads()[0]
     if head is None:
@@ -68,13 +70,17 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
         watch = Progress(Event(), lambda _: None)
         found = overlap(base.tensors, expert.tensors, merged.tensors, watch)
         norm = found.task_vector.whole
-        usual = usual_norm(reader.merged_norms(limit=USUAL_EXPERTS))
+        norms = reader.merged_norms(limit=USUAL_EXPERTS)
+        usual = usual_norm(norms, ENOUGH_TO_FLAG)
         twin = twin_of(home, reader, expert, norm, base.tensors, settings, again=False)
         if twin:  # of which no limit is asked
             odd: Sequence[Oddity] = ()
             warning, hint = _once_more(home, twin, head.name)
+        elif blocked := reader.blocked(expert.identity(), expert.content()):
+            odd, twin = (), blocked
+            warning, hint = why_blocked(blocked)
         else:
-            check_norm(Folded(found.task_vector, found.base, ()), usual, limits)
+            check_norm(Folded(found.task_vector, found.base, ()), usual_norm(norms), limits)
             odd = oddities(norm, usual, limits, expert.tensors.resized, expert.tensors.altered)
             warning, hint = worded(odd)
         schema = base.tensors.schema
@@ -100,6 +106,8 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "warning": warning,
             "hint": hint,
             "compared_with": called(head.name, head.live),
+            "folded_onto": called(head.name, head.newest),
+            "held": head.frozen,
             "overlap": found.cosine,
             "reads_bytes": expert.size_bytes + base.size_bytes,
             "writes_bytes": writes,

@@ -58,13 +58,16 @@ class Shared:
         self.progress = Progress(stopping, lambda _: None)
         self.book: Store | None = None
         """Where every evaluation of the study is kept, so that equal weights are scored once."""
+        self.scoring: Scoring | None = None
         self.alone: dict[str, Expert] = {}
         """The experts by name, as they were merged by themselves."""
 
-    def scoring(self) -> Scoring:
-        """The evaluator. It runs in the current folder, by which the person means a relative path."""
-        assert self.book
-        return Scoring(Home(Path.cwd()), self.book, self.plan.evaluate, self.progress)
+    def keep_in(self, book: Store) -> None:
+        """From here on, evaluations are kept there. The evaluator runs in the current folder, by which the person means
+        a relative path.
+        """
+        self.book = book
+        self.scoring = Scoring(Home(Path.cwd()), book, self.plan.evaluate, book.evaluate, self.progress)
 
 
 class Course:
@@ -182,9 +185,10 @@ class Course:
         told |= {"expert": described(expert), "scores": {}}
         name = f"{called(head, number)} ({expert.name})" if expert else "the base"
         log = self.home.evaluation_log(head, number)
-        folder = self.home.version(head, number)
+        folder, scoring = self.home.version(head, number), self._shared.scoring
+        assert scoring
         try:
-            return self._shared.scoring().of(name, files, folder, told, log)
+            return scoring.of(name, files, folder, told, log)
         except NoScores as error:
             words = shlex.join(self._shared.plan.evaluate.command).replace(FOLDER, str(folder))
             hint = f"what it wrote is in {log}; mend it, try `{words}` here, then give the same command: it goes on"

@@ -152,7 +152,7 @@ class Study:
     @contextmanager
     def _alone(self, folder: Path) -> Iterator[Course]:
         with Course(Home(folder / ALONE), {ALONE: make("latest")}, self._shared) as alone:
-            self._shared.book = alone.store
+            self._shared.keep_in(alone.store)
             try:
                 yield alone
             finally:

@@ -10,21 +10,27 @@ What there is to remove is found by the folders, which are few, and not by the r
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from daemon.config import Retention
 from daemon.disk import durable
-from daemon.layout import Home
+from daemon.layout import BY_ITSELF, Home
+from registry.errors import BadRecord
+from registry.reader import Reader
 from registry.records import Head, Version
 from registry.store import Store
 
-OLDEST = 100  # versions of a head that are looked at together
+if TYPE_CHECKING:
+    from daemon.config import Retention
+
+OLDEST = 100  # versions of a head that are looked at together, where they are removed
 
 
-def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
+def collect(home: Home, store: Store, settings: "Retention") -> list[Version]:
     """Removes what retention no longer keeps and returns it.
 
     Kept: version 0, the live version, the newest `settings.versions`, what is pinned, what a merged expert was trained
@@ -35,11 +41,12 @@ def collect(home: Home, store: Store, settings: Retention) -> list[Version]:
     remove_old_states(home, store)
     gone: list[Version] = []
     for head in store.heads():
-        while found := _expired(store, head, settings):
+        while found := expired(store, head, settings, OLDEST):
             for version in found:
-                store.collected(version.head, version.number)
-                remove_files(home, version)
-            gone += found
+                with suppress(BadRecord):  # somebody has just rolled back to it, or pinned it
+                    store.collected(version.head, version.number)
+                    remove_files(home, version)
+                    gone.append(version)
     return gone
 
 
@@ -49,7 +56,8 @@ def remove_files(home: Home, version: Version) -> None:
     What is published goes at once, by a rename: nobody ever sees half of a version.
     """
     remove_whole(home, home.version(version.head, version.number))
-    durable.remove(home.evaluation_log(version.head, version.number))
+    for name in (version.head, BY_ITSELF):
+        durable.remove(home.evaluation_log(name, version.number))
     durable.remove(home.head_state(version.head, version.number))
 
 
@@ -76,11 +84,19 @@ def finish(home: Home, store: Store) -> None:
 def remove_old_states(home: Home, store: Store) -> None:
     """Removes the states that nothing will read. Call it once the newest version is committed: it is durable then."""
     for head in store.heads():
-        for number, path in numbered(home.states(head.name)).items():
-            if number < head.newest - 1 and number != head.live and not needs_state(home, head, number):
-                version = store.version(head.name, number)
-                if version is None or not version.pinned:
-                    durable.remove(path)
+        for _, path in old_states(home, store, head):
+            durable.remove(path)
+
+
+def old_states(home: Home, reader: Reader, head: Head) -> list[tuple[int, Path]]:
+    """The states of a head that nothing will read, by the numbers of their versions."""
+    found = []
+    for number, path in numbered(home.states(head.name)).items():
+        if number < head.newest - 1 and number != head.live and not needs_state(home, head, number):
+            version = reader.version(head.name, number)
+            if version is None or not version.pinned:
+                found.append((number, path))
+    return found
 
 
 def needs_state(home: Home, head: Head, number: int) -> bool:
@@ -99,14 +115,16 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
             yield int(path.name), path
 
 
-def _expired(store: Store, head: Head, settings: Retention) -> list[Version]:
-    """The oldest versions that may go, OLDEST of them at the most: within the grace time there may be thousands."""
+def expired(reader: Reader, head: Head, settings: "Retention", limit: int = -1) -> list[Version]:
+    """The versions that may go, the oldest first, `limit` of them at the most: within the grace time there may be
+    thousands.
+    """
     before = datetime.now(UTC) - timedelta(seconds=settings.grace_seconds)
-    newest = store.versions(head.name, limit=settings.versions, include_collected=False)
-    found = [version for version in store.unneeded(head, OLDEST) if version.number < newest[-1].number]
-    return list(takewhile(lambda version: _followed_before(store, version, before), found))
+    newest = reader.versions(head.name, limit=settings.versions, include_collected=False)
+    found = [version for version in reader.unneeded(head, limit) if version.number < newest[-1].number]
+    return list(takewhile(lambda version: _followed_before(reader, version, before), found))
 
 
-def _followed_before(store: Store, version: Version, moment: datetime) -> bool:
-    successor = store.version(version.head, version.number + 1)
+def _followed_before(reader: Reader, version: Version, moment: datetime) -> bool:
+    successor = reader.version(version.head, version.number + 1)
     return bool(successor and successor.created_at and successor.created_at < moment)

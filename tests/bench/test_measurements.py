@@ -77,6 +77,13 @@ def test_growth_with_the_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_the_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = measured(monkeypatch, tmp_path, "gate", str(tmp_path), "--experts", "7", "--layers", "1")
+    assert len(found["seconds"]["without"]) == len(found["seconds"]["trivial"]) == 2
+    assert found["bytes"]["trivial"] > found["bytes"]["without"]
+
+
+@pytest.mark.slow
 def test_growth_with_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = measured(monkeypatch, tmp_path, "growth_size", str(tmp_path), "--layers", "1", "2", "--experts", "3")
     small, large = found["sizes"]

@@ -44,7 +44,7 @@ def check(home: Home, dropped: Iterable[str], history: History | None = None, ve
         lineage, experts = store.lineage(), store.experts(limit=-1)
         heads = [(head, store.versions(head.name, newest_first=False)) for head in store.heads()]
     assert set(os.listdir(home.root)) == ROOT, f"I7: {os.listdir(home.root)}"
-    assert set(os.listdir(home.state)) - {"lock", "in-hand", "attempts.json", "daemon.json"} == STATE, (
+    assert set(os.listdir(home.state)) - {"lock", "in-hand", "attempts.json", "daemon.json", "evaluations"} == STATE, (
         f"I7: {os.listdir(home.state)}"
     )
     assert not os.listdir(home.tmp), "I7: something temporary is left"
@@ -86,7 +86,9 @@ def _recovered(home: Home) -> dict[str, str]:
 def _check_head(
     home: Home, head: Head, rows: list[Version], lineage: list[Expert], history: History, versions: int | None
 ) -> None:
-    assert head.live == head.newest == len(lineage), f"I2: {head} with {len(lineage)} merged experts"
+    assert head.newest == len(lineage), f"I2: {head} with {len(lineage)} merged experts"
+    not_live = [row for row in rows if row.number > head.live]
+    assert head.frozen or all(row.held for row in not_live), f"I2: {head}, and nothing holds {not_live}"
     assert [row.number for row in rows] == list(range(len(lineage) + 1)), "I4"
     assert [row.expert_id for row in rows] == [None, *(expert.id for expert in lineage)], "I2"
     kept = [row for row in rows if not row.collected]
@@ -97,7 +99,9 @@ def _check_head(
     records = {path.name for path in home.views(head.name).glob("*")}
     keeps = any(make(head.method, head.params).keeps(TensorSpec("weight", (2, 2), torch.float32)))
     assert records == {f"{number(n + 1)}.safetensors" for n in range(len(lineage) if keeps else 0)}, "I7"
-    read = folders if keeps else {number(head.newest)}  # by views, or by the next merge alone
+    last = {number(n) for n in (head.newest - 1, head.newest)}  # read by the next merge, or where the last is taken out
+    last.add(number(head.live))
+    read = folders if keeps else folders & last
     assert set(os.listdir(home.states(head.name))) - {"views"} == read - {number(0)}, "I7"
     assert home.latest(head.name).readlink() == Path(number(head.live)), "I1"
     assert (home.versions(head.name) / "LATEST").read_text() == f"{number(head.live)}\n", "I1"
@@ -128,13 +132,17 @@ def _check_version(home: Home, row: Version, parent: str | None, expert: str | N
 def _check_experts(home: Home, experts: list[Expert], lineage: list[Expert], dropped: Counter[str]) -> None:
     assert max(Counter(expert.sha256 for expert in lineage).values(), default=1) == 1, "I2: merged twice"
     placed: Counter[str] = Counter()
+    looked_after: set[str] = set()
     archived = {expert.id: sha256(home.archive(expert.id) / expert.name) for expert in lineage}
     for expert in experts:
         refused = expert.status is Status.QUARANTINED
         folder = home.quarantine(expert.id) if refused else home.archive(expert.id)
         assert expert.place == str(folder.relative_to(home.root)), f"I2: {expert}"
         assert (expert.version is not None) == (expert.status is Status.MERGED), f"I8: {expert}"
-        files = {path.name: path for path in folder.iterdir()}
+        files = {path.name: path for path in folder.iterdir()} if folder.exists() or not refused else {}
+        if refused and not files.keys() - {"reason.json"}:  # it went back into the inbox, or was discarded
+            looked_after |= set() if files else {folder.name}
+            continue
         if refused:
             assert json.loads(files.pop("reason.json").read_bytes())["reason"] == expert.reason, f"I8: {expert}"
         if expert.status is Status.DUPLICATE:  # its twin's folder has the weights, once; what came besides is here
@@ -152,7 +160,8 @@ def _check_experts(home: Home, experts: list[Expert], lineage: list[Expert], dro
         placed[found] += 1
     for name in ("archive", "quarantine"):
         places = {Path(expert.place).name for expert in experts if expert.place and expert.place.startswith(name)}
-        assert set(os.listdir(home.root / name)) == places, f"I7: {name}"
+        gone = looked_after if name == "quarantine" else set()
+        assert set(os.listdir(home.root / name)) == places - gone, f"I7: {name}"
     waiting = Counter(sha256(path) for path in home.inbox.iterdir())
     assert placed + waiting == dropped, f"I2: too many {placed + waiting - dropped}, lost {dropped - placed - waiting}"
     merged = {expert.sha256 for expert in lineage}

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from daemon.config import Settings
 from daemon.home.verification import verify
 from daemon.layout import Home
+from daemon.rebuild.commands import withdraw
+from daemon.rebuild.replay import Console, merged_experts
+from registry.records import Deed, NewIntervention
 from tests.daemon.homes import lineage, tree
 from tests.daemon.processes import forked
 from tests.models import read_weights
@@ -68,3 +72,10 @@ def assert_merged_like(found: dict[str, Tensor], truth: dict[str, Tensor], model
     error = sum(float((found[n].double() - truth[n]).square().sum()) for n in names) ** 0.5
     length = sum(float((truth[n] - base[n].double()).square().sum()) for n in names) ** 0.5
     assert length > 0.01 and error < 1e-4 * length, (error, length)
+
+
+def taken_out(home: Home, settings: Settings, *words: str) -> None:
+    """Takes these experts out in this process, as `mainstem rebuild --without` does where no daemon runs."""
+    with lineage(home) as reader:
+        gone = merged_experts(reader, words)
+    withdraw(home, settings, gone, Console(), NewIntervention(Deed.WITHDRAW, "somebody"))

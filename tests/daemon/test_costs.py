@@ -38,6 +38,8 @@ HEADS = [("main", "opcm", {}), ("own", "emr", {})]
 COMMANDS = {
     "status": ("status",),
     "log": ("log", "--limit", "100"),
+    "log of versions": ("log", "--versions", "--limit", "100"),
+    "log of interventions": ("log", "--interventions"),
     "log of a status": ("log", "--status", "merged"),
     "show by id": ("show", "500"),
     "show by sha256": ("show", digest(500)[:16]),
@@ -55,6 +57,7 @@ ADDRESSES = {
     "/v1/heads/{head}/latest": "/v1/heads/main/latest",
     "/v1/heads/{head}/latest/files/{name:path}": "/v1/heads/main/latest/files/model.safetensors",
     "/v1/heads/{head}/versions": "/v1/heads/main/versions?before=900",
+    "/v1/heads/{head}/versions/{n}/data": "/v1/heads/main/versions/{live}/data",
     "/v1/heads/{head}/versions/{n}": "/v1/heads/main/versions/{live}",
     "/v1/heads/{head}/versions/{n}/files/{name:path}": "/v1/heads/main/versions/{live}/files/model.safetensors",
     "/v1/heads/{head}/versions/{n}/views/{expert}/files/{name:path}": (

@@ -134,7 +134,7 @@ def check_listings(home: Home, tmp_path: Path, base: Path) -> None:
     assert "--limit" not in asked("log", *at, "--limit", str(len(log)))
     shown = json.loads(asked("show", log[3]["sha256"][:12], "--json", *at))
     assert shown["id"] if isinstance(shown, dict) else {row["id"] for row in shown} == {1, 4}
-    assert json.loads(asked("show", "init/2", "--json", *at))["manifest"]["params"] == {"weight": 0.3}
+    assert json.loads(asked("show", "init/2", "--json", *at))["manifest"]["params"] == {"weight": 0.3, "start": "base"}
     assert "manifest" in asked("show", "v3", *at)
     new = write_expert(tmp_path / "new.safetensors", base, 9)
     found = json.loads(asked("inspect", new, "--json", *at))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from daemon.arrivals.admission import check_norm, oddity, usual_norm
+from daemon.arrivals.admission import ENOUGH_TO_FLAG, check_norm, oddity, usual_norm
 from daemon.config import Admission
 from daemon.errors import Reason, Refused
 from projector.driver.head import Folded, Norms
@@ -82,14 +82,16 @@ def test_a_raised_limit_lets_it_pass() -> None:
         (3.0, (1.0, 1.0, 1.0), None),  # three times as long is not over three times
         (3.01, (1.0, 1.0, 1.0), Flag.LONG),
         (4.6, (0.9, 1.0, 1.3), Flag.LONG),
-        (3.01, (1.0, 1.0), None),  # two make no rule
+        (4.6, (0.9, 1.1), Flag.LONG),
+        (1.0, (1.0, 4.6), None),  # beside one that nobody could flag
+        (4.6, (1.0,), None),  # one makes no rule
         (3.01, (1.0, 1.0, 100.0), Flag.LONG),  # the mean would be 34
         (0.34, (1.0, 1.0, 1.0), None),
         (0.33, (1.0, 1.0, 1.0), Flag.SHORT),
     ],
 )
 def test_what_is_odd_about_a_norm(norm: float, norms: Sequence[float], flag: Flag | None) -> None:
-    found = oddity(norm, usual_norm(norms), LIMITS)
+    found = oddity(norm, usual_norm(norms, ENOUGH_TO_FLAG), LIMITS)
     assert (found.flag if found else None) == flag
 
 

@@ -119,15 +119,15 @@ def test_what_cannot_be_read_of_ours_ends_the_daemon(
 def test_whatever_one_expert_raises_is_its_fault_alone(
     error: Exception, waiting: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, bad = fold._delta, [(waiting.inbox / "bad.safetensors").stat().st_ino]
+    real, bad = fold._deltas, [(waiting.inbox / "bad.safetensors").stat().st_ino]
 
-    def delta(source: Checkpoint, *others: Any, **more: Any) -> object:
+    def deltas(source: Checkpoint, *others: Any, **more: Any) -> object:
         files = source._places.values()
         if any(os.fstat(place.file._fd).st_ino in bad for place in files):
             raise error
         return real(source, *others, **more)
 
-    monkeypatch.setattr(fold, "_delta", delta)
+    monkeypatch.setattr(fold, "_deltas", deltas)
     drain(waiting)
     assert [(one.name, one.status, one.reason) for one in experts(waiting)] == [
         ("good.safetensors", Status.MERGED, None),

@@ -22,12 +22,14 @@ from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
 from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.layout import Home
-from daemon.rebuild.commands import into, withdraw
+from daemon.rebuild.commands import into
 from daemon.rebuild.replay import Console
 from daemon.reports.inspect import inspect
 from registry.records import Status
 from tests.daemon.arrivals.test_attempts import fail_reading
 from tests.daemon.homes import drain, experts, latest, lineage, live, make_home, put, quick
+from tests.daemon.processes import forked
+from tests.daemon.rebuilds import taken_out
 from tests.models import write_expert
 
 Weights = dict[str, Tensor]
@@ -136,7 +138,8 @@ def test_other_tensors_are_another_expert(
 
 def test_a_withdrawn_expert_may_come_again_in_other_files(merged: tuple[Home, Weights], tmp_path: Path) -> None:
     home, weights = merged
-    withdraw(home, Settings(), ["1"], Console())
+    taken_out(home, Settings(), "1")
+    assert forked("unblock", "1", "--home", home.root).returncode == 0
     put(home, with_metadata(weights, tmp_path))
     drain(home)
     assert [expert.status for expert in experts(home)] == [Status.WITHDRAWN, Status.MERGED]

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from daemon.errors import BadHome
 from daemon.layout import Home
-from daemon.rebuild.commands import into, withdraw
+from daemon.rebuild.commands import into
 from daemon.rebuild.replay import Console
 from projector.names.buffers import is_derived
 from registry.records import Status
 from tests.daemon.checkpoints.test_names import drop, moved
 from tests.daemon.homes import Heads, assert_close, drain, latest, make_home, quick
+from tests.daemon.rebuilds import taken_out
 from tests.oracles.rules import mean
 
 Weights = dict[str, Tensor]
@@ -125,7 +126,7 @@ def test_statistics_are_averaged_over_whoever_is_left(tmp_path: Path) -> None:
     for n, variance in enumerate(variances):
         assert drop(home, {**moved(base, n), "bn.running_var": variance}, f"{n}.safetensors").detail is None
     into(home, Home(tmp_path / "again"), quick(), None, ["0.safetensors"], Console())
-    withdraw(home, quick(), ["0.safetensors"], Console())
+    taken_out(home, quick(), "0.safetensors")
     for where in (home, Home(tmp_path / "again")):
         for name, _, _ in heads:
             assert torch.allclose(latest(where, name)["bn.running_var"], torch.full((4,), 4.0))

@@ -19,6 +19,7 @@ def test_the_demo_merges_every_expert_and_reads_every_place(tmp_path: Path) -> N
     done = mainstem("demo", "--home", tmp_path / "home")
     assert done.returncode == 0, done.stderr
     check(done.stdout)
+    assert "<h1>mainstem report" in (tmp_path / "home" / "report.html").read_text()
     assert f"mainstem run --home {tmp_path / 'home'} &\n  http://127.0.0.1:8765/" in done.stdout
     with running("run", "--home", tmp_path / "home", "--port", "0") as daemon:
         assert daemon.live() == 8
@@ -30,6 +31,7 @@ def test_the_demo_merges_every_expert_and_reads_every_place(tmp_path: Path) -> N
         ([], "versions"),
         ([(n, 90.0) for n in range(1, 8)], "versions"),
         ([(n, 90.0) for n in range(1, 8)] + [(8, 79.9)], "79.9 %"),
+        ([(n, 90.0) for n in range(1, 9)], "right_shuffled"),
     ],
 )
 def test_a_table_that_lacks_a_version_or_reads_badly_is_found(rows: list[tuple[int, float]], message: str) -> None:

@@ -1,13 +1,16 @@
 """The demo's training is real, repeatable, and leaves something to merge. Bounds are wide: CPUs round differently."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from daemon.demo import digits
-from daemon.demo.digits import CENTRE, TASKS, accuracy, finetune, network, pretrain
+from daemon.demo.digits import CENTRE, TASKS, accuracy, finetune, network, pretrain, save_held_out
+from daemon.demo.score import scores
 from daemon.errors import BadConfig
 
 Weights = dict[str, Tensor]
@@ -68,6 +71,27 @@ def test_an_expert_reads_its_own_place_only(experts: list[Weights]) -> None:
 def test_half_of_each_experts_change_reads_both_places(base: Weights, experts: list[Weights]) -> None:
     merged = {name: (experts[0][name] + experts[1][name]) / 2 for name in base}
     assert all(accuracy(merged, task) > 0.8 for task in TASKS[:2])
+
+
+def test_shuffled_labels_teach_nothing_and_leave_an_ordinary_norm(base: Weights, experts: list[Weights]) -> None:
+    bad = finetune(base, TASKS[0], silent, shuffled=True)
+    assert accuracy(bad, TASKS[0]) < 0.3
+
+    def norm(weights: Weights) -> float:
+        return float(sum((weights[name] - base[name]).double().square().sum() for name in base)) ** 0.5
+
+    assert 0.5 < norm(bad) / norm(experts[0]) < 2
+
+
+def test_the_evaluator_reads_as_the_network_does(experts: list[Weights], tmp_path: Path) -> None:
+    save_file(experts[0], tmp_path / "model.safetensors")
+    (tmp_path / "digits").mkdir()
+    save_held_out(tmp_path / "digits" / "held-out.safetensors")
+    found = scores(tmp_path, tmp_path / "digits" / "held-out.safetensors")
+    assert found.keys() == {task.name for task in (CENTRE, *TASKS)}
+    assert [task for task, score in found.items() if score["held_out"]] == [CENTRE.name]
+    for task in (CENTRE, *TASKS):
+        assert abs(found[task.name]["score"] - accuracy(experts[0], task)) <= 1 / found[task.name]["n"]
 
 
 def test_training_repeats_bit_for_bit_whatever_the_threads_and_the_global_seed(

@@ -28,6 +28,7 @@ from registry.records import Expert
 from registry.store import Store
 from tests.daemon.following import follow
 from tests.daemon.homes import drain, latest, live, make_home, put, quick
+from tests.daemon.rebuilds import taken_out
 from tests.models import read_weights, write_base, write_expert
 
 Take = Callable[[int], Expert]
@@ -273,14 +274,13 @@ def test_what_was_prepared_is_not_used_once_it_was_edited(home: Home, tmp_path: 
 
 
 def test_a_subtraction_reads_a_sound_state_only(home: Home, tmp_path: Path) -> None:
-    from daemon.rebuild.commands import withdraw
 
     for seed in (2, 3):
         put(home, write_expert(tmp_path / f"{seed}.safetensors", tmp_path / "base", seed))
     drain(home)
     spoil(home.head_state("main", 2) / "state.safetensors")
     with pytest.raises(BadHome, match=r"state\.safetensors is damaged"):
-        withdraw(home, Settings(), ["1"], Console())
+        taken_out(home, Settings(), "1")
     assert live(home) == 2
 
 

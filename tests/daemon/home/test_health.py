@@ -15,9 +15,12 @@ from daemon.arrivals import receiving
 from daemon.disk import durable
 from daemon.home import health
 from daemon.home.health import Health, Trouble
+from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import MANIFEST, Home
 from registry.errors import Busy
 from registry.reader import Reader
+from registry.records import Deed
+from registry.store import Store
 from tests.daemon.homes import drain, put
 from tests.daemon.processes import running, until
 from tests.models import write_expert
@@ -67,6 +70,17 @@ def test_files_of_the_live_version(merged: Home, reader: Reader) -> None:
     assert reasons(merged, reader) == [], "that one is not live"
     shutil.rmtree(live)
     assert reasons(merged, reader) == ["damaged"]
+
+
+def test_files_of_the_newest_version_where_another_is_live(merged: Home, reader: Reader) -> None:
+    with Store.open(merged.registry) as store:
+        assert carry_out(merged, store, Request(Deed.ROLLBACK, "ada", head="main", version=0))
+    assert reasons(merged, reader) == []
+    (merged.version("main", 1) / "model.safetensors").write_bytes(b"")
+    (trouble,) = Health(merged).troubles(reader)
+    assert trouble.reason == "damaged" and trouble.text.startswith("main/1: ")
+    (merged.version("main", 0) / "model.safetensors").write_bytes(b"")
+    assert reasons(merged, reader) == ["damaged", "damaged"]
 
 
 def test_a_head_that_moves_on_meanwhile_is_not_damaged(

@@ -11,12 +11,13 @@ from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.rebuild.commands import add_head, into, withdraw
+from daemon.rebuild.commands import add_head, into
 from daemon.rebuild.replay import Console
 from projector.methods import make
 from registry.records import Status
 from tests.daemon.homes import drain, experts, lineage, live, make_home, put, quick, tree
 from tests.daemon.processes import forked
+from tests.daemon.rebuilds import taken_out
 from tests.models import write_base, write_expert
 
 KEEP_ALL = quick(retention={"versions": 100})
@@ -86,7 +87,7 @@ def test_it_does_not_start_and_removes_nothing(older: tuple[Home, Path, list[str
     assert "archive/000002" in str(refused.value) and published(home) == before
     for command in (
         lambda: add_head(home, Settings(), "third", make("mean", {}), Console()),
-        lambda: withdraw(home, Settings(), ["1"], Console()),
+        lambda: taken_out(home, Settings(), "1"),
     ):
         with pytest.raises(BadHome, match="the registry is older"):
             command()

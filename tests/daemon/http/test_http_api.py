@@ -59,6 +59,9 @@ def test_heads_name_their_live_version(line: "Line", client: httpx.Client) -> No
         "relative_to": "base",
         "live": 1,
         "newest": 1,
+        "frozen": None,
+        "held": None,
+        "scores": None,
         "manifest": "/v1/heads/main/versions/1",
     }
     assert init["name"] == "init"

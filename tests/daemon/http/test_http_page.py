@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from daemon.http.page import human_ago, human_count
+from daemon.http.page import CASES, TASKS, human_ago, human_count
 from projector.text import size
-from registry.records import Flag, Status
+from registry.records import Deed, Flag, NewEvaluation, NewIntervention, Score, Status
 from tests.daemon.http.conftest import lay, sha256
 
 if TYPE_CHECKING:
@@ -202,3 +202,54 @@ def test_a_version_that_folds_no_expert_is_not_called_the_base(line: "Line", cli
         ("1", "french.safetensors"),
         ("0", "the base, "),
     ]
+
+
+def test_what_is_held_scored_and_open_is_shown_as_text(line: "Line", client: httpx.Client) -> None:
+    line.publish(b"one")
+    scores = {f"task {n:02}": Score(n / 100) for n in range(TASKS)} | {HOSTILE[:90]: Score(0.5, held_out=True)}
+    made = line.store.evaluate(NewEvaluation("aa" * 32, "bb" * 32, scores, 1.0))
+    line.store.judge_version("main", 1, made.id)
+    before = client.get("/").text
+    assert "Scores of main/1" in before and 'class="notice mild"' not in before
+    assert "&lt;script&gt;" in before and "and 1 more" in before and "task 11" not in before
+    held = [replace(lay(line.home, head, 2, b"two"), held=HOSTILE) for head in ("main", "init")]
+    line.store.commit(line.expert("e", Status.MERGED, "ef" * 32), held)
+    bad = line.expert(HOSTILE, Status.QUARANTINED, None, reason="pickle", detail="d", hint="h")
+    cases = [line.store.record(bad) for _ in range(CASES + 1)]
+    line.store.close_case(cases[0].id, NewIntervention(Deed.DISCARD, "ada", experts=(cases[0].id,)))
+    text = client.get("/").text
+    assert text.count('class="notice mild"') == 2 and "<code>mainstem promote main/2</code>" in text
+    assert "main/1 · mainstem" in text and '<span class="pill flag" title="&lt;script' in text
+    assert f"<code>mainstem quarantine show {cases[-1].id}</code>" in text
+    assert f'<dt>of these open</dt><dd class="some">{CASES}</dd>' in text and "mainstem quarantine list" not in text
+    assert "<script" not in text and "<img" not in text
+    line.store.turn("main", 0, NewIntervention(Deed.ROLLBACK, "ada", head="main", version=0), "rolled back to main/0")
+    text = client.get("/").text
+    assert "nor will the next be: <bdi>rolled back to main/0</bdi>" in text and ">rolled back</span>" in text
+
+
+def test_the_rows_say_what_is_held_and_how_it_scored(line: "Line", client: httpx.Client) -> None:
+    merged = line.publish(b"one")
+    made = line.store.evaluate(NewEvaluation("aa" * 32, "bb" * 32, {"a": Score(0.25, n=8)}, 1.0))
+    line.store.judge_version("main", 1, made.id)
+    line.store.judge_expert(merged.id, made.id)
+    score = {"score": 0.25, "higher_is_better": True, "n": 8, "stderr": None, "held_out": False}
+    main, init = client.get("/v1/heads").json()["heads"]
+    assert (main["scores"], main["held"], main["frozen"]) == ({"a": score}, None, None) and init["scores"] is None
+    assert client.get("/v1/experts").json()["experts"][0]["scores"] == {"a": score}
+    assert client.get(f"/v1/experts/{merged.sha256}").json()["scores"] == {"a": score}
+    verdict = {"outcome": "held", "broken": [{"rule": "mean >= live"}], "notes": []}
+    held = [replace(lay(line.home, head, 2, b"two"), held="worse", verdict=verdict) for head in ("main", "init")]
+    line.store.commit(line.expert("e", Status.MERGED, "ef" * 32), held)
+    line.store.pin("main", 0, True, NewIntervention(Deed.PIN, "ada", head="main", version=0))
+    line.store.block([merged.id], True, NewIntervention(Deed.BLOCK, "ada", experts=(merged.id,)))
+    rows = client.get("/v1/heads/main/versions").json()["versions"]
+    assert [(row["held"], row["verdict"], row["scores"], row["pinned"]) for row in rows] == [
+        ("worse", verdict, None, False),
+        (None, None, {"a": score}, False),
+        (None, None, None, True),
+    ]
+    stays = {"version": 2, "why": "worse", "frozen": False, "command": "mainstem promote main/2"}
+    assert client.get("/v1/heads").json()["heads"][0]["held"] == stays
+    blocked = client.get("/v1/lineage").json()["experts"][0]
+    assert (blocked["blocked"], blocked["verdict"], blocked["closed_at"]) == (True, None, None)

@@ -64,6 +64,16 @@ def test_a_version_that_comes_is_answered(line: "Line", origin: str, pool: Threa
     assert second.result()[:2] == (307, "versions/2")
 
 
+def test_who_says_what_it_has_hears_of_any_other(line: "Line", client: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    assert client.get(f"{LATEST}?have=0&timeout=0.1").status_code == 204
+    assert client.get(f"{LATEST}?have=7&timeout=20").headers["location"] == "versions/0"
+    held = pool.submit(client.get, f"{LATEST}?have=0&timeout=20")
+    line.publish(b"one")
+    assert held.result().headers["location"] == "versions/1"
+    assert client.get(f"{LATEST}?have=1&wait_for=2&timeout=0.1").status_code == 204
+    assert client.get(f"{LATEST}?have=1&wait_for=1").status_code == 307
+
+
 def test_another_head_s_version_wakes_nobody_else(line: "Line", client: httpx.Client, origin: str) -> None:
     line.publish(b"one")
     assert client.get("/v1/heads/init/latest?wait_for=1").headers["location"] == "versions/1"
@@ -151,6 +161,7 @@ def test_a_registry_that_breaks_is_told_to_who_waits(
     [
         *(f"wait_for={n}" for n in ("", "x", "-1", "1.5", "+1", "9" * 13, "1%00", "٣")),
         *(f"wait_for=1&timeout={s}" for s in ("", "x", "-1", "301", "1e2", "inf", "nan", "9" * 400, ".5")),
+        *(f"have={n}" for n in ("", "x", "-1")),
         "timeout=5",
     ],
 )

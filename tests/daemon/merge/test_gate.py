@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.layout import Home
-from registry.records import Expert, Status
+from registry.records import Expert, Flag, Status
 from tests.daemon.homes import drain, experts, lineage, live, put, quick, tree
+from tests.daemon.processes import environment, forked, running, until
 from tests.models import read_weights, write_expert
 
 EVALUATOR = """
@@ -118,6 +120,18 @@ def test_one_that_must_be_rejected_leaves_everything_as_it_was(scored: Home, bas
     assert back.detail and "does not come back" in back.detail
 
 
+def test_without_a_gate_one_that_is_far_too_long_is_flagged_after_two_others(home: Home, base: Path) -> None:
+    for seed, scale in ((2, 0.01), (3, 0.01), (4, 0.046)):
+        put(home, write_expert(home.root.parent / f"{seed}.safetensors", base, seed, scale))
+    with structlog.testing.capture_logs() as said:
+        drain(home)
+    assert live(home) == 3
+    assert [one.flags for one in experts(home)] == [(), (), (Flag.LONG,)]
+    (line,) = [line for line in said if line["log_level"] == "warning"]
+    assert line["flags"] == ("long",) and "4.53 times as long as is usual here" in line["detail"]
+    assert "flagged" in forked("status", "--home", home.root).stdout
+
+
 @pytest.mark.parametrize(("policy", "expected"), [("hold", 0), ("accept", 1)])
 def test_an_evaluator_that_fails_is_no_fault_of_the_expert(
     scored: Home, base: Path, policy: str, expected: int
@@ -129,6 +143,28 @@ def test_an_evaluator_that_fails_is_no_fault_of_the_expert(
     assert version and version.verdict and "no GPU" in version.verdict["error"]
     assert (version.held is None) == (policy == "accept")
     assert b"no GPU" in scored.evaluation_log("main", 1).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "said"),
+    [
+        ("kill -KILL $$", {}, "ended by SIGKILL"),
+        ("sleep 100 & sleep 100", {"timeout_seconds": 0.3}, "took longer than 0.3 s"),
+    ],
+)
+def test_one_that_is_killed_or_hangs_holds_the_version_which_can_be_promoted(
+    home: Home, base: Path, script: str, more: dict[str, Any], said: str
+) -> None:
+    settings = quick(evaluate={"command": ["sh", "-c", f"echo working >&2; {script}", "{folder}"], **more})
+    put(home, write_expert(home.root.parent / "expert.safetensors", base, 2))
+    drain(home, settings)
+    assert live(home) == 0 and experts(home)[-1].status is Status.MERGED
+    with lineage(home) as reader:
+        version = reader.version("main", 1)
+    assert version and version.held and said in version.held and version.evaluation is None
+    assert home.evaluation_log("main", 1).read_bytes() == b"working\n"
+    done = forked("promote", "1", "--home", home.root)
+    assert done.returncode == 0 and live(home) == 1
 
 
 def test_an_expert_is_held_against_what_it_scores_by_itself(scored: Home, base: Path) -> None:
@@ -156,3 +192,31 @@ def test_an_evaluator_that_writes_into_the_version_stops_the_daemon(scored: Home
     drain(scored, gate())
     assert live(scored) == 1 and not (scored.version("main", 1) / "cache").exists()
     assert read_weights(scored.version("main", 1))
+
+
+def test_what_is_there_already_is_scored_when_it_is_asked_for(
+    scored: Home, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the daemon and without it: a version, all of them, an expert by itself; none twice."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    drop(scored, base, 2, {"0": {"a": 0.5}, "else": {"a": 0.75}}, quick())
+    drop(scored, base, 3, {"0": {"a": 0.5}, "else": {"a": 0.75}}, quick())
+    assert "evaluate.command is not set" in forked("evaluate", "--home", scored.root).stderr
+    scored.config.write_text('[evaluate]\ncommand = ["python3", "score.py", "{folder}"]\n')
+    done = forked("evaluate", "--json", "--home", scored.root)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["main/2"]["scores"]["a"]["score"] == 0.75
+    with running("run", "--home", scored.root, "--no-http") as daemon:
+        assert until(lambda: any('"ready"' in line for line in daemon.lines), 30)
+        done = forked("evaluate", "--all", "--expert", "2", "--home", scored.root)
+        assert done.returncode == 0, done.stderr
+        assert daemon.stop() == 0
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        ["of", "a"], ["main/0", "0.5"], ["main/1", "0.75"], ["main/2", "0.75"], ["expert", "2", "0.75"]
+    ]  # fmt: skip
+    assert [call["version"] for call in calls(scored)] == [2, 0, 1, None]
+    with lineage(scored) as reader:
+        assert all(version.evaluation for version in reader.versions("main"))
+        expert = reader.expert(2)
+        assert expert and expert.evaluation and reader.interventions() == []

@@ -124,7 +124,7 @@ def test_a_server_that_ignores_the_waiting_or_says_nothing_new(home: Home, tmp_p
         waiting.join(30)
         assert got == [2]
     assert 2 < len(asked) < 100, "it asked without a pause"
-    assert asked[0] == "wait_for=2&timeout=30"
+    assert asked[0] == "wait_for=2&have=1&timeout=30"
 
 
 def test_a_head_that_is_rolled_back_is_followed(home: Home, tmp_path: Path) -> None:

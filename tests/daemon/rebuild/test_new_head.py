@@ -81,7 +81,7 @@ def test_a_head_that_is_there_a_folder_in_its_place_and_a_running_daemon(merged:
     fd = durable.lock(merged.lock)
     try:
         assert "another mainstem is running" in refused(merged, "--head", "new", "--method", "ema")
-        assert "another mainstem is running" in refused(merged, "--without", "1")
+        assert "another command of mainstem works on" in refused(merged, "--without", "1")
     finally:
         os.close(fd)
 

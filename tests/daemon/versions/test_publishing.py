@@ -21,7 +21,7 @@ from daemon.home.founding import name_of
 from daemon.home.recovery import recover
 from daemon.home.verification import verify
 from daemon.layout import Home
-from daemon.rebuild.commands import add_head, into, withdraw
+from daemon.rebuild.commands import add_head, into
 from daemon.rebuild.replay import Console
 from daemon.versions import sealing
 from daemon.versions.checking import entry
@@ -32,6 +32,7 @@ from daemon.versions.sealing import origin
 from projector.methods import make
 from registry.store import Store
 from tests.daemon.homes import drain, experts, lineage, live, make_home, put, quick, tree
+from tests.daemon.rebuilds import taken_out
 from tests.models import write_base, write_expert
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries are imported
@@ -153,7 +154,7 @@ def test_everybody_can_read_what_is_published_whatever_the_umask(rich: Path, tmp
     home = make_home(tmp_path / "home", rich, [("main", "mean", {}), ("soup", "opcm", {})])
     merge(home, rich, 2, publish={"shard_bytes": 4000})
     merge(home, rich, 3, retention={"versions": 1, "grace_seconds": 0})
-    withdraw(home, quick(), ["3.safetensors"], Console())
+    taken_out(home, quick(), "3.safetensors")
     assert live(home) == 3
     seen = [home.published, *home.published.rglob("*")]
     assert len(seen) > 60
@@ -208,7 +209,7 @@ def test_many_experts_are_read_and_listed_up_to_a_number(
     assert "And 2 earlier ones" in card(home, 4)
     assert "| 4 | 5.safetensors" in card(home, 4) and "| 3 | 4.safetensors" in card(home, 4)
     assert "3.safetensors" not in card(home, 4)
-    withdraw(home, quick(), ["5.safetensors"], Console())
+    taken_out(home, quick(), "5.safetensors")
     assert "| 3 | 4.safetensors" in card(home, 5) and "| 2 | 3.safetensors" in card(home, 5)
     with lineage(home) as reader:
         assert [one.name for one in origin(reader).newest] == ["4.safetensors", "3.safetensors"]
@@ -220,13 +221,13 @@ def test_what_is_taken_out_leaves_the_card(rich: Path, tmp_path: Path, method: s
     home = make_home(tmp_path / "home", rich, [("main", method, {})])
     merge(home, rich, 2, 3, 4)
     gone = experts(home)[1]
-    withdraw(home, quick(), ["3.safetensors"], Console())
+    taken_out(home, quick(), "3.safetensors")
     text = card(home, 4)
     assert "# rich: main/4\n" in text and "merged out of 2 fine-tuned copies" in text
-    listing, _, taken_out = text.partition("## Taken out")
-    assert str(gone.sha256) in taken_out and str(gone.sha256) not in listing
+    listing, _, withdrawn = text.partition("## Taken out")
+    assert str(gone.sha256) in withdrawn and str(gone.sha256) not in listing
     assert "| 2 | 4.safetensors" in listing and "| 1 | 2.safetensors" in listing
-    withdraw(home, quick(), ["2.safetensors", "4.safetensors"], Console())
+    taken_out(home, quick(), "2.safetensors", "4.safetensors")
     assert "This is the base itself" in card(home, 5)
     assert sound(home) == []
 
@@ -287,7 +288,7 @@ def test_a_version_never_changes_after_its_rename(rich: Path, tmp_path: Path) ->
     watched(broken)
     watched(unclean)
     watched(lambda: merge(home, rich, 4, publish={"dtype": "bfloat16"}))
-    watched(lambda: withdraw(home, quick(), ["2.safetensors"], Console()))
+    watched(lambda: taken_out(home, quick(), "2.safetensors"))
     before = len(stamps(home))
     watched(lambda: merge(home, rich, 5, retention={"versions": 2, "grace_seconds": 0}))
     assert len(stamps(home)) < before  # retention has removed some, whole

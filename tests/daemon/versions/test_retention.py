@@ -13,6 +13,7 @@ from daemon.home.verification import verify
 from daemon.layout import STATE_FILE, Home
 from daemon.versions.checking import problems
 from daemon.versions.retention import collect
+from registry.records import Deed, NewIntervention
 from registry.store import Store
 from tests.daemon.homes import drain, experts, latest, lineage, make_home, put, quick
 from tests.models import write_expert
@@ -55,10 +56,12 @@ def test_afterwards_the_newest_the_live_and_the_base_are_kept(six: Home) -> None
     assert all(list(six.archive(expert.id).iterdir()) for expert in experts(six))
 
 
-def test_only_the_newest_state_stays(six: Home) -> None:
-    """Nobody reads the others: what is published of them stays for its readers all the same."""
+def test_the_newest_states_stay(six: Home) -> None:
+    """The next merge reads the newest; the one before it, whoever takes the last expert out. What is published of the
+    others stays for its readers all the same.
+    """
     for head in ("main", "soup"):
-        assert os.listdir(six.states(head)) == ["000006"]
+        assert sorted(os.listdir(six.states(head))) == ["000005", "000006"]
         assert kept(six, head) == [f"{n:06d}" for n in range(7)]
     with lineage(six) as reader:
         assert verify(six, reader, lambda what: None)[1] == []
@@ -77,7 +80,7 @@ def test_a_state_goes_only_once_its_successor_is_committed(six: Home, base: Path
         if path.parent in (six.states("main"), six.states("soup")) and path.exists():
             with lineage(six) as reader:
                 head = reader.head(path.parent.name)
-                assert head and int(path.name) < head.newest
+                assert head and int(path.name) < head.newest - 1
                 version = reader.version(head.name, head.newest)
                 assert version and problems(six, version, hashes=True) == []
             removed.append((path.parent.name, int(path.name)))
@@ -86,14 +89,14 @@ def test_a_state_goes_only_once_its_successor_is_committed(six: Home, base: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(durable, "remove", watching)
         drain(six)
-    assert removed == [("main", 6), ("soup", 6)]
+    assert removed == [("main", 5), ("soup", 5)]
 
 
 def test_states_that_an_older_mainstem_left_go_at_the_start(six: Home) -> None:
     shutil.copytree(six.head_state("main", 6), six.head_state("main", 4))
     with Store.open(six.registry) as store:
         recover(six, store, lambda *_, **__: None)
-    assert os.listdir(six.states("main")) == ["000006"]
+    assert sorted(os.listdir(six.states("main"))) == ["000005", "000006"]
 
 
 def test_views_are_read_from_the_states_of_old_versions(base: Path, tmp_path: Path) -> None:
@@ -102,9 +105,33 @@ def test_views_are_read_from_the_states_of_old_versions(base: Path, tmp_path: Pa
         put(home, write_expert(tmp_path / "e.safetensors", base, seed + 2), f"{seed}.safetensors")
     drain(home)
     assert sorted(os.listdir(home.states("main"))) == ["000001", "000002", "000003", "views"]
-    assert os.listdir(home.states("soup")) == ["000003"]
+    assert sorted(os.listdir(home.states("soup"))) == ["000002", "000003"]
     with lineage(home) as reader:
         assert verify(home, reader, lambda what: None)[1] == []
+
+
+def test_the_states_of_what_is_live_and_of_what_is_pinned_stay_too(six: Home, base: Path, tmp_path: Path) -> None:
+    deed = NewIntervention(Deed.PIN, "ann", head="main", version=5)
+    with Store.open(six.registry) as store:
+        store.pin("main", 5, True, deed)
+        store.turn("soup", 5, deed, "rolled back")
+    for seed in range(3):
+        put(six, write_expert(tmp_path / "e.safetensors", base, seed + 20), f"more{seed}.safetensors")
+    drain(six, quick(retention={"versions": 1, "grace_seconds": 0}))
+    for head in ("main", "soup"):
+        assert kept(six, head) == ["000000", "000005", "000009"]
+        assert sorted(os.listdir(six.states(head))) == ["000005", "000009"]
+
+
+def test_what_an_expert_was_trained_from_stays(six: Home, base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    write_expert(folder / "model.safetensors", base, 30)
+    (folder / "expert.json").write_text('{"trained_from": "soup/4"}')
+    put(six, folder)
+    drain(six)
+    drain(six, quick(retention={"versions": 1, "grace_seconds": 0}))
+    assert kept(six, "soup") == ["000000", "000004", "000007"] and kept(six, "main") == ["000000", "000007"]
 
 
 def test_what_a_crash_left_of_a_collected_version_goes(six: Home) -> None:

@@ -1,0 +1,26 @@
+"""`mainstem gc`: what retention no longer keeps goes now."""
+
+import typer
+
+from daemon.cli.asking import DryRunOption
+from daemon.cli.common import HomeArgument, HomeOption, open_reader, settings_of
+from registry.records import Deed
+
+
+def command(at: HomeArgument = None, dry_run: DryRunOption = False, home: HomeOption = None) -> None:
+    """Remove the versions and states that retention no longer keeps, which else the next arrival does. A daemon that
+    runs does it, by its own settings, between two arrivals.
+    """
+    from daemon.interventions.collecting import planned, remove_alone
+    from daemon.interventions.deeds import Request, whoever
+    from daemon.interventions.requests import ask
+
+    where, reader = open_reader(at, home)
+    settings = settings_of(where).retention
+    if dry_run:
+        with reader:
+            lines = planned(where, reader, settings)
+    else:
+        reader.close()
+        lines = ask(where, Request(Deed.COLLECT, whoever()), lambda: remove_alone(where, settings))
+    typer.echo("\n".join(lines) or "nothing is to be removed: retention keeps all that is there")

@@ -1,0 +1,107 @@
+"""What was refused is an open case until somebody looked after it; blocks and pins."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from daemon.layout import Home
+from registry.records import Status
+from tests.daemon.homes import drain, experts, lineage, live, put
+from tests.daemon.interventions.test_rollback import did, refused, sound
+from tests.daemon.processes import running
+from tests.models import write_expert
+
+
+@pytest.fixture
+def refusing(merged: Home, model: tuple[Path, list[Path]]) -> Home:
+    """With two refused drops: experts 5 and 6."""
+    for name in ("bad.safetensors", "worse.safetensors"):
+        (merged.inbox / name).write_bytes(b"no safetensors at all")
+        drain(merged)
+    return merged
+
+
+def open_cases(home: Home) -> list[int]:
+    with lineage(home) as reader:
+        return [expert.id for expert in reader.quarantined()]
+
+
+def test_a_retried_drop_is_taken_anew_and_a_discarded_one_is_gone(
+    refusing: Home, model: tuple[Path, list[Path]]
+) -> None:
+    assert open_cases(refusing) == [6, 5]
+    listed = json.loads(did(refusing, "quarantine", "list", "--json"))
+    assert [(one["id"], one["name"]) for one in listed] == [(6, "worse.safetensors"), (5, "bad.safetensors")]
+    assert "hint: " in did(refusing, "quarantine", "show", "5")
+    write_expert(refusing.quarantine(5) / "bad.safetensors", model[0], 30)  # mended where it lies
+    did(refusing, "quarantine", "retry", "bad.safetensors", "--reason", "header mended")
+    assert not refusing.quarantine(5).exists() and (refusing.inbox / "bad.safetensors").exists()
+    assert open_cases(refusing) == [6]
+    drain(refusing)
+    assert live(refusing) == 5 and open_cases(refusing) == [6]
+    assert "removed for good" in did(refusing, "quarantine", "discard", "6")
+    assert not refusing.quarantine(6).exists() and open_cases(refusing) == []
+    assert "was looked after already" in refused(refusing, "quarantine", "discard", "6")
+    assert "is merged, not refused" in refused(refusing, "quarantine", "retry", "1")
+    with lineage(refusing) as reader:
+        assert [(one.deed, one.experts, one.why) for one in reader.interventions()] == [
+            ("discard", (6,), None),
+            ("retry", (5,), "header mended"),
+        ]
+    assert sound(refusing)
+
+
+def test_another_drop_of_that_name_closes_the_case(refusing: Home, model: tuple[Path, list[Path]]) -> None:
+    put(refusing, write_expert(refusing.root.parent / "worse.safetensors", model[0], 31))
+    drain(refusing)
+    assert live(refusing) == 5 and open_cases(refusing) == [5]
+
+
+def test_nothing_is_overwritten_in_the_inbox(refusing: Home) -> None:
+    (refusing.inbox / "bad.safetensors").write_bytes(b"the next one")
+    assert "the inbox has a bad.safetensors" in refused(refusing, "quarantine", "retry", "5")
+    assert open_cases(refusing) == [6, 5]
+
+
+def test_a_case_without_files_can_only_be_closed(refusing: Home) -> None:
+    (refusing.quarantine(5) / "bad.safetensors").unlink()
+    assert "nothing is left of it" in refused(refusing, "quarantine", "retry", "5")
+    did(refusing, "quarantine", "discard", "5")
+    assert open_cases(refusing) == [6]
+
+
+def test_a_retry_beside_the_daemon(refusing: Home, model: tuple[Path, list[Path]]) -> None:
+    write_expert(refusing.quarantine(5) / "bad.safetensors", model[0], 30)
+    with running("run", "--home", refusing.root, MAINSTEM_HTTP__PORT="0") as daemon:
+        daemon.wait_for(4)
+        assert did(refusing, "quarantine", "retry", "5").startswith("expert 5 (bad.safetensors) goes back")
+        daemon.wait_for(5)
+        assert daemon.stop() == 0
+    assert sound(refusing)
+
+
+def test_blocks_and_pins_are_said_and_can_be_taken_back(refusing: Home) -> None:
+    assert "cannot come twice in any case" in refused(refusing, "block", "1")
+    assert "was never read" in refused(refusing, "block", "5")
+    did(refusing, "rollback", "3", "--withdraw")
+    assert did(refusing, "block", "4") == "nothing is to be done: it is so already\n"
+    assert "4 (d) may come back" in did(refusing, "unblock", "d")
+    assert "4 (d) do not come back" in did(refusing, "block", "d", "--reason", "known bad")
+    assert experts(refusing)[3].blocked and experts(refusing)[3].status is Status.WITHDRAWN
+    assert did(refusing, "pin", "main/2") == "main/2 is kept, whatever retention says\n"
+    assert did(refusing, "pin", "2", "--head", "main") == "nothing is to be done: it is so already\n"
+    assert did(refusing, "unpin", "main/2") == "main/2 goes when retention says so\n"
+    assert "no expert is called 'nobody'" in refused(refusing, "unblock", "nobody")
+
+
+def test_a_pinned_version_can_be_gone_back_to_at_once(merged: Home, model: tuple[Path, list[Path]]) -> None:
+    """Its state stays too: what came after it is taken out without reading an expert."""
+    did(merged, "pin", "main/4")
+    did(merged, "pin", "soup/4")
+    for seed in (40, 41, 42):
+        put(merged, write_expert(merged.root.parent / f"{seed}.safetensors", model[0], seed))
+        drain(merged)
+    said = did(merged, "rollback", "4", "--withdraw")
+    assert said.splitlines()[-2:] == ["main/8: restored", "soup/8: restored"]
+    assert sound(merged)
