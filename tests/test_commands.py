@@ -79,6 +79,7 @@ PAGES = {
         end='grep -q "<h1>mainstem report" report.html\n',
     ),
     "docs/settings.md": Page(before=HOME),
+    "docs/study.md": Page(end="grep -q 'mainstem init HOME --base my-model' study/study.json\n"),
     "docs/operating.md": Page(
         before=HOME + DAEMON + "cp -r my-finetune home/inbox/\nlive 1\n",
         after={'mainstem rollback main/0 --reason "fails in German" --home home': "live 0"},

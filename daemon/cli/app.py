@@ -33,6 +33,7 @@ from daemon.cli import (
     serve,
     show,
     status,
+    study,
     unblock,
     unpin,
     verify,
@@ -41,7 +42,7 @@ from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
     *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
-    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock),
+    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study),
 )
 
 app = typer.Typer(
