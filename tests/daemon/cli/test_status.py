@@ -177,7 +177,13 @@ def test_a_home_on_a_read_only_mount_is_told_of_and_served(read_only: Home) -> N
             "mainstem_build_info",
             "mainstem_head_version",
             "mainstem_head_figure",
+            "mainstem_head_frozen",
+            "mainstem_head_held",
+            "mainstem_head_newest_version",
+            "mainstem_interventions_total",
+            "mainstem_interventions_created",
             "mainstem_last_success_timestamp_seconds",
+            "mainstem_quarantine_open",
         }
         assert server.stop() == 0
 

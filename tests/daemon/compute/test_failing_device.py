@@ -54,7 +54,7 @@ def test_a_lost_device_ends_the_daemon_and_the_next_one_merges(
         on(PretendCard([ILLEGAL]), patch)
         ended = forked("run", "--home", home.root, "--once", "--no-http")
     assert ended.returncode == 1
-    assert "is lost: CUDA error: an illegal memory access" in ended.stderr
+    assert "is lost: CUDA error: an illegal memory access" in ended.stderr, ended.stderr
     assert "start the daemon again" in ended.stderr and "Traceback" not in ended.stderr
     assert dropped.exists() and not experts(home)
     drain(home)
