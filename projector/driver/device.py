@@ -123,7 +123,7 @@ class Accelerator(Device):
         self.slab_bytes = slabs.nbytes if slabs else 0
         self._slabs = slabs
         self._gate = Gate(budget_bytes)
-        self._lost = False
+        self._lost: str | None = None  # why
         self._pools: dict[int, Executor] = {}
 
     def run(self, work: Callable[[torch.device], Out], need: int, name: str, watch: Watch) -> Out:
@@ -177,7 +177,7 @@ class Accelerator(Device):
 
     def _tried(self, work: Callable[[torch.device], Out]) -> Out:
         if self._lost:
-            raise self._gone(None)
+            raise self._gone()
         with self.reading(), _holding(), self.lane():
             return work(self.where)
 
@@ -189,11 +189,11 @@ class Accelerator(Device):
             if failure(error) is not Failure.MEMORY:
                 raise self._gone(error) from error
 
-    def _gone(self, error: RuntimeError | None) -> DeviceLost:
-        self._lost = True
-        said = str(error).partition("\n")[0] if error else "it failed before"
+    def _gone(self, error: RuntimeError | None = None) -> DeviceLost:
+        """The first error is what every thread says: which of them is heard is chance."""
+        self._lost = self._lost or str(error).partition("\n")[0]
         return DeviceLost(
-            f"the device {self.where} is lost: {said}",
+            f"the device {self.where} is lost: {self._lost}",
             "start the daemon again, as a supervisor does; if that goes on, look at nvidia-smi and the kernel's log,"
             " or set compute.device = cpu. Nothing is lost: the expert in hand is still in the inbox",
         )
