@@ -143,6 +143,12 @@ class Home:
         folder = self.archive(expert_id)
         return next(iter(sorted(folder.iterdir())), None) if folder.is_dir() else None
 
+    def quarantined(self, expert_id: int) -> Path | None:
+        """A refused expert's file or folder; None where somebody took it away."""
+        folder = self.quarantine(expert_id)
+        found = sorted(path for path in folder.iterdir() if path.name != REASON_FILE) if folder.is_dir() else []
+        return next(iter(found), None)
+
     def versions(self, head: str) -> Path:
         return self.published / head
 

@@ -212,11 +212,13 @@ class Reader:
             return connection.execute(select(func.count()).select_from(VersionRow).where(*held)).scalar_one()
 
     def unneeded(self, head: Head, limit: int) -> list[Version]:
-        """The oldest versions of a head that nothing asks to keep: neither base nor live, not pinned, and no merged
-        expert's training began with them.
+        """The oldest versions of a head that nothing asks to keep: neither base nor live nor live before, not pinned,
+        and no merged expert's training began with them.
         """
         number = VersionRow.number
-        query = select(VersionRow).where(VersionRow.head == head.name, is_unneeded, number.not_in((0, head.live)))
+        query = select(VersionRow).where(
+            VersionRow.head == head.name, is_unneeded, number.not_in((0, head.live, head.previous or 0))
+        )
         return self._all(Version, query.order_by(number).limit(limit))
 
     def without_content(self, least: float, most: float) -> list[Expert]:

@@ -85,7 +85,8 @@ class Head:
     """One line of merged models. `live` is the version that `latest` names, `newest` the highest ever committed, which
     the next one continues from.
 
-    frozen: why no later version becomes live by itself, after a rollback; else None. relative_to: what its task vectors
+    frozen: why no later version becomes live by itself, after a rollback; else None. previous: the version that was
+    live before the last turn to one that does not follow it, as after a rollback. relative_to: what its task vectors
     are taken against.
     """
 
@@ -96,6 +97,7 @@ class Head:
     newest: int
     frozen: str | None = None
     relative_to: RelativeTo = RelativeTo.BASE
+    previous: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

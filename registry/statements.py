@@ -12,6 +12,7 @@ from sqlalchemy import (
     Select,
     Text,
     and_,
+    case,
     func,
     insert,
     literal_column,
@@ -151,14 +152,22 @@ def advance(connection: Connection, version: NewVersion, *, thaw: bool = False) 
     at_parent = HeadRow.name == version.head, HeadRow.newest == version.parent, HeadRow.newest == version.number - 1
     frozen = connection.execute(select(HeadRow.frozen).where(HeadRow.name == version.head)).scalar()
     kept = version if thaw or version.held else replace(version, held=frozen)
-    live = HeadRow.live if kept.held else version.number
-    moved = update(HeadRow).where(*at_parent).values(newest=version.number, live=live, frozen=None if thaw else frozen)
-    if connection.execute(moved).rowcount != 1:
+    values: dict[str, Any] = {"newest": version.number, "frozen": None if thaw else frozen}
+    if not kept.held:
+        jumps = HeadRow.live != version.number - 1
+        values |= {"live": version.number, "previous": case((jumps, HeadRow.live), else_=HeadRow.previous)}
+    if connection.execute(update(HeadRow).where(*at_parent).values(values)).rowcount != 1:
         raise StaleHead(
             f"head {version.head} is no longer at version {version.parent}: version {version.number} cannot follow",
             "fold the expert again, onto the version that is the newest now",
         )
     return kept
+
+
+def experts_after_live(connection: Connection, head: str) -> set[int]:
+    """The merged experts that came with a version after the head's live one."""
+    live = select(HeadRow.live).where(HeadRow.name == head).scalar_subquery()
+    return set(connection.scalars(select(ExpertRow.id).where(is_merged, ExpertRow.version > live)))
 
 
 def turn(connection: Connection, head: str, number: int, frozen: str | None) -> int:
@@ -167,7 +176,7 @@ def turn(connection: Connection, head: str, number: int, frozen: str | None) -> 
     before = connection.execute(select(HeadRow.live).where(HeadRow.name == head)).scalar()
     if before is None or connection.execute(there).first() is None:
         raise BadRecord(f"head {head} has no version {number} whose files are kept", "`mainstem log` lists versions")
-    connection.execute(update(HeadRow).where(HeadRow.name == head).values(live=number, frozen=frozen))
+    connection.execute(update(HeadRow).where(HeadRow.name == head).values(live=number, frozen=frozen, previous=before))
     version = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
     connection.execute(version.values(held=None))
     return int(before)

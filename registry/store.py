@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Update, insert, select, update
 
 from registry import migrations
 from registry.engine import APPLICATION_ID, check, connect, examine, translated, writing
-from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy
+from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, StorageFailed
 from registry.reader import Reader
 from registry.records import (
     BaseModel,
@@ -33,11 +33,13 @@ from registry.statements import (
     advance,
     columns,
     count_trained,
+    experts_after_live,
     fetch,
     insert_expert,
     insert_head,
     insert_intervention,
     insert_versions,
+    is_blocked,
     is_kept,
     is_open,
     is_unneeded,
@@ -57,6 +59,7 @@ class Store(Reader):
     """The single writer. Opening it upgrades an older layout, after a backup beside it."""
 
     _patience: Patience | None = None
+    _failed: StorageFailed | None = None  # what is on the disk is unknown since then
 
     @classmethod
     def create(cls, path: Path, base: BaseModel, heads: Sequence[Head], versions: Sequence[NewVersion]) -> None:
@@ -134,7 +137,9 @@ class Store(Reader):
             merged = insert_expert(connection, expert, versions[0].number, now)
             insert_versions(connection, kept, merged.id, now)
             count_trained(connection, [merged.id], 1)
-            connection.execute(update(ExpertRow).where(is_open, ExpertRow.name == expert.name).values(closed_at=now))
+            connection.execute(
+                update(ExpertRow).where(is_open, ~is_blocked, ExpertRow.name == expert.name).values(closed_at=now)
+            )
         return merged
 
     def restate(
@@ -143,15 +148,20 @@ class Store(Reader):
         withdrawn: Sequence[int] = (),
         intervention: NewIntervention | None = None,
     ) -> None:
-        """Every head is at a new version that folds no new expert, and live; those withdrawn are in none of them any
-        more, and blocked.
+        """Every head is at a new version that folds no new expert; those withdrawn are in none of them any more, and
+        blocked. It is live, and nothing is frozen any more, unless it has an expert that came after the live version
+        and is held with it.
 
         THE COMMIT POINT of such a version. Raises as `commit` does, and BadRecord where an expert is not merged.
         """
         now = datetime.now(UTC)
         with self._write() as connection:
             require_one_each(fetch(connection, Head, select(HeadRow)), versions)
-            kept = [advance(connection, version, thaw=True) for version in versions]
+            kept = []
+            for version in versions:
+                later = experts_after_live(connection, version.head) - set(withdrawn)
+                why = f"it still has expert {max(later)}, which is not live" if later else None
+                kept.append(advance(connection, replace(version, held=why), thaw=not later))
             insert_versions(connection, kept, None, now)
             withdraw(connection, withdrawn, versions[0].number)
             if intervention:
@@ -178,8 +188,8 @@ class Store(Reader):
         self._intervene(rows.values(pinned=pinned), 1, intervention)
 
     def close_case(self, expert_id: int, intervention: NewIntervention) -> None:
-        """Nobody has to look after that refused expert any more. Raises BadRecord where nobody had to."""
-        rows = update(ExpertRow).where(ExpertRow.id == expert_id, is_open)
+        """Nobody has to look after that refused expert any more. Raises BadRecord where it was not refused."""
+        rows = update(ExpertRow).where(ExpertRow.id == expert_id, ExpertRow.status == Status.QUARANTINED)
         self._intervene(rows.values(closed_at=datetime.now(UTC)), 1, intervention)
 
     def _intervene(self, change: Update, rows: int, intervention: NewIntervention) -> None:
@@ -243,7 +253,7 @@ class Store(Reader):
         """Notes that the version's files were removed. Raises BadRecord for an unknown version, one that is live or the
         newest, and one that is pinned.
         """
-        stays = select(HeadRow.live, HeadRow.newest).where(HeadRow.name == head)
+        stays = select(HeadRow.live, HeadRow.newest, HeadRow.previous).where(HeadRow.name == head)
         row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
         with self._write() as connection:
             needed = connection.execute(stays).one_or_none() or ()
@@ -260,8 +270,14 @@ class Store(Reader):
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
-        with translated(self.path), ExitStack() as closing:
-            yield self._begun(closing)
+        if self._failed:
+            raise self._failed
+        try:
+            with translated(self.path), ExitStack() as closing:
+                yield self._begun(closing)
+        except StorageFailed as error:
+            self._failed = error
+            raise
 
     def _begun(self, closing: ExitStack) -> Connection:
         """A transaction that has the write lock: from there on nobody else is in its way."""

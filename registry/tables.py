@@ -187,6 +187,7 @@ class HeadRow(Base):
     newest: Mapped[int]
     frozen: Mapped[str | None]
     relative_to: Mapped[RelativeTo] = mapped_column(server_default="base")
+    previous: Mapped[int | None]
 
 
 class ExpertRow(Base):

@@ -33,7 +33,9 @@ def refused(
     """The expert as one that was refused, and why. expert_id: the one that it will have."""
     kept = home.quarantine(expert_id) / drop.name
     back = f"`mv {in_a_shell(kept)} {in_a_shell(home.inbox)}/`"
-    hint = taking_effect(filled(error.hint, kept, home), back)
+    hint = filled(error.hint, kept, home)
+    if error.reason is not Reason.SCORES:  # whose hint is whole
+        hint = taking_effect(hint, back)
     if error.reason not in ANEW and not hint.endswith(back) and NEW not in error.hint:
         hint += f"; what is mended in quarantine/{number(expert_id)}/ goes back with {back}"
     return replace(expert, status=Status.QUARANTINED, reason=str(error.reason), detail=str(error), hint=hint)

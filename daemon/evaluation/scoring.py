@@ -8,19 +8,19 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from stat import S_ISREG
 from threading import Lock
 from typing import Any
 
 import structlog
 
-from daemon.checkpoints.opening import Stamp, stamp
+from daemon.checkpoints.opening import stamp
 from daemon.config import Evaluate
 from daemon.disk import durable
 from daemon.errors import BadHome, NoScores
 from daemon.evaluation.evaluator import Evaluator, command_sha256
 from daemon.layout import Home, is_weights
 from daemon.manifest import FileEntry
-from daemon.versions.checking import names_below
 from projector.text import listed, shown
 from projector.watch import SILENT, Watch
 from registry.reader import Reader
@@ -111,14 +111,18 @@ def _write(log: Path, text: bytes) -> None:
     durable.note(log, text)
 
 
-def _stamps(folder: Path) -> dict[str, Stamp]:
-    return {name: stamp((folder / name).lstat()) for name in names_below(folder)}
+def _stamps(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Everything in a folder and in those below it; of files what changes when they are written to. Not the time of
+    the inode: somebody may make a link.
+    """
+    found = {path.relative_to(folder).as_posix(): path.lstat() for path in folder.rglob("*")}
+    return {name: stamp(status)[: 4 if S_ISREG(status.st_mode) else 2] for name, status in found.items()}
 
 
-def _check_untouched(folder: Path, before: Mapping[str, Stamp]) -> None:
+def _check_untouched(folder: Path, before: Mapping[str, tuple[int, ...]]) -> None:
     """The evaluator runs as we do, and could write into what is about to be published. What it left there goes."""
     after = _stamps(folder)
-    for name in after.keys() - before.keys():
+    for name in sorted(after.keys() - before.keys()):
         durable.remove(folder / name)
     if changed := [name for name, was in before.items() if after.get(name) != was]:
         raise BadHome(

@@ -20,6 +20,10 @@ DROPPED = f"{REASON_FILE}.dropped"  # a drop that was itself called so
 
 def check(home: Home, experts: Sequence[Expert], deed: Deed) -> list[str]:
     """What the deed would do to each, in words. Raises BadHome where one is no open case, or cannot go back."""
+    if deed is Deed.RETRY:
+        given = [_given(name) for expert in experts for name in _dropped(home, expert)]
+        if twice := {name for name in given if given.count(name) > 1}:
+            raise BadHome(f"several of them are called {shown(min(twice))}", "retry them one after the other")
     return [_check(home, expert, deed) for expert in experts]
 
 
@@ -30,8 +34,14 @@ def close(home: Home, store: Store, expert: Expert, intervention: NewInterventio
     """
     folder = home.quarantine(expert.id)
     if intervention.deed is Deed.RETRY:
-        for name in _dropped(home, expert):
-            durable.rename_new(folder / name, home.inbox / _given(name))
+        try:
+            for name in _dropped(home, expert):
+                durable.rename_new(folder / name, home.inbox / _given(name))
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise BadHome(
+                f"expert {expert.id} cannot be moved into the inbox: {error.strerror}",
+                "see to the inbox, then ask again",
+            ) from error
     hit("case.moved")
     remove_whole(home, folder)
     store.close_case(expert.id, intervention)
@@ -39,10 +49,14 @@ def close(home: Home, store: Store, expert: Expert, intervention: NewInterventio
 
 def _check(home: Home, expert: Expert, deed: Deed) -> str:
     which = f"expert {expert.id} ({shown(expert.name)})"
-    if expert.status is not Status.QUARANTINED or expert.closed_at:
+    names = _dropped(home, expert)
+    if expert.status is not Status.QUARANTINED or (expert.closed_at and not names):
         why = "was looked after already" if expert.closed_at else f"is {expert.status}, not refused"
         raise BadHome(f"{which} {why}", "`mainstem quarantine list` lists the open cases")
-    names = _dropped(home, expert)
+    if expert.place is None:
+        raise BadHome(f"{which} is still in the inbox", "try again once it has been moved")
+    if deed is Deed.RETRY and expert.blocked:
+        raise BadHome(f"{which} is blocked: it would not be merged", f"`mainstem unblock {expert.id}`, then ask again")
     if deed is Deed.DISCARD:
         return f"{which}: what lies in quarantine/{number(expert.id)} is removed for good"
     moved = not names and os.path.lexists(home.inbox / expert.name)  # by somebody who died before it was noted
@@ -54,8 +68,7 @@ def _check(home: Home, expert: Expert, deed: Deed) -> str:
     for name in names:
         if os.path.lexists(home.inbox / _given(name)):
             raise BadHome(f"{which}: the inbox has a {shown(_given(name))}", "try again once that has been taken")
-    back = f"{which} goes back into the inbox"
-    return f"{back}; `mainstem unblock {expert.id}` lets it be merged" if expert.blocked else back
+    return f"{which} goes back into the inbox"
 
 
 def _dropped(home: Home, expert: Expert) -> list[str]:

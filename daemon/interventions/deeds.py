@@ -13,6 +13,7 @@ from daemon.errors import BadHome
 from daemon.interventions import cases
 from daemon.layout import Home
 from daemon.notation import called
+from daemon.versions.checking import problems
 from daemon.versions.latest import follow_live
 from projector.text import listed
 from registry.reader import Reader
@@ -91,7 +92,7 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
             _, version = _version(home, store, request)
             store.pin(version.head, version.number, request.deed is Deed.PIN, request.intervention)
         case Deed.BLOCK | Deed.UNBLOCK:
-            store.block(request.experts, request.deed is Deed.BLOCK, request.intervention)
+            store.block(tuple(dict.fromkeys(request.experts)), request.deed is Deed.BLOCK, request.intervention)
         case Deed.RETRY | Deed.DISCARD:
             for expert in _experts(store, request):
                 cases.close(home, store, expert, replace(request.intervention, experts=(expert.id,)))
@@ -127,6 +128,8 @@ def _version(home: Home, reader: Reader, request: Request) -> tuple[Head, Versio
             f"`mainstem log --versions` lists what is kept; to have what it had, take out what came after it:"
             f" `mainstem rollback {called(version.head, version.number)} --withdraw`",
         )
+    if wrong := problems(home, version, hashes=False, extras=False, state=False):
+        raise BadHome(f"{called(version.head, version.number)} is damaged: {wrong[0]}", "`mainstem verify` names all")
     return head, version
 
 
@@ -165,7 +168,7 @@ def _pin(head: Head, version: Version, pin: bool) -> list[str]:
 
 
 def _experts(reader: Reader, request: Request) -> list[Expert]:
-    found = [reader.expert(number) for number in request.experts]
+    found = [reader.expert(number) for number in dict.fromkeys(request.experts)]
     if None in found or not found:
         raise BadHome(f"there is no expert {request.experts[found.index(None)]}", "`mainstem log` lists them")
     return [expert for expert in found if expert]

@@ -94,7 +94,7 @@ def _wait(home: Home, answer: Path, say: Say) -> list[str]:
         if not said and time.monotonic() - heard > PATIENCE_SECONDS:
             raise BadHome(
                 f"the daemon has not answered within {PATIENCE_SECONDS:.0f} seconds",
-                "it may still be recovering: see `mainstem status`, then ask again; nothing was done",
+                "`mainstem status` tells whether it is recovering, `mainstem log --interventions` whether it was done",
             )
         time.sleep(LOOK_SECONDS)
 
@@ -105,6 +105,11 @@ class Asked:
     def __init__(self, path: Path, request: Request) -> None:
         self.request = request
         self._path = path
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody still waits."""
+        return self._path.exists()
 
     def doing(self, text: str) -> None:
         """Tells whoever waits what goes on."""
@@ -188,7 +193,9 @@ class Desk:
             asked = Asked(path, _read(path))
         except FileNotFoundError:  # nobody waits any more
             return
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            if durable.is_short(error):
+                raise
             self._seen.add(name)
             self._log.warning("a request that cannot be read", file=name, error=str(error))
             return

@@ -37,12 +37,15 @@ def withdraw_waiting(home: Home, store: Store, settings: Settings, desk: Desk, s
     """
     while desk.waiting:
         asked = desk.waiting.pop(0)
+        if not asked.wanted:
+            continue
         try:
             lines = _withdraw(home, store, settings, asked, stopping)
         except (DaemonError, ProjectorError) as error:
             asked.failed(error)
         except (OSError, DiskFull) as error:
             if isinstance(error, OSError) and not durable.is_full(error):
+                desk.waiting.insert(0, asked)  # where it passes, it is done then
                 raise
             asked.failed(BadHome(f"the disk is full: {error}", "make room, then ask again: it goes on where it was"))
         else:

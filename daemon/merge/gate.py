@@ -6,7 +6,7 @@ committed at all. Where the evaluator fails, no expert is to blame: `evaluate.on
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -76,7 +76,10 @@ class Gate:
         watch raises.
         """
         if self._needs("expert"):
-            self.alone = self._alone(expert, number, by_itself)
+            try:
+                self.alone = self._alone(expert, number, by_itself)
+            except NoScores as error:  # a rule asks for it: nothing goes unjudged
+                return [self._failed(tip.head.name, number, error) if self._judges(tip) else Judged() for tip in heads]
         alone = self.alone.scores if self.alone else None
         with ThreadPoolExecutor(self._settings.concurrency) as pool:
             return list(pool.map(lambda tip, one: self._judge_head(tip, one, number, expert, alone), heads, written))
@@ -85,7 +88,7 @@ class Gate:
         self, tip: HeadTip, written: Written, number: int, expert: NewExpert, alone: Scores | None
     ) -> Judged:
         head = tip.head
-        if head.name not in self._settings.heads:
+        if not self._judges(tip):
             return Judged()
         try:
             live = self._of_version(head.name, head.live) if self._needs("live") else None
@@ -106,6 +109,9 @@ class Gate:
             verdict = judge(self._settings.rules, Question(found.scores, live, base, alone, own))
         except NoScores as error:
             return self._failed(head.name, number, error)
+        now = self._store.head(head.name)
+        if now and now.live != head.live:  # somebody turned it meanwhile; what was scored is known
+            return self._judge_head(replace(tip, head=now), written, number, expert, alone)
         return self._told(head.name, number, head.live, found, verdict)
 
     def _told(self, head: str, number: int, live: int, found: Evaluation, verdict: Verdict) -> Judged:
@@ -123,6 +129,9 @@ class Gate:
         )
         return Judged(outcome, why, {"outcome": outcome, "broken": [], "notes": [], "error": str(error)})
 
+    def _judges(self, tip: HeadTip) -> bool:
+        return tip.head.name in self._settings.heads
+
     def _needs(self, whose: str) -> bool:
         return whose in needs(self._settings.rules)
 
@@ -135,15 +144,9 @@ class Gate:
         self._store.judge_version(head, number, found.id)
         return found.scores
 
-    def _alone(self, expert: NewExpert, number: int, by_itself: Callable[[], Written]) -> Evaluation | None:
-        """That of an expert by itself; None where the evaluator fails, as it will for the version."""
+    def _alone(self, expert: NewExpert, number: int, by_itself: Callable[[], Written]) -> Evaluation:
+        """That of an expert by itself."""
         written = by_itself()
         told = {"head": None, "version": None, "parent": None, "expert": described(expert), "scores": {}}
         log = self._home.evaluation_log(BY_ITSELF, number)
-        try:
-            return self._scoring.of(expert.name, written.weights, written.published, told, log)
-        except NoScores as error:
-            self._log.error(
-                "the expert by itself was not evaluated", expert=expert.name, error=str(error), hint=error.hint
-            )
-            return None
+        return self._scoring.of(expert.name, written.weights, written.published, told, log)

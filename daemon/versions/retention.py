@@ -34,19 +34,22 @@ def collect(home: Home, store: Store, settings: "Retention") -> list[Version]:
     """Removes what retention no longer keeps and returns it.
 
     Kept: version 0, the live version, the newest `settings.versions`, what is pinned, what a merged expert was trained
-    from, and whatever was followed by another version less than the grace time ago: a reader may just have resolved
-    `latest` to it.
+    from, the version that was live before one that does not follow it, and whatever was followed by another version
+    less than the grace time ago: a reader may just have resolved `latest` to it.
     The row is marked first: a version whose files are going is no longer offered.
     """
     remove_old_states(home, store)
     gone: list[Version] = []
-    for head in store.heads():
-        while found := expired(store, head, settings, OLDEST):
+    for name in [head.name for head in store.heads()]:
+        while (head := store.head(name)) and (found := expired(store, head, settings, OLDEST)):
+            before = len(gone)
             for version in found:
                 with suppress(BadRecord):  # somebody has just rolled back to it, or pinned it
                     store.collected(version.head, version.number)
                     remove_files(home, version)
                     gone.append(version)
+            if len(gone) == before:
+                break
     return gone
 
 
@@ -84,8 +87,10 @@ def finish(home: Home, store: Store) -> None:
 def remove_old_states(home: Home, store: Store) -> None:
     """Removes the states that nothing will read. Call it once the newest version is committed: it is durable then."""
     for head in store.heads():
-        for _, path in old_states(home, store, head):
-            durable.remove(path)
+        for n, path in old_states(home, store, head):
+            now = store.head(head.name)
+            if now is None or n != now.live:  # somebody may just have rolled back to it
+                durable.remove(path)
 
 
 def old_states(home: Home, reader: Reader, head: Head) -> list[tuple[int, Path]]:

@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.engine import connect
-from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, Damaged, RegistryError, StaleHead
+from registry.errors import (
+    AlreadyMerged,
+    AlreadyThere,
+    BadRecord,
+    Busy,
+    Damaged,
+    RegistryError,
+    StaleHead,
+    StorageFailed,
+)
 from registry.reader import Reader
 from registry.records import Deed, Head, NewEvaluation, NewIntervention, NewVersion, Score, Status
 from registry.store import Store
@@ -354,12 +363,41 @@ def test_a_rejected_expert_is_blocked_and_an_open_case_until_it_is_closed(store:
     assert [one.id for one in store.quarantined()] == [2, 1]
     store.close_case(2, NewIntervention(Deed.DISCARD, "ann", experts=(2,)))
     with pytest.raises(BadRecord):
-        store.close_case(2, NewIntervention(Deed.DISCARD, "ann", experts=(2,)))
+        store.close_case(9, NewIntervention(Deed.DISCARD, "ann", experts=(9,)))
     store.block([1], False, NewIntervention(Deed.UNBLOCK, "ann", experts=(1,)))
     assert store.blocked(digest(1), "c0") is None
     store.commit(expert(7, name=rejected.name), versions(1))  # another file of that name was merged
     assert store.quarantined() == []
     assert [one.experts for one in store.interventions()] == [(1,), (2,)]
+
+
+def test_a_blocked_case_stays_open_whatever_is_merged_under_its_name(store: Store) -> None:
+    rejected = store.record(expert(1, Status.QUARANTINED, verdict={"outcome": "rejected"}))
+    store.commit(expert(2, name=rejected.name), versions(1))
+    assert [one.id for one in store.quarantined()] == [1]
+
+
+def test_what_is_left_is_held_where_it_has_what_was_not_live(store: Store) -> None:
+    for number in (1, 2, 3):
+        store.commit(expert(number), versions(number))
+    store.turn("main", 1, NewIntervention(Deed.ROLLBACK, "ann"), "rolled back")
+    store.restate(versions(4), [1])
+    assert [(head.live, head.frozen) for head in store.heads()] == [(1, "rolled back"), (4, None)]
+    assert (version := store.version("main", 4)) and version.held == "it still has expert 3, which is not live"
+    store.restate(versions(5), [2, 3])
+    assert [(head.live, head.frozen, head.previous) for head in store.heads()] == [(5, None, 1), (5, None, None)]
+
+
+def test_after_a_failed_disk_nothing_is_written_any_more(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise StorageFailed("the disk is broken", "replace it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("registry.store.insert_expert", fail)
+        with pytest.raises(StorageFailed):
+            store.commit(expert(1), versions(1))
+    with pytest.raises(StorageFailed, match="the disk is broken"):
+        store.commit(expert(1), versions(1))
 
 
 def test_what_an_expert_was_trained_from_is_known_while_it_is_merged(store: Store) -> None:

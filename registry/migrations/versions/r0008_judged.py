@@ -11,6 +11,7 @@ def upgrade() -> None:
     """Adds columns that say nothing of what is there already, and the tables evaluations and interventions."""
     op.add_column("heads", sa.Column("frozen", sa.Text))
     op.add_column("heads", sa.Column("relative_to", sa.Text, server_default="base", nullable=False))
+    op.add_column("heads", sa.Column("previous", sa.Integer))
     for name, kind in (("trained_head", sa.Text), ("trained_version", sa.Integer), ("verdict", sa.Text)):
         op.add_column("experts", sa.Column(name, kind))
     op.add_column("experts", sa.Column("blocked", sa.Boolean, server_default=sa.text("0"), nullable=False))

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from daemon.layout import Home
-from registry.records import Status
-from tests.daemon.homes import drain, experts, lineage, live, put
+from daemon.versions.retention import collect
+from registry.records import Deed, NewIntervention, Status
+from registry.store import Store
+from tests.daemon.homes import drain, experts, lineage, live, put, quick
 from tests.daemon.interventions.test_rollback import did, refused, sound
 from tests.daemon.processes import running
 from tests.models import write_expert
@@ -105,3 +107,43 @@ def test_a_pinned_version_can_be_gone_back_to_at_once(merged: Home, model: tuple
     said = did(merged, "rollback", "4", "--withdraw")
     assert said.splitlines()[-2:] == ["main/8: restored", "soup/8: restored"]
     assert sound(merged)
+
+
+def test_two_of_one_name_are_retried_one_after_the_other_and_one_given_twice_once(merged: Home) -> None:
+    for _ in range(2):
+        (merged.inbox / "bad.safetensors").write_bytes(b"no safetensors at all")
+        drain(merged)
+    assert "several of them are called bad.safetensors" in refused(merged, "quarantine", "retry", "5", "6")
+    did(merged, "quarantine", "retry", "5", "5")
+    assert open_cases(merged) == [6]
+
+
+def test_a_blocked_one_is_not_retried_before_it_is_unblocked(refusing: Home) -> None:
+    with Store.open(refusing.registry) as store:
+        store.block([5], True, NewIntervention(Deed.BLOCK, "ann", experts=(5,)))
+    assert "`mainstem unblock 5`, then ask again" in refused(refusing, "quarantine", "retry", "5")
+    assert open_cases(refusing) == [6, 5]
+
+
+def test_a_damaged_version_is_not_made_live(merged: Home) -> None:
+    weights = merged.version("main", 2) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "main/2 is damaged" in refused(merged, "rollback", "2")
+
+
+def test_a_rollback_while_versions_are_collected_ends_the_collecting(
+    merged: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a version that was about to go: it stays, and its state."""
+    with Store.open(merged.registry) as store:
+        collected = store.collected
+
+        def turned_first(head: str, number: int) -> None:
+            if (head, number) == ("main", 1):
+                store.turn("main", 1, NewIntervention(Deed.ROLLBACK, "ann"), "rolled back")
+            collected(head, number)
+
+        monkeypatch.setattr(store, "collected", turned_first)
+        gone = collect(merged, store, quick(retention={"versions": 1, "grace_seconds": 0}).retention)
+    assert ("main", 1) not in {(version.head, version.number) for version in gone}
+    assert merged.version("main", 1).is_dir()

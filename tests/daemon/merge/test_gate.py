@@ -223,3 +223,31 @@ def test_what_is_there_already_is_scored_when_it_is_asked_for(
         assert all(version.evaluation for version in reader.versions("main"))
         expert = reader.expert(2)
         assert expert and expert.evaluation and reader.interventions() == []
+
+
+def test_where_only_the_expert_by_itself_cannot_be_scored_the_version_is_held(scored: Home, base: Path) -> None:
+    settings = gate(require=["each >= expert - 0.1 else reject"])
+    drop(scored, base, 2, {"else": {"a": 0.5}}, settings, task="a")
+    came = drop(scored, base, 3, {"expert3": "fail", "else": {"a": 0.5}}, settings, task="a")
+    assert came.status is Status.MERGED and live(scored) == 1
+
+
+def test_whatever_an_evaluator_leaves_in_the_version_goes(scored: Home, base: Path) -> None:
+    (scored.root / "score.py").write_text(
+        "import os, sys\nos.makedirs(sys.argv[1] + '/.cache/deep')\nos.symlink('/etc', sys.argv[1] + '/link')\n"
+        "open(sys.argv[1] + '/.cache/deep/f', 'w')\nprint('{\"a\": 1}')"
+    )
+    drop(scored, base, 2, {}, gate())
+    assert live(scored) == 1
+    with lineage(scored) as reader:
+        assert verify(scored, reader, lambda _: None)[1] == []
+
+
+def test_a_rejected_expert_that_comes_again_and_again_takes_no_room(scored: Home, base: Path) -> None:
+    settings = gate(require=["each >= 0.9 else reject"])
+    drop(scored, base, 2, {"else": {"a": 0.5}}, settings)
+    for _ in range(2):
+        put(scored, write_expert(scored.root.parent / "again.safetensors", base, 2))
+        drain(scored, settings)
+    assert [one.status for one in experts(scored)[1:]] == [Status.DUPLICATE] * 2
+    assert not list((scored.root / "archive").rglob("*.safetensors"))

@@ -118,8 +118,9 @@ def test_the_states_of_what_is_live_and_of_what_is_pinned_stay_too(six: Home, ba
     for seed in range(3):
         put(six, write_expert(tmp_path / "e.safetensors", base, seed + 20), f"more{seed}.safetensors")
     drain(six, quick(retention={"versions": 1, "grace_seconds": 0}))
+    assert kept(six, "main") == ["000000", "000005", "000009"]
+    assert kept(six, "soup") == ["000000", "000005", "000006", "000009"]  # and what was live before
     for head in ("main", "soup"):
-        assert kept(six, head) == ["000000", "000005", "000009"]
         assert sorted(os.listdir(six.states(head))) == ["000005", "000009"]
 
 
