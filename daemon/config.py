@@ -52,6 +52,7 @@ WANTED = {
     **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
     **dict.fromkeys(("float_parsing", "float_type"), "a number"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    "tuple_type": 'a list, as ["a", "b"]',
 }
 """What a setting is, where the value is none of that."""
 

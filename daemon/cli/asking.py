@@ -53,6 +53,8 @@ def intervene(
         request = Request(deed, whoever(), why, named, number, ids)
         planned = check(home, reader, request)
     lines = planned if dry_run else ask(home, request)
+    if dry_run and lines:
+        lines = ["nothing was done; it would be so:", *lines]
     typer.echo("\n".join(lines) or "nothing is to be done: it is so already")
 
 

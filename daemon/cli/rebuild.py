@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,9 +97,18 @@ def command(
 
 
 def take_out(
-    where: Home, words: Sequence[str], to: "Console", *, reason: str | None, replay: bool = False, dry: bool = False
+    where: Home,
+    words: Sequence[str],
+    to: "Console",
+    *,
+    reason: str | None,
+    replay: bool = False,
+    after: int | None = None,
+    dry: bool = False,
 ) -> None:
-    """Takes these merged experts out of every head, by the daemon where one runs, and says how."""
+    """Takes these merged experts out of every head, by the daemon where one runs, and says how. after: they are all
+    that came after this version; the daemon takes those that it merges meanwhile, too.
+    """
     from daemon.interventions.deeds import Request, whoever
     from daemon.interventions.requests import ask
     from daemon.rebuild.commands import described, plan_withdrawal, withdraw
@@ -111,10 +121,10 @@ def take_out(
             typer.echo(_planned(plan_withdrawal(where, reader, gone, to, replay=replay)))
             return
     experts = tuple(expert.id for expert in gone)
-    request = Request(Deed.WITHDRAW, whoever(), reason, experts=experts, replay=replay)
+    request = Request(Deed.WITHDRAW, whoever(), reason, version=after, experts=experts, replay=replay)
 
     def alone() -> list[str]:
-        deed = request.intervention
+        deed = replace(request.intervention, version=None)
         return described(withdraw(where, settings_of(where), gone, to, deed, replay=replay))
 
     typer.echo("\n".join(ask(where, request, alone, to.say)))

@@ -38,4 +38,4 @@ def command(
         name = called(meant.head, meant.number)
         raise BadHome(f"no expert came after {name}", f"`mainstem rollback {name}` makes it live again")
     with console() as to:
-        take_out(where, [str(number) for number in later], to, reason=reason, dry=dry_run)
+        take_out(where, [str(number) for number in later], to, reason=reason, after=meant.number, dry=dry_run)

@@ -34,7 +34,7 @@ def command(
         raise typer.BadParameter(f"{what} is a home: put the ID of an expert or a version before it", param_hint="ID")
     where, reader = open_reader(at, home)
     with reader:
-        named = read_name(what)
+        named = read_name(what, [head.name for head in reader.heads()])
         if named and not what.isdecimal():
             version = find_version(reader, what)
             path = where.manifest(version.head, version.number)

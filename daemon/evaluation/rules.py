@@ -19,7 +19,7 @@ Outcome = Literal["live", "held", "rejected"]
 
 SLACK = 1e-9  # of the larger score: 0.8 is no less than 0.7 + 0.1, whatever rounding makes of it
 DIGITS = 4
-ALIKE = "score the same tasks each time; where they changed, change evaluate.command as well, and all is scored anew"
+ALIKE = "score the same tasks each time; `mainstem evaluate --again` scores what is live anew"
 
 Pairs = Mapping[str, tuple[Score, Score]]
 """A version's score and what it is held against, by task."""

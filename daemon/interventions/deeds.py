@@ -25,8 +25,10 @@ MOST_LETTERS = 500  # of a reason
 
 @dataclass(frozen=True)
 class Request:
-    """What somebody asks for. experts: their ids. replay: withdraw by merging the others again in any case.
-    evaluation: what was found of a version, or of one expert by itself.
+    """What somebody asks for.
+
+    experts: their ids; to withdraw, where a version is given instead, those that came after it. replay: withdraw by
+    merging the others again in any case. evaluation: what was found of a version, or of one expert by itself.
     """
 
     deed: Deed
@@ -60,7 +62,7 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
         case Deed.PROMOTE:
             return _promote(*_version(home, reader, request))
         case Deed.PIN | Deed.UNPIN:
-            return _pin(*_version(home, reader, request), request.deed is Deed.PIN)
+            return _pin(home, *_version(home, reader, request), request.deed is Deed.PIN)
         case Deed.BLOCK | Deed.UNBLOCK:
             return _block(_experts(reader, request), request.deed is Deed.BLOCK)
         case Deed.RETRY | Deed.DISCARD:
@@ -123,11 +125,10 @@ def _version(home: Home, reader: Reader, request: Request) -> tuple[Head, Versio
             f"there is no version {called(request.head or '-', request.version or 0)}", "`mainstem status` names them"
         )
     if version.collected or not home.manifest(version.head, version.number).exists():
-        raise BadHome(
-            f"the files of {called(version.head, version.number)} were removed by retention",
-            f"`mainstem log --versions` lists what is kept; to have what it had, take out what came after it:"
-            f" `mainstem rollback {called(version.head, version.number)} --withdraw`",
-        )
+        name = called(version.head, version.number)
+        later = f"; `mainstem rollback {name} --withdraw` takes out what came after it"
+        hint = f"`mainstem log --versions` lists what is kept{later if reader.lineage(version.number, 1) else ''}"
+        raise BadHome(f"the files of {name} were removed by retention", hint)
     if wrong := problems(home, version, hashes=False, extras=False, state=False):
         raise BadHome(f"{called(version.head, version.number)} is damaged: {wrong[0]}", "`mainstem verify` names all")
     return head, version
@@ -160,11 +161,15 @@ def _promote(head: Head, version: Version) -> list[str]:
     return [f"{name} is live, {live} is not{still}"]
 
 
-def _pin(head: Head, version: Version, pin: bool) -> list[str]:
+def _pin(home: Home, head: Head, version: Version, pin: bool) -> list[str]:
     if version.pinned == pin:
         return []
     name = called(head.name, version.number)
-    return [f"{name} is kept, whatever retention says" if pin else f"{name} goes when retention says so"]
+    if not pin:
+        return [f"{name} goes when retention says so"]
+    gone = version.number and not home.head_state(head.name, version.number).exists()
+    without = "; its state is gone already: to take out what came after it merges the others again"
+    return [f"{name} is kept, whatever retention says{without if gone else ''}"]
 
 
 def _experts(reader: Reader, request: Request) -> list[Expert]:

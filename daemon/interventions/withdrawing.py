@@ -1,5 +1,6 @@
 """What the daemon that runs does between two arrivals: experts taken out, and what retention no longer keeps."""
 
+from dataclasses import replace
 from threading import Event
 
 from daemon.compute.progress import Progress
@@ -58,6 +59,9 @@ def _withdraw(home: Home, store: Store, settings: Settings, asked: Asked, stoppi
     if request.deed is Deed.COLLECT:
         return collecting.remove(home, store, settings.retention)
     gone = [expert for number in request.experts if (expert := store.expert(number))]
+    if request.version is not None:
+        gone = store.lineage(request.version)  # also what was merged since it was asked for
+        request = replace(request, version=None, experts=tuple(expert.id for expert in gone))
     if len(gone) != len(request.experts) or any(expert.status is not Status.MERGED for expert in gone):
         raise BadHome("one of these experts is in the merge no more", "see `mainstem log`, then ask again")
     told = _Telling(asked, stopping)

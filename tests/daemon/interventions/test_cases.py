@@ -91,7 +91,8 @@ def test_blocks_and_pins_are_said_and_can_be_taken_back(refusing: Home) -> None:
     assert "4 (d) may come back" in did(refusing, "unblock", "d")
     assert "4 (d) do not come back" in did(refusing, "block", "d", "--reason", "known bad")
     assert experts(refusing)[3].blocked and experts(refusing)[3].status is Status.WITHDRAWN
-    assert did(refusing, "pin", "main/2") == "main/2 is kept, whatever retention says\n"
+    assert did(refusing, "pin", "main/4") == "main/4 is kept, whatever retention says\n"
+    assert "its state is gone already" in did(refusing, "pin", "main/2")
     assert did(refusing, "pin", "2", "--head", "main") == "nothing is to be done: it is so already\n"
     assert did(refusing, "unpin", "main/2") == "main/2 goes when retention says so\n"
     assert "no expert is called 'nobody'" in refused(refusing, "unblock", "nobody")
