@@ -29,6 +29,7 @@ CARD = "README.md"
 ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.safetensors"
 REASON_FILE = "reason.json"  # why an expert was refused, beside it
+DROPPED_REASON_FILE = f"{REASON_FILE}.dropped"  # what a drop is called there that was itself called so
 BY_ITSELF = "by-itself"  # no head is called so
 PREPARED_FILE = "prepared.safetensors"
 PREPARED_DIGEST = "prepared.sha256"
@@ -143,11 +144,10 @@ class Home:
         folder = self.archive(expert_id)
         return next(iter(sorted(folder.iterdir())), None) if folder.is_dir() else None
 
-    def quarantined(self, expert_id: int) -> Path | None:
-        """A refused expert's file or folder; None where somebody took it away."""
+    def quarantined(self, expert_id: int) -> list[Path]:
+        """A refused expert's file or folder; none where somebody took it away, and more where somebody added to it."""
         folder = self.quarantine(expert_id)
-        found = sorted(path for path in folder.iterdir() if path.name != REASON_FILE) if folder.is_dir() else []
-        return next(iter(found), None)
+        return sorted(path for path in folder.iterdir() if path.name != REASON_FILE) if folder.is_dir() else []
 
     def versions(self, head: str) -> Path:
         return self.published / head

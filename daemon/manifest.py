@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any, Self
 
 from daemon.release import software_version
-from registry.records import Expert, Head, NewExpert, Scores, Version
+from registry.records import Expert, Head, NewExpert, Scores, Version, plain_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def manifest(
         "state": asdict(state) if state else None,
         "record": asdict(record) if record else None,
         "adapter": adapter,
-        "scores": {task: asdict(score) for task, score in scores.items()} if scores else None,
+        "scores": plain_scores(scores) if scores else None,
         "verdict": verdict,
     }
     return json.dumps(content, indent=2).encode() + b"\n"

@@ -1,7 +1,7 @@
 """What the registry says and is told: plain frozen records, no SQLAlchemy and no tensor in sight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -26,6 +26,11 @@ class Score:
 
 Scores = Mapping[str, Score]
 """By task."""
+
+
+def plain_scores(scores: Scores) -> dict[str, dict[str, Any]]:
+    """Scores as JSON has them."""
+    return {task: asdict(score) for task, score in scores.items()}
 
 
 class Status(StrEnum):

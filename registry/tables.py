@@ -17,7 +17,6 @@ What is written here must equal what the migrations build (a test compares them)
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, ClassVar, TypeVar, cast
@@ -38,7 +37,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from registry.records import Deed, Flag, RelativeTo, Score, Scores, Status
+from registry.records import Deed, Flag, RelativeTo, Score, Scores, Status, plain_scores
 
 
 class AnyText(TypeDecorator[str]):
@@ -110,7 +109,7 @@ class ScoresText(TypeDecorator[Scores]):
     def process_bind_param(self, value: Scores | None, dialect: Dialect) -> str | None:
         if value is None:
             return None
-        return json.dumps({task: asdict(score) for task, score in value.items()}, allow_nan=False)
+        return json.dumps(plain_scores(value), allow_nan=False)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Scores | None:
         return None if value is None else {task: Score(**score) for task, score in json.loads(value).items()}

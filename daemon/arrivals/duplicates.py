@@ -32,7 +32,7 @@ def spare(home: Home, reader: Reader, expert: Expert, watch: Watch = SILENT) -> 
     own = home.archived(expert.id)
     if own is None or twin is None:
         return
-    kept = home.archived(twin.id) or home.quarantined(twin.id)
+    kept = home.archived(twin.id) or next(iter(home.quarantined(twin.id)), None)
     if kept is not None:
         _remove(own, _held_twice(own, kept, twin, watch))
     elif _stands_for(expert, twin):

@@ -26,7 +26,7 @@ from daemon.disk import durable
 from daemon.disk.durable import Folder
 from daemon.disk.failpoints import hit
 from daemon.errors import NotYet
-from daemon.layout import REASON_FILE, Home, number
+from daemon.layout import DROPPED_REASON_FILE, REASON_FILE, Home, number
 from daemon.versions.retention import remove_whole
 from projector.text import shown
 from projector.watch import SILENT, Watch
@@ -53,7 +53,7 @@ def place(home: Home, store: Store, expert: Expert, watch: Watch) -> bool:
     hit("archive.before")
     if path := _find(home, expert):
         # a drop that is itself called reason.json must not hide ours
-        target = folder / (f"{path.name}.dropped" if path.name == REASON_FILE else path.name)
+        target = folder / (DROPPED_REASON_FILE if path.name == REASON_FILE else path.name)
         try:
             _move(home, path, target)
         except FileNotFoundError:

@@ -12,7 +12,7 @@ from daemon.errors import DaemonError, Reason
 from daemon.evaluation.figures import accumulation
 from daemon.notation import called
 from projector.text import shown
-from registry.records import Flag, Head, Intervention, Status, Version
+from registry.records import Flag, Head, Intervention, Status, Version, plain_scores
 
 if TYPE_CHECKING:
     from registry.reader import Reader
@@ -127,7 +127,7 @@ def _versions(reader: "Reader", name: str | None, limit: int, as_json: bool) -> 
                     **asdict(version),
                     "live": head.live == version.number,
                     "mean": average,
-                    "scores": found and {task: asdict(score) for task, score in found.items()},
+                    "scores": found and plain_scores(found),
                 }
                 for (head, version), found, average in zip(told, scores, means, strict=True)
             ]

@@ -13,7 +13,7 @@ from daemon.errors import DaemonError, Reason
 from daemon.layout import Home
 from daemon.notation import called, find_version, read_name
 from projector.text import shown
-from registry.records import UNKNOWN_KIND, Evaluation, Score
+from registry.records import UNKNOWN_KIND, Evaluation, Score, plain_scores
 
 MOST = 100  # experts that are shown where many have one name
 
@@ -62,7 +62,7 @@ def command(
 
 def _scored(record: Mapping[str, Any], evaluation: Evaluation | None) -> dict[str, Any]:
     """An expert or a version with its scores by task; null where it was not evaluated."""
-    scores = {task: asdict(score) for task, score in evaluation.scores.items()} if evaluation else None
+    scores = plain_scores(evaluation.scores) if evaluation else None
     if "manifest" not in record:
         return {**record, "scores": scores}
     return {**{key: value for key, value in record.items() if key != "manifest"}, "scores": scores} | {

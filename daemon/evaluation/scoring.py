@@ -6,7 +6,6 @@ Hence what was scored before a crash is not scored again after it, and a version
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from stat import S_ISREG
 from threading import Lock
@@ -24,7 +23,7 @@ from daemon.manifest import FileEntry
 from projector.text import listed, shown
 from projector.watch import SILENT, Watch
 from registry.reader import Reader
-from registry.records import Evaluation, NewEvaluation, NewExpert, Scores
+from registry.records import Evaluation, NewEvaluation, NewExpert, Scores, plain_scores
 
 Keep = Callable[[NewEvaluation], Evaluation]
 """Keeps an evaluation in the registry: the store's own, or by way of the daemon that holds the home."""
@@ -36,18 +35,34 @@ def weights_sha256(files: Iterable[FileEntry]) -> str:
     return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 
-def described(expert: NewExpert | None) -> dict[str, Any] | None:
-    """An expert as the evaluator is told of it."""
-    if expert is None:
-        return None
-    return {"name": expert.name, "sha256": expert.sha256, "kind": expert.kind, "norm": expert.norm} | {
-        "expert.json": dict(expert.about) if expert.about else None
+def told(
+    expert: NewExpert | None = None,
+    *,
+    head: str | None = None,
+    version: int | None = None,
+    parent: int | None = None,
+    scores: Mapping[str, Scores] = {},
+) -> dict[str, Any]:
+    """What the evaluator is told of a version, or of an expert by itself: that has no head and no number. scores: those
+    that are known by then, by whose they are.
+    """
+    return {
+        "head": head,
+        "version": version,
+        "parent": parent,
+        "expert": _described(expert) if expert else None,
+        "scores": {whose: plain_scores(found) for whose, found in scores.items()},
     }
 
 
-def plain(scores: Scores) -> dict[str, dict[str, Any]]:
-    """Scores as JSON has them."""
-    return {task: asdict(score) for task, score in scores.items()}
+def _described(expert: NewExpert) -> dict[str, Any]:
+    return {
+        "name": expert.name,
+        "sha256": expert.sha256,
+        "kind": expert.kind,
+        "norm": expert.norm,
+        "expert.json": dict(expert.about) if expert.about else None,
+    }
 
 
 class Scoring:

@@ -7,7 +7,7 @@ from datetime import datetime
 from urllib.parse import quote
 
 from daemon.home.standing import Held
-from registry.records import BaseModel, Evaluation, Expert, Head, Version
+from registry.records import BaseModel, Evaluation, Expert, Head, Version, plain_scores
 
 Row = dict[str, object]
 
@@ -105,8 +105,8 @@ def base_row(base: BaseModel) -> Row:
     }
 
 
-def _scores(evaluation: Evaluation | None) -> Row | None:
-    return {task: asdict(score) for task, score in evaluation.scores.items()} if evaluation else None
+def _scores(evaluation: Evaluation | None) -> Mapping[str, object] | None:
+    return plain_scores(evaluation.scores) if evaluation else None
 
 
 def _verdict(judged: Version | Expert) -> Row | None:

@@ -41,6 +41,11 @@ class Request:
     evaluation: NewEvaluation | None = None
 
     @property
+    def named(self) -> tuple[str, int]:
+        """The head and the number of the version that is meant; of none, what none is called."""
+        return self.head or "-", -1 if self.version is None else self.version
+
+    @property
     def intervention(self) -> NewIntervention:
         """The row that it leaves."""
         return NewIntervention(self.deed, self.who, self.why, self.head, self.version, experts=self.experts)
@@ -83,16 +88,16 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
         return done
     match request.deed:
         case Deed.ROLLBACK | Deed.PROMOTE:
-            head, version = _version(home, store, request)
-            frozen = head.frozen if version.number < head.newest else None
+            name, number = request.named
+            head = store.head(name)
+            frozen = head.frozen if head and number < head.newest else None
             if request.deed is Deed.ROLLBACK:
-                frozen = f"rolled back to {called(head.name, version.number)}"
-            store.turn(head.name, version.number, request.intervention, frozen)
+                frozen = f"rolled back to {called(name, number)}"
+            store.turn(name, number, request.intervention, frozen)
             hit("turn.after")
             follow_live(home, store)
         case Deed.PIN | Deed.UNPIN:
-            _, version = _version(home, store, request)
-            store.pin(version.head, version.number, request.deed is Deed.PIN, request.intervention)
+            store.pin(*request.named, request.deed is Deed.PIN, request.intervention)
         case Deed.BLOCK | Deed.UNBLOCK:
             store.block(tuple(dict.fromkeys(request.experts)), request.deed is Deed.BLOCK, request.intervention)
         case Deed.RETRY | Deed.DISCARD:
@@ -112,18 +117,15 @@ def _keep(store: Store, request: Request) -> None:
     known = store.evaluated(new.weights_sha256, new.command_sha256)
     kept = known if known and known.scores == new.scores else store.evaluate(new)
     if request.version is not None:
-        store.judge_version(request.head or "", request.version, kept.id)
+        store.judge_version(*request.named, kept.id)
     for number in request.experts:
         store.judge_expert(number, kept.id)
 
 
 def _version(home: Home, reader: Reader, request: Request) -> tuple[Head, Version]:
-    head = reader.head(request.head or "")
-    version = reader.version(request.head or "", request.version if request.version is not None else -1)
+    head, version = reader.head(request.named[0]), reader.version(*request.named)
     if head is None or version is None:
-        raise BadHome(
-            f"there is no version {called(request.head or '-', request.version or 0)}", "`mainstem status` names them"
-        )
+        raise BadHome(f"there is no version {called(*request.named)}", "`mainstem status` names them")
     if version.collected or not home.manifest(version.head, version.number).exists():
         name = called(version.head, version.number)
         later = f"; `mainstem rollback {name} --withdraw` takes out what came after it"

@@ -14,14 +14,14 @@ import structlog
 from daemon.config import Evaluate
 from daemon.errors import NoScores
 from daemon.evaluation.rules import Question, Verdict, judge, needs
-from daemon.evaluation.scoring import Scoring, described, plain
+from daemon.evaluation.scoring import Scoring, told
 from daemon.layout import BY_ITSELF, Home
 from daemon.manifest import Manifest
 from daemon.notation import called
 from daemon.versions.heads import HeadTip
 from daemon.versions.writing import Written
 from projector.watch import Watch
-from registry.records import Evaluation, NewExpert, Scores
+from registry.records import Evaluation, NewExpert, Scores, plain_scores
 from registry.store import Store
 
 LIVE, HELD, REJECTED = "live", "held", "rejected"
@@ -94,17 +94,11 @@ class Gate:
             live = self._of_version(head.name, head.live) if self._needs("live") else None
             base = self._of_version(head.name, 0) if self._needs("base") else None
             known = {"live": live, "base": base, "expert": alone}
-            told = {
-                "head": head.name,
-                "version": number,
-                "parent": tip.version.number,
-                "live": head.live,
-                "expert": described(expert),
-                "scores": {whose: plain(scores) for whose, scores in known.items() if scores},
-            }
+            scores = {whose: found for whose, found in known.items() if found}
+            said = told(expert, head=head.name, version=number, parent=tip.version.number, scores=scores)
             log = self._home.evaluation_log(head.name, number)
             name = called(head.name, number)
-            found = self._scoring.of(name, written.weights, written.published, told, log)
+            found = self._scoring.of(name, written.weights, written.published, {**said, "live": head.live}, log)
             own = expert.about.get("task") if expert.about else None
             verdict = judge(self._settings.rules, Question(found.scores, live, base, alone, own))
         except NoScores as error:
@@ -116,7 +110,7 @@ class Gate:
 
     def _told(self, head: str, number: int, live: int, found: Evaluation, verdict: Verdict) -> Judged:
         why = "; ".join(f"`{one.rule}`: {one.why}" for one in verdict.broken) or None
-        said = {**verdict.described(), "against": called(head, live), "scores": plain(found.scores)}
+        said = {**verdict.described(), "against": called(head, live), "scores": plain_scores(found.scores)}
         if why:
             self._log.warning("the version breaks a rule", version=called(head, number), then=verdict.outcome, why=why)
         return Judged(verdict.outcome, why, said, found)
@@ -139,14 +133,13 @@ class Gate:
         """The scores of a version that is published; it is evaluated where it was not yet, or in another way."""
         manifest = Manifest.read(self._home.manifest(head, number).read_bytes())
         files, folder = list(manifest.files.values()), self._home.version(head, number)
-        told = {"head": head, "version": number, "parent": None, "expert": None, "scores": {}}
-        found = self._scoring.of(called(head, number), files, folder, told, self._home.evaluation_log(head, number))
+        said = told(head=head, version=number)
+        found = self._scoring.of(called(head, number), files, folder, said, self._home.evaluation_log(head, number))
         self._store.judge_version(head, number, found.id)
         return found.scores
 
     def _alone(self, expert: NewExpert, number: int, by_itself: Callable[[], Written]) -> Evaluation:
         """That of an expert by itself."""
         written = by_itself()
-        told = {"head": None, "version": None, "parent": None, "expert": described(expert), "scores": {}}
         log = self._home.evaluation_log(BY_ITSELF, number)
-        return self._scoring.of(expert.name, written.weights, written.published, told, log)
+        return self._scoring.of(expert.name, written.weights, written.published, told(expert), log)

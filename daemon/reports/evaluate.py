@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from threading import Event
-from typing import Any
 from uuid import uuid4
 
 from daemon.arrivals.admission import naming_of
@@ -12,7 +11,7 @@ from daemon.compute.resources import driver
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.errors import BadConfig, BadHome
-from daemon.evaluation.scoring import Scoring, described
+from daemon.evaluation.scoring import Scoring, told
 from daemon.home.ground import Base
 from daemon.layout import BY_ITSELF, Home
 from daemon.manifest import Manifest
@@ -52,15 +51,9 @@ class Evaluating:
             )
         files = list(Manifest.read(path.read_bytes()).files.values())
         expert = self._reader.expert(version.expert_id) if version.expert_id else None
-        told = {
-            "head": version.head,
-            "version": version.number,
-            "parent": version.parent,
-            "expert": described(expert),
-            "scores": {},
-        }
+        said = told(expert, head=version.head, version=version.number, parent=version.parent)
         log = self._home.evaluation_log(version.head, version.number)
-        found = self._scoring(version).of(name, files, path.parent, told, log, again=again)
+        found = self._scoring(version).of(name, files, path.parent, said, log, again=again)
         return self._noted(found, version)
 
     def expert(self, expert: Expert, *, again: bool = False) -> Evaluation:
@@ -81,11 +74,9 @@ class Evaluating:
                 written = folding.alone(read, folder)
                 base.confirm()
                 stage(self._home, written, base.beside)
-            told: dict[str, Any] = dict.fromkeys(("head", "version", "parent"))
-            told |= {"expert": described(expert), "scores": {}}
             log = self._home.evaluation_log(BY_ITSELF, expert.version or 0)
             scoring, name = self._scoring(expert), expert.name
-            found = scoring.of(name, written.weights, written.published, told, log, again=again)
+            found = scoring.of(name, written.weights, written.published, told(expert), log, again=again)
             return self._noted(found, expert)
         finally:
             durable.remove(folder)

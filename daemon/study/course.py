@@ -24,7 +24,7 @@ from daemon.config import Inbox as InboxSettings
 from daemon.disk import durable
 from daemon.errors import BadHome, NoScores, NotYet
 from daemon.evaluation.evaluator import FOLDER
-from daemon.evaluation.scoring import Scoring, described, weights_sha256
+from daemon.evaluation.scoring import Scoring, told, weights_sha256
 from daemon.home.founding import found
 from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
@@ -181,14 +181,13 @@ class Course:
 
     def _scored(self, head: str, number: int, files: list[FileEntry]) -> Evaluation:
         expert = self.arrived(number) if number else None
-        told = {"head": head, "version": number, "parent": number - 1 if number else None}
-        told |= {"expert": described(expert), "scores": {}}
+        said = told(expert, head=head, version=number, parent=number - 1 if number else None)
         name = f"{called(head, number)} ({expert.name})" if expert else "the base"
         log = self.home.evaluation_log(head, number)
         folder, scoring = self.home.version(head, number), self._shared.scoring
         assert scoring
         try:
-            return scoring.of(name, files, folder, told, log)
+            return scoring.of(name, files, folder, said, log)
         except NoScores as error:
             words = shlex.join(self._shared.plan.evaluate.command).replace(FOLDER, str(folder))
             hint = f"what it wrote is in {log}; mend it, try `{words}` here, then give the same command: it goes on"

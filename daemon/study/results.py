@@ -11,7 +11,7 @@ from daemon.reports.report.gathering import HeadReport, Report
 from daemon.study.costing import Cost
 from daemon.study.planning import LeftOut, Plan, Variant
 from projector.text import plain
-from registry.records import Scores
+from registry.records import Scores, plain_scores
 
 ACC, HELD_IN, HELD_OUT = "ACC", "held in", "held out"
 RULE = (
@@ -106,9 +106,13 @@ class Results:
             "format": 1,
             "mainstem": software_version(),
             "made_at": self.report.made_at.isoformat(),
-            "base": {"name": self.report.base.name, "sha256": self.report.base.sha256, "scores": _plain(self.base)},
+            "base": {
+                "name": self.report.base.name,
+                "sha256": self.report.base.sha256,
+                "scores": plain_scores(self.base),
+            },
             **{key: value for key, value in self.plan.described().items() if key not in ("base", "experts", "methods")},
-            "experts": {name: _plain(scores) for name, scores in self.own.items()},
+            "experts": {name: plain_scores(scores) for name, scores in self.own.items()},
             "figure": self.figure,
             "methods": [_described(row) for row in self.rows],
             "left_out": [asdict(one) for one in self.left_out],
@@ -216,10 +220,6 @@ def told(spread: Spread | None) -> str:
     return plain(spread.mean, 4) + ("" if spread.stdev is None else f" ± {plain(spread.stdev, 2)}")
 
 
-def _plain(scores: Scores) -> dict[str, dict[str, Any]]:
-    return {task: asdict(score) for task, score in scores.items()}
-
-
 def _described(row: Row) -> dict[str, Any]:
     return {
         **{key: value for key, value in asdict(replace(row, runs=())).items() if key != "runs"},
@@ -231,7 +231,7 @@ def _run(run: HeadReport) -> dict[str, Any]:
     return {
         "figures": asdict(run.found) if run.found else None,
         "versions": [
-            {"number": one.number, "expert": one.expert, "task": one.task, "scores": _plain(one.scores)}
+            {"number": one.number, "expert": one.expert, "task": one.task, "scores": plain_scores(one.scores)}
             for one in run.arrivals
             if one.number
         ],
