@@ -97,6 +97,12 @@ class Reader:
         """One version of one head; also one whose files were collected."""
         return self._one(Version, select(VersionRow).where(VersionRow.head == head, VersionRow.number == number))
 
+    def version_of(self, head: str, manifest_sha256: str) -> Version | None:
+        """The version of a head whose manifest has that sha256, or one that begins so; the newest of several."""
+        column = VersionRow.manifest_sha256
+        query = select(VersionRow).where(VersionRow.head == head, column.between(manifest_sha256, f"{manifest_sha256}g"))
+        return self._one(Version, query.order_by(VersionRow.number.desc()).limit(1))
+
     def versions(
         self,
         head: str,

@@ -270,6 +270,7 @@ class VersionRow(Base):
             sqlite_where=text("collected = 0 AND pinned = 0 AND trained = 0"),
         ),
         Index("versions_held", "head", "number", sqlite_where=text("held IS NOT NULL")),
+        Index("versions_by_manifest", "head", "manifest_sha256"),
     )
 
     head: Mapped[str] = mapped_column(ForeignKey("heads.name"), primary_key=True)

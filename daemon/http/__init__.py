@@ -1,6 +1,7 @@
 """HTTP over one home: the API, the bytes of every version, the metrics, the status page, and uploads of experts.
 
     app.py            which address is answered by what
+    hub/              the same for clients of the Hugging Face Hub
     read_routes.py    what is read: heads, versions, files, experts, how the daemon is
     upload_routes.py  experts that are sent to us
     answers.py        what every answer shares: JSON problems, entity tags, preconditions, caching, security headers

@@ -50,6 +50,7 @@ ASKED: dict[str, Ask] = {
     "experts of a name": lambda reader: reader.experts(name="task 500"),
     "heads": lambda reader: reader.heads(),
     "a version": lambda reader: reader.version("main", 500),
+    "a version by its manifest": lambda reader: reader.version_of("main", digest(-500)[:40]),
 }
 
 
@@ -85,6 +86,7 @@ def test_a_question_costs_no_more_over_many_experts(few: Path, many: Path, what:
         ("experts_by_name", "an expert by its name"),
         ("experts_by_given_name", "an expert by the name in its expert.json"),
         ("versions_kept", "versions that are kept"),
+        ("versions_by_manifest", "a version by its manifest"),
         ("evaluations_of_weights", "an evaluation of these weights"),
     ],
 )
