@@ -99,8 +99,8 @@ class Reader:
 
     def version_of(self, head: str, manifest_sha256: str) -> Version | None:
         """The version of a head whose manifest has that sha256, or one that begins so; the newest of several."""
-        column = VersionRow.manifest_sha256
-        query = select(VersionRow).where(VersionRow.head == head, column.between(manifest_sha256, f"{manifest_sha256}g"))
+        begins_so = VersionRow.manifest_sha256.between(manifest_sha256, f"{manifest_sha256}g")
+        query = select(VersionRow).where(VersionRow.head == head, begins_so)
         return self._one(Version, query.order_by(VersionRow.number.desc()).limit(1))
 
     def versions(

@@ -126,15 +126,14 @@ class HubReading:
 def reading_routes(published: Published) -> list[Route]:
     """The addresses, for the end of a list: the last ones take what nothing else did."""
     api = HubReading(published)
-    model = f"/api/models/{NAMESPACE}/{{repo}}"
     return [
-        Route(f"{model}", api.model),
-        Route(f"{model}/revision/{{revision}}", api.model),
-        Route(f"{model}/tree/{{revision}}", api.tree),
-        Route(f"{model}/tree/{{revision}}/{{folder:path}}", api.tree),
-        Route(f"{model}/paths-info/{{revision}}", api.paths, methods=["POST"]),
-        Route(f"{model}/refs", api.refs),
-        Route(f"/{NAMESPACE}/{{repo}}/resolve/{{revision}}/{{name:path}}", api.file),
+        Route("/api/models/mainstem/{repo}", api.model),
+        Route("/api/models/mainstem/{repo}/revision/{revision}", api.model),
+        Route("/api/models/mainstem/{repo}/tree/{revision}", api.tree),
+        Route("/api/models/mainstem/{repo}/tree/{revision}/{folder:path}", api.tree),
+        Route("/api/models/mainstem/{repo}/paths-info/{revision}", api.paths, methods=["POST"]),
+        Route("/api/models/mainstem/{repo}/refs", api.refs),
+        Route("/mainstem/{repo}/resolve/{revision}/{name:path}", api.file),
         Route("/api/models/{repo:path}", api.foreign),
         Route("/{repo:path}/resolve/{rest:path}", api.foreign),
     ]
