@@ -30,6 +30,7 @@ LIVE = (
     "http.write_token",
     "http.write_token_file",
     "http.upload_bytes",
+    "http.push_quiet_seconds",
     "inbox.settle_seconds",
     "inbox.patience_seconds",
     "inbox.resume_seconds",
@@ -82,6 +83,9 @@ class Http(Section):
     write_token: SecretStr = Field(SecretStr(""), description="token for uploads; none: no uploads")
     write_token_file: str = Field("", description="file with that token instead; relative to the home")
     upload_bytes: ByteSize = Field(ByteSize(100_000_000_000), gt=0, description="largest expert that may be uploaded")
+    push_quiet_seconds: float = Field(
+        30.0, ge=0, le=86400, description="what is pushed is an expert once no other commit followed for so long"
+    )
     stall_seconds: float = Field(
         60.0, gt=0, le=86400, description="a client that moves less than 1 KiB a second for so long is cut off"
     )

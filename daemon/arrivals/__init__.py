@@ -3,6 +3,7 @@
     inbox.py         what lies there, and what of it has come to rest
     inbox_folder.py  keeps an eye on the inbox's own folder
     receiving.py     one file that comes over HTTP
+    pushes.py        what is pushed in commits, and when it is an expert
     uploads.py       experts that are sent, moved into the inbox when whole
     arrival.py       is it the only one in its folder, and was all of it written
     trained_from.py  the version that it was trained from

@@ -3,15 +3,16 @@
     state/uploads/NAME/FILE            whole, waiting for the rest of its folder
     state/uploads/NAME/.FILE.part      coming
 
-An expert of one file enters the inbox with its last byte, a folder when its sender says that it is complete. Nothing in
-state/uploads outlives the process: who was cut off begins again. Knows nothing of HTTP; safe to call from any thread.
+An expert of one file enters the inbox with its last byte, a folder when its sender says that it is complete, one that
+is pushed in commits (`pushes.py`) once no other commit follows. But for what was committed nothing in state/uploads
+outlives the process: who was cut off begins again. Knows nothing of HTTP; safe to call from any thread.
 """
 
 import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from threading import Lock
 
 import structlog
 
+from daemon.arrivals.pushes import COMMITTED, LAID_OUT, Push, lay_out
 from daemon.arrivals.receiving import Incoming, Stored, check_name
 from daemon.config import Http, taking_effect
 from daemon.disk import durable
@@ -42,10 +44,14 @@ Count = Callable[[str, int], None]
 
 @dataclass
 class _Upload:
-    """What has come of one expert; `single`: it is one file."""
+    """What has come of one expert; `single`: it is one file. `push`: what its commits made of it, None where it comes
+    without any. `laid_out`: it waits for its name in the inbox to be free.
+    """
 
     folder: Folder
     single: bool
+    push: Push | None = None
+    laid_out: bool = False
     files: dict[str, Stored] = field(default_factory=dict)
     coming: dict[str, Incoming] = field(default_factory=dict)
     touched: float = field(default_factory=time.monotonic)
@@ -86,6 +92,7 @@ class Uploads:
         """Asks for this token from here on, and takes experts of the size in the settings."""
         self.token = token
         self._limit = int(settings.upload_bytes)
+        self.quiet_seconds = settings.push_quiet_seconds
         if settings.write_token_file:
             _warn_of_readers(self._home.root / settings.write_token_file)
 
@@ -95,8 +102,9 @@ class Uploads:
         when, why = self._failing or (float("-inf"), None)
         return why if time.monotonic() - when < FAILING_SECONDS else None
 
-    def begin(self, expert: str, file: str | None, size: int | None) -> Incoming:
-        """A file to write to: the expert itself, or `file` of its folder. `size` in bytes where it is known.
+    def begin(self, expert: str, file: str | None, size: int | None, *, pushed: bool = False) -> Incoming:
+        """A file to write to: the expert itself, or `file` of its folder; of one that is `pushed`, a file for a commit
+        to name. `size` in bytes where it is known.
 
         Raises NotUploaded, or OSError where the disk is full.
         """
@@ -109,7 +117,7 @@ class Uploads:
                 "send a folder file by file, to .../files/{file}, and commit it",
             )
         with self._lock, self._watched():
-            upload = self._joined(expert, file)
+            upload = self._joined(expert, file, pushed)
             incoming = Incoming(expert, file or expert, upload.folder, size, partial(self._check_size, upload))
             upload.coming[incoming.name] = incoming
         try:
@@ -190,14 +198,114 @@ class Uploads:
             self._idle(expert)
             self._remove(expert)
 
+    def pushed(self, expert: str) -> Push | None:
+        """What the commits so far made of an expert that is being pushed."""
+        upload = self._open.get(expert)
+        return upload.push if upload else None
+
+    def touch(self, expert: str) -> None:
+        """More of what is being pushed is about to come."""
+        if upload := self._open.get(expert):
+            upload.touched = time.monotonic()
+
+    def has(self, expert: str, file: str) -> Stored | None:
+        """A file that came whole, for an expert that is being pushed."""
+        upload = self._open.get(expert)
+        return upload.files.get(file) if upload and upload.push is not None else None
+
+    def record(
+        self, expert: str, added: Mapping[str, str], removed: Collection[str], summary: str
+    ) -> tuple[Push, bool]:
+        """One commit: `added` has, by its path, the file that came, `removed` the paths of files, and of folders with a
+        slash behind them. What has become of it, and whether it is in the inbox by now.
+
+        Raises NotUploaded, SyncFailed, or OSError where the disk is full.
+        """
+        with self._lock, self._watched():
+            upload = self._open.get(expert)
+            if upload is None and not added:  # a commit of what does not count
+                return Push(), False
+            if upload is None or upload.push is None:
+                raise NotUploaded(Reason.UPLOAD_MISSING, f"nothing of {shown(expert)} has come", "push its weights")
+            if upload.laid_out:
+                raise _taken(expert, "waits for the one before it in the inbox")
+            if missing := [path for path, file in added.items() if file not in upload.files]:
+                what = f"what these are has not come: {listed(missing)}"
+                raise NotUploaded(Reason.UPLOAD_UNFINISHED, what, "push them again; a restart forgets them")
+            stored = {path: upload.files[file] for path, file in added.items()}
+            before, upload.push = upload.push, upload.push.changed(stored, removed, summary)
+            durable.replace_file(self._home.uploads / expert / COMMITTED, upload.push.to_json())
+            upload.touched = time.monotonic()
+            still = {one.name for one in upload.push.paths.values()}
+            self._forget(upload, {one.name for one in before.paths.values()} - still)
+            push = upload.push
+            return push, push.is_ready and push.is_expert and self._place(expert, upload)
+
+    def forget(self, expert: str, files: Collection[str]) -> None:
+        """Removes files that came for a commit that failed."""
+        with self._lock:
+            upload = self._open.get(expert)
+            if upload and upload.push is not None and not upload.laid_out:
+                self._forget(upload, set(files) - {one.name for one in upload.push.paths.values()})
+                if not upload.files and not upload.coming:
+                    self._remove(expert)
+
+    def resume(self) -> None:
+        """Goes on with what was committed before this process began. Call it once, before anything comes."""
+        if not self._home.uploads.is_dir():
+            return
+        for path in sorted(self._home.uploads.iterdir()):
+            laid_out = (path / LAID_OUT).exists()
+            push = Push.from_json((path / (LAID_OUT if laid_out else COMMITTED)).read_bytes())
+            files = {one.name: one for one in push.paths.values()}
+            if laid_out and not (path / path.name).exists():  # it is in the inbox
+                durable.remove(path)
+                continue
+            upload = _Upload(Folder(path), False, push, laid_out, files)
+            for name in [] if laid_out else {one.name for one in path.iterdir()} - {*files, COMMITTED}:
+                upload.folder.remove(name)
+            self._open[path.name] = upload
+
     def tend(self) -> None:
-        """Removes what nobody has added to for STALE_SECONDS. Raises OSError where the disk failed an upload."""
+        """Removes what nobody has added to for STALE_SECONDS, and lets enter what was pushed and is at rest. Raises
+        OSError where the disk failed an upload.
+        """
         if self._failed:
             raise self._failed
         with self._lock:
             for expert, upload in list(self._open.items()):
-                if not upload.coming and time.monotonic() - upload.touched >= STALE_SECONDS:
+                quiet = time.monotonic() - upload.touched
+                push = upload.push
+                if upload.coming:
+                    continue
+                if push and push.is_expert and quiet >= push.quiet_seconds(self.quiet_seconds):
+                    with suppress(OSError), self._watched():  # an inbox that is gone, a full disk: it waits
+                        self._place(expert, upload)
+                elif quiet >= STALE_SECONDS:
                     self._remove(expert)
+
+    def _place(self, expert: str, upload: _Upload) -> bool:
+        """Lets what was pushed enter the inbox, where its name is free there; whether it was."""
+        assert upload.push is not None
+        if os.path.lexists(self._home.inbox / expert):
+            return False
+        if not upload.laid_out:
+            lay_out(self._home.uploads / expert, expert, upload.push)
+            upload.laid_out = True
+        try:
+            self._enter(upload.folder, expert)
+        except NotUploaded:  # somebody was faster
+            return False
+        self._remove(expert)
+        size = sum(one.size_bytes for one in upload.push.paths.values())
+        files, commit = len(upload.push.paths), upload.push.commit
+        structlog.get_logger().info("uploaded", drop=expert, size_bytes=size, files=files, commit=commit)
+        return True
+
+    def _forget(self, upload: _Upload, files: Collection[str]) -> None:
+        for file in files:
+            if upload.files.pop(file, None):
+                upload.folder.remove(file)
 
     def _drop(self, incoming: Incoming, upload: _Upload) -> None:
         incoming.remove()
@@ -205,16 +313,18 @@ class Uploads:
         upload.touched = time.monotonic()
         if incoming.name not in upload.files:
             upload.folder.remove(incoming.name)
-        if not upload.files and not upload.coming:
+        if not upload.files and not upload.coming and not (upload.push and upload.push.paths):
             self._remove(incoming.expert)
 
-    def _joined(self, expert: str, file: str | None) -> _Upload:
+    def _joined(self, expert: str, file: str | None, pushed: bool) -> _Upload:
         """The upload that the file belongs to, a new one where there is none."""
         upload = self._open.get(expert)
-        if upload is None and os.path.lexists(self._home.inbox / expert):
+        if upload is None and not pushed and os.path.lexists(self._home.inbox / expert):
             raise _taken(expert, "lies in the inbox")
-        if upload and (file is None or upload.single or file in upload.coming):
+        if upload and (file is None or upload.single or file in upload.coming or pushed is (upload.push is None)):
             raise _taken(expert, "is being sent")
+        if upload and upload.laid_out:
+            raise _taken(expert, "waits for the one before it in the inbox")
         if upload and len(upload.files) + len(upload.coming) >= MOST_FILES:
             raise _limit(f"a folder may have {MOST_FILES} files")
         if upload is None and len(self._open) >= MOST_OPEN:
@@ -225,7 +335,8 @@ class Uploads:
             durable.make_folder(self._home.uploads)
             with Folder(self._home.uploads) as uploads:
                 uploads.remove(expert)
-                upload = self._open[expert] = _Upload(uploads.make(expert), file is None)
+                push = Push() if pushed else None
+                upload = self._open[expert] = _Upload(uploads.make(expert), file is None, push)
         return upload
 
     def _check_size(self, upload: _Upload, more: int) -> None:
@@ -238,7 +349,7 @@ class Uploads:
 
     def _idle(self, expert: str) -> _Upload:
         upload = self._open.get(expert)
-        if upload is None:
+        if upload is None or upload.push is not None:
             raise NotUploaded(
                 Reason.UPLOAD_MISSING,
                 f"no upload of {shown(expert)} is open",

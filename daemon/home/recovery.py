@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from daemon.arrivals.filing import place_all
+from daemon.arrivals.pushes import COMMITTED, LAID_OUT
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
@@ -118,11 +119,22 @@ def _check_read(home: Home, store: Store, *, hashes: bool, read: Callable[[int],
 def _strays(home: Home, store: Store) -> list[Path]:
     """Temporary files and folders of ours, and the homes of rebuilds; nothing that has another name than we give."""
     strays = temporaries(home)
-    strays += [home.uploads] if os.path.lexists(home.uploads) else []  # never what a link in its place leads to
+    strays += _unsent(home)
     strays += [home.requests]  # whoever asked has heard that the daemon ended
     strays += [home.state / name for name in UNFINISHED]
     strays += [home.versions(head.name) / name for head in store.heads() for name in (".latest.tmp", f".{PLAIN}.tmp")]
     return [path for path in [*strays, *_done_with(home, store)] if os.path.lexists(path)]
+
+
+def _unsent(home: Home) -> list[Path]:
+    """What had not come whole over HTTP; never what a link in its place leads to. What was committed goes on."""
+    if home.uploads.is_symlink() or not home.uploads.is_dir():
+        return [home.uploads]
+    found = list(home.uploads.iterdir())
+    kept = [
+        path for path in found if not path.is_symlink() and any((path / n).is_file() for n in (COMMITTED, LAID_OUT))
+    ]
+    return [path for path in found if path not in kept] if kept else [home.uploads]
 
 
 def _done_with(home: Home, store: Store) -> list[Path]:

@@ -16,7 +16,7 @@ from daemon.home.health import Health, Trouble
 from daemon.http.answers import Problem, SecurityHeaders
 from daemon.http.forwarded import Forwarded
 from daemon.http.hosts import HostCheck, Hosts
-from daemon.http.hub import reading_routes
+from daemon.http.hub import hub_routes
 from daemon.http.read_routes import ReadRoutes
 from daemon.http.upload_routes import UploadRoutes
 from daemon.layout import Home
@@ -72,7 +72,7 @@ def create_app(
             Route("/v1/experts", api.experts),
             Route("/v1/experts/{sha256}", api.expert),
             Route("/v1/lineage", api.lineage),
-            *reading_routes(api.published),
+            *hub_routes(api.published, uploads, ready),
         ],
         middleware=[
             Middleware(SecurityHeaders),

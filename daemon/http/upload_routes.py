@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 import structlog
@@ -77,7 +77,7 @@ class UploadRoutes:
                 raise Problem(503, "not_ready", why_not, "try again", {"Retry-After": "5"})
             return await endpoint(request)
         except Problem as refused:
-            return _Refusal(refused, body)
+            return _Refusal(self._told(refused), body)
         except NotUploaded as error:
             problem = Problem(STATUS[Reason(error.reason)], str(error.reason), str(error), error.hint)
         except TimeoutError:
@@ -94,7 +94,11 @@ class UploadRoutes:
         except ClientDisconnect:
             return Response()  # nobody hears it
         self._log.warning("an upload was refused", reason=problem.reason, detail=str(problem))
-        return _Refusal(problem, body)
+        return _Refusal(self._told(problem), body)
+
+    def _told(self, problem: Problem) -> Problem:
+        """A problem in the words of whoever asks."""
+        return problem
 
     def _authorise(self, request: Request) -> None:
         token = self._uploads.token
@@ -122,7 +126,7 @@ class UploadRoutes:
         length = request.headers.get("content-length")
         incoming = await run_in_threadpool(self._uploads.begin, expert, file, int(length) if length else None)
         try:
-            await _receive(_Stream(request, self._uploads.stall_seconds), incoming)
+            await receive(Stream(request, self._uploads.stall_seconds), incoming)
             stored = await run_in_threadpool(self._uploads.finish, incoming, digests)
         except BaseException as error:
             outcome = "refused" if isinstance(error, NotUploaded) else "broken"
@@ -139,7 +143,7 @@ class UploadRoutes:
 
     async def _commit(self, request: Request) -> Response:
         expert: str = request.path_params["name"]
-        wanted = _listed(await _body(_Stream(request, self._uploads.stall_seconds)))
+        wanted = _listed(await short_body(Stream(request, self._uploads.stall_seconds)))
         files = await run_in_threadpool(self._uploads.commit, expert, wanted)
         self._log.info("uploaded", drop=expert, size_bytes=sum(file.size_bytes for file in files), files=len(files))
         experts = f"{root_of(request)}/v1/experts"
@@ -186,7 +190,14 @@ class _Refusal(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class _Stream:
+class Pieces(Protocol):
+    """What comes, bit by bit."""
+
+    async def next(self) -> bytes:
+        """The next piece, empty at the end."""
+
+
+class Stream:
     """A body in pieces, at an honest pace.
 
     TimeoutError where nothing comes for `stall_seconds`, or less than LEAST_BYTES_PER_SECOND (the time that we take
@@ -213,8 +224,8 @@ class _Stream:
         return piece
 
 
-async def _receive(stream: _Stream, incoming: Incoming) -> None:
-    """Writes the body."""
+async def receive(stream: Pieces, incoming: Incoming) -> None:
+    """Writes all that comes."""
     gathered = bytearray()
     while piece := await stream.next():
         gathered += piece
@@ -224,7 +235,7 @@ async def _receive(stream: _Stream, incoming: Incoming) -> None:
     await run_in_threadpool(incoming.write, bytes(gathered))
 
 
-async def _body(stream: _Stream) -> bytes:
+async def short_body(stream: Stream) -> bytes:
     """A short body."""
     body = b""
     while piece := await stream.next():

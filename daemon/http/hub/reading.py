@@ -5,7 +5,7 @@ for another file, then means the same version, whatever becomes live between the
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qs, quote
@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from daemon.http.answers import NO_CACHE, Problem, root_of
 from daemon.http.files import Published
-from daemon.http.hub.repos import LIVE, NAMESPACE, Repos, Snapshot, commit_of, hub_problem, no_repo
+from daemon.http.hub.repos import LIVE, NAMESPACE, Listing, Repos, Snapshot, commit_of, hub_problem, no_repo
 from daemon.http.sending import file_answer
 from daemon.manifest import FileEntry
 
@@ -28,16 +28,19 @@ Row = dict[str, Any]
 
 
 class HubReading:
-    """The endpoints. Plain methods run in a worker thread, since they read the registry and the disk."""
+    """The endpoints. Plain methods run in a worker thread, since they read the registry and the disk. `pushed`: what
+    has come of a repository that is being pushed, None where it is none.
+    """
 
-    def __init__(self, published: Published) -> None:
+    def __init__(self, published: Published, pushed: Callable[[str], Listing | None]) -> None:
         self.published = published
         self.repos = Repos(published)
+        self._pushed = pushed
 
     def model(self, request: Request) -> Response:
-        snapshot = self._snapshot(request)
+        snapshot = self._listing(request)
         blobs = request.query_params.get("blobs", "").lower() in ("1", "true")
-        made = _time(snapshot.version.created_at)
+        made = _time(snapshot.made)
         body = {
             "_id": snapshot.commit[:24],
             "id": f"{NAMESPACE}/{snapshot.repo}",
@@ -52,7 +55,7 @@ class HubReading:
             "downloads": 0,
             "likes": 0,
             "tags": ["safetensors", "mainstem"],
-            **({"library_name": "peft"} if snapshot.is_adapter else {}),
+            **({"library_name": "peft"} if "adapter_config.json" in snapshot.files else {}),
             "siblings": [
                 {"rfilename": name, **(_blob(entry) if blobs else {})} for name, entry in snapshot.files.items()
             ],
@@ -60,7 +63,7 @@ class HubReading:
         return JSONResponse(body, headers=_headers(snapshot))
 
     def tree(self, request: Request) -> Response:
-        snapshot = self._snapshot(request)
+        snapshot = self._listing(request)
         folder = request.path_params.get("folder", "").strip("/")
         recursive = request.query_params.get("recursive", "").lower() in ("1", "true")
         rows = list(_tree(snapshot, f"{folder}/" if folder else "", recursive))
@@ -77,7 +80,7 @@ class HubReading:
                 hint = "ask for fewer at a time"
                 raise Problem(413, "too_long", f"a list of paths may have {PATHS_BYTES} bytes", hint)
         wanted = _paths(body, request.headers.get("content-type", ""))
-        snapshot = await run_in_threadpool(self._snapshot, request)
+        snapshot = await run_in_threadpool(self._listing, request)
         every = {row["path"]: row for row in _tree(snapshot, "", recursive=True)}
         found = [every[path] for path in dict.fromkeys(wanted) if path in every]
         return JSONResponse(found, headers=_headers(snapshot))
@@ -97,10 +100,10 @@ class HubReading:
         return JSONResponse(body, headers=NO_CACHE)
 
     def file(self, request: Request) -> Response:
-        snapshot = self._snapshot(request)
+        snapshot = self._listing(request)
         name: str = request.path_params["name"]
         entry = snapshot.files.get(name)
-        if entry is None:
+        if entry is None or not isinstance(snapshot, Snapshot):  # what is pushed can be merged, and not be read
             raise _no_entry(snapshot, name)
         linked = {
             "X-Repo-Commit": snapshot.commit,
@@ -119,13 +122,19 @@ class HubReading:
         """Whatever repository is none of ours, so that the clients say that, and not that something failed."""
         raise no_repo(request.path_params["repo"])
 
-    def _snapshot(self, request: Request) -> Snapshot:
-        return self.repos.snapshot(request.path_params["repo"], request.path_params.get("revision", LIVE))
+    def _listing(self, request: Request) -> Listing:
+        repo: str = request.path_params["repo"]
+        try:
+            return self.repos.snapshot(repo, request.path_params.get("revision", LIVE))
+        except Problem as problem:
+            if problem.headers.get("X-Error-Code") == "RepoNotFound" and (found := self._pushed(repo)):
+                return found
+            raise
 
 
-def reading_routes(published: Published) -> list[Route]:
+def reading_routes(published: Published, pushed: Callable[[str], Listing | None] = lambda _: None) -> list[Route]:
     """The addresses, for the end of a list: the last ones take what nothing else did."""
-    api = HubReading(published)
+    api = HubReading(published, pushed)
     return [
         Route("/api/models/mainstem/{repo}", api.model),
         Route("/api/models/mainstem/{repo}/revision/{revision}", api.model),
@@ -139,11 +148,11 @@ def reading_routes(published: Published) -> list[Route]:
     ]
 
 
-def _headers(snapshot: Snapshot) -> dict[str, str]:
+def _headers(snapshot: Listing) -> dict[str, str]:
     return {**NO_CACHE, "X-Repo-Commit": snapshot.commit}
 
 
-def _no_entry(snapshot: Snapshot, name: str) -> Problem:
+def _no_entry(snapshot: Listing, name: str) -> Problem:
     hint = f"GET /api/models/{NAMESPACE}/{snapshot.repo}/tree/{snapshot.commit} lists its files"
     problem = hub_problem(404, "EntryNotFound", "unknown_file", f"{NAMESPACE}/{snapshot.repo} has no {name!r}", hint)
     problem.headers = {**problem.headers, "X-Repo-Commit": snapshot.commit}  # clients note what is not there
@@ -156,7 +165,7 @@ def _blob(entry: FileEntry) -> Row:
     return {"size": entry.size, "oid": entry.sha256[:40], "blobId": entry.sha256[:40], "lfs": lfs}
 
 
-def _tree(snapshot: Snapshot, above: str, recursive: bool) -> Iterable[Row]:
+def _tree(snapshot: Listing, above: str, recursive: bool) -> Iterable[Row]:
     """What lies in a folder, with its folders before what is in them."""
     seen: set[str] = set()
     for name, entry in snapshot.files.items():

@@ -10,6 +10,7 @@ sha256 of the version's manifest.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from daemon.http.answers import Problem
 from daemon.http.files import Published
@@ -25,24 +26,24 @@ _ADAPTER = f"-{ADAPTER_FOLDER}"
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One revision of one repository: `files` by their names in it, as the version's manifest lists them. moving: the
-    same revision may mean another version the next time.
-    """
+class Listing:
+    """The files of a repository at a commit, by their names in it. made: when."""
 
     repo: str
+    commit: str
+    files: Mapping[str, FileEntry]
+    made: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot(Listing):
+    """One revision of what is published: its files are entries of the version's manifest. moving: the same revision
+    may mean another version the next time.
+    """
+
     head: Head
     version: Version
-    files: Mapping[str, FileEntry]
     moving: bool
-
-    @property
-    def commit(self) -> str:
-        return commit_of(self.version)
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.repo.endswith(_ADAPTER)
 
 
 class Repos:
@@ -58,6 +59,10 @@ class Repos:
         if found is None:
             raise no_repo(f"{NAMESPACE}/{repo}")
         return found
+
+    def is_published(self, repo: str) -> bool:
+        """Whether a repository is what a head published."""
+        return self.published.reader.head(repo.removesuffix(_ADAPTER)) is not None
 
     def snapshot(self, repo: str, revision: str) -> Snapshot:
         """What a revision holds. Problem 404, or 410 where retention removed the version."""
@@ -78,7 +83,7 @@ class Repos:
                 raise hub_problem(404, "RevisionNotFound", "no_adapter", what, hint)
         else:
             files = {name: entry for name, entry in files.items() if not is_adapter(name)}
-        return Snapshot(repo, head, row, files, revision == LIVE)
+        return Snapshot(repo, commit_of(row), files, row.created_at, head, row, revision == LIVE)
 
     def _version(self, head: Head, revision: str) -> Version | None:
         if revision == LIVE:
