@@ -256,6 +256,9 @@ class Uploads:
             return
         for path in sorted(self._home.uploads.iterdir()):
             laid_out = (path / LAID_OUT).exists()
+            if not laid_out and not (path / COMMITTED).exists():
+                durable.remove(path)
+                continue
             push = Push.from_json((path / (LAID_OUT if laid_out else COMMITTED)).read_bytes())
             files = {one.name: one for one in push.paths.values()}
             if laid_out and not (path / path.name).exists():  # it is in the inbox
