@@ -24,6 +24,7 @@ LONGEST = [  # files, which are handed out whole: the longest first, lest one of
         "crash/test_strace.py",
         "crash/test_signals.py",
         "crash/test_crash_states.py",
+        "daemon/http/test_hub_clients.py",
         "attacks/test_convert_attacks.py",
         "daemon/http/test_http_connections.py",
         "daemon/http/test_http_uploads.py",

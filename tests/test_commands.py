@@ -126,8 +126,8 @@ NOT_RUN = {
     ("README.md", "pip install mainstem"): "needs an index that has it; tests/test_wheel.py installs the wheel",
     ("docs/published.md", 'vllm serve "$(realpath home/published/main/latest)"'): "vllm needs a GPU, and is not ours",
     ("docs/hub.md", "export HF_ENDPOINT=http://127.0.0.1:8765"): "tests/daemon/http/test_hub_clients.py runs it",
-    ("docs/hub.md", "# load.py"): "tests/daemon/http/hub_reader.py is that and more",
-    ("docs/hub.md", "# push.py"): "tests/daemon/http/hub_pusher.py is that and more",
+    ("docs/hub.md", "# load.py"): "tests/daemon/http/hub_client.py is that and more",
+    ("docs/hub.md", "# push.py"): "tests/daemon/http/hub_client.py is that and more",
     (
         "docs/sidecars.md",
         "from safetensors.torch import save_file",

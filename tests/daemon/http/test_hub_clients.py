@@ -1,28 +1,37 @@
 """The Hub's real clients against a real server, each in a process of its own with an empty cache."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file, save_file
-from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+from structlog.testing import capture_logs
 
-from daemon.config import Settings
+from daemon.arrivals.uploads import Uploads
+from daemon.config import Http, Settings
+from daemon.http import HttpServer, create_app
+from daemon.http.hub import pushing
 from daemon.layout import Home
-from tests.daemon.homes import drain, live, make_home, quick
-from tests.daemon.pulls import served
+from registry.reader import Reader
+from registry.records import Status
+from tests.daemon.homes import drain, experts, make_home, quick, tree
 from tests.daemon.versions.test_adapter_output import llama, write_model
 
 ROOT = Path(__file__).parents[3]
-CLIENTS = ("transformers", "peft", "huggingface_hub")
+TOKEN = "hf_a-token-of-enough-characters"
+CLIENTS = ("transformers", "peft", "huggingface_hub", "accelerate")
 MISSING = [name for name in CLIENTS if find_spec(name) is None]
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
@@ -73,8 +82,12 @@ class Asked:
     def __init__(self) -> None:
         self.all: list[tuple[str, str]] = []
 
-    def __call__(self, request: Request) -> None:
-        self.all.append((request.method, request.url.path))
+    def heard(self, app: ASGIApp) -> ASGIApp:
+        async def hear(scope: Scope, receive: Receive, send: Send) -> None:
+            self.all.append((scope["method"], scope["path"]))
+            await app(scope, receive, send)
+
+        return hear
 
     def sent(self) -> set[str]:
         """The names of the files whose bytes were sent."""
@@ -89,22 +102,63 @@ def environment(origin: str, folder: Path, **more: str) -> dict[str, str]:
 
 
 @contextmanager
-def client(script: str, origin: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    path = Path(__file__).with_name(script)
-    with (folder / "err").open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, path],
-            env=environment(origin, folder),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
+def taking(home: Home, asked: Asked) -> Iterator[tuple[str, Uploads]]:
+    """A server over a home that takes what is pushed; its address."""
+    uploads = Uploads(home, Http.model_validate({"write_token": TOKEN}))
+    with Reader.open(home.registry) as reader:
+        app = asked.heard(create_app(home, reader, CollectorRegistry(), lambda: None, uploads))
+        with HttpServer(app, "127.0.0.1", 0) as (host, port):
+            yield f"http://{host}:{port}", uploads
+
+
+@dataclass
+class Story:
+    """What the client said, and what the server was asked and noted meanwhile."""
+
+    home: Home
+    heard: dict[str, Any]
+    sent_again: set[str]
+    pushed: list[tuple[str, str]]
+    early: list[str]
+
+
+@pytest.fixture(scope="module")
+def story(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """A client reads, another version becomes live, it reads again and pushes. One, for its imports take long."""
+    folder = tmp_path_factory.mktemp("story")
+    home = make_home(folder / "home", base, [("main", "mean", {})])
+    merge(home, base, 0.2)
+    asked, heard = Asked(), {}
+    words = [sys.executable, Path(__file__).with_name("hub_client.py"), base, folder]
+    with taking(home, asked) as (origin, uploads), capture_logs() as logs, (folder / "err").open("w") as errors:
+        variables = environment(origin, folder, HF_TOKEN=TOKEN)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        with subprocess.Popen(words, env=variables, **pipes) as process:  # type: ignore[call-overload]
+
+            def listen(until: str) -> None:
+                for line in process.stdout:
+                    heard.update(json.loads(line) if line.startswith('{"') else {})
+                    if until in heard:
+                        return
+                pytest.fail((folder / "err").read_text())
+
+            try:
+                listen("errors")
+                merge(home, base, 0.3)
+                asked.all.clear()
+                process.stdin.write("\n")
+                process.stdin.flush()
+                listen("pinned")
+                again = asked.sent()
+                listen("whoami")
+            finally:
+                process.kill()
+        pushed = [(one["drop"], one["commit"]) for one in logs if one["event"] == "pushed"]
+        early = [path.name for path in home.inbox.iterdir()]
+        for one in uploads._open.values():
+            one.touched -= uploads.quiet_seconds
+        uploads.tend()
+    return Story(home, heard, again, pushed, early)
 
 
 def published(home: Home, n: int) -> dict[str, str]:
@@ -113,57 +167,74 @@ def published(home: Home, n: int) -> dict[str, str]:
     return {file["name"]: file["sha256"] for file in files if not file["name"].startswith("adapter/")}
 
 
-def test_a_version_is_read_by_name_and_a_new_one_sends_what_changed(base: Path, tmp_path: Path) -> None:
-    home = make_home(tmp_path / "home", base, [("main", "mean", {})])
-    merge(home, base, 0.2)
-    asked = Asked()
-    heard: dict[str, Any] = {}
-    with served(home, asked) as origin, client("hub_reader.py", origin, tmp_path) as process:  # type: ignore[arg-type]
-        assert process.stdin and process.stdout
+def test_versions_are_read_by_name(story: Story) -> None:
+    heard, home = story.heard, story.home
+    assert heard["first"] == published(home, 1)
+    assert heard["old"] == published(home, 0)
+    assert heard["commit"] == hashlib.sha256(home.manifest("main", 1).read_bytes()).hexdigest()[:40]
+    assert heard["tokens"] == [3, 4] and heard["generated"].startswith("w1 w2")
+    assert heard["adapter_loaded"] == "PeftModel" and heard["rank"]
+    assert heard["errors"] == [
+        "RemoteEntryNotFoundError",
+        "RevisionNotFoundError",
+        "RepositoryNotFoundError",
+        "RepositoryNotFoundError",
+    ]
 
-        def listen(until: str) -> None:
-            for line in process.stdout or ():
-                heard.update(json.loads(line))
-                if until in heard:
-                    return
-            pytest.fail((tmp_path / "err").read_text())
 
-        listen("errors")
-        assert heard["first"] == published(home, 1)
-        assert heard["old"] == published(home, 0)
-        assert heard["tokens"] == [3, 4] and heard["generated"].startswith("w1 w2")
-        assert heard["adapter"] == "PeftModel" and heard["rank"]
-        assert heard["errors"] == [
-            "RemoteEntryNotFoundError",
-            "RevisionNotFoundError",
-            "RepositoryNotFoundError",
-            "RepositoryNotFoundError",
-        ]
-        merge(home, base, 0.3)
-        asked.all.clear()
-        process.stdin.write("\n")
-        process.stdin.flush()
-        listen("pinned")
-    assert heard["second"] == published(home, live(home)) != heard["first"]
-    assert heard["pinned"] == heard["first"]
-    before, now = published(home, 1), published(home, live(home))
+def test_a_new_version_sends_what_changed(story: Story) -> None:
+    before, now = published(story.home, 1), published(story.home, 2)
+    assert story.heard["second"] == now != before
+    assert story.heard["pinned"] == before
     changed = {name for name in now if before.get(name) != now[name]}
     shards = {name for name in now if name.endswith(".safetensors")}
     assert len(shards) > 3 and len(shards & changed) == 1
-    assert asked.sent() == changed
+    assert story.sent_again == changed
 
 
-def test_hf_download_and_no_other_file(base: Path, tmp_path: Path) -> None:
+def test_what_trainers_push_is_merged(story: Story) -> None:
+    """With hf_xet installed, as it is with huggingface_hub: no file is large enough to need it."""
+    home, last = story.home, dict(story.pushed)
+    names = ("trained", "model", "adapter")
+    assert story.early == [] and story.heard["whoami"] == "mainstem"
+    assert [drop for drop, _ in story.pushed].count("trained") == 3  # two saves, and the end
+    assert {name: last[name] for name in names} == {name: story.heard[name] for name in names}
+    within = {name: {path.name for path in (home.inbox / name).iterdir()} for name in names}
+    assert {"model.safetensors", "README.md", "training_args.bin"} <= within["trained"]
+    assert {"model.safetensors", "tokenizer.json"} <= within["model"]
+    drain(home, settings())
+    assert {expert.name: (expert.status, expert.kind) for expert in experts(home)[2:]} == {
+        "trained": (Status.MERGED, "folder"),
+        "model": (Status.MERGED, "folder"),
+        "adapter": (Status.MERGED, "adapter"),
+    }
+
+
+def hf(*words: str, origin: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """The command of huggingface_hub."""
+    command = [sys.executable, "-m", "huggingface_hub.cli.hf", *words]
+    return subprocess.run(command, env=environment(origin, folder, **more), capture_output=True, text=True)
+
+
+def test_hf_download_and_hf_upload(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upload: by git-lfs, of more files than may come at once, and with a client that insists on Xet."""
+    monkeypatch.setattr(pushing, "MOST_BYTES_IN_COMMIT", 100)
     home = make_home(tmp_path / "home", base)
-    with served(home) as origin:
-        command = [sys.executable, "-m", "huggingface_hub.cli.hf", "download", "mainstem/main"]
-        local = tmp_path / "local"
-        for more in ([], ["--local-dir", str(local)]):
-            done = subprocess.run(
-                [*command, "--revision", "v0", *more], env=environment(origin, tmp_path), capture_output=True, text=True
-            )
-            assert done.returncode == 0, done.stderr
+    local, folder = tmp_path / "local", tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    for n in range(7):
+        (folder / "below" / f"{n}.bin").write_bytes(os.urandom(1000 + n))
+    (folder / "model.safetensors").write_bytes(os.urandom(3 << 20))
+    (folder / "_READY").write_bytes(b"")
+    with taking(home, Asked()) as (origin, _):
+        there: dict[str, Any] = {"origin": origin, "folder": tmp_path, "HF_TOKEN": TOKEN}
+        done = hf("download", "mainstem/main", "--revision", "v0", "--local-dir", str(local), **there)
+        assert done.returncode == 0, done.stderr
+        done = hf("upload", "mainstem/expert", str(folder), HF_HUB_DISABLE_XET="1", **there)
+        assert done.returncode == 0, done.stderr
+        refused = hf("upload", "mainstem/expert", str(folder), **there)
     wanted = published(home, 0)
     assert {path.name for path in local.iterdir() if path.is_file()} == set(wanted)
-    for name in wanted:
-        assert (local / name).read_bytes() == (home.version("main", 0) / name).read_bytes()
+    assert all((local / name).read_bytes() == (home.version("main", 0) / name).read_bytes() for name in wanted)
+    assert tree(home.inbox / "expert") == tree(folder)
+    assert refused.returncode != 0 and "HF_HUB_DISABLE_XET=1" in refused.stderr
