@@ -238,3 +238,62 @@ def test_hf_download_and_hf_upload(base: Path, tmp_path: Path, monkeypatch: pyte
     assert all((local / name).read_bytes() == (home.version("main", 0) / name).read_bytes() for name in wanted)
     assert tree(home.inbox / "expert") == tree(folder)
     assert refused.returncode != 0 and "HF_HUB_DISABLE_XET=1" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed")
+def test_sentence_transformers_by_name(base: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", base)
+    program = "import sentence_transformers as s; print(s.SentenceTransformer('mainstem/main').encode('w1 w2').shape)"
+    with taking(home, Asked()) as (origin, _):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment(origin, tmp_path), capture_output=True, text=True
+        )
+    assert done.stdout.split()[-1] == "(32,)", done.stderr
+
+
+READ_ON = """
+import hashlib, pathlib, sys
+from huggingface_hub import HfApi, snapshot_download
+for n in range(int(sys.argv[1])):
+    folder = pathlib.Path(snapshot_download("mainstem/main", max_workers=2))
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(folder.name, path.relative_to(folder), hashlib.sha256(path.read_bytes()).hexdigest(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_32_clients_while_versions_change(base: Path, tmp_path: Path) -> None:
+    """Whatever a client was given as a commit is that version, byte for byte."""
+    home = make_home(tmp_path / "home", base, [("main", "mean", {})])
+    with taking(home, Asked()) as (origin, _):
+        clients = []
+        for n in range(32):
+            (tmp_path / str(n)).mkdir()
+            clients.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", READ_ON, "4"],
+                    env=environment(origin, tmp_path / str(n)),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        n = 0
+        while any(one.poll() is None for one in clients):
+            n += 1
+            merge(home, base, 0.1 * n)
+        said = [one.communicate() for one in clients]
+    assert [one.returncode for one in clients] == [0] * 32, [err for _, err in said if err]
+    by_commit = {hashlib.sha256(home.manifest("main", v).read_bytes()).hexdigest()[:40]: v for v in range(n + 1)}
+    seen = set()
+    for out, _ in said:
+        found: dict[str, dict[str, str]] = {}
+        for line in out.splitlines():
+            commit, name, digest = line.split()
+            found.setdefault(commit, {})[name] = digest
+        for commit, files in found.items():
+            assert files == published(home, by_commit[commit])
+            seen.add(commit)
+    assert len(seen) > 2
