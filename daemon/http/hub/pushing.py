@@ -154,13 +154,14 @@ class HubPushing(UploadRoutes):
         if asked.get("operation") != "upload":
             raise Problem(400, "bad_list", "only uploads go by git-lfs here", "read it with huggingface_hub")
         until = str(int(time.time()) + SIGNED_SECONDS)
-        objects = []
+        objects, asked_for = [], set()
         for one in _rows(asked, "objects"):
             oid, size = str(one.get("oid", "")), one.get("size")
             if not re.fullmatch("[0-9a-f]{64}", oid) or not isinstance(size, int) or isinstance(size, bool) or size < 0:
                 raise Problem(400, "bad_list", "that is no list of objects", "each has an oid, its sha256, and a size")
             row: dict[str, Any] = {"oid": oid, "size": size}
-            if self._uploads.has(repo, oid) is None:
+            if self._uploads.has(repo, oid) is None and oid not in asked_for:  # or it would come twice at once
+                asked_for.add(oid)
                 signed = {"size": size, "until": until, "signature": self._signature(repo, oid, str(size), until)}
                 href = f"{_origin(request)}/{NAMESPACE}/{quote(repo)}.git/info/lfs/objects/{oid}?{urlencode(signed)}"
                 row["actions"] = {"upload": {"href": href}}

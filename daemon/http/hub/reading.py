@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
@@ -19,10 +19,11 @@ from daemon.http.answers import NO_CACHE, Problem, root_of
 from daemon.http.files import Published
 from daemon.http.hub.repos import LIVE, NAMESPACE, Listing, Repos, Snapshot, commit_of, hub_problem, no_repo
 from daemon.http.sending import file_answer
+from daemon.http.upload_routes import Stream, short_body
 from daemon.manifest import FileEntry
 
 MOST_REFS = 1000  # versions that are listed as tags
-PATHS_BYTES = 1 << 20  # of a question for some paths
+PATHS_SECONDS = 10.0  # for a question for some paths to come, or the next piece of it
 
 Row = dict[str, Any]
 
@@ -73,12 +74,12 @@ class HubReading:
 
     async def paths(self, request: Request) -> Response:
         """POST, for it may name many; it changes nothing."""
-        body = b""
-        async for piece in request.stream():
-            body += piece
-            if len(body) > PATHS_BYTES:
-                hint = "ask for fewer at a time"
-                raise Problem(413, "too_long", f"a list of paths may have {PATHS_BYTES} bytes", hint)
+        try:
+            body = await short_body(Stream(request, PATHS_SECONDS))
+        except TimeoutError:
+            raise Problem(408, "stalled", "too little came", "send it again") from None
+        except ClientDisconnect:
+            return Response()  # nobody hears it
         wanted = _paths(body, request.headers.get("content-type", ""))
         snapshot = await run_in_threadpool(self._listing, request)
         every = {row["path"]: row for row in _tree(snapshot, "", recursive=True)}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -225,6 +226,7 @@ def test_hf_download_and_hf_upload(base: Path, tmp_path: Path, monkeypatch: pyte
     for n in range(7):
         (folder / "below" / f"{n}.bin").write_bytes(os.urandom(1000 + n))
     (folder / "model.safetensors").write_bytes(os.urandom(3 << 20))
+    shutil.copy(folder / "model.safetensors", folder / "below")  # as a last-checkpoint/ is
     (folder / "_READY").write_bytes(b"")
     with taking(home, Asked()) as (origin, _):
         there: dict[str, Any] = {"origin": origin, "folder": tmp_path, "HF_TOKEN": TOKEN}

@@ -1,6 +1,7 @@
 """The Hub's protocol, read: what its clients rely on. The clients themselves are in test_hub_clients.py."""
 
 import json
+import socket
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -12,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
 from daemon.http import create_app
+from daemon.http.hub import reading
 from daemon.layout import MANIFEST
 from registry.reader import Reader
 from tests.daemon.http.conftest import sha256
@@ -146,12 +148,20 @@ def test_a_collected_version_is_a_revision_no_more(two: "Line", client: httpx.Cl
     assert [one["name"] for one in client.get(f"{MODEL}/refs").json()["tags"]] == ["v2", "v0"]
 
 
-def test_no_other_address_is_shadowed(two: "Line", client: httpx.Client, raw: Callable[..., tuple[int, bytes]]) -> None:
+def test_no_other_address_is_shadowed(
+    two: "Line", client: httpx.Client, raw: Callable[..., tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert client.get("/v1/heads/main/versions/1/files/config.json").status_code == 200
     for address in ("/v1/none", "/api/none", "/mainstem/main", "/metrics/none"):
         assert client.get(address).json()["reason"] == "not_found", address
     assert client.put("/mainstem/main/resolve/main/config.json", content=b"x").status_code == 405
     assert client.post(f"{MODEL}/paths-info/main", content=b"x" * (2 << 20)).status_code == 413
+    host, port = client.base_url.host, client.base_url.port
+    head = f"POST {MODEL}/paths-info/main HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\npath".encode()
+    monkeypatch.setattr(reading, "PATHS_SECONDS", 0.2)
+    with socket.create_connection((host, port or 80), timeout=20) as connection:
+        connection.sendall(head)
+        assert b" 408 " in connection.recv(1000)
     for body in (b"paths", b"\xff", b"["):
         kind = "application/json" if body == b"[" else "application/x-www-form-urlencoded"
         answer = client.post(f"{MODEL}/paths-info/main", content=body, headers={"Content-Type": kind})
