@@ -4,8 +4,9 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -15,6 +16,7 @@ from daemon.arrivals import pushes, uploads
 from daemon.arrivals.uploads import Uploads
 from daemon.config import Http
 from daemon.disk import durable
+from daemon.disk.durable import Folder
 from daemon.home.recovery import recover
 from daemon.http.hub import pushing
 from daemon.layout import Home
@@ -361,14 +363,30 @@ def test_killed_at_any_step_it_enters_once(line: "Line", monkeypatch: pytest.Mon
 
 
 def test_a_failing_disk_leaves_it_where_it_is(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.commit({"model.safetensors": b"m"})
+    hub.commit({"model.safetensors": b"m", "config.json": b"{}"})
+    linked: list[str] = []
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(source: Path, target: Path, link: Callable[[Path, Path], None] = durable.link_or_copy) -> None:
+        linked.append(target.name)
+        if len(linked) == 2:
+            raise OSError(28, "No space left on device")
+        link(source, target)
 
     monkeypatch.setattr(pushes.durable, "link_or_copy", full)
     hub.rest()
     assert hub.pushed() == [] and hub.uploads.failing
-    monkeypatch.undo()
     hub.rest(1)
-    assert hub.pushed() == ["german"]
+    assert tree(hub.home.inbox / "german") == {"model.safetensors": b"m", "config.json": b"{}"}
+
+
+def test_nothing_changes_in_the_inbox_once_it_is_there(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that loses its other name there has changed, and is waited for again."""
+    links: list[int] = []
+
+    def enter(folder: Folder, name: str, target: Folder, move: Any = Folder.move_new) -> None:
+        links.extend(path.stat().st_nlink for path in (hub.home.uploads / name / name).iterdir())
+        move(folder, name, target)
+
+    monkeypatch.setattr(Folder, "move_new", enter)
+    hub.commit({"model.safetensors": b"m", "config.json": b"{}", "_READY": b""})
+    assert links == [1, 1, 1] and hub.pushed() == ["german"]
