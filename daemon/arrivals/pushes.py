@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Self
 
 from daemon.arrivals.receiving import Stored, check_name
-from daemon.checkpoints.nesting import NOT_OF_A_MODEL, OF_A_MODEL
 from daemon.checkpoints.opening import READY_MARKER
 from daemon.checkpoints.unfinished import TEMPORARY
+from daemon.checkpoints.weight_names import NOT_OF_A_MODEL, OF_A_MODEL
 from daemon.disk import durable
 from daemon.errors import NotUploaded, Reason
 from projector.text import listed, shown

@@ -27,10 +27,18 @@ from daemon.checkpoints.adapter_config import (
 from daemon.checkpoints.adapter_modules import has_output
 from daemon.checkpoints.expert_json import ABOUT, About, read_about
 from daemon.checkpoints.hints import below, inner
-from daemon.checkpoints.nesting import NOT_OF_A_MODEL, checkpoint_in
+from daemon.checkpoints.nesting import checkpoint_in
 from daemon.checkpoints.opening import READY_MARKER, Stamp, folders_with, not_a_file, open_entry, stamp
 from daemon.checkpoints.shard_index import check_places, read_index, shard_names
-from daemon.checkpoints.weight_names import INDEX, SHARD_OF_MANY, WEIGHTS, checkpoints, is_index, other_format
+from daemon.checkpoints.weight_names import (
+    INDEX,
+    NOT_OF_A_MODEL,
+    SHARD_OF_MANY,
+    WEIGHTS,
+    checkpoints,
+    is_index,
+    other_format,
+)
 from daemon.disk import durable
 from daemon.errors import DaemonError, NotYet, Reason, Refused
 from projector.errors import BadFile, BadSchema, ProjectorError

@@ -16,7 +16,7 @@ from daemon.checkpoints.adapter_config import ADAPTER
 from daemon.checkpoints.expert_json import ABOUT
 from daemon.checkpoints.hints import inner
 from daemon.checkpoints.opening import open_entry
-from daemon.checkpoints.weight_names import is_index
+from daemon.checkpoints.weight_names import NOT_OF_A_MODEL, OF_A_MODEL, is_index
 from daemon.errors import NotYet, Reason, Refused
 from projector.text import NEW, listed
 
@@ -25,8 +25,6 @@ TRAINER_STATE = "trainer_state.json"
 MAX_STATE_BYTES = 64 << 20
 SNAPSHOTS, REFS = "snapshots", "refs"
 DEEPEST = 2  # how many folders below the one that was dropped: snapshots/REVISION
-OF_A_MODEL = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-NOT_OF_A_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")  # a Trainer's, in its folder too
 
 
 def checkpoint_in(fd: int, follow: bool, closing: ExitStack) -> tuple[int, str | None]:

@@ -45,6 +45,8 @@ FORMATS = {
     ),
 }
 """What else weights are saved as, by the suffix of a file: what it is, and how it becomes safetensors."""
+OF_A_MODEL = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+NOT_OF_A_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")  # a Trainer's, in its folder too
 
 
 @dataclass(frozen=True)
