@@ -1,7 +1,6 @@
 """The daemon: recovers, watches the inbox, merges what has settled, serves HTTP, and stops when it is told to."""
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from daemon.arrivals.inbox_folder import Watching
 from daemon.arrivals.uploads import Uploads, write_token
 from daemon.checkpoints.unfinished import said_by
 from daemon.compute.progress import Abandoned, Progress
-from daemon.compute.resources import memory_budget, return_freed_memory, reuse_freed_memory
+from daemon.compute.resources import device_name, memory_budget, return_freed_memory, reuse_freed_memory
 from daemon.config import Settings, check_heads
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
@@ -94,7 +93,9 @@ class Service:
         self._once = once
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
         self._metrics.memory_budget.set(memory_budget(self._settings.compute))
+        self._metrics.watch_disk(self._home.root)
         with ExitStack() as closing:
+            closing.enter_context(durable.syncs_heard(self._metrics.fsync_seconds.observe))
             closing.callback(os.close, self._lock())
             closing.callback(self._presence.ends)
             self._presence.starts()
@@ -108,6 +109,7 @@ class Service:
     def _start(self, closing: ExitStack, once: bool, http: bool) -> None:
         """Recovers, and drains the inbox until it is told to stop. Raises Abandoned where that came first."""
         store = closing.enter_context(Store.open(self._home.registry, self._wait_for_registry))
+        store.timed = self._metrics.transaction
         check_heads(self._settings, [head.name for head in store.heads()])
         if http:
             self._serve(closing)
@@ -128,6 +130,7 @@ class Service:
         watching = Watching(self._home, self._wake, events=self._settings.inbox.watch != "poll")
         closing.callback(watching.close)
         self._look(watching)
+        self._metrics.computes_on(device_name(self._settings.compute))
         self._not_ready = None
         self._presence.watches()
         self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
@@ -335,7 +338,7 @@ class Service:
             self._attempts.let_go()
 
     def _report(self, share: float) -> None:
-        self._metrics.progress.set(share)
+        self._metrics.progressed(share)
         self._presence.progresses(share)
         self._show(share)
 
@@ -348,10 +351,9 @@ class Service:
         tell(expert, store, self._settings.admission.naming, self._metrics, log)
 
     def _show_inbox(self, scan: Scan) -> None:
-        self._metrics.inbox_settled.set(len(scan.settled))
-        self._metrics.inbox_moving.set(scan.moving + len(scan.held))
-        self._metrics.oldest_seconds.set(max((drop.rest_seconds for drop in scan.settled), default=0.0))
-        self._metrics.disk_free.set(shutil.disk_usage(self._home.root).free)
+        drops = scan.settled
+        oldest, size_bytes = max((drop.rest_seconds for drop in drops), default=0.0), sum(d.size_bytes for d in drops)
+        self._metrics.show_inbox(len(drops), size_bytes, scan.moving + len(scan.held), oldest)
 
     def _show_disk(self, *, full: bool) -> None:
         self._metrics.disk_full.set(full)
@@ -480,9 +482,10 @@ class Service:
         reader = closing.enter_context(Reader.open(self._home.registry))
         http = self._settings.http
         hosts = Hosts(http.host, http.allowed_hosts)
-        metrics = self._metrics.registry
-        asked = self._uploads, hosts, self._health
-        app = create_app(self._home, reader, metrics, lambda: self._not_ready, *asked, proxies=http.trusted_proxies)
+        reader.timed = self._metrics.transaction
+        metrics, proxies = self._metrics, http.trusted_proxies
+        asked = metrics.registry, lambda: self._not_ready, self._uploads, hosts, self._health
+        app = create_app(self._home, reader, *asked, proxies=proxies, counting=metrics)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)

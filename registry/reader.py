@@ -3,9 +3,10 @@
 Every method is one transaction: it sees one state of the database.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,9 +44,14 @@ from registry.tables import EvaluationRow, ExpertRow, HeadRow, HomeRow, Interven
 
 PAGE = 1000  # ids in one question
 
+Timed = Callable[[str, float], object]
+"""Hears of each transaction, once it has ended: "read" or "write", and how many seconds it took, waiting included."""
+
 
 class Reader:
     """Questions to a registry, read-only and safe to share between threads. Close it, or use it in `with`."""
+
+    timed: Timed | None = None  # set it on the instance
 
     def __init__(self, path: Path, engine: Engine) -> None:
         self.path = path
@@ -211,6 +217,15 @@ class Reader:
         with self._read() as connection:
             return connection.execute(select(func.count()).select_from(VersionRow).where(*held)).scalar_one()
 
+    def kept(self, head: str) -> tuple[int, int]:
+        """How many versions of a head have their files kept, and the bytes of those."""
+        kept = select(func.count(), func.coalesce(func.sum(VersionRow.size_bytes), 0)).where(
+            VersionRow.head == head, is_kept
+        )
+        with self._read() as connection:
+            versions, size_bytes = connection.execute(kept).one()
+        return versions, size_bytes
+
     def unneeded(self, head: Head, limit: int) -> list[Version]:
         """The oldest versions of a head that nothing asks to keep: neither base nor live nor live before, not pinned,
         and no merged expert's training began with them.
@@ -269,8 +284,17 @@ class Reader:
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with translated(self.path), self._engine.begin() as connection:
+        with self._clocked("read"), translated(self.path), self._engine.begin() as connection:
             yield connection
+
+    @contextmanager
+    def _clocked(self, kind: str) -> Iterator[None]:
+        begun = perf_counter()
+        try:
+            yield
+        finally:
+            if self.timed:
+                self.timed(kind, perf_counter() - begun)
 
     def _all(self, kind: type[Record], query: Select[Any]) -> list[Record]:
         with self._read() as connection:

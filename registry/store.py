@@ -273,7 +273,7 @@ class Store(Reader):
         if self._failed:
             raise self._failed
         try:
-            with translated(self.path), ExitStack() as closing:
+            with self._clocked("write"), translated(self.path), ExitStack() as closing:
                 yield self._begun(closing)
         except StorageFailed as error:
             self._failed = error

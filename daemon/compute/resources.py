@@ -58,6 +58,12 @@ def device(settings: Compute) -> Device:
     return _card(settings)
 
 
+def device_name(settings: Compute) -> str:
+    """What that device is, in words. Raises as `device` does."""
+    found = device(settings)
+    return f"{found.where} {found.name}"
+
+
 def exact_products() -> None:
     """Products of float32 in float32, whatever the environment says (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), and the same
     bits each time. To be called before the first product.

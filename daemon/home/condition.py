@@ -21,6 +21,7 @@ NOBODY = "no daemon runs"
 LONGEST = 10_000  # entries of the inbox that are looked at
 ENOUGH = 0.02  # of an expert, for what is left of it to be foretold
 WAITING, DAMAGED, NONE = "waiting", "damaged", "no daemon"
+DOINGS = (*Doing, WAITING, DAMAGED, NONE)
 HINDERS = ("disk_full", "no_inbox", "registry")  # troubles that merging waits for the end of
 
 

@@ -11,6 +11,7 @@
     computing.py      experts' own models, computed while they are sent
     hosts.py          by which names it may be asked
     forwarded.py      what a proxy in front says
+    measuring.py      requests and answers, counted
     finding.py        which expert an address means
     rows.py           records of the registry as JSON
     page.py           the status page

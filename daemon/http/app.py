@@ -12,13 +12,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from daemon.arrivals.uploads import Uploads
+from daemon.home.condition import DOINGS, condition
 from daemon.home.health import Health, Trouble
 from daemon.http.answers import Problem, SecurityHeaders
 from daemon.http.forwarded import Forwarded
 from daemon.http.hosts import HostCheck, Hosts
+from daemon.http.measuring import Measured
 from daemon.http.read_routes import ReadRoutes
 from daemon.http.upload_routes import UploadRoutes
 from daemon.layout import Home
+from daemon.metrics import HeadMetrics
 from registry.errors import Busy, RegistryError
 from registry.reader import Reader
 
@@ -36,21 +39,29 @@ def create_app(
     *,
     proxies: Sequence[str] = (),
     beside: bool = False,
+    counting: HeadMetrics | None = None,
 ) -> Starlette:
     """The application over one home. `ready` returns None once this process can do its part, else why it cannot.
 
     Without `uploads` everything is read only. `hosts`: the names it may be asked by, by default any. `health`: where
     this process notes what is wrong. `proxies`: whose X-Forwarded headers are believed. `beside`: merging is
-    another process's part.
+    another process's part. `counting`: told of every request, and asks what is wrong; `metrics` is its registry.
     """
     noted = health or Health(home)
 
-    def troubles() -> list[Trouble]:
+    def own() -> list[Trouble]:
         why_not = ready()
         found = [Trouble("not_ready", why_not, "the daemon's log says more")] if why_not else []
         if uploads and uploads.failing:
             found.append(Trouble("uploads", f"the last upload could not be stored: {uploads.failing}", "see the log"))
-        return found + noted.troubles(reader, beside=beside)
+        return found
+
+    def troubles() -> list[Trouble]:
+        return own() + noted.troubles(reader, beside=beside)
+
+    def doing() -> tuple[str, Sequence[str]]:
+        found = condition(home, reader)
+        return found.doing, [trouble.reason for trouble in (*own(), *found.troubles)]
 
     api = ReadRoutes(home, reader, metrics, troubles)
     app = Starlette(
@@ -84,6 +95,9 @@ def create_app(
             Exception: _on_fault,
         },
     )
+    if counting:
+        counting.watch(DOINGS, doing)
+        app.add_middleware(Measured, routes=app.routes, metrics=counting.http)  # becomes the outermost
     app.router.redirect_slashes = False  # it would build an absolute address from the Host header
     return app
 
