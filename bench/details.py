@@ -179,6 +179,18 @@ def gate(figures: Figures) -> list[str]:
     ]
 
 
+def scrape(figures: Figures) -> list[str]:
+    rows = (
+        (str(one["heads"]), f"{one['seconds'] * 1e3:.1f}", f"{one['bytes'] / 1e3:.0f} kB", str(one["series"]))
+        for one in figures["scrapes"]
+    )
+    return [
+        *text("One scrape of `/metrics`, uncompressed, with 32 tasks of each head; the median of 50."),
+        "",
+        *_table(("heads", "ms", "size", "series"), rows),
+    ]
+
+
 def gpu(figures: Figures) -> list[str]:
     """Every step of bench/gpu.sh: how it ended, and the figures of those that found any."""
     steps: Mapping[str, Mapping[str, Any]] = figures["steps"]
@@ -254,6 +266,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Figures], list[str]]]] = {
     "growth_experts": ("Growth with the experts before", growth_experts),
     "growth_size": ("Growth with the model", growth_size),
     "gate": ("The gate, and back", gate),
+    "scrape": ("A scrape", scrape),
     "gpu": ("On a GPU", gpu),
 }
 

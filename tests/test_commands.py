@@ -85,6 +85,7 @@ PAGES = {
         after={'mainstem rollback main/0 --reason "fails in German" --home home': "live 0"},
         end="listening\nkill -0 %1\nmainstem log --status withdrawn --home home | grep -F my-finetune\n",
     ),
+    "docs/runbook.md": Page(before=HOME + DAEMON + "cp -r my-finetune home/inbox/\nlive 1\n"),
     "docs/methods.md": Page(end="test -e home2/published/soup/latest/config.json\n"),
     "docs/time.md": Page(
         after={"mainstem run --home digits &": "listening"},

@@ -84,6 +84,13 @@ def test_the_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_scrape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = measured(monkeypatch, tmp_path, "scrape", str(tmp_path), "--heads", "1", "2")
+    one, two = found["scrapes"]
+    assert one["bytes"] < two["bytes"] and one["series"] < two["series"]
+
+
+@pytest.mark.slow
 def test_growth_with_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = measured(monkeypatch, tmp_path, "growth_size", str(tmp_path), "--layers", "1", "2", "--experts", "3")
     small, large = found["sizes"]
