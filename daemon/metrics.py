@@ -39,8 +39,8 @@ NOT_OF_EXPERTS |= {"convert"} | {reason for reason in Reason if reason.startswit
 REASONS = tuple(dict.fromkeys(str(r) for r in (*Reason, *ProjectorReason) if r not in NOT_OF_EXPERTS))
 DEEDS = tuple(deed for deed in Deed if deed not in (Deed.EVALUATE, Deed.COLLECT))  # that leave a row
 JUDGED = ("live", "held", "rejected", "failed")
+TELLINGS = ("delivered", "failed", "dead")
 TROUBLES = ("not_ready", "disk_full", "damaged", "stuck", "no_inbox", "registry", "uploads", "no_daemon")
-DELIVERIES = ("delivered", "failed", "dead")
 TRANSACTIONS = ("read", "write")
 MOST_TASKS = 32
 MOST_FIGURES = 16  # of a head: a method may come from elsewhere
@@ -354,18 +354,21 @@ class Metrics(HeadMetrics):
             buckets=SECONDS,
             registry=registry,
         )
-        self.deliveries = Counter(
-            "mainstem_webhook_deliveries", "Deliveries of webhooks, by what became of them.", ["outcome"],
+        self.webhook_deliveries = Counter(
+            "mainstem_webhook_deliveries",
+            "Attempts to tell webhooks and hooks, by what came of them. dead: given up with this one.",
+            ["outcome"],
             registry=registry,
-        )  # fmt: skip
-        self.pending = Gauge("mainstem_webhook_pending", "Deliveries that are still to be made.", registry=registry)
-        self.dead_letters = Gauge(
-            "mainstem_webhook_dead_letters", "Deliveries that were given up, until somebody sends them again.",
-            registry=registry,
-        )  # fmt: skip
+        )
+        self.webhook_pending = Gauge(
+            "mainstem_webhook_pending", "Deliveries to webhooks and hooks that are still to be made.", registry=registry
+        )
+        self.webhook_dead_letters = Gauge(
+            "mainstem_webhook_dead_letters", "Deliveries to webhooks and hooks that were given up.", registry=registry
+        )
         self._evaluated: int | None = None  # the last evaluation that was counted
-        for outcome in DELIVERIES:
-            self.deliveries.labels(outcome)
+        for outcome in TELLINGS:
+            self.webhook_deliveries.labels(outcome)
         for outcome in JUDGED:
             self.evaluations.labels(outcome)
         for outcome in OUTCOMES:

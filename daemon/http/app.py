@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from daemon.arrivals.uploads import Uploads
-from daemon.home.condition import DOINGS, condition
+from daemon.home.condition import DAMAGED, DOINGS, condition
 from daemon.home.health import Health, Trouble
 from daemon.http.answers import Problem, SecurityHeaders
 from daemon.http.forwarded import Forwarded
@@ -60,7 +60,10 @@ def create_app(
         return own() + noted.troubles(reader, beside=beside)
 
     def doing() -> tuple[str, Sequence[str]]:
-        found = condition(home, reader)
+        try:
+            found = condition(home, reader)
+        except OSError:  # of the disk: a scrape has much else to tell
+            return DAMAGED, ["damaged", *(trouble.reason for trouble in own())]
         return found.doing, [trouble.reason for trouble in (*own(), *found.troubles)]
 
     api = ReadRoutes(home, reader, metrics, troubles)

