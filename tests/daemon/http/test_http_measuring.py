@@ -1,5 +1,7 @@
 """Requests are counted by the template of their address and by status, whatever is asked."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -99,3 +101,15 @@ def test_a_scrape_says_what_is_going_on_and_what_is_wrong(line: Line) -> None:
     assert wrong == {"no_daemon", "no_inbox"}
     doing = {sample.labels["doing"] for sample in families["mainstem_condition"].samples if sample.value}
     assert doing == {"no daemon"}
+
+
+def test_a_disk_that_fails_does_not_keep_a_scrape_back(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Iterator[object]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    metrics = HeadMetrics()
+    with asked(line, metrics) as client:
+        monkeypatch.setattr("daemon.home.condition.os.scandir", fails)
+        assert client.get("/metrics").status_code == 200
+    assert metrics.registry.get_sample_value("mainstem_trouble", {"reason": "damaged"}) == 1
+    assert metrics.registry.get_sample_value("mainstem_condition", {"doing": "damaged"}) == 1
