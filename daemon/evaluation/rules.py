@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from daemon.errors import NoScores
+from daemon.evaluation.figures import accumulated, held_in
 from daemon.requirements import WHOSE, Reference, Rule, how_much
 from projector.text import listed, plain, shown
 from registry.records import Score, Scores
@@ -137,18 +138,20 @@ def _reference(rule: Rule, question: Question) -> Scores:
 
 
 def _complaints(rule: Rule, pairs: Pairs) -> Iterator[str]:
-    """What breaks a rule, in words: one for each task, or one for the mean. Raises NoScores.
+    """What breaks a rule, in words: one for each task, or one for the mean. Raises _Silent and NoScores.
 
-    A mean against another's scores is that of what each task gained. One against a number leaves out the tasks for
-    which lower is better, unless all are such.
+    A mean is over the tasks that are not held out. Against another's scores it is that of what each task gained, and
+    against a number that of `figures.accumulation`, which takes the tasks of one direction only.
     """
     if rule.subject != "mean":
         for task, pair in pairs.items():
             yield from _complaint(rule, f"`{shown(task)}`", {task: pair})
         return
-    higher = {task: pair for task, pair in pairs.items() if pair[0].higher_is_better}
-    if higher and isinstance(rule.reference, float):
-        pairs = higher
+    mine = {task: pair[0] for task, pair in pairs.items()}
+    counted = accumulated(mine) if isinstance(rule.reference, float) else held_in(mine)
+    if not counted:
+        raise _Silent("a mean takes none of what it compares, as what is held out")
+    pairs = {task: pairs[task] for task in counted}
     yield from _complaint(rule, f"the mean of {len(pairs)} {'task' if len(pairs) == 1 else 'tasks'}", pairs)
 
 
