@@ -4,12 +4,12 @@ Every method is one transaction: it sees one state of the database, and changes 
 `StorageFailed` a writer must be closed and not be asked again: only a new start tells what the disk holds.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import Connection, Update, insert, select, update
 
@@ -210,6 +210,14 @@ class Store(Reader):
         row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
         with self._write() as connection:
             connection.execute(row.values(evaluation=evaluation_id))
+
+    def rejudge(self, head: str, number: int, verdict: Mapping[str, Any], held: str | None) -> None:
+        """Another verdict on a version. held: where it is held, why it is from here on; None: why it was."""
+        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
+        with self._write() as connection:
+            connection.execute(row.values(verdict=verdict))
+            if held is not None:
+                connection.execute(row.where(VersionRow.held.is_not(None)).values(held=held))
 
     def judge_expert(self, expert_id: int, evaluation_id: int) -> None:
         """Notes that this evaluation is that of the expert by itself."""

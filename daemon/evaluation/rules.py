@@ -17,6 +17,7 @@ from projector.text import listed, plain, shown
 from registry.records import Score, Scores
 
 Outcome = Literal["live", "held", "rejected"]
+UNJUDGED = "unjudged"  # in place of an outcome, where nobody asked the rules
 
 SLACK = 1e-9  # of the larger score: 0.8 is no less than 0.7 + 0.1, whatever rounding makes of it
 DIGITS = 4
@@ -59,6 +60,11 @@ class Verdict:
     outcome: Outcome
     broken: tuple[Broken, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def why(self) -> str | None:
+        """Which rules were broken, and by what; None where all were kept."""
+        return "; ".join(f"`{one.rule}`: {one.why}" for one in self.broken) or None
 
     def described(self) -> dict[str, Any]:
         """Ready for JSON: {"outcome", "broken": [{"rule", "outcome", "why"}], "notes"}."""
@@ -150,7 +156,7 @@ def _complaints(rule: Rule, pairs: Pairs) -> Iterator[str]:
     mine = {task: pair[0] for task, pair in pairs.items()}
     counted = accumulated(mine) if isinstance(rule.reference, float) else held_in(mine)
     if not counted:
-        raise _Silent("a mean takes none of what it compares, as what is held out")
+        raise _Silent("what it compares is held out, and in no mean")
     pairs = {task: pairs[task] for task in counted}
     yield from _complaint(rule, f"the mean of {len(pairs)} {'task' if len(pairs) == 1 else 'tasks'}", pairs)
 

@@ -6,7 +6,9 @@
 
 import getpass
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
@@ -28,7 +30,8 @@ class Request:
     """What somebody asks for.
 
     experts: their ids; to withdraw, where a version is given instead, those that came after it. replay: withdraw by
-    merging the others again in any case. evaluation: what was found of a version, or of one expert by itself.
+    merging the others again in any case. evaluation: what was found of a version, or of one expert by itself. verdict,
+    held: what its rules say of the version since, and why it is held by that, where the gate held it.
     """
 
     deed: Deed
@@ -39,6 +42,8 @@ class Request:
     experts: tuple[int, ...] = ()
     replay: bool = False
     evaluation: NewEvaluation | None = None
+    verdict: Mapping[str, Any] | None = None
+    held: str | None = None
 
     @property
     def named(self) -> tuple[str, int]:
@@ -111,7 +116,10 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
 
 
 def _keep(store: Store, request: Request) -> None:
-    """Keeps an evaluation, and notes whose it is. One that says what another said is that one."""
+    """Keeps an evaluation, and notes whose it is. One that says what another said is that one. Or keeps a verdict."""
+    if request.verdict is not None:
+        store.rejudge(*request.named, request.verdict, request.held)
+        return
     new = request.evaluation
     assert new
     known = store.evaluated(new.weights_sha256, new.command_sha256)

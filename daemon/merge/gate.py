@@ -109,7 +109,7 @@ class Gate:
         return self._told(head.name, number, head.live, found, verdict)
 
     def _told(self, head: str, number: int, live: int, found: Evaluation, verdict: Verdict) -> Judged:
-        why = "; ".join(f"`{one.rule}`: {one.why}" for one in verdict.broken) or None
+        why = verdict.why
         said = {**verdict.described(), "against": called(head, live), "scores": plain_scores(found.scores)}
         if why:
             self._log.warning("the version breaks a rule", version=called(head, number), then=verdict.outcome, why=why)

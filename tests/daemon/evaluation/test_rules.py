@@ -134,7 +134,7 @@ def test_held_out_tasks_are_tasks_but_not_of_the_mean() -> None:
     assert verdict(f"mean >= {shown + 0.001}", candidate).outcome == "held"
     unseen = {"unseen": candidate["unseen"]}
     assert verdict("mean >= live", unseen, live={"unseen": live["unseen"]}).notes == (
-        "`mean >= live` does not apply: a mean takes none of what it compares, as what is held out",
+        "`mean >= live` does not apply: what it compares is held out, and in no mean",
     )
     assert verdict('"unseen" >= 0.4', candidate).outcome == "live"
 

@@ -225,6 +225,37 @@ def test_what_is_there_already_is_scored_when_it_is_asked_for(
         assert expert and expert.evaluation and reader.interventions() == []
 
 
+def test_a_version_that_could_not_be_judged_is_judged_once_it_is_scored_by_hand(
+    scored: Home, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is told then is true, and following it makes the version live. Nothing does so by itself."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    rules = ["own >= live + 0.1"]
+    drop(scored, base, 2, {"0": {"a": 0.5}, "else": "fail"}, gate(require=rules), task="a")
+    command = '[evaluate]\ncommand = ["python3", "score.py", "{folder}"]\n'
+    scored.config.write_text(f"{command}require = {json.dumps(rules)}\n")
+    (scored.root / "scores.json").write_text(json.dumps({"1": {"a": 0.55}, "else": {"a": 0.5}}))
+
+    def judged(*words: str) -> tuple[str, dict[str, Any], str]:
+        done = forked("evaluate", "main/1", *words, "--home", scored.root)
+        assert done.returncode == 0, done.stderr
+        with lineage(scored) as reader:
+            version = reader.version("main", 1)
+        assert version and version.verdict and version.held and live(scored) == 0
+        return done.stdout.splitlines()[-1], dict(version.verdict), version.held
+
+    said, verdict, held = judged()
+    assert said.startswith("main/1 breaks a rule: `own >= live + 0.1`: `a` 0.55 against 0.5") and "promote" not in said
+    assert held == verdict["broken"][0]["rule"].join("``") + ": " + verdict["broken"][0]["why"]
+    assert verdict["outcome"] == "held" and verdict["scores"]["a"]["score"] == 0.55 and "error" not in verdict
+    (scored.root / "scores.json").write_text(json.dumps({"else": {"a": 0.75}}))
+    said, verdict, held = judged("--again")
+    assert said == "main/1 breaks no rule; it is still held: `mainstem promote main/1` makes it live"
+    assert held == "it was scored by hand since, and breaks no rule" and verdict["broken"] == []
+    assert forked(*said.split("`")[1].split()[1:], "--home", scored.root).returncode == 0 and live(scored) == 1
+
+
 def test_where_only_the_expert_by_itself_cannot_be_scored_the_version_is_held(scored: Home, base: Path) -> None:
     settings = gate(require=["each >= expert - 0.1 else reject"])
     drop(scored, base, 2, {"else": {"a": 0.5}}, settings, task="a")
