@@ -72,6 +72,11 @@ class Verdict:
         return {"outcome": self.outcome, "broken": broken, "notes": list(self.notes)}
 
 
+def unjudged(why: str) -> dict[str, Any]:
+    """The verdict on a version that nobody judged, ready for JSON."""
+    return {"outcome": UNJUDGED, "broken": [], "notes": [f"it was not judged: {why}"]}
+
+
 class _Silent(Exception):
     """A rule does not apply, and why."""
 

@@ -27,6 +27,11 @@ from registry.store import Store
 LIVE, HELD, REJECTED = "live", "held", "rejected"
 
 
+def judges(settings: Evaluate, head: str) -> bool:
+    """True where by these settings the versions of that head are judged."""
+    return bool(settings.command) and head in settings.heads
+
+
 @dataclass(frozen=True)
 class Judged:
     """What the gate says of one head's version. verdict: ready for JSON, with the scores."""
@@ -124,7 +129,7 @@ class Gate:
         return Judged(outcome, why, {"outcome": outcome, "broken": [], "notes": [], "error": str(error)})
 
     def _judges(self, tip: HeadTip) -> bool:
-        return tip.head.name in self._settings.heads
+        return judges(self._settings, tip.head.name)
 
     def _needs(self, whose: str) -> bool:
         return whose in needs(self._settings.rules)

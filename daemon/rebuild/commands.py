@@ -20,6 +20,7 @@ from daemon.home.founding import base_files, floating_dtypes, new_head, publish_
 from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
 from daemon.manifest import Withdrawal
+from daemon.merge.gate import judges
 from daemon.notation import called
 from daemon.rebuild.replay import (
     Console,
@@ -33,7 +34,7 @@ from daemon.rebuild.replay import (
     replay,
     started,
 )
-from daemon.rebuild.restating import Arrival, Restating, next_number
+from daemon.rebuild.restating import Arrival, Restating, judging, next_number
 from daemon.versions.checking import problems
 from daemon.versions.heads import HeadTip, head_tips, relative_heads, totals_of
 from daemon.versions.latest import point_latest
@@ -53,7 +54,8 @@ MOST_SUBTRACTED = 100.0  # times the weight of what is left: beyond that its rou
 @dataclass(frozen=True)
 class Plan:
     """What a rebuild would do: per head how it comes about, the experts it reads, how often it reads one in all, and
-    the usual seconds for one. number: of the version that it has made, once it has.
+    the usual seconds for one. number: of the version that it has made, once it has. unjudged: the heads whose versions
+    the gate judges, and not this one.
     """
 
     how: Mapping[str, str]
@@ -61,6 +63,7 @@ class Plan:
     readings: int
     usual_seconds: float | None
     number: int | None = None
+    unjudged: Sequence[str] = ()
 
 
 def into(
@@ -183,12 +186,15 @@ def withdraw_from(
             written[name] = replace(new, withdrawal=Withdrawal(gone, how))
         number = restating.commit(store, heads, written, gone, deed)
     remove_whole(home, inner.root)
-    return replace(planned.plan, number=number)
+    unjudged = [head for head in planned.plan.how if judges(settings.evaluate, head)]
+    return replace(planned.plan, number=number, unjudged=unjudged)
 
 
 def described(plan: Plan) -> list[str]:
     """What was done to each head, in words."""
-    return [f"{called(head, plan.number or 0)}: {how}" for head, how in plan.how.items()]
+    number = plan.number or 0
+    done = [f"{called(head, number)}: {how}" for head, how in plan.how.items()]
+    return done + [f"{called(head, number)} was not judged: `{judging(head, number)}`" for head in plan.unjudged]
 
 
 class _Withdrawal:

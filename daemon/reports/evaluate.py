@@ -19,7 +19,7 @@ from daemon.home.ground import Base
 from daemon.layout import BY_ITSELF, Home
 from daemon.manifest import Manifest
 from daemon.merge.folding import Folding
-from daemon.merge.gate import HELD, LIVE
+from daemon.merge.gate import HELD, LIVE, judges
 from daemon.notation import called
 from daemon.versions.sealing import stage
 from registry.reader import Reader
@@ -85,7 +85,7 @@ class Evaluating:
         head, before = self._reader.head(version.head), version.verdict or {}
         by_gate = version.held is not None and before.get("outcome") == HELD
         unasked = before.get("error") is not None or before.get("outcome") == UNJUDGED
-        if head is None or head.name not in self._settings.evaluate.heads or not (unasked or (again and by_gate)):
+        if head is None or not judges(self._settings.evaluate, head.name) or not (unasked or (again and by_gate)):
             return None
         against = head.live if head.live != version.number else version.parent or 0
         expert = self._reader.expert(version.expert_id) if version.expert_id else None
