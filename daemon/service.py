@@ -114,7 +114,7 @@ class Service:
         self._recover(store, once)
         progress = Progress(self._stopping, self._report, self._fell_back)
         try:
-            merger = Merger(self._home, store, self._settings, progress, self._let_go)
+            merger = Merger(self._home, store, self._settings, progress, self._judging)
         except (DaemonError, ProjectorError, Abandoned):
             mark_clean(self._home)  # what this start found sound, the next one need not hash again
             raise
@@ -333,6 +333,10 @@ class Service:
         """From here on the end of this process is no expert's doing."""
         if self._attempts:
             self._attempts.let_go()
+
+    def _judging(self) -> AbstractContextManager[None]:
+        self._let_go()
+        return self._presence.evaluating()
 
     def _report(self, share: float) -> None:
         self._metrics.progress.set(share)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import typer
@@ -118,7 +119,8 @@ def _waiting(
         if daemon is None or daemon.doing == BUSY:
             return NOBODY
         if name == daemon.merging:
-            return f"being merged since {local(daemon.merging_since)}"
+            evaluated = daemon.evaluating_since
+            return f"being {'evaluated' if evaluated else 'merged'} since {local(evaluated or daemon.merging_since)}"
         if name in daemon.waiting:
             return daemon.waiting[name]
         if troubles:
@@ -140,6 +142,9 @@ def _daemon(daemon: "Running | None") -> str:
         return f"{NOBODY}: start `mainstem run`"
     where = f", at {daemon.url}" if daemon.url else ""
     what = f"merging {daemon.merging} since {local(daemon.merging_since)}" if daemon.merging else daemon.doing
+    if since := daemon.evaluating_since:
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()
+        what = f"evaluating what comes of {daemon.merging} since {local(since)}, for {max(0.0, seconds):.0f} s"
     return f"{what} (process {daemon.pid} since {local(daemon.since)}{where})"
 
 

@@ -21,6 +21,7 @@ from projector.text import shown
 
 MOST_WAITING = 100  # entries of which it is noted why they wait: the last that were looked at
 RECOVERING, MERGING, WATCHING = "recovering", "merging", "watching the inbox"
+EVALUATING = "evaluating"
 BUSY = "busy with another command of mainstem"
 
 
@@ -29,6 +30,7 @@ class Running:
     """The process that holds a home's lock. Times in ISO 8601.
 
     url: where it answers HTTP, None where it does not. merging: the entry of the inbox in hand, and since when.
+    evaluating_since: since when the evaluator runs for that entry.
     waiting: why each of these entries was not taken. troubles: what it noted as wrong, as `health.Trouble`.
     """
 
@@ -38,6 +40,7 @@ class Running:
     url: str | None = None
     merging: str | None = None
     merging_since: str | None = None
+    evaluating_since: str | None = None
     waiting: Mapping[str, str] = field(default_factory=dict)
     troubles: Sequence[Mapping[str, str]] = ()
 
@@ -88,6 +91,16 @@ class Presence:
             self._in_hand = None
             if self._now.merging:
                 self._say(doing=WATCHING, merging=None, merging_since=None)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While the evaluator runs for the entry in hand."""
+        self.progresses()
+        self._say(doing=EVALUATING, evaluating_since=_time(datetime.now(UTC)))
+        try:
+            yield
+        finally:
+            self._say(doing=MERGING, evaluating_since=None)
 
     def progresses(self) -> None:
         """Some of the entry in hand has been read."""

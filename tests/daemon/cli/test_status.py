@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -99,6 +100,14 @@ def test_what_the_daemon_does_and_why_each_entry_waits(home: Home) -> None:
             text = forked("status", home.root).stdout
             assert f"merging in-hand since {daemon['merging_since'][:4]}" in text
             assert f"(process {os.getpid()} since" in text and "at http://127.0.0.1:1234/" in text
+        with presence.merging("next"), presence.evaluating():
+            said = told(home)
+            daemon, why = said["daemon"], {one["name"]: one["why"] for one in said["waiting"]}
+            assert (daemon["doing"], daemon["merging"]) == ("evaluating", "next")
+            assert daemon["evaluating_since"].endswith("+00:00") and why["next"].startswith("being evaluated since 20")
+            text = forked("status", home.root).stdout
+            assert re.search(r"daemon   evaluating what comes of next since 20.*, for \d+ s \(process", text)
+        assert (found := look(home)) and (found.doing, found.evaluating_since) == ("watching the inbox", None)
         Health(home, presence.wrong).note(Trouble("disk_full", "the disk is full", "make room"))
         said = told(home)
         assert said["daemon"]["merging"] is None and said["troubles"][0]["reason"] == "disk_full"

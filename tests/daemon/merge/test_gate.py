@@ -227,6 +227,14 @@ def test_what_is_there_already_is_scored_when_it_is_asked_for(
         assert expert and expert.evaluation and reader.interventions() == []
 
 
+def test_while_the_evaluator_runs_the_daemon_says_so_and_of_what(scored: Home, base: Path) -> None:
+    note = "note = json.load(open('state/daemon.json'))\njson.dump(note, open('note.json', 'w'))\n"
+    (scored.root / "score.py").write_text(f"import json\n{note}print('{{\"a\": 1}}')")
+    came = drop(scored, base, 2, {}, gate())
+    said = json.loads((scored.root / "note.json").read_text())
+    assert (said["doing"], said["merging"]) == ("evaluating", came.name) and said["evaluating_since"]
+
+
 def test_a_version_that_could_not_be_judged_is_judged_once_it_is_scored_by_hand(
     scored: Home, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
