@@ -168,7 +168,7 @@ def _withdrawn_later(reader: "Reader", numbers: Iterable[int]) -> dict[int, list
 
 
 def _standing(head: Head, version: Version, withdrawn: Collection[int]) -> str | None:
-    said = [f"with {listed(map(str, withdrawn))}, withdrawn since"] if withdrawn else []
+    said = [f"with expert {listed(map(str, withdrawn))}, withdrawn since"] if withdrawn else []
     if version.number == head.live:
         said.append("live")
     elif version.held is not None:

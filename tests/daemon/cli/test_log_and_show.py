@@ -126,13 +126,13 @@ def test_what_was_withdrawn_later_is_marked_in_each_version_that_has_it(home: Ho
     (rows,) = told(home, "log --versions")
     assert {row["number"]: row["withdrawn"] for row in rows} == {3: [], 2: [1], 1: [1], 0: []}
     lines = [line for line in forked("log", "--versions", home.root).stdout.splitlines() if line.startswith("main/")]
-    assert ["with 1, withdrawn since" in line for line in lines] == [False, True, True, False]
+    assert ["with expert 1, withdrawn since" in line for line in lines] == [False, True, True, False]
     with Store.open(home.registry) as store:
         store.turn("main", 1, NewIntervention(Deed.ROLLBACK, "ada"))
         store.collected("main", 2)
     (rows,) = told(home, "log --versions")
     assert {row["number"]: row["withdrawn"] for row in rows} == {3: [], 2: [], 1: [1], 0: []}
-    assert "with 1, withdrawn since; live" in forked("log", "--versions", home.root).stdout
+    assert "with expert 1, withdrawn since; live" in forked("log", "--versions", home.root).stdout
 
 
 def test_status_says_what_is_held_and_what_ends_it(home: Home) -> None:
