@@ -2,6 +2,7 @@
 
     <id>.json          what is asked; taken away once it is answered
     <id>.answer.json   what became of it
+    .room              space that the daemon sets aside, for whoever asks when the disk is full
 
 The registry has one writer. Where no daemon runs, the command holds the home itself and does what it was asked. Nothing
 here need outlive the machine: whoever asks waits, and what was done is told by the registry.
@@ -25,15 +26,18 @@ from daemon.errors import BadHome, DaemonError
 from daemon.home.presence import BUSY, running
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
-from projector.errors import ProjectorError
+from projector.errors import DeviceLost, ProjectorError
 from registry.errors import RegistryError, StorageFailed
 from registry.records import Deed, NewEvaluation, Score
 from registry.store import Store
 
 LOOK_SECONDS = 0.1
 PATIENCE_SECONDS = 30.0  # for a daemon that says nothing: recovering, or stopped by a signal
+HEARING_SECONDS = 1.0  # for an answer to be fetched, where the daemon stops
 MOST_BYTES = 1 << 20
 ANSWER = ".answer.json"
+ROOM = ".room"
+ROOM_BYTES = 1 << 20  # for a request, its answer, the registry's rows and what a restored version has of its own
 
 Say = Callable[[str], None]
 """Hears of what goes on, line by line."""
@@ -65,7 +69,7 @@ def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
     answer = asked.with_suffix(ANSWER)
     try:
         durable.make_folder(home.requests)
-        durable.note(asked, json.dumps(asdict(request)).encode())
+        _put(asked, request)
         return _wait(home, answer, say)
     except PermissionError as error:
         raise BadHome(
@@ -75,6 +79,17 @@ def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
         for path in (asked, answer):
             with suppress(OSError):
                 durable.remove(path)
+
+
+def _put(asked: Path, request: Request) -> None:
+    content = json.dumps(asdict(request)).encode()
+    try:
+        durable.note(asked, content)
+    except OSError as error:
+        if not durable.is_full(error):
+            raise
+        durable.remove(asked.with_name(ROOM))
+        durable.note(asked, content)
 
 
 def _wait(home: Home, answer: Path, say: Say) -> list[str]:
@@ -119,8 +134,8 @@ class Asked:
         """It is done."""
         self._answer({"done": lines})
 
-    def failed(self, error: DaemonError | RegistryError | ProjectorError) -> None:
-        """It is not done, and nothing has changed."""
+    def failed(self, error: DaemonError | RegistryError | ProjectorError | DeviceLost) -> None:
+        """It is not done."""
         self._answer({"error": str(error), "hint": error.hint})
 
     def _answer(self, content: Mapping[str, Any]) -> None:
@@ -150,6 +165,7 @@ class Desk:
         self._log = structlog.get_logger()
         durable.remove(home.requests)  # of whoever waited for another daemon
         durable.make_folder(home.requests)
+        durable.set_aside(home.requests / ROOM, ROOM_BYTES)
         self._thread = Thread(target=self._work, name="desk", daemon=True)
         self._thread.start()
 
@@ -159,11 +175,22 @@ class Desk:
             raise self._failed
 
     def close(self) -> None:
-        """Answers nothing more; whoever waits is told that the daemon has stopped."""
+        """Answers nothing more; whoever waits is told that the daemon has stopped. What was answered is heard first."""
         self._closing.set()
         self._thread.join()
+        end = time.monotonic() + HEARING_SECONDS
+        while self._unheard() and time.monotonic() < end:
+            time.sleep(LOOK_SECONDS / 4)
         with suppress(OSError):
             durable.remove(self._home.requests)
+
+    def _unheard(self) -> bool:
+        """Whether an answer lies there whose request was taken away, and which nobody has fetched."""
+        try:
+            names = set(os.listdir(self._home.requests))
+        except OSError:
+            return False
+        return any(name.endswith(ANSWER) and name.replace(ANSWER, ".json") not in names for name in names)
 
     def _work(self) -> None:
         try:
@@ -185,6 +212,8 @@ class Desk:
             return []
         asked = {name for name in names if name.endswith(".json") and not name.endswith(ANSWER) and name[0] != "."}
         self._seen &= asked
+        if not asked and ROOM not in names:
+            durable.set_aside(self._home.requests / ROOM, ROOM_BYTES)
         return sorted(asked - self._seen)
 
     def _take(self, name: str) -> None:
