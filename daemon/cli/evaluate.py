@@ -35,7 +35,7 @@ def command(
     Nothing goes live or is held by it.
     """
     from daemon.interventions.deeds import Request, whoever
-    from daemon.interventions.requests import ask
+    from daemon.interventions.requests import insist
     from daemon.logs import configure
     from daemon.reports.evaluate import Evaluating
 
@@ -44,7 +44,7 @@ def command(
     def keep(new: NewEvaluation, of: Version | Expert) -> None:
         whose = (None, None, (of.id,)) if isinstance(of, Expert) else (of.head, of.number, ())
         named, number, ids = whose
-        ask(where, Request(Deed.EVALUATE, whoever(), None, named, number, ids, evaluation=new))
+        insist(where, Request(Deed.EVALUATE, whoever(), None, named, number, ids, evaluation=new), _tell)
 
     found: dict[str, Evaluation] = {}
     with reader:
@@ -72,6 +72,10 @@ def command(
     tasks = sorted({task for one in found.values() for task in one.scores})
     rows = ((name, *(_cell(one, task) for task in tasks)) for name, one in found.items())
     print_table(("of", *map(shown, tasks)), rows)
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _cell(evaluation: "Evaluation", task: str) -> float | None:

@@ -22,7 +22,7 @@ from uuid import uuid4
 import structlog
 
 from daemon.disk import durable
-from daemon.errors import BadHome, DaemonError
+from daemon.errors import BadHome, DaemonError, Unanswered
 from daemon.home.presence import BUSY, running
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
@@ -33,6 +33,8 @@ from registry.store import Store
 
 LOOK_SECONDS = 0.1
 PATIENCE_SECONDS = 30.0  # for a daemon that says nothing: recovering, or stopped by a signal
+INSISTING_SECONDS = 3600.0
+AGAIN_SECONDS = 5.0
 HEARING_SECONDS = 1.0  # for an answer to be fetched, where the daemon stops
 MOST_BYTES = 1 << 20
 ANSWER = ".answer.json"
@@ -61,16 +63,30 @@ def ask(home: Home, request: Request, alone: Callable[[], list[str]] | None = No
     return alone()
 
 
+def insist(home: Home, request: Request, say: Say = print) -> list[str]:
+    """As `ask`, again and again where nobody answers: while a daemon recovers, or another command has the home. For
+    what took long to find out, and may be asked twice.
+    """
+    end = time.monotonic() + INSISTING_SECONDS
+    while True:
+        try:
+            return ask(home, request, say=say)
+        except Unanswered as error:
+            if time.monotonic() >= end:
+                raise
+            say(f"{error}: asking again")
+            time.sleep(AGAIN_SECONDS)
+
+
 def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
     there = running(home)
     if there and there.doing == BUSY:
-        raise BadHome(f"another command of mainstem works on {home.root}", "try again when it is done")
+        raise Unanswered(f"another command of mainstem works on {home.root}", "try again when it is done")
     asked = home.requests / f"{uuid4().hex}.json"
     answer = asked.with_suffix(ANSWER)
     try:
-        durable.make_folder(home.requests)
         _put(asked, request)
-        return _wait(home, answer, say)
+        return _wait(home, asked, request, say)
     except PermissionError as error:
         raise BadHome(
             f"{error.filename}: {error.strerror}", "run this as the user that the daemon runs as: it will then be asked"
@@ -82,6 +98,7 @@ def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
 
 
 def _put(asked: Path, request: Request) -> None:
+    durable.make_folder(asked.parent)
     content = json.dumps(asdict(request)).encode()
     try:
         durable.note(asked, content)
@@ -92,8 +109,8 @@ def _put(asked: Path, request: Request) -> None:
         durable.note(asked, content)
 
 
-def _wait(home: Home, answer: Path, say: Say) -> list[str]:
-    heard, said = time.monotonic(), ""
+def _wait(home: Home, asked: Path, request: Request, say: Say) -> list[str]:
+    answer, heard, said = asked.with_suffix(ANSWER), time.monotonic(), ""
     while True:
         with suppress(FileNotFoundError):
             content = json.loads(answer.read_bytes())
@@ -105,9 +122,11 @@ def _wait(home: Home, answer: Path, say: Say) -> list[str]:
                 said, heard = content["doing"], time.monotonic()
                 say(said)
         if not durable.is_locked(home.lock) and not answer.exists():
-            raise BadHome("the daemon stopped before it answered", "ask again; `mainstem log --interventions` tells")
+            raise Unanswered("the daemon stopped before it answered", "ask again; `mainstem log --interventions` tells")
+        if not asked.exists() and not answer.exists():  # a daemon that starts takes away what others were asked
+            _put(asked, request)
         if not said and time.monotonic() - heard > PATIENCE_SECONDS:
-            raise BadHome(
+            raise Unanswered(
                 f"the daemon has not answered within {PATIENCE_SECONDS:.0f} seconds",
                 "`mainstem status` tells whether it is recovering, `mainstem log --interventions` whether it was done",
             )

@@ -69,7 +69,7 @@ def _withdraw(home: Home, store: Store, settings: Settings, asked: Asked, stoppi
     if request.version is not None:
         gone = store.lineage(request.version)  # also what was merged since it was asked for
         request = replace(request, version=None, experts=tuple(expert.id for expert in gone))
-    if len(gone) != len(request.experts) or any(expert.status is not Status.MERGED for expert in gone):
+    if not gone or len(gone) != len(request.experts) or any(expert.status is not Status.MERGED for expert in gone):
         raise BadHome("one of these experts is in the merge no more", "see `mainstem log`, then ask again")
     told = _Telling(asked, stopping)
     plan = withdraw_from(home, store, settings, gone, told, request.intervention, replay=request.replay)

@@ -21,9 +21,9 @@ from daemon.merge.merger import Merger
 from daemon.service import Service
 from projector.errors import DeviceLost
 from registry.errors import StorageFailed
-from registry.records import Deed
+from registry.records import Deed, NewEvaluation, Score
 from registry.store import Store
-from tests.daemon.homes import live, quick
+from tests.daemon.homes import lineage, live, quick
 from tests.daemon.processes import until
 
 ROLLBACK = Request(Deed.ROLLBACK, "ann", "why", "main", 3)
@@ -183,3 +183,53 @@ def test_who_asks_on_a_full_disk_does_so_in_the_space_that_was_set_aside(
         assert until(room.exists, 10), "it is set aside again"
         desk.close()
     os.close(lock)
+
+
+def test_what_took_long_is_handed_in_once_the_home_is_free(merged: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(requests, "PATIENCE_SECONDS", 0.2)
+    lock, heard = durable.lock(merged.lock), list[str]()
+
+    def hear(text: str) -> None:
+        heard.append(text)
+        if len(heard) == 1:  # another command; next a daemon that recovers, and then ends
+            durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
+        elif len(heard) == 2:
+            os.close(lock)
+
+    new = NewEvaluation("ab", "cd", {"sst2": Score(0.9)}, 3600.0)
+    requests.insist(merged, Request(Deed.EVALUATE, "ann", None, "main", 3, evaluation=new), hear)
+    assert [text.split(" of ")[0] for text in heard] == [
+        "another command",
+        "the daemon has not answered within 0 seconds: asking again",
+    ]
+    with lineage(merged) as reader:
+        assert (kept := reader.evaluated("ab", "cd")) and kept.scores == {"sst2": Score(0.9)}
+
+
+def test_who_asked_while_a_daemon_recovered_is_answered_once_it_has(merged: Home) -> None:
+    """It takes away what others were asked, before it answers anything."""
+    lock, heard = durable.lock(merged.lock), list[str]()
+    durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
+    asked = asking(merged, ROLLBACK, heard)
+    assert until(merged.requests.exists, 10)
+    with Store.open(merged.registry) as store:
+        desk = Desk(merged, store, lambda: None, lambda _: None)
+        asked.join()
+        desk.close()
+    os.close(lock)
+    assert heard[0] == "main/3 is live, main/4 is not"
+
+
+def test_what_was_withdrawn_meanwhile_is_not_withdrawn_again(merged: Home) -> None:
+    lock, heard = durable.lock(merged.lock), list[str]()
+    durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
+    with Store.open(merged.registry) as store:
+        desk = Desk(merged, store, lambda: None, lambda _: None)
+        asked = asking(merged, Request(Deed.WITHDRAW, "ann", version=4, experts=(4,)), heard)
+        assert until(lambda: desk.waiting, 10)
+        waiting.answer_waiting(merged, store, quick(), desk, Event())
+        asked.join()
+        desk.close()
+    os.close(lock)
+    assert heard == ["one of these experts is in the merge no more"] and live(merged) == 4
