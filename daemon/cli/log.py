@@ -93,7 +93,7 @@ def command(
                 e.reason
                 or (e.duplicate_of and f"of {e.duplicate_of}")
                 or (e.withdrawn_in and f"with version {e.withdrawn_in}")
-                or (e.blocked and "blocked"),
+                or ("blocked" if e.blocked else None),
             )
             for e in experts
         ),

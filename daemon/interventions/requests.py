@@ -112,6 +112,7 @@ def _put(asked: Path, request: Request) -> None:
 def _wait(home: Home, asked: Path, request: Request, say: Say) -> list[str]:
     answer, heard, said = asked.with_suffix(ANSWER), time.monotonic(), ""
     while True:
+        there = durable.is_locked(home.lock)  # before the look at the answer, which comes before the end
         with suppress(FileNotFoundError):
             content = json.loads(answer.read_bytes())
             if "error" in content:
@@ -121,7 +122,7 @@ def _wait(home: Home, asked: Path, request: Request, say: Say) -> list[str]:
             if content["doing"] != said:
                 said, heard = content["doing"], time.monotonic()
                 say(said)
-        if not durable.is_locked(home.lock) and not answer.exists():
+        if not there:
             raise Unanswered("the daemon stopped before it answered", "ask again; `mainstem log --interventions` tells")
         if not asked.exists() and not answer.exists():  # a daemon that starts takes away what others were asked
             _put(asked, request)

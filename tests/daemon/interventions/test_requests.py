@@ -233,3 +233,16 @@ def test_what_was_withdrawn_meanwhile_is_not_withdrawn_again(merged: Home) -> No
         desk.close()
     os.close(lock)
     assert heard == ["one of these experts is in the merge no more"] and live(merged) == 4
+
+
+def test_a_daemon_that_is_killed_in_the_midst_is_told_of(merged: Home) -> None:
+    """What it said last lies there, and nobody takes it away."""
+    lock, heard = durable.lock(merged.lock), list[str]()
+    durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
+    asked = asking(merged, Request(Deed.WITHDRAW, "ann", experts=(4,)), heard)
+    assert until(lambda: merged.requests.exists() and list(merged.requests.glob("[!.]*.json")), 10)
+    (name,) = merged.requests.glob("[!.]*.json")
+    durable.note(name.with_suffix(requests.ANSWER), json.dumps({"doing": "merging the first"}).encode())
+    os.close(lock)
+    asked.join(20)
+    assert heard == ["the daemon stopped before it answered"]
