@@ -16,6 +16,7 @@ from daemon.cli.init import Chosen, chosen, heads_chosen, heads_of
 from daemon.errors import BadConfig
 from daemon.layout import Home
 from daemon.notation import called
+from projector.text import listed
 from registry.records import Deed, NewIntervention
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def take_out(
         gone = merged_experts(reader, words)
         if dry:
             typer.echo(_planned(plan_withdrawal(where, reader, gone, to, replay=replay)))
+            typer.echo(f"to be taken out: {listed([f'{one.id} ({one.name})' for one in gone], len(gone))}")
             return
     experts = tuple(expert.id for expert in gone)
     request = Request(Deed.WITHDRAW, whoever(), reason, version=after, experts=experts, replay=replay)

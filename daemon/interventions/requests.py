@@ -123,7 +123,10 @@ def _wait(home: Home, asked: Path, request: Request, say: Say) -> list[str]:
                 said, heard = content["doing"], time.monotonic()
                 say(said)
         if not there:
-            raise Unanswered("the daemon stopped before it answered", "ask again; `mainstem log --interventions` tells")
+            raise Unanswered(
+                "the daemon stopped before it answered",
+                "start it again, which finishes what was done; `mainstem log --interventions` tells; else ask again",
+            )
         if not asked.exists() and not answer.exists():  # a daemon that starts takes away what others were asked
             _put(asked, request)
         if not said and time.monotonic() - heard > PATIENCE_SECONDS:
