@@ -28,7 +28,7 @@ from daemon.home.presence import Presence
 from daemon.home.recovery import mark_clean, recover
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.interventions.requests import Desk
-from daemon.interventions.withdrawing import withdraw_waiting
+from daemon.interventions.waiting import answer_waiting
 from daemon.layout import Home
 from daemon.logs import configure
 from daemon.merge.lingering import Lingering
@@ -123,7 +123,8 @@ class Service:
         self._metrics.show_heads(store)
         for head in store.heads():
             self._metrics.prepared.labels(head.name).set_function(partial(merger.preparations.share, head.name))
-        desk = Desk(self._home, store, self._wake.set, lambda _: self._metrics.show_heads(store))
+        rouse = partial(wake, self._signalled, self._wake)
+        desk = Desk(self._home, store, rouse, lambda _: self._metrics.show_heads(store))
         closing.callback(desk.close)
         watching = Watching(self._home, self._wake, events=self._settings.inbox.watch != "poll")
         closing.callback(watching.close)
@@ -184,11 +185,10 @@ class Service:
             self._wake.clear()
             if self._stopping.is_set():
                 return
-            desk.check()
             self._reload(store, merger, inbox)
             self._uploads.tend()
-            self._withdraw(store, merger, desk)
-            if not self._inbox_is_there(watching, store, merger, inbox, once):
+            self._answer(store, merger, desk)
+            if not self._inbox_is_there(watching, store, merger, inbox, desk, once):
                 self._stopping.wait(self._settings.inbox.scan_seconds)
                 continue
             try:
@@ -211,12 +211,11 @@ class Service:
                 for drop in drops:
                     if self._stopping.is_set():
                         return
-                    desk.check()
                     self._reload(store, merger, inbox)
-                    self._withdraw(store, merger, desk)
+                    self._answer(store, merger, desk)
                     waiting += not self._take(store, merger, progress, drop, lingering)
             except (OSError, DiskFull) as error:
-                self._make_room(error, store, merger, inbox, once)
+                self._make_room(error, store, merger, inbox, desk, once)
                 continue  # with the oldest drop again: the order of merging does not change
             self._show_disk(full=False)
             if once and lingering.patient(scan, self._settings.inbox):
@@ -230,11 +229,12 @@ class Service:
                 continue  # with a new listing: what came meanwhile may have settled
             self._wake.wait(self._pause(lingering.soon(scan, waiting, self._settings.inbox)))
 
-    def _withdraw(self, store: Store, merger: Merger, desk: Desk) -> None:
-        """Takes experts out, where that was asked for. Raises Abandoned at a stop: the same command then goes on."""
+    def _answer(self, store: Store, merger: Merger, desk: Desk) -> None:
+        """Does what waits at the desk. Raises what ended it, and Abandoned at a stop: the same command then goes on."""
+        desk.check()
         if desk.waiting:
             merger.preparations.discard()  # for the memory and the space
-            withdraw_waiting(self._home, store, self._settings, desk, self._stopping)
+            answer_waiting(self._home, store, self._settings, desk, self._stopping)
             merger.follow()
 
     def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
@@ -369,8 +369,10 @@ class Service:
         settings = self._settings.inbox
         return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
 
-    def _make_room(self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox, once: bool) -> None:
-        """Gives up what was prepared, and waits until there is room to finish what was cut short.
+    def _make_room(
+        self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox, desk: Desk, once: bool
+    ) -> None:
+        """Gives up what was prepared, and waits for room to finish what was cut short; at the desk, too: gc makes some.
 
         Raises `error` itself where it means anything but a full disk, or where there is nobody to wait.
         """
@@ -384,6 +386,7 @@ class Service:
                 self._reload(store, merger, inbox)  # fewer versions to keep may be room enough
             wait = True
             try:
+                self._answer(store, merger, desk)
                 self._finish(store, merger)
                 return
             except (OSError, DiskFull) as again:
@@ -441,7 +444,9 @@ class Service:
             self._health.clear("no_inbox")
         return why
 
-    def _inbox_is_there(self, watching: Watching, store: Store, merger: Merger, inbox: Inbox, once: bool) -> bool:
+    def _inbox_is_there(
+        self, watching: Watching, store: Store, merger: Merger, inbox: Inbox, desk: Desk, once: bool
+    ) -> bool:
         """Finishes what lies in it, where it has come back."""
         why = self._look(watching)
         if why and once:
@@ -450,7 +455,7 @@ class Service:
             try:
                 self._finish(store, merger)
             except (OSError, DiskFull) as error:
-                self._make_room(error, store, merger, inbox, once)
+                self._make_room(error, store, merger, inbox, desk, once)
         return why is None
 
     def _lock(self) -> int:

@@ -31,16 +31,19 @@ from registry.records import (
 from registry.statements import (
     PROGRAM_HINT,
     advance,
+    block_withdrawn,
     columns,
     count_trained,
     experts_after_live,
     fetch,
+    insert_blocked,
     insert_expert,
     insert_head,
     insert_intervention,
     insert_versions,
     is_blocked,
     is_kept,
+    is_known,
     is_open,
     is_unneeded,
     merged_as,
@@ -181,6 +184,24 @@ class Store(Reader):
         """These experts may not come back, or may again, when the same weights arrive."""
         rows = update(ExpertRow).where(ExpertRow.id.in_(expert_ids))
         self._intervene(rows.values(blocked=blocked), len(expert_ids), intervention)
+
+    def keep_out(self, experts: Sequence[NewExpert], intervention: NewIntervention) -> list[Expert]:
+        """Blocks experts that never came here; returns those of which nothing was known. No file of them is anywhere.
+
+        The intervention names them. Nothing is changed where all of them are known.
+        """
+        now = datetime.now(UTC)
+        with self._write() as connection:
+            kept = [insert_blocked(connection, one, now) for one in experts if not is_known(connection, one)]
+            if kept:
+                named = replace(intervention, experts=tuple(one.id for one in kept))
+                insert_intervention(connection, named, now)
+        return kept
+
+    def block_withdrawn(self) -> int:
+        """Blocks what was withdrawn before blocks were known, and that nobody has unblocked since; says how many."""
+        with self._write() as connection:
+            return block_withdrawn(connection)
 
     def pin(self, head: str, number: int, pinned: bool, intervention: NewIntervention) -> None:
         """The version's files stay, or may go by retention again. Raises BadRecord where they are not kept."""

@@ -37,7 +37,7 @@ def command(
     Nothing goes live or is held by it. Of a version that the gate could not judge it also says which rules it breaks.
     """
     from daemon.interventions.deeds import Request, whoever
-    from daemon.interventions.requests import ask
+    from daemon.interventions.requests import insist
     from daemon.logs import configure
     from daemon.reports.evaluate import Evaluating
 
@@ -46,10 +46,10 @@ def command(
     def keep(new: NewEvaluation, of: Version | Expert) -> None:
         whose = (None, None, (of.id,)) if isinstance(of, Expert) else (of.head, of.number, ())
         named, number, ids = whose
-        ask(where, Request(Deed.EVALUATE, whoever(), None, named, number, ids, evaluation=new))
+        insist(where, Request(Deed.EVALUATE, whoever(), None, named, number, ids, evaluation=new), _tell)
 
     def rejudge(of: Version, verdict: Mapping[str, Any], held: str | None) -> None:
-        ask(where, Request(Deed.EVALUATE, whoever(), None, of.head, of.number, verdict=verdict, held=held))
+        insist(where, Request(Deed.EVALUATE, whoever(), None, of.head, of.number, verdict=verdict, held=held), _tell)
 
     found: dict[str, Evaluation] = {}
     judged: dict[str, Judged] = {}
@@ -83,6 +83,10 @@ def command(
     print_table(("of", *map(shown, tasks)), rows)
     for one in judged.values():
         typer.echo(one.standing)
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _cell(evaluation: "Evaluation", task: str) -> float | None:

@@ -93,7 +93,8 @@ def command(
                 e.trained_from,
                 e.reason
                 or (e.duplicate_of and f"of {e.duplicate_of}")
-                or (e.withdrawn_in and f"with version {e.withdrawn_in}"),
+                or (e.withdrawn_in and f"with version {e.withdrawn_in}")
+                or ("blocked" if e.blocked else None),
             )
             for e in experts
         ),

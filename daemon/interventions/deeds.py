@@ -68,9 +68,11 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
     """What it would do, in lines of words; none where all is as it is asked to be. Raises BadHome where it cannot."""
     match request.deed:
         case Deed.ROLLBACK:
-            return _rollback(*_version(home, reader, request))
+            planned = _rollback(*_version(home, reader, request))
+            return planned and [*planned, *_taken_out(reader, request)]
         case Deed.PROMOTE:
-            return _promote(*_version(home, reader, request))
+            planned = _promote(*_version(home, reader, request))
+            return planned and [*planned, *_taken_out(reader, request)]
         case Deed.PIN | Deed.UNPIN:
             return _pin(home, *_version(home, reader, request), request.deed is Deed.PIN)
         case Deed.BLOCK | Deed.UNBLOCK:
@@ -169,6 +171,15 @@ def _promote(head: Head, version: Version) -> list[str]:
         return [f"{name} is live, as what follows it will be"]
     still = f"; {called(head.name, head.newest)}, the newest, is still held" if head.frozen else ""
     return [f"{name} is live, {live} is not{still}"]
+
+
+def _taken_out(reader: Reader, request: Request) -> list[str]:
+    """What the version has that somebody took out of the merge since."""
+    name, number = request.named
+    withdrawn = reader.experts(Status.WITHDRAWN, limit=-1)
+    there = [one for one in withdrawn if (one.version or 0) <= number < (one.withdrawn_in or 0)]
+    which = listed([f"{one.id} ({one.name})" for one in reversed(there)])
+    return [f"beware: {called(name, number)} has what was taken out since: {which}"] if there else []
 
 
 def _pin(home: Home, head: Head, version: Version, pin: bool) -> list[str]:
