@@ -24,7 +24,7 @@ from daemon.config import Settings, check_heads
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
 from daemon.home.health import Health, Trouble
-from daemon.home.presence import Presence
+from daemon.home.presence import Presence, lock
 from daemon.home.recovery import mark_clean, recover
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.interventions.requests import Desk
@@ -95,7 +95,7 @@ class Service:
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
         self._metrics.memory_budget.set(memory_budget(self._settings.compute))
         with ExitStack() as closing:
-            closing.callback(os.close, self._lock())
+            closing.callback(os.close, lock(self._home))
             closing.callback(self._presence.ends)
             self._presence.starts()
             self._attempts = Attempts(self._home)
@@ -275,7 +275,7 @@ class Service:
         started = time.monotonic()
         try:
             with self._presence.merging(drop.name), self._display(drop) as self._show:
-                expert = self._decide(merger, drop)
+                expert = self._attempts.decided(drop, merger.decide, merger.refuse)
         except NotYet as error:
             log.debug("not complete yet", reason=str(error.reason), detail=str(error))
             if error.reason is Reason.CHANGED:
@@ -308,26 +308,6 @@ class Service:
         if not moved:
             say_immovable(self._home, expert)
         return True
-
-    def _decide(self, merger: Merger, drop: Drop) -> Expert:
-        """Merges or refuses a drop, which is in hand until it is let go. Raises as `Merger.decide`."""
-        assert self._attempts
-        if killed := self._attempts.killed(drop):
-            return merger.refuse(drop, killed)
-        self._attempts.begin(drop)
-        try:
-            expert = merger.decide(drop)
-        except Failed as error:
-            if not self._attempts.failed(drop):
-                self._attempts.let_go()
-                raise
-            return merger.refuse(drop, error)
-        except BaseException:
-            self._attempts.let_go()
-            raise
-        if expert.status is Status.MERGED:
-            self._attempts.merged()
-        return expert
 
     def _let_go(self) -> None:
         """From here on the end of this process is no expert's doing."""
@@ -457,14 +437,6 @@ class Service:
             except (OSError, DiskFull) as error:
                 self._make_room(error, store, merger, inbox, desk, once)
         return why is None
-
-    def _lock(self) -> int:
-        try:
-            return durable.lock(self._home.lock)
-        except BlockingIOError:
-            raise BadHome(
-                f"another mainstem is running on {self._home.root}", "stop it first; `mainstem serve` runs beside it"
-            ) from None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

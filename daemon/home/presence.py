@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 from daemon.disk import durable
+from daemon.errors import BadHome
 from daemon.home.health import Trouble
 from daemon.layout import Home
 from projector.text import shown
@@ -141,6 +142,15 @@ class Presence:
             if self._there:
                 with suppress(OSError):  # a full disk, most likely
                     durable.note(self._path, json.dumps(asdict(self._now)).encode())
+
+
+def lock(home: Home) -> int:
+    """The home's lock, as a descriptor that holds it. Raises BadHome where another process holds it."""
+    try:
+        return durable.lock(home.lock)
+    except BlockingIOError:
+        hint = "stop it first; `mainstem serve` runs beside it"
+        raise BadHome(f"another mainstem is running on {home.root}", hint) from None
 
 
 def running(home: Home) -> Running | None:

@@ -19,6 +19,7 @@ from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.home.founding import base_files, floating_dtypes, new_head, publish_base
+from daemon.home.presence import lock
 from daemon.home.recovery import mark_clean, recover
 from daemon.home.standing import held
 from daemon.layout import Home
@@ -30,7 +31,6 @@ from daemon.rebuild.replay import (
     Heads,
     archived,
     check_archive,
-    lock,
     merged_experts,
     methods_of,
     misfit,
