@@ -301,7 +301,7 @@ def test_what_an_expert_was_taken_out_of_says_that_nobody_judged_it(
     judged = version().verdict or {}
     assert (judged["outcome"], judged["against"], len(judged["broken"])) == ("live", "main/2", 1)
 
-    assert withdrawn(2)[0] == "main/4: replayed"  # nothing is left: it is the base
+    assert withdrawn(2)[0] == "main/4: restored"  # nothing is left: it is the base
     assert (version().verdict or {})["outcome"] == "unjudged" and version().evaluation
     assert json.loads(scored.manifest("main", 4).read_bytes())["scores"]["a"]["score"] == 0.5
 
