@@ -26,6 +26,7 @@ from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
 from daemon.home.health import Health, Trouble
 from daemon.home.presence import Presence
 from daemon.home.recovery import mark_clean, recover
+from daemon.home.supervision import Supervision
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.interventions.requests import Desk
 from daemon.interventions.withdrawing import withdraw_waiting
@@ -70,11 +71,12 @@ class Service:
         self._log = structlog.get_logger()
         self._metrics = Metrics()
         self._reloading = Reloading(read or (lambda: settings), self._metrics)
-        self._presence = Presence(home)
+        self._supervision = Supervision()
+        self._presence = Presence(home, self._supervision.hears)
         self._health = Health(home, self._presence.wrong)
         self._wake = Event()
         self._uploads = Uploads(home, settings.http, self._metrics.uploaded, self._wake.set)
-        self._stopping = Stop()
+        self._stopping = Stop(self._supervision)
         self._signalled = Event()
         self._not_ready: str | None = "recovering"
         self._busy_since: float | None = None
@@ -119,6 +121,7 @@ class Service:
             mark_clean(self._home)  # what this start found sound, the next one need not hash again
             raise
         closing.callback(merger.close)
+        self._supervision.expects(merger.longest_seconds)
         self._told = max((expert.id for expert in store.experts(limit=1)), default=0)
         self._metrics.show_heads(store)
         for head in store.heads():
@@ -189,7 +192,7 @@ class Service:
             self._uploads.tend()
             self._withdraw(store, merger, desk)
             if not self._inbox_is_there(watching, store, merger, inbox, once):
-                self._stopping.wait(self._settings.inbox.scan_seconds)
+                self._stopping.wait(self._pause(False))
                 continue
             try:
                 scan = inbox.scan(skip=lingering.decided())
@@ -363,7 +366,8 @@ class Service:
 
     def _pause(self, waiting: bool) -> float:
         settings = self._settings.inbox
-        return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
+        longest = min(settings.scan_seconds, self._supervision.longest_wait_seconds)
+        return min(longest, max(0.05, settings.settle_seconds / 4)) if waiting else longest
 
     def _make_room(self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox, once: bool) -> None:
         """Gives up what was prepared, and waits until there is room to finish what was cut short.
@@ -481,7 +485,7 @@ class Service:
         http = self._settings.http
         hosts = Hosts(http.host, http.allowed_hosts)
         metrics = self._metrics.registry
-        asked = self._uploads, hosts, self._health
+        asked = self._uploads, hosts, self._health, self._supervision.hung
         app = create_app(self._home, reader, metrics, lambda: self._not_ready, *asked, proxies=http.trusted_proxies)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()

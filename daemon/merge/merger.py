@@ -38,6 +38,7 @@ from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.home.ground import Base, States, damaged, sound_ground, touched_meanwhile
+from daemon.home.supervision import longest_seconds
 from daemon.home.uncommitted import clear, temporaries
 from daemon.layout import Home
 from daemon.merge.folding import Folding
@@ -99,6 +100,7 @@ class Merger:
         reserved = self._driver.device.slab_bytes
         methods, self._relative = list(self._methods.values()), relative_heads(store)
         check_budget(self._base.tensors.schema, methods, settings.compute, reserved, origin=bool(self._relative))
+        self.longest_seconds = longest_seconds(self._base.tensors.schema)
         self.preparations = Preparations(home, self._driver, self._base.tensors)
         self.preparations.follow(head_tips(store, self._methods))
 
