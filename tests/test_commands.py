@@ -124,7 +124,10 @@ PAGES = {
 NOT_RUN = {
     ("README.md", "make demo"): ".ci/run runs it, and `make test-slow` what it runs",
     ("README.md", "pip install mainstem"): "needs an index that has it; tests/test_wheel.py installs the wheel",
-    ("docs/operating.md", "python3 -m venv /opt/mainstem"): "installs a service, as root; tests/deploy/ reads its files",
+    (
+        "docs/operating.md",
+        "python3 -m venv /opt/mainstem",
+    ): "installs a service, as root; tests/deploy/ reads its files",
     ("docs/published.md", 'vllm serve "$(realpath home/published/main/latest)"'): "vllm needs a GPU, and is not ours",
     (
         "docs/sidecars.md",
