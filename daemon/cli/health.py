@@ -1,7 +1,6 @@
 """`mainstem health`: an exit status for whoever probes."""
 
 import json
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -71,18 +70,20 @@ def _unready(found: "Condition") -> str | None:
 
 def _served(url: str, live: bool, timeout: float) -> str | None:
     """What the server at that address says is wrong; None where it answers and nothing is."""
+    import http.client
+
     parts = urlsplit(url if "://" in url else f"http://{url}")
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     host, address = parts.hostname or "", f"{parts.path.rstrip('/')}/{'livez' if live else 'readyz'}"
     try:
         connection = kind(LOOPBACK.get(host, host), parts.port, timeout=timeout)
-    except (ValueError, HTTPException) as error:
+    except (ValueError, http.client.HTTPException) as error:
         raise typer.BadParameter(f"{url} is no address: {error}", param_hint="--url") from None
     try:
         connection.request("GET", address)
         answer = connection.getresponse()
         status, body = answer.status, answer.read(MOST_BYTES)
-    except (OSError, HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         return f"{url} does not answer: {error}"
     finally:
         connection.close()

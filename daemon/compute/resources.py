@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import structlog
@@ -32,6 +33,10 @@ DEVICE_SHARE = 0.8  # of its free memory
 LIBRARY_BYTES = 64 << 20  # of a thread's handles and their workspace, which torch counts as its own
 SLAB_SHARE = 4  # the memory budget over this
 MOST_SLAB_BYTES = 4 << 30
+# A slow core that others use too: no merge that goes on may be taken for one that hangs.
+PRODUCTS_PER_SECOND = 5e9
+DECOMPOSITION_PER_SECOND = 1e9
+SYNCED_PER_SECOND = 10e6  # bytes
 CGROUP_LIMITS = ("memory.max", "memory.limit_in_bytes")  # of version 2, and of version 1
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
@@ -181,6 +186,25 @@ def check_budget(
             f"set compute.memory_budget to {enough} or more (MAINSTEM_COMPUTE__MEMORY_BUDGET={enough}), "
             "or use a machine with more memory",
         )
+
+
+def longest_seconds(schema: Schema) -> float:
+    """What one piece of work may take on a slow machine, in seconds: the largest matrix, which is decomposed without a
+    look left or right, or a sync of all that is written.
+    """
+    merged = [spec for spec in schema.values() if spec.merged]
+    return (
+        max([0.0, *(_matrix_seconds(spec.shape) for spec in merged)])
+        + sum(spec.nbytes for spec in merged) / SYNCED_PER_SECOND
+    )
+
+
+def _matrix_seconds(shape: tuple[int, ...]) -> float:
+    if len(shape) < 2:
+        return 0.0
+    numel = prod(shape)
+    side = min(shape[0], numel // max(1, shape[0]))
+    return 6 * numel * side / PRODUCTS_PER_SECOND + 10 * side**3 / DECOMPOSITION_PER_SECOND
 
 
 def _usable_memory() -> int:

@@ -7,22 +7,15 @@ reads, while an evaluator runs, and while it waits. There is no thread that woul
 import os
 import time
 from collections.abc import Callable, Mapping
-from math import prod
 
 import structlog
 
 from daemon.home.condition import said_of_itself
 from daemon.home.presence import Doing, Running
-from projector.spec import Schema
 
 PATIENCE_SECONDS = 600.0  # between two signs of life, where nobody says otherwise
 SIGNS = 8  # that many in the time after which one is missed
 WAITS = 4  # the longest wait of the loop is that part of it
-
-# A slow core that others use too: no merge that goes on may be taken for one that hangs.
-PRODUCTS_PER_SECOND = 5e9
-DECOMPOSITION_PER_SECOND = 1e9
-SYNCED_PER_SECOND = 10e6  # bytes
 
 Send = Callable[[str], object]
 
@@ -110,25 +103,6 @@ class Supervision:
             )
             return None
         return lambda message: sd_notify(message, False)
-
-
-def longest_seconds(schema: Schema) -> float:
-    """What one piece of work may take on a slow machine, in seconds: the largest matrix, which is decomposed without a
-    look left or right, or a sync of all that is written.
-    """
-    merged = [spec for spec in schema.values() if spec.merged]
-    return (
-        max([0.0, *(_matrix_seconds(spec.shape) for spec in merged)])
-        + sum(spec.nbytes for spec in merged) / SYNCED_PER_SECOND
-    )
-
-
-def _matrix_seconds(shape: tuple[int, ...]) -> float:
-    if len(shape) < 2:
-        return 0.0
-    numel = prod(shape)
-    side = min(shape[0], numel // max(1, shape[0]))
-    return 6 * numel * side / PRODUCTS_PER_SECOND + 10 * side**3 / DECOMPOSITION_PER_SECOND
 
 
 def _usec(seconds: float) -> int:

@@ -32,13 +32,12 @@ from daemon.arrivals.trained_from import Start, TrainedFrom, named_version
 from daemon.checkpoints.adapter_modules import read_config
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
 from daemon.compute.progress import Abandoned, Progress
-from daemon.compute.resources import check_budget, driver
+from daemon.compute.resources import check_budget, driver, longest_seconds
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.home.ground import Base, States, damaged, sound_ground, touched_meanwhile
-from daemon.home.supervision import longest_seconds
 from daemon.home.uncommitted import clear, temporaries
 from daemon.layout import Home
 from daemon.merge.folding import Folding

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from daemon.compute.progress import Progress
+from daemon.compute.resources import longest_seconds
 from daemon.evaluation.evaluator import Evaluator
 from daemon.home.presence import Doing, Running
-from daemon.home.supervision import PATIENCE_SECONDS, Supervision, longest_seconds
+from daemon.home.supervision import PATIENCE_SECONDS, Supervision
 from daemon.layout import Home
 from daemon.reloading import Stop
 from daemon.service import Service
