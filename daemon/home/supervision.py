@@ -7,6 +7,7 @@ reads, while an evaluator runs, and while it waits. There is no thread that woul
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import structlog
 
@@ -28,7 +29,6 @@ class Supervision:
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         """environment: as systemd sets it, NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
-        self._log = structlog.get_logger()
         self._send = self._sender() if environment.get("NOTIFY_SOCKET") else None
         self._watched = _watchdog_seconds(environment)
         self.patience_seconds = self._watched or PATIENCE_SECONDS
@@ -87,17 +87,14 @@ class Supervision:
 
     def _tell(self, message: str) -> None:
         if self._send:
-            try:
+            with suppress(OSError, ValueError):  # systemd may be starting itself anew: the next sign of life is heard
                 self._send(message)
-            except (OSError, ValueError) as error:
-                self._send = None
-                self._log.warning("systemd hears nothing more from here", error=str(error))
 
     def _sender(self) -> Send | None:
         try:
             from cysystemd.daemon import sd_notify  # type: ignore[attr-defined]
         except ImportError:
-            self._log.error(
+            structlog.get_logger().error(
                 "systemd waits to hear that this daemon is ready, and cannot be told: the package cysystemd is missing",
                 hint="pip install 'mainstem[systemd]'; or set Type=exec and WatchdogSec=0 in the unit",
             )

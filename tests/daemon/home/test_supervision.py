@@ -122,6 +122,17 @@ def test_who_is_told_to_stop_says_so_and_asks_for_the_time_that_it_takes(
     ]
 
 
+def test_a_sign_of_life_that_nobody_hears_ends_nothing(systemd: Systemd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(systemd.path.with_name("gone")))
+    monkeypatch.setenv("WATCHDOG_USEC", "1")
+    supervision = Supervision()
+    supervision.hears(Running(1, "2026-01-01T00:00:00+00:00", Doing.WATCHING))
+    supervision.beat()
+    monkeypatch.setenv("NOTIFY_SOCKET", str(systemd.path))
+    supervision.beat()
+    assert until(lambda: systemd.messages == ["WATCHDOG=1"], 5), "systemd is back, and hears the next"
+
+
 def test_without_the_package_the_log_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
