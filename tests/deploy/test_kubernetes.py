@@ -13,7 +13,7 @@ import yaml
 
 KUBERNETES = Path(__file__).parents[2] / "deploy/kubernetes"
 BUILDS = ("base", "init", "monitor", "overlays/cuda", "overlays/german")
-VERSIONS = ("1.30.0", "1.37.0")
+VERSIONS = ("1.30.0", kubernetes_validate.latest_version())
 FOREIGN = {"ServiceMonitor"}  # of the Prometheus operator: no schema of Kubernetes'
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl, which has kustomize")
