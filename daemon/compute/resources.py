@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from math import prod
 from pathlib import Path
 
 import structlog
@@ -17,12 +16,13 @@ import torch
 
 from daemon.config import Compute
 from daemon.errors import BadConfig
+from projector.driver.averages import rule_of
 from projector.driver.device import CPU, Cuda, Device, Failure, failure, threads
 from projector.driver.fold import Driver
 from projector.driver.steps import largest_step
 from projector.files.slabs import SLAB_BYTES, Slabs
 from projector.method import Method
-from projector.spec import Schema
+from projector.spec import Schema, TensorSpec
 from projector.text import shown
 from projector.watch import SILENT, Watch
 
@@ -188,23 +188,19 @@ def check_budget(
         )
 
 
-def longest_seconds(schema: Schema) -> float:
-    """What one piece of work may take on a slow machine, in seconds: the largest matrix, which is decomposed without a
-    look left or right, or a sync of all that is written.
+def longest_seconds(schema: Schema, methods: Sequence[Method]) -> float:
+    """What one piece of work may take on a slow machine, in seconds: the tensor that takes longest, which is merged
+    without a look left or right, and a sync of all that is written.
     """
     merged = [spec for spec in schema.values() if spec.merged]
-    return (
-        max([0.0, *(_matrix_seconds(spec.shape) for spec in merged)])
-        + sum(spec.nbytes for spec in merged) / SYNCED_PER_SECOND
-    )
+    rules = [(spec, rule_of(method, spec)) for spec in merged for method in methods]
+    longest = max((_matrix_seconds(spec, rule) for spec, rule in rules if not rule.elementwise(spec)), default=0.0)
+    return longest + len(methods) * sum(spec.nbytes for spec in merged) / SYNCED_PER_SECOND
 
 
-def _matrix_seconds(shape: tuple[int, ...]) -> float:
-    if len(shape) < 2:
-        return 0.0
-    numel = prod(shape)
-    side = min(shape[0], numel // max(1, shape[0]))
-    return 6 * numel * side / PRODUCTS_PER_SECOND + 10 * side**3 / DECOMPOSITION_PER_SECOND
+def _matrix_seconds(spec: TensorSpec, method: Method) -> float:
+    side = min(spec.shape[0], spec.row_numel) if len(spec.shape) > 1 else 1
+    return 2 * method.products * spec.numel * side / PRODUCTS_PER_SECOND + 10 * side**3 / DECOMPOSITION_PER_SECOND
 
 
 def _usable_memory() -> int:

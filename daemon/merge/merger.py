@@ -99,7 +99,7 @@ class Merger:
         reserved = self._driver.device.slab_bytes
         methods, self._relative = list(self._methods.values()), relative_heads(store)
         check_budget(self._base.tensors.schema, methods, settings.compute, reserved, origin=bool(self._relative))
-        self.longest_seconds = longest_seconds(self._base.tensors.schema)
+        self.longest_seconds = longest_seconds(self._base.tensors.schema, list(self._methods.values()))
         self.preparations = Preparations(home, self._driver, self._base.tensors)
         self.preparations.follow(head_tips(store, self._methods))
 

@@ -18,6 +18,7 @@ from daemon.home.supervision import PATIENCE_SECONDS, Supervision
 from daemon.layout import Home
 from daemon.reloading import Stop
 from daemon.service import Service
+from projector.methods import make
 from projector.spec import TensorSpec
 from tests.daemon.homes import live, put, quick
 from tests.daemon.processes import running, until
@@ -152,7 +153,16 @@ def test_the_loop_never_waits_as_long_as_its_watchdog(home: Home) -> None:
     assert service._pause(False) <= service._supervision.patience_seconds / 2
 
 
-@pytest.mark.parametrize(("shape", "minutes"), [((768, 768), 1), ((4096, 4096), 20), ((8192, 28672), 200)])
-def test_a_larger_matrix_is_given_more_time(shape: tuple[int, int], minutes: float) -> None:
-    found = longest_seconds({"w": TensorSpec("w", shape, torch.bfloat16)})
+@pytest.mark.parametrize(
+    ("method", "shape", "minutes"),
+    [
+        ("opcm", (768, 768), 1),
+        ("opcm", (4096, 4096), 20),
+        ("opcm", (8192, 28672), 200),
+        ("wudi", (4096, 4096), 400),
+        ("mean", (8192, 28672), 2),
+    ],
+)
+def test_what_takes_long_is_given_time(method: str, shape: tuple[int, int], minutes: float) -> None:
+    found = longest_seconds({"w": TensorSpec("w", shape, torch.bfloat16)}, [make(method, {})])
     assert minutes / 20 < found / 60 < minutes
