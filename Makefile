@@ -50,8 +50,9 @@ docs: $(READY)  ## write the generated parts of docs/
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m bench.side_by_side
 
-system:  ## Debian's Prometheus, Alertmanager and Chromium for the tests that use them (as root)
-	apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager chromium
+system:  ## Debian's Prometheus, Alertmanager, Chromium and systemd for the tests that use them (as root)
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager chromium systemd
 
 # W: a folder on the disk to measure, with 15 GB free; the checkpoints made there stay, to be used again.
 # FUSIONBENCH_PYTHON, MERGEKIT_PYTHON: the other tools' pythons (bench/README.md); without one its rows say so.

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 
 from daemon.config import Settings, check_heads, is_live
 from daemon.errors import BadConfig
+from daemon.home.supervision import Supervision
 from daemon.metrics import Metrics
 
 Read = Callable[[], Settings]
@@ -108,17 +109,23 @@ def wake(*events: Event) -> None:
 
 
 class Stop(Event):
-    """An event that a signal handler may set: `ask`. It is set at once for whoever looks, soon for whoever waits."""
+    """An event that a signal handler may set: `ask`. It is set at once for whoever looks, soon for whoever waits.
 
-    def __init__(self) -> None:
+    Who looks shows that he goes on.
+    """
+
+    def __init__(self, supervision: Supervision) -> None:
         super().__init__()
+        self._supervision = supervision
         self._asked = False
 
     def ask(self) -> None:
         self._asked = True
+        self._supervision.stops()
         wake(self)
 
     def is_set(self) -> bool:
+        self._supervision.beat()
         return self._asked or super().is_set()
 
 

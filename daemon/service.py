@@ -25,6 +25,7 @@ from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
 from daemon.home.health import Health, Trouble
 from daemon.home.presence import Presence, lock
 from daemon.home.recovery import mark_clean, recover
+from daemon.home.supervision import Supervision
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.interventions.requests import Desk
 from daemon.interventions.waiting import answer_waiting
@@ -69,11 +70,12 @@ class Service:
         self._log = structlog.get_logger()
         self._metrics = Metrics()
         self._reloading = Reloading(read or (lambda: settings), self._metrics)
-        self._presence = Presence(home)
+        self._supervision = Supervision()
+        self._presence = Presence(home, self._supervision.hears)
         self._health = Health(home, self._presence.wrong)
         self._wake = Event()
         self._uploads = Uploads(home, settings.http, self._metrics.uploaded, self._wake.set)
-        self._stopping = Stop()
+        self._stopping = Stop(self._supervision)
         self._signalled = Event()
         self._not_ready: str | None = "recovering"
         self._busy_since: float | None = None
@@ -121,6 +123,7 @@ class Service:
             mark_clean(self._home)  # what this start found sound, the next one need not hash again
             raise
         closing.callback(merger.close)
+        self._supervision.expects(merger.longest_seconds)
         self._told = max((expert.id for expert in store.experts(limit=1)), default=0)
         self._metrics.show_heads(store)
         for head in store.heads():
@@ -192,7 +195,7 @@ class Service:
             self._uploads.tend()
             self._answer(store, merger, desk)
             if not self._inbox_is_there(watching, store, merger, inbox, desk, once):
-                self._stopping.wait(self._settings.inbox.scan_seconds)
+                self._stopping.wait(self._pause(False))
                 continue
             try:
                 scan = inbox.scan(skip=lingering.decided())
@@ -349,7 +352,8 @@ class Service:
 
     def _pause(self, waiting: bool) -> float:
         settings = self._settings.inbox
-        return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
+        longest = min(settings.scan_seconds, self._supervision.longest_wait_seconds)
+        return min(longest, max(0.05, settings.settle_seconds / 4)) if waiting else longest
 
     def _make_room(
         self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox, desk: Desk, once: bool
@@ -465,7 +469,7 @@ class Service:
         hosts = Hosts(http.host, http.allowed_hosts)
         reader.timed = self._metrics.transaction
         metrics, proxies = self._metrics, http.trusted_proxies
-        asked = metrics.registry, lambda: self._not_ready, self._uploads, hosts, self._health
+        asked = metrics.registry, lambda: self._not_ready, self._uploads, hosts, self._health, self._supervision.hung
         app = create_app(self._home, reader, *asked, proxies=proxies, counting=metrics)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()

@@ -125,6 +125,12 @@ PAGES = {
 NOT_RUN = {
     ("README.md", "make demo"): ".ci/run runs it, and `make test-slow` what it runs",
     ("README.md", "pip install mainstem"): "needs an index that has it; tests/test_wheel.py installs the wheel",
+    ("docs/operating.md", "python3 -m venv /opt/mainstem"): "installs a service, as root; tests/deploy/ reads it",
+    ("docs/operating.md", "docker build -f deploy/container/Dockerfile -t mainstem ."): "tests/deploy/ runs its steps",
+    (
+        "docs/operating.md",
+        "kubectl apply -k deploy/kubernetes/init",
+    ): "needs a cluster; tests/deploy/ builds what it sends",
     ("docs/published.md", 'vllm serve "$(realpath home/published/main/latest)"'): "vllm needs a GPU, and is not ours",
     (
         "docs/sidecars.md",

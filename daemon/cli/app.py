@@ -18,6 +18,7 @@ from daemon.cli import (
     demo,
     evaluate,
     gc,
+    health,
     init,
     inspect,
     log,
@@ -41,8 +42,8 @@ from daemon.cli import (
 from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
-    *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
-    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study),
+    *(init, run, serve, status, health, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild),
+    *(demo, evaluate, rollback, promote, pin, unpin, gc, block, unblock, study),
 )
 
 app = typer.Typer(

@@ -6,6 +6,7 @@
     recovery.py      brings it back to where its registry says it is
     uncommitted.py   what lies in it beyond its registry
     presence.py      what a running daemon says of itself
+    supervision.py   that the loop goes on, and who is told: systemd and /livez
     health.py        what is wrong, as far as can be seen at once
     condition.py     what is going on in it right now, in words
     standing.py      which of its versions are held, and what ends that

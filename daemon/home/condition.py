@@ -86,6 +86,15 @@ def condition(home: Home, reader: Reader, now: datetime | None = None) -> Condit
     )
 
 
+def said_of_itself(daemon: Running) -> str:
+    """What a daemon is at, in a sentence, by its own note alone."""
+    if daemon.doing == Doing.WATCHING and not daemon.troubles:
+        return daemon.doing  # what lies in the inbox it does not say
+    troubles = [Trouble(**one) for one in daemon.troubles]
+    now = datetime.now(UTC)
+    return _words(daemon, troubles, None, daemon.share, _left(daemon, now), now)[1]
+
+
 def _words(
     daemon: Running | None,
     troubles: Sequence[Trouble],

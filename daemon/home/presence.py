@@ -7,7 +7,7 @@ home's lock and is the one that wrote it.
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -63,8 +63,10 @@ class Presence:
     It is written when something changed, and not each time that an entry is looked at in vain.
     """
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, told: Callable[[Running], object] = lambda _: None) -> None:
+        """`told` hears what is said, too."""
         self._path = home.presence
+        self._told = told
         self._now = Running(os.getpid(), _time(datetime.now(UTC)))
         self._there = False
         self._in_hand: tuple[str, str] | None = None
@@ -142,6 +144,7 @@ class Presence:
             if self._there:
                 with suppress(OSError):  # a full disk, most likely
                     durable.note(self._path, json.dumps(asdict(self._now)).encode())
+                self._told(self._now)
 
 
 def lock(home: Home) -> int:

@@ -36,6 +36,7 @@ def create_app(
     uploads: Uploads | None = None,
     hosts: Hosts | None = None,
     health: Health | None = None,
+    hung: Callable[[], str | None] = lambda: None,
     *,
     proxies: Sequence[str] = (),
     beside: bool = False,
@@ -44,14 +45,17 @@ def create_app(
     """The application over one home. `ready` returns None once this process can do its part, else why it cannot.
 
     Without `uploads` everything is read only. `hosts`: the names it may be asked by, by default any. `health`: where
-    this process notes what is wrong. `proxies`: whose X-Forwarded headers are believed. `beside`: merging is
-    another process's part. `counting`: told of every request, and asks what is wrong; `metrics` is its registry.
+    this process notes what is wrong. `hung`: why the loop that merges counts as hanging, None where it goes on.
+    `proxies`: whose X-Forwarded headers are believed. `beside`: merging is another process's part. `counting`: told of
+    every request, and asks what is wrong; `metrics` is its registry.
     """
     noted = health or Health(home)
 
     def own() -> list[Trouble]:
         why_not = ready()
         found = [Trouble("not_ready", why_not, "the daemon's log says more")] if why_not else []
+        if stuck := hung():
+            found.append(Trouble("hung", stuck, "restart the daemon; nothing is lost"))
         if uploads and uploads.failing:
             found.append(Trouble("uploads", f"the last upload could not be stored: {uploads.failing}", "see the log"))
         return found
@@ -66,7 +70,7 @@ def create_app(
             return DAMAGED, ["damaged", *(trouble.reason for trouble in own())]
         return found.doing, [trouble.reason for trouble in (*own(), *found.troubles)]
 
-    api = ReadRoutes(home, reader, metrics, troubles)
+    api = ReadRoutes(home, reader, metrics, troubles, hung)
     app = Starlette(
         routes=[
             *(_upload_routes(UploadRoutes(uploads, ready), api.expert) if uploads else ()),

@@ -50,12 +50,18 @@ class ReadRoutes:
     """The endpoints. Plain methods run in a worker thread, since they read the registry and the disk."""
 
     def __init__(
-        self, home: Home, reader: Reader, metrics: CollectorRegistry, troubles: Callable[[], Sequence[Trouble]]
+        self,
+        home: Home,
+        reader: Reader,
+        metrics: CollectorRegistry,
+        troubles: Callable[[], Sequence[Trouble]],
+        hung: Callable[[], str | None],
     ) -> None:
         self.home = home
         self.reader = reader
         self.metrics = metrics
         self.troubles = troubles
+        self.hung = hung
         self.published = Published(home, reader)
         self.views = Views(self.published)
         self.waiting = Waiting(lambda: {head.name: head.live for head in reader.heads()})
@@ -65,6 +71,9 @@ class ReadRoutes:
         return page.render(self.published, self.troubles(), origin, datetime.now(UTC))
 
     async def livez(self, _: Request) -> Response:
+        if why := self.hung():
+            body = {"live": False, "error": why, "reason": "hung", "hint": "restart the daemon; nothing is lost"}
+            return JSONResponse(body, 503, headers=NO_CACHE)
         return JSONResponse({"live": True}, headers=NO_CACHE)
 
     def readyz(self, _: Request) -> Response:

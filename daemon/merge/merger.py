@@ -32,7 +32,7 @@ from daemon.arrivals.trained_from import Start, TrainedFrom, named_version
 from daemon.checkpoints.adapter_modules import read_config
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
 from daemon.compute.progress import Abandoned, Progress
-from daemon.compute.resources import check_budget, driver
+from daemon.compute.resources import check_budget, driver, longest_seconds
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
@@ -99,6 +99,7 @@ class Merger:
         reserved = self._driver.device.slab_bytes
         methods, self._relative = list(self._methods.values()), relative_heads(store)
         check_budget(self._base.tensors.schema, methods, settings.compute, reserved, origin=bool(self._relative))
+        self.longest_seconds = longest_seconds(self._base.tensors.schema, list(self._methods.values()))
         self.preparations = Preparations(home, self._driver, self._base.tensors)
         self.preparations.follow(head_tips(store, self._methods))
 

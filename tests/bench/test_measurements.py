@@ -77,6 +77,13 @@ def test_growth_with_the_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_starting_and_ending(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write(tmp_path / "llama", 2, 0, llama_shapes.SMALL.model())
+    found = measured(monkeypatch, tmp_path, "restart", str(tmp_path / "llama"), "--turns", "1")
+    assert all(found["median"].values())
+
+
+@pytest.mark.slow
 def test_the_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = measured(monkeypatch, tmp_path, "gate", str(tmp_path), "--experts", "7", "--layers", "1")
     assert len(found["seconds"]["without"]) == len(found["seconds"]["trivial"]) == 2

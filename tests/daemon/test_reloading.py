@@ -26,6 +26,7 @@ from daemon.cli import main
 from daemon.compute.progress import Progress
 from daemon.config import LIVE, Settings, described, load, taking_effect
 from daemon.errors import BadConfig, Refused
+from daemon.home.supervision import Supervision
 from daemon.interventions.requests import Desk
 from daemon.layout import Home
 from daemon.logs import configure
@@ -431,7 +432,7 @@ def test_a_log_that_nobody_reads_any_more_ends_no_merge(home: Home, base: Path, 
 
 def test_a_signal_that_comes_while_an_events_lock_is_held_is_heard() -> None:
     """A handler interrupts whoever holds the lock, in the same thread: to wait for it would be for ever."""
-    stop = Stop()
+    stop = Stop(Supervision({}))
     with stop._cond:
         stop.ask()
         assert stop.is_set()

@@ -26,7 +26,7 @@ def imported(*words: str) -> set[str]:
     return {name.partition(".")[0] for name in json.loads(done.stderr)}
 
 
-@pytest.mark.parametrize("words", [("status",), ("log",), ("show", "v0")], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [("status",), ("health",), ("log",), ("show", "v0")], ids=lambda words: words[0])
 def test_reading_imports_no_more_than_it_needs(home: Home, words: tuple[str, ...]) -> None:
     found = imported(*words, "--home", str(home.root))
     assert "sqlalchemy" in found, "nothing was read"
