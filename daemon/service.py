@@ -119,6 +119,7 @@ class Service:
             mark_clean(self._home)  # what this start found sound, the next one need not hash again
             raise
         closing.callback(merger.close)
+        self._presence.computes(merger.device, memory_budget(self._settings.compute))
         self._told = max((expert.id for expert in store.experts(limit=1)), default=0)
         self._metrics.show_heads(store)
         for head in store.heads():
@@ -481,8 +482,8 @@ class Service:
         http = self._settings.http
         hosts = Hosts(http.host, http.allowed_hosts)
         metrics = self._metrics.registry
-        asked = self._uploads, hosts, self._health
-        app = create_app(self._home, reader, metrics, lambda: self._not_ready, *asked, proxies=http.trusted_proxies)
+        asked = metrics, lambda: self._not_ready, self._uploads, hosts, self._health
+        app = create_app(self._home, reader, *asked, proxies=http.trusted_proxies, settings=lambda: self._settings)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)

@@ -12,14 +12,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from daemon.arrivals.uploads import Uploads
+from daemon.config import Settings
 from daemon.home.health import Health, Trouble
-from daemon.http.answers import Problem, SecurityHeaders
+from daemon.http.answers import Problem, SecurityHeaders, of_registry
+from daemon.http.events import Events
 from daemon.http.forwarded import Forwarded
 from daemon.http.hosts import HostCheck, Hosts
+from daemon.http.pages.routes import PageRoutes
 from daemon.http.read_routes import ReadRoutes
 from daemon.http.upload_routes import UploadRoutes
 from daemon.layout import Home
-from registry.errors import Busy, RegistryError
+from registry.errors import RegistryError
 from registry.reader import Reader
 
 WRITING = ("PUT", "DELETE")
@@ -36,12 +39,13 @@ def create_app(
     *,
     proxies: Sequence[str] = (),
     beside: bool = False,
+    settings: Callable[[], Settings] | None = None,
 ) -> Starlette:
     """The application over one home. `ready` returns None once this process can do its part, else why it cannot.
 
     Without `uploads` everything is read only. `hosts`: the names it may be asked by, by default any. `health`: where
     this process notes what is wrong. `proxies`: whose X-Forwarded headers are believed. `beside`: merging is
-    another process's part.
+    another process's part. `settings`: those in force, for the page to show.
     """
     noted = health or Health(home)
 
@@ -53,10 +57,16 @@ def create_app(
         return found + noted.troubles(reader, beside=beside)
 
     api = ReadRoutes(home, reader, metrics, troubles)
+    pages = PageRoutes(api.published, troubles, settings)
+    events = Events(lambda: pages.told().events)
     app = Starlette(
         routes=[
             *(_upload_routes(UploadRoutes(uploads, ready), api.expert) if uploads else ()),
-            Route("/", api.status_page),
+            Route("/", pages.front),
+            Route("/experts", pages.experts),
+            Route("/experts/{id}", pages.expert),
+            Route("/heads/{head}/versions/{n}", pages.version),
+            Route("/lineage", pages.lineage),
             Route("/livez", api.livez),
             Route("/readyz", api.readyz),
             Route("/metrics", api.scrape),
@@ -71,6 +81,7 @@ def create_app(
             Route("/v1/experts", api.experts),
             Route("/v1/experts/{sha256}", api.expert),
             Route("/v1/lineage", api.lineage),
+            Route("/v1/events", events.answer),
         ],
         middleware=[
             Middleware(SecurityHeaders),
@@ -117,8 +128,7 @@ def _on_http_exception(_: Request, error: Exception) -> Response:
 
 def _on_registry_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RegistryError)
-    text = "the registry is busy" if isinstance(error, Busy) else "the registry cannot be read"
-    return Problem(503, "registry", text, error.hint).response()
+    return of_registry(error).response()
 
 
 def _on_fault(_: Request, __: Exception) -> Response:
