@@ -68,7 +68,7 @@ def page(request: Request, template: str, code: int = 200, **values: object) -> 
         style=STYLE, script=SCRIPT, refresh=REFRESH_SECONDS, to=up(request), now=datetime.now(UTC), **values
     )
     answer = HTMLResponse(html, code, headers=_HEADERS)
-    if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\b)", request.headers.get("accept-encoding", "")):
+    if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?(?![.\d]))", request.headers.get("accept-encoding", "")):
         answer.body = gzip.compress(answer.body, compresslevel=5, mtime=0)
         answer.headers["Content-Length"] = str(len(answer.body))
         answer.headers["Content-Encoding"] = "gzip"

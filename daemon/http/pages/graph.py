@@ -77,7 +77,10 @@ def drawn(numbers: Sequence[int], nodes: Iterable[Node], experts: Iterable[int],
         if node.parent is not None and node.parent != _below(numbers, node.number) and (node.lane, node.parent) in shown
     ]
     known = [
-        one for one in links if one.source in numbers and one.target in numbers and (one.lane, one.source) in shown
+        one
+        for one in links
+        if (one.lane, one.source) in shown and one.target in numbers
+        if (one.source > one.target) == (one.kind == "turn")  # nobody was trained from what came later
     ]
     left = _columns([*jumps, *(one for one in known if one.kind == "turn")])
     right = _columns([one for one in known if one.kind == "trained"])

@@ -179,7 +179,7 @@ def test_behind_serve(home: Home) -> None:
         assert "no daemon runs on this home" in serving.get("/").text
         with running("run", "--home", home.root, "--no-http") as daemon:
             assert until(lambda: told() == [], 60)
-            assert ">ready<" in serving.get("/").text
+            assert until(lambda: 'id="pill"><bdi>idle<' in serving.get("/").text, 60)
             daemon.process.send_signal(signal.SIGKILL)
             daemon.process.wait()
         assert until(lambda: told() == ["no_daemon"], 10)
