@@ -29,8 +29,8 @@ class Mark:
 class Step:
     """One row: the versions with that number, of those heads that have one.
 
-    expert: the one that came with them. what: what made them where none did. gone: the names of experts that they no
-    longer have. back: what a rollback to one of them said.
+    expert: the one that came with them. what: what made them where none did. gone: the names of the experts that were
+    taken out with them.
     """
 
     number: int
@@ -130,6 +130,8 @@ def _step(published: Published, versions: Sequence[tuple[Head, Version]], expert
         gone = _gone(published, head, first)
         if not first.number:
             what = "the base"
+        elif gone:
+            what = "without"
         elif not first.totals.get("experts", 1):
             what = "the base again: no expert is left"
         else:
