@@ -10,7 +10,7 @@ from daemon.home.presence import Doing
 from registry.records import Head, Status
 
 WAITING = 20  # entries that an event names
-TONES = {Doing.WATCHING: "good", Doing.MERGING: "busy", DAMAGED: "bad", NONE: "bad"}
+TONES = {Doing.WATCHING: "good", Doing.MERGING: "busy", Doing.EVALUATING: "busy", DAMAGED: "bad", NONE: "bad"}
 
 
 @dataclass(frozen=True, slots=True)
