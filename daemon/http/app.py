@@ -49,15 +49,19 @@ def create_app(
     """
     noted = health or Health(home)
 
-    def troubles() -> list[Trouble]:
+    def ours() -> list[Trouble]:
+        """What only this process knows."""
         why_not = ready()
         found = [Trouble("not_ready", why_not, "the daemon's log says more")] if why_not else []
         if uploads and uploads.failing:
             found.append(Trouble("uploads", f"the last upload could not be stored: {uploads.failing}", "see the log"))
-        return found + noted.troubles(reader, beside=beside)
+        return found
+
+    def troubles() -> list[Trouble]:
+        return ours() + noted.troubles(reader, beside=beside)
 
     api = ReadRoutes(home, reader, metrics, troubles)
-    pages = PageRoutes(api.published, troubles, settings)
+    pages = PageRoutes(api.published, ours, settings)
     events = Events(lambda: pages.told().events)
     app = Starlette(
         routes=[

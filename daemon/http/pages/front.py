@@ -48,15 +48,15 @@ def front(
     request: Request,
     published: Published,
     now: Condition,
-    troubles: Sequence[Trouble],
+    ours: Sequence[Trouble],
     settings: Callable[[], Settings] | None,
 ) -> Response:
-    """The page. `troubles`: all that is wrong, also what only this process knows."""
+    """The page. ours: what is wrong that only this process knows."""
     reader = published.reader
     heads = reader.heads()
     first = heads[0]
     known = {one.reason for one in now.troubles}
-    now = replace(now, troubles=[*now.troubles, *(one for one in troubles if one.reason not in known)])
+    now = replace(now, troubles=[*now.troubles, *(one for one in ours if one.reason not in known)])
     live = reader.version(first.name, first.live)
     origin = str(Origin.of(request))
     get = [*local_command(published, first), *(commands(published, first, live, origin) if live else ())]

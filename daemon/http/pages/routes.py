@@ -40,12 +40,13 @@ class PageRoutes:
     def __init__(
         self,
         published: Published,
-        troubles: Callable[[], Sequence[Trouble]],
+        ours: Callable[[], Sequence[Trouble]],
         settings: Callable[[], Settings] | None = None,
     ) -> None:
+        """ours: what is wrong that only this process knows."""
         self._published = published
         self._reader = published.reader
-        self._troubles = troubles
+        self._ours = ours
         self._settings = settings
 
     def told(self) -> Spoken:
@@ -56,7 +57,7 @@ class PageRoutes:
     @_in_html
     def front(self, request: Request) -> Response:
         now = condition(self._published.home, self._reader)
-        return front(request, self._published, now, self._troubles(), self._settings)
+        return front(request, self._published, now, self._ours(), self._settings)
 
     @_in_html
     def lineage(self, request: Request) -> Response:
