@@ -26,9 +26,11 @@
         old.replaceWith(mine);
         if (at >= 0) [...mine.querySelectorAll(can)][at]?.focus({ preventScroll: true });
       }
+      const its = fresh.getElementById("pill");
+      if (!source && its) show(its.textContent, its.className.replace("pill state ", ""));
       document.title = fresh.title;
       Object.assign(body.dataset, { home: fresh.body.dataset.home, key: fresh.body.dataset.key });
-    } catch { /* the stream says when we are back */ } finally {
+    } catch { show("not connected", "bad"); } finally {
       busy = false;
       if (once_more) { once_more = false; reload(); }
     }
@@ -57,8 +59,10 @@
       if (event.data !== body.dataset.home) { body.dataset.home = event.data; reload(); }
     });
     source.onerror = () => {
-      show("not connected", "bad");
-      if (source.readyState === EventSource.CLOSED) { source = null; again = setTimeout(connect, 15000); }
+      if (source.readyState !== EventSource.CLOSED) { show("not connected", "bad"); return; }
+      source = null;  // it was refused: too many listen
+      again = setTimeout(connect, 15000);
+      reload();
     };
   };
 

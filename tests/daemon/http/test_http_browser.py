@@ -181,6 +181,15 @@ def test_without_script_it_is_whole_and_loads_itself_again(line: "Line", origin:
     assert browser.complaints() == []
 
 
+def test_a_page_too_many_is_told_so_and_looks_by_itself(
+    origin: str, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "MOST_LISTENERS", 0)
+    browser.open(origin + "/")
+    browser.until("performance.getEntriesByType('resource').some((one) => one.initiatorType === 'fetch')")
+    assert browser.run(PILL) == "no daemon", "it does not say that it is not connected"
+
+
 def test_a_server_that_went_is_said(line: "Line", browser: Browser) -> None:
     with Reader.open(line.home.registry) as reader:
         app = create_app(line.home, reader, CollectorRegistry(), lambda: "the disk is full")
