@@ -132,7 +132,8 @@ def test_nobody_is_told_where_things_lie_on_this_machine(line: "Line", client: h
     line.publish(b"one")
     line.store.record(line.expert("bad", Status.QUARANTINED, None, reason="bad_header", detail="it is none"))
     (line.home.version("main", 1) / "model.safetensors").unlink()
-    paths = ["/", "/readyz", "/metrics", "/v1/heads", "/v1/experts", "/v1/lineage", "/v1/heads/main/versions"]
+    pages = ["/", "/experts", "/experts/1", "/experts/2", "/lineage", "/heads/main/versions/1"]
+    paths = [*pages, "/readyz", "/metrics", "/v1/heads", "/v1/experts", "/v1/lineage", "/v1/heads/main/versions"]
     for path in [*paths, "/v1/heads/main/versions/1", "/v1/heads/main/versions/1/files/model.safetensors"]:
         assert str(line.home.root.parent) not in client.get(path).text, path
 
