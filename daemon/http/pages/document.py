@@ -58,7 +58,7 @@ def up(request: Request) -> str:
     said so.
     """
     root = root_of(request)
-    below = request.scope["raw_path"].decode("ascii").removeprefix(root)
+    below = request.scope["raw_path"].decode("latin-1").removeprefix(root)
     return f"{root}/" if root else "../" * (below.count("/") - 1) or "./"
 
 

@@ -176,6 +176,7 @@ def test_without_script_it_is_whole_and_loads_itself_again(line: "Line", origin:
     assert browser.run(PILL) == "no daemon"
     assert "french" in browser.run("document.body.innerText")
     browser.open(origin + "/experts", script=False)
+    assert not browser.run("document.querySelector('noscript')"), "it would take what is typed away"
     browser.run("document.querySelector('#q').value = 'fre'; document.querySelector('form').submit()")
     browser.until("location.search === '?q=fre' && document.body?.innerText.includes('french')")
     assert browser.complaints() == []

@@ -3,6 +3,7 @@
 import gzip
 import html
 import json
+import os
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -11,9 +12,14 @@ from urllib.parse import urljoin
 
 import httpx
 
+from daemon.config import Settings
+from daemon.disk import durable
+from daemon.home.condition import condition
+from daemon.home.presence import Presence
 from daemon.http.pages.arrived import ROWS
 from daemon.http.pages.charts import Series, chart, outliers
 from daemon.http.pages.graph import Link, Node, drawn
+from daemon.http.pages.ground import facts
 from daemon.http.pages.lineage import LANES
 from daemon.http.pages.words import DEFAULTS, said, set_params
 from daemon.layout import CARD, MANIFEST
@@ -124,6 +130,25 @@ def test_lists_have_pages_and_a_search(line: "Line", client: httpx.Client) -> No
     assert found(q="bad-00") == many[:10][::-1]
     assert "write more of the name" in client.get("/experts", params={"q": "bad"}).text
     assert client.get("/experts?status=odd&before=x").status_code == 200
+
+
+def test_what_it_stands_on(line: "Line") -> None:
+    line.publish(b"one")
+    line.publish(b"two")
+    now = condition(line.home, line.store)
+    said = {one.name: one for one in facts(line.home, line.store, line.store.heads(), now, Settings)}
+    disk = said["disk"]
+    assert " free of " in disk.text and disk.share is not None and 0 < disk.share <= 1
+    versions = "3 of a head on the disk, 190 B in all; retention keeps 5, the base and what is live"
+    assert said["versions"].text == versions and "up" not in said
+    lock, presence = durable.lock(line.home.lock), Presence(line.home)
+    presence.starts()
+    presence.computes("cpu", 4_000_000_000)
+    now = condition(line.home, line.store)
+    said = {one.name: one for one in facts(line.home, line.store, line.store.heads(), now, Settings)}
+    assert said["device"].text == "cpu" and "4.0 GB" in said["memory"].text and said["up"].text.startswith("for ")
+    presence.ends()
+    os.close(lock)
 
 
 def test_pages_are_packed_for_who_takes_that(client: httpx.Client) -> None:
