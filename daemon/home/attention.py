@@ -15,6 +15,7 @@ from registry.reader import Reader
 
 CASES = 5  # of quarantine, and entries of the inbox, that are named each
 LONG = timedelta(minutes=10)  # since when an entry that is not complete lies there
+PAUSED = "paused"
 _COMMAND = re.compile(r"`(mainstem [^`<>]+)`")
 
 
@@ -22,8 +23,8 @@ _COMMAND = re.compile(r"`(mainstem [^`<>]+)`")
 class Matter:
     """One thing that needs a person.
 
-    kind: trouble, held, refused or incomplete. text: what it is, and why. hint: what to do, as far as no command says
-    it. commands: any of them ends it. expert: the id of the one that it is about.
+    kind: trouble, paused, held, refused or incomplete. text: what it is, and why. hint: what to do, as far as no
+    command says it. commands: any of them ends it. expert: the id of the one that it is about.
     """
 
     kind: str
@@ -38,6 +39,8 @@ def attention(now: Condition, reader: Reader) -> list[Matter]:
     found = [_trouble(one.text, one.hint) for one in now.troubles]
     if now.doing == NONE and all(one.reason != "no_daemon" for one in now.troubles):
         found.append(_trouble("no daemon runs on this home: nothing is merged", "start `mainstem run`"))
+    if now.doing == PAUSED:
+        found.append(Matter("paused", now.text, commands=("mainstem resume",)))
     for head in reader.heads():
         if stays := held(reader, head):
             nor = ", nor will the next be" if stays.frozen else ""

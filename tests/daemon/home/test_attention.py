@@ -1,13 +1,14 @@
 """What needs a person, and the command that ends it."""
 
 import os
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from daemon.disk import durable
 from daemon.home import attention as module
-from daemon.home.attention import CASES, attention
+from daemon.home.attention import CASES, Matter, attention
 from daemon.home.condition import condition
 from daemon.home.presence import Presence
 from daemon.layout import Home
@@ -35,6 +36,10 @@ def test_all_that_needs_a_person_with_the_command_that_ends_it(home: Home, monke
         inspect = ("mainstem inspect 'inbox/it'\"'\"'s half'",)
         assert matters(home, store) == [
             ("incomplete", "it's half waits in the inbox: it has no weights yet", inspect),
+        ]
+        paused = replace(condition(home, store), doing="paused", text="merging is paused: since noon", waiting=[])
+        assert attention(paused, store) == [
+            Matter("paused", "merging is paused: since noon", commands=("mainstem resume",))
         ]
         os.close(lock)
         presence.ends()
