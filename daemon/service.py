@@ -124,6 +124,7 @@ class Service:
             raise
         closing.callback(merger.close)
         self._supervision.expects(merger.longest_seconds)
+        self._presence.computes(merger.device, memory_budget(self._settings.compute))
         self._told = max((expert.id for expert in store.experts(limit=1)), default=0)
         self._metrics.show_heads(store)
         for head in store.heads():
@@ -470,7 +471,7 @@ class Service:
         reader.timed = self._metrics.transaction
         metrics, proxies = self._metrics, http.trusted_proxies
         asked = metrics.registry, lambda: self._not_ready, self._uploads, hosts, self._health, self._supervision.hung
-        app = create_app(self._home, reader, *asked, proxies=proxies, counting=metrics)
+        app = create_app(self._home, reader, *asked, proxies=proxies, counting=metrics, settings=lambda: self._settings)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)

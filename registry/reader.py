@@ -28,6 +28,7 @@ from registry.records import (
 )
 from registry.statements import (
     Record,
+    beginning,
     blocked_as,
     called,
     experts_in,
@@ -141,6 +142,12 @@ class Reader:
         """
         return self._all(Expert, newest_experts(status, limit, before, name, flags))
 
+    def experts_of(self, versions: Iterable[Version]) -> dict[int, Expert]:
+        """The experts that these versions came with, PAGE of them at the most, by their ids."""
+        wanted = sorted({one.expert_id for one in versions if one.expert_id is not None})[-PAGE:]
+        found = self._all(Expert, select(ExpertRow).where(ExpertRow.id.in_(wanted))) if wanted else []
+        return {one.id: one for one in found}
+
     def find_experts(self, text: str, limit: int | None = None) -> list[Expert]:
         """The expert with that id; if there is none, all with that sha256 prefix or exactly that name, newest first.
 
@@ -156,6 +163,15 @@ class Reader:
             return self._all(Expert, query.order_by(newest_first))
         found = self._all(Expert, query.order_by(ExpertRow.version.is_(None), newest_first).limit(limit))
         return sorted(found, key=lambda expert: -expert.id)
+
+    def search(self, words: str, limit: int) -> list[Expert]:
+        """The expert with that id, and those whose name, as dropped or in their expert.json, or whose sha256 (4 digits
+        or more) begins so: the first `limit` of each kind at the most. The newest come first.
+        """
+        found = [self._all(Expert, query.limit(limit)) for query in beginning(words)]
+        if words.isascii() and words.isdigit() and len(words) < 19 and (one := self.expert(int(words))):
+            found.append([one])
+        return sorted({one.id: one for some in found for one in some}.values(), key=lambda one: -one.id)
 
     def last_expert_id(self) -> int:
         """The highest id that an expert was ever given; 0 where none came yet."""

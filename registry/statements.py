@@ -82,6 +82,19 @@ def called(words: str) -> ColumnElement[bool]:
     return wanted
 
 
+def beginning(words: str) -> list[Select[Any]]:
+    """Experts whose dropped name, given name or sha256 begins so, each in the order of an index."""
+    queries = [
+        select(ExpertRow).where(word >= words, word < f"{words}{_LAST}").order_by(word)
+        for word in (ExpertRow.name, given_name)
+    ]
+    digits = words.lower()
+    if 4 <= len(digits) <= 64 and set(digits) <= set("0123456789abcdef"):
+        known = ExpertRow.sha256 >= digits, ExpertRow.sha256 < f"{digits}g"
+        queries.append(select(ExpertRow).where(*known).order_by(ExpertRow.sha256))
+    return queries
+
+
 def lineage_after(version: int, limit: int | None) -> Select[Any]:
     """The merged experts that came with a later version than that, in the order of merging."""
     query = select(ExpertRow).where(is_merged, ExpertRow.version > version)

@@ -39,9 +39,16 @@ def _serve(where: Home, reader: "Reader", host: str | None, port: int | None) ->
     reader.timed = metrics.transaction
     http = settings.http
     hosts, proxies = Hosts(http.host, http.allowed_hosts), http.trusted_proxies
-    asked = None, hosts, None
     app = create_app(
-        where, reader, metrics.registry, lambda: None, *asked, proxies=proxies, beside=True, counting=metrics
+        where,
+        reader,
+        metrics.registry,
+        lambda: None,
+        hosts=hosts,
+        proxies=proxies,
+        beside=True,
+        counting=metrics,
+        settings=lambda: settings,
     )
     server = HttpServer(app, http.host, http.port, http.stall_seconds)
     bound, number = server.start()

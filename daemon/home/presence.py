@@ -43,6 +43,7 @@ class Running:
     url: where it answers HTTP, None where it does not. merging: the entry of the inbox in hand, since when, and how far
     it is, 0 to 1. evaluating_since: since when the evaluator runs for that entry.
     waiting: why each of these entries was not taken. troubles: what it noted as wrong, as `health.Trouble`.
+    device: what it computes on; memory_budget: the bytes that all tensors in hand may take.
     """
 
     pid: int
@@ -55,6 +56,8 @@ class Running:
     evaluating_since: str | None = None
     waiting: Mapping[str, str] = field(default_factory=dict)
     troubles: Sequence[Mapping[str, str]] = ()
+    device: str | None = None
+    memory_budget: int | None = None
 
 
 class Presence:
@@ -87,6 +90,10 @@ class Presence:
     def answers(self, url: str) -> None:
         """It answers HTTP there."""
         self._say(url=url)
+
+    def computes(self, device: str, memory_budget: int) -> None:
+        """It computes there, within so many bytes."""
+        self._say(device=device, memory_budget=memory_budget)
 
     def watches(self) -> None:
         """It has recovered."""

@@ -1,4 +1,4 @@
-"""HTTP over one home: the API, the bytes of every version, the metrics, the status page, and uploads of experts.
+"""HTTP over one home: the API, the bytes of every version, the metrics, the pages, and uploads of experts.
 
     app.py            which address is answered by what
     read_routes.py    what is read: heads, versions, files, experts, how the daemon is
@@ -14,7 +14,8 @@
     measuring.py      requests and answers, counted
     finding.py        which expert an address means
     rows.py           records of the registry as JSON
-    page.py           the status page
+    pages/            the pages
+    events.py         what goes on, as server-sent events
     connections.py    how many there may be, and how long one may keep us waiting
     server.py         the socket and the thread
 

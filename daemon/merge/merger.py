@@ -103,6 +103,12 @@ class Merger:
         self.preparations = Preparations(home, self._driver, self._base.tensors)
         self.preparations.follow(head_tips(store, self._methods))
 
+    @property
+    def device(self) -> str:
+        """Where it computes: a card by its name."""
+        device = self._driver.device
+        return "cpu" if device.where.type == "cpu" else f"{device.where}, {device.name}"
+
     def close(self) -> None:
         """Lets go of the base and of what is being prepared."""
         self.preparations.close()

@@ -48,6 +48,9 @@ ASKED: dict[str, Ask] = {
     "the newest interventions": lambda reader: reader.interventions(limit=100),
     "experts whose name begins so": lambda reader: reader.experts(name="expert-500.*"),
     "experts of a name": lambda reader: reader.experts(name="task 500"),
+    "a name that every expert begins with": lambda reader: reader.search("expert-", 50),
+    "how a sha256 begins": lambda reader: reader.search(digest(500)[:6], 50),
+    "experts of versions": lambda reader: reader.experts_of(reader.versions("main", limit=50)),
     "heads": lambda reader: reader.heads(),
     "a version": lambda reader: reader.version("main", 500),
 }
