@@ -78,7 +78,7 @@ def test_bytes_are_those_that_were_sent(line: Line) -> None:
 
 def test_what_fails_and_what_the_others_refuse_is_counted(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = HeadMetrics()
-    monkeypatch.setattr("daemon.http.page.render", lambda *_: 1 / 0)
+    monkeypatch.setattr("daemon.http.pages.routes.front", lambda *_: 1 / 0)
     with asked(line, metrics, hosts=Hosts("127.0.0.1")) as client:
         assert client.get("/", headers={"Host": "127.0.0.1"}).status_code == 500
         assert client.get("/livez", headers={"Host": "evil.example"}).status_code == 421
