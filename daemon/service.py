@@ -336,7 +336,7 @@ class Service:
 
     def _report(self, share: float) -> None:
         self._metrics.progress.set(share)
-        self._presence.progresses()
+        self._presence.progresses(share)
         self._show(share)
 
     def _fell_back(self, name: str, why: str) -> None:
