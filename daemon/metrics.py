@@ -24,6 +24,7 @@ NOT_OF_EXPERTS |= {"convert"} | {reason for reason in Reason if reason.startswit
 REASONS = tuple(dict.fromkeys(str(r) for r in (*Reason, *ProjectorReason) if r not in NOT_OF_EXPERTS))
 DEEDS = tuple(deed for deed in Deed if deed not in (Deed.EVALUATE, Deed.COLLECT))  # that leave a row
 JUDGED = ("live", "held", "rejected", "failed")
+TELLINGS = ("delivered", "failed", "dead")
 MOST_TASKS = 32
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 
@@ -233,7 +234,21 @@ class Metrics(HeadMetrics):
             buckets=SECONDS,
             registry=registry,
         )
+        self.webhook_deliveries = Counter(
+            "mainstem_webhook_deliveries",
+            "Attempts to tell webhooks and hooks, by what came of them. dead: given up with this one.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.webhook_pending = Gauge(
+            "mainstem_webhook_pending", "Deliveries to webhooks and hooks that are still to be made.", registry=registry
+        )
+        self.webhook_dead_letters = Gauge(
+            "mainstem_webhook_dead_letters", "Deliveries to webhooks and hooks that were given up.", registry=registry
+        )
         self._evaluated: int | None = None  # the last evaluation that was counted
+        for outcome in TELLINGS:
+            self.webhook_deliveries.labels(outcome)
         for outcome in JUDGED:
             self.evaluations.labels(outcome)
         for outcome in OUTCOMES:

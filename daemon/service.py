@@ -35,6 +35,7 @@ from daemon.merge.lingering import Lingering
 from daemon.merge.merger import Merger
 from daemon.merge.outcome import logged_progress, tell, timed
 from daemon.metrics import Metrics
+from daemon.outbox.sending import Sender, endpoints
 from daemon.reloading import Read, Reloading, Stop, hearing, wake
 from daemon.versions.retention import collect
 from projector.errors import ProjectorError
@@ -111,7 +112,9 @@ class Service:
         check_heads(self._settings, [head.name for head in store.heads()])
         if http:
             self._serve(closing)
+        crashed = not self._home.clean.exists()
         self._recover(store, once)
+        self._sender = closing.enter_context(Sender(self._home, store, self._settings, self._metrics, crashed, once))
         progress = Progress(self._stopping, self._report, self._fell_back)
         try:
             merger = Merger(self._home, store, self._settings, progress, self._let_go)
@@ -392,7 +395,9 @@ class Service:
 
         def adopt(settings: Settings) -> None:
             token = write_token(self._home, settings.http)
+            told = endpoints(self._home, settings)
             merger.adopt(settings)
+            self._sender.adopt(settings, told)
             if token != self._uploads.token:
                 self._log.info("the write token was changed", uploads="on" if token else "off")
             self._uploads.adopt(settings.http, token)

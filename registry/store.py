@@ -306,6 +306,10 @@ class Store(Reader):
         if busy:
             raise Busy(f"{self.path}: the write-ahead log is in use", "close what reads the registry, then try again")
 
+    def fail(self, error: StorageFailed) -> None:
+        """From here on every change raises that: another writer of this process met it."""
+        self._failed = error
+
     @contextmanager
     def _write(self) -> Iterator[Connection]:
         if self._failed:

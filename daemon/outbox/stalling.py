@@ -1,0 +1,53 @@
+"""Whether anything goes on: told once it has not for a while, and once more when it does again.
+
+Nothing goes on while merging waits for what it cannot do without (the disk, the registry, the inbox), and while the
+expert in hand gets no further. A daemon with nothing to do, or that was told to pause, is not stalled.
+"""
+
+from daemon.home.condition import WAITING, Condition
+from registry.records import Event, Happening
+
+NO_PROGRESS = "no_progress"
+
+
+class Stalling:
+    """Looks at what is going on, now and then."""
+
+    def __init__(self) -> None:
+        self._mark: tuple[object, ...] | None = None  # what it hangs on
+        self._since = 0.0
+        self._told: str | None = None
+
+    def look(
+        self, found: Condition, now: float, stalled_seconds: float, scored_seconds: float = 0.0
+    ) -> Happening | None:
+        """What is to be told now, if anything.
+
+        now: by a monotonic clock, in seconds. scored_seconds: how long the evaluator may take, which no progress tells.
+        """
+        mark = _mark(found)
+        if mark != self._mark:
+            before, self._mark, self._since = self._mark, mark, now
+            moved = mark is None or (before is not None and before[:2] == mark[:2])  # idle, or further with the same
+            if self._told and moved:
+                self._told, reason = None, self._told
+                return Happening(Event.RECOVERED, {"reason": reason, "text": found.text, "expert": found.expert})
+        if mark is None or self._told:
+            return None
+        patience = stalled_seconds + (scored_seconds if mark[0] == NO_PROGRESS else 0.0)
+        if now - self._since < patience:
+            return None
+        self._told = str(mark[0])
+        seconds = round(now - self._since)
+        return Happening(
+            Event.STALLED,
+            {"reason": self._told, "text": found.text, "expert": found.expert, "seconds": seconds},
+        )
+
+
+def _mark(found: Condition) -> tuple[object, ...] | None:
+    """What it hangs on, where it may: the word for it, what is meant, and how far that is; None where nothing hangs."""
+    if found.doing == WAITING:
+        reason = next((one.reason for one in found.troubles if one.text == found.text), WAITING)
+        return reason, None
+    return (NO_PROGRESS, found.expert, found.share) if found.expert else None
