@@ -72,6 +72,7 @@ class Deed(StrEnum):
     DISCARD = "discard"
     EVALUATE = "evaluate"  # leaves a row of its own kind
     COLLECT = "collect"  # what retention says: no row tells of that
+    REDELIVER = "redeliver"  # what others were not told: the outbox tells of that
 
 
 class Event(StrEnum):

@@ -37,6 +37,7 @@ from daemon.cli import (
     unblock,
     unpin,
     verify,
+    webhooks,
 )
 from daemon.cli.common import KNOWN, SAFE, complain
 
@@ -57,6 +58,7 @@ for command in VERBS:
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(config.app, name="config")
 app.add_typer(quarantine.app, name="quarantine")
+app.add_typer(webhooks.app, name="webhooks")
 
 
 @app.callback(invoke_without_command=True)

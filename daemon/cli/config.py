@@ -84,6 +84,8 @@ def check(at: HomeArgument = None, home: HomeOption = None) -> None:
         settings = settings_of(where)
         check_heads(settings, [head.name for head in reader.heads()])
         write_token(where, settings.http)
+        for webhook in settings.webhooks:
+            webhook.secrets(where.root)
         if settings.compute.device.startswith("cuda"):
             from daemon.compute.resources import cuda_device  # it brings torch
 

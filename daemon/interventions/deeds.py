@@ -29,6 +29,7 @@ class Request:
 
     experts: their ids; to withdraw, where a version is given instead, those that came after it. replay: withdraw by
     merging the others again in any case. evaluation: what was found of a version, or of one expert by itself.
+    deliveries: what is to be told once more; of none, all that is dead.
     """
 
     deed: Deed
@@ -39,6 +40,7 @@ class Request:
     experts: tuple[int, ...] = ()
     replay: bool = False
     evaluation: NewEvaluation | None = None
+    deliveries: tuple[int, ...] = ()
 
     @property
     def named(self) -> tuple[str, int]:
@@ -74,6 +76,8 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
             return cases.check(home, _experts(reader, request), request.deed)
         case Deed.EVALUATE:
             return ["kept"]
+        case Deed.REDELIVER:
+            return _redeliver(reader, request)
         case Deed.WITHDRAW | Deed.COLLECT:
             raise AssertionError("not to be planned here")
 
@@ -105,9 +109,23 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
                 cases.close(home, store, expert, replace(request.intervention, experts=(expert.id,)))
         case Deed.EVALUATE:
             _keep(store, request)
+        case Deed.REDELIVER:
+            store.redeliver(request.deliveries or None)
         case Deed.WITHDRAW | Deed.COLLECT:
             raise AssertionError("not to be done here")
     return done
+
+
+def _redeliver(reader: Reader, request: Request) -> list[str]:
+    for number in request.deliveries:
+        if reader.delivery(number) is None:
+            raise BadHome(f"there is no delivery {number}", "`mainstem webhooks list` lists them")
+    count = len(set(request.deliveries)) or reader.count_undelivered()[1]
+    return (
+        [f"{count} {'is' if count == 1 else 'are'} told again, by the daemon that runs or the next one"]
+        if count
+        else []
+    )
 
 
 def _keep(store: Store, request: Request) -> None:

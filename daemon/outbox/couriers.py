@@ -139,7 +139,7 @@ class Courier:
         hook = self.endpoint.kind is EndpointKind.HOOK
         most = MOST_ROWS if hook else BATCH
         pending = self._reader.pending(self.endpoint.id, most + len(self._known))
-        left = [one for one in pending if one.id not in self._known]
+        left = [one for one in (self._known.get(one.id, one) for one in pending) if one.outcome is Outcome.PENDING]
         if hook:  # the newest of each head says it all
             newest = {one.data.get("head"): one for one in left}
             overtaken = [one for one in left if newest[one.data.get("head")] is not one]
@@ -164,7 +164,7 @@ class Courier:
             with self._speaking:
                 place = self._spoken.index(before)
                 self._spoken[place : place + 1] = [after] if after.outcome is Outcome.PENDING else []
-        told = {"id": after.id or None, "event": after.event, "message": after.message, "attempt": after.attempts}
+        told = {"id": after.id or None, "what": after.event, "message": after.message, "attempt": after.attempts}
         if after.outcome is Outcome.DELIVERED:
             self._log.info("told", **told, answer=after.answer)
         elif after.outcome is Outcome.DEAD:

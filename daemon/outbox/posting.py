@@ -8,17 +8,19 @@ import base64
 import hashlib
 import hmac
 import http.client
+import json
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from threading import Event, Timer
+from typing import Any
 from urllib.parse import urlsplit
 
 from daemon.layout import Home
-from daemon.outbox.told import MOST_LETTERS, Answer, body, in_a_line
+from daemon.outbox.told import MOST_LETTERS, Answer, in_a_line, payload
 from daemon.release import software_version
 from daemon.sections import Webhook
 from registry.records import Delivery
@@ -46,7 +48,11 @@ class Posting:
         self._cut()
 
     def deliver(self, delivery: Delivery) -> Answer:
-        return self.post(delivery.message, body(self._home, delivery))
+        return self.say(delivery.message, payload(self._home, delivery))
+
+    def say(self, message: str, event: Mapping[str, Any]) -> Answer:
+        """One attempt to tell of an event, as `payload` has it."""
+        return self.post(message, json.dumps(event).encode())
 
     def post(self, message: str, content: bytes) -> Answer:
         """One attempt to tell that."""

@@ -81,11 +81,11 @@ class Sender:
         self._watching: Thread | None = None
         self._log = structlog.get_logger()
         self.adopt(settings, endpoints(home, settings))
+        store.committed = self.wake
         if crashed or store.last_told(STALL) is Told.STALLED:
             reason = "crash" if crashed else "start"
             text = "the daemon runs again; the run before did not end by itself" if crashed else "the daemon runs again"
             store.announce(Happening(Told.RECOVERED, {"reason": reason, "text": text, "expert": None}))
-        store.committed = self.wake
 
     def adopt(self, settings: Settings, wanted: Sequence[Wanted]) -> None:
         """Tells those of the settings from here on. wanted: `endpoints` of them. Who stays as it is goes on as it did.

@@ -1,6 +1,5 @@
 """An event as others are told of it."""
 
-import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,11 +38,6 @@ def payload(home: Home, delivery: Delivery) -> dict[str, Any]:
         data |= {"folder": str(folder), "adapter": str(adapter) if adapter.is_dir() else None}
         data["path"] = f"/v1/heads/{head}/versions/{version}"
     return {"type": str(delivery.event), "timestamp": delivery.at.isoformat(timespec="milliseconds"), "data": data}
-
-
-def body(home: Home, delivery: Delivery) -> bytes:
-    """The same as bytes."""
-    return json.dumps(payload(home, delivery)).encode()
 
 
 def in_a_line(text: str) -> str:
