@@ -62,6 +62,7 @@ class Courier:
         self._known: dict[int, Delivery] = {}  # what became of deliveries, and is not written down yet
         self._spoken: list[Delivery] = []  # what the registry could not take
         self._speaking = Lock()
+        self._failed: Delivery | None = None  # the last one, where that failed
         self._woken, self._closing, self._idle = Event(), Event(), Event()
         self._log = structlog.get_logger().bind(to=endpoint.target)
         self._thread = Thread(target=self._work, name=f"courier-{endpoint.id}", daemon=True)
@@ -121,9 +122,8 @@ class Courier:
         if not self._write_down() and len(self._known) >= MOST_KNOWN:
             return SHORT_SECONDS
         for delivery in due:
-            now = datetime.now(UTC)
-            if delivery.next_at and delivery.next_at > now:
-                return (delivery.next_at - now).total_seconds()
+            if rest := self._rest_seconds(delivery):
+                return rest
             if self._closing.is_set():
                 return 0
             if not self._tried(delivery) or time.monotonic() - since > NOTE_SECONDS:
@@ -131,6 +131,15 @@ class Courier:
         if not self._write_down():
             return SHORT_SECONDS
         return 0 if len(due) >= BATCH else LOOK_SECONDS
+
+    def _rest_seconds(self, delivery: Delivery) -> float:
+        """How long to wait before it is tried. One that others went for waits as they did; one that is told again does
+        not.
+        """
+        last, until = self._failed, delivery.next_at
+        if last and last.next_at and delivery.id > last.id:
+            until = last.next_at
+        return max(0.0, (until - datetime.now(UTC)).total_seconds()) if until else 0.0
 
     def _due(self) -> list[Delivery]:
         """What is to be told, in order."""
@@ -154,7 +163,9 @@ class Courier:
             return False  # we ended it ourselves
         if answer.delivered:
             hit("delivery.made")
-        self._keep(delivery, _after(delivery, answer))
+        after = _after(delivery, answer)
+        self._failed = None if answer.delivered else after
+        self._keep(delivery, after)
         return answer.delivered
 
     def _keep(self, before: Delivery, after: Delivery) -> None:

@@ -18,7 +18,7 @@ from daemon.layout import Home
 from daemon.metrics import Metrics
 from daemon.outbox import couriers
 from daemon.outbox.sending import Sender, endpoints
-from registry import engine
+from registry import engine, outbox
 from registry.errors import DiskFull, StorageFailed
 from registry.reader import Reader
 from registry.records import Deed, Event, Happening, NewIntervention, Outcome, Status
@@ -118,6 +118,25 @@ def test_what_is_never_taken_is_given_up_and_told_again_when_asked_for(quiet: Ho
         assert [one.message for one in told[-HEADS:]] == [before[0].message, before[4].message]
         assert settled(store, *[Outcome.DELIVERED] * 2 * HEADS)
     assert count(metrics.registry, "mainstem_webhook_deliveries_total", outcome="dead") == HEADS
+
+
+def test_who_is_dead_is_not_tried_the_more_often_the_more_is_dropped_for_later_events(
+    quiet: Home, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(couriers, "FIRST_PAUSE_SECONDS", 1000.0)
+    monkeypatch.setattr(outbox, "MOST_ROWS", 3)
+    receiver.answer = lambda _: (500, "")
+    with telling(quiet, receiver.settings()) as (store, _, _metrics):
+        store.announce(Happening(Event.HELD, {"number": 0}))
+        receiver.wait(1)
+        assert until(lambda: store.pending(1, 1)[0].attempts == 1, SECONDS)
+        for number in range(1, 20):
+            store.announce(Happening(Event.HELD, {"number": number}))
+        receiver.answer = lambda _: (204, "")
+        store.redeliver([store.pending(1, 1)[0].id - 1])  # which went: nothing happens
+        assert len(receiver.requests) == 1 and store.endpoints()[0].dropped == 17
+    with telling(quiet, receiver.settings()):
+        assert [one.what for one in receiver.wait(4)[1:]] == ["held 17", "held 18", "held 19"]
 
 
 def test_who_does_not_answer_holds_up_nobody(quiet: Home, receiver: Receiver) -> None:
