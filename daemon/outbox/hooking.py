@@ -2,17 +2,21 @@
 
 import json
 import re
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from signal import SIGKILL
 from threading import Event
 
 from daemon.compute import commands
 from daemon.compute.processes import signal_name
-from daemon.layout import Home
+from daemon.layout import Home, number
 from daemon.outbox.told import MOST_LETTERS, Answer, in_a_line, payload
 from registry.records import Delivery
 
 MOST_BYTES = 4096  # of what it writes: the end is kept
+LINK_SECONDS = 5.0  # within which `latest` follows what was committed
+LOOK_SECONDS = 0.02
 
 
 class _Stopping(Exception):
@@ -37,6 +41,7 @@ class Hooking:
         if data["adapter"] is None and any("{adapter}" in word for word in self._command):
             return Answer(False, f"{data['head']}/{data['version']} has no adapter: set heads.{data['head']}.adapter")
         command = [filled(word, data) for word in self._command]
+        self._await_latest(data["head"], data["version"])
         written = bytearray()
 
         def hear(data: bytes) -> None:
@@ -56,6 +61,15 @@ class Hooking:
             more = ": the machine's memory may have run out" if status == -SIGKILL else ""
             return _answer(False, f"ended by {signal_name(-status)}{more}", written)
         return _answer(status == 0, f"exit status {status}", written)
+
+    def _await_latest(self, head: str, version: int) -> None:
+        """Until `latest` names that version, which is so a moment after it was committed; not for one that is no
+        longer live."""
+        end = time.monotonic() + LINK_SECONDS
+        with suppress(OSError):  # there is no link
+            while self._home.latest(head).readlink().name != number(version) and time.monotonic() < end:
+                if self._aborted.wait(LOOK_SECONDS):
+                    return
 
     def _wait(self) -> None:
         if self._aborted.is_set():

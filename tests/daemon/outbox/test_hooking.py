@@ -104,3 +104,18 @@ def test_it_ends_within_its_time_or_with_the_daemon(home: Home, end: str) -> Non
     assert answer.text.startswith("took longer than 0.3 s" if end == "time" else "ended with the daemon")
     if pid.exists() and pid.read_text():
         assert until(lambda: ended(int(pid.read_text())), SECONDS)
+
+
+def test_it_runs_once_latest_names_the_version(home: Home) -> None:
+    """Which it does a moment after the commit that the event came with."""
+    link = home.latest("main")
+    link.symlink_to("000011")
+
+    def follow() -> None:
+        new = link.with_name("new")
+        new.symlink_to("000012")
+        new.replace(link)
+
+    threading.Timer(0.1, follow).start()
+    answer = Hooking(home, ("readlink", str(link)), SECONDS).deliver(PUBLISHED)
+    assert answer.text == "exit status 0: 000012"
