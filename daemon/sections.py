@@ -14,7 +14,7 @@ from registry.records import Event
 
 SECRET_PREFIX = "whsec_"
 FEWEST_BYTES, MOST_BYTES = 24, 64  # of a secret, as Standard Webhooks has it
-SECRET_HINT = 'make one: echo "whsec_$(openssl rand -base64 32)"'
+SECRET_HINT = 'make one: echo "whsec_$(head -c 32 /dev/urandom | base64)"'
 
 
 class Section(BaseModel):
