@@ -5,8 +5,9 @@
 A registry alone, in a folder made in SCRATCH (removed afterwards): no model is merged, so that what an event costs is
 seen beside a commit and not beside a merge. Latency: from the commit's return to the request's arrival at a receiver on
 this machine, one after the other. Dead: so many refusals are recorded for an endpoint that refuses every connection,
-while a sender tries it; what each takes, in wall seconds and in CPU seconds of the thread that records it, is compared with a registry in which nobody wants to hear, in turn, block by
-block. Rows and bytes are the database's, with the endpoint and without.
+while a sender tries it; what each takes, in wall seconds and in CPU seconds of the thread that records it, is compared
+with a registry in which nobody wants to hear, in turn, block by block. Rows and bytes are the database's, with the
+endpoint and without.
 """
 
 import socket
