@@ -83,6 +83,7 @@ class Service:
         self._interrupted = False
         self._told = 0  # the newest expert that the log has spoken of
         self._attempts: Attempts | None = None  # once the home's lock is held
+        self._sender: Sender | None = None  # once it has recovered
         self._show: Callable[[float], None] = lambda _: None
 
     def run(self, *, once: bool = False, http: bool = True) -> None:
@@ -359,8 +360,9 @@ class Service:
     def _show_disk(self, *, full: bool) -> None:
         self._metrics.disk_full.set(full)
         if full:
-            why = Trouble("disk_full", "the disk is full: merging waits for space", "make room on its disk")
-            self._health.note(why)
+            self._health.note(
+                Trouble("disk_full", "the disk is full: merging waits for space", "make room on its disk")
+            )
         else:
             self._health.clear("disk_full")
 
@@ -397,7 +399,8 @@ class Service:
             token = write_token(self._home, settings.http)
             told = endpoints(self._home, settings)
             merger.adopt(settings)
-            self._sender.adopt(settings, told)
+            if self._sender:
+                self._sender.adopt(settings, told)
             if token != self._uploads.token:
                 self._log.info("the write token was changed", uploads="on" if token else "off")
             self._uploads.adopt(settings.http, token)
@@ -419,9 +422,8 @@ class Service:
         itself where it drains once and has waited for long."""
         if busy and self._busy_since is None:
             self._busy_since = time.monotonic()
-            self._health.note(
-                Trouble("registry", "another program holds the registry: merging waits for it", busy.hint)
-            )
+            text = "another program holds the registry: merging waits for it"
+            self._health.note(Trouble("registry", text, busy.hint))
             self._log.warning("another program holds the registry: waiting for it", hint=busy.hint)
         if not busy:
             self._health.clear("registry")
@@ -435,8 +437,7 @@ class Service:
 
     def _look(self, watching: Watching) -> str | None:
         """Listens to the inbox that is there now; why there is none, if so, which is told to whoever asks."""
-        why = watching.look()
-        if why:
+        if why := watching.look():
             self._health.note(Trouble("no_inbox", why, f"{watching.hint}: merging goes on by itself"))
         else:
             self._health.clear("no_inbox")
@@ -484,9 +485,8 @@ class Service:
     def _serve(self, closing: ExitStack) -> None:
         reader = closing.enter_context(Reader.open(self._home.registry))
         http = self._settings.http
-        hosts = Hosts(http.host, http.allowed_hosts)
         metrics = self._metrics.registry
-        asked = self._uploads, hosts, self._health
+        asked = self._uploads, Hosts(http.host, http.allowed_hosts), self._health
         app = create_app(self._home, reader, metrics, lambda: self._not_ready, *asked, proxies=http.trusted_proxies)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
