@@ -133,11 +133,11 @@ class Courier:
         return 0 if len(due) >= BATCH else LOOK_SECONDS
 
     def _rest_seconds(self, delivery: Delivery) -> float:
-        """How long to wait before it is tried. One that others went for waits as they did; one that is told again does
-        not.
+        """How long to wait before it is tried. Where the one before it was dropped, a webhook waits as it did for that;
+        a hook is tried at once with a newer version.
         """
         last, until = self._failed, delivery.next_at
-        if last and last.next_at and delivery.id > last.id:
+        if last and delivery.id > last.id and self.endpoint.kind is EndpointKind.WEBHOOK:
             until = last.next_at
         return max(0.0, (until - datetime.now(UTC)).total_seconds()) if until else 0.0
 

@@ -29,7 +29,7 @@ from daemon.outbox.told import Way
 from registry.errors import RegistryError, StorageFailed
 from registry.outbox import message
 from registry.reader import Reader
-from registry.records import Delivery, EndpointKind, Happening, NewEndpoint
+from registry.records import Delivery, Endpoint, EndpointKind, Happening, NewEndpoint
 from registry.records import Event as Told
 from registry.store import Store
 
@@ -93,14 +93,8 @@ class Sender:
         Raises RegistryError.
         """
         known = {(one.kind, one.target): one for one in self._store.follow_endpoints([w.endpoint for w in wanted])}
-        before, self._told = (
-            self._told,
-            {
-                one: self._told.get(one)
-                or Courier(known[one.endpoint.kind, one.endpoint.target], one.way(), self._reader, self._own.note, self)
-                for one in wanted
-            },
-        )
+        before = self._told
+        self._told = {one: before.get(one) or self._courier(one, known) for one in wanted}
         self._end([courier for one, courier in before.items() if one not in self._told], 0)
         for one in self._told.keys() - before.keys():
             self._told[one].start()
@@ -109,6 +103,10 @@ class Sender:
         if self._watching is None and self._heard():
             self._watching = Thread(target=self._watch, name="stalls", daemon=True)
             self._watching.start()
+
+    def _courier(self, wanted: Wanted, known: Mapping[tuple[EndpointKind, str], Endpoint]) -> Courier:
+        endpoint = known[wanted.endpoint.kind, wanted.endpoint.target]
+        return Courier(endpoint, wanted.way(), self._reader, self._own.note, self)
 
     @property
     def _couriers(self) -> list[Courier]:

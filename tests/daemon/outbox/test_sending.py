@@ -174,6 +174,18 @@ def test_a_hook_runs_for_the_newest_version_alone(quiet: Home) -> None:
     assert sorted((quiet.root / "ran").read_text().split()) == ["init/3", "main/2"]
 
 
+def test_a_hook_that_failed_is_tried_at_once_with_the_next_version(
+    quiet: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(couriers, "FIRST_PAUSE_SECONDS", 1000.0)
+    hook = {"published": ["sh", "-c", "[ $0 = main/2 ] || [ $0 = init/2 ]", "{head}/{version}"]}
+    with telling(quiet, Settings.model_validate({"hooks": hook})) as (store, _, _metrics):
+        store.commit(expert(1), versions(1))
+        assert until(lambda: any(one.attempts for one in store.pending(1, 10)), SECONDS)
+        store.commit(expert(2), versions(2))
+        assert settled(store, *[Outcome.OVERTAKEN] * HEADS, *[Outcome.DELIVERED] * HEADS)
+
+
 def test_who_comes_later_hears_what_comes_later_and_who_stays_is_not_disturbed(quiet: Home, receiver: Receiver) -> None:
     with receiving() as other, telling(quiet, receiver.settings()) as (store, sender, _):
         store.commit(expert(1), versions(1))
