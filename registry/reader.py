@@ -16,6 +16,7 @@ from registry.engine import REBUILD_HINT, check, connect, examine, reading, tran
 from registry.errors import Damaged, WrongRevision
 from registry.records import (
     BaseModel,
+    Deed,
     Delivery,
     Endpoint,
     Evaluation,
@@ -34,6 +35,7 @@ from registry.statements import (
     called,
     experts_in,
     fetch,
+    is_blocked,
     is_dead,
     is_kept,
     is_merged,
@@ -185,6 +187,10 @@ class Reader:
         """The expert, newest first, with those bytes, or that does the same to the base, that may not come back."""
         return self._one(Expert, blocked_as(sha256, content_sha256))
 
+    def kept_out(self) -> list[Expert]:
+        """Every expert that may not come back, oldest first."""
+        return self._all(Expert, select(ExpertRow).where(is_blocked).order_by(ExpertRow.id))
+
     def quarantined(self, limit: int = 100, before: int | None = None) -> list[Expert]:
         """The experts that were refused and that somebody has still to look after, newest first."""
         query = select(ExpertRow).where(is_open).order_by(ExpertRow.id.desc()).limit(limit)
@@ -252,6 +258,14 @@ class Reader:
                 for which in (is_pending, is_dead)
             )
         return pending, dead
+
+    def count_interventions(self, after: int = 0) -> tuple[dict[Deed, int], int]:
+        """How often people did each thing since the intervention with the id `after`, and the id of the last one."""
+        counted = InterventionRow.deed, func.count(InterventionRow.id), func.max(InterventionRow.id)
+        query = select(*counted).where(InterventionRow.id > after).group_by(InterventionRow.deed)
+        with self._read() as connection:
+            rows = connection.execute(query).all()
+        return {deed: count for deed, count, _ in rows}, max((last for _, _, last in rows), default=after)
 
     def count_open(self) -> int:
         """How many refused experts somebody has still to look after."""

@@ -5,13 +5,17 @@ a process group of its own, which ends with us, and is waited for until its time
 """
 
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector, SelectorKey
+from shutil import which
 from tempfile import TemporaryFile
 from time import monotonic
 
 from daemon.compute.processes import end, has_ended, leashed
+from daemon.errors import BadConfig
+from projector.text import shown
 
 SECRETS = ("MAINSTEM_TOKEN", "MAINSTEM_HTTP", "MAINSTEM_HTTP__WRITE_TOKEN", "MAINSTEM_WEBHOOKS")  # in any case
 READ_BYTES, PIPE_BYTES = 1 << 16, 4 << 20  # at a time; more than a pipe holds
@@ -29,6 +33,28 @@ class TookTooLong(Exception):
 def environment(more: Mapping[str, str] = {}) -> dict[str, str]:
     """What a command finds in its environment: ours without our secrets, and `more`."""
     return {name: value for name, value in os.environ.items() if name.upper() not in SECRETS} | dict(more)
+
+
+def check_program(setting: str, program: str, home: Path, more: Mapping[str, str] = {}) -> None:
+    """Raises BadConfig where the program of a command is not there, or is none. It is looked for as it would be run: in
+    the PATH of its own environment, or from the home where it is a path.
+    """
+    file = home.absolute() / program
+    if "/" not in program:
+        if not which(program, path=environment(more).get("PATH", os.defpath)):
+            own = ", or the one in evaluate.environment" if setting.startswith("evaluate") else ""
+            hint = f"install it, or give its whole path; the daemon's PATH counts{own}"
+            raise BadConfig(f"{setting}: no program {shown(program)} is on PATH", hint)
+    elif not file.is_file():
+        raise BadConfig(
+            f"{setting}: there is no file {shown(str(file))}",
+            "put it there, or give another path: a relative one counts from the home",
+        )
+    elif not os.access(file, os.X_OK):
+        raise BadConfig(
+            f"{setting}: {shown(str(file))} is not executable",
+            f'`chmod +x {shlex.quote(str(file))}`, or let the program that runs it come first, as "python"',
+        )
 
 
 def run(

@@ -49,6 +49,15 @@ def command_sha256(settings: Evaluate) -> str:
     return hashlib.sha256(said.encode()).hexdigest()
 
 
+def check_program(settings: Evaluate, home: Path) -> None:
+    """Raises BadConfig where the program of the command is not there, or is none."""
+    commands.check_program("evaluate.command", settings.command[0], home, _environment(settings))
+
+
+def _environment(settings: Evaluate) -> dict[str, str]:
+    return {name: value.get_secret_value() for name, value in settings.environment.items()}
+
+
 class Evaluator:
     """The command of `[evaluate]`. It runs in the home, by which a relative path in it is meant."""
 
@@ -83,11 +92,12 @@ class Evaluator:
             argument.replace(FOLDER, str(folder)).replace(OUTPUT, str(output)) for argument in self._settings.command
         ]
         settings = self._settings
-        more = {name: value.get_secret_value() for name, value in settings.environment.items()}
         told, hears = json.dumps(description).encode(), (heard.take_output, heard.take_error)
         waits = partial(self._watch.advance, 0)
         try:
-            status = commands.run(command, self._home, told, settings.timeout_seconds, hears, waits, more)
+            status = commands.run(
+                command, self._home, told, settings.timeout_seconds, hears, waits, _environment(settings)
+            )
         except commands.TookTooLong:
             raise NoScores(
                 f"the evaluator took longer than {settings.timeout_seconds:.6g} s and was stopped{heard.last()}",

@@ -175,10 +175,8 @@ class Sender:
         stalling = Stalling()
         while not self._closing.wait(min(30.0, self._settings.hooks.stalled_seconds / 10)):
             try:
-                settings = self._settings
-                scored = settings.evaluate.timeout_seconds if settings.evaluate.command else 0.0
                 found = condition(self._home, self._reader)
-                told = stalling.look(found, time.monotonic(), settings.hooks.stalled_seconds, scored)
+                told = stalling.look(found, time.monotonic(), self._settings.hooks.stalled_seconds)
                 if told and self._heard():
                     self.announce(told)
             except (OSError, RegistryError) as error:

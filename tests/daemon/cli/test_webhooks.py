@@ -78,7 +78,12 @@ def test_the_settings_are_checked_and_shown_without_the_secret(home: Home) -> No
     home.config.write_text(f'[[webhooks]]\nurl = "{URL}"\nsecret = "whsec_short"\n')
     wrong = forked("config", "check", "--home", home.root)
     assert wrong.returncode == 1 and f"the secret of webhook {URL}" in wrong.stderr
-    home.config.write_text(f'[[webhooks]]\nurl = "{URL}"\nsecret = "{SECRET}"\n')
+    hook = '[hooks]\npublished = ["/no/such/program", "{folder}"]\n'
+    home.config.write_text(hook)
+    missing = forked("config", "check", "--home", home.root)
+    assert missing.returncode == 1 and "hooks.published: there is no file /no/such/program" in missing.stderr
+    hook = hook.replace("/no/such/program", "true")
+    home.config.write_text(f'{hook}[[webhooks]]\nurl = "{URL}"\nsecret = "{SECRET}"\n')
     checked, shown, as_json = forked_each(
         [
             (*words, "--home", home.root)
