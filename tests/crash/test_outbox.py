@@ -17,7 +17,12 @@ TOLD = ["published 1", "published 1", "refused c.safetensors"]  # of two heads
 
 
 @pytest.mark.parametrize(
-    ("failpoint", "unwritten"), [("commit.after=kill", 0), (f"{MADE}=kill", 1), (f"{MADE}=kill:2", 2)]
+    ("failpoint", "unwritten"),
+    [
+        ("commit.after=kill", 0),
+        pytest.param(f"{MADE}=kill", 1, marks=pytest.mark.slow),
+        (f"{MADE}=kill:2", 2),
+    ],
 )
 def test_what_happened_is_told_whenever_the_process_dies(
     failpoint: str, unwritten: int, world: World, make_folder: MakeFolder
