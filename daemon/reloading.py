@@ -72,10 +72,9 @@ def taken_up(now: Settings, wanted: Settings) -> Settings:
                 if is_live(f"{table}.{key}")
             }
         )
-        for table, section in now
-        if table != "heads"
+        for table, section in now.sections().items()
     }
-    return now.model_copy(update=sections)
+    return now.model_copy(update={**sections, "webhooks": wanted.webhooks})
 
 
 def differences(one: Settings, other: Settings) -> list[tuple[str, Any, Any]]:
@@ -90,11 +89,11 @@ def _values(settings: Settings) -> dict[str, Any]:
     """As `flat`, with what a secret really is: only to be compared."""
     secrets = {
         f"{table}.{key}": value
-        for table, section in settings
-        if table != "heads"
+        for table, section in settings.sections().items()
         for key, value in section
         if isinstance(value, SecretStr | dict)  # one that may have secrets in it
     }
+    secrets |= {f"webhooks.{n}.secret": webhook.secret for n, webhook in enumerate(settings.webhooks)}
     return settings.flat() | secrets
 
 

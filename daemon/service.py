@@ -35,6 +35,7 @@ from daemon.merge.lingering import Lingering
 from daemon.merge.merger import Merger
 from daemon.merge.outcome import logged_progress, tell, timed
 from daemon.metrics import Metrics
+from daemon.outbox.sending import Sender, endpoints
 from daemon.reloading import Read, Reloading, Stop, hearing, wake
 from daemon.versions.retention import collect
 from projector.errors import ProjectorError
@@ -83,6 +84,7 @@ class Service:
         self._interrupted = False
         self._told = 0  # the newest expert that the log has spoken of
         self._attempts: Attempts | None = None  # once the home's lock is held
+        self._sender: Sender | None = None  # once it has recovered
         self._show: Callable[[float], None] = lambda _: None
 
     def run(self, *, once: bool = False, http: bool = True) -> None:
@@ -115,7 +117,9 @@ class Service:
         check_heads(self._settings, [head.name for head in store.heads()])
         if http:
             self._serve(closing)
+        crashed = not self._home.clean.exists()
         self._recover(store, once)
+        self._sender = closing.enter_context(Sender(self._home, store, self._settings, self._metrics, crashed, once))
         progress = Progress(self._stopping, self._report, self._fell_back)
         try:
             merger = Merger(self._home, store, self._settings, progress, self._judging)
@@ -346,8 +350,9 @@ class Service:
     def _show_disk(self, *, full: bool) -> None:
         self._metrics.disk_full.set(full)
         if full:
-            why = Trouble("disk_full", "the disk is full: merging waits for space", "make room on its disk")
-            self._health.note(why)
+            self._health.note(
+                Trouble("disk_full", "the disk is full: merging waits for space", "make room on its disk")
+            )
         else:
             self._health.clear("disk_full")
 
@@ -386,7 +391,10 @@ class Service:
 
         def adopt(settings: Settings) -> None:
             token = write_token(self._home, settings.http)
+            told = endpoints(self._home, settings)
             merger.adopt(settings)
+            if self._sender:
+                self._sender.adopt(settings, told)
             if token != self._uploads.token:
                 self._log.info("the write token was changed", uploads="on" if token else "off")
             self._uploads.adopt(settings.http, token)
@@ -408,9 +416,8 @@ class Service:
         itself where it drains once and has waited for long."""
         if busy and self._busy_since is None:
             self._busy_since = time.monotonic()
-            self._health.note(
-                Trouble("registry", "another program holds the registry: merging waits for it", busy.hint)
-            )
+            text = "another program holds the registry: merging waits for it"
+            self._health.note(Trouble("registry", text, busy.hint))
             self._log.warning("another program holds the registry: waiting for it", hint=busy.hint)
         if not busy:
             self._health.clear("registry")
@@ -424,8 +431,7 @@ class Service:
 
     def _look(self, watching: Watching) -> str | None:
         """Listens to the inbox that is there now; why there is none, if so, which is told to whoever asks."""
-        why = watching.look()
-        if why:
+        if why := watching.look():
             self._health.note(Trouble("no_inbox", why, f"{watching.hint}: merging goes on by itself"))
         else:
             self._health.clear("no_inbox")

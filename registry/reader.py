@@ -18,11 +18,15 @@ from registry.errors import Damaged, WrongRevision
 from registry.records import (
     BaseModel,
     Deed,
+    Delivery,
+    Endpoint,
     Evaluation,
+    Event,
     Expert,
     Flag,
     Head,
     Intervention,
+    Outcome,
     Status,
     Version,
 )
@@ -34,16 +38,28 @@ from registry.statements import (
     experts_in,
     fetch,
     is_blocked,
+    is_dead,
     is_kept,
     is_merged,
     is_open,
+    is_pending,
     is_unneeded,
     lineage_after,
     merged_as,
     merged_content,
     newest_experts,
 )
-from registry.tables import EvaluationRow, ExpertRow, HeadRow, HomeRow, InterventionRow, TallyRow, VersionRow
+from registry.tables import (
+    DeliveryRow,
+    EndpointRow,
+    EvaluationRow,
+    ExpertRow,
+    HeadRow,
+    HomeRow,
+    InterventionRow,
+    TallyRow,
+    VersionRow,
+)
 
 PAGE = 1000  # ids in one question
 
@@ -227,6 +243,43 @@ class Reader:
         """What people did, newest first; the next page is what lies `before` the last id of this one."""
         query = select(InterventionRow).order_by(InterventionRow.id.desc()).limit(limit)
         return self._all(Intervention, query if before is None else query.where(InterventionRow.id < before))
+
+    def endpoints(self) -> list[Endpoint]:
+        """Who is told of events."""
+        return self._all(Endpoint, select(EndpointRow).order_by(EndpointRow.id))
+
+    def deliveries(self, limit: int = 100, before: int | None = None, outcome: Outcome | None = None) -> list[Delivery]:
+        """What was told, and is to be told, newest first; the next page is what lies `before` the last id of this."""
+        query = select(DeliveryRow).order_by(DeliveryRow.id.desc()).limit(limit)
+        query = query if before is None else query.where(DeliveryRow.id < before)
+        which = {Outcome.DEAD: is_dead, Outcome.PENDING: is_pending}
+        if outcome is not None:
+            query = query.where(which.get(outcome, DeliveryRow.outcome == outcome))
+        return self._all(Delivery, query)
+
+    def delivery(self, delivery_id: int) -> Delivery | None:
+        """One delivery."""
+        return self._one(Delivery, select(DeliveryRow).where(DeliveryRow.id == delivery_id))
+
+    def pending(self, endpoint_id: int, limit: int) -> list[Delivery]:
+        """What an endpoint is still to be told, in order."""
+        query = select(DeliveryRow).where(DeliveryRow.endpoint == endpoint_id, is_pending)
+        return self._all(Delivery, query.order_by(DeliveryRow.id).limit(limit))
+
+    def last_told(self, events: Collection[Event]) -> Event | None:
+        """Which of these events anybody was told of, or is to be, last."""
+        query = select(DeliveryRow).where(DeliveryRow.event.in_(events)).order_by(DeliveryRow.id.desc()).limit(1)
+        found = self._one(Delivery, query)
+        return found.event if found else None
+
+    def count_undelivered(self) -> tuple[int, int]:
+        """How many deliveries are pending, and how many are dead."""
+        with self._read() as connection:
+            pending, dead = (
+                connection.execute(select(func.count()).select_from(DeliveryRow).where(which)).scalar_one()
+                for which in (is_pending, is_dead)
+            )
+        return pending, dead
 
     def count_interventions(self, after: int = 0) -> tuple[dict[Deed, int], int]:
         """How often people did each thing since the intervention with the id `after`, and the id of the last one."""

@@ -28,6 +28,8 @@ from registry.errors import BadRecord, StaleHead
 from registry.records import (
     BaseModel,
     Deed,
+    Delivery,
+    Endpoint,
     Evaluation,
     Expert,
     Flag,
@@ -39,9 +41,9 @@ from registry.records import (
     Status,
     Version,
 )
-from registry.tables import AnyText, ExpertRow, HeadRow, InterventionRow, VersionRow
+from registry.tables import AnyText, DeliveryRow, ExpertRow, HeadRow, InterventionRow, VersionRow
 
-Record = TypeVar("Record", BaseModel, Head, Expert, Version, Evaluation, Intervention)
+Record = TypeVar("Record", BaseModel, Head, Expert, Version, Evaluation, Intervention, Endpoint, Delivery)
 
 # These in the words of the indexes: with bound values in them SQLite would not take the index.
 given_name = func.json_extract(ExpertRow.about, literal_column("'$.name'"), type_=AnyText())  # in its expert.json
@@ -50,6 +52,8 @@ is_blocked = ExpertRow.blocked == literal_column("1")
 is_open = and_(ExpertRow.status == literal_column("'quarantined'"), ExpertRow.closed_at.is_(None))
 is_kept = VersionRow.collected == literal_column("0")
 is_unneeded = and_(is_kept, *(column == literal_column("0") for column in (VersionRow.pinned, VersionRow.trained)))
+is_pending = DeliveryRow.outcome == literal_column("'pending'")
+is_dead = DeliveryRow.outcome == literal_column("'dead'")
 NOWHERE = ""  # the place of an expert that never came
 _LAST = "\U0010ffff"  # behind every letter
 PROGRAM_HINT = "this is a fault in the program: please report it"

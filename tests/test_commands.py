@@ -38,6 +38,28 @@ live() { patiently grep --fixed-strings "$(printf %06d "$1")" home/published/mai
 """
 HOME = "mainstem init home --base my-model\n"
 DAEMON = "mainstem run --home home &\nlistening\n"
+RECEIVER = """
+cat > receiver.py <<'THE END'
+import os
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(204)
+        self.end_headers()
+
+HTTPServer(("127.0.0.1", int(os.environ["MAINSTEM_HTTP__PORT"])), Handler).serve_forever()
+THE END
+python receiver.py &
+patiently curl --data x http://127.0.0.1:8765/
+cat >> home/mainstem.toml <<'THE END'
+[[webhooks]]
+url = "http://127.0.0.1:8765/"
+allow_private = true
+secret_file = "webhook-secret"
+THE END
+"""
 MERGED = HOME + "cp -r my-finetune home/inbox/\nmainstem run --home home --once --no-http\n"
 
 
@@ -79,6 +101,7 @@ PAGES = {
         end='grep -q "<h1>mainstem report" report.html\n',
     ),
     "docs/settings.md": Page(before=HOME),
+    "docs/hooks.md": Page(before=HOME + RECEIVER, end="grep -F whsec_ home/webhook-secret\n"),
     "docs/study.md": Page(end="grep -q 'mainstem init HOME --base my-model' study/study.json\n"),
     "docs/operating.md": Page(
         before=HOME + DAEMON + "cp -r my-finetune home/inbox/\nlive 1\n",

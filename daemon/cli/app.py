@@ -38,6 +38,7 @@ from daemon.cli import (
     unblock,
     unpin,
     verify,
+    webhooks,
 )
 from daemon.cli.common import KNOWN, SAFE, complain
 
@@ -58,6 +59,7 @@ for command in VERBS:
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(config.app, name="config")
 app.add_typer(quarantine.app, name="quarantine")
+app.add_typer(webhooks.app, name="webhooks")
 
 
 @app.callback(invoke_without_command=True)

@@ -41,6 +41,7 @@ POINTS = (
 IDLE_POINTS = ("prepared.before", "prepared.after")  # passed while nothing arrives
 GATE_POINTS = ("evaluate.before", "evaluate.after")  # where a version is evaluated
 DEED_POINTS = ("turn.after", "case.moved")  # where a person changes the home
+OUTBOX_POINTS = ("delivery.made",)  # where others were told, and it is not written down yet
 
 _passes: dict[str, int] = {}
 

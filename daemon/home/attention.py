@@ -23,8 +23,8 @@ _COMMAND = re.compile(r"`(mainstem [^`<>]+)`")
 class Matter:
     """One thing that needs a person.
 
-    kind: trouble, paused, held, refused or incomplete. text: what it is, and why. hint: what to do, as far as no
-    command says it. commands: any of them ends it. expert: the id of the one that it is about.
+    kind: trouble, paused, held, incomplete, undelivered or refused. text: what it is, and why. hint: what to do, as far
+    as no command says it. commands: any of them ends it. expert: the id of the one that it is about.
     """
 
     kind: str
@@ -46,7 +46,7 @@ def attention(now: Condition, reader: Reader) -> list[Matter]:
             nor = ", nor will the next be" if stays.frozen else ""
             text = f"{called(head.name, stays.version)}, the newest, is not live{nor}: {stays.why}"
             found.append(Matter("held", text, commands=(stays.command,)))
-    return found + _incomplete(now) + _refused(reader)
+    return found + _incomplete(now) + _undelivered(reader) + _refused(reader)
 
 
 def _trouble(text: str, hint: str) -> Matter:
@@ -70,6 +70,16 @@ def _incomplete(now: Condition) -> list[Matter]:
 
 def _inspect(name: str) -> str:
     return f"mainstem inspect {shlex.quote(f'inbox/{name}')}"
+
+
+def _undelivered(reader: Reader) -> list[Matter]:
+    """What webhooks and hooks were not told, and will not be by itself."""
+    _, dead = reader.count_undelivered()
+    if not dead:
+        return []
+    text = f"webhooks and hooks were not told, for hours, of {dead} {'event' if dead == 1 else 'events'}: given up"
+    commands = ("mainstem webhooks redeliver --all-dead",)
+    return [Matter("undelivered", text, "`mainstem webhooks list` says what their receivers answered", commands)]
 
 
 def _refused(reader: Reader) -> list[Matter]:

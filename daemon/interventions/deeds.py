@@ -31,7 +31,8 @@ class Request:
 
     experts: their ids; to withdraw, where a version is given instead, those that came after it. replay: withdraw by
     merging the others again in any case. evaluation: what was found of a version, or of one expert by itself. verdict,
-    held: what its rules say of the version since, and why it is held by that, where the gate held it.
+    held: what its rules say of the version since, and why it is held by that, where the gate held it. deliveries: what
+    is to be told once more; of none, all that is dead.
     """
 
     deed: Deed
@@ -44,6 +45,7 @@ class Request:
     evaluation: NewEvaluation | None = None
     verdict: Mapping[str, Any] | None = None
     held: str | None = None
+    deliveries: tuple[int, ...] = ()
 
     @property
     def named(self) -> tuple[str, int]:
@@ -81,6 +83,8 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
             return cases.check(home, _experts(reader, request), request.deed)
         case Deed.EVALUATE:
             return ["kept"]
+        case Deed.REDELIVER:
+            return _redeliver(reader, request)
         case Deed.WITHDRAW | Deed.COLLECT:
             raise AssertionError("not to be planned here")
 
@@ -112,9 +116,20 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
                 cases.close(home, store, expert, replace(request.intervention, experts=(expert.id,)))
         case Deed.EVALUATE:
             _keep(store, request)
+        case Deed.REDELIVER:
+            store.redeliver(request.deliveries or None)
         case Deed.WITHDRAW | Deed.COLLECT:
             raise AssertionError("not to be done here")
     return done
+
+
+def _redeliver(reader: Reader, request: Request) -> list[str]:
+    for number in request.deliveries:
+        if reader.delivery(number) is None:
+            raise BadHome(f"there is no delivery {number}", "`mainstem webhooks list` lists them")
+    count = len(set(request.deliveries)) or reader.count_undelivered()[1]
+    told = "is" if count == 1 else "are"
+    return [f"{count} {told} told again, by the daemon that runs or the next one"] if count else []
 
 
 def _keep(store: Store, request: Request) -> None:

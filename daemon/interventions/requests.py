@@ -286,7 +286,8 @@ def _read(path: Path) -> Request:
     with path.open("rb") as file:
         content = json.loads(file.read(MOST_BYTES))
     content["deed"] = Deed(content["deed"])
-    content["experts"] = tuple(int(number) for number in content["experts"])
+    for name in ("experts", "deliveries"):
+        content[name] = tuple(int(number) for number in content.get(name, ()))
     if found := content["evaluation"]:
         scores = {task: Score(**score) for task, score in found.pop("scores").items()}
         content["evaluation"] = NewEvaluation(scores=scores, **found)

@@ -102,3 +102,11 @@ def test_growth_with_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     found = measured(monkeypatch, tmp_path, "growth_size", str(tmp_path), "--layers", "1", "2", "--experts", "3")
     small, large = found["sizes"]
     assert large["model_bytes"] > 1.5 * small["model_bytes"]
+
+
+def test_webhooks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("bench.webhooks.COMMITS", 3)
+    monkeypatch.setattr("bench.webhooks.BLOCK", 4)
+    found = measured(monkeypatch, tmp_path, "webhooks", str(tmp_path), "--events", "8")
+    assert (found["rows"], found["dropped"]) == (8, 0)
+    assert found["latency_seconds"] > 0 and found["event_cpu_seconds"] > 0

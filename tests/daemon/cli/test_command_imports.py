@@ -43,7 +43,9 @@ def test_help_imports_not_even_the_registry() -> None:
     assert sorted(imported("--help") & (SLOW | {"sqlalchemy", "watchdog"})) == []
 
 
-@pytest.mark.parametrize("words", [("rollback", "0"), ("pin", "0"), ("quarantine", "list")], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words", [("rollback", "0"), ("pin", "0"), ("quarantine", "list"), ("webhooks", "list")], ids=lambda words: words[0]
+)
 def test_what_a_person_does_at_once_waits_for_no_tensor(home: Home, words: tuple[str, ...]) -> None:
     found = imported(*words, "--home", str(home.root))
     assert sorted(found & {"torch", "numpy", "safetensors", "starlette", "prometheus_client"}) == []

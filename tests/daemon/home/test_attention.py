@@ -12,8 +12,19 @@ from daemon.home.attention import CASES, Matter, attention
 from daemon.home.condition import condition
 from daemon.home.presence import Presence
 from daemon.layout import Home
-from registry.records import Deed, NewExpert, NewIntervention, Status
+from registry.records import (
+    Deed,
+    EndpointKind,
+    Event,
+    Happening,
+    NewEndpoint,
+    NewExpert,
+    NewIntervention,
+    Outcome,
+    Status,
+)
 from registry.store import Store
+from tests.daemon.processes import forked
 
 
 def matters(home: Home, store: Store) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -66,3 +77,20 @@ def test_what_is_refused_and_held(home: Home) -> None:
         assert matters(home, store)[0] == ("held", held, ("mainstem promote main/0",))
     os.close(lock)
     presence.ends()
+
+
+def test_what_nobody_could_be_told_and_is_given_up(home: Home) -> None:
+    endpoint = NewEndpoint(EndpointKind.WEBHOOK, "https://example.com/", tuple(Event))
+    with Store.open(home.registry) as store:
+        store.follow_endpoints([endpoint])
+        store.announce(Happening(Event.STALLED, {}))
+        (pending,) = store.pending(store.endpoints()[0].id, 10)
+        before = matters(home, store)
+        store.note_deliveries([replace(pending, outcome=Outcome.DEAD)])
+        (found,) = [one for one in matters(home, store) if one not in before]
+        kind, text, (command,) = found
+        assert (kind, "of 1 event:" in text) == ("undelivered", True)
+    assert forked(*command.split()[1:], "--home", home.root).returncode == 0  # and what it says works
+    with Store.open(home.registry) as store:
+        assert matters(home, store) == before
+        store.follow_endpoints([])
