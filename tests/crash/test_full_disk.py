@@ -19,7 +19,7 @@ from tests.crash.worlds import FULL, World, drain, fill_inbox, outcome, settle, 
 
 PLENTY = 64 << 20
 PAGE = 4096
-ENOUGH_PAGES = 400  # more than a whole run needs
+ENOUGH_PAGES = 660  # more than a whole run needs, with what the desk sets aside
 PATIENCE_SECONDS = 30.0
 
 
