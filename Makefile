@@ -50,8 +50,9 @@ docs: $(READY)  ## write the generated parts of docs/
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m bench.side_by_side
 
-system:  ## Debian's Prometheus and Chromium for the tests that use them (as root)
-	apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus chromium
+system:  ## Debian's Prometheus, Alertmanager, Chromium and systemd for the tests that use them (as root)
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager chromium systemd
 
 # W: a folder on the disk to measure, with 15 GB free; the checkpoints made there stay, to be used again.
 # FUSIONBENCH_PYTHON, MERGEKIT_PYTHON: the other tools' pythons (bench/README.md); without one its rows say so.
@@ -69,6 +70,8 @@ bench: $(READY) $(CLIP)/expert-005/model.safetensors $(LLAMA)/expert-003/model.s
 	$(BIN)/python -m bench.growth_experts $(W)
 	$(BIN)/python -m bench.growth_size $(W)
 	$(BIN)/python -m bench.gate $(W)
+	$(BIN)/python -m bench.scrape $(W)
+	$(BIN)/python -m bench.webhooks $(W)
 	$(BIN)/python -m bench.gpu
 	$(BIN)/python -m bench.report
 

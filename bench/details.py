@@ -179,6 +179,35 @@ def gate(figures: Figures) -> list[str]:
     ]
 
 
+def scrape(figures: Figures) -> list[str]:
+    rows = (
+        (str(one["heads"]), f"{one['seconds'] * 1e3:.1f}", f"{one['bytes'] / 1e3:.0f} kB", str(one["series"]))
+        for one in figures["scrapes"]
+    )
+    return [
+        *text("One scrape of `/metrics`, uncompressed, with 32 tasks of each head; the median of 50."),
+        "",
+        *_table(("heads", "ms", "size", "series"), rows),
+    ]
+
+
+def webhooks(figures: Figures) -> list[str]:
+    def row(name: str, suffix: str) -> tuple[str, ...]:
+        measured = [figures[f"event_{what}{suffix}"] for what in ("cpu_seconds", "seconds", "seconds_worst")]
+        return name, *(f"{1e3 * value:.3g}" for value in measured)
+
+    soon, worst = (f"{1e3 * figures[what]:.3g} ms" for what in ("latency_seconds", "latency_worst_seconds"))
+    return [
+        *text(
+            f"From a commit's return to the request at a receiver here: {soon}, at worst {worst}. Then",
+            f"{figures['events']} events for an endpoint that refuses every connection: {figures['rows']} rows and",
+            f"{_size(figures['bytes'])} stay. An event comes with each arrival and costs whoever records it:",
+        ),
+        "",
+        *_table(("", "CPU ms", "ms", "at worst"), (row("nobody is told", "_without"), row("a dead endpoint", ""))),
+    ]
+
+
 def gpu(figures: Figures) -> list[str]:
     """Every step of bench/gpu.sh: how it ended, and the figures of those that found any."""
     steps: Mapping[str, Mapping[str, Any]] = figures["steps"]
@@ -254,6 +283,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Figures], list[str]]]] = {
     "growth_experts": ("Growth with the experts before", growth_experts),
     "growth_size": ("Growth with the model", growth_size),
     "gate": ("The gate, and back", gate),
+    "scrape": ("A scrape", scrape),
+    "webhooks": ("Webhooks", webhooks),
     "gpu": ("On a GPU", gpu),
 }
 

@@ -17,11 +17,12 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.errors import RESUMABLE, BadConfig, Reason
 from daemon.requirements import Rule, parse
+from daemon.sections import Adapter, HeadSettings, Hooks, Section, Webhook, flat_webhooks
 from projector.errors import Reason as ProjectorReason
 from projector.names.naming import Naming, check_prefixes
 from projector.text import listed, shown
@@ -38,6 +39,8 @@ LIVE = (
     "retention.*",
     "admission.*",
     "evaluate.*",
+    "hooks.*",
+    "webhooks.*",
     "log.level",
 )
 """What a running daemon takes up; everything else is fixed when it starts."""
@@ -64,14 +67,9 @@ EXAMPLES = {
     "environment": '{"HF_HOME": "/data"}',
     "require": '["each >= live - 0.02"]',
     "heads": '["main"]',
+    "published": '[["reload", "{folder}"]]',
 }
 """Settings that are lists or tables, as JSON."""
-
-
-class Section(BaseModel):
-    """One table of mainstem.toml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Http(Section):
@@ -155,21 +153,6 @@ class Publish(Section):
     shard_bytes: ByteSize = Field(
         ByteSize(0), ge=0, description="largest weights file before it is split; 0 takes the files that the base has"
     )
-
-
-class Adapter(Section):
-    """A LoRA adapter beside each version's weights."""
-
-    rank: int = Field(ge=1, le=65536, description="also publish the merged task vector as a LoRA adapter of this rank")
-    names: Literal["base", "experts"] = Field(
-        "base", description="its modules' names: as in the base's files, or by admission.prefixes as in the experts"
-    )
-
-
-class HeadSettings(Section):
-    """What is published of one head."""
-
-    adapter: Adapter | None = None
 
 
 class Retention(Section):
@@ -278,12 +261,25 @@ class Settings(BaseSettings):
     retention: Retention = Retention()
     admission: Admission = Admission()
     evaluate: Evaluate = Evaluate()
+    hooks: Hooks = Hooks()
     log: Log = Log()
+    webhooks: tuple[Webhook, ...] = ()
     heads: dict[str, HeadSettings] = {}
 
+    @field_validator("webhooks")
+    @classmethod
+    def _webhooks(cls, webhooks: tuple[Webhook, ...]) -> tuple[Webhook, ...]:
+        if len({webhook.url for webhook in webhooks}) < len(webhooks):
+            raise ValueError("a URL stands there twice")
+        return webhooks
+
+    def sections(self) -> dict[str, Section]:
+        """The tables that every home has, by their names."""
+        return {name: table for name, table in self if isinstance(table, Section)}
+
     def flat(self) -> dict[str, Any]:
-        """Every setting by its dotted name, in order; those of heads, where they are set, last."""
-        tables = self.model_dump(mode="json")
+        """Every setting by its dotted name, in order; those of webhooks and heads, where they are set, last."""
+        tables = self.model_dump(mode="json", exclude={"webhooks"})
         heads = tables.pop("heads")
         values = {f"{table}.{key}": value for table, section in tables.items() for key, value in section.items()}
         adapters = {
@@ -291,7 +287,7 @@ class Settings(BaseSettings):
             for name, head in heads.items()
             for key, value in (head["adapter"] or {}).items()
         }
-        return {**values, **adapters}
+        return {**values, **flat_webhooks(self.webhooks), **adapters}
 
 
 def load(path: Path | None, flags: Mapping[str, Mapping[str, Any]] | None = None, *, needed: bool = False) -> Settings:
@@ -439,7 +435,7 @@ def strangers() -> list[str]:
 
 def _check_json(given: str, table: str, key: str) -> None:
     """Refuses a list or a table in the environment that is no JSON."""
-    default = getattr(getattr(Settings.model_construct(), table), key, None) if table != "heads" else None
+    default = getattr(Settings.model_construct().sections().get(table), key, None)
     if isinstance(default, tuple | Mapping):
         try:
             json.loads(os.environ[given])
@@ -472,18 +468,20 @@ def _check_environment() -> None:
 
 def described() -> list[tuple[str, str, str]]:
     """(name, default, description) of every setting, for listings and docs/settings.md."""
-    defaults = Settings.model_construct()
-    return [
-        (f"{table}.{key}", _shown(getattr(getattr(defaults, table), key)), field.description or "")
-        for table in Settings.model_fields
-        if table != "heads"  # as many rows as a home has heads: `meaning` knows them
-        for key, field in type(getattr(defaults, table)).model_fields.items()
+    return [  # but for heads', which have as many rows as a home has heads: `meaning` knows them
+        (f"{table}.{key}", _shown(getattr(section, key)), field.description or "")
+        for table, section in Settings.model_construct().sections().items()
+        for key, field in type(section).model_fields.items()
+    ] + [
+        (f"webhooks.*.{key}", "" if field.is_required() else _shown(field.default), field.description or "")
+        for key, field in Webhook.model_fields.items()
     ]
 
 
 def meaning(name: str) -> tuple[str, str]:
     """(default, description) of the setting with that dotted name."""
     fixed = {setting: (default, text) for setting, default, text in described()}
+    name = re.sub(r"^webhooks\.\d+\.", "webhooks.*.", name)
     if name in fixed:
         return fixed[name]
     return "-", Adapter.model_fields[name.rpartition(".")[2]].description or ""
@@ -491,5 +489,5 @@ def meaning(name: str) -> tuple[str, str]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return str(list(value))  # as TOML has it
+        return str([str(one) if isinstance(one, str) else one for one in value])  # as TOML has it
     return str(value).lower() if isinstance(value, bool) else str(value)

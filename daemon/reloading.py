@@ -18,6 +18,7 @@ from pydantic import SecretStr
 
 from daemon.config import Settings, check_heads, is_live
 from daemon.errors import BadConfig
+from daemon.home.supervision import Supervision
 from daemon.metrics import Metrics
 
 Read = Callable[[], Settings]
@@ -71,10 +72,9 @@ def taken_up(now: Settings, wanted: Settings) -> Settings:
                 if is_live(f"{table}.{key}")
             }
         )
-        for table, section in now
-        if table != "heads"
+        for table, section in now.sections().items()
     }
-    return now.model_copy(update=sections)
+    return now.model_copy(update={**sections, "webhooks": wanted.webhooks})
 
 
 def differences(one: Settings, other: Settings) -> list[tuple[str, Any, Any]]:
@@ -89,11 +89,11 @@ def _values(settings: Settings) -> dict[str, Any]:
     """As `flat`, with what a secret really is: only to be compared."""
     secrets = {
         f"{table}.{key}": value
-        for table, section in settings
-        if table != "heads"
+        for table, section in settings.sections().items()
         for key, value in section
         if isinstance(value, SecretStr | dict)  # one that may have secrets in it
     }
+    secrets |= {f"webhooks.{n}.secret": webhook.secret for n, webhook in enumerate(settings.webhooks)}
     return settings.flat() | secrets
 
 
@@ -108,17 +108,23 @@ def wake(*events: Event) -> None:
 
 
 class Stop(Event):
-    """An event that a signal handler may set: `ask`. It is set at once for whoever looks, soon for whoever waits."""
+    """An event that a signal handler may set: `ask`. It is set at once for whoever looks, soon for whoever waits.
 
-    def __init__(self) -> None:
+    Who looks shows that he goes on.
+    """
+
+    def __init__(self, supervision: Supervision) -> None:
         super().__init__()
+        self._supervision = supervision
         self._asked = False
 
     def ask(self) -> None:
         self._asked = True
+        self._supervision.stops()
         wake(self)
 
     def is_set(self) -> bool:
+        self._supervision.beat()
         return self._asked or super().is_set()
 
 

@@ -1,7 +1,6 @@
 """The daemon: recovers, watches the inbox, merges what has settled, serves HTTP, and stops when it is told to."""
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,22 +18,24 @@ from daemon.arrivals.inbox_folder import Watching
 from daemon.arrivals.uploads import Uploads, write_token
 from daemon.checkpoints.unfinished import said_by
 from daemon.compute.progress import Abandoned, Progress
-from daemon.compute.resources import memory_budget, return_freed_memory, reuse_freed_memory
+from daemon.compute.resources import device_name, memory_budget, return_freed_memory, reuse_freed_memory
 from daemon.config import Settings, check_heads
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
 from daemon.home.health import Health, Trouble
-from daemon.home.presence import Presence
+from daemon.home.presence import Presence, lock
 from daemon.home.recovery import mark_clean, recover
+from daemon.home.supervision import Supervision
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.interventions.requests import Desk
-from daemon.interventions.withdrawing import withdraw_waiting
+from daemon.interventions.waiting import answer_waiting
 from daemon.layout import Home
 from daemon.logs import configure
 from daemon.merge.lingering import Lingering
 from daemon.merge.merger import Merger
 from daemon.merge.outcome import logged_progress, tell, timed
 from daemon.metrics import Metrics
+from daemon.outbox.sending import Sender, endpoints
 from daemon.reloading import Read, Reloading, Stop, hearing, wake
 from daemon.versions.retention import collect
 from projector.errors import ProjectorError
@@ -70,11 +71,12 @@ class Service:
         self._log = structlog.get_logger()
         self._metrics = Metrics()
         self._reloading = Reloading(read or (lambda: settings), self._metrics)
-        self._presence = Presence(home)
+        self._supervision = Supervision()
+        self._presence = Presence(home, self._supervision.hears)
         self._health = Health(home, self._presence.wrong)
         self._wake = Event()
         self._uploads = Uploads(home, settings.http, self._metrics.uploaded, self._wake.set)
-        self._stopping = Stop()
+        self._stopping = Stop(self._supervision)
         self._signalled = Event()
         self._not_ready: str | None = "recovering"
         self._busy_since: float | None = None
@@ -82,6 +84,7 @@ class Service:
         self._interrupted = False
         self._told = 0  # the newest expert that the log has spoken of
         self._attempts: Attempts | None = None  # once the home's lock is held
+        self._sender: Sender | None = None  # once it has recovered
         self._show: Callable[[float], None] = lambda _: None
 
     def run(self, *, once: bool = False, http: bool = True) -> None:
@@ -94,8 +97,10 @@ class Service:
         self._once = once
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
         self._metrics.memory_budget.set(memory_budget(self._settings.compute))
+        self._metrics.watch_disk(self._home.root)
         with ExitStack() as closing:
-            closing.callback(os.close, self._lock())
+            closing.enter_context(durable.syncs_heard(self._metrics.fsync_seconds.observe))
+            closing.callback(os.close, lock(self._home))
             closing.callback(self._presence.ends)
             self._presence.starts()
             self._attempts = Attempts(self._home)
@@ -108,27 +113,34 @@ class Service:
     def _start(self, closing: ExitStack, once: bool, http: bool) -> None:
         """Recovers, and drains the inbox until it is told to stop. Raises Abandoned where that came first."""
         store = closing.enter_context(Store.open(self._home.registry, self._wait_for_registry))
+        store.timed = self._metrics.transaction
         check_heads(self._settings, [head.name for head in store.heads()])
         if http:
             self._serve(closing)
+        crashed = not self._home.clean.exists()
         self._recover(store, once)
+        self._sender = closing.enter_context(Sender(self._home, store, self._settings, self._metrics, crashed, once))
         progress = Progress(self._stopping, self._report, self._fell_back)
         try:
-            merger = Merger(self._home, store, self._settings, progress, self._let_go)
+            merger = Merger(self._home, store, self._settings, progress, self._judging)
         except (DaemonError, ProjectorError, Abandoned):
             mark_clean(self._home)  # what this start found sound, the next one need not hash again
             raise
         closing.callback(merger.close)
+        self._supervision.expects(merger.longest_seconds)
+        self._presence.computes(merger.device, memory_budget(self._settings.compute))
         self._told = max((expert.id for expert in store.experts(limit=1)), default=0)
         self._metrics.show_heads(store)
         for head in store.heads():
             self._metrics.prepared.labels(head.name).set_function(partial(merger.preparations.share, head.name))
-        desk = Desk(self._home, store, self._wake.set, lambda _: self._metrics.show_heads(store))
+        rouse = partial(wake, self._signalled, self._wake)
+        desk = Desk(self._home, store, rouse, lambda _: self._metrics.show_heads(store))
         closing.callback(desk.close)
         watching = Watching(self._home, self._wake, events=self._settings.inbox.watch != "poll")
         closing.callback(watching.close)
         self._look(watching)
         self._uploads.resume()
+        self._metrics.computes_on(device_name(self._settings.compute))
         self._not_ready = None
         self._presence.watches()
         self._log.info("ready", inbox=str(self._home.inbox), heads=[head.name for head in store.heads()])
@@ -185,12 +197,11 @@ class Service:
             self._wake.clear()
             if self._stopping.is_set():
                 return
-            desk.check()
             self._reload(store, merger, inbox)
             self._uploads.tend()
-            self._withdraw(store, merger, desk)
-            if not self._inbox_is_there(watching, store, merger, inbox, once):
-                self._stopping.wait(self._settings.inbox.scan_seconds)
+            self._answer(store, merger, desk)
+            if not self._inbox_is_there(watching, store, merger, inbox, desk, once):
+                self._stopping.wait(self._pause(False))
                 continue
             try:
                 scan = inbox.scan(skip=lingering.decided())
@@ -212,12 +223,11 @@ class Service:
                 for drop in drops:
                     if self._stopping.is_set():
                         return
-                    desk.check()
                     self._reload(store, merger, inbox)
-                    self._withdraw(store, merger, desk)
+                    self._answer(store, merger, desk)
                     waiting += not self._take(store, merger, progress, drop, lingering)
             except (OSError, DiskFull) as error:
-                self._make_room(error, store, merger, inbox, once)
+                self._make_room(error, store, merger, inbox, desk, once)
                 continue  # with the oldest drop again: the order of merging does not change
             self._show_disk(full=False)
             if once and lingering.patient(scan, self._settings.inbox):
@@ -231,11 +241,12 @@ class Service:
                 continue  # with a new listing: what came meanwhile may have settled
             self._wake.wait(self._pause(lingering.soon(scan, waiting, self._settings.inbox)))
 
-    def _withdraw(self, store: Store, merger: Merger, desk: Desk) -> None:
-        """Takes experts out, where that was asked for. Raises Abandoned at a stop: the same command then goes on."""
+    def _answer(self, store: Store, merger: Merger, desk: Desk) -> None:
+        """Does what waits at the desk. Raises what ended it, and Abandoned at a stop: the same command then goes on."""
+        desk.check()
         if desk.waiting:
             merger.preparations.discard()  # for the memory and the space
-            withdraw_waiting(self._home, store, self._settings, desk, self._stopping)
+            answer_waiting(self._home, store, self._settings, desk, self._stopping)
             merger.follow()
 
     def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
@@ -276,7 +287,7 @@ class Service:
         started = time.monotonic()
         try:
             with self._presence.merging(drop.name), self._display(drop) as self._show:
-                expert = self._decide(merger, drop)
+                expert = self._attempts.decided(drop, merger.decide, merger.refuse)
         except NotYet as error:
             log.debug("not complete yet", reason=str(error.reason), detail=str(error))
             if error.reason is Reason.CHANGED:
@@ -310,33 +321,17 @@ class Service:
             say_immovable(self._home, expert)
         return True
 
-    def _decide(self, merger: Merger, drop: Drop) -> Expert:
-        """Merges or refuses a drop, which is in hand until it is let go. Raises as `Merger.decide`."""
-        assert self._attempts
-        if killed := self._attempts.killed(drop):
-            return merger.refuse(drop, killed)
-        self._attempts.begin(drop)
-        try:
-            expert = merger.decide(drop)
-        except Failed as error:
-            if not self._attempts.failed(drop):
-                self._attempts.let_go()
-                raise
-            return merger.refuse(drop, error)
-        except BaseException:
-            self._attempts.let_go()
-            raise
-        if expert.status is Status.MERGED:
-            self._attempts.merged()
-        return expert
-
     def _let_go(self) -> None:
         """From here on the end of this process is no expert's doing."""
         if self._attempts:
             self._attempts.let_go()
 
+    def _judging(self) -> AbstractContextManager[None]:
+        self._let_go()
+        return self._presence.evaluating()
+
     def _report(self, share: float) -> None:
-        self._metrics.progress.set(share)
+        self._metrics.progressed(share)
         self._presence.progresses(share)
         self._show(share)
 
@@ -349,25 +344,28 @@ class Service:
         tell(expert, store, self._settings.admission.naming, self._metrics, log)
 
     def _show_inbox(self, scan: Scan) -> None:
-        self._metrics.inbox_settled.set(len(scan.settled))
-        self._metrics.inbox_moving.set(scan.moving + len(scan.held))
-        self._metrics.oldest_seconds.set(max((drop.rest_seconds for drop in scan.settled), default=0.0))
-        self._metrics.disk_free.set(shutil.disk_usage(self._home.root).free)
+        drops = scan.settled
+        oldest, size_bytes = max((drop.rest_seconds for drop in drops), default=0.0), sum(d.size_bytes for d in drops)
+        self._metrics.show_inbox(len(drops), size_bytes, scan.moving + len(scan.held), oldest)
 
     def _show_disk(self, *, full: bool) -> None:
         self._metrics.disk_full.set(full)
         if full:
-            why = Trouble("disk_full", "the disk is full: merging waits for space", "make room on its disk")
-            self._health.note(why)
+            self._health.note(
+                Trouble("disk_full", "the disk is full: merging waits for space", "make room on its disk")
+            )
         else:
             self._health.clear("disk_full")
 
     def _pause(self, waiting: bool) -> float:
         settings = self._settings.inbox
-        return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
+        longest = min(settings.scan_seconds, self._supervision.longest_wait_seconds)
+        return min(longest, max(0.05, settings.settle_seconds / 4)) if waiting else longest
 
-    def _make_room(self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox, once: bool) -> None:
-        """Gives up what was prepared, and waits until there is room to finish what was cut short.
+    def _make_room(
+        self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox, desk: Desk, once: bool
+    ) -> None:
+        """Gives up what was prepared, and waits for room to finish what was cut short; at the desk, too: gc makes some.
 
         Raises `error` itself where it means anything but a full disk, or where there is nobody to wait.
         """
@@ -381,6 +379,7 @@ class Service:
                 self._reload(store, merger, inbox)  # fewer versions to keep may be room enough
             wait = True
             try:
+                self._answer(store, merger, desk)
                 self._finish(store, merger)
                 return
             except (OSError, DiskFull) as again:
@@ -393,7 +392,10 @@ class Service:
 
         def adopt(settings: Settings) -> None:
             token = write_token(self._home, settings.http)
+            told = endpoints(self._home, settings)
             merger.adopt(settings)
+            if self._sender:
+                self._sender.adopt(settings, told)
             if token != self._uploads.token:
                 self._log.info("the write token was changed", uploads="on" if token else "off")
             self._uploads.adopt(settings.http, token)
@@ -415,9 +417,8 @@ class Service:
         itself where it drains once and has waited for long."""
         if busy and self._busy_since is None:
             self._busy_since = time.monotonic()
-            self._health.note(
-                Trouble("registry", "another program holds the registry: merging waits for it", busy.hint)
-            )
+            text = "another program holds the registry: merging waits for it"
+            self._health.note(Trouble("registry", text, busy.hint))
             self._log.warning("another program holds the registry: waiting for it", hint=busy.hint)
         if not busy:
             self._health.clear("registry")
@@ -431,14 +432,15 @@ class Service:
 
     def _look(self, watching: Watching) -> str | None:
         """Listens to the inbox that is there now; why there is none, if so, which is told to whoever asks."""
-        why = watching.look()
-        if why:
+        if why := watching.look():
             self._health.note(Trouble("no_inbox", why, f"{watching.hint}: merging goes on by itself"))
         else:
             self._health.clear("no_inbox")
         return why
 
-    def _inbox_is_there(self, watching: Watching, store: Store, merger: Merger, inbox: Inbox, once: bool) -> bool:
+    def _inbox_is_there(
+        self, watching: Watching, store: Store, merger: Merger, inbox: Inbox, desk: Desk, once: bool
+    ) -> bool:
         """Finishes what lies in it, where it has come back."""
         why = self._look(watching)
         if why and once:
@@ -447,16 +449,8 @@ class Service:
             try:
                 self._finish(store, merger)
             except (OSError, DiskFull) as error:
-                self._make_room(error, store, merger, inbox, once)
+                self._make_room(error, store, merger, inbox, desk, once)
         return why is None
-
-    def _lock(self) -> int:
-        try:
-            return durable.lock(self._home.lock)
-        except BlockingIOError:
-            raise BadHome(
-                f"another mainstem is running on {self._home.root}", "stop it first; `mainstem serve` runs beside it"
-            ) from None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -481,9 +475,10 @@ class Service:
         reader = closing.enter_context(Reader.open(self._home.registry))
         http = self._settings.http
         hosts = Hosts(http.host, http.allowed_hosts)
-        metrics = self._metrics.registry
-        asked = self._uploads, hosts, self._health
-        app = create_app(self._home, reader, metrics, lambda: self._not_ready, *asked, proxies=http.trusted_proxies)
+        reader.timed = self._metrics.transaction
+        metrics, proxies = self._metrics, http.trusted_proxies
+        asked = metrics.registry, lambda: self._not_ready, self._uploads, hosts, self._health, self._supervision.hung
+        app = create_app(self._home, reader, *asked, proxies=proxies, counting=metrics, settings=lambda: self._settings)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)

@@ -115,6 +115,13 @@ class Method(ABC):
         return ()
 
     @property
+    def products(self) -> int:
+        """Products of a tensor (m, n) with a matrix (n, n) that one `update` or `read` costs at most, beside one
+        decomposition of such a matrix: whoever watches takes what lasts far longer for hanging.
+        """
+        return 4
+
+    @property
     def one_sweep(self) -> bool:
         """True where `tally` says without sums what it will say with them, always or nearly so.
 

@@ -1,11 +1,11 @@
 """How the database file is opened, and what SQLite's complaints mean.
 
-One process writes, through one connection: `writing`. Everybody else opens the file read-only: `reading`. The journal
-is a WAL, so readers never wait for the writer and see the state as of their own first read. A reader still needs to
-write to the `-shm` file beside the database, unless a writer that is running keeps it there; and one that closes after
-the writer leaves that file and an empty log behind, which is harmless. Where it cannot write (a read-only disk, another
-user's folder) and there is no log, nobody has the database open: it is read as a file that does not change, as long as
-it does not.
+One process writes: what merges through one connection, `writing`, and what tells others (the outbox) through one of its
+own, a few rows at a time. Everybody else opens the file read-only: `reading`. The journal is a WAL, so readers never
+wait for the writer and see the state as of their own first read. A reader still needs to write to the `-shm` file
+beside the database, unless a writer that is running keeps it there; and one that closes after the writer leaves that
+file and an empty log behind, which is harmless. Where it cannot write (a read-only disk, another user's folder) and
+there is no log, nobody has the database open: it is read as a file that does not change, as long as it does not.
 
 Nothing may open the database file by any other way than SQLite while it is in use: closing such a descriptor drops
 the locks that SQLite holds on the file for the whole process.

@@ -3,9 +3,10 @@
 Every method is one transaction: it sees one state of the database.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,36 +17,60 @@ from registry.engine import REBUILD_HINT, check, connect, examine, reading, tran
 from registry.errors import Damaged, WrongRevision
 from registry.records import (
     BaseModel,
+    Deed,
+    Delivery,
+    Endpoint,
     Evaluation,
+    Event,
     Expert,
     Flag,
     Head,
     Intervention,
+    Outcome,
     Status,
     Version,
 )
 from registry.statements import (
     Record,
+    beginning,
     blocked_as,
     called,
     experts_in,
     fetch,
+    is_blocked,
+    is_dead,
     is_kept,
     is_merged,
     is_open,
+    is_pending,
     is_unneeded,
     lineage_after,
     merged_as,
     merged_content,
     newest_experts,
 )
-from registry.tables import EvaluationRow, ExpertRow, HeadRow, HomeRow, InterventionRow, TallyRow, VersionRow
+from registry.tables import (
+    DeliveryRow,
+    EndpointRow,
+    EvaluationRow,
+    ExpertRow,
+    HeadRow,
+    HomeRow,
+    InterventionRow,
+    TallyRow,
+    VersionRow,
+)
 
 PAGE = 1000  # ids in one question
+
+Timed = Callable[[str, float], object]
+"""Hears of each transaction, once it has ended: "read" or "write", and how many seconds it took, waiting included."""
 
 
 class Reader:
     """Questions to a registry, read-only and safe to share between threads. Close it, or use it in `with`."""
+
+    timed: Timed | None = None  # set it on the instance
 
     def __init__(self, path: Path, engine: Engine) -> None:
         self.path = path
@@ -139,6 +164,12 @@ class Reader:
         """
         return self._all(Expert, newest_experts(status, limit, before, name, flags))
 
+    def experts_of(self, versions: Iterable[Version]) -> dict[int, Expert]:
+        """The experts that these versions came with, PAGE of them at the most, by their ids."""
+        wanted = sorted({one.expert_id for one in versions if one.expert_id is not None})[-PAGE:]
+        found = self._all(Expert, select(ExpertRow).where(ExpertRow.id.in_(wanted))) if wanted else []
+        return {one.id: one for one in found}
+
     def find_experts(self, text: str, limit: int | None = None) -> list[Expert]:
         """The expert with that id; if there is none, all with that sha256 prefix or exactly that name, newest first.
 
@@ -154,6 +185,15 @@ class Reader:
             return self._all(Expert, query.order_by(newest_first))
         found = self._all(Expert, query.order_by(ExpertRow.version.is_(None), newest_first).limit(limit))
         return sorted(found, key=lambda expert: -expert.id)
+
+    def search(self, words: str, limit: int) -> list[Expert]:
+        """The expert with that id, and those whose name, as dropped or in their expert.json, or whose sha256 (4 digits
+        or more) begins so: the first `limit` of each kind at the most. The newest come first.
+        """
+        found = [self._all(Expert, query.limit(limit)) for query in beginning(words)]
+        if words.isascii() and words.isdigit() and len(words) < 19 and (one := self.expert(int(words))):
+            found.append([one])
+        return sorted({one.id: one for some in found for one in some}.values(), key=lambda one: -one.id)
 
     def last_expert_id(self) -> int:
         """The highest id that an expert was ever given; 0 where none came yet."""
@@ -174,6 +214,10 @@ class Reader:
     def blocked(self, sha256: str, content_sha256: str | None) -> Expert | None:
         """The expert, newest first, with those bytes, or that does the same to the base, that may not come back."""
         return self._one(Expert, blocked_as(sha256, content_sha256))
+
+    def kept_out(self) -> list[Expert]:
+        """Every expert that may not come back, oldest first."""
+        return self._all(Expert, select(ExpertRow).where(is_blocked).order_by(ExpertRow.id))
 
     def quarantined(self, limit: int = 100, before: int | None = None) -> list[Expert]:
         """The experts that were refused and that somebody has still to look after, newest first."""
@@ -206,6 +250,51 @@ class Reader:
         query = select(InterventionRow).order_by(InterventionRow.id.desc()).limit(limit)
         return self._all(Intervention, query if before is None else query.where(InterventionRow.id < before))
 
+    def endpoints(self) -> list[Endpoint]:
+        """Who is told of events."""
+        return self._all(Endpoint, select(EndpointRow).order_by(EndpointRow.id))
+
+    def deliveries(self, limit: int = 100, before: int | None = None, outcome: Outcome | None = None) -> list[Delivery]:
+        """What was told, and is to be told, newest first; the next page is what lies `before` the last id of this."""
+        query = select(DeliveryRow).order_by(DeliveryRow.id.desc()).limit(limit)
+        query = query if before is None else query.where(DeliveryRow.id < before)
+        which = {Outcome.DEAD: is_dead, Outcome.PENDING: is_pending}
+        if outcome is not None:
+            query = query.where(which.get(outcome, DeliveryRow.outcome == outcome))
+        return self._all(Delivery, query)
+
+    def delivery(self, delivery_id: int) -> Delivery | None:
+        """One delivery."""
+        return self._one(Delivery, select(DeliveryRow).where(DeliveryRow.id == delivery_id))
+
+    def pending(self, endpoint_id: int, limit: int) -> list[Delivery]:
+        """What an endpoint is still to be told, in order."""
+        query = select(DeliveryRow).where(DeliveryRow.endpoint == endpoint_id, is_pending)
+        return self._all(Delivery, query.order_by(DeliveryRow.id).limit(limit))
+
+    def last_told(self, events: Collection[Event]) -> Event | None:
+        """Which of these events anybody was told of, or is to be, last."""
+        query = select(DeliveryRow).where(DeliveryRow.event.in_(events)).order_by(DeliveryRow.id.desc()).limit(1)
+        found = self._one(Delivery, query)
+        return found.event if found else None
+
+    def count_undelivered(self) -> tuple[int, int]:
+        """How many deliveries are pending, and how many are dead."""
+        with self._read() as connection:
+            pending, dead = (
+                connection.execute(select(func.count()).select_from(DeliveryRow).where(which)).scalar_one()
+                for which in (is_pending, is_dead)
+            )
+        return pending, dead
+
+    def count_interventions(self, after: int = 0) -> tuple[dict[Deed, int], int]:
+        """How often people did each thing since the intervention with the id `after`, and the id of the last one."""
+        counted = InterventionRow.deed, func.count(InterventionRow.id), func.max(InterventionRow.id)
+        query = select(*counted).where(InterventionRow.id > after).group_by(InterventionRow.deed)
+        with self._read() as connection:
+            rows = connection.execute(query).all()
+        return {deed: count for deed, count, _ in rows}, max((last for _, _, last in rows), default=after)
+
     def count_open(self) -> int:
         """How many refused experts somebody has still to look after."""
         with self._read() as connection:
@@ -216,6 +305,15 @@ class Reader:
         held = VersionRow.head == head.name, VersionRow.number > head.live, VersionRow.held.is_not(None)
         with self._read() as connection:
             return connection.execute(select(func.count()).select_from(VersionRow).where(*held)).scalar_one()
+
+    def kept(self, head: str) -> tuple[int, int]:
+        """How many versions of a head have their files kept, and the bytes of those."""
+        kept = select(func.count(), func.coalesce(func.sum(VersionRow.size_bytes), 0)).where(
+            VersionRow.head == head, is_kept
+        )
+        with self._read() as connection:
+            versions, size_bytes = connection.execute(kept).one()
+        return versions, size_bytes
 
     def unneeded(self, head: Head, limit: int) -> list[Version]:
         """The oldest versions of a head that nothing asks to keep: neither base nor live nor live before, not pinned,
@@ -275,8 +373,17 @@ class Reader:
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with translated(self.path), self._engine.begin() as connection:
+        with self._clocked("read"), translated(self.path), self._engine.begin() as connection:
             yield connection
+
+    @contextmanager
+    def _clocked(self, kind: str) -> Iterator[None]:
+        begun = perf_counter()
+        try:
+            yield
+        finally:
+            if self.timed:
+                self.timed(kind, perf_counter() - begun)
 
     def _all(self, kind: type[Record], query: Select[Any]) -> list[Record]:
         with self._read() as connection:

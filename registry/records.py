@@ -72,6 +72,36 @@ class Deed(StrEnum):
     DISCARD = "discard"
     EVALUATE = "evaluate"  # leaves a row of its own kind
     COLLECT = "collect"  # what retention says: no row tells of that
+    REDELIVER = "redeliver"  # what others were not told: the outbox tells of that
+
+
+class Event(StrEnum):
+    """What others may be told of."""
+
+    PUBLISHED = "published"  # a new version is live
+    HELD = "held"  # a new version is not
+    REJECTED = "rejected"  # an expert by the rules of evaluate.require
+    REFUSED = "refused"  # an expert for anything else
+    ROLLED_BACK = "rolled_back"  # an older version is live
+    PROMOTED = "promoted"  # a held or newer version is live
+    STALLED = "stalled"  # nothing goes on
+    RECOVERED = "recovered"  # it goes on again
+
+
+class EndpointKind(StrEnum):
+    """How an endpoint is told."""
+
+    WEBHOOK = "webhook"  # a URL that is sent a request
+    HOOK = "hook"  # a command that is run
+
+
+class Outcome(StrEnum):
+    """What became of a delivery."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    OVERTAKEN = "overtaken"  # a hook need not run for it: a later version is live
+    DEAD = "dead"  # given up after some attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,3 +273,54 @@ class Intervention(NewIntervention):
 
     id: int = 0
     at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """An event, and what is to be told of it, ready for JSON."""
+
+    event: Event
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class NewEndpoint:
+    """Somebody who is told of events. target: its URL, or its command as a JSON list. It is known again by these two,
+    whatever else is set of it; no secret is kept here.
+    """
+
+    kind: EndpointKind
+    target: str
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint(NewEndpoint):
+    """An endpoint as the registry keeps it. since: it hears of what happened after that. dropped: how many deliveries
+    were never made, and went for later ones.
+    """
+
+    id: int = 0
+    since: datetime | None = None
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One event for one endpoint, which has its deliveries in the order of their ids.
+
+    message: what the event is called in all its deliveries and attempts. next_at: not to be tried before. answer: what
+    the last attempt came to.
+    """
+
+    id: int
+    endpoint: int
+    message: str
+    event: Event
+    data: Mapping[str, Any]
+    at: datetime
+    outcome: Outcome = Outcome.PENDING
+    attempts: int = 0
+    next_at: datetime | None = None
+    tried_at: datetime | None = None
+    answer: str | None = None

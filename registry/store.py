@@ -4,24 +4,28 @@ Every method is one transaction: it sees one state of the database, and changes 
 `StorageFailed` a writer must be closed and not be asked again: only a new start tells what the disk holds.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import Connection, Update, insert, select, update
 
-from registry import migrations
+from registry import migrations, outbox
 from registry.engine import APPLICATION_ID, check, connect, examine, translated, writing
 from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, StorageFailed
 from registry.reader import Reader
 from registry.records import (
     BaseModel,
+    Delivery,
+    Endpoint,
     Evaluation,
     Expert,
+    Happening,
     Head,
+    NewEndpoint,
     NewEvaluation,
     NewExpert,
     NewIntervention,
@@ -31,16 +35,19 @@ from registry.records import (
 from registry.statements import (
     PROGRAM_HINT,
     advance,
+    block_withdrawn,
     columns,
     count_trained,
     experts_after_live,
     fetch,
+    insert_blocked,
     insert_expert,
     insert_head,
     insert_intervention,
     insert_versions,
     is_blocked,
     is_kept,
+    is_known,
     is_open,
     is_unneeded,
     merged_as,
@@ -60,6 +67,8 @@ class Store(Reader):
 
     _patience: Patience | None = None
     _failed: StorageFailed | None = None  # what is on the disk is unknown since then
+    committed: Callable[[], object] = staticmethod(lambda: None)
+    """Is called after each transaction: there may be something to tell to others."""
 
     @classmethod
     def create(cls, path: Path, base: BaseModel, heads: Sequence[Head], versions: Sequence[NewVersion]) -> None:
@@ -140,6 +149,7 @@ class Store(Reader):
             connection.execute(
                 update(ExpertRow).where(is_open, ~is_blocked, ExpertRow.name == expert.name).values(closed_at=now)
             )
+            outbox.announce(connection, [outbox.of_version(version, merged) for version in kept], now)
         return merged
 
     def restate(
@@ -164,23 +174,46 @@ class Store(Reader):
                 kept.append(advance(connection, replace(version, held=why), thaw=not later))
             insert_versions(connection, kept, None, now)
             withdraw(connection, withdrawn, versions[0].number)
-            if intervention:
-                insert_intervention(connection, replace(intervention, version=versions[0].number), now)
+            change = replace(intervention, version=versions[0].number) if intervention else None
+            if change:
+                insert_intervention(connection, change, now)
+            outbox.announce(connection, [outbox.of_version(version, change=change) for version in kept], now)
 
     def turn(self, head: str, number: int, intervention: NewIntervention, frozen: str | None = None) -> Head:
         """Another version of the head is live from here on; returns the head as it stands then.
 
         frozen: why no later version becomes live by itself. Raises BadRecord where the version's files are not kept.
         """
+        now = datetime.now(UTC)
         with self._write() as connection:
             before = turn(connection, head, number, frozen)
-            insert_intervention(connection, replace(intervention, previous=before), datetime.now(UTC))
+            turned = replace(intervention, head=head, version=number, previous=before)
+            insert_intervention(connection, turned, now)
+            outbox.announce(connection, outbox.of_turn(turned), now)
             return fetch(connection, Head, select(HeadRow).where(HeadRow.name == head))[0]
 
     def block(self, expert_ids: Sequence[int], blocked: bool, intervention: NewIntervention) -> None:
         """These experts may not come back, or may again, when the same weights arrive."""
         rows = update(ExpertRow).where(ExpertRow.id.in_(expert_ids))
         self._intervene(rows.values(blocked=blocked), len(expert_ids), intervention)
+
+    def keep_out(self, experts: Sequence[NewExpert], intervention: NewIntervention) -> list[Expert]:
+        """Blocks experts that never came here; returns those of which nothing was known. No file of them is anywhere.
+
+        The intervention names them. Nothing is changed where all of them are known.
+        """
+        now = datetime.now(UTC)
+        with self._write() as connection:
+            kept = [insert_blocked(connection, one, now) for one in experts if not is_known(connection, one)]
+            if kept:
+                named = replace(intervention, experts=tuple(one.id for one in kept))
+                insert_intervention(connection, named, now)
+        return kept
+
+    def block_withdrawn(self) -> int:
+        """Blocks what was withdrawn before blocks were known, and that nobody has unblocked since; says how many."""
+        with self._write() as connection:
+            return block_withdrawn(connection)
 
     def pin(self, head: str, number: int, pinned: bool, intervention: NewIntervention) -> None:
         """The version's files stay, or may go by retention again. Raises BadRecord where they are not kept."""
@@ -211,6 +244,14 @@ class Store(Reader):
         with self._write() as connection:
             connection.execute(row.values(evaluation=evaluation_id))
 
+    def rejudge(self, head: str, number: int, verdict: Mapping[str, Any], held: str | None) -> None:
+        """Another verdict on a version. held: where it is held, why it is from here on; None: why it was."""
+        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
+        with self._write() as connection:
+            connection.execute(row.values(verdict=verdict))
+            if held is not None:
+                connection.execute(row.where(VersionRow.held.is_not(None)).values(held=held))
+
     def judge_expert(self, expert_id: int, evaluation_id: int) -> None:
         """Notes that this evaluation is that of the expert by itself."""
         with self._write() as connection:
@@ -221,19 +262,25 @@ class Store(Reader):
 
         THE COMMIT POINT of a head that is added to a home.
         """
+        now = datetime.now(UTC)
         with self._write() as connection:
             newest = {one.newest for one in fetch(connection, Head, select(HeadRow))}
             if newest != {head.newest} or {version.number for version in versions} != {0, head.live, head.newest}:
                 raise BadRecord(f"head {head.name} stands at {head.newest}, the others at {newest}", PROGRAM_HINT)
             insert_head(connection, head)
-            insert_versions(connection, versions, None, datetime.now(UTC))
+            insert_versions(connection, versions, None, now)
+            told = [outbox.of_version(version) for version in versions if version.number == head.live]
+            outbox.announce(connection, told, now)
 
     def record(self, expert: NewExpert) -> Expert:
         """Keeps an expert that was refused or is a duplicate. Raises RegistryError."""
         if expert.status is Status.MERGED:
             raise BadRecord(f"{expert.name}: a merged expert must be committed with its versions", PROGRAM_HINT)
+        now = datetime.now(UTC)
         with self._write() as connection:
-            return insert_expert(connection, expert, None, datetime.now(UTC))
+            recorded = insert_expert(connection, expert, None, now)
+            outbox.announce(connection, outbox.of_expert(expert, recorded.id), now)
+            return recorded
 
     def note_content(self, expert_id: int, content_sha256: str) -> None:
         """Notes what a merged expert does to the base; nothing where another merged one is noted with it."""
@@ -261,6 +308,26 @@ class Store(Reader):
             if number in needed or connection.execute(changed).rowcount != 1:
                 raise BadRecord(f"head {head} has no version {number} that may go", PROGRAM_HINT)
 
+    def follow_endpoints(self, wanted: Sequence[NewEndpoint]) -> list[Endpoint]:
+        """From here on these are told of events, and nobody else; what others were still to be told goes."""
+        with self._write() as connection:
+            return outbox.follow(connection, wanted, datetime.now(UTC))
+
+    def announce(self, happening: Happening) -> None:
+        """Has it told to whoever hears of such an event."""
+        with self._write() as connection:
+            outbox.announce(connection, [happening], datetime.now(UTC))
+
+    def note_deliveries(self, deliveries: Sequence[Delivery]) -> None:
+        """Keeps what became of these."""
+        with self._write() as connection:
+            outbox.note(connection, deliveries)
+
+    def redeliver(self, ids: Sequence[int] | None) -> int:
+        """These are to be delivered once more, or, of None, all that are dead; how many they are."""
+        with self._write() as connection:
+            return outbox.repeat(connection, ids)
+
     def checkpoint(self) -> None:
         """Moves the whole write-ahead log into the database file, synced. Raises Busy when a reader is in the way."""
         with translated(self.path), closing(self._engine.raw_connection()) as raw:
@@ -268,16 +335,21 @@ class Store(Reader):
         if busy:
             raise Busy(f"{self.path}: the write-ahead log is in use", "close what reads the registry, then try again")
 
+    def fail(self, error: StorageFailed) -> None:
+        """From here on every change raises that: another writer of this process met it."""
+        self._failed = error
+
     @contextmanager
     def _write(self) -> Iterator[Connection]:
         if self._failed:
             raise self._failed
         try:
-            with translated(self.path), ExitStack() as closing:
+            with self._clocked("write"), translated(self.path), ExitStack() as closing:
                 yield self._begun(closing)
         except StorageFailed as error:
             self._failed = error
             raise
+        self.committed()
 
     def _begun(self, closing: ExitStack) -> Connection:
         """A transaction that has the write lock: from there on nobody else is in its way."""

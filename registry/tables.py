@@ -6,6 +6,8 @@
     versions       every version of every head; rows are never deleted, only marked as collected
     evaluations    what a command said of some weights
     interventions  what people did: rollbacks, promotions, blocks
+    endpoints      who is told of events
+    deliveries     what each of them was told, and is still to be told: the newest thousand
     tallies        how many experts have each status; triggers keep it
 
 Nothing that is asked at every poll, arrival or request may read more rows the more experts there are: each such
@@ -31,13 +33,25 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Text,
+    UniqueConstraint,
     event,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from registry.records import Deed, Flag, RelativeTo, Score, Scores, Status, plain_scores
+from registry.records import (
+    Deed,
+    EndpointKind,
+    Event,
+    Flag,
+    Outcome,
+    RelativeTo,
+    Score,
+    Scores,
+    Status,
+    plain_scores,
+)
 
 
 class AnyText(TypeDecorator[str]):
@@ -128,17 +142,21 @@ class Numbers(TypeDecorator[tuple[int, ...]]):
         return tuple(map(int, json.loads(value))) if value else ()
 
 
-class Flags(TypeDecorator[tuple[Flag, ...]]):
-    """Flags as a JSON list of their words; NULL where there is none."""
+class Words(TypeDecorator[tuple[Word, ...]]):
+    """Some of a closed list of words as a JSON list; NULL where there is none."""
 
     impl = Text
     cache_ok = True
 
-    def process_bind_param(self, value: tuple[Flag, ...] | None, dialect: Dialect) -> str | None:
-        return json.dumps([Flag(flag).value for flag in value]) if value else None
+    def __init__(self, words: type[Word]) -> None:
+        super().__init__()
+        self.words = words
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[Flag, ...]:
-        return tuple(map(Flag, json.loads(value))) if value else ()
+    def process_bind_param(self, value: tuple[Word, ...] | None, dialect: Dialect) -> str | None:
+        return json.dumps([self.words(word).value for word in value]) if value else None
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[Word, ...]:
+        return tuple(map(self.words, json.loads(value))) if value else ()
 
 
 class Base(DeclarativeBase):
@@ -154,7 +172,11 @@ class Base(DeclarativeBase):
         Deed: EnumText(Deed),
         Scores: ScoresText,
         tuple[int, ...]: Numbers,
-        tuple[Flag, ...]: Flags,
+        tuple[Flag, ...]: Words(Flag),
+        tuple[Event, ...]: Words(Event),
+        Event: EnumText(Event),
+        EndpointKind: EnumText(EndpointKind),
+        Outcome: EnumText(Outcome),
     }
 
 
@@ -319,6 +341,44 @@ class InterventionRow(Base):
     previous: Mapped[int | None]
     experts: Mapped[tuple[int, ...]] = mapped_column(nullable=True)
     at: Mapped[datetime]
+
+
+class EndpointRow(Base):
+    """Somebody who is told of events."""
+
+    __tablename__ = "endpoints"
+    __table_args__ = (UniqueConstraint("kind", "target"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[EndpointKind]
+    target: Mapped[str]
+    events: Mapped[tuple[Event, ...]] = mapped_column(nullable=True)
+    since: Mapped[datetime]
+    dropped: Mapped[int]
+
+
+class DeliveryRow(Base):
+    """One event for one endpoint. Ids are never reused (AUTOINCREMENT): they are an endpoint's order."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        Index("deliveries_of", "endpoint", "id"),
+        Index("deliveries_pending", "endpoint", "id", sqlite_where=text("outcome = 'pending'")),
+        Index("deliveries_dead", "id", sqlite_where=text("outcome = 'dead'")),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    endpoint: Mapped[int] = mapped_column(ForeignKey("endpoints.id"))
+    message: Mapped[str]
+    event: Mapped[Event]
+    data: Mapped[Mapping[str, Any]]
+    at: Mapped[datetime]
+    outcome: Mapped[Outcome]
+    attempts: Mapped[int]
+    next_at: Mapped[datetime | None]
+    tried_at: Mapped[datetime | None]
+    answer: Mapped[str | None]
 
 
 class TallyRow(Base):

@@ -38,6 +38,28 @@ live() { patiently grep --fixed-strings "$(printf %06d "$1")" home/published/mai
 """
 HOME = "mainstem init home --base my-model\n"
 DAEMON = "mainstem run --home home &\nlistening\n"
+RECEIVER = """
+cat > receiver.py <<'THE END'
+import os
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(204)
+        self.end_headers()
+
+HTTPServer(("127.0.0.1", int(os.environ["MAINSTEM_HTTP__PORT"])), Handler).serve_forever()
+THE END
+python receiver.py &
+patiently curl --data x http://127.0.0.1:8765/
+cat >> home/mainstem.toml <<'THE END'
+[[webhooks]]
+url = "http://127.0.0.1:8765/"
+allow_private = true
+secret_file = "webhook-secret"
+THE END
+"""
 MERGED = HOME + "cp -r my-finetune home/inbox/\nmainstem run --home home --once --no-http\n"
 
 
@@ -79,12 +101,14 @@ PAGES = {
         end='grep -q "<h1>mainstem report" report.html\n',
     ),
     "docs/settings.md": Page(before=HOME),
+    "docs/hooks.md": Page(before=HOME + RECEIVER, end="grep -F whsec_ home/webhook-secret\n"),
     "docs/study.md": Page(end="grep -q 'mainstem init HOME --base my-model' study/study.json\n"),
     "docs/operating.md": Page(
         before=HOME + DAEMON + "cp -r my-finetune home/inbox/\nlive 1\n",
         after={'mainstem rollback main/0 --reason "fails in German" --home home': "live 0"},
         end="listening\nkill -0 %1\nmainstem log --status withdrawn --home home | grep -F my-finetune\n",
     ),
+    "docs/runbook.md": Page(before=HOME + DAEMON + "cp -r my-finetune home/inbox/\nlive 1\n"),
     "docs/methods.md": Page(end="test -e home2/published/soup/latest/config.json\n"),
     "docs/time.md": Page(
         after={"mainstem run --home digits &": "listening"},
@@ -124,6 +148,12 @@ PAGES = {
 NOT_RUN = {
     ("README.md", "make demo"): ".ci/run runs it, and `make test-slow` what it runs",
     ("README.md", "pip install mainstem"): "needs an index that has it; tests/test_wheel.py installs the wheel",
+    ("docs/operating.md", "python3 -m venv /opt/mainstem"): "installs a service, as root; tests/deploy/ reads it",
+    ("docs/operating.md", "docker build -f deploy/container/Dockerfile -t mainstem ."): "tests/deploy/ runs its steps",
+    (
+        "docs/operating.md",
+        "kubectl apply -k deploy/kubernetes/init",
+    ): "needs a cluster; tests/deploy/ builds what it sends",
     ("docs/published.md", 'vllm serve "$(realpath home/published/main/latest)"'): "vllm needs a GPU, and is not ours",
     ("docs/hub.md", "export HF_ENDPOINT=http://127.0.0.1:8765"): "tests/daemon/http/test_hub_clients.py runs it",
     ("docs/hub.md", "# load.py"): "tests/daemon/http/hub_client.py is that and more",

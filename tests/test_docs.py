@@ -42,9 +42,9 @@ def test_every_address_is_documented() -> None:
     assert plain == set(documented)
 
 
-def test_the_prometheus_configuration_and_the_alerts_are_those_that_ship() -> None:
+def test_the_prometheus_configuration_is_the_one_that_ships() -> None:
     shown = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/metrics.md").read_text(), re.DOTALL)
-    assert shown == [(ROOT / f"deploy/{name}.yml").read_text() for name in ("prometheus", "alerts")]
+    assert shown == [(ROOT / "deploy/prometheus/prometheus.yml").read_text()]
 
 
 def anchors(page: Path) -> set[str]:

@@ -18,6 +18,7 @@ from daemon.cli import (
     demo,
     evaluate,
     gc,
+    health,
     init,
     inspect,
     log,
@@ -37,12 +38,13 @@ from daemon.cli import (
     unblock,
     unpin,
     verify,
+    webhooks,
 )
 from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
-    *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
-    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study),
+    *(init, run, serve, status, health, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild),
+    *(demo, evaluate, rollback, promote, pin, unpin, gc, block, unblock, study),
 )
 
 app = typer.Typer(
@@ -57,6 +59,7 @@ for command in VERBS:
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(config.app, name="config")
 app.add_typer(quarantine.app, name="quarantine")
+app.add_typer(webhooks.app, name="webhooks")
 
 
 @app.callback(invoke_without_command=True)

@@ -36,9 +36,20 @@ def _serve(where: Home, reader: "Reader", host: str | None, port: int | None) ->
     settings = settings_of(where, {"http": flags} if flags else None)
     metrics = HeadMetrics()
     metrics.follow(reader)
+    reader.timed = metrics.transaction
     http = settings.http
     hosts, proxies = Hosts(http.host, http.allowed_hosts), http.trusted_proxies
-    app = create_app(where, reader, metrics.registry, lambda: None, hosts=hosts, proxies=proxies, beside=True)
+    app = create_app(
+        where,
+        reader,
+        metrics.registry,
+        lambda: None,
+        hosts=hosts,
+        proxies=proxies,
+        beside=True,
+        counting=metrics,
+        settings=lambda: settings,
+    )
     server = HttpServer(app, http.host, http.port, http.stall_seconds)
     bound, number = server.start()
     said = f"serving {where.root} on {base_url(bound, number)}"

@@ -22,6 +22,7 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
     """Show whether a daemon runs and what it does, the live version of every head, what is held, what waits and why,
     the counts.
     """
+    from daemon.home.attention import attention
     from daemon.home.condition import condition
     from daemon.home.standing import held
 
@@ -33,6 +34,7 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
         open_cases = reader.count_open()
         flagged = reader.experts(limit=FLAGGED, flags=tuple(Flag))
         now = condition(where, reader)
+        matters = attention(now, reader)
     daemon, waiting, troubles = now.daemon, now.queue(), [asdict(one) for one in now.troubles]
     if as_json:
         print_json(
@@ -57,6 +59,7 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
                 "open_cases": open_cases,
                 "flagged": [{"id": expert.id, "name": expert.name, "flags": expert.flags} for expert in flagged],
                 "troubles": troubles,
+                "attention": [asdict(matter) for matter in matters],
             }
         )
         return

@@ -3,6 +3,7 @@
     resources.py  what the settings of [compute] mean on this machine, and how it keeps freed memory
     progress.py   watches the driver: how far, how long, and whether to stop
     processes.py  other programs, started and ended
+    commands.py   an operator's command, run to its end
     leash.py      the process that ends them when ours has ended
 
 Decides where and how wide; never what is computed.

@@ -16,12 +16,13 @@ import torch
 
 from daemon.config import Compute
 from daemon.errors import BadConfig
+from projector.driver.averages import rule_of
 from projector.driver.device import CPU, Cuda, Device, Failure, failure, threads
 from projector.driver.fold import Driver
 from projector.driver.steps import largest_step
 from projector.files.slabs import SLAB_BYTES, Slabs
 from projector.method import Method
-from projector.spec import Schema
+from projector.spec import Schema, TensorSpec
 from projector.text import shown
 from projector.watch import SILENT, Watch
 
@@ -32,6 +33,10 @@ DEVICE_SHARE = 0.8  # of its free memory
 LIBRARY_BYTES = 64 << 20  # of a thread's handles and their workspace, which torch counts as its own
 SLAB_SHARE = 4  # the memory budget over this
 MOST_SLAB_BYTES = 4 << 30
+# A slow core that others use too: no merge that goes on may be taken for one that hangs.
+PRODUCTS_PER_SECOND = 5e9
+DECOMPOSITION_PER_SECOND = 1e9
+SYNCED_PER_SECOND = 10e6  # bytes
 CGROUP_LIMITS = ("memory.max", "memory.limit_in_bytes")  # of version 2, and of version 1
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
@@ -56,6 +61,12 @@ def device(settings: Compute) -> Device:
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         return Device()
     return _card(settings)
+
+
+def device_name(settings: Compute) -> str:
+    """What that device is, in words. Raises as `device` does."""
+    found = device(settings)
+    return f"{found.where} {found.name}"
 
 
 def exact_products() -> None:
@@ -181,6 +192,21 @@ def check_budget(
             f"set compute.memory_budget to {enough} or more (MAINSTEM_COMPUTE__MEMORY_BUDGET={enough}), "
             "or use a machine with more memory",
         )
+
+
+def longest_seconds(schema: Schema, methods: Sequence[Method]) -> float:
+    """What one piece of work may take on a slow machine, in seconds: the tensor that takes longest, which is merged
+    without a look left or right, and a sync of all that is written.
+    """
+    merged = [spec for spec in schema.values() if spec.merged]
+    rules = [(spec, rule_of(method, spec)) for spec in merged for method in methods]
+    longest = max((_matrix_seconds(spec, rule) for spec, rule in rules if not rule.elementwise(spec)), default=0.0)
+    return longest + len(methods) * sum(spec.nbytes for spec in merged) / SYNCED_PER_SECOND
+
+
+def _matrix_seconds(spec: TensorSpec, method: Method) -> float:
+    side = min(spec.shape[0], spec.row_numel) if len(spec.shape) > 1 else 1
+    return 2 * method.products * spec.numel * side / PRODUCTS_PER_SECOND + 10 * side**3 / DECOMPOSITION_PER_SECOND
 
 
 def _usable_memory() -> int:

@@ -28,6 +28,7 @@ MOST_LEVELS = 32  # of folders in one that was dropped: every path below it stay
 AT_FDCWD = -100  # of <fcntl.h>: paths count from the current folder
 RENAME_NOREPLACE = 1  # of <linux/fs.h>
 RENAME_EXCHANGE = 2
+_hear_sync: Callable[[float], object] | None = None
 NO_RENAMEAT2 = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # it is not there, or not for this file system
 
 
@@ -147,6 +148,19 @@ def note(path: Path, data: bytes) -> None:
     new.rename(path)
 
 
+def set_aside(path: Path, size: int) -> None:
+    """Makes a file that only takes so many bytes of the disk, where they are there; else there is none."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        finally:
+            os.close(fd)
+    except OSError:
+        with suppress(OSError):
+            remove(path)
+
+
 def copy_file(source: Path, target: Path, copied: Callable[[int], object] = lambda _: None) -> None:
     """Copies a file's bytes, durably. `copied` hears of each piece, and may raise to give up."""
     with source.open("rb") as file, new_file(target, source.stat().st_size) as fd:
@@ -165,13 +179,27 @@ def link_or_copy(source: Path, target: Path) -> None:
         copy_file(source, target)
 
 
+@contextmanager
+def syncs_heard(hear: Callable[[float], object]) -> Iterator[None]:
+    """While it lasts, `hear` is told how many seconds each fsync took, from any thread."""
+    global _hear_sync
+    before, _hear_sync = _hear_sync, hear
+    try:
+        yield
+    finally:
+        _hear_sync = before
+
+
 def sync(fd: int) -> None:
     """fsync of a file or folder's descriptor. Raises SyncFailed, or OSError where the disk is full."""
+    begun = time.perf_counter()
     try:
         hit("file.sync")
         os.fsync(fd)
     except OSError as error:
         _raise_synced("fsync", error)
+    if _hear_sync:
+        _hear_sync(time.perf_counter() - begun)
 
 
 def _raise_synced(call: str, error: OSError) -> NoReturn:

@@ -2,11 +2,13 @@
 
 MAINSTEM_FAILPOINT=commit.before=kill        at the first pass
 MAINSTEM_FAILPOINT=file.sync=eio:3           at the third
+MAINSTEM_FAILPOINT=fold.before=hang          and never goes on
 """
 
 import errno
 import os
 import signal
+from threading import Event
 
 POINTS = (
     "take.opened",
@@ -39,6 +41,7 @@ POINTS = (
 IDLE_POINTS = ("prepared.before", "prepared.after")  # passed while nothing arrives
 GATE_POINTS = ("evaluate.before", "evaluate.after")  # where a version is evaluated
 DEED_POINTS = ("turn.after", "case.moved")  # where a person changes the home
+OUTBOX_POINTS = ("delivery.made",)  # where others were told, and it is not written down yet
 
 _passes: dict[str, int] = {}
 
@@ -48,7 +51,7 @@ class Injected(Exception):
 
 
 def hit(point: str) -> None:
-    """Does what MAINSTEM_FAILPOINT asks for at `point`: kill, eio, enospc or raise; nothing by default."""
+    """Does what MAINSTEM_FAILPOINT asks for at `point`: kill, hang, eio, enospc or raise; nothing by default."""
     wanted = os.environ.get("MAINSTEM_FAILPOINT")
     if not wanted:
         return
@@ -61,6 +64,9 @@ def hit(point: str) -> None:
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if action == "hang":
+        while True:  # signals are heard, and nobody looks what they said
+            Event().wait(1)
     if action in ("eio", "enospc"):
         number = errno.EIO if action == "eio" else errno.ENOSPC
         raise OSError(number, f"{os.strerror(number)} (failpoint {point})")

@@ -1,25 +1,22 @@
-"""Runs the evaluator on a folder: the operator's command, in a process group of its own that ends with us.
-
-It may do what it likes: print gigabytes, hang, leave processes behind that hold its outputs open, be killed. It is
-waited for until its time is over, and no more of what it prints is kept than has to be.
+"""Runs the evaluator on a folder: the operator's command, whatever it does. No more of what it prints is kept than has
+to be.
 """
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from selectors import EVENT_READ, DefaultSelector, SelectorKey
 from signal import SIGKILL
-from subprocess import Popen
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
-from daemon.compute.processes import end, has_ended, leashed, signal_name
+from daemon.compute import commands
+from daemon.compute.processes import signal_name
 from daemon.config import Evaluate
 from daemon.errors import NoScores
 from daemon.evaluation.scores import FORM, MOST_BYTES, read_scores
@@ -29,13 +26,9 @@ from registry.records import Scores
 
 FOLDER, OUTPUT = "{folder}", "{output}"
 RESULTS = "results*.json"  # what lm-evaluation-harness calls its results, in a folder below that is the model's name
-SECRETS = ("MAINSTEM_TOKEN", "MAINSTEM_HTTP", "MAINSTEM_HTTP__WRITE_TOKEN")  # read without regard to case
 LOG_BYTES = 1 << 20
 MOST_LINE_BYTES = 4096
 MOST_LINES = 10_000  # that are told to whoever hears
-READ_BYTES, PIPE_BYTES = 1 << 16, 4 << 20  # at a time; more than a pipe holds
-TICK_SECONDS = 0.1
-LAST_TICK_SECONDS = 0.01  # once it has closed its outputs: it is about to end
 
 LOOK = "read what it wrote, and run it by hand: it runs in the home, with {folder} as a path from the root"
 
@@ -54,6 +47,15 @@ def command_sha256(settings: Evaluate) -> str:
     environment = sorted((name, value.get_secret_value()) for name, value in settings.environment.items())
     said = json.dumps([settings.command, environment])
     return hashlib.sha256(said.encode()).hexdigest()
+
+
+def check_program(settings: Evaluate, home: Path) -> None:
+    """Raises BadConfig where the program of the command is not there, or is none."""
+    commands.check_program("evaluate.command", settings.command[0], home, _environment(settings))
+
+
+def _environment(settings: Evaluate) -> dict[str, str]:
+    return {name: value.get_secret_value() for name, value in settings.environment.items()}
 
 
 class Evaluator:
@@ -89,48 +91,25 @@ class Evaluator:
         command = [
             argument.replace(FOLDER, str(folder)).replace(OUTPUT, str(output)) for argument in self._settings.command
         ]
-        deadline = monotonic() + self._settings.timeout_seconds
-        with ExitStack() as stack:
-            try:
-                stdin = stack.enter_context(TemporaryFile())
-                stdin.write(json.dumps(description).encode())
-                stdin.seek(0)
-                process = stack.enter_context(leashed(command, self._home, self._environment(), stdin))
-            except OSError as error:
-                raise NoScores(f"the evaluator cannot be started: {error.strerror}", LOOK) from error
-            self._listen(process, deadline, heard)
-        status = process.returncode
+        settings = self._settings
+        told, hears = json.dumps(description).encode(), (heard.take_output, heard.take_error)
+        waits = partial(self._watch.advance, 0)
+        try:
+            status = commands.run(
+                command, self._home, told, settings.timeout_seconds, hears, waits, _environment(settings)
+            )
+        except commands.TookTooLong:
+            raise NoScores(
+                f"the evaluator took longer than {settings.timeout_seconds:.6g} s and was stopped{heard.last()}",
+                "give it more in evaluate.timeout_seconds, or let it score fewer items",
+            ) from None
+        except OSError as error:
+            raise NoScores(f"the evaluator cannot be started: {error.strerror}", LOOK) from error
         if status < 0:
             killed = ": the machine's memory may have run out" if status == -SIGKILL else heard.last()
             raise NoScores(f"the evaluator was ended by {signal_name(-status)}{killed}", LOOK)
         if status:
             raise NoScores(f"the evaluator failed (exit status {status}){heard.last()}", LOOK)
-
-    def _listen(self, process: Popen[bytes], deadline: float, heard: "_Heard") -> None:
-        """Takes what a process writes until it has ended, and its group with it."""
-        with DefaultSelector() as open_pipes:
-            for pipe, take in ((process.stdout, heard.take_output), (process.stderr, heard.take_error)):
-                assert pipe is not None
-                os.set_blocking(pipe.fileno(), False)
-                open_pipes.register(pipe.fileno(), EVENT_READ, take)
-            while not has_ended(process):
-                self._watch.advance(0)
-                if monotonic() > deadline:
-                    raise NoScores(
-                        f"the evaluator took longer than {self._settings.timeout_seconds:.6g} s and was stopped"
-                        f"{heard.last()}",
-                        "give it more in evaluate.timeout_seconds, or let it score fewer items",
-                    )
-                for key, _ in open_pipes.select(TICK_SECONDS if open_pipes.get_map() else LAST_TICK_SECONDS):
-                    if not _take(key, READ_BYTES):
-                        open_pipes.unregister(key.fd)
-            end(process)
-            for key in open_pipes.get_map().values():  # what it wrote at last; others may hold them open for ever
-                _take(key, PIPE_BYTES)
-
-    def _environment(self) -> dict[str, str]:
-        ours = {name: value for name, value in os.environ.items() if name.upper() not in SECRETS}
-        return ours | {name: value.get_secret_value() for name, value in self._settings.environment.items()}
 
 
 class _Heard:
@@ -168,20 +147,6 @@ class _Heard:
 def _line(written: bytes) -> str:
     """A line as it may be shown."""
     return shown(written.decode(errors="replace").expandtabs().strip())
-
-
-def _take(key: SelectorKey, most_bytes: int) -> bool:
-    """Passes on what there is in a pipe; False where it is closed."""
-    while most_bytes > 0:
-        try:
-            data = os.read(key.fd, READ_BYTES)
-        except BlockingIOError:
-            return True
-        if not data:
-            return False
-        key.data(data)
-        most_bytes -= len(data)
-    return True
 
 
 @contextmanager

@@ -6,8 +6,10 @@
     recovery.py      brings it back to where its registry says it is
     uncommitted.py   what lies in it beyond its registry
     presence.py      what a running daemon says of itself
+    supervision.py   that the loop goes on, and who is told: systemd and /livez
     health.py        what is wrong, as far as can be seen at once
     condition.py     what is going on in it right now, in words
+    attention.py     what needs a person, and the command that ends it
     standing.py      which of its versions are held, and what ends that
     verification.py  everything hashed again
     restoring.py     how a person puts back what was edited or lost

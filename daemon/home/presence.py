@@ -7,7 +7,7 @@ home's lock and is the one that wrote it.
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 from daemon.disk import durable
+from daemon.errors import BadHome
 from daemon.home.health import Trouble
 from daemon.layout import Home
 from projector.text import shown
@@ -30,6 +31,7 @@ class Doing(StrEnum):
 
     RECOVERING = "recovering"
     MERGING = "merging"
+    EVALUATING = "evaluating"
     WATCHING = "watching the inbox"
     BUSY = "busy with another command of mainstem"
 
@@ -39,8 +41,9 @@ class Running:
     """The process that holds a home's lock. Times in ISO 8601.
 
     url: where it answers HTTP, None where it does not. merging: the entry of the inbox in hand, since when, and how far
-    it is, 0 to 1.
+    it is, 0 to 1. evaluating_since: since when the evaluator runs for that entry.
     waiting: why each of these entries was not taken. troubles: what it noted as wrong, as `health.Trouble`.
+    device: what it computes on; memory_budget: the bytes that all tensors in hand may take.
     """
 
     pid: int
@@ -50,8 +53,11 @@ class Running:
     merging: str | None = None
     merging_since: str | None = None
     share: float | None = None
+    evaluating_since: str | None = None
     waiting: Mapping[str, str] = field(default_factory=dict)
     troubles: Sequence[Mapping[str, str]] = ()
+    device: str | None = None
+    memory_budget: int | None = None
 
 
 class Presence:
@@ -60,8 +66,10 @@ class Presence:
     It is written when something changed, and not each time that an entry is looked at in vain.
     """
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, told: Callable[[Running], object] = lambda _: None) -> None:
+        """`told` hears what is said, too."""
         self._path = home.presence
+        self._told = told
         self._now = Running(os.getpid(), _time(datetime.now(UTC)))
         self._there = False
         self._in_hand: tuple[str, str] | None = None
@@ -83,6 +91,10 @@ class Presence:
         """It answers HTTP there."""
         self._say(url=url)
 
+    def computes(self, device: str, memory_budget: int) -> None:
+        """It computes there, within so many bytes."""
+        self._say(device=device, memory_budget=memory_budget)
+
     def watches(self) -> None:
         """It has recovered."""
         self._say(doing=Doing.WATCHING)
@@ -101,6 +113,16 @@ class Presence:
             self._in_hand = None
             if self._now.merging:
                 self._say(doing=Doing.WATCHING, merging=None, merging_since=None, share=None)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While the evaluator runs for the entry in hand."""
+        self.progresses(1.0)
+        self._say(doing=Doing.EVALUATING, evaluating_since=_time(datetime.now(UTC)))
+        try:
+            yield
+        finally:
+            self._say(doing=Doing.MERGING, evaluating_since=None)
 
     def progresses(self, share: float) -> None:
         """So much of the entry in hand has been done. It is noted now and then."""
@@ -129,6 +151,16 @@ class Presence:
             if self._there:
                 with suppress(OSError):  # a full disk, most likely
                     durable.note(self._path, json.dumps(asdict(self._now)).encode())
+                self._told(self._now)
+
+
+def lock(home: Home) -> int:
+    """The home's lock, as a descriptor that holds it. Raises BadHome where another process holds it."""
+    try:
+        return durable.lock(home.lock)
+    except BlockingIOError:
+        hint = "stop it first; `mainstem serve` runs beside it"
+        raise BadHome(f"another mainstem is running on {home.root}", hint) from None
 
 
 def running(home: Home) -> Running | None:

@@ -1,4 +1,4 @@
-"""HTTP over one home: the API, the bytes of every version, the metrics, the status page, and uploads of experts.
+"""HTTP over one home: the API, the bytes of every version, the metrics, the pages, and uploads of experts.
 
     app.py            which address is answered by what
     hub/              the same for clients of the Hugging Face Hub
@@ -12,9 +12,11 @@
     computing.py      experts' own models, computed while they are sent
     hosts.py          by which names it may be asked
     forwarded.py      what a proxy in front says
+    measuring.py      requests and answers, counted
     finding.py        which expert an address means
     rows.py           records of the registry as JSON
-    page.py           the status page
+    pages/            the pages
+    events.py         what goes on, as server-sent events
     connections.py    how many there may be, and how long one may keep us waiting
     server.py         the socket and the thread
 

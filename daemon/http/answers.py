@@ -11,6 +11,8 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from registry.errors import Busy, RegistryError
+
 NO_CACHE = {"Cache-Control": "no-cache"}
 FOREVER = "public, max-age=31536000, immutable"
 SECURITY = {
@@ -39,6 +41,12 @@ class Problem(Exception):
         """The problem as JSON."""
         body = {"error": str(self), "reason": self.reason, "hint": self.hint}
         return JSONResponse(body, self.status, headers={**NO_CACHE, **SECURITY, **self.headers, **(headers or {})})
+
+
+def of_registry(error: RegistryError) -> Problem:
+    """What to answer where the registry cannot be asked."""
+    text = "the registry is busy" if isinstance(error, Busy) else "the registry cannot be read"
+    return Problem(503, "registry", text, error.hint)
 
 
 def root_of(request: HTTPConnection) -> str:

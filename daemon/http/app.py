@@ -12,15 +12,21 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from daemon.arrivals.uploads import Uploads
+from daemon.config import Settings
+from daemon.home.condition import DAMAGED, DOINGS, condition
 from daemon.home.health import Health, Trouble
-from daemon.http.answers import Problem, SecurityHeaders
+from daemon.http.answers import Problem, SecurityHeaders, of_registry
+from daemon.http.events import Events
 from daemon.http.forwarded import Forwarded
 from daemon.http.hosts import HostCheck, Hosts
 from daemon.http.hub import hub_routes
+from daemon.http.measuring import Measured
+from daemon.http.pages.routes import PageRoutes
 from daemon.http.read_routes import ReadRoutes
 from daemon.http.upload_routes import UploadRoutes
 from daemon.layout import Home
-from registry.errors import Busy, RegistryError
+from daemon.metrics import HeadMetrics
+from registry.errors import RegistryError
 from registry.reader import Reader
 
 WRITING = ("PUT", "DELETE")
@@ -34,30 +40,53 @@ def create_app(
     uploads: Uploads | None = None,
     hosts: Hosts | None = None,
     health: Health | None = None,
+    hung: Callable[[], str | None] = lambda: None,
     *,
     proxies: Sequence[str] = (),
     beside: bool = False,
+    counting: HeadMetrics | None = None,
+    settings: Callable[[], Settings] | None = None,
 ) -> Starlette:
     """The application over one home. `ready` returns None once this process can do its part, else why it cannot.
 
     Without `uploads` everything is read only. `hosts`: the names it may be asked by, by default any. `health`: where
-    this process notes what is wrong. `proxies`: whose X-Forwarded headers are believed. `beside`: merging is
-    another process's part.
+    this process notes what is wrong. `hung`: why the loop that merges counts as hanging, None where it goes on.
+    `proxies`: whose X-Forwarded headers are believed. `beside`: merging is another process's part. `counting`: told of
+    every request, and asks what is wrong; `metrics` is its registry. `settings`: those in force, for the page to show.
     """
     noted = health or Health(home)
 
-    def troubles() -> list[Trouble]:
+    def ours() -> list[Trouble]:
+        """What only this process knows."""
         why_not = ready()
         found = [Trouble("not_ready", why_not, "the daemon's log says more")] if why_not else []
+        if stuck := hung():
+            found.append(Trouble("hung", stuck, "restart the daemon; nothing is lost"))
         if uploads and uploads.failing:
             found.append(Trouble("uploads", f"the last upload could not be stored: {uploads.failing}", "see the log"))
-        return found + noted.troubles(reader, beside=beside)
+        return found
 
-    api = ReadRoutes(home, reader, metrics, troubles)
+    def troubles() -> list[Trouble]:
+        return ours() + noted.troubles(reader, beside=beside)
+
+    def doing() -> tuple[str, Sequence[str]]:
+        try:
+            found = condition(home, reader)
+        except OSError:  # of the disk: a scrape has much else to tell
+            return DAMAGED, ["damaged", *(trouble.reason for trouble in ours())]
+        return found.doing, [trouble.reason for trouble in (*ours(), *found.troubles)]
+
+    api = ReadRoutes(home, reader, metrics, troubles, hung)
+    pages = PageRoutes(api.published, ours, settings)
+    events = Events(lambda: pages.told().events)
     app = Starlette(
         routes=[
             *(_upload_routes(UploadRoutes(uploads, ready), api.expert) if uploads else ()),
-            Route("/", api.status_page),
+            Route("/", pages.front),
+            Route("/experts", pages.experts),
+            Route("/experts/{id}", pages.expert),
+            Route("/heads/{head}/versions/{n}", pages.version),
+            Route("/lineage", pages.lineage),
             Route("/livez", api.livez),
             Route("/readyz", api.readyz),
             Route("/metrics", api.scrape),
@@ -72,6 +101,7 @@ def create_app(
             Route("/v1/experts", api.experts),
             Route("/v1/experts/{sha256}", api.expert),
             Route("/v1/lineage", api.lineage),
+            Route("/v1/events", events.answer),
             *hub_routes(api.published, uploads, ready),
         ],
         middleware=[
@@ -86,6 +116,9 @@ def create_app(
             Exception: _on_fault,
         },
     )
+    if counting:
+        counting.watch(DOINGS, doing)
+        app.add_middleware(Measured, routes=app.routes, metrics=counting.http)  # becomes the outermost
     app.router.redirect_slashes = False  # it would build an absolute address from the Host header
     return app
 
@@ -119,8 +152,7 @@ def _on_http_exception(_: Request, error: Exception) -> Response:
 
 def _on_registry_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RegistryError)
-    text = "the registry is busy" if isinstance(error, Busy) else "the registry cannot be read"
-    return Problem(503, "registry", text, error.hint).response()
+    return of_registry(error).response()
 
 
 def _on_fault(_: Request, __: Exception) -> Response:

@@ -80,6 +80,11 @@ class Published:
             raise damaged(head, version.number, entry.name)
         return descriptor
 
+    def read(self, head: Head, version: Version, entry: FileEntry, most: int) -> bytes:
+        """The first `most` bytes of one listed file. OSError, and Problem as for `open`."""
+        with os.fdopen(self.open(head, version, entry), "rb") as file:
+            return file.read(most)
+
     def missing(self, head: Head, n: int) -> Problem:
         """What to answer where a file of a version that should be there is not."""
         # Retention touches neither the live version nor the newest. For any other one, files that vanished after the

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from urllib.parse import quote, urlencode
 
 from prometheus_client import CollectorRegistry
@@ -15,7 +14,6 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from daemon.checkpoints.weight_names import weight_names
 from daemon.home.health import Trouble
 from daemon.home.standing import held
-from daemon.http import page
 from daemon.http.answers import NO_CACHE, Problem, immutable, precondition, root_of
 from daemon.http.computing import Views
 from daemon.http.files import Published
@@ -50,21 +48,26 @@ class ReadRoutes:
     """The endpoints. Plain methods run in a worker thread, since they read the registry and the disk."""
 
     def __init__(
-        self, home: Home, reader: Reader, metrics: CollectorRegistry, troubles: Callable[[], Sequence[Trouble]]
+        self,
+        home: Home,
+        reader: Reader,
+        metrics: CollectorRegistry,
+        troubles: Callable[[], Sequence[Trouble]],
+        hung: Callable[[], str | None],
     ) -> None:
         self.home = home
         self.reader = reader
         self.metrics = metrics
         self.troubles = troubles
+        self.hung = hung
         self.published = Published(home, reader)
         self.views = Views(self.published)
         self.waiting = Waiting(lambda: {head.name: head.live for head in reader.heads()})
 
-    def status_page(self, request: Request) -> Response:
-        origin = page.Origin(request.url.scheme, request.headers.get("host", ""), root_of(request))
-        return page.render(self.published, self.troubles(), origin, datetime.now(UTC))
-
     async def livez(self, _: Request) -> Response:
+        if why := self.hung():
+            body = {"live": False, "error": why, "reason": "hung", "hint": "restart the daemon; nothing is lost"}
+            return JSONResponse(body, 503, headers=NO_CACHE)
         return JSONResponse({"live": True}, headers=NO_CACHE)
 
     def readyz(self, _: Request) -> Response:

@@ -16,7 +16,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -32,7 +32,7 @@ from daemon.arrivals.trained_from import Start, TrainedFrom, named_version
 from daemon.checkpoints.adapter_modules import read_config
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
 from daemon.compute.progress import Abandoned, Progress
-from daemon.compute.resources import check_budget, driver
+from daemon.compute.resources import check_budget, driver, longest_seconds
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
@@ -79,9 +79,9 @@ class Merger:
         store: Store,
         settings: Settings,
         progress: Progress,
-        judging: Callable[[], object] = lambda: None,
+        judging: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """judging: is called before an evaluator runs, whose end, or ours meanwhile, is no expert's doing."""
+        """judging: is entered while an evaluator runs, whose end, or ours meanwhile, is no expert's doing."""
         self._home = home
         self._judging = judging
         self._store = store
@@ -99,8 +99,15 @@ class Merger:
         reserved = self._driver.device.slab_bytes
         methods, self._relative = list(self._methods.values()), relative_heads(store)
         check_budget(self._base.tensors.schema, methods, settings.compute, reserved, origin=bool(self._relative))
+        self.longest_seconds = longest_seconds(self._base.tensors.schema, list(self._methods.values()))
         self.preparations = Preparations(home, self._driver, self._base.tensors)
         self.preparations.follow(head_tips(store, self._methods))
+
+    @property
+    def device(self) -> str:
+        """Where it computes: a card by its name."""
+        device = self._driver.device
+        return "cpu" if device.where.type == "cpu" else f"{device.where}, {device.name}"
 
     def close(self) -> None:
         """Lets go of the base and of what is being prepared."""
@@ -385,8 +392,7 @@ class Merger:
         if again or gate.open:
             return [Judged() for _ in heads], None
         hit("evaluate.before")
-        self._judging()
-        with self._progress.phase("evaluate"), ExitStack() as closing:
+        with self._judging(), self._progress.phase("evaluate"), ExitStack() as closing:
             folder = self._home.tmp / uuid4().hex
             closing.callback(durable.remove, folder)
             found = gate.judge(heads, number, written, new, lambda: self._by_itself(expert, folder))

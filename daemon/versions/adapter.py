@@ -19,12 +19,12 @@ from torch import Tensor
 from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS
 from daemon.checkpoints.adapter_modules import Module, adapter_config, modules_of, read_config
 from daemon.compute.resources import budget_for, driver
-from daemon.config import Adapter as Wanted
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.errors import BadConfig
 from daemon.layout import ADAPTER_FOLDER, Home
 from daemon.manifest import FileEntry
+from daemon.sections import Adapter as Wanted
 from daemon.versions.weight_files import METADATA
 from projector.algebra.linalg import energy, on_device, one_thread
 from projector.algebra.low_rank import LowRank, low_rank, low_rank_bytes

@@ -65,6 +65,10 @@ class Mats(Method):
         super().__post_init__()
 
     @property
+    def products(self) -> int:
+        return super().products + self.iterations
+
+    @property
     def needs(self) -> tuple[str, ...]:
         return (self.curvature,)
 

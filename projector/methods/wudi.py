@@ -63,6 +63,10 @@ class Wudi(Method):
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
     @property
+    def products(self) -> int:
+        return super().products + (self.steps if self.solver == "adam" else 0)
+
+    @property
     def one_sweep(self) -> bool:
         return True
 

@@ -77,6 +77,13 @@ def test_growth_with_the_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_starting_and_ending(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write(tmp_path / "llama", 2, 0, llama_shapes.SMALL.model())
+    found = measured(monkeypatch, tmp_path, "restart", str(tmp_path / "llama"), "--turns", "1")
+    assert all(found["median"].values())
+
+
+@pytest.mark.slow
 def test_the_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = measured(monkeypatch, tmp_path, "gate", str(tmp_path), "--experts", "7", "--layers", "1")
     assert len(found["seconds"]["without"]) == len(found["seconds"]["trivial"]) == 2
@@ -84,7 +91,22 @@ def test_the_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_scrape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = measured(monkeypatch, tmp_path, "scrape", str(tmp_path), "--heads", "1", "2")
+    one, two = found["scrapes"]
+    assert one["bytes"] < two["bytes"] and one["series"] < two["series"]
+
+
+@pytest.mark.slow
 def test_growth_with_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = measured(monkeypatch, tmp_path, "growth_size", str(tmp_path), "--layers", "1", "2", "--experts", "3")
     small, large = found["sizes"]
     assert large["model_bytes"] > 1.5 * small["model_bytes"]
+
+
+def test_webhooks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("bench.webhooks.COMMITS", 3)
+    monkeypatch.setattr("bench.webhooks.BLOCK", 4)
+    found = measured(monkeypatch, tmp_path, "webhooks", str(tmp_path), "--events", "8")
+    assert (found["rows"], found["dropped"]) == (8, 0)
+    assert found["latency_seconds"] > 0 and found["event_cpu_seconds"] > 0

@@ -83,9 +83,9 @@ def test_a_daemon_from_the_first_drop_to_the_last_reader(tmp_path: Path) -> None
         assert (home.latest("main") / CONFIG).read_bytes() == (base / CONFIG).read_bytes()
         body = daemon.get(f"/v1/heads/soup/versions/3/files/{WEIGHTS}")
         assert body.content == (home.latest("soup") / WEIGHTS).read_bytes()
-        scraped = daemon.get("/metrics").text
-        assert 'mainstem_head_version{head="main"} 3.0' in scraped
-        assert 'mainstem_experts_total{outcome="merged"} 3.0' in scraped
+        # told once the expert is in the archive, which is after its version can be read
+        assert until(lambda: 'mainstem_head_version{head="main"} 3.0' in daemon.get("/metrics").text, 20)
+        assert 'mainstem_experts_total{outcome="merged"} 3.0' in daemon.get("/metrics").text
         again = tmp_path / "again.safetensors"
         save_file(weights[0], again)
         shutil.copy(home.archive(1) / "one.safetensors", again)

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,20 @@ from daemon.compute.progress import PHASES
 from daemon.config import Settings
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
-from daemon.metrics import DEEDS, JUDGED, MOST_TASKS, OUTCOMES, REASONS, HeadMetrics, Metrics
-from registry.records import Deed, Flag
+from daemon.metrics import (
+    DEEDS,
+    JUDGED,
+    MOST_TASKS,
+    OTHER,
+    OUTCOMES,
+    REASONS,
+    TELLINGS,
+    TRANSACTIONS,
+    TROUBLES,
+    HeadMetrics,
+    Metrics,
+)
+from registry.records import Deed, Flag, Status
 from registry.store import Store
 from tests.daemon.homes import count, drain, put, quick
 from tests.models import write_expert
@@ -37,6 +50,10 @@ def test_every_series_with_a_closed_label_is_there_from_the_start() -> None:
         ("mainstem_interventions_total", "deed", DEEDS),
         ("mainstem_experts_flagged_total", "flag", Flag),
         ("mainstem_merge_phase_seconds_total", "phase", PHASES),
+        ("mainstem_webhook_deliveries_total", "outcome", TELLINGS),
+        ("mainstem_home_experts", "status", Status),
+        ("mainstem_trouble", "reason", (*TROUBLES, OTHER)),
+        ("mainstem_registry_transaction_seconds_count", "kind", TRANSACTIONS),
     ):
         for value in values:
             assert registry.get_sample_value(name, {label: value}) == 0
@@ -44,6 +61,7 @@ def test_every_series_with_a_closed_label_is_there_from_the_start() -> None:
 
 def test_names_and_labels_are_ours_and_closed() -> None:
     allowed = {"head", "figure", "outcome", "reason", "flag", "phase", "version", "le", "task", "deed"}
+    allowed |= {"better", "status", "kind", "route", "doing", "device"}
     for family in Metrics().registry.collect():
         assert family.name.startswith(("mainstem_", "process_")) and family.documentation
         for sample in family.samples:
@@ -63,6 +81,19 @@ def test_a_run_counts_what_it_did(home: Home, base: Path, tmp_path: Path) -> Non
     assert count(metrics, "mainstem_merge_seconds_count") == count(metrics, "mainstem_arrival_seconds_count") == 1
     assert count(metrics, "mainstem_inbox_settled") == count(metrics, "mainstem_inbox_moving") == 0
     assert count(metrics, "mainstem_disk_free_bytes") > 0 == count(metrics, "mainstem_disk_full")
+    assert count(metrics, "mainstem_disk_size_bytes") >= count(metrics, "mainstem_disk_free_bytes")
+    assert time.time() - 600 < count(metrics, "mainstem_inbox_scan_timestamp_seconds") <= time.time()
+    assert time.time() - 600 < count(metrics, "mainstem_merge_progress_timestamp_seconds") <= time.time()
+    assert count(metrics, "mainstem_home_experts", status="merged") == 1
+    assert count(metrics, "mainstem_head_kept_versions", head="main") == 2
+    published = [path.stat().st_size for n in (0, 1) for path in home.version("main", n).glob("*.safetensors")]
+    assert sum(published) <= count(metrics, "mainstem_head_kept_bytes", head="main") < 1.5 * sum(published)
+    assert count(metrics, "mainstem_fsync_seconds_count") > 10 > count(metrics, "mainstem_fsync_seconds_sum")
+    for kind in TRANSACTIONS:
+        assert count(metrics, "mainstem_registry_transaction_seconds_count", kind=kind) > 3
+    assert count(metrics, "mainstem_memory_ready_bytes") > 50e6
+    (build,) = next(family for family in metrics.collect() if family.name == "mainstem_build").samples
+    assert build.labels["device"].startswith("cpu ") and build.labels["version"]
     spent = sum(count(metrics, "mainstem_merge_phase_seconds_total", phase=phase) for phase in PHASES)
     assert 0 < spent <= count(metrics, "mainstem_merge_seconds_sum")
     exposed = generate_latest(metrics).decode()
@@ -97,7 +128,7 @@ def test_what_the_gate_says_is_counted_and_the_live_scores_are_shown(home: Home,
     main = {"head": "main"}
     metrics = arrives(home, base, 2, gate('"a" >= base'))
     assert judged(metrics) == {"live": 1} and count(metrics, "mainstem_evaluation_seconds_count") == 2
-    assert count(metrics, "mainstem_head_score", task="a", **main) == 0.6
+    assert count(metrics, "mainstem_head_score", task="a", better="higher", **main) == 0.6
     samples = [sample.name for family in metrics.collect() for sample in family.samples]
     assert samples.count("mainstem_head_score") == MOST_TASKS
     metrics = arrives(home, base, 3, gate('"a" >= 0.4'))
@@ -116,12 +147,12 @@ def test_what_people_did_is_counted_and_scores_of_what_is_live_no_more_are_gone(
     metrics = HeadMetrics()
     with Store.open(home.registry) as store:
         metrics.follow(store)
-        shown = {"head": "main", "task": "t00"}
+        shown = {"head": "main", "task": "t00", "better": "higher"}
         assert metrics.registry.get_sample_value("mainstem_head_score", shown) == 0.5
         made = metrics.registry.get_sample_value("mainstem_last_success_timestamp_seconds")
         assert carry_out(home, store, Request(Deed.ROLLBACK, "ada", head="main", version=0))
         assert metrics.registry.get_sample_value("mainstem_head_score", shown) is None
-        assert metrics.registry.get_sample_value("mainstem_head_score", {"head": "main", "task": "a"}) == 0.5
+        assert metrics.registry.get_sample_value("mainstem_head_score", {**shown, "task": "a"}) == 0.5
         assert metrics.registry.get_sample_value("mainstem_head_frozen", {"head": "main"}) == 1
         assert metrics.registry.get_sample_value("mainstem_last_success_timestamp_seconds") == made
         for _ in range(2):  # each is counted once

@@ -26,6 +26,8 @@ from daemon.cli import main
 from daemon.compute.progress import Progress
 from daemon.config import LIVE, Settings, described, load, taking_effect
 from daemon.errors import BadConfig, Refused
+from daemon.home.supervision import Supervision
+from daemon.interventions.requests import Desk
 from daemon.layout import Home
 from daemon.logs import configure
 from daemon.merge.merger import Merger
@@ -249,7 +251,9 @@ def test_who_waits_for_space_takes_up_that_less_is_to_be_kept(home: Home, base: 
         put(home, write_expert(tmp_path / f"{seed}.safetensors", base, seed))
     Service(home, keep).run(once=True, http=False)
     with waiting(home, keep, thin) as (service, store, merger, inbox):
-        service._make_room(OSError(errno.ENOSPC, "full"), store, merger, inbox, once=False)
+        desk = Desk(home, store, lambda: None, lambda _: None)
+        service._make_room(OSError(errno.ENOSPC, "full"), store, merger, inbox, desk, once=False)
+        desk.close()
         assert service._settings.retention.versions == 1
     assert not home.version("main", 1).exists() and home.version("main", 2).exists()
 
@@ -428,7 +432,7 @@ def test_a_log_that_nobody_reads_any_more_ends_no_merge(home: Home, base: Path, 
 
 def test_a_signal_that_comes_while_an_events_lock_is_held_is_heard() -> None:
     """A handler interrupts whoever holds the lock, in the same thread: to wait for it would be for ever."""
-    stop = Stop()
+    stop = Stop(Supervision({}))
     with stop._cond:
         stop.ask()
         assert stop.is_set()

@@ -5,18 +5,13 @@ Each section says what it shows in a sentence, or why there is nothing to show; 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from daemon.notation import called
 from daemon.reports.report import charts, merged, scored
 from daemon.reports.report.gathering import HeadReport, Report
 from daemon.reports.report.parts import POINTS, ROWS, Section, number, signed
+from daemon.templating import asset, html_environment
 from projector.text import listed
-
-_TEMPLATES = Path(__file__).parents[2] / "templates"
 
 
 def render(report: Report, more: Sequence[Section] = ()) -> str:
@@ -24,11 +19,10 @@ def render(report: Report, more: Sequence[Section] = ()) -> str:
     cannot be drawn.
     """
     charts.require()
-    style = "".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("status.css", "report.css"))
     first = report.heads[0]
     return _ENVIRONMENT.get_template("report.html").render(
         title=f"{called(first.name, first.live)} · mainstem report",
-        style=Markup(style),
+        style=asset("page.css", "report.css"),
         report=report,
         made_at=report.made_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
         cards=[_card(head) for head in report.heads],
@@ -80,10 +74,4 @@ def _card(head: HeadReport) -> _Card:
     return _Card(called(head.name, head.live), head.method, params, lines)
 
 
-_ENVIRONMENT = Environment(
-    loader=FileSystemLoader(_TEMPLATES),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_ENVIRONMENT = html_environment()

@@ -26,7 +26,7 @@ def imported(*words: str) -> set[str]:
     return {name.partition(".")[0] for name in json.loads(done.stderr)}
 
 
-@pytest.mark.parametrize("words", [("status",), ("log",), ("show", "v0")], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [("status",), ("health",), ("log",), ("show", "v0")], ids=lambda words: words[0])
 def test_reading_imports_no_more_than_it_needs(home: Home, words: tuple[str, ...]) -> None:
     found = imported(*words, "--home", str(home.root))
     assert "sqlalchemy" in found, "nothing was read"
@@ -43,7 +43,9 @@ def test_help_imports_not_even_the_registry() -> None:
     assert sorted(imported("--help") & (SLOW | {"sqlalchemy", "watchdog"})) == []
 
 
-@pytest.mark.parametrize("words", [("rollback", "0"), ("pin", "0"), ("quarantine", "list")], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words", [("rollback", "0"), ("pin", "0"), ("quarantine", "list"), ("webhooks", "list")], ids=lambda words: words[0]
+)
 def test_what_a_person_does_at_once_waits_for_no_tensor(home: Home, words: tuple[str, ...]) -> None:
     found = imported(*words, "--home", str(home.root))
     assert sorted(found & {"torch", "numpy", "safetensors", "starlette", "prometheus_client"}) == []

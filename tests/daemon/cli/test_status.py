@@ -186,9 +186,18 @@ def test_a_home_on_a_read_only_mount_is_told_of_and_served(read_only: Home) -> N
             "mainstem_head_held",
             "mainstem_head_newest_version",
             "mainstem_interventions_total",
-            "mainstem_interventions_created",
             "mainstem_last_success_timestamp_seconds",
             "mainstem_quarantine_open",
+            "mainstem_head_kept_versions",
+            "mainstem_head_kept_bytes",
+            "mainstem_home_experts",
+            "mainstem_condition",
+            "mainstem_trouble",
+            *(f"mainstem_registry_transaction_seconds_{end}" for end in ("bucket", "count", "sum")),
+            *(f"mainstem_http_request_seconds_{end}" for end in ("bucket", "count", "sum")),
+            "mainstem_http_requests_total",
+            "mainstem_http_requests_in_progress",
+            "mainstem_http_sent_bytes_total",
         }
         assert server.stop() == 0
 

@@ -177,9 +177,13 @@ def test_behind_serve(home: Home) -> None:
 
         assert told() == ["no_daemon"]
         assert "no daemon runs on this home" in serving.get("/").text
+        events = {"url": serving.origin + "/v1/events", "trust_env": False, "verify": False}
+        with httpx.stream("GET", **events) as told_of:
+            said = next(line for line in told_of.iter_lines() if line.startswith("data: "))
+            assert '"doing": "no daemon"' in said
         with running("run", "--home", home.root, "--no-http") as daemon:
             assert until(lambda: told() == [], 60)
-            assert ">ready<" in serving.get("/").text
+            assert until(lambda: 'id="pill"><bdi>idle<' in serving.get("/").text, 60)
             daemon.process.send_signal(signal.SIGKILL)
             daemon.process.wait()
         assert until(lambda: told() == ["no_daemon"], 10)

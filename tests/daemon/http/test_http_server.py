@@ -1,5 +1,6 @@
 """Starting and stopping the server, and what importing it costs."""
 
+import asyncio
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from starlette.routing import Route
 
 from daemon.errors import BadConfig
 from daemon.http import HttpServer, base_url, server
+from daemon.http.connections import Connection
 
 if TYPE_CHECKING:
     from tests.daemon.http.conftest import Line
@@ -49,6 +51,20 @@ def test_a_port_in_use_is_a_clear_error() -> None:
         with pytest.raises(BadConfig, match=f"{host}:{port}.*in use") as caught:
             HttpServer(APP, host, port).start()
         assert "port" in caught.value.hint
+
+
+def test_a_body_does_not_wait_for_the_head_to_be_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def made(self: Connection, transport: asyncio.Transport) -> None:
+        found.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        before(self, transport)
+
+    before = Connection.connection_made
+    monkeypatch.setattr(Connection, "connection_made", made)
+    with HttpServer(APP, "127.0.0.1", 0) as (host, port):
+        httpx.get(f"http://{host}:{port}/", trust_env=False, verify=False)
+    assert len(found) == 1 and found[0]
 
 
 def test_a_host_that_is_not_ours_is_a_clear_error() -> None:

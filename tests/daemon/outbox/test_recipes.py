@@ -1,0 +1,202 @@
+"""Each recipe of deploy/hooks, run as the hook that it says, does what its server asks for.
+
+The servers are a receiver that answers in their shapes: those of the sources of SGLang 0.5 and vLLM 0.11, and of
+Triton's protocol.
+"""
+
+import json
+import re
+import subprocess
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon.layout import Home
+from daemon.outbox.hooking import filled
+from daemon.outbox.told import Answer, payload
+from daemon.sections import Hooks
+from registry.records import Delivery, Event
+from tests.daemon.outbox.receiver import Received, Receiver, Reply
+
+RECIPES = Path(__file__).parents[3] / "deploy" / "hooks"
+NAMES = sorted(path.name for path in RECIPES.iterdir() if path.name not in ("asking.py", "__pycache__"))
+
+
+WHEN = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+class Sglang:
+    """Weights from disk, and adapters by name."""
+
+    def __init__(self) -> None:
+        self.weights, self.adapters = ("", ""), dict[str, str]()
+
+    def __call__(self, request: Received) -> Reply:
+        asked = request.said
+        if request.path == "/update_weights_from_disk":
+            good = Path(asked["model_path"]).is_dir()
+            if good:
+                self.weights = asked["model_path"], asked["weight_version"]
+            said = {"success": good, "message": "Succeeded." if good else "no such folder", "num_paused_requests": 0}
+        elif request.path == "/load_lora_adapter":
+            good = asked["lora_name"] not in self.adapters and Path(asked["lora_path"]).is_dir()
+            if good:
+                self.adapters[asked["lora_name"]] = asked["lora_path"]
+            said = {"success": good, "error_message": "", "loaded_adapters": self.adapters}
+        elif request.path == "/unload_lora_adapter":
+            good = self.adapters.pop(asked["lora_name"], None) is not None
+            said = {"success": good, "error_message": "", "loaded_adapters": self.adapters}
+        else:
+            return 404, '{"detail": "Not Found"}'
+        return (200 if good else 400), json.dumps(said)
+
+
+class Vllm:
+    """Adapters by name; and, asleep, weights that are read again."""
+
+    def __init__(self) -> None:
+        self.adapters, self.steps = dict[str, str](), list[str]()
+
+    def __call__(self, request: Received) -> Reply:
+        asked = request.said
+        name = asked.get("lora_name", "")
+        if request.path == "/v1/load_lora_adapter":
+            if name in self.adapters or not Path(asked["lora_path"]).is_dir():
+                return 400, self.error(f"The lora adapter '{name}' cannot be loaded.", "InvalidUserInput", 400)
+            self.adapters[name] = asked["lora_path"]
+            return 200, f"Success: LoRA adapter '{name}' added successfully."
+        if request.path == "/v1/unload_lora_adapter":
+            if self.adapters.pop(name, None) is None:
+                return 404, self.error(f"The lora adapter '{name}' cannot be found.", "NotFoundError", 404)
+            return 200, f"Success: LoRA adapter '{name}' removed successfully."
+        if request.path == "/collective_rpc" and self.steps[-1:] == ["/wake_up?tags=weights"]:
+            self.steps.append(asked["method"])
+            return 200, '{"results": [null]}'
+        if request.path in ("/sleep?level=2", "/wake_up?tags=weights", "/wake_up?tags=kv_cache"):
+            self.steps.append(request.path)
+            return 200, ""
+        return 404, '{"detail": "Not Found"}'
+
+    @staticmethod
+    def error(message: str, kind: str, code: int) -> str:
+        return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+class Triton:
+    """Models by name, out of a repository."""
+
+    def __init__(self, repository: Path) -> None:
+        self.repository, self.loaded = repository, dict[str, Any]()
+
+    def __call__(self, request: Received) -> Reply:
+        found = re.fullmatch(r"/v2/repository/models/(\w+)/load", request.path)
+        if not found or not (self.repository / found[1] / "config.pbtxt").exists():
+            return 400, '{"error": "failed to load, failed to poll from model repository"}'
+        self.loaded[found[1]] = json.loads((self.repository / found[1] / "1" / "model.json").read_text())
+        return 200, ""
+
+
+def said(name: str) -> tuple[str, ...]:
+    """The command that a recipe says."""
+    text = "\n".join(line.removeprefix("#").strip() for line in (RECIPES / name).read_text().splitlines())
+    block = re.search(r"^\[hooks\]\n(published = .*)$", text, re.MULTILINE)
+    assert block, name
+    (command,) = Hooks.model_validate(tomllib.loads(block[1])).published
+    assert command[0] == f"/path/to/{name}"
+    return command
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    home = Home(tmp_path / "home")
+    for version in (1, 2):
+        (home.version("main", version) / "adapter").mkdir(parents=True)
+    return home
+
+
+def run(home: Home, receiver: Receiver, name: str, version: int = 1, **places: Path) -> Answer:
+    """Runs a recipe with the arguments that it says, but for where its server and its files are."""
+    origin = receiver.url.rpartition("/")[0]
+    command = [str(RECIPES / name)]
+    for word in said(name)[1:]:
+        word = re.sub(r"^http://[\d.:]+", origin, word)
+        command.append(str(places.get(word.strip("/").replace("/", "_"), word)))
+    delivery = Delivery(1, 1, "msg_1", Event.PUBLISHED, {"head": "main", "version": version}, WHEN)
+    data = payload(home, delivery)["data"]
+    # not by Hooking, whose own tests run it: that would start twice as many interpreters
+    done = subprocess.run([filled(word, data) for word in command], capture_output=True, text=True, check=False)
+    return Answer(done.returncode == 0, done.stdout + done.stderr)
+
+
+def test_sglang_takes_weights(home: Home, receiver: Receiver) -> None:
+    receiver.answer = server = Sglang()
+    answer = run(home, receiver, "sglang_weights.py", 2)
+    assert answer.delivered, answer
+    assert server.weights == (str(home.version("main", 2)), "main/2")
+    answer = run(home, receiver, "sglang_weights.py", 3)
+    assert not answer.delivered and "no such folder" in answer.text and server.weights[1] == "main/2"
+
+
+@pytest.mark.parametrize(("name", "server"), [("sglang_adapter.py", Sglang), ("vllm_adapter.py", Vllm)])
+def test_an_adapter_takes_the_place_of_the_one_before(
+    home: Home, receiver: Receiver, name: str, server: type[Sglang] | type[Vllm]
+) -> None:
+    receiver.answer = answering = server()
+    for version in (1, 2):
+        answer = run(home, receiver, name, version)
+        assert answer.delivered, answer
+        assert answering.adapters == {"merged": str(home.version("main", version) / "adapter")}
+    receiver.answer = lambda request: (500, "out of memory") if "unload" not in request.path else answering(request)
+    answer = run(home, receiver, name)
+    assert not answer.delivered and "500: out of memory" in answer.text
+
+
+def test_vllm_reads_its_weights_again(home: Home, receiver: Receiver) -> None:
+    receiver.answer = server = Vllm()
+    assert run(home, receiver, "vllm_weights.py").delivered
+    assert server.steps == ["/sleep?level=2", "/wake_up?tags=weights", "reload_weights", "/wake_up?tags=kv_cache"]
+    receiver.answer = lambda _: (404, "")  # no development mode
+    assert not run(home, receiver, "vllm_weights.py").delivered
+
+
+def test_triton_loads_a_version(home: Home, receiver: Receiver, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    receiver.answer = server = Triton(repository)
+    assert not run(home, receiver, "triton_model.py", srv_triton_models=repository).delivered  # without config.pbtxt
+    (repository / "chat" / "config.pbtxt").write_text('backend: "vllm"\n')
+    (repository / "chat" / "1" / "model.json").write_text('{"gpu_memory_utilization": 0.5}')
+    for version in (1, 2):
+        answer = run(home, receiver, "triton_model.py", version, srv_triton_models=repository)
+        assert answer.delivered, answer
+        folder = str(home.version("main", version))
+        assert server.loaded == {"chat": {"gpu_memory_utilization": 0.5, "model": folder}}
+
+
+def test_any_server_is_restarted_on_a_link(home: Home, receiver: Receiver, tmp_path: Path) -> None:
+    link, restart = tmp_path / "link", tmp_path / "restart"
+    restart.write_text(f'#!/bin/sh\nreadlink {link} >> {tmp_path}/seen\n[ "$1 $2" = "restart chat.service" ]\n')
+    restart.chmod(0o755)
+    for version in (1, 2):
+        answer = run(home, receiver, "restart.sh", version, srv_models_chat=link, systemctl=restart)
+        assert answer.delivered, answer
+    assert (tmp_path / "seen").read_text().split() == [str(home.version("main", n)) for n in (1, 2)]
+
+
+def test_no_server_is_a_failure(home: Home) -> None:
+    assert not run(home, Receiver("http://127.0.0.1:9/told"), "vllm_weights.py").delivered
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_for_what_it_was_written(name: str) -> None:
+    text = " ".join((RECIPES / name).read_text().split())
+    assert said(name)
+    assert name == "restart.sh" or re.search(r"Written for (SGLang|vLLM|Triton) [\d.]+", text)
+    assert name == "restart.sh" or "never run against" in text.replace("\n", " ")
+
+
+def test_every_recipe_is_tested() -> None:
+    source = Path(__file__).read_text()
+    assert all(f'"{name}"' in source for name in NAMES)
