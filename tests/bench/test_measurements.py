@@ -55,6 +55,15 @@ def test_opcm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: str) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:::transformers")
+def test_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    found = measured(monkeypatch, tmp_path, "hub", str(tmp_path / "work"), "--hidden", "64", "--repeats", "1")
+    assert found["cold"]["bytes"] > found["new_version"]["bytes"] > found["again"]["bytes"] == 0
+    assert len(found["hf"]) == len(found["pull"]) == len(found["cp"]) == 1
+
+
+@pytest.mark.slow
 def test_mean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: str) -> None:
     found = measured(monkeypatch, tmp_path, "mean", clip, "--experts", "3")
     assert len(found["floor"]) == len(found["merge"]) == len(found["arrival"]) == 2

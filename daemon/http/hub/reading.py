@@ -38,6 +38,20 @@ class HubReading:
         self.repos = Repos(published)
         self._pushed = pushed
 
+    def models(self, _: Request) -> Response:
+        """The heads; whatever else is asked for."""
+        rows = []
+        for head in self.published.reader.heads():
+            live = self.published.row(head, head.live)
+            name = f"{NAMESPACE}/{head.name}"
+            rows.append({"id": name, "modelId": name, "sha": commit_of(live), "private": False, "tags": ["mainstem"]})
+        return JSONResponse(rows, headers=NO_CACHE)
+
+    def access(self, request: Request) -> Response:
+        """Whether it may be read: all that is there may."""
+        self.repos.head(request.path_params["repo"])
+        return JSONResponse({}, headers=NO_CACHE)
+
     def model(self, request: Request) -> Response:
         snapshot = self._listing(request)
         blobs = request.query_params.get("blobs", "").lower() in ("1", "true")
@@ -137,7 +151,9 @@ def reading_routes(published: Published, pushed: Callable[[str], Listing | None]
     """The addresses, for the end of a list: the last ones take what nothing else did."""
     api = HubReading(published, pushed)
     return [
+        Route("/api/models", api.models),
         Route("/api/models/mainstem/{repo}", api.model),
+        Route("/api/models/mainstem/{repo}/auth-check", api.access),
         Route("/api/models/mainstem/{repo}/revision/{revision}", api.model),
         Route("/api/models/mainstem/{repo}/tree/{revision}", api.tree),
         Route("/api/models/mainstem/{repo}/tree/{revision}/{folder:path}", api.tree),

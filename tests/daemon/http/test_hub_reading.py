@@ -49,6 +49,10 @@ def test_a_model_and_its_revisions(two: "Line", client: httpx.Client) -> None:
     (weights,) = [one for one in found["siblings"] if one["rfilename"] == data.name]
     assert (weights["size"], weights["lfs"]["oid"]) == (300, sha256(data.read_bytes()))
     assert commit(two, 2, "init") == client.get("/api/models/mainstem/init").json()["sha"] != commit(two, 2)
+    every = {one["id"]: one["sha"] for one in client.get("/api/models", params={"author": "mainstem"}).json()}
+    assert every == {"mainstem/main": commit(two, 2), "mainstem/init": commit(two, 2, "init")}
+    assert client.get(f"{MODEL}/auth-check").status_code == 200
+    assert reason(client.get("/api/models/mainstem/other/auth-check")) == (404, "RepoNotFound", "unknown_head")
     refs = client.get(f"{MODEL}/refs").json()
     assert [one["targetCommit"] for one in refs["branches"]] == [commit(two, 2)]
     assert {one["name"]: one["targetCommit"] for one in refs["tags"]} == {f"v{n}": commit(two, n) for n in range(3)}
