@@ -71,6 +71,9 @@ class Deed(StrEnum):
     RETRY = "retry"
     DISCARD = "discard"
     EVALUATE = "evaluate"  # leaves a row of its own kind
+    PAUSE = "pause"
+    RESUME = "resume"
+    DRAIN = "drain"
     COLLECT = "collect"  # what retention says: no row tells of that
 
 

@@ -16,18 +16,21 @@ from daemon.cli import (
     config,
     convert,
     demo,
+    drain,
     evaluate,
     gc,
     init,
     inspect,
     log,
     methods,
+    pause,
     pin,
     promote,
     pull,
     quarantine,
     rebuild,
     report,
+    resume,
     rollback,
     run,
     serve,
@@ -42,7 +45,7 @@ from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
     *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
-    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study),
+    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study, pause, resume, drain),
 )
 
 app = typer.Typer(

@@ -6,6 +6,7 @@
     recovery.py      brings it back to where its registry says it is
     uncommitted.py   what lies in it beyond its registry
     presence.py      what a running daemon says of itself
+    orders.py        what a person told it: to pause, or to finish the queue and stop
     health.py        what is wrong, as far as can be seen at once
     standing.py      which of its versions are held, and what ends that
     verification.py  everything hashed again

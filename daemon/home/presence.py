@@ -21,6 +21,7 @@ from projector.text import shown
 
 MOST_WAITING = 100  # entries of which it is noted why they wait: the last that were looked at
 RECOVERING, MERGING, WATCHING = "recovering", "merging", "watching the inbox"
+PAUSED, DRAINING = "paused", "draining"
 BUSY = "busy with another command of mainstem"
 
 
@@ -53,6 +54,7 @@ class Presence:
         self._now = Running(os.getpid(), _time(datetime.now(UTC)))
         self._there = False
         self._in_hand: tuple[str, str] | None = None
+        self._resting = WATCHING
         self._saying = Lock()
 
     def starts(self) -> None:
@@ -72,7 +74,12 @@ class Presence:
 
     def watches(self) -> None:
         """It has recovered."""
-        self._say(doing=WATCHING)
+        self.rests(WATCHING)
+
+    def rests(self, doing: str) -> None:
+        """What it does between two experts from here on."""
+        self._resting = doing
+        self._say(doing=doing)
 
     def wrong(self, troubles: Sequence[Trouble]) -> None:
         """These are all that is wrong."""
@@ -87,7 +94,7 @@ class Presence:
         finally:
             self._in_hand = None
             if self._now.merging:
-                self._say(doing=WATCHING, merging=None, merging_since=None)
+                self._say(doing=self._resting, merging=None, merging_since=None)
 
     def progresses(self) -> None:
         """Some of the entry in hand has been read."""

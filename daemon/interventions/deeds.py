@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
+from daemon.home import orders
 from daemon.interventions import cases
 from daemon.layout import Home
 from daemon.notation import called
@@ -74,6 +75,8 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
             return cases.check(home, _experts(reader, request), request.deed)
         case Deed.EVALUATE:
             return ["kept"]
+        case Deed.PAUSE | Deed.RESUME | Deed.DRAIN:
+            return orders.planned(home, request.deed)
         case Deed.WITHDRAW | Deed.COLLECT:
             raise AssertionError("not to be planned here")
 
@@ -105,6 +108,9 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
                 cases.close(home, store, expert, replace(request.intervention, experts=(expert.id,)))
         case Deed.EVALUATE:
             _keep(store, request)
+        case Deed.PAUSE | Deed.RESUME | Deed.DRAIN:
+            orders.give(home, request.deed, request.who, request.why)
+            store.intervened(request.intervention)
         case Deed.WITHDRAW | Deed.COLLECT:
             raise AssertionError("not to be done here")
     return done

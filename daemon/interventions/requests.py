@@ -228,6 +228,7 @@ class Desk:
             named = {key: value for key, value in told.items() if value is not None}
             self._log.info(f"asked for: {request.deed}", who=request.who, why=request.why, **named)
         self._changed(request)
+        self._wake()
 
 
 def _read(path: Path) -> Request:
