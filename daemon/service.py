@@ -181,7 +181,7 @@ class Service:
         assert self._attempts
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
         lingering = Lingering(self._home, store, merger)
-        orders = Orders(self._home, self._presence, once=once)
+        orders = Orders(self._home, self._presence, self._log, once=once)
         while not self._stopping.is_set():
             self._stopping.wait(WAKE_SECONDS)  # many events come at once
             self._wake.clear()
@@ -339,7 +339,7 @@ class Service:
 
     def _report(self, share: float) -> None:
         self._metrics.progress.set(share)
-        self._presence.progresses()
+        self._presence.progresses(share)
         self._show(share)
 
     def _fell_back(self, name: str, why: str) -> None:

@@ -43,7 +43,7 @@ def command(
 def _wait(home: Home) -> None:
     """Until the daemon has stopped, telling what it merges. Raises BadHome where it ended otherwise."""
     from daemon.home.orders import Kind, order
-    from daemon.home.presence import MERGING, WATCHING, running
+    from daemon.home.presence import Doing, running
 
     said, first = None, running(home)
     while (daemon := running(home)) and first and daemon.pid == first.pid:  # a supervisor may start another
@@ -51,7 +51,7 @@ def _wait(home: Home) -> None:
         if daemon.merging and daemon.merging != said:
             said = daemon.merging
             typer.echo(f"merging {said}")
-        if now is None and daemon.doing in (WATCHING, MERGING):
+        if now is None and daemon.doing in (Doing.WATCHING, Doing.MERGING):
             raise BadHome("the drain was called off: the daemon goes on", "`mainstem log --interventions` says by whom")
         if now and now.kind is not Kind.DRAIN:
             raise BadHome(now.text, "`mainstem drain` again, or `mainstem resume`")

@@ -1,51 +1,47 @@
 """`mainstem status`: the daemon, the heads, the queue, and what became of the experts."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 
 from daemon.cli.common import HomeArgument, HomeOption, JsonOption, local, open_reader, print_json, print_table
-from daemon.layout import Home
 from daemon.notation import called
 from projector.text import shown, size
 from registry.records import Flag
 
 if TYPE_CHECKING:
-    from daemon.home.presence import Running
+    from daemon.home.condition import Condition
     from registry.records import Expert
 
 FLAGGED = 5  # the newest of them are named
-NOBODY = "no daemon runs"
 
 
 def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Show whether a daemon runs and what it does, the live version of every head, what is held, what waits and why,
     the counts.
     """
-    from daemon.home.health import Health
-    from daemon.home.presence import running
+    from daemon.home.condition import condition
     from daemon.home.standing import held
 
     where, reader = open_reader(at, home)
-    daemon = running(where)
     with reader:
         base, heads, counts = reader.base(), reader.heads(), reader.counts()
         versions = {head.name: reader.version(head.name, head.live) for head in heads}
         not_live = {head.name: held(reader, head) for head in heads}
         open_cases = reader.count_open()
         flagged = reader.experts(limit=FLAGGED, flags=tuple(Flag))
-        noted = list(daemon.troubles) if daemon else []
-        seen = [asdict(trouble) for trouble in Health(where).troubles(reader, beside=True)]
-        waiting = _waiting(where, daemon, [expert.name for expert in reader.unplaced()], noted)
-    troubles = noted + [one for one in seen if one["reason"] not in {other["reason"] for other in noted}]
+        now = condition(where, reader)
+    daemon, waiting, troubles = now.daemon, now.queue(), [asdict(one) for one in now.troubles]
     if as_json:
         print_json(
             {
                 "home": str(where.root),
                 "base": asdict(base),
+                "doing": now.doing,
+                "text": now.text,
+                "left_seconds": now.left_seconds,
                 "daemon": daemon and asdict(daemon),
                 "heads": [
                     {
@@ -68,7 +64,7 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
     typer.echo(
         f"base     {base.name}  {base.parameters:,} parameters, {size(base.size_bytes)}, sha256 {base.sha256[:12]}"
     )
-    typer.echo(f"daemon   {_daemon(daemon)}")
+    typer.echo(f"daemon   {_daemon(now)}")
     typer.echo(f"inbox    {'cannot be listed by this user' if waiting is None else f'{len(waiting)} waiting'}")
     for one in (waiting or [])[:5]:
         typer.echo(f"         {one['name']}: {one['why']}")
@@ -105,42 +101,12 @@ def command(at: HomeArgument = None, home: HomeOption = None, as_json: JsonOptio
     )
 
 
-def _waiting(
-    home: Home, daemon: "Running | None", decided: Sequence[str], troubles: Sequence[Mapping[str, str]]
-) -> list[dict[str, str]] | None:
-    """What lies in the inbox, by name, and why it was not taken yet; None where this user may not list it."""
-    from daemon.arrivals.inbox import TEMPORARY
-    from daemon.home.presence import BUSY, RECOVERING
-
-    def why(name: str) -> str:
-        if name in decided:
-            return "decided, but it could not be moved out of the inbox"
-        if daemon is None or daemon.doing == BUSY:
-            return NOBODY
-        if name == daemon.merging:
-            return f"being merged since {local(daemon.merging_since)}"
-        if name in daemon.waiting:
-            return daemon.waiting[name]
-        if troubles:
-            return troubles[0]["text"]
-        return "the daemon is recovering" if daemon.doing == RECOVERING else "waits to come to rest, or for its turn"
-
-    try:
-        there = os.listdir(home.inbox)
-    except PermissionError:
-        return None
-    except (FileNotFoundError, NotADirectoryError):
-        there = []  # the troubles say so
-    names = sorted(shown(name) for name in there if not TEMPORARY.fullmatch(name))
-    return [{"name": name, "why": why(name)} for name in names]
-
-
-def _daemon(daemon: "Running | None") -> str:
+def _daemon(now: "Condition") -> str:
+    daemon = now.daemon
     if daemon is None:
-        return f"{NOBODY}: start `mainstem run`"
+        return "no daemon runs: start `mainstem run`"
     where = f", at {daemon.url}" if daemon.url else ""
-    what = f"merging {daemon.merging} since {local(daemon.merging_since)}" if daemon.merging else daemon.doing
-    return f"{what} (process {daemon.pid} since {local(daemon.since)}{where})"
+    return f"{now.text} (process {daemon.pid} since {local(daemon.since)}{where})"
 
 
 def _flagged(experts: "Sequence[Expert]") -> str:

@@ -8,6 +8,7 @@
     presence.py      what a running daemon says of itself
     orders.py        what a person told it: to pause, or to finish the queue and stop
     health.py        what is wrong, as far as can be seen at once
+    condition.py     what is going on in it right now, in words
     standing.py      which of its versions are held, and what ends that
     verification.py  everything hashed again
     restoring.py     how a person puts back what was edited or lost

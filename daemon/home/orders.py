@@ -10,16 +10,19 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
-import structlog
-
-from daemon.arrivals.inbox import Drop, Scan
 from daemon.disk import durable
 from daemon.errors import BadHome
-from daemon.home.presence import DRAINING, PAUSED, WATCHING, Presence, running
+from daemon.home.presence import Doing, Presence, running
 from daemon.layout import Home
 from projector.text import shown
 from registry.records import Deed
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from daemon.arrivals.inbox import Drop, Scan
 
 
 class Kind(StrEnum):
@@ -29,7 +32,7 @@ class Kind(StrEnum):
     DRAIN = "drain"
 
 
-DOING = {Kind.PAUSE: PAUSED, Kind.DRAIN: DRAINING, None: WATCHING}
+DOING = {Kind.PAUSE: Doing.PAUSED, Kind.DRAIN: Doing.DRAINING, None: Doing.WATCHING}
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,13 @@ def fulfilled(home: Home) -> None:
 class Orders:
     """The orders, as the merge loop follows them: looked at between two experts, and told to whoever asks."""
 
-    def __init__(self, home: Home, presence: Presence, *, once: bool) -> None:
+    def __init__(self, home: Home, presence: Presence, log: "FilteringBoundLogger", *, once: bool) -> None:
         self._home = home
         self._presence = presence
         self._once = once
         self._now: Order | None = None
         self._queue: frozenset[str] | None = None  # what a drain began with
-        self._log = structlog.get_logger()
+        self._log = log
 
     @property
     def paused(self) -> bool:
@@ -117,7 +120,7 @@ class Orders:
         now = self._look()
         return now is not None and now.kind is Kind.DRAIN
 
-    def allowed(self, drops: Sequence[Drop], scan: Scan) -> list[Drop]:
+    def allowed(self, drops: "Sequence[Drop]", scan: "Scan") -> "list[Drop]":
         """Those that may be taken: none while paused, and of a drain those that it began with."""
         if self.paused:
             return []
@@ -128,11 +131,11 @@ class Orders:
             self._queue = frozenset({drop.name for drop in scan.settled} | held | scan.moving_names)
         return [drop for drop in drops if self._queue is None or drop.name in self._queue]
 
-    def until_paused(self, drops: Iterable[Drop]) -> Iterator[Drop]:
+    def until_paused(self, drops: "Iterable[Drop]") -> "Iterator[Drop]":
         """One after the other, until somebody pauses."""
         return takewhile(lambda _: not self.paused, drops)
 
-    def queue(self, scan: Scan) -> Scan:
+    def queue(self, scan: "Scan") -> "Scan":
         """What is still to be decided before a drain is over; all of it where nothing drains."""
         if self._queue is None:
             return scan

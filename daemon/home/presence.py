@@ -6,10 +6,12 @@ home's lock and is the one that wrote it.
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,25 +22,36 @@ from daemon.layout import Home
 from projector.text import shown
 
 MOST_WAITING = 100  # entries of which it is noted why they wait: the last that were looked at
-RECOVERING, MERGING, WATCHING = "recovering", "merging", "watching the inbox"
-PAUSED, DRAINING = "paused", "draining"
-BUSY = "busy with another command of mainstem"
+SHARE_EVERY_SECONDS = 1.0  # how often it is noted how far the entry in hand is
+
+
+class Doing(StrEnum):
+    """What the process that holds a home's lock is at."""
+
+    RECOVERING = "recovering"
+    MERGING = "merging"
+    WATCHING = "watching the inbox"
+    PAUSED = "paused"
+    DRAINING = "draining"
+    BUSY = "busy with another command of mainstem"
 
 
 @dataclass(frozen=True)
 class Running:
     """The process that holds a home's lock. Times in ISO 8601.
 
-    url: where it answers HTTP, None where it does not. merging: the entry of the inbox in hand, and since when.
+    url: where it answers HTTP, None where it does not. merging: the entry of the inbox in hand, since when, and how far
+    it is, 0 to 1.
     waiting: why each of these entries was not taken. troubles: what it noted as wrong, as `health.Trouble`.
     """
 
     pid: int
     since: str
-    doing: str = RECOVERING
+    doing: str = Doing.RECOVERING
     url: str | None = None
     merging: str | None = None
     merging_since: str | None = None
+    share: float | None = None
     waiting: Mapping[str, str] = field(default_factory=dict)
     troubles: Sequence[Mapping[str, str]] = ()
 
@@ -54,7 +67,8 @@ class Presence:
         self._now = Running(os.getpid(), _time(datetime.now(UTC)))
         self._there = False
         self._in_hand: tuple[str, str] | None = None
-        self._resting = WATCHING
+        self._resting = Doing.WATCHING
+        self._share_said = 0.0  # when, by the monotonic clock
         self._saying = Lock()
 
     def starts(self) -> None:
@@ -74,9 +88,9 @@ class Presence:
 
     def watches(self) -> None:
         """It has recovered."""
-        self.rests(WATCHING)
+        self.rests(Doing.WATCHING)
 
-    def rests(self, doing: str) -> None:
+    def rests(self, doing: Doing) -> None:
         """What it does between two experts from here on."""
         self._resting = doing
         self._say(doing=doing)
@@ -94,14 +108,21 @@ class Presence:
         finally:
             self._in_hand = None
             if self._now.merging:
-                self._say(doing=self._resting, merging=None, merging_since=None)
+                self._say(doing=self._resting, merging=None, merging_since=None, share=None)
 
-    def progresses(self) -> None:
-        """Some of the entry in hand has been read."""
-        if self._in_hand and not self._now.merging:
+    def progresses(self, share: float) -> None:
+        """So much of the entry in hand has been done. It is noted now and then."""
+        if not self._in_hand:
+            return
+        now = time.monotonic()
+        if not self._now.merging:
             name, since = self._in_hand
             rest = {other: why for other, why in self._now.waiting.items() if other != name}
-            self._say(doing=MERGING, merging=name, merging_since=since, waiting=rest)
+            self._share_said = now
+            self._say(doing=Doing.MERGING, merging=name, merging_since=since, share=share, waiting=rest)
+        elif now - self._share_said >= SHARE_EVERY_SECONDS:
+            self._share_said = now
+            self._say(share=share)
 
     def waits(self, name: str, why: str) -> None:
         """That entry was looked at and not taken."""
@@ -127,7 +148,7 @@ def running(home: Home) -> Running | None:
         said = Running(**json.loads(home.presence.read_bytes()))
         if said.pid == pid:
             return said
-    return Running(pid, _time(datetime.fromtimestamp(home.lock.stat().st_mtime, UTC)), BUSY)
+    return Running(pid, _time(datetime.fromtimestamp(home.lock.stat().st_mtime, UTC)), Doing.BUSY)
 
 
 def _pid(lock: Path) -> int:

@@ -22,7 +22,7 @@ import structlog
 
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
-from daemon.home.presence import BUSY, running
+from daemon.home.presence import Doing, running
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from projector.errors import ProjectorError
@@ -59,7 +59,7 @@ def ask(home: Home, request: Request, alone: Callable[[], list[str]] | None = No
 
 def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
     there = running(home)
-    if there and there.doing == BUSY:
+    if there and there.doing == Doing.BUSY:
         raise BadHome(f"another command of mainstem works on {home.root}", "try again when it is done")
     asked = home.requests / f"{uuid4().hex}.json"
     answer = asked.with_suffix(ANSWER)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from daemon.cli.status import _waiting
 from daemon.disk import durable
+from daemon.home.condition import _waiting
 from daemon.home.health import Health, Trouble
 from daemon.home.presence import MOST_WAITING, Presence
 from daemon.home.presence import running as look
@@ -64,7 +64,9 @@ def test_without_a_daemon_it_says_so_and_nothing_is_left_of_one(home: Home) -> N
     (home.inbox / ".one.part").write_bytes(b"")
     said = told(home)
     assert said["daemon"] is None and said["inbox"] == ["one.safetensors"]
-    assert said["waiting"] == [{"name": "one.safetensors", "why": "no daemon runs"}]
+    (waiting,) = said["waiting"]
+    assert (waiting["name"], waiting["why"]) == ("one.safetensors", "no daemon runs")
+    assert waiting["since"].startswith("20") and (said["doing"], said["left_seconds"]) == ("no daemon", None)
     assert [one["reason"] for one in said["troubles"]] == ["no_daemon"]
     assert said["flagged"] == [{"id": 4, "name": "5.safetensors", "flags": ["long"]}]
     text = forked("status", home.root).stdout
@@ -85,7 +87,7 @@ def test_what_the_daemon_does_and_why_each_entry_waits(home: Home) -> None:
             before = home.presence.stat().st_mtime_ns
             presence.waits("half", "it has no weights yet")
             assert home.presence.stat().st_mtime_ns == before, "nothing has changed"
-            presence.progresses()
+            presence.progresses(0.25)
             said = told(home)
             daemon, why = said["daemon"], {one["name"]: one["why"] for one in said["waiting"]}
             assert (daemon["pid"], daemon["url"], daemon["merging"]) == (
@@ -97,8 +99,11 @@ def test_what_the_daemon_does_and_why_each_entry_waits(home: Home) -> None:
             assert why["in-hand"].startswith("being merged since 20") and why["half"] == "it has no weights yet"
             assert "turn" in why["next"]
             text = forked("status", home.root).stdout
-            assert f"merging in-hand since {daemon['merging_since'][:4]}" in text
-            assert f"(process {os.getpid()} since" in text and "at http://127.0.0.1:1234/" in text
+            assert (
+                "daemon   merging in-hand: 25%" in text
+                and f"(process {os.getpid()} since" in text
+                and "at http://127.0.0.1:1234/" in text
+            )
         Health(home, presence.wrong).note(Trouble("disk_full", "the disk is full", "make room"))
         said = told(home)
         assert said["daemon"]["merging"] is None and said["troubles"][0]["reason"] == "disk_full"
@@ -202,7 +207,7 @@ def test_an_inbox_that_the_user_may_not_list_is_told_of(home: Home) -> None:
     try:
         for place in opened:
             place.chmod(modes[place] | 0o5)
-        assert as_nobody(lambda: str(_waiting(home, None, [], []))) == "None"
+        assert as_nobody(lambda: str(_waiting(home, set(), None, []))) == "None"
     finally:
         for place, mode in modes.items():
             place.chmod(mode)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import structlog
 
 from daemon.arrivals.inbox import Drop, Held, Scan
 from daemon.errors import BadHome
@@ -46,8 +47,9 @@ def test_a_pause_outlives_a_restart_and_what_arrives_waits(home: Home, tmp_path:
         drain(home)
     with running("run", "--home", home.root, "--no-http") as daemon:
         assert told(daemon, "merging is paused")
-        said = forked("status", home.root, "--json").stdout
-        assert json.loads(said)["daemon"]["doing"] == "paused"
+        said = json.loads(forked("status", home.root, "--json").stdout)
+        assert said["doing"] == "paused" and "a night's rest" in said["text"]
+        assert said["waiting"][0]["why"] == "merging is paused"
         assert experts(home) == [] and len(list(home.inbox.iterdir())) == 1
         assert forked("resume", home.root).stdout == "merging goes on\n"
         assert until(lambda: live(home) == 1, 60)
@@ -81,7 +83,7 @@ def test_without_a_daemon_a_drain_merges_by_itself(home: Home, tmp_path: Path) -
 
 
 def test_a_drain_ends_with_what_it_began_with(home: Home) -> None:
-    orders = Orders(home, Presence(home), once=False)
+    orders = Orders(home, Presence(home), structlog.get_logger(), once=False)
     first, later = (Drop(name, name, 0, 1, 9.0) for name in ("first", "later"))
     give(home, Deed.DRAIN, "ada", None)
     scan = Scan([first], 1, [Held("held", ".held.part", 9.0)], {}, frozenset({"moving"}))
@@ -107,7 +109,7 @@ def test_the_last_order_counts_and_one_that_cannot_be_read_is_a_pause(home: Home
 
 
 def test_a_pause_is_looked_at_between_two_experts(home: Home) -> None:
-    orders = Orders(home, Presence(home), once=False)
+    orders = Orders(home, Presence(home), structlog.get_logger(), once=False)
     drops = [Drop(name, name, 0, 1, 9.0) for name in "ab"]
     taken = []
     for drop in orders.until_paused(drops):

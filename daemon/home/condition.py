@@ -1,0 +1,177 @@
+"""What is going on in a home right now, in words, for everybody who shows it.
+
+It comes from the daemon's note of itself, the lock, the registry and the inbox: a daemon sees itself no otherwise than
+a process beside it does.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from daemon.checkpoints.unfinished import TEMPORARY
+from daemon.home.health import Health, Trouble
+from daemon.home.orders import order
+from daemon.home.presence import Doing, Running, running
+from daemon.layout import Home
+from projector.text import shown
+from registry.errors import RegistryError
+from registry.reader import Reader
+
+NOBODY = "no daemon runs"
+LONGEST = 10_000  # entries of the inbox that are looked at
+ENOUGH = 0.02  # of an expert, for what is left of it to be foretold
+WAITING, DAMAGED, NONE = "waiting", "damaged", "no daemon"
+HINDERS = ("disk_full", "no_inbox", "registry")  # troubles that merging waits for the end of
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An entry of the inbox, why it was not taken yet, and since when it lies there as it is (None: it is gone)."""
+
+    name: str
+    why: str
+    since: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What is going on.
+
+    doing: a word: one of `presence.Doing`, or WAITING, DAMAGED or NONE. text: the same in a sentence. expert: the entry
+    in hand, with the share of it that is done and the seconds that are left, as far as they can be told. waiting: all
+    that lies in the inbox, what is there longest first; None where this user may not list it. troubles: what is wrong.
+    """
+
+    doing: str
+    text: str
+    since: datetime | None
+    expert: str | None
+    share: float | None
+    left_seconds: float | None
+    waiting: Sequence[Waiting] | None
+    troubles: Sequence[Trouble]
+    daemon: Running | None
+
+    def described(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return {**asdict(self), "since": _said(self.since), "waiting": self.queue()}
+
+    def queue(self) -> list[dict[str, str | None]] | None:
+        """What waits, ready for JSON."""
+        if self.waiting is None:
+            return None
+        return [{"name": one.name, "why": one.why, "since": _said(one.since)} for one in self.waiting]
+
+
+def condition(home: Home, reader: Reader, now: datetime | None = None) -> Condition:
+    """What is going on in a home. One that cannot be seen by this user is one in which no daemon runs."""
+    now = now or datetime.now(UTC)
+    try:
+        daemon = running(home)
+    except OSError:
+        daemon = None
+    noted = [Trouble(**one) for one in daemon.troubles] if daemon else []
+    known = {one.reason for one in noted}
+    seen = [one for one in Health(home).troubles(reader, beside=True) if one.reason not in known]
+    troubles = [*noted, *seen]
+    waiting = _waiting(home, _decided(reader), daemon, noted)
+    share = daemon.share if daemon else None
+    left = _left(daemon, now)
+    doing, text = _words(daemon, troubles, waiting, share, left)
+    if given := order(home):
+        text = given.text if doing == Doing.PAUSED else f"{text}; {given.text}"
+    since = daemon and (daemon.merging_since or daemon.since)
+    merging = daemon.merging if daemon else None
+    return Condition(
+        doing, text, datetime.fromisoformat(since) if since else None, merging, share, left, waiting, troubles, daemon
+    )
+
+
+def _words(
+    daemon: Running | None,
+    troubles: Sequence[Trouble],
+    waiting: Sequence[Waiting] | None,
+    share: float | None,
+    left: float | None,
+) -> tuple[str, str]:
+    """The word and the sentence. What is worst comes first."""
+    for one in troubles:
+        if one.reason == "damaged":
+            return DAMAGED, one.text
+    if daemon is None:
+        return NONE, f"{NOBODY}: start `mainstem run`"
+    for one in troubles:
+        if one.reason in HINDERS:
+            return WAITING, one.text
+    if daemon.merging:
+        far = f": {share:.0%}" if share is not None else ""
+        rest = f", about {_duration(left)} left" if left is not None else ""
+        return daemon.doing, f"{daemon.doing} {daemon.merging}{far}{rest}"
+    if daemon.doing == Doing.WATCHING:
+        return daemon.doing, f"{daemon.doing}: {len(waiting)} waiting" if waiting else "idle: nothing waits"
+    return daemon.doing, daemon.doing
+
+
+def _left(daemon: Running | None, now: datetime) -> float | None:
+    """The seconds until the expert in hand is merged, were it to go on as it began."""
+    if not daemon or not daemon.merging_since or daemon.share is None or daemon.share < ENOUGH:
+        return None
+    spent = (now - datetime.fromisoformat(daemon.merging_since)).total_seconds()
+    return max(0.0, spent * (1 - daemon.share) / daemon.share)
+
+
+def _decided(reader: Reader) -> set[str]:
+    """What is still in the inbox although it was decided, by name."""
+    try:
+        return {shown(expert.name) for expert in reader.unplaced()}
+    except RegistryError:  # the troubles say so
+        return set()
+
+
+def _waiting(
+    home: Home, decided: set[str], daemon: Running | None, noted: Sequence[Trouble]
+) -> Sequence[Waiting] | None:
+    try:
+        with os.scandir(home.inbox) as there:
+            names = [one.name for one, _ in zip(there, range(LONGEST), strict=False)]
+    except PermissionError:
+        return None
+    except (FileNotFoundError, NotADirectoryError):
+        return []  # the troubles say so
+    found = []
+    for name in names:
+        if not TEMPORARY.fullmatch(name):
+            try:
+                # not the mtime: that is the trainer's, and a folder that was copied with its times looks old
+                since = datetime.fromtimestamp((home.inbox / name).lstat().st_ctime, UTC)
+            except OSError:
+                since = None
+            found.append(Waiting(shown(name), _why(shown(name), daemon, decided, noted), since))
+    return sorted(found, key=lambda one: (one.since or datetime.max.replace(tzinfo=UTC), one.name))
+
+
+def _why(name: str, daemon: Running | None, decided: set[str], noted: Sequence[Trouble]) -> str:
+    if name in decided:
+        return "decided, but it could not be moved out of the inbox"
+    if daemon is None or daemon.doing == Doing.BUSY:
+        return NOBODY
+    if name == daemon.merging:
+        return f"being merged since {daemon.merging_since}"
+    if name in daemon.waiting:
+        return daemon.waiting[name]
+    if daemon.doing == Doing.PAUSED:
+        return "merging is paused"
+    if noted:
+        return noted[0].text
+    return "the daemon is recovering" if daemon.doing == Doing.RECOVERING else "waits to come to rest, or for its turn"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _said(moment: datetime | None) -> str | None:
+    return moment.isoformat(timespec="seconds") if moment else None
