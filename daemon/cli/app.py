@@ -16,6 +16,7 @@ from daemon.cli import (
     config,
     convert,
     demo,
+    doctor,
     drain,
     evaluate,
     gc,
@@ -45,7 +46,7 @@ from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
     *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
-    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study, pause, resume, drain),
+    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study, pause, resume, drain, doctor),
 )
 
 app = typer.Typer(
