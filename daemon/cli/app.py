@@ -28,6 +28,7 @@ from daemon.cli import (
     pin,
     promote,
     pull,
+    push,
     quarantine,
     rebuild,
     report,
@@ -45,7 +46,24 @@ from daemon.cli import (
 from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
-    *(init, run, serve, status, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild, demo),
+    *(
+        init,
+        run,
+        serve,
+        status,
+        log,
+        show,
+        report,
+        compare,
+        inspect,
+        verify,
+        methods,
+        convert,
+        pull,
+        push,
+        rebuild,
+        demo,
+    ),
     *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study, pause, resume, drain, doctor),
 )
 

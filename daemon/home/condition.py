@@ -88,6 +88,22 @@ def condition(home: Home, reader: Reader, now: datetime | None = None) -> Condit
     )
 
 
+def entry(home: Home, reader: Reader, name: str) -> tuple[str, Waiting] | None:
+    """What is going on with one entry of the inbox, in a word and more; None where there is none that is still to be
+    decided. OSError where the inbox may not be looked at.
+    """
+    try:
+        since = datetime.fromtimestamp((home.inbox / name).lstat().st_ctime, UTC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    decided, daemon = _decided(reader), running(home)
+    if shown(name) in decided:
+        return None
+    noted = [Trouble(**one) for one in daemon.troubles] if daemon else []
+    word = Doing.MERGING if daemon and daemon.merging == shown(name) else WAITING
+    return word, Waiting(shown(name), _why(shown(name), daemon, decided, noted), since)
+
+
 def _words(
     daemon: Running | None,
     troubles: Sequence[Trouble],

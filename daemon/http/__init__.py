@@ -12,6 +12,7 @@
     hosts.py          by which names it may be asked
     forwarded.py      what a proxy in front says
     finding.py        which expert an address means
+    drops.py          what became of a drop, by its name
     rows.py           records of the registry as JSON
     page.py           the status page
     connections.py    how many there may be, and how long one may keep us waiting

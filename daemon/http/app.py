@@ -52,7 +52,7 @@ def create_app(
             found.append(Trouble("uploads", f"the last upload could not be stored: {uploads.failing}", "see the log"))
         return found + noted.troubles(reader, beside=beside)
 
-    api = ReadRoutes(home, reader, metrics, troubles)
+    api = ReadRoutes(home, reader, metrics, troubles, uploads.came if uploads else lambda _: None)
     app = Starlette(
         routes=[
             *(_upload_routes(UploadRoutes(uploads, ready), api.expert) if uploads else ()),

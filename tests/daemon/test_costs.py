@@ -67,6 +67,7 @@ ADDRESSES = {
     "/v1/experts/{sha256}": f"/v1/experts/{digest(500)}",
     "/v1/lineage": "/v1/lineage",
 }
+BY_NAME = {"an expert by its name": "/v1/experts/expert-500.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -168,14 +169,14 @@ def test_a_command(crowded: dict[int, Home], words: tuple[str, ...]) -> None:
     alike(words[0], counted)
 
 
-@pytest.mark.parametrize("route", ADDRESSES)
+@pytest.mark.parametrize("route", [*ADDRESSES, *BY_NAME])
 def test_a_request(crowded: dict[int, Home], route: str) -> None:
     counted = {}
     for n, home in crowded.items():
         with Reader.open(home.registry) as reader:
             app = create_app(home, reader, CollectorRegistry(), lambda: None)
             assert {one.path for one in app.routes} == set(ADDRESSES)  # type: ignore[attr-defined]
-            address = ADDRESSES[route].format(live=reader.heads()[0].live)
+            address = (ADDRESSES | BY_NAME)[route].format(live=reader.heads()[0].live)
             with TestClient(app, follow_redirects=False) as client, Steps() as steps, listed() as folders:
                 assert client.get(address).status_code in (200, 307), address
         counted[n] = steps
