@@ -74,6 +74,7 @@ class Deed(StrEnum):
     PAUSE = "pause"
     RESUME = "resume"
     DRAIN = "drain"
+    PRUNE = "prune"
     COLLECT = "collect"  # what retention says: no row tells of that
 
 

@@ -27,6 +27,7 @@ from daemon.cli import (
     pause,
     pin,
     promote,
+    prune,
     pull,
     push,
     quarantine,
@@ -64,7 +65,7 @@ VERBS = (
         rebuild,
         demo,
     ),
-    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study, pause, resume, drain, doctor),
+    *(evaluate, rollback, promote, pin, unpin, gc, block, unblock, study, pause, resume, drain, doctor, prune),
 )
 
 app = typer.Typer(

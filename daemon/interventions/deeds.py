@@ -12,6 +12,7 @@ from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.home import orders
 from daemon.interventions import cases
+from daemon.interventions.pruning import Prune
 from daemon.layout import Home
 from daemon.notation import called
 from daemon.versions.checking import problems
@@ -29,7 +30,8 @@ class Request:
     """What somebody asks for.
 
     experts: their ids; to withdraw, where a version is given instead, those that came after it. replay: withdraw by
-    merging the others again in any case. evaluation: what was found of a version, or of one expert by itself.
+    merging the others again in any case. evaluation: what was found of a version, or of one expert by itself. prune:
+    what is to go.
     """
 
     deed: Deed
@@ -40,6 +42,7 @@ class Request:
     experts: tuple[int, ...] = ()
     replay: bool = False
     evaluation: NewEvaluation | None = None
+    prune: Prune | None = None
 
     @property
     def named(self) -> tuple[str, int]:
@@ -77,7 +80,7 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
             return ["kept"]
         case Deed.PAUSE | Deed.RESUME | Deed.DRAIN:
             return orders.planned(home, request.deed)
-        case Deed.WITHDRAW | Deed.COLLECT:
+        case Deed.WITHDRAW | Deed.COLLECT | Deed.PRUNE:
             raise AssertionError("not to be planned here")
 
 
@@ -111,7 +114,7 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
         case Deed.PAUSE | Deed.RESUME | Deed.DRAIN:
             orders.give(home, request.deed, request.who, request.why)
             store.intervened(request.intervention)
-        case Deed.WITHDRAW | Deed.COLLECT:
+        case Deed.WITHDRAW | Deed.COLLECT | Deed.PRUNE:
             raise AssertionError("not to be done here")
     return done
 

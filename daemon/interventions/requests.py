@@ -24,6 +24,7 @@ from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
 from daemon.home.presence import Doing, running
 from daemon.interventions.deeds import Request, carry_out
+from daemon.interventions.pruning import Prune
 from daemon.layout import Home
 from projector.errors import ProjectorError
 from registry.errors import RegistryError, StorageFailed
@@ -200,7 +201,7 @@ class Desk:
             self._log.warning("a request that cannot be read", file=name, error=str(error))
             return
         self._seen.add(name)
-        if asked.request.deed in (Deed.WITHDRAW, Deed.COLLECT):
+        if asked.request.deed in (Deed.WITHDRAW, Deed.COLLECT, Deed.PRUNE):
             asked.doing("waiting for the expert that is being merged")
             self.waiting.append(asked)
             self._wake()
@@ -239,4 +240,6 @@ def _read(path: Path) -> Request:
     if found := content["evaluation"]:
         scores = {task: Score(**score) for task, score in found.pop("scores").items()}
         content["evaluation"] = NewEvaluation(scores=scores, **found)
+    if wanted := content.get("prune"):
+        content["prune"] = Prune(**wanted)
     return Request(**content)

@@ -7,7 +7,7 @@ from daemon.compute.progress import Progress
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
-from daemon.interventions import collecting
+from daemon.interventions import collecting, pruning
 from daemon.interventions.requests import Asked, Desk
 from daemon.layout import Home
 from daemon.rebuild.commands import described, withdraw_from
@@ -58,6 +58,8 @@ def _withdraw(home: Home, store: Store, settings: Settings, asked: Asked, stoppi
     request = asked.request
     if request.deed is Deed.COLLECT:
         return collecting.remove(home, store, settings.retention)
+    if request.prune:
+        return pruning.remove(home, store, request.prune, request.intervention)
     gone = [expert for number in request.experts if (expert := store.expert(number))]
     if request.version is not None:
         gone = store.lineage(request.version)  # also what was merged since it was asked for
