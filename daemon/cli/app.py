@@ -72,7 +72,7 @@ app = typer.Typer(
     name="mainstem",
     help="Keeps ONE merged model up to date while fine-tuned experts keep arriving.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
