@@ -48,9 +48,12 @@ def _wait(home: Home) -> None:
     said, first = None, running(home)
     while (daemon := running(home)) and first and daemon.pid == first.pid:  # a supervisor may start another
         now = order(home)
-        if daemon.merging and daemon.merging != said:
-            said = daemon.merging
-            typer.echo(f"merging {said}")
+        doing = (
+            f"merging {daemon.merging}" if daemon.merging else next((f"{one['text']}" for one in daemon.troubles), said)
+        )
+        if doing != said:
+            said = doing
+            typer.echo(said)
         if now is None and daemon.doing in (Doing.WATCHING, Doing.MERGING):
             raise BadHome("the drain was called off: the daemon goes on", "`mainstem log --interventions` says by whom")
         if now and now.kind is not Kind.DRAIN:
