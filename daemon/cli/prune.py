@@ -33,7 +33,10 @@ def command(
     from daemon.rebuild.replay import lock
 
     both = not (archive or quarantine)
-    wanted = pruning.Prune(archive or both, quarantine or both, _seconds(older_than), _bytes(larger_than))
+    try:
+        wanted = pruning.Prune(archive or both, quarantine or both, _seconds(older_than), _bytes(larger_than))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--older-than") from None
     where, reader = open_reader(at, home)
     if dry_run:
         with reader:

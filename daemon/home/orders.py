@@ -32,6 +32,7 @@ class Kind(StrEnum):
     DRAIN = "drain"
 
 
+ORDERS = (Deed.PAUSE, Deed.RESUME, Deed.DRAIN)
 DOING = {Kind.PAUSE: Doing.PAUSED, Kind.DRAIN: Doing.DRAINING, None: Doing.WATCHING}
 
 
@@ -90,7 +91,16 @@ def give(home: Home, deed: Deed, who: str, why: str | None) -> None:
 def fulfilled(home: Home) -> None:
     """Ends a drain: the daemon stops in order."""
     if (now := order(home)) and now.kind is Kind.DRAIN:
-        durable.remove(home.order)
+        give(home, Deed.RESUME, now.who, now.why)
+
+
+def leave(home: Home, deed: Deed, who: str, why: str | None) -> list[str]:
+    """Gives an order beside a process that answers nothing now, which finds it later; what it means, in lines of words."""
+    lines = planned(home, deed)
+    if lines:
+        give(home, deed, who, why)
+        lines.append("it is found once the home's lock is free, or its daemon has recovered; no row tells of it")
+    return lines
 
 
 class Orders:

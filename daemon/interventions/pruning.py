@@ -5,6 +5,7 @@ The merged models do not change by it, and nothing that a crash could ask for go
 certain stays, and so does all of the archive while a rebuild in this home has been begun. Rows stay too.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from registry.reader import Reader
 from registry.records import Deed, Expert, NewIntervention, Status
 from registry.store import Store
 
+LONGEST_SECONDS = 1e10
+
 
 @dataclass(frozen=True, slots=True)
 class Prune:
@@ -31,6 +34,14 @@ class Prune:
     quarantine: bool
     older_than: float | None = None
     larger_than: int | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError where that is no age or no size: it may come from a file."""
+        for value in (self.older_than, self.larger_than):
+            if not (value is None or (isinstance(value, int | float) and 0 <= value < math.inf)):
+                raise ValueError(f"{value!r} is no age and no size")
+        if (self.older_than or 0) > LONGEST_SECONDS:
+            raise ValueError(f"an age of more than {LONGEST_SECONDS:.0f} seconds")
 
     @property
     def chooses(self) -> bool:
@@ -108,8 +119,13 @@ def described(found: Sequence[Going]) -> list[str]:
 
 
 def remove(home: Home, store: Store, wanted: Prune, intervention: NewIntervention) -> list[str]:
-    """Removes it, and says what it was as `planned` does. Cut short, the same again removes the rest."""
+    """Removes it, and says what it was as `planned` does. Cut short, the same again removes the rest.
+
+    Raises BadHome, and then nothing has changed, where another user's folder is in it.
+    """
     found = going(home, store, wanted)
+    for one in found:
+        _check_ours(one.folder)
     lines = described(found)
     archived = [one for one in found if one.expert.status is not Status.QUARANTINED]
     if archived:
@@ -135,6 +151,13 @@ def pruned(reader: Reader) -> set[int]:
     """The experts whose files were pruned, as far as the newest interventions tell."""
     found = [one for one in reader.interventions(limit=1000) if one.deed is Deed.PRUNE]
     return {expert for one in found for expert in one.experts}
+
+
+def _check_ours(folder: Path) -> None:
+    """Raises BadHome where a folder in it cannot be emptied: half of it would be left, where a start cannot sweep."""
+    for path, _, _ in os.walk(folder):
+        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            raise BadHome(f"{path} belongs to another user, and cannot be emptied", "chown it, then prune again")
 
 
 def _status(one: Going) -> str:

@@ -22,6 +22,7 @@ import structlog
 
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
+from daemon.home.orders import ORDERS, leave
 from daemon.home.presence import Doing, running
 from daemon.interventions.deeds import Request, carry_out
 from daemon.interventions.pruning import Prune
@@ -60,6 +61,8 @@ def ask(home: Home, request: Request, alone: Callable[[], list[str]] | None = No
 
 def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
     there = running(home)
+    if there and there.doing in (Doing.BUSY, Doing.RECOVERING) and request.deed in ORDERS:
+        return leave(home, request.deed, request.who, request.why)
     if there and there.doing == Doing.BUSY:
         raise BadHome(f"another command of mainstem works on {home.root}", "try again when it is done")
     asked = home.requests / f"{uuid4().hex}.json"

@@ -1,6 +1,7 @@
 """`mainstem pause`, `resume` and `drain`: with a daemon and without, and across restarts."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 import structlog
 
 from daemon.arrivals.inbox import Drop, Held, Scan
+from daemon.disk import durable
 from daemon.errors import BadHome
 from daemon.home.orders import Kind, Orders, give, order
 from daemon.home.presence import Presence
 from daemon.interventions.deeds import Request, carry_out
+from daemon.interventions.requests import ask
 from daemon.layout import Home
 from registry.records import Deed
 from registry.store import Store
@@ -106,6 +109,19 @@ def test_the_last_order_counts_and_one_that_cannot_be_read_is_a_pause(home: Home
     home.order.write_text("{")
     damaged = order(home)
     assert damaged and damaged.kind is Kind.PAUSE and "cannot be read" in damaged.text
+
+
+def test_a_home_that_is_busy_or_recovers_finds_the_order_later(home: Home) -> None:
+    lock = durable.lock(home.lock)
+    try:
+        said = ask(home, Request(Deed.PAUSE, "ada"))
+        assert "no row tells of it" in said[-1] and (now := order(home)) and now.kind is Kind.PAUSE
+        presence = Presence(home)
+        presence.starts()
+        assert ask(home, Request(Deed.RESUME, "ada"))[0] == "merging goes on" and order(home) is None
+        presence.ends()
+    finally:
+        os.close(lock)
 
 
 def test_a_pause_is_looked_at_between_two_experts(home: Home) -> None:

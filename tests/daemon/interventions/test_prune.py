@@ -13,7 +13,7 @@ import pytest
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.interventions.deeds import Request
-from daemon.interventions.pruning import Prune, going, pruned, remove
+from daemon.interventions.pruning import Prune, _check_ours, going, pruned, remove
 from daemon.interventions.requests import _read
 from daemon.interventions.withdrawing import withdraw_waiting
 from daemon.layout import Home
@@ -23,6 +23,7 @@ from tests.daemon.homes import drain, lineage, make_home, put, quick
 from tests.daemon.processes import forked
 from tests.daemon.rebuilds import refused
 from tests.models import write_base, write_expert
+from tests.nobody import as_nobody
 
 ALL = Prune(archive=True, quarantine=True, older_than=0)
 UNREAD = Prune(archive=True, quarantine=True)
@@ -83,6 +84,23 @@ def test_what_a_crash_could_need_stays(home: Home) -> None:
     assert ids(home, UNREAD) == [3, 5]
 
 
+def test_a_folder_of_another_user_stops_it_before_anything_is_done(home: Home) -> None:
+    deep = home.archive(2) / "two" / "deep"
+    deep.mkdir()
+    deep.chmod(0o555)
+    for folder in [home.root, *home.root.parents]:
+        folder.chmod(folder.stat().st_mode | 0o755)
+
+    def asked() -> str:
+        try:
+            _check_ours(home.archive(2))
+            return "nothing"
+        except BadHome as error:
+            return str(error)
+
+    assert as_nobody(asked).endswith("belongs to another user, and cannot be emptied")
+
+
 def test_what_goes_is_lost_for_a_rebuild_and_nothing_else_changes(home: Home) -> None:
     done = forked("prune", home.root, "--older-than", "0d", "--dry-run")
     assert done.stdout.startswith("nothing was done; this would go:\narchive/000001: 1.safetensors (merged), ")
@@ -128,7 +146,9 @@ def test_a_daemon_does_it_between_two_arrivals(home: Home) -> None:
         assert remove(home, store, ALL, BY_ADA) == []
 
 
-@pytest.mark.parametrize(("option", "words"), [("--older-than", "soon"), ("--larger-than", "huge")])
+@pytest.mark.parametrize(
+    ("option", "words"), [("--older-than", "soon"), ("--older-than", "99999999w"), ("--larger-than", "huge")]
+)
 def test_what_cannot_be_read_is_said(home: Home, option: str, words: str) -> None:
     done = forked("prune", home.root, option, words)
     assert done.returncode == 2 and option in done.stderr
