@@ -95,7 +95,7 @@ def fulfilled(home: Home) -> None:
 
 
 def leave(home: Home, deed: Deed, who: str, why: str | None) -> list[str]:
-    """Gives an order beside a process that answers nothing now, which finds it later; what it means, in lines of words."""
+    """Gives an order beside a process that answers nothing now, and finds it later; what it means, in lines."""
     lines = planned(home, deed)
     if lines:
         give(home, deed, who, why)
