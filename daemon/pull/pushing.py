@@ -24,6 +24,7 @@ PUT_TIMEOUT_SECONDS = 600.0  # without a byte: the server syncs a large file bef
 ANSWER_BYTES = 16 << 20
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before each further try
 ASK_SECONDS = 1.0  # between two questions what became of it
+TOKEN_HINT = "give the daemon's write token: --token, or MAINSTEM_TOKEN"
 ROUNDS = 3  # in which a folder is sent: the daemon may be restarted meanwhile
 MISSES = 5  # answers in a row that nobody knows it
 
@@ -191,6 +192,8 @@ class _Pushing:
         with Connection(self._origin, PUT_TIMEOUT_SECONDS) as connection:
             try:
                 with connection.ask("PUT", address, headers, self._pieces(part)) as answer:
+                    if answer.status == 401:
+                        raise DaemonError(Reason.PULL, str(connection.problem(address, answer)), TOKEN_HINT)
                     if answer.status != 201:
                         raise connection.problem(address, answer)
                     connection.text(address, answer, ANSWER_BYTES)

@@ -155,8 +155,9 @@ def test_an_answer_that_was_lost_is_asked_for(
 def test_what_cannot_be_sent_is_said(served: tuple[Home, Origin], base: Path, tmp_path: Path) -> None:
     home, origin = served
     one = write_expert(tmp_path / "one.safetensors", base, 2)
-    with pytest.raises(DaemonError, match="needs the write token"):
+    with pytest.raises(DaemonError, match="needs the write token") as raised:
         push(one, Origin.of(str(origin), "another-token-altogether"))
+    assert "MAINSTEM_TOKEN" in raised.value.hint
     with pytest.raises(DaemonError, match="cannot be the name"):
         push(one, origin, "one.part")
     deep = tmp_path / "deep"
