@@ -7,6 +7,7 @@
     ├── NotUploaded   an upload over HTTP that is not taken, or not to its end: nothing of it is left
     ├── NoScores      the evaluator failed: nobody knows how good a version is, which is no fault of its expert
     ├── BadHome       HOME is missing, in use, damaged or from another version
+    │   └── Unanswered  another process has it, and did not answer: the same may be asked again
     └── BadConfig     a setting is unknown or outside its range
 
 Each carries `.reason` (a closed list: metric label and registry value) and `.hint`. The reasons of the projector
@@ -99,6 +100,10 @@ class BadHome(DaemonError):
 
     def __init__(self, detail: str, hint: str) -> None:
         super().__init__(Reason.HOME, detail, hint)
+
+
+class Unanswered(BadHome):
+    """Another process has HOME, and did not answer what it was asked."""
 
 
 class BadConfig(DaemonError):

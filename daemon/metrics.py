@@ -113,12 +113,9 @@ class HeadMetrics:
             self._count_interventions(reader)
 
     def _count_interventions(self, reader: Reader) -> None:
-        last, page = self._intervened, reader.interventions()
-        while fresh := [one for one in page if one.id > last]:
-            for one in fresh:
-                self.interventions.labels(str(one.deed)).inc()
-            self._intervened = max(self._intervened, fresh[0].id)
-            page = reader.interventions(before=fresh[-1].id)
+        done, self._intervened = reader.count_interventions(self._intervened)
+        for deed, count in done.items():
+            self.interventions.labels(str(deed)).inc(count)
 
     def follow(self, reader: Reader) -> None:
         """Reads the heads from the registry at every scrape: for a process that does not merge itself."""

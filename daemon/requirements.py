@@ -60,7 +60,7 @@ class Rule:
         if self.subject == "each":
             return "no task" if self._forbids() else "every task"
         if self.subject == "mean":
-            return "the mean of all tasks"
+            return "the mean of the tasks that are not held out"
         return "the expert's own task" if self.subject == "own" else f'the task "{shown(self.task or "")}"'
 
     def _forbids(self) -> bool:

@@ -25,11 +25,11 @@ from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
 from daemon.home.health import Health, Trouble
 from daemon.home.orders import Orders, fulfilled
-from daemon.home.presence import Presence
+from daemon.home.presence import Presence, lock
 from daemon.home.recovery import mark_clean, recover
 from daemon.http import Hosts, HttpServer, base_url, create_app
 from daemon.interventions.requests import Desk
-from daemon.interventions.withdrawing import withdraw_waiting
+from daemon.interventions.waiting import answer_waiting
 from daemon.layout import Home
 from daemon.logs import configure
 from daemon.merge.lingering import Lingering
@@ -96,7 +96,7 @@ class Service:
         self._metrics.block_bytes.set(self._settings.compute.block_bytes)
         self._metrics.memory_budget.set(memory_budget(self._settings.compute))
         with ExitStack() as closing:
-            closing.callback(os.close, self._lock())
+            closing.callback(os.close, lock(self._home))
             closing.callback(self._presence.ends)
             self._presence.starts()
             self._attempts = Attempts(self._home)
@@ -115,7 +115,7 @@ class Service:
         self._recover(store, once)
         progress = Progress(self._stopping, self._report, self._fell_back)
         try:
-            merger = Merger(self._home, store, self._settings, progress, self._let_go)
+            merger = Merger(self._home, store, self._settings, progress, self._judging)
         except (DaemonError, ProjectorError, Abandoned):
             mark_clean(self._home)  # what this start found sound, the next one need not hash again
             raise
@@ -124,7 +124,8 @@ class Service:
         self._metrics.show_heads(store)
         for head in store.heads():
             self._metrics.prepared.labels(head.name).set_function(partial(merger.preparations.share, head.name))
-        desk = Desk(self._home, store, self._wake.set, lambda _: self._metrics.show_heads(store))
+        rouse = partial(wake, self._signalled, self._wake)
+        desk = Desk(self._home, store, rouse, lambda _: self._metrics.show_heads(store))
         closing.callback(desk.close)
         watching = Watching(self._home, self._wake, events=self._settings.inbox.watch != "poll")
         closing.callback(watching.close)
@@ -187,11 +188,10 @@ class Service:
             self._wake.clear()
             if self._stopping.is_set():
                 return
-            desk.check()
             self._reload(store, merger, inbox)
             self._uploads.tend()
-            self._withdraw(store, merger, desk)
-            if not self._inbox_is_there(watching, store, merger, inbox, once):
+            self._answer(store, merger, desk)
+            if not self._inbox_is_there(watching, store, merger, inbox, desk, once):
                 self._stopping.wait(self._settings.inbox.scan_seconds)
                 continue
             try:
@@ -214,12 +214,11 @@ class Service:
                 for drop in orders.until_paused(drops):
                     if self._stopping.is_set():
                         return
-                    desk.check()
                     self._reload(store, merger, inbox)
-                    self._withdraw(store, merger, desk)
+                    self._answer(store, merger, desk)
                     waiting += not self._take(store, merger, progress, drop, lingering)
             except (OSError, DiskFull) as error:
-                self._make_room(error, store, merger, inbox, once)
+                self._make_room(error, store, merger, inbox, desk, once)
                 continue  # with the oldest drop again: the order of merging does not change
             self._show_disk(full=False)
             if (once or orders.draining) and lingering.patient(orders.queue(scan), self._settings.inbox):
@@ -233,11 +232,12 @@ class Service:
                 continue  # with a new listing: what came meanwhile may have settled
             self._wake.wait(self._pause(not orders.paused and lingering.soon(scan, waiting, self._settings.inbox)))
 
-    def _withdraw(self, store: Store, merger: Merger, desk: Desk) -> None:
-        """Takes experts out, where that was asked for. Raises Abandoned at a stop: the same command then goes on."""
+    def _answer(self, store: Store, merger: Merger, desk: Desk) -> None:
+        """Does what waits at the desk. Raises what ended it, and Abandoned at a stop: the same command then goes on."""
+        desk.check()
         if desk.waiting:
             merger.preparations.discard()  # for the memory and the space
-            withdraw_waiting(self._home, store, self._settings, desk, self._stopping)
+            answer_waiting(self._home, store, self._settings, desk, self._stopping)
             merger.follow()
 
     def _newly_settled(self, store: Store, inbox: Inbox, scan: Scan) -> Callable[[], bool]:
@@ -278,7 +278,7 @@ class Service:
         started = time.monotonic()
         try:
             with self._presence.merging(drop.name), self._display(drop) as self._show:
-                expert = self._decide(merger, drop)
+                expert = self._attempts.decided(drop, merger.decide, merger.refuse)
         except NotYet as error:
             log.debug("not complete yet", reason=str(error.reason), detail=str(error))
             if error.reason is Reason.CHANGED:
@@ -312,30 +312,14 @@ class Service:
             say_immovable(self._home, expert)
         return True
 
-    def _decide(self, merger: Merger, drop: Drop) -> Expert:
-        """Merges or refuses a drop, which is in hand until it is let go. Raises as `Merger.decide`."""
-        assert self._attempts
-        if killed := self._attempts.killed(drop):
-            return merger.refuse(drop, killed)
-        self._attempts.begin(drop)
-        try:
-            expert = merger.decide(drop)
-        except Failed as error:
-            if not self._attempts.failed(drop):
-                self._attempts.let_go()
-                raise
-            return merger.refuse(drop, error)
-        except BaseException:
-            self._attempts.let_go()
-            raise
-        if expert.status is Status.MERGED:
-            self._attempts.merged()
-        return expert
-
     def _let_go(self) -> None:
         """From here on the end of this process is no expert's doing."""
         if self._attempts:
             self._attempts.let_go()
+
+    def _judging(self) -> AbstractContextManager[None]:
+        self._let_go()
+        return self._presence.evaluating()
 
     def _report(self, share: float) -> None:
         self._metrics.progress.set(share)
@@ -368,8 +352,10 @@ class Service:
         settings = self._settings.inbox
         return min(settings.scan_seconds, max(0.05, settings.settle_seconds / 4)) if waiting else settings.scan_seconds
 
-    def _make_room(self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox, once: bool) -> None:
-        """Gives up what was prepared, and waits until there is room to finish what was cut short.
+    def _make_room(
+        self, error: OSError | DiskFull, store: Store, merger: Merger, inbox: Inbox, desk: Desk, once: bool
+    ) -> None:
+        """Gives up what was prepared, and waits for room to finish what was cut short; at the desk, too: gc makes some.
 
         Raises `error` itself where it means anything but a full disk, or where there is nobody to wait.
         """
@@ -383,6 +369,7 @@ class Service:
                 self._reload(store, merger, inbox)  # fewer versions to keep may be room enough
             wait = True
             try:
+                self._answer(store, merger, desk)
                 self._finish(store, merger)
                 return
             except (OSError, DiskFull) as again:
@@ -440,7 +427,9 @@ class Service:
             self._health.clear("no_inbox")
         return why
 
-    def _inbox_is_there(self, watching: Watching, store: Store, merger: Merger, inbox: Inbox, once: bool) -> bool:
+    def _inbox_is_there(
+        self, watching: Watching, store: Store, merger: Merger, inbox: Inbox, desk: Desk, once: bool
+    ) -> bool:
         """Finishes what lies in it, where it has come back."""
         why = self._look(watching)
         if why and once:
@@ -449,16 +438,8 @@ class Service:
             try:
                 self._finish(store, merger)
             except (OSError, DiskFull) as error:
-                self._make_room(error, store, merger, inbox, once)
+                self._make_room(error, store, merger, inbox, desk, once)
         return why is None
-
-    def _lock(self) -> int:
-        try:
-            return durable.lock(self._home.lock)
-        except BlockingIOError:
-            raise BadHome(
-                f"another mainstem is running on {self._home.root}", "stop it first; `mainstem serve` runs beside it"
-            ) from None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

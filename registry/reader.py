@@ -16,6 +16,7 @@ from registry.engine import REBUILD_HINT, check, connect, examine, reading, tran
 from registry.errors import Damaged, WrongRevision
 from registry.records import (
     BaseModel,
+    Deed,
     Evaluation,
     Expert,
     Flag,
@@ -30,6 +31,7 @@ from registry.statements import (
     called,
     experts_in,
     fetch,
+    is_blocked,
     is_kept,
     is_merged,
     is_open,
@@ -174,6 +176,10 @@ class Reader:
         """The expert, newest first, with those bytes, or that does the same to the base, that may not come back."""
         return self._one(Expert, blocked_as(sha256, content_sha256))
 
+    def kept_out(self) -> list[Expert]:
+        """Every expert that may not come back, oldest first."""
+        return self._all(Expert, select(ExpertRow).where(is_blocked).order_by(ExpertRow.id))
+
     def quarantined(self, limit: int = 100, before: int | None = None) -> list[Expert]:
         """The experts that were refused and that somebody has still to look after, newest first."""
         query = select(ExpertRow).where(is_open).order_by(ExpertRow.id.desc()).limit(limit)
@@ -204,6 +210,14 @@ class Reader:
         """What people did, newest first; the next page is what lies `before` the last id of this one."""
         query = select(InterventionRow).order_by(InterventionRow.id.desc()).limit(limit)
         return self._all(Intervention, query if before is None else query.where(InterventionRow.id < before))
+
+    def count_interventions(self, after: int = 0) -> tuple[dict[Deed, int], int]:
+        """How often people did each thing since the intervention with the id `after`, and the id of the last one."""
+        counted = InterventionRow.deed, func.count(InterventionRow.id), func.max(InterventionRow.id)
+        query = select(*counted).where(InterventionRow.id > after).group_by(InterventionRow.deed)
+        with self._read() as connection:
+            rows = connection.execute(query).all()
+        return {deed: count for deed, count, _ in rows}, max((last for _, _, last in rows), default=after)
 
     def count_open(self) -> int:
         """How many refused experts somebody has still to look after."""

@@ -27,6 +27,7 @@ from sqlalchemy import (
 from registry.errors import BadRecord, StaleHead
 from registry.records import (
     BaseModel,
+    Deed,
     Evaluation,
     Expert,
     Flag,
@@ -49,6 +50,7 @@ is_blocked = ExpertRow.blocked == literal_column("1")
 is_open = and_(ExpertRow.status == literal_column("'quarantined'"), ExpertRow.closed_at.is_(None))
 is_kept = VersionRow.collected == literal_column("0")
 is_unneeded = and_(is_kept, *(column == literal_column("0") for column in (VersionRow.pinned, VersionRow.trained)))
+NOWHERE = ""  # the place of an expert that never came
 _LAST = "\U0010ffff"  # behind every letter
 PROGRAM_HINT = "this is a fault in the program: please report it"
 
@@ -190,10 +192,31 @@ def insert_intervention(connection: Connection, intervention: NewIntervention, n
 def insert_expert(connection: Connection, expert: NewExpert, version: int | None, now: datetime) -> Expert:
     """A row for an arrival, and what became of it."""
     blocked = expert.status is Status.QUARANTINED and expert.verdict is not None
-    known = {"version": version, "finished_at": now, "place": None, "blocked": blocked}
+    return _inserted(connection, expert, version=version, finished_at=now, place=None, blocked=blocked)
+
+
+def is_known(connection: Connection, expert: NewExpert) -> bool:
+    """Whether these bytes ever came here."""
+    return connection.execute(select(ExpertRow.id).where(ExpertRow.sha256 == expert.sha256)).first() is not None
+
+
+def insert_blocked(connection: Connection, expert: NewExpert, now: datetime) -> Expert:
+    """A row for an expert that never came here, and may not."""
+    return _inserted(connection, expert, finished_at=now, place=NOWHERE, blocked=True)
+
+
+def _inserted(connection: Connection, expert: NewExpert, **known: object) -> Expert:
     row = insert(ExpertRow).values(**columns(NewExpert, expert), **known)
     key = connection.execute(row.returning(ExpertRow.id)).scalar_one()  # RETURNING can give an integer for a float
     return fetch(connection, Expert, select(ExpertRow).where(ExpertRow.id == key))[0]
+
+
+def block_withdrawn(connection: Connection) -> int:
+    """Blocks what was withdrawn and is not blocked, unless somebody unblocked it; says how many."""
+    named = func.json_each(InterventionRow.experts).table_valued("value", joins_implicitly=True)
+    unblocked = select(named.c.value).where(InterventionRow.deed == Deed.UNBLOCK)
+    rows = update(ExpertRow).where(ExpertRow.status == Status.WITHDRAWN, ~is_blocked, ExpertRow.id.not_in(unblocked))
+    return connection.execute(rows.values(blocked=True)).rowcount
 
 
 def insert_head(connection: Connection, head: Head) -> None:

@@ -4,12 +4,12 @@ Every method is one transaction: it sees one state of the database, and changes 
 `StorageFailed` a writer must be closed and not be asked again: only a new start tells what the disk holds.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import Connection, Update, insert, select, update
 
@@ -31,16 +31,19 @@ from registry.records import (
 from registry.statements import (
     PROGRAM_HINT,
     advance,
+    block_withdrawn,
     columns,
     count_trained,
     experts_after_live,
     fetch,
+    insert_blocked,
     insert_expert,
     insert_head,
     insert_intervention,
     insert_versions,
     is_blocked,
     is_kept,
+    is_known,
     is_open,
     is_unneeded,
     merged_as,
@@ -182,6 +185,24 @@ class Store(Reader):
         rows = update(ExpertRow).where(ExpertRow.id.in_(expert_ids))
         self._intervene(rows.values(blocked=blocked), len(expert_ids), intervention)
 
+    def keep_out(self, experts: Sequence[NewExpert], intervention: NewIntervention) -> list[Expert]:
+        """Blocks experts that never came here; returns those of which nothing was known. No file of them is anywhere.
+
+        The intervention names them. Nothing is changed where all of them are known.
+        """
+        now = datetime.now(UTC)
+        with self._write() as connection:
+            kept = [insert_blocked(connection, one, now) for one in experts if not is_known(connection, one)]
+            if kept:
+                named = replace(intervention, experts=tuple(one.id for one in kept))
+                insert_intervention(connection, named, now)
+        return kept
+
+    def block_withdrawn(self) -> int:
+        """Blocks what was withdrawn before blocks were known, and that nobody has unblocked since; says how many."""
+        with self._write() as connection:
+            return block_withdrawn(connection)
+
     def pin(self, head: str, number: int, pinned: bool, intervention: NewIntervention) -> None:
         """The version's files stay, or may go by retention again. Raises BadRecord where they are not kept."""
         rows = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number, is_kept)
@@ -215,6 +236,14 @@ class Store(Reader):
         row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
         with self._write() as connection:
             connection.execute(row.values(evaluation=evaluation_id))
+
+    def rejudge(self, head: str, number: int, verdict: Mapping[str, Any], held: str | None) -> None:
+        """Another verdict on a version. held: where it is held, why it is from here on; None: why it was."""
+        row = update(VersionRow).where(VersionRow.head == head, VersionRow.number == number)
+        with self._write() as connection:
+            connection.execute(row.values(verdict=verdict))
+            if held is not None:
+                connection.execute(row.where(VersionRow.held.is_not(None)).values(held=held))
 
     def judge_expert(self, expert_id: int, evaluation_id: int) -> None:
         """Notes that this evaluation is that of the expert by itself."""

@@ -10,7 +10,7 @@ SIGKILL, and a note of another boot, after a power failure, does not count.
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from daemon.disk import durable
 from daemon.errors import BadHome, Failed, Reason
 from daemon.layout import Home
 from projector.text import shown
+from registry.records import Expert, Status
 
 TRIES = 3
 DEATHS = 5
@@ -50,6 +51,27 @@ class Attempts:
                 self._of(str(note["entry"])).deaths += 1
                 self._write()
         durable.remove(home.in_hand)
+
+    def decided(self, drop: Drop, decide: Callable[[Drop], Expert], refuse: Callable[[Drop, Failed], Expert]) -> Expert:
+        """What becomes of a drop, which is in hand until it is let go: refused where it was tried too often. Raises as
+        `decide` does.
+        """
+        if killed := self.killed(drop):
+            return refuse(drop, killed)
+        self.begin(drop)
+        try:
+            expert = decide(drop)
+        except Failed as error:
+            if not self.failed(drop):
+                self.let_go()
+                raise
+            return refuse(drop, error)
+        except BaseException:
+            self.let_go()
+            raise
+        if expert.status is Status.MERGED:
+            self.merged()
+        return expert
 
     def begin(self, drop: Drop) -> None:
         """Notes that the drop is in hand."""

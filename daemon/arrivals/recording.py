@@ -57,6 +57,23 @@ def why_blocked(blocked: Expert) -> tuple[str, str]:
     )
 
 
+def left_behind(expert: Expert) -> NewExpert:
+    """An expert of another home, as one that may not come into a home that is made of that one."""
+    what = {Status.WITHDRAWN: "taken out of the merge", Status.MERGED: "left out"}.get(expert.status, "blocked")
+    return replace(
+        expert,
+        status=Status.DUPLICATE,
+        duplicate_of=None,
+        reason=None,
+        detail=f"expert {expert.id} of the home that this one was made of was {what}: it does not come back",
+        hint=f"where it is wanted after all, `mainstem unblock {expert.sha256}`, then drop it",
+        flags=(),
+        trained_head=None,
+        trained_version=None,
+        verdict=None,
+    )
+
+
 def changed(drop: Drop) -> NotYet:
     """What to raise where a drop changed under the reader's hands: it is tried again."""
     return NotYet(Reason.CHANGED, f"{shown(drop.name)} changed while it was read", "leave it alone until merged")

@@ -78,12 +78,15 @@ def check(at: HomeArgument = None, home: HomeOption = None) -> None:
     """Check mainstem.toml and the environment; exit status 1 and the reason where they are wrong."""
     from daemon.arrivals.uploads import write_token
     from daemon.config import check_heads, strangers
+    from daemon.evaluation.evaluator import check_program
 
     where, reader = open_reader(at, home)
     with reader:
         settings = settings_of(where)
         check_heads(settings, [head.name for head in reader.heads()])
         write_token(where, settings.http)
+        if settings.evaluate.command:
+            check_program(settings.evaluate, where.root)
         if settings.compute.device.startswith("cuda"):
             from daemon.compute.resources import cuda_device  # it brings torch
 

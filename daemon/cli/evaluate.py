@@ -1,7 +1,8 @@
 """`mainstem evaluate`: the scores of versions, and of experts by themselves."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,7 @@ from projector.text import shown
 from registry.records import Deed, Expert, NewEvaluation, Status, Version
 
 if TYPE_CHECKING:
+    from daemon.reports.evaluate import Judged
     from registry.records import Evaluation
 
 
@@ -32,10 +34,10 @@ def command(
 ) -> None:
     """Score versions, or experts by themselves, with the evaluator of the settings; also beside the daemon.
 
-    Nothing goes live or is held by it.
+    Nothing goes live or is held by it. Of a version that the gate could not judge it also says which rules it breaks.
     """
     from daemon.interventions.deeds import Request, whoever
-    from daemon.interventions.requests import ask
+    from daemon.interventions.requests import insist
     from daemon.logs import configure
     from daemon.reports.evaluate import Evaluating
 
@@ -44,13 +46,17 @@ def command(
     def keep(new: NewEvaluation, of: Version | Expert) -> None:
         whose = (None, None, (of.id,)) if isinstance(of, Expert) else (of.head, of.number, ())
         named, number, ids = whose
-        ask(where, Request(Deed.EVALUATE, whoever(), None, named, number, ids, evaluation=new))
+        insist(where, Request(Deed.EVALUATE, whoever(), None, named, number, ids, evaluation=new), _tell)
+
+    def rejudge(of: Version, verdict: Mapping[str, Any], held: str | None) -> None:
+        insist(where, Request(Deed.EVALUATE, whoever(), None, of.head, of.number, verdict=verdict, held=held), _tell)
 
     found: dict[str, Evaluation] = {}
+    judged: dict[str, Judged] = {}
     with reader:
         settings = settings_of(where)
         configure(settings.log)
-        evaluating = Evaluating(where, reader, settings, keep)
+        evaluating = Evaluating(where, reader, settings, keep, rejudge)
         wanted = [version_named(reader, words, head) for words in versions or []]
         if every:
             name = head or reader.heads()[0].name
@@ -63,15 +69,24 @@ def command(
             name = called(version.head, version.number)
             typer.echo(f"{name} ...", err=True)
             found[name] = evaluating.version(version, again=again)
+            if said := evaluating.judged(version, found[name], again=again):
+                judged[name] = said
         for expert in single:
             typer.echo(f"expert {expert.id} ({shown(expert.name)}) ...", err=True)
             found[f"expert {expert.id}"] = evaluating.expert(expert, again=again)
     if as_json:
-        print_json({name: asdict(one) for name, one in found.items()})
+        verdicts = {name: one.verdict for name, one in judged.items()}
+        print_json({name: {**asdict(one), "verdict": verdicts.get(name)} for name, one in found.items()})
         return
     tasks = sorted({task for one in found.values() for task in one.scores})
     rows = ((name, *(_cell(one, task) for task in tasks)) for name, one in found.items())
     print_table(("of", *map(shown, tasks)), rows)
+    for one in judged.values():
+        typer.echo(one.standing)
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _cell(evaluation: "Evaluation", task: str) -> float | None:

@@ -1,6 +1,7 @@
 """`mainstem log`: the experts, the versions of the heads, and what people did."""
 
-from collections.abc import Collection
+from bisect import bisect_left
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from daemon.cli.common import HomeArgument, HomeOption, JsonOption, local, open_
 from daemon.errors import DaemonError, Reason
 from daemon.evaluation.figures import accumulation
 from daemon.notation import called
-from projector.text import shown
+from projector.text import listed, shown
 from registry.records import Flag, Head, Intervention, Status, Version, plain_scores
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def command(
                 e.trained_from,
                 e.reason
                 or (e.duplicate_of and f"of {e.duplicate_of}")
-                or (e.withdrawn_in and f"with version {e.withdrawn_in}"),
+                or (e.withdrawn_in and f"with version {e.withdrawn_in}")
+                or ("blocked" if e.blocked else None),
             )
             for e in experts
         ),
@@ -120,6 +122,7 @@ def _versions(reader: "Reader", name: str | None, limit: int, as_json: bool) -> 
     evaluations = reader.evaluations(version.evaluation for _, version in told)
     scores = [one.scores if (one := evaluations.get(version.evaluation or 0)) else None for _, version in told]
     means = [accumulation(found) if found else None for found in scores]
+    gone = _withdrawn_later(reader, (version.number for _, version in told if not version.collected))
     if as_json:
         print_json(
             [
@@ -128,6 +131,7 @@ def _versions(reader: "Reader", name: str | None, limit: int, as_json: bool) -> 
                     "live": head.live == version.number,
                     "mean": average,
                     "scores": found and plain_scores(found),
+                    "withdrawn": [] if version.collected else gone[version.number],
                 }
                 for (head, version), found, average in zip(told, scores, means, strict=True)
             ]
@@ -143,7 +147,7 @@ def _versions(reader: "Reader", name: str | None, limit: int, as_json: bool) -> 
                 version.expert_id,
                 average,
                 "removed" if version.collected else "pinned" if version.pinned else "kept",
-                _standing(head, version),
+                _standing(head, version, [] if version.collected else gone[version.number]),
             )
             for (head, version), average in zip(told, means, strict=True)
         ),
@@ -153,12 +157,26 @@ def _versions(reader: "Reader", name: str | None, limit: int, as_json: bool) -> 
         typer.echo(f"these are the newest {limit} of {', '.join(more)}: --limit N lists more")
 
 
-def _standing(head: Head, version: Version) -> str | None:
+def _withdrawn_later(reader: "Reader", numbers: Iterable[int]) -> dict[int, list[int]]:
+    """By the number of a version, the experts that it has and that were withdrawn since."""
+    found: dict[int, list[int]] = {number: [] for number in sorted(set(numbers))}
+    order = list(found)
+    for expert in reversed(reader.experts(Status.WITHDRAWN, limit=-1)):
+        came, went = expert.version or 0, expert.withdrawn_in or 0
+        for number in order[bisect_left(order, came) : bisect_left(order, went)]:
+            found[number].append(expert.id)
+    return found
+
+
+def _standing(head: Head, version: Version, withdrawn: Collection[int]) -> str | None:
+    said = [f"with expert {listed(map(str, withdrawn))}, withdrawn since"] if withdrawn else []
     if version.number == head.live:
-        return "live"
-    if version.held is not None:
-        return f"held: {shown(version.held)}"
-    return "rolled back" if version.number > head.live else None
+        said.append("live")
+    elif version.held is not None:
+        said.append(f"held: {shown(version.held)}")
+    elif version.number > head.live:
+        said.append("rolled back")
+    return "; ".join(said) or None
 
 
 def _interventions(reader: "Reader", limit: int, as_json: bool) -> None:

@@ -27,10 +27,10 @@ def command(
     """Remove what was kept of experts: by age and size, or else only what nothing reads any more, which are duplicates,
     withdrawn experts and cases that were looked after. Says what is lost by it; the models do not change.
     """
+    from daemon.home.presence import lock
     from daemon.interventions import pruning
     from daemon.interventions.deeds import Request, whoever
     from daemon.interventions.requests import ask
-    from daemon.rebuild.replay import lock
 
     both = not (archive or quarantine)
     try:

@@ -16,7 +16,8 @@ from daemon.cli.init import Chosen, chosen, heads_chosen, heads_of
 from daemon.errors import BadConfig
 from daemon.layout import Home
 from daemon.notation import called
-from registry.records import Deed
+from projector.text import listed
+from registry.records import Deed, NewIntervention
 
 if TYPE_CHECKING:
     from daemon.rebuild.commands import Plan
@@ -51,7 +52,9 @@ def command(
     replay: Annotated[
         bool, typer.Option("--replay", help="With --without: merge the others again where one could subtract, too.")
     ] = False,
-    reason: Annotated[str | None, typer.Option("--reason", help="With --without: why; kept with who and when.")] = None,
+    reason: Annotated[
+        str | None, typer.Option("--reason", help="With --without or --into: why; kept with who and when.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it may take.")
     ] = False,
@@ -61,6 +64,7 @@ def command(
     Cut short, it goes on where it was when it is called again. With --head the daemon must be stopped; --without is
     done by the daemon where one runs, between two experts.
     """
+    from daemon.interventions.deeds import whoever
     from daemon.rebuild import commands
 
     where, gone = find_home(at, home), without or []
@@ -72,7 +76,8 @@ def command(
             in_force = settings_of(new if new.config.exists() else where)
             wanted = _heads(method, heads or [], settings or [])
             methods, relative = wanted or (None, ())
-            plan = commands.into(where, new, in_force, methods, gone, to, relative=relative, dry=dry_run)
+            deed = NewIntervention(Deed.BLOCK, whoever(), reason)
+            plan = commands.into(where, new, in_force, methods, gone, to, relative=relative, dry=dry_run, deed=deed)
             done = f"made {new.root}: {len(plan.reads)} experts are merged"
         elif heads:
             if gone or len(heads) > 1:
@@ -93,7 +98,7 @@ def command(
             return
         else:
             raise BadConfig("there is nothing to rebuild", "give --into, --head or --without; see --help")
-    typer.echo(_planned(plan) if dry_run else done)
+    typer.echo("\n".join([_planned(plan) if dry_run else done, *plan.notes]))
 
 
 def take_out(
@@ -119,6 +124,7 @@ def take_out(
         gone = merged_experts(reader, words)
         if dry:
             typer.echo(_planned(plan_withdrawal(where, reader, gone, to, replay=replay)))
+            typer.echo(f"to be taken out: {listed([f'{one.id} ({one.name})' for one in gone], len(gone))}")
             return
     experts = tuple(expert.id for expert in gone)
     request = Request(Deed.WITHDRAW, whoever(), reason, version=after, experts=experts, replay=replay)

@@ -1,5 +1,6 @@
 """`mainstem report`: a home as one page."""
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,11 @@ def command(
     if out is not None:
         if out.is_dir():
             raise typer.BadParameter(f"{out} is a folder: name a file, then the home", param_hint="OUT.html")
+        if not out.absolute().parent.is_dir():
+            folder = shlex.quote(str(out.parent))
+            raise typer.BadParameter(
+                f"there is no folder {out.parent}: `mkdir -p {folder}` first", param_hint="OUT.html"
+            )
         from daemon.reports.report import charts
 
         charts.require()

@@ -34,8 +34,12 @@ def command(
     with reader:
         meant = version_named(reader, version, head)
         later = [expert.id for expert in reader.lineage(after=meant.number)]
+        of = reader.head(meant.head)
     if not later:
-        name = called(meant.head, meant.number)
-        raise BadHome(f"no expert came after {name}", f"`mainstem rollback {name}` makes it live again")
+        name, newest = called(meant.head, meant.number), called(meant.head, of.newest if of else meant.number)
+        raise BadHome(
+            f"no expert that is merged came after {name}",
+            f"`mainstem rollback {name}` makes it live again, `mainstem promote {newest}` the newest",
+        )
     with console() as to:
         take_out(where, [str(number) for number in later], to, reason=reason, after=meant.number, dry=dry_run)

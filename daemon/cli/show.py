@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,10 @@ from daemon.layout import Home
 from daemon.notation import called, find_version, read_name
 from projector.text import shown
 from registry.records import UNKNOWN_KIND, Evaluation, Score, plain_scores
+
+if TYPE_CHECKING:
+    from registry.reader import Reader
+    from registry.records import Expert
 
 MOST = 100  # experts that are shown where many have one name
 
@@ -43,9 +47,9 @@ def command(
             known = {**asdict(version), "live": head is not None and head.live == version.number}
             found = [{"called": called(version.head, version.number), **known, "manifest": manifest}]
         else:
-            found = [asdict(expert) for expert in reader.find_experts(what, MOST + 1)]
+            found = [_expert(reader, expert) for expert in reader.find_experts(what, MOST + 1)]
             if not found and shown(what) != what:  # as it lies on the disk; it is printed, and kept, in one line
-                found = [asdict(expert) for expert in reader.find_experts(shown(what), MOST + 1)]
+                found = [_expert(reader, expert) for expert in reader.find_experts(shown(what), MOST + 1)]
         evaluations = reader.evaluations(record["evaluation"] for record in found)
     found = [_scored(record, evaluations.get(record["evaluation"])) for record in found]
     if not found:
@@ -58,6 +62,13 @@ def command(
         print_json(found[0] if len(found) == 1 else found)
         return
     typer.echo("\n\n".join(_lines(_in_words(record)) for record in found))
+
+
+def _expert(reader: "Reader", expert: "Expert") -> dict[str, Any]:
+    """An expert, and where it was merged what the gate said of each head's version that folded it."""
+    there = [reader.version(head.name, expert.version) for head in reader.heads()] if expert.version else []
+    made = [version for version in there if version and version.expert_id == expert.id]
+    return {**asdict(expert), "verdicts": {called(one.head, one.number): one.verdict for one in made}}
 
 
 def _scored(record: Mapping[str, Any], evaluation: Evaluation | None) -> dict[str, Any]:
@@ -74,11 +85,18 @@ def _in_words(record: Mapping[str, Any]) -> dict[str, Any]:
     """The same for people: each score in a line, and none a second time in the verdict."""
     verdict, scores = record["verdict"], record["scores"]
     plain = verdict and {key: value for key, value in verdict.items() if key != "scores" or not scores}
-    if plain and "scores" in plain:  # of an expert that was rejected: nothing else has them
-        plain["scores"] = {task: in_words(Score(**score)) for task, score in plain["scores"].items()}
-    return {**record, "verdict": plain} | {
-        "scores": scores and {task: in_words(Score(**score)) for task, score in scores.items()}
-    }
+    told = {**record, "verdict": plain and _verdict(plain), "scores": scores and _each(scores)}
+    if "verdicts" in record:
+        told["verdicts"] = {name: one and _verdict(one) for name, one in record["verdicts"].items()}
+    return told
+
+
+def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _each(value) if key == "scores" else value for key, value in verdict.items()}
+
+
+def _each(scores: Mapping[str, Any]) -> dict[str, str]:
+    return {task: in_words(Score(**score)) for task, score in scores.items()}
 
 
 def _lines(record: Mapping[str, Any], indent: str = "") -> str:

@@ -147,6 +147,19 @@ def note(path: Path, data: bytes) -> None:
     new.rename(path)
 
 
+def set_aside(path: Path, size: int) -> None:
+    """Makes a file that only takes so many bytes of the disk, where they are there; else there is none."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        finally:
+            os.close(fd)
+    except OSError:
+        with suppress(OSError):
+            remove(path)
+
+
 def copy_file(source: Path, target: Path, copied: Callable[[int], object] = lambda _: None) -> None:
     """Copies a file's bytes, durably. `copied` hears of each piece, and may raise to give up."""
     with source.open("rb") as file, new_file(target, source.stat().st_size) as fd:

@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector, SelectorKey
+from shutil import which
 from signal import SIGKILL
 from subprocess import Popen
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -21,7 +23,7 @@ from typing import Any
 
 from daemon.compute.processes import end, has_ended, leashed, signal_name
 from daemon.config import Evaluate
-from daemon.errors import NoScores
+from daemon.errors import BadConfig, NoScores
 from daemon.evaluation.scores import FORM, MOST_BYTES, read_scores
 from projector.text import shown
 from projector.watch import SILENT, Watch
@@ -54,6 +56,33 @@ def command_sha256(settings: Evaluate) -> str:
     environment = sorted((name, value.get_secret_value()) for name, value in settings.environment.items())
     said = json.dumps([settings.command, environment])
     return hashlib.sha256(said.encode()).hexdigest()
+
+
+def check_program(settings: Evaluate, home: Path) -> None:
+    """Raises BadConfig where the program of the command is not there, or is none. It is looked for as it would be run:
+    in the PATH of its own environment, or from the home where it is a path.
+    """
+    program = settings.command[0]
+    file = home.absolute() / program
+    if "/" not in program:
+        if not which(program, path=_environment(settings).get("PATH", os.defpath)):
+            hint = "install it, or give its whole path; the daemon's PATH counts, or the one in evaluate.environment"
+            raise BadConfig(f"evaluate.command: no program {shown(program)} is on PATH", hint)
+    elif not file.is_file():
+        raise BadConfig(
+            f"evaluate.command: there is no file {shown(str(file))}",
+            "put it there, or give another path: a relative one counts from the home",
+        )
+    elif not os.access(file, os.X_OK):
+        raise BadConfig(
+            f"evaluate.command: {shown(str(file))} is not executable",
+            f'`chmod +x {shlex.quote(str(file))}`, or let the program that runs it come first, as "python"',
+        )
+
+
+def _environment(settings: Evaluate) -> dict[str, str]:
+    ours = {name: value for name, value in os.environ.items() if name.upper() not in SECRETS}
+    return ours | {name: value.get_secret_value() for name, value in settings.environment.items()}
 
 
 class Evaluator:
@@ -95,7 +124,7 @@ class Evaluator:
                 stdin = stack.enter_context(TemporaryFile())
                 stdin.write(json.dumps(description).encode())
                 stdin.seek(0)
-                process = stack.enter_context(leashed(command, self._home, self._environment(), stdin))
+                process = stack.enter_context(leashed(command, self._home, _environment(self._settings), stdin))
             except OSError as error:
                 raise NoScores(f"the evaluator cannot be started: {error.strerror}", LOOK) from error
             self._listen(process, deadline, heard)
@@ -127,10 +156,6 @@ class Evaluator:
             end(process)
             for key in open_pipes.get_map().values():  # what it wrote at last; others may hold them open for ever
                 _take(key, PIPE_BYTES)
-
-    def _environment(self) -> dict[str, str]:
-        ours = {name: value for name, value in os.environ.items() if name.upper() not in SECRETS}
-        return ours | {name: value.get_secret_value() for name, value in self._settings.environment.items()}
 
 
 class _Heard:

@@ -79,6 +79,17 @@ def comparable(scores: Scores) -> list[str]:
     return [task for task, score in scores.items() if score.higher_is_better] or list(scores)
 
 
+def held_in(scores: Scores) -> list[str]:
+    """The tasks that the mean of a model is over, here and in the gate: those that are not held out."""
+    return [task for task, score in scores.items() if not score.held_out]
+
+
+def accumulated(scores: Scores) -> list[str]:
+    """Of these, the tasks whose scores may stand in one mean."""
+    counted = comparable(scores)
+    return [task for task in held_in(scores) if task in counted]
+
+
 def mean(scores: Scores, tasks: Iterable[str]) -> float | None:
     """The mean score of these tasks; None where there is none, or one of them was not scored: the mean of other tasks
     would be another figure.
@@ -135,7 +146,7 @@ def accumulation(scores: Scores) -> float | None:
 
     TIME (arXiv 2412.06712).
     """
-    return mean(scores, [task for task in comparable(scores) if not scores[task].held_out])
+    return mean(scores, accumulated(scores))
 
 
 def retention(scores: Scores) -> float | None:

@@ -11,11 +11,13 @@ from statistics import fmean
 from typing import Any, Literal
 
 from daemon.errors import NoScores
+from daemon.evaluation.figures import accumulated, held_in
 from daemon.requirements import WHOSE, Reference, Rule, how_much
 from projector.text import listed, plain, shown
 from registry.records import Score, Scores
 
 Outcome = Literal["live", "held", "rejected"]
+UNJUDGED = "unjudged"  # in place of an outcome, where nobody asked the rules
 
 SLACK = 1e-9  # of the larger score: 0.8 is no less than 0.7 + 0.1, whatever rounding makes of it
 DIGITS = 4
@@ -59,10 +61,20 @@ class Verdict:
     broken: tuple[Broken, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def why(self) -> str | None:
+        """Which rules were broken, and by what; None where all were kept."""
+        return "; ".join(f"`{one.rule}`: {one.why}" for one in self.broken) or None
+
     def described(self) -> dict[str, Any]:
         """Ready for JSON: {"outcome", "broken": [{"rule", "outcome", "why"}], "notes"}."""
         broken = [{"rule": one.rule, "outcome": one.outcome, "why": one.why} for one in self.broken]
         return {"outcome": self.outcome, "broken": broken, "notes": list(self.notes)}
+
+
+def unjudged(why: str) -> dict[str, Any]:
+    """The verdict on a version that nobody judged, ready for JSON."""
+    return {"outcome": UNJUDGED, "broken": [], "notes": [f"it was not judged: {why}"]}
 
 
 class _Silent(Exception):
@@ -137,18 +149,20 @@ def _reference(rule: Rule, question: Question) -> Scores:
 
 
 def _complaints(rule: Rule, pairs: Pairs) -> Iterator[str]:
-    """What breaks a rule, in words: one for each task, or one for the mean. Raises NoScores.
+    """What breaks a rule, in words: one for each task, or one for the mean. Raises _Silent and NoScores.
 
-    A mean against another's scores is that of what each task gained. One against a number leaves out the tasks for
-    which lower is better, unless all are such.
+    A mean is over the tasks that are not held out. Against another's scores it is that of what each task gained, and
+    against a number that of `figures.accumulation`, which takes the tasks of one direction only.
     """
     if rule.subject != "mean":
         for task, pair in pairs.items():
             yield from _complaint(rule, f"`{shown(task)}`", {task: pair})
         return
-    higher = {task: pair for task, pair in pairs.items() if pair[0].higher_is_better}
-    if higher and isinstance(rule.reference, float):
-        pairs = higher
+    mine = {task: pair[0] for task, pair in pairs.items()}
+    counted = accumulated(mine) if isinstance(rule.reference, float) else held_in(mine)
+    if not counted:
+        raise _Silent("what it compares is held out, and in no mean")
+    pairs = {task: pairs[task] for task in counted}
     yield from _complaint(rule, f"the mean of {len(pairs)} {'task' if len(pairs) == 1 else 'tasks'}", pairs)
 
 

@@ -78,10 +78,10 @@ def condition(home: Home, reader: Reader, now: datetime | None = None) -> Condit
     waiting = _waiting(home, _decided(reader), daemon, noted)
     share = daemon.share if daemon else None
     left = _left(daemon, now)
-    doing, text = _words(daemon, troubles, waiting, share, left)
+    doing, text = _words(daemon, troubles, waiting, share, left, now)
     if given := order(home):
         text = given.text if doing == Doing.PAUSED else f"{text}; {given.text}"
-    since = daemon and (daemon.merging_since or daemon.since)
+    since = daemon and (daemon.evaluating_since or daemon.merging_since or daemon.since)
     merging = daemon.merging if daemon else None
     return Condition(
         doing, text, datetime.fromisoformat(since) if since else None, merging, share, left, waiting, troubles, daemon
@@ -110,6 +110,7 @@ def _words(
     waiting: Sequence[Waiting] | None,
     share: float | None,
     left: float | None,
+    now: datetime,
 ) -> tuple[str, str]:
     """The word and the sentence. What is worst comes first."""
     for one in troubles:
@@ -120,6 +121,9 @@ def _words(
     for one in troubles:
         if one.reason in HINDERS:
             return WAITING, one.text
+    if daemon.evaluating_since:
+        spent = now - datetime.fromisoformat(daemon.evaluating_since)
+        return daemon.doing, f"{daemon.doing} what comes of {daemon.merging}, for {_duration(spent.total_seconds())}"
     if daemon.merging:
         far = f": {share:.0%}" if share is not None else ""
         rest = f", about {_duration(left)} left" if left is not None else ""
@@ -130,8 +134,15 @@ def _words(
 
 
 def _left(daemon: Running | None, now: datetime) -> float | None:
-    """The seconds until the expert in hand is merged, were it to go on as it began."""
-    if not daemon or not daemon.merging_since or daemon.share is None or daemon.share < ENOUGH:
+    """The seconds until the expert in hand is merged, were it to go on as it began. Nobody knows how long an evaluator
+    takes."""
+    if (
+        not daemon
+        or daemon.evaluating_since
+        or not daemon.merging_since
+        or daemon.share is None
+        or daemon.share < ENOUGH
+    ):
         return None
     spent = (now - datetime.fromisoformat(daemon.merging_since)).total_seconds()
     return max(0.0, spent * (1 - daemon.share) / daemon.share)
@@ -173,7 +184,8 @@ def _why(name: str, daemon: Running | None, decided: set[str], noted: Sequence[T
     if daemon is None or daemon.doing == Doing.BUSY:
         return NOBODY
     if name == daemon.merging:
-        return f"being merged since {daemon.merging_since}"
+        verb = "evaluated" if daemon.evaluating_since else "merged"
+        return f"being {verb} since {daemon.evaluating_since or daemon.merging_since}"
     if name in daemon.waiting:
         return daemon.waiting[name]
     if daemon.doing == Doing.PAUSED:

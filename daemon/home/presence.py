@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 from daemon.disk import durable
+from daemon.errors import BadHome
 from daemon.home.health import Trouble
 from daemon.layout import Home
 from projector.text import shown
@@ -30,6 +31,7 @@ class Doing(StrEnum):
 
     RECOVERING = "recovering"
     MERGING = "merging"
+    EVALUATING = "evaluating"
     WATCHING = "watching the inbox"
     PAUSED = "paused"
     DRAINING = "draining"
@@ -41,7 +43,7 @@ class Running:
     """The process that holds a home's lock. Times in ISO 8601.
 
     url: where it answers HTTP, None where it does not. merging: the entry of the inbox in hand, since when, and how far
-    it is, 0 to 1.
+    it is, 0 to 1. evaluating_since: since when the evaluator runs for that entry.
     waiting: why each of these entries was not taken. troubles: what it noted as wrong, as `health.Trouble`.
     """
 
@@ -52,6 +54,7 @@ class Running:
     merging: str | None = None
     merging_since: str | None = None
     share: float | None = None
+    evaluating_since: str | None = None
     waiting: Mapping[str, str] = field(default_factory=dict)
     troubles: Sequence[Mapping[str, str]] = ()
 
@@ -110,6 +113,16 @@ class Presence:
             if self._now.merging:
                 self._say(doing=self._resting, merging=None, merging_since=None, share=None)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While the evaluator runs for the entry in hand."""
+        self.progresses(1.0)
+        self._say(doing=Doing.EVALUATING, evaluating_since=_time(datetime.now(UTC)))
+        try:
+            yield
+        finally:
+            self._say(doing=Doing.MERGING, evaluating_since=None)
+
     def progresses(self, share: float) -> None:
         """So much of the entry in hand has been done. It is noted now and then."""
         if not self._in_hand:
@@ -137,6 +150,15 @@ class Presence:
             if self._there:
                 with suppress(OSError):  # a full disk, most likely
                     durable.note(self._path, json.dumps(asdict(self._now)).encode())
+
+
+def lock(home: Home) -> int:
+    """The home's lock, as a descriptor that holds it. Raises BadHome where another process holds it."""
+    try:
+        return durable.lock(home.lock)
+    except BlockingIOError:
+        hint = "stop it first; `mainstem serve` runs beside it"
+        raise BadHome(f"another mainstem is running on {home.root}", hint) from None
 
 
 def running(home: Home) -> Running | None:

@@ -68,6 +68,8 @@ def recover(home: Home, store: Store, say: Callable[..., object], watch: Watch =
     _separate_base(home, store, say, watch)
     finish(home, store)
     follow_live(home, store)
+    if blocked := store.block_withdrawn():
+        say("blocked what an earlier mainstem took out: it may come back by `mainstem unblock ID`", experts=blocked)
     hit("recover.swept")
     place_all(home, store, watch)
     hit("recover.end")

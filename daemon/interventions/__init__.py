@@ -5,7 +5,7 @@
     requests.py     how a command reaches the daemon that holds the home, and how it answers
     collecting.py   what retention no longer keeps, removed at once
     pruning.py      archive and quarantine, thinned out
-    withdrawing.py  what takes long, done by that daemon between two arrivals
+    waiting.py      what that daemon does between two arrivals: experts taken out, and what retention no longer keeps
 
 A home has one writer: where a daemon runs, it does what is asked, also in the middle of a merge.
 """

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from daemon.config import Retention
+from daemon.home.presence import lock
 from daemon.layout import Home
 from daemon.notation import called
-from daemon.rebuild.replay import lock
 from daemon.versions.retention import collect, expired, fitting, old_states
 from projector.text import size
 from registry.reader import Reader

@@ -6,7 +6,9 @@
 
 import getpass
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
@@ -30,8 +32,9 @@ class Request:
     """What somebody asks for.
 
     experts: their ids; to withdraw, where a version is given instead, those that came after it. replay: withdraw by
-    merging the others again in any case. evaluation: what was found of a version, or of one expert by itself. prune:
-    what is to go.
+    merging the others again in any case. evaluation: what was found of a version, or of one expert by itself. verdict,
+    held: what its rules say of the version since, and why it is held by that, where the gate held it. prune: what
+    is to go.
     """
 
     deed: Deed
@@ -42,6 +45,8 @@ class Request:
     experts: tuple[int, ...] = ()
     replay: bool = False
     evaluation: NewEvaluation | None = None
+    verdict: Mapping[str, Any] | None = None
+    held: str | None = None
     prune: Prune | None = None
 
     @property
@@ -67,9 +72,11 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
     """What it would do, in lines of words; none where all is as it is asked to be. Raises BadHome where it cannot."""
     match request.deed:
         case Deed.ROLLBACK:
-            return _rollback(*_version(home, reader, request))
+            planned = _rollback(*_version(home, reader, request))
+            return planned and [*planned, *_taken_out(reader, request)]
         case Deed.PROMOTE:
-            return _promote(*_version(home, reader, request))
+            planned = _promote(*_version(home, reader, request))
+            return planned and [*planned, *_taken_out(reader, request)]
         case Deed.PIN | Deed.UNPIN:
             return _pin(home, *_version(home, reader, request), request.deed is Deed.PIN)
         case Deed.BLOCK | Deed.UNBLOCK:
@@ -120,7 +127,10 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
 
 
 def _keep(store: Store, request: Request) -> None:
-    """Keeps an evaluation, and notes whose it is. One that says what another said is that one."""
+    """Keeps an evaluation, and notes whose it is. One that says what another said is that one. Or keeps a verdict."""
+    if request.verdict is not None:
+        store.rejudge(*request.named, request.verdict, request.held)
+        return
     new = request.evaluation
     assert new
     known = store.evaluated(new.weights_sha256, new.command_sha256)
@@ -170,6 +180,15 @@ def _promote(head: Head, version: Version) -> list[str]:
         return [f"{name} is live, as what follows it will be"]
     still = f"; {called(head.name, head.newest)}, the newest, is still held" if head.frozen else ""
     return [f"{name} is live, {live} is not{still}"]
+
+
+def _taken_out(reader: Reader, request: Request) -> list[str]:
+    """What the version has that somebody took out of the merge since."""
+    name, number = request.named
+    withdrawn = reader.experts(Status.WITHDRAWN, limit=-1)
+    there = [one for one in withdrawn if (one.version or 0) <= number < (one.withdrawn_in or 0)]
+    which = listed([f"{one.id} ({one.name})" for one in reversed(there)])
+    return [f"beware: {called(name, number)} has what was taken out since: {which}"] if there else []
 
 
 def _pin(home: Home, head: Head, version: Version, pin: bool) -> list[str]:

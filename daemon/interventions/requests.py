@@ -2,6 +2,7 @@
 
     <id>.json          what is asked; taken away once it is answered
     <id>.answer.json   what became of it
+    .room              space that the daemon sets aside, for whoever asks when the disk is full
 
 The registry has one writer. Where no daemon runs, the command holds the home itself and does what it was asked. Nothing
 here need outlive the machine: whoever asks waits, and what was done is told by the registry.
@@ -21,21 +22,26 @@ from uuid import uuid4
 import structlog
 
 from daemon.disk import durable
-from daemon.errors import BadHome, DaemonError
+from daemon.errors import BadHome, DaemonError, Unanswered
 from daemon.home.orders import ORDERS, leave
 from daemon.home.presence import Doing, running
 from daemon.interventions.deeds import Request, carry_out
 from daemon.interventions.pruning import Prune
 from daemon.layout import Home
-from projector.errors import ProjectorError
+from projector.errors import DeviceLost, ProjectorError
 from registry.errors import RegistryError, StorageFailed
 from registry.records import Deed, NewEvaluation, Score
 from registry.store import Store
 
 LOOK_SECONDS = 0.1
 PATIENCE_SECONDS = 30.0  # for a daemon that says nothing: recovering, or stopped by a signal
+INSISTING_SECONDS = 3600.0
+AGAIN_SECONDS = 5.0
+HEARING_SECONDS = 1.0  # for an answer to be fetched, where the daemon stops
 MOST_BYTES = 1 << 20
 ANSWER = ".answer.json"
+ROOM = ".room"
+ROOM_BYTES = 1 << 20  # for a request, its answer, the registry's rows and what a restored version has of its own
 
 Say = Callable[[str], None]
 """Hears of what goes on, line by line."""
@@ -59,18 +65,32 @@ def ask(home: Home, request: Request, alone: Callable[[], list[str]] | None = No
     return alone()
 
 
+def insist(home: Home, request: Request, say: Say = print) -> list[str]:
+    """As `ask`, again and again where nobody answers: while a daemon recovers, or another command has the home. For
+    what took long to find out, and may be asked twice.
+    """
+    end = time.monotonic() + INSISTING_SECONDS
+    while True:
+        try:
+            return ask(home, request, say=say)
+        except Unanswered as error:
+            if time.monotonic() >= end:
+                raise
+            say(f"{error}: asking again")
+            time.sleep(AGAIN_SECONDS)
+
+
 def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
     there = running(home)
     if there and there.doing in (Doing.BUSY, Doing.RECOVERING) and request.deed in ORDERS:
         return leave(home, request.deed, request.who, request.why)
     if there and there.doing == Doing.BUSY:
-        raise BadHome(f"another command of mainstem works on {home.root}", "try again when it is done")
+        raise Unanswered(f"another command of mainstem works on {home.root}", "try again when it is done")
     asked = home.requests / f"{uuid4().hex}.json"
     answer = asked.with_suffix(ANSWER)
     try:
-        durable.make_folder(home.requests)
-        durable.note(asked, json.dumps(asdict(request)).encode())
-        return _wait(home, answer, say)
+        _put(asked, request)
+        return _wait(home, asked, request, say)
     except PermissionError as error:
         raise BadHome(
             f"{error.filename}: {error.strerror}", "run this as the user that the daemon runs as: it will then be asked"
@@ -81,9 +101,22 @@ def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
                 durable.remove(path)
 
 
-def _wait(home: Home, answer: Path, say: Say) -> list[str]:
-    heard, said = time.monotonic(), ""
+def _put(asked: Path, request: Request) -> None:
+    durable.make_folder(asked.parent)
+    content = json.dumps(asdict(request)).encode()
+    try:
+        durable.note(asked, content)
+    except OSError as error:
+        if not durable.is_full(error):
+            raise
+        durable.remove(asked.with_name(ROOM))
+        durable.note(asked, content)
+
+
+def _wait(home: Home, asked: Path, request: Request, say: Say) -> list[str]:
+    answer, heard, said = asked.with_suffix(ANSWER), time.monotonic(), ""
     while True:
+        there = durable.is_locked(home.lock)  # before the look at the answer, which comes before the end
         with suppress(FileNotFoundError):
             content = json.loads(answer.read_bytes())
             if "error" in content:
@@ -93,10 +126,15 @@ def _wait(home: Home, answer: Path, say: Say) -> list[str]:
             if content["doing"] != said:
                 said, heard = content["doing"], time.monotonic()
                 say(said)
-        if not durable.is_locked(home.lock) and not answer.exists():
-            raise BadHome("the daemon stopped before it answered", "ask again; `mainstem log --interventions` tells")
+        if not there:
+            raise Unanswered(
+                "the daemon stopped before it answered",
+                "start it again, which finishes what was done; `mainstem log --interventions` tells; else ask again",
+            )
+        if not asked.exists() and not answer.exists():  # a daemon that starts takes away what others were asked
+            _put(asked, request)
         if not said and time.monotonic() - heard > PATIENCE_SECONDS:
-            raise BadHome(
+            raise Unanswered(
                 f"the daemon has not answered within {PATIENCE_SECONDS:.0f} seconds",
                 "`mainstem status` tells whether it is recovering, `mainstem log --interventions` whether it was done",
             )
@@ -123,8 +161,8 @@ class Asked:
         """It is done."""
         self._answer({"done": lines})
 
-    def failed(self, error: DaemonError | RegistryError | ProjectorError) -> None:
-        """It is not done, and nothing has changed."""
+    def failed(self, error: DaemonError | RegistryError | ProjectorError | DeviceLost) -> None:
+        """It is not done."""
         self._answer({"error": str(error), "hint": error.hint})
 
     def _answer(self, content: Mapping[str, Any]) -> None:
@@ -154,6 +192,7 @@ class Desk:
         self._log = structlog.get_logger()
         durable.remove(home.requests)  # of whoever waited for another daemon
         durable.make_folder(home.requests)
+        durable.set_aside(home.requests / ROOM, ROOM_BYTES)
         self._thread = Thread(target=self._work, name="desk", daemon=True)
         self._thread.start()
 
@@ -163,11 +202,22 @@ class Desk:
             raise self._failed
 
     def close(self) -> None:
-        """Answers nothing more; whoever waits is told that the daemon has stopped."""
+        """Answers nothing more; whoever waits is told that the daemon has stopped. What was answered is heard first."""
         self._closing.set()
         self._thread.join()
+        end = time.monotonic() + HEARING_SECONDS
+        while self._unheard() and time.monotonic() < end:
+            time.sleep(LOOK_SECONDS / 4)
         with suppress(OSError):
             durable.remove(self._home.requests)
+
+    def _unheard(self) -> bool:
+        """Whether an answer lies there whose request was taken away, and which nobody has fetched."""
+        try:
+            names = set(os.listdir(self._home.requests))
+        except OSError:
+            return False
+        return any(name.endswith(ANSWER) and name.replace(ANSWER, ".json") not in names for name in names)
 
     def _work(self) -> None:
         try:
@@ -189,6 +239,8 @@ class Desk:
             return []
         asked = {name for name in names if name.endswith(".json") and not name.endswith(ANSWER) and name[0] != "."}
         self._seen &= asked
+        if not asked and ROOM not in names:
+            durable.set_aside(self._home.requests / ROOM, ROOM_BYTES)
         return sorted(asked - self._seen)
 
     def _take(self, name: str) -> None:

@@ -27,6 +27,11 @@ from registry.store import Store
 LIVE, HELD, REJECTED = "live", "held", "rejected"
 
 
+def judges(settings: Evaluate, head: str) -> bool:
+    """True where by these settings the versions of that head are judged."""
+    return bool(settings.command) and head in settings.heads
+
+
 @dataclass(frozen=True)
 class Judged:
     """What the gate says of one head's version. verdict: ready for JSON, with the scores."""
@@ -109,7 +114,7 @@ class Gate:
         return self._told(head.name, number, head.live, found, verdict)
 
     def _told(self, head: str, number: int, live: int, found: Evaluation, verdict: Verdict) -> Judged:
-        why = "; ".join(f"`{one.rule}`: {one.why}" for one in verdict.broken) or None
+        why = verdict.why
         said = {**verdict.described(), "against": called(head, live), "scores": plain_scores(found.scores)}
         if why:
             self._log.warning("the version breaks a rule", version=called(head, number), then=verdict.outcome, why=why)
@@ -124,7 +129,7 @@ class Gate:
         return Judged(outcome, why, {"outcome": outcome, "broken": [], "notes": [], "error": str(error)})
 
     def _judges(self, tip: HeadTip) -> bool:
-        return tip.head.name in self._settings.heads
+        return judges(self._settings, tip.head.name)
 
     def _needs(self, whose: str) -> bool:
         return whose in needs(self._settings.rules)

@@ -16,7 +16,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -79,9 +79,9 @@ class Merger:
         store: Store,
         settings: Settings,
         progress: Progress,
-        judging: Callable[[], object] = lambda: None,
+        judging: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """judging: is called before an evaluator runs, whose end, or ours meanwhile, is no expert's doing."""
+        """judging: is entered while an evaluator runs, whose end, or ours meanwhile, is no expert's doing."""
         self._home = home
         self._judging = judging
         self._store = store
@@ -385,8 +385,7 @@ class Merger:
         if again or gate.open:
             return [Judged() for _ in heads], None
         hit("evaluate.before")
-        self._judging()
-        with self._progress.phase("evaluate"), ExitStack() as closing:
+        with self._judging(), self._progress.phase("evaluate"), ExitStack() as closing:
             folder = self._home.tmp / uuid4().hex
             closing.callback(durable.remove, folder)
             found = gate.judge(heads, number, written, new, lambda: self._by_itself(expert, folder))

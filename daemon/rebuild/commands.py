@@ -8,8 +8,10 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from statistics import median
 
+from daemon.arrivals.recording import left_behind
 from daemon.checkpoints.checkpoint import open_path
 from daemon.compute.resources import reuse_freed_memory
 from daemon.config import Settings
@@ -17,23 +19,25 @@ from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.home.founding import base_files, floating_dtypes, new_head, publish_base
+from daemon.home.presence import lock
 from daemon.home.recovery import mark_clean, recover
+from daemon.home.standing import held
 from daemon.layout import Home
 from daemon.manifest import Withdrawal
+from daemon.merge.gate import judges
 from daemon.notation import called
 from daemon.rebuild.replay import (
     Console,
     Heads,
     archived,
     check_archive,
-    lock,
     merged_experts,
     methods_of,
     misfit,
     replay,
     started,
 )
-from daemon.rebuild.restating import Arrival, Restating, next_number
+from daemon.rebuild.restating import Arrival, Restating, judging, next_number
 from daemon.versions.checking import problems
 from daemon.versions.heads import HeadTip, head_tips, relative_heads, totals_of
 from daemon.versions.latest import point_latest
@@ -43,17 +47,19 @@ from daemon.versions.writing import Written
 from projector.method import Contribution, Method, Totals
 from registry.errors import Busy, RegistryError, StorageFailed
 from registry.reader import Reader
-from registry.records import Expert, Head, NewIntervention, RelativeTo, Status, Version
+from registry.records import Deed, Expert, Head, NewIntervention, RelativeTo, Status, Version
 from registry.store import Store
 
 RESTORED, SUBTRACTED, REPLAYED = "restored", "subtracted", "replayed"
+KEEPING_OUT = NewIntervention(Deed.BLOCK, "mainstem rebuild")
 MOST_SUBTRACTED = 100.0  # times the weight of what is left: beyond that its rounding shows in the fifth digit
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a rebuild would do: per head how it comes about, the experts it reads, how often it reads one in all, and
-    the usual seconds for one. number: of the version that it has made, once it has.
+    the usual seconds for one. number: of the version that it has made, once it has. unjudged: the heads whose versions
+    the gate judges, and not this one. notes: what else there is to know, in lines of words.
     """
 
     how: Mapping[str, str]
@@ -61,6 +67,8 @@ class Plan:
     readings: int
     usual_seconds: float | None
     number: int | None = None
+    unjudged: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def into(
@@ -73,11 +81,14 @@ def into(
     *,
     relative: Collection[str] = (),
     dry: bool = False,
+    deed: NewIntervention = KEEPING_OUT,
 ) -> Plan:
-    """Replays the archive of `home`, which may be in use, into the home `target`, less the experts `without`.
+    """Replays the archive of `home`, which may be in use, into the home `target`, less the experts `without`, which do
+    not come back there, nor does what is blocked in `home`.
 
     heads: of the new home, and which of them are `relative` to what an expert was trained from; None takes the same
-    ones. Raises BadHome where an expert is missing, or where `target` is there and is no earlier part of the same.
+    ones. deed: by whom and why. Raises BadHome where an expert is missing, or where `target` is there and is no earlier
+    part of the same.
     """
     with Reader.open(home.registry) as reader:
         chosen = methods_of(reader) if heads is None else heads
@@ -89,10 +100,21 @@ def into(
         check_archive(home, reader, experts, chosen, relative)
         if target.exists() and (why := misfit(target, reader, chosen, relative, experts)):
             raise BadHome(f"{target.root} cannot take this replay: {why}", "choose another folder, or remove it")
-        plan = Plan(dict.fromkeys(chosen, REPLAYED), experts, _readings(chosen, experts), _usual_seconds(reader))
+        plan = Plan(
+            dict.fromkeys(chosen, REPLAYED),
+            experts,
+            _readings(chosen, experts),
+            _usual_seconds(reader),
+            notes=[
+                f"{line} here; in {target.root} nothing is rolled back or held: the newest version is live"
+                for line in _not_live(reader)
+            ],
+        )
         if not dry:
             replay(home, reader, experts, target, chosen, settings, to, relative=relative)
-            _refine(target, home, reader, experts, settings, to)
+            with _opened(target) as store:
+                _refine(target, store, home, reader, experts, settings, to)
+                _keep_out(store, [*reader.kept_out(), *(one for one in reader.lineage() if one.id in gone)], deed)
         return plan
 
 
@@ -125,11 +147,11 @@ def add_head(
             with Restating(home, store, settings, to.progress()) as restating:
                 written = _from_inside(restating, inner, name, home, store, experts)
                 _link_records(home, inner, name, experts)
-                plan = replace(
-                    plan,
-                    number=_adopt(home, store, new_head(name, method, relative=relative), method, written, restating),
-                )
+                number = _adopt(home, store, new_head(name, method, relative=relative), method, written, restating)
             remove_whole(home, inner.root)
+            made = called(name, number)
+            stays = [f"{line}; `mainstem promote {made}` makes it live" for line in _not_live(store, name)]
+            plan = replace(plan, number=number, notes=stays)
         return plan
 
 
@@ -183,12 +205,15 @@ def withdraw_from(
             written[name] = replace(new, withdrawal=Withdrawal(gone, how))
         number = restating.commit(store, heads, written, gone, deed)
     remove_whole(home, inner.root)
-    return replace(planned.plan, number=number)
+    unjudged = [head for head in planned.plan.how if judges(settings.evaluate, head)]
+    return replace(planned.plan, number=number, unjudged=unjudged)
 
 
 def described(plan: Plan) -> list[str]:
     """What was done to each head, in words."""
-    return [f"{called(head, plan.number or 0)}: {how}" for head, how in plan.how.items()]
+    number = plan.number or 0
+    done = [f"{called(head, number)}: {how}" for head, how in plan.how.items()]
+    return done + [f"{called(head, number)} was not judged: `{judging(head, number)}`" for head in plan.unjudged]
 
 
 class _Withdrawal:
@@ -218,13 +243,13 @@ class _Withdrawal:
     def _find_kept(self, home: Home, reader: Reader, gone: Sequence[Expert]) -> dict[str, Version]:
         """By head, the newest version that has just the others, where its files and its state are kept and sound."""
         first = min((expert.version or 0 for expert in gone), default=0)
-        withdrawn = [one for one in reader.experts(Status.WITHDRAWN, limit=-1) if (one.version or 0) < first]
-        least = max([one.version or 0 for one in self.rest] + [one.withdrawn_in or 0 for one in withdrawn], default=0)
+        least = max((expert.version or 0 for expert in self.rest), default=0)
+        rest, has = [expert.id for expert in self.rest], cache(lambda n: [one.id for one in reader.experts_in(n)])
         found = {}
         for tip in self.heads:
             name = tip.head.name
-            there = [n for n in {0, *numbered(home.states(name))} if least <= n < first]
-            version = reader.version(name, max(there, default=-1))
+            there = sorted((n for n in {0, *numbered(home.states(name))} if least <= n < first), reverse=True)
+            version = reader.version(name, next((n for n in there if has(n) == rest), -1))
             if version and not version.collected and not problems(home, version, hashes=True, extras=False):
                 found[name] = version
         return found
@@ -324,26 +349,42 @@ def _exact(
 
 
 def _refine(
-    target: Home, archive: Home, reader: Reader, experts: Sequence[Expert], settings: Settings, to: Console
+    target: Home,
+    store: Store,
+    archive: Home,
+    reader: Reader,
+    experts: Sequence[Expert],
+    settings: Settings,
+    to: Console,
 ) -> None:
     """One more version of every head, where a second pass makes one of them exact: the others' stay what they are."""
-    with _opened(target) as store:
-        heads = head_tips(store, methods_of(store))
-        if not experts or all(tip.method.second_pass(len(experts)) is None for tip in heads):
-            return
-        if heads[0].version.expert_id is None:
-            return  # it was made before: the newest version folds no expert
-        if store.counts()[Status.MERGED] != len(experts):
-            raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
-        with Restating(target, store, settings, to.progress()) as restating:
-            written = {}
-            for tip in heads:
-                name = tip.head.name
-                to.say(f"{name}: a second pass" if tip.method.second_pass(len(experts)) else f"{name}: stays")
-                written[name] = _exact(restating, target, tip, archive, reader, experts) or restating.linked(
-                    name, target, tip.version.number, tip.totals
-                )
-            restating.commit(store, heads, written)
+    heads = head_tips(store, methods_of(store))
+    if not experts or all(tip.method.second_pass(len(experts)) is None for tip in heads):
+        return
+    if heads[0].version.expert_id is None:
+        return  # it was made before: the newest version folds no expert
+    if store.counts()[Status.MERGED] != len(experts):
+        raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
+    with Restating(target, store, settings, to.progress()) as restating:
+        written = {}
+        for tip in heads:
+            name = tip.head.name
+            to.say(f"{name}: a second pass" if tip.method.second_pass(len(experts)) else f"{name}: stays")
+            written[name] = _exact(restating, target, tip, archive, reader, experts) or restating.linked(
+                name, target, tip.version.number, tip.totals
+            )
+        restating.commit(store, heads, written)
+
+
+def _keep_out(store: Store, experts: Sequence[Expert], deed: NewIntervention) -> None:
+    """What a pipeline sends again is refused in a new home as it was in the old one."""
+    store.keep_out([left_behind(expert) for expert in experts if expert.sha256], deed)
+
+
+def _not_live(reader: Reader, *names: str) -> list[str]:
+    """The newest versions of these heads, or of all, that are not live, and why, in lines of words."""
+    heads = [(head.name, held(reader, head)) for head in reader.heads() if not names or head.name in names]
+    return [f"{called(name, stays.version)} is not live ({stays.why})" for name, stays in heads if stays]
 
 
 def _subtract(
@@ -366,15 +407,24 @@ def _arrival(archive: Home, reader: Reader, tip: HeadTip, expert: Expert, index:
 
 
 def _adopt(home: Home, store: Store, head: Head, method: Method, written: Written, restating: Restating) -> int:
-    """Gives the home a further head: version 0, and the version that the other heads stand at, whose number it says."""
-    newest = max(head.newest for head in store.heads())
+    """Gives the home a further head: version 0, and the version that the other heads stand at, whose number it says.
+
+    That has every merged expert. Where one of the others is not live there, because of an expert, it is held, too: the
+    head begins with the base.
+    """
+    others = store.heads()
+    newest = max(one.newest for one in others)
+    waiting = next((called(one.name, one.newest) for one in others if one.live < one.newest), None)
+    why = f"it was made while {waiting} was not live" if waiting else None
     with open_path(home.base) as base:
         dtypes = floating_dtypes(base)
     versions = [publish_base(home, head, store.base(), base_files(home), dtypes)]
     if newest:
         tip = HeadTip(head, Version(**asdict(versions[0])), method, Totals())
-        versions += restating.place([tip], newest, {head.name: written}, origin(store))
-    adopted = replace(head, live=newest, newest=newest)
+        made = restating.place([tip], newest, {head.name: written}, origin(store))
+        versions += [replace(version, held=why) for version in made]
+    frozen = why if any(one.frozen for one in others) else None
+    adopted = replace(head, live=0 if waiting else newest, newest=newest, frozen=frozen)
     hit("commit.before")
     store.adopt(adopted, versions)
     hit("commit.after")

@@ -22,6 +22,7 @@ from daemon.config import Evaluate, Retention, Settings
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, NotYet, Refused
 from daemon.home.founding import found
+from daemon.home.presence import lock
 from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
 from daemon.merge.merger import Again, Merger
@@ -194,14 +195,6 @@ def replay(
             _merge(merger, target, expert, archived(source, expert), Again(naming, start))
             return_freed_memory()
         mark_clean(target)
-
-
-def lock(home: Home) -> int:
-    """The home's lock, as a descriptor that holds it. Raises BadHome where a daemon holds it."""
-    try:
-        return durable.lock(home.lock)
-    except BlockingIOError:
-        raise BadHome(f"another mainstem is running on {home.root}", "stop it first") from None
 
 
 def _merge(merger: Merger, target: Home, expert: Expert, source: Path, again: Again) -> None:

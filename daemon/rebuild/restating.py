@@ -21,10 +21,15 @@ from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
+from daemon.evaluation.evaluator import command_sha256
+from daemon.evaluation.rules import unjudged
+from daemon.evaluation.scoring import weights_sha256
 from daemon.home.ground import Base, States, sound_ground
 from daemon.layout import CARD, STATE_FILE, Home, is_adapter
 from daemon.manifest import Manifest
 from daemon.merge.folding import Folding
+from daemon.merge.gate import judges
+from daemon.notation import called
 from daemon.versions.adapter import Adapting
 from daemon.versions.heads import HeadTip
 from daemon.versions.latest import follow_live
@@ -54,6 +59,7 @@ class Restating:
 
     def __init__(self, home: Home, reader: Reader, settings: Settings, progress: Progress) -> None:
         self._home = home
+        self._reader = reader
         self._settings = settings
         self._progress = progress
         self._closing = ExitStack()
@@ -137,9 +143,18 @@ class Restating:
         return sealed
 
     def _seal(self, tip: HeadTip, number: int, written: Written, origin: Origin) -> NewVersion:
-        adapter = self._adapting.write(tip.head.name, written.published, written.weights, origin.base.name)
+        """Nobody evaluates it: to hold it would leave live what a person takes out. The gate's heads have that as their
+        verdict, and the scores of the same weights, where these are known."""
+        name, gate = tip.head.name, self._settings.evaluate
+        adapter = self._adapting.write(name, written.published, written.weights, origin.base.name)
         stage(self._home, written, self._base.beside)
-        return seal(self._home, tip, number, written, origin=origin, adapter=adapter)
+        known, verdict = None, None
+        if written.withdrawal and judges(gate, name):
+            known = self._reader.evaluated(weights_sha256(written.weights), command_sha256(gate))
+            verdict = unjudged(f"experts were taken out; `{judging(name, number)}` scores and judges it")
+        scores = known.scores if known else None
+        sealed = seal(self._home, tip, number, written, origin=origin, adapter=adapter, scores=scores, verdict=verdict)
+        return replace(sealed, evaluation=known.id if known else None)
 
     def commit(
         self,
@@ -179,6 +194,11 @@ def _check(path: Path, source: OpenCheckpoint, norm: float, expert: Expert) -> N
         why = f"its task vector has norm {norm:.6g}, it had {expert.norm:.6g}"
     if why:
         raise BadHome(f"{path} is not what was merged: {why}", "restore it from a backup; nothing was published")
+
+
+def judging(head: str, number: int) -> str:
+    """The command that scores and judges a version that nobody judged."""
+    return f"mainstem evaluate {called(head, number)}"
 
 
 def next_number(heads: Sequence[HeadTip]) -> int:

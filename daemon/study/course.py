@@ -26,12 +26,12 @@ from daemon.errors import BadHome, NoScores, NotYet
 from daemon.evaluation.evaluator import FOLDER
 from daemon.evaluation.scoring import Scoring, told, weights_sha256
 from daemon.home.founding import found
+from daemon.home.presence import lock
 from daemon.home.recovery import mark_clean, recover
 from daemon.layout import Home
 from daemon.manifest import FileEntry, Manifest
 from daemon.merge.merger import Again, Merger
 from daemon.notation import called
-from daemon.rebuild.replay import lock
 from daemon.study.planning import Plan, Unfit
 from projector.method import Method
 from registry.records import Evaluation, Expert, NewEvaluation, Status

@@ -110,7 +110,7 @@ def markdown(listings: Iterable[Listing]) -> str:
     every = list(listings)
     parts = ["| method | bytes | order | taking out | weights | needs | reads |", "|---|---|---|---|---|---|---|"]
     parts += [
-        f"| [`{one.name}`](#{one.name}) | {one.bytes_per_parameter:g}{_by(one, 'bytes_per_parameter')} "
+        f"| [`{one.name}`](#{one.name}) | {one.bytes_per_parameter:.3g}{_by(one, 'bytes_per_parameter')} "
         f"| {_yes(one, 'order_independent', 'free', 'matters')} "
         f"| {_yes(one, 'subtractable', 'exact', 'replay')} | {_yes(one, 'weighted', 'yes', 'no')} "
         f"| {', '.join(one.needs) or '-'}{_by(one, 'needs')} | {one.reads}{_by(one, 'reads')} |"
@@ -205,7 +205,7 @@ def _spec(shape: tuple[int, ...]) -> TensorSpec:
 
 
 def _amount(listed: Listing) -> str:
-    return _each(listed.bytes_per_parameter, listed.vector_bytes_per_parameter, "g")
+    return _each(listed.bytes_per_parameter, listed.vector_bytes_per_parameter, ".3g")
 
 
 def _each(matrix: float, vector: float, digits: str) -> str:

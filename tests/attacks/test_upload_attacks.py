@@ -25,10 +25,11 @@ BEARER = f"Authorization: Bearer {TOKEN}\r\n".encode()
 
 @dataclass
 class Target:
-    """A server that takes uploads, and what its home looked like before."""
+    """A server that takes uploads, and what its home looked like before the first request."""
 
     home: Home
     address: tuple[str, int]
+    before: dict[str, bytes | str]
 
     def send(self, request: bytes, patience: float = 20) -> tuple[int, bytes]:
         """Sends exactly that, and goes away once it is answered or after `patience` seconds; (status or 0, answer)."""
@@ -56,18 +57,21 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     with Reader.open(home.registry) as reader:
         app = create_app(home, reader, CollectorRegistry(), lambda: None, uploads)
         with HttpServer(app, "127.0.0.1", 0) as address:
-            yield Target(home, address)
+            yield Target(home, address, entered(home))
 
 
 @pytest.fixture
 def target(started: Target) -> Iterator[Target]:
-    """The server; at the end its home must be what it was, and it must still take a good upload."""
-    before = entered(started.home)
+    """The server; at the end its home must be what it was, and it must still take a good upload.
+
+    What was cut off is removed a moment after its answer, or is not even begun by then: that of the test before may
+    still come and go.
+    """
     yield started
     deadline = time.monotonic() + 10
-    while entered(started.home) != before and time.monotonic() < deadline:
-        time.sleep(0.05)  # what was cut off is removed a moment after
-    assert entered(started.home) == before
+    while (now := entered(started.home)) != started.before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert now == started.before
     assert started.put(b"/v1/experts/good.safetensors")[0] == 201
     (started.home.inbox / "good.safetensors").unlink()
 

@@ -15,7 +15,7 @@ import pytest
 from daemon.layout import Home
 from tests.crash.daemons import Running
 from tests.crash.invariants import check
-from tests.crash.worlds import FULL, World, fill_inbox, outcome, settle, watch
+from tests.crash.worlds import FULL, World, drain, fill_inbox, outcome, settle, watch
 
 PLENTY = 64 << 20
 PAGE = 4096
@@ -115,3 +115,19 @@ def test_while_it_waits_for_space_it_serves_and_says_so(disk: Disk, world: World
     os.kill(daemon.pid, signal.SIGTERM)
     assert daemon.wait().code == 0
     check(home, world.dropped[:1])
+
+
+def test_where_no_byte_is_left_a_rollback_is_done_all_the_same(disk: Disk, world: World) -> None:
+    """In the space that the daemon sets aside for that."""
+    home = world.home(disk.path / "home", fill=False)
+    fill_inbox(home, world.drops[:2])
+    assert world.zygote.run(*drain(home)).code == 0
+    daemon = world.zygote.start(*watch(home))
+    assert until(daemon, '"ready"'), daemon.log
+    disk.leave(0)
+    done = world.zygote.run("rollback", "main/1", "--home", home.root)
+    assert done.code == 0, done.log
+    assert (home.versions("main") / "LATEST").read_text() == "000001\n"
+    os.kill(daemon.pid, signal.SIGTERM)
+    assert daemon.wait().code == 0
+    check(home, world.dropped[:2])

@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import Any
 
 import torch
@@ -103,16 +104,19 @@ def assert_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tole
 
 
 def tree(root: Path) -> dict[str, bytes | str]:
-    """Everything below `root`: a file's bytes, a link's target, or what else is there."""
+    """Everything below `root`: a file's bytes, a link's target, or what else is there. What is removed meanwhile is not
+    there."""
     found: dict[str, bytes | str] = {}
     for folder, folders, files in os.walk(root):
         for name in [*folders, *files]:
             path = Path(folder) / name
             key = str(path.relative_to(root))
-            if path.is_symlink():
-                found[key] = f"-> {path.readlink()}"
-            elif path.is_file():
-                found[key] = path.read_bytes()
-            else:
-                found[key] = "folder" if path.is_dir() else "special"
+            with suppress(FileNotFoundError):
+                kind = path.lstat().st_mode
+                if S_ISLNK(kind):
+                    found[key] = f"-> {path.readlink()}"
+                elif S_ISREG(kind):
+                    found[key] = path.read_bytes()
+                else:
+                    found[key] = "folder" if S_ISDIR(kind) else "special"
     return found

@@ -26,6 +26,7 @@ from daemon.cli import main
 from daemon.compute.progress import Progress
 from daemon.config import LIVE, Settings, described, load, taking_effect
 from daemon.errors import BadConfig, Refused
+from daemon.interventions.requests import Desk
 from daemon.layout import Home
 from daemon.logs import configure
 from daemon.merge.merger import Merger
@@ -254,7 +255,9 @@ def test_who_waits_for_space_takes_up_that_less_is_to_be_kept(home: Home, base: 
         put(home, write_expert(tmp_path / f"{seed}.safetensors", base, seed))
     Service(home, keep).run(once=True, http=False)
     with waiting(home, keep, thin) as (service, store, merger, inbox):
-        service._make_room(OSError(errno.ENOSPC, "full"), store, merger, inbox, once=False)
+        desk = Desk(home, store, lambda: None, lambda _: None)
+        service._make_room(OSError(errno.ENOSPC, "full"), store, merger, inbox, desk, once=False)
+        desk.close()
         assert service._settings.retention.versions == 1
     assert not home.version("main", 1).exists() and home.version("main", 2).exists()
 

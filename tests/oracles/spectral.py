@@ -1,4 +1,4 @@
-"""The spectral rules once more, from their formulas: iso_c, wudi and OPCM's isotropic read-out.
+"""The spectral rules once more, from their formulas: iso_c, tsv_m, wudi and OPCM's isotropic read-out.
 
 As in `tests.oracles.rules`: float64, every expert in memory, nothing of the package imported. Results are merged task
 vectors; what to add them to is the caller's business.
@@ -90,6 +90,42 @@ def wudi_loss(merged: Tensor, taus: Tensor, weights: Tensor) -> Tensor:
     off = ((merged - taus) @ taus.mT).square().sum((1, 2))
     loss: Tensor = (weights * off / torch.where(lengths > 0, lengths, 1.0)).sum()
     return loss
+
+
+def tsv_m(
+    base: Weights,
+    experts: Sequence[Weights],
+    counting: Counting = None,
+    scale: float = 1.0,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> dict[str, Tensor]:
+    """TSV-M (arXiv 2412.00081): of each of T matrices the first floor(k / T) singular triplets, k = min(m, n), in one
+    row, both sides replaced by the orthonormal factor of their own decomposition. Beyond k experts: the k largest of
+    the leading triplets.
+    """
+
+    def matrix(taus: Tensor, weights: Tensor) -> Tensor:
+        count, k = len(taus), min(taus.shape[1:])
+        triplets = []
+        for tau, weight in zip(taus, weights, strict=True):
+            u, s, vh = torch.linalg.svd(tau, full_matrices=False)
+            first = [i for i in range(max(1, k // count)) if s[i] > 1e-6 * s[0]]
+            triplets += [(float(weight * s[i]), u[:, i], vh[i]) for i in first]
+        if count > k:
+            triplets = sorted(triplets, key=lambda one: -one[0])[:k]
+        if not triplets:
+            return torch.zeros_like(taus[0])
+        left, right = (torch.stack([one[side] for one in triplets], 1) for side in (1, 2))
+        sizes = torch.tensor([one[0] for one in triplets], dtype=torch.float64)
+        return scale * (_orthonormal(left) * sizes) @ _orthonormal(right).T
+
+    return _merged(base, experts, counting, exclude, matrix)
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    """U V' of X = U S V', the nearest matrix with orthonormal columns."""
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return u @ vh
 
 
 def opcm_isotropic(

@@ -315,6 +315,11 @@ def test_a_version_that_is_held_is_not_live_and_the_next_one_follows_it(store: S
     store.commit(expert(1), held)
     assert [head.live for head in store.heads()] == [0, 1]
     assert (version := store.version("main", 1)) and (version.held, version.verdict) == ("it lost", verdict)
+    anew = {"outcome": "held", "notes": ["scored later"]}
+    store.rejudge("main", 1, anew, "it lost by less")
+    store.rejudge("init", 1, anew, "it lost")  # which was promoted meanwhile: it stays live
+    for name, why in (("main", "it lost by less"), ("init", None)):
+        assert (version := store.version(name, 1)) and (version.held, version.verdict) == (why, anew)
     store.commit(expert(2), versions(2))
     assert [head.live for head in store.heads()] == [2, 2]
 

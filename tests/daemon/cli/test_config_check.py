@@ -1,5 +1,9 @@
 """`mainstem config check` says what the rules of the gate mean, and which head it does not find."""
 
+import shutil
+
+import pytest
+
 from daemon.layout import Home
 from tests.daemon.processes import forked
 
@@ -21,6 +25,28 @@ def test_each_rule_is_put_into_words(home: Home) -> None:
         '"sort" >= 0.7 else reject: the task "sort" must score 0.7 or better; else the expert is rejected',
         f"{home.config} is fine",
     ]
+
+
+@pytest.mark.parametrize(
+    ("program", "said", "done"),
+    [
+        ("no-such-scorer", "no program no-such-scorer is on PATH", "environment = {PATH = '%s/bin'}\n"),
+        ("bin/no-such-scorer", "/bin/no-such-scorer is not executable", ""),
+        ("./score", "/score: put it there, or give", ""),
+    ],
+)
+def test_the_program_that_scores_must_be_there(home: Home, program: str, said: str, done: str) -> None:
+    """Found as it will be run: on the PATH that is set for it, or from the home. The hint followed, it is."""
+    file = home.root / "bin" / "no-such-scorer"
+    file.parent.mkdir()
+    file.touch(mode=0o644)
+    text = f"[evaluate]\ncommand = ['{program}', '{{folder}}']\n"
+    status, out = check(home, text)
+    assert status == 1 and out.startswith("mainstem: evaluate.command: ")
+    assert said in out.replace("\n    hint", "")
+    file.chmod(0o755)
+    shutil.copy(file, home.root / "score")
+    assert check(home, text + done.replace("%s", str(home.root)))[0] == 0
 
 
 def test_a_rule_that_is_none_is_refused_with_what_one_is(home: Home) -> None:

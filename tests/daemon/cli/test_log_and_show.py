@@ -9,7 +9,7 @@ import pytest
 
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
-from registry.records import Deed
+from registry.records import Deed, NewIntervention, NewVersion
 from registry.store import Store
 from tests.daemon.homes import drain, lineage, make_home, put, quick
 from tests.daemon.processes import forked, forked_each
@@ -102,17 +102,37 @@ def test_show_has_the_scores_and_the_verdict(home: Home) -> None:
     assert (version["live"], version["scores"]["a"]["score"], version["verdict"]["outcome"]) == (False, 0.3, "held")
     assert version["held"].endswith(version["verdict"]["broken"][0]["why"])
     assert (expert["blocked"], expert["closed_at"]) == (False, None)
-    assert untouched["scores"] is None and untouched["evaluation"] is None
+    assert untouched["scores"] is None and untouched["evaluation"] is None and untouched["verdicts"] == {}
+    assert expert["verdicts"]["main/1"]["outcome"] == "live" and list(expert["verdicts"]) == ["main/1"]
     with lineage(home) as reader:
         found = reader.version("main", 2)
         assert found and found.evaluation
     with Store.open(home.registry) as store:
-        store.judge_expert(1, found.evaluation)
-    text, alone = forked_each([["show", name, "--home", home.root] for name in ("main/2", "1")])
+        store.judge_expert(2, found.evaluation)
+    text, alone = forked_each([["show", name, "--home", home.root] for name in ("main/2", "2")])
     assert "  z                0.9 +- 0.01, of 200, held out\n" in text.stdout
     assert "outcome          held" in text.stdout and "held             `each >= live" in text.stdout
     assert "  a                0.3\n" in alone.stdout and "blocked          False" in alone.stdout
-    assert told(home, "show 1")[0]["scores"]["a"]["score"] == 0.3
+    assert "verdicts\n  main/2\n    outcome          held\n    broken\n      each >= live - 0.05" in alone.stdout
+    assert told(home, "show 2")[0]["scores"]["a"]["score"] == 0.3
+
+
+def test_what_was_withdrawn_later_is_marked_in_each_version_that_has_it(home: Home) -> None:
+    """Until its files are gone. What came after has it no more, and what came before never had it."""
+    with Store.open(home.registry) as store:
+        head = store.heads()[0]
+        made = NewVersion(head.name, 3, 2, "0" * 64, 1, {}, {})
+        store.restate([made], [1], NewIntervention(Deed.WITHDRAW, "ada", experts=(1,)))
+    (rows,) = told(home, "log --versions")
+    assert {row["number"]: row["withdrawn"] for row in rows} == {3: [], 2: [1], 1: [1], 0: []}
+    lines = [line for line in forked("log", "--versions", home.root).stdout.splitlines() if line.startswith("main/")]
+    assert ["with expert 1, withdrawn since" in line for line in lines] == [False, True, True, False]
+    with Store.open(home.registry) as store:
+        store.turn("main", 1, NewIntervention(Deed.ROLLBACK, "ada"))
+        store.collected("main", 2)
+    (rows,) = told(home, "log --versions")
+    assert {row["number"]: row["withdrawn"] for row in rows} == {3: [], 2: [], 1: [1], 0: []}
+    assert "with expert 1, withdrawn since; live" in forked("log", "--versions", home.root).stdout
 
 
 def test_status_says_what_is_held_and_what_ends_it(home: Home) -> None:

@@ -126,7 +126,7 @@ def test_matrices_beside_the_parameters_are_told_by_their_sides() -> None:
     assert found.keeps == {"S": "m x n float32", "G": "n x n float64", "s": "k float32", "n": "one int64"}
     assert found.bytes_per_parameter == pytest.approx(4 + 8 + 4 / 1024, rel=1e-4)
     assert found.vector_bytes_per_parameter == 4
-    row = "| [`both`](#both) | 12.0039 (kind) | matters | replay (kind, twice) | no | gram (kind) | 1 (twice) |"
+    row = "| [`both`](#both) | 12 (kind) | matters | replay (kind, twice) | no | gram (kind) | 1 (twice) |"
     assert row in markdown([found])
     assert "- `twice=false` (true, false): look at an expert twice\n" in markdown([found])
 

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from daemon.errors import NoScores, Reason
+from daemon.evaluation.figures import accumulation
 from daemon.evaluation.rules import Question, Verdict, judge, needs
 from daemon.requirements import parse
 from registry.records import Score, Scores
@@ -121,11 +122,20 @@ def test_without_a_standard_error_a_rule_in_them_is_the_evaluators_fault() -> No
     assert verdict("each >= live - 0.02", {"sort": Score(0.8)}, live=live).outcome == "live"
 
 
-def test_held_out_tasks_are_tasks() -> None:
+def test_held_out_tasks_are_tasks_but_not_of_the_mean() -> None:
+    """The mean is the one that `mainstem log --versions` shows, whatever it is held against."""
     live = {"sort": Score(0.8), "unseen": Score(0.5, held_out=True)}
     candidate = {"sort": Score(0.82), "unseen": Score(0.4, held_out=True)}
     assert verdict("each >= live - 0.02", candidate, live=live).outcome == "held"
-    assert verdict("mean >= live - 0.03", candidate, live=live).outcome == "held"
+    assert verdict("mean >= live + 0.02", candidate, live=live).outcome == "live"
+    assert verdict("mean >= live + 0.021", candidate, live=live).broken[0].why.startswith("the mean of 1 task 0.82 ag")
+    shown = accumulation(candidate)
+    assert shown and verdict(f"mean >= {shown}", candidate).outcome == "live"
+    assert verdict(f"mean >= {shown + 0.001}", candidate).outcome == "held"
+    unseen = {"unseen": candidate["unseen"]}
+    assert verdict("mean >= live", unseen, live={"unseen": live["unseen"]}).notes == (
+        "`mean >= live` does not apply: what it compares is held out, and in no mean",
+    )
     assert verdict('"unseen" >= 0.4', candidate).outcome == "live"
 
 

@@ -1,6 +1,7 @@
 """What is going on in a home, in words."""
 
 import os
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -56,6 +57,15 @@ def test_how_far_it_is_what_is_left_and_what_waits_longest_first(home: Home) -> 
             assert (found.doing, found.expert, found.share) == (Doing.MERGING, "b", 0.25)
             assert found.left_seconds and 85 < found.left_seconds < 100
             assert found.text.startswith("merging b: 25%, about ") and found.text.endswith("left")
+            with presence.evaluating():
+                found = now(home, timedelta(seconds=30))
+                assert (found.doing, found.expert, found.left_seconds) == (Doing.EVALUATING, "b", None)
+                assert re.fullmatch(r"evaluating what comes of b, for [34]\d s", found.text)
+                assert found.daemon and found.described()["since"] == found.daemon.evaluating_since
+                assert (
+                    found.waiting and found.waiting[0].why == f"being evaluated since {found.daemon.evaluating_since}"
+                )
+            assert now(home).doing == Doing.MERGING
         assert (now(home).doing, now(home).expert, now(home).share) == (Doing.WATCHING, None, None)
         presence.wrong([Trouble("disk_full", "the disk is full", "make room")])
         assert (now(home).doing, now(home).text) == (WAITING, "the disk is full")

@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 
 from daemon import service
+from daemon.arrivals.attempts import Attempts
 from daemon.arrivals.filing import place_all
 from daemon.arrivals.inbox import Drop, entry_id
 from daemon.compute.progress import Progress
@@ -284,22 +285,26 @@ def archived(home: Home, expert: Expert) -> bool:
 
 
 def test_a_merged_expert_whose_inbox_was_replaced_is_not_filed_as_archived(
-    home: Home, base: Path, tmp_path: Path
+    home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor lost: it is filed once the old folder is back, also under a daemon that runs on."""
     away, other = home.root / "inbox.old", home.root / "inbox.new"
     put(home, write_expert(tmp_path / "first.safetensors", base, 2))
     later = write_expert(tmp_path / "later.safetensors", base, 3)
 
-    class Replaced(Service):
-        def _decide(self, merger: Merger, drop: Drop) -> Expert:
-            decided = super()._decide(merger, drop)
-            if drop.name == "first.safetensors":
-                home.inbox.rename(away)
-                home.inbox.mkdir()
-                put(home, later)
-            return decided
+    decided = Attempts.decided
 
+    def replaced(attempts: Attempts, drop: Drop, *how: Any) -> Expert:
+        expert = decided(attempts, drop, *how)
+        if drop.name == "first.safetensors":
+            home.inbox.rename(away)
+            home.inbox.mkdir()
+            put(home, later)
+        return expert
+
+    monkeypatch.setattr(Attempts, "decided", replaced)
+
+    class Replaced(Service):
         def _tell(self, expert: Expert, *others: object) -> None:
             super()._tell(expert, *others)  # type: ignore[arg-type]
             if expert.name == "later.safetensors":

@@ -87,6 +87,10 @@ def test_blocks_and_pins_are_said_and_can_be_taken_back(refusing: Home) -> None:
     assert "cannot come twice in any case" in refused(refusing, "block", "1")
     assert "was never read" in refused(refusing, "block", "5")
     did(refusing, "rollback", "3", "--withdraw")
+    there = "beware: main/4 has what was taken out since: 4 (d)\n"
+    assert there in did(refusing, "rollback", "main/4", "--dry-run")
+    assert "beware" not in did(refusing, "rollback", "main/3", "--dry-run")
+    assert "`mainstem promote main/5` the newest" in refused(refusing, "rollback", "5", "--withdraw")
     assert did(refusing, "block", "4") == "nothing is to be done: it is so already\n"
     assert "4 (d) may come back" in did(refusing, "unblock", "d")
     assert "4 (d) do not come back" in did(refusing, "block", "d", "--reason", "known bad")

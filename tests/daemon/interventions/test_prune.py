@@ -15,7 +15,7 @@ from daemon.home.verification import verify
 from daemon.interventions.deeds import Request
 from daemon.interventions.pruning import Prune, _check_ours, going, pruned, remove
 from daemon.interventions.requests import _read
-from daemon.interventions.withdrawing import withdraw_waiting
+from daemon.interventions.waiting import answer_waiting
 from daemon.layout import Home
 from registry.records import Deed, NewIntervention
 from registry.store import Store
@@ -141,7 +141,7 @@ def test_a_daemon_does_it_between_two_arrivals(home: Home) -> None:
 
     with Store.open(home.registry) as store:
         desk = Desk()
-        withdraw_waiting(home, store, quick(), desk, Event())  # type: ignore[arg-type]
+        answer_waiting(home, store, quick(), desk, Event())  # type: ignore[arg-type]
         assert any(line.startswith("6 in all, ") for line in desk.told)
         assert remove(home, store, ALL, BY_ADA) == []
 

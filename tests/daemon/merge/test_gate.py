@@ -13,7 +13,9 @@ from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.layout import Home
-from registry.records import Expert, Flag, Status
+from daemon.rebuild.commands import described, withdraw
+from daemon.rebuild.replay import Console, merged_experts
+from registry.records import Deed, Expert, Flag, NewIntervention, Status, Version
 from tests.daemon.homes import drain, experts, lineage, live, put, quick, tree
 from tests.daemon.processes import environment, forked, running, until
 from tests.models import read_weights, write_expert
@@ -223,6 +225,85 @@ def test_what_is_there_already_is_scored_when_it_is_asked_for(
         assert all(version.evaluation for version in reader.versions("main"))
         expert = reader.expert(2)
         assert expert and expert.evaluation and reader.interventions() == []
+
+
+def test_while_the_evaluator_runs_the_daemon_says_so_and_of_what(scored: Home, base: Path) -> None:
+    note = "note = json.load(open('state/daemon.json'))\njson.dump(note, open('note.json', 'w'))\n"
+    (scored.root / "score.py").write_text(f"import json\n{note}print('{{\"a\": 1}}')")
+    came = drop(scored, base, 2, {}, gate())
+    said = json.loads((scored.root / "note.json").read_text())
+    assert (said["doing"], said["merging"]) == ("evaluating", came.name) and said["evaluating_since"]
+
+
+def test_a_version_that_could_not_be_judged_is_judged_once_it_is_scored_by_hand(
+    scored: Home, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is told then is true, and following it makes the version live. Nothing does so by itself."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    rules = ["own >= live + 0.1"]
+    drop(scored, base, 2, {"0": {"a": 0.5}, "else": "fail"}, gate(require=rules), task="a")
+    command = '[evaluate]\ncommand = ["python3", "score.py", "{folder}"]\n'
+    scored.config.write_text(f"{command}require = {json.dumps(rules)}\n")
+    (scored.root / "scores.json").write_text(json.dumps({"1": {"a": 0.55}, "else": {"a": 0.5}}))
+
+    def judged(*words: str) -> tuple[str, dict[str, Any], str]:
+        done = forked("evaluate", "main/1", *words, "--home", scored.root)
+        assert done.returncode == 0, done.stderr
+        with lineage(scored) as reader:
+            version = reader.version("main", 1)
+        assert version and version.verdict and version.held and live(scored) == 0
+        return done.stdout.splitlines()[-1], dict(version.verdict), version.held
+
+    said, verdict, held = judged()
+    assert said.startswith("main/1 breaks a rule: `own >= live + 0.1`: `a` 0.55 against 0.5") and "promote" not in said
+    assert held == verdict["broken"][0]["rule"].join("``") + ": " + verdict["broken"][0]["why"]
+    assert verdict["outcome"] == "held" and verdict["scores"]["a"]["score"] == 0.55 and "error" not in verdict
+    (scored.root / "scores.json").write_text(json.dumps({"else": {"a": 0.75}}))
+    said, verdict, held = judged("--again")
+    assert said == "main/1 breaks no rule; it is still held: `mainstem promote main/1` makes it live"
+    assert held == "it was scored by hand since, and breaks no rule" and verdict["broken"] == []
+    assert forked(*said.split("`")[1].split()[1:], "--home", scored.root).returncode == 0 and live(scored) == 1
+
+
+def test_what_an_expert_was_taken_out_of_says_that_nobody_judged_it(
+    scored: Home, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that is named judges it. Where the same weights were scored before, those are its scores."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    rules = ["each >= live - 0.05"]
+    scores = {"3": {"a": 0.3}, "else": {"a": 0.5}}
+    settings = gate(require=rules)
+    for seed in (2, 3):
+        drop(scored, base, seed, scores, settings)
+    command = '[evaluate]\ncommand = ["python3", "score.py", "{folder}"]\n'
+    scored.config.write_text(f"{command}require = {json.dumps(rules)}\n")
+
+    def withdrawn(expert: int) -> list[str]:
+        with lineage(scored) as reader:
+            gone = merged_experts(reader, [str(expert)])
+        return described(withdraw(scored, settings, gone, Console(), NewIntervention(Deed.WITHDRAW, "ada")))
+
+    def version() -> Version:
+        with lineage(scored) as reader:
+            found = reader.version("main", live(scored))
+        assert found and found.verdict
+        return found
+
+    assert withdrawn(1) == ["main/3: replayed", "main/3 was not judged: `mainstem evaluate main/3`"]
+    made = version()
+    assert made.verdict and made.verdict["outcome"] == "unjudged" and (made.held, made.evaluation) == (None, None)
+    assert json.loads(scored.manifest("main", 3).read_bytes())["verdict"] == made.verdict
+    done = forked(*made.verdict["notes"][0].split("`")[1].split()[1:], "--home", scored.root)
+    assert done.stdout.splitlines()[-1].startswith("main/3 breaks a rule: `each >= live - 0.05`: `a` 0.3 against 0.5")
+    assert done.stdout.endswith("; it is live\n") and live(scored) == 3
+    judged = version().verdict or {}
+    assert (judged["outcome"], judged["against"], len(judged["broken"])) == ("live", "main/2", 1)
+
+    assert withdrawn(2)[0] == "main/4: restored"  # nothing is left: it is the base
+    assert (version().verdict or {})["outcome"] == "unjudged" and version().evaluation
+    assert json.loads(scored.manifest("main", 4).read_bytes())["scores"]["a"]["score"] == 0.5
 
 
 def test_where_only_the_expert_by_itself_cannot_be_scored_the_version_is_held(scored: Home, base: Path) -> None:

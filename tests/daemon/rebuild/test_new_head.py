@@ -15,9 +15,10 @@ from daemon.layout import Home
 from daemon.rebuild.commands import add_head
 from daemon.rebuild.replay import Console
 from projector.methods import make
+from registry.records import Deed, NewIntervention
 from registry.store import Store
 from tests.daemon.homes import assert_close, drain, latest, lineage, live, put, tree
-from tests.daemon.processes import rebuild
+from tests.daemon.processes import forked, rebuild
 from tests.daemon.rebuilds import check, killed, refused, weights
 from tests.models import read_weights, write_expert
 from tests.oracles.rules import ema
@@ -84,6 +85,25 @@ def test_a_head_that_is_there_a_folder_in_its_place_and_a_running_daemon(merged:
         assert "another command of mainstem works on" in refused(merged, "--without", "1")
     finally:
         os.close(fd)
+
+
+def test_beside_a_head_that_was_rolled_back_a_new_one_waits_to_be_promoted(
+    merged: Home, model: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """It has the bad expert, too."""
+    with Store.open(merged.registry) as store:
+        store.turn("main", 2, NewIntervention(Deed.ROLLBACK, "ann"), "rolled back to main/2")
+    said = rebuild(merged, "--head", "init", "--method", "ema")
+    assert "init/4 is not live (it was made while main/4 was not live); `mainstem promote init/4`" in said
+    assert live(merged, "init") == 0
+    put(merged, write_expert(tmp_path / "e.safetensors", model[0], 9))
+    drain(merged)
+    check(merged)
+    assert live(merged, "init") == 0 and live(merged, "soup") == 5
+    assert forked("promote", "init/5", "--home", merged.root).returncode == 0
+    base, given = weights(model, 0, 1, 2, 3)
+    assert_close(latest(merged, "init"), ema(base, [*given, read_weights(merged.archived(5) or tmp_path)]))
+    check(merged)
 
 
 def test_a_new_head_that_keeps_records_has_one_of_each_expert(merged: Home) -> None:

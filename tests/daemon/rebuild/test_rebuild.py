@@ -8,10 +8,11 @@ import pytest
 
 from daemon.disk import durable
 from daemon.layout import Home
-from registry.records import Status
-from tests.daemon.homes import assert_close, drain, experts, latest, lineage, live, make_home, put, tree
+from registry.records import Deed, NewIntervention, Status
+from registry.store import Store
+from tests.daemon.homes import assert_close, drain, experts, latest, lineage, live, make_home, put, quick, tree
 from tests.daemon.processes import forked, rebuild
-from tests.daemon.rebuilds import bytes_of, check, killed, refused, soup, weights
+from tests.daemon.rebuilds import bytes_of, check, killed, refused, soup, taken_out, weights
 from tests.models import write_base, write_expert
 from tests.oracles.rules import ema
 
@@ -57,7 +58,42 @@ def test_a_new_home_with_other_heads_and_without_an_expert(
     check(target)
     put(target, shutil.copytree(model[1][1], tmp_path / "b"))
     drain(target)
+    refused_again = experts(target)[-1]
+    assert (refused_again.status, live(target)) == (Status.DUPLICATE, 3), "what was left out does not come back"
+    assert forked(*words_of(refused_again.hint), "--home", target.root).returncode == 0
+    put(target, shutil.copytree(model[1][1], tmp_path / "b"))
+    drain(target)
     assert_close(latest(target), soup(model, [0, 1, 2, 3]))
+
+
+def test_what_is_blocked_stays_out_of_a_new_home_and_what_is_rolled_back_is_live_there(
+    merged: Home, model: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    taken_out(merged, quick(), "4")
+    target, words = Home(tmp_path / "new"), ("--into", tmp_path / "new", "--reason", "moved")
+    with Store.open(merged.registry) as store:
+        store.turn("soup", 3, NewIntervention(Deed.ROLLBACK, "ann"), "rolled back to soup/3")
+    said = rebuild(merged, *words)
+    assert f"soup/5 is not live (rolled back to soup/3) here; in {target.root} nothing is rolled back" in said
+    kept_out = experts(target)[-1]
+    assert (kept_out.sha256, kept_out.blocked) == (experts(merged)[3].sha256, True)
+    assert kept_out.detail and "expert 4 of the home that this one was made of was taken out" in kept_out.detail
+    assert rebuild(merged, *words) and len(experts(target)) == 4, "once"
+    with lineage(target) as reader:
+        assert [(done.deed, done.experts, done.why) for done in reader.interventions()] == [("block", (4,), "moved")]
+    check(target)
+    put(target, shutil.copytree(model[1][3], tmp_path / "d again"))
+    drain(target)
+    came = experts(target)[-1]
+    assert (came.status, came.duplicate_of, live(target)) == (Status.DUPLICATE, 4, 3)
+    assert words_of(kept_out.hint) == ["unblock", kept_out.sha256]
+    assert words_of(came.hint) == ["unblock", "4"]
+
+
+def words_of(hint: str | None) -> list[str]:
+    """The command that a hint names."""
+    assert hint
+    return hint.split("`")[1].split()[1:]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_taking_several_out_and_then_all(merged: Home, model: tuple[Path, list[P
     assert "expert 1 (a.safetensors) went with version 5 already" in refused(merged, "--without", "1")
     assert "no merged expert is called '99'" in refused(merged, "--without", "99")
     assert merged.clean.exists()  # what is refused leaves no mark of a crash
-    assert rebuild(merged, "--without", "2", "--without", "4").splitlines() == ["main/6: replayed", "soup/6: replayed"]
+    assert rebuild(merged, "--without", "2", "--without", "4").splitlines() == ["main/6: restored", "soup/6: restored"]
     base = read_weights(model[0])
     assert live(merged) == 6
     assert_close(latest(merged), base, 0)

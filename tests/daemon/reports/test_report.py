@@ -172,7 +172,14 @@ def test_it_writes_a_page_and_prints_json(made: tuple[Home, Path], tmp_path: Pat
     assert found["heads"][0]["arrivals"][1]["scores"]["reading"]["score"] == 0.9
 
 
-@pytest.mark.parametrize(("words", "wanted"), [((), "name the file to write"), ((".",), "is a folder")])
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ((), "name the file to write"),
+        ((".",), "is a folder"),
+        (("gone/report.html",), "there is no folder gone: `mkdir -p gone` first"),
+    ],
+)
 def test_a_file_must_be_named(made: tuple[Home, Path], words: Sequence[str], wanted: str) -> None:
     done = run(made[0], *words)
     assert done.returncode == 2 and wanted in done.stderr

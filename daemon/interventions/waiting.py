@@ -12,8 +12,8 @@ from daemon.interventions.requests import Asked, Desk
 from daemon.layout import Home
 from daemon.rebuild.commands import described, withdraw_from
 from daemon.rebuild.replay import Console
-from projector.errors import ProjectorError
-from registry.errors import DiskFull
+from projector.errors import DeviceLost, ProjectorError
+from registry.errors import DiskFull, RegistryError
 from registry.records import Deed, Status
 from registry.store import Store
 
@@ -32,16 +32,16 @@ class _Telling(Console):
         return Progress(self._stopping, self.show)
 
 
-def withdraw_waiting(home: Home, store: Store, settings: Settings, desk: Desk, stopping: Event) -> None:
-    """Takes out what was asked for, one request after another, and answers each. Raises what must end the process, and
-    Abandoned at a stop.
+def answer_waiting(home: Home, store: Store, settings: Settings, desk: Desk, stopping: Event) -> None:
+    """Does what waits at the desk, one request after another, and answers each. Raises what must end the process, which
+    whoever asked hears too, and Abandoned at a stop.
     """
     while desk.waiting:
         asked = desk.waiting.pop(0)
         if not asked.wanted:
             continue
         try:
-            lines = _withdraw(home, store, settings, asked, stopping)
+            lines = _done(home, store, settings, asked, stopping)
         except (DaemonError, ProjectorError) as error:
             asked.failed(error)
         except (OSError, DiskFull) as error:
@@ -49,22 +49,29 @@ def withdraw_waiting(home: Home, store: Store, settings: Settings, desk: Desk, s
                 desk.waiting.insert(0, asked)  # where it passes, it is done then
                 raise
             asked.failed(BadHome(f"the disk is full: {error}", "make room, then ask again: it goes on where it was"))
+        except (DeviceLost, RegistryError) as error:  # only a new process helps
+            asked.failed(error)
+            raise
         else:
             desk.tell(asked, lines)
 
 
-def _withdraw(home: Home, store: Store, settings: Settings, asked: Asked, stopping: Event) -> list[str]:
+def _done(home: Home, store: Store, settings: Settings, asked: Asked, stopping: Event) -> list[str]:
     """What was done, in lines of words."""
-    request = asked.request
-    if request.deed is Deed.COLLECT:
+    if asked.request.deed is Deed.COLLECT:
         return collecting.remove(home, store, settings.retention)
-    if request.prune:
-        return pruning.remove(home, store, request.prune, request.intervention)
+    if asked.request.prune:
+        return pruning.remove(home, store, asked.request.prune, asked.request.intervention)
+    return _withdraw(home, store, settings, asked, stopping)
+
+
+def _withdraw(home: Home, store: Store, settings: Settings, asked: Asked, stopping: Event) -> list[str]:
+    request = asked.request
     gone = [expert for number in request.experts if (expert := store.expert(number))]
     if request.version is not None:
         gone = store.lineage(request.version)  # also what was merged since it was asked for
         request = replace(request, version=None, experts=tuple(expert.id for expert in gone))
-    if len(gone) != len(request.experts) or any(expert.status is not Status.MERGED for expert in gone):
+    if not gone or len(gone) != len(request.experts) or any(expert.status is not Status.MERGED for expert in gone):
         raise BadHome("one of these experts is in the merge no more", "see `mainstem log`, then ask again")
     told = _Telling(asked, stopping)
     plan = withdraw_from(home, store, settings, gone, told, request.intervention, replay=request.replay)
