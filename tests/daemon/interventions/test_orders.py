@@ -42,7 +42,7 @@ def told(daemon: Daemon, words: str) -> bool:
     return bool(until(lambda: any(words in line for line in daemon.lines), 60))
 
 
-def test_a_pause_outlives_a_restart_and_what_arrives_waits(home: Home, tmp_path: Path) -> None:
+def test_a_daemon_that_was_paused_before_it_started_and_is_drained(home: Home, tmp_path: Path) -> None:
     assert forked("pause", home.root, "--reason", "a night's rest").returncode == 0
     assert "nothing is to be done" in forked("pause", home.root).stdout
     put(home, expert(home, tmp_path, 2))
@@ -58,23 +58,15 @@ def test_a_pause_outlives_a_restart_and_what_arrives_waits(home: Home, tmp_path:
         assert until(lambda: live(home) == 1, 60)
         assert forked("pause", home.root).returncode == 0
         assert until(lambda: json.loads(home.presence.read_bytes())["doing"] == "paused", 10)
-        put(home, expert(home, tmp_path, 3))
-        assert daemon.stop() == 0
-    assert live(home) == 1 and order(home)
-    with lineage(home) as reader:
-        found = [(one.deed, one.why) for one in reader.interventions()]
-    assert found == [(Deed.PAUSE, None), (Deed.RESUME, None), (Deed.PAUSE, "a night's rest")]
-
-
-def test_a_drain_finishes_the_queue_and_ends_the_daemon(home: Home, tmp_path: Path) -> None:
-    with running("run", "--home", home.root, "--no-http") as daemon:
-        assert told(daemon, '"ready"')
-        for seed in (2, 3):
+        for seed in (3, 4):
             put(home, expert(home, tmp_path, seed))
-        done = forked("drain", home.root)
+        done = forked("drain", home.root)  # the last order counts
         assert done.returncode == 0 and done.stdout.endswith("stopped: the inbox is empty\n"), done.stderr
         assert daemon.process.wait(timeout=30) == 0
-    assert live(home) == 2 and order(home) is None and home.clean.exists()
+    assert live(home) == 3 and order(home) is None and home.clean.exists()
+    with lineage(home) as reader:
+        found = [(one.deed, one.why) for one in reader.interventions()]
+    assert found == [(Deed.DRAIN, None), (Deed.PAUSE, None), (Deed.RESUME, None), (Deed.PAUSE, "a night's rest")]
 
 
 def test_without_a_daemon_a_drain_merges_by_itself(home: Home, tmp_path: Path) -> None:
