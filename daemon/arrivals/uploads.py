@@ -190,6 +190,12 @@ class Uploads:
             self._idle(expert)
             self._remove(expert)
 
+    def came(self, expert: str) -> list[Stored] | None:
+        """The files of it that came whole, while it is being sent; None where it is not."""
+        with self._lock:
+            upload = self._open.get(expert)
+            return None if upload is None else sorted(upload.files.values(), key=lambda file: file.name)
+
     def tend(self) -> None:
         """Removes what nobody has added to for STALE_SECONDS. Raises OSError where the disk failed an upload."""
         if self._failed:

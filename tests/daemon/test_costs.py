@@ -74,6 +74,7 @@ ADDRESSES = {
     "/experts/{id}": "/experts/500",
     "/heads/{head}/versions/{n}": "/heads/main/versions/{live}",
 }
+BY_NAME = {"an expert by its name": "/v1/experts/expert-500.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +176,14 @@ def test_a_command(crowded: dict[int, Home], words: tuple[str, ...]) -> None:
     alike(words[0], counted)
 
 
-@pytest.mark.parametrize("route", ADDRESSES)
+@pytest.mark.parametrize("route", [*ADDRESSES, *BY_NAME])
 def test_a_request(crowded: dict[int, Home], route: str) -> None:
     counted = {}
     for n, home in crowded.items():
         with Reader.open(home.registry) as reader:
             app = create_app(home, reader, CollectorRegistry(), lambda: None)
             assert {one.path for one in app.routes} == set(ADDRESSES)  # type: ignore[attr-defined]
-            address = ADDRESSES[route].format(live=reader.heads()[0].live)
+            address = (ADDRESSES | BY_NAME)[route].format(live=reader.heads()[0].live)
             with TestClient(app, follow_redirects=False) as client, Steps() as steps, listed() as folders:
                 if route == "/v1/events":  # the answer has no end: one look, of which it is made
                     assert PageRoutes(Published(home, reader), list).told().events
