@@ -16,13 +16,14 @@ from daemon.config import Http
 from daemon.http import HttpServer, create_app
 from daemon.interventions.deeds import Request, carry_out
 from registry.reader import Reader
-from registry.records import Deed
+from registry.records import Deed, EndpointKind, Event, NewEndpoint
 from registry.store import Store
 from tests.daemon.homes import drain, make_home, put
 from tests.daemon.processes import forked_each
 from tests.jsons import described, documented
 from tests.models import write_base, write_expert
 
+NOBODY = "http://127.0.0.1:9/"  # where nobody listens
 TOKEN = "a-token-of-enough-characters"
 ELSEWHERE = {"study": "tests/daemon/study/test_study.py", "convert": "tests/daemon/convert/test_convert.py"}
 COMMANDS = {
@@ -44,6 +45,9 @@ COMMANDS = {
     "quarantine show": ("quarantine", "show", "3"),
     "config show": (),
     "doctor": (),
+    "health": (),
+    "webhooks list": (),
+    "webhooks test": (),
     "push PATH URL": ("push", "{aside}/good.safetensors", "{url}", "--token", TOKEN),
     "pull URL DEST": ("pull", "{url}", "{aside}/pulled"),
 }
@@ -64,8 +68,10 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_expert(aside / "good.safetensors", base, 9)
     (aside / "bad.safetensors").write_bytes(b"no tensors")
     (root / "score").write_text("echo '{\"sort\": 0.5}'")
-    home.config.write_text(f'[evaluate]\ncommand = ["sh", "{root}/score", "{{folder}}"]\n')
+    webhook = f'[[webhooks]]\nurl = "{NOBODY}"\nallow_private = true\nsecret = "whsec_{"MTIz" * 8}"\n'
+    home.config.write_text(f'[evaluate]\ncommand = ["sh", "{root}/score", "{{folder}}"]\n{webhook}')
     with Store.open(home.registry) as store:
+        store.follow_endpoints([NewEndpoint(EndpointKind.WEBHOOK, NOBODY, tuple(Event))])
         carry_out(home, store, Request(Deed.ROLLBACK, "ada", "why", head="main", version=1))
     shutil.copy(aside / "good.safetensors", home.inbox / "waits.safetensors")
     with Reader.open(home.registry) as reader:
