@@ -162,6 +162,11 @@ class Retention(Section):
     grace_seconds: float = Field(
         3600.0, ge=0, le=1e9, description="no version is removed that was the newest less than this ago"
     )
+    grace_bytes: ByteSize = Field(
+        ByteSize(0),
+        ge=0,
+        description="most that may be kept for that alone; 0 takes a tenth of what is free",
+    )
 
 
 class Admission(Section):

@@ -11,6 +11,7 @@ HOME/
     registry.sqlite  lock  clean
     in-hand  attempts.json   what is being worked on; what was tried in vain
     daemon.json            what the running daemon says of itself
+    order.json             what a person told the daemon: to pause, or to drain
     base/                  the base itself, copied when the home was made
     heads/main/000012/state.safetensors
     heads/main/views/000012.safetensors      what the method keeps of the expert that version 12 folded
@@ -105,6 +106,11 @@ class Home:
     def presence(self) -> Path:
         """What the running daemon says of itself."""
         return self.state / "daemon.json"
+
+    @property
+    def order(self) -> Path:
+        """What a person told the daemon: to pause, or to finish the queue and stop."""
+        return self.state / "order.json"
 
     @property
     def requests(self) -> Path:

@@ -5,6 +5,7 @@ the process stops as it would by SIGTERM; one that logs elsewhere (a service, no
 """
 
 import _thread
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -47,19 +48,26 @@ class Reloading:
             wanted = self._read()
             check_heads(wanted, heads)
             new = taken_up(now, wanted)
+            before = self._log.bind()  # by the level so far
             adopt(new)
         except BadConfig as error:
             self._metrics.reloaded(False)
             self._log.error("the settings cannot be read again: those in force stay", error=str(error), hint=error.hint)
             return now
         self._metrics.reloaded(True)
+        log = before if _verbosity(now) < _verbosity(new) else self._log  # who asks for less is answered all the same
         changed, fixed = differences(now, new), differences(new, wanted)
         for name, before, after in changed:
-            self._log.info("a setting was changed", setting=name, before=before, now=after)
+            log.info("a setting was changed", setting=name, before=before, now=after)
         for name, in_force, configured in fixed:
-            self._log.warning("a setting needs a restart", setting=name, in_force=in_force, configured=configured)
-        self._log.info("the settings were read again", changed=len(changed), need_a_restart=len(fixed))
+            log.warning("a setting needs a restart", setting=name, in_force=in_force, configured=configured)
+        log.info("the settings were read again", changed=len(changed), need_a_restart=len(fixed))
         return new
+
+
+def _verbosity(settings: Settings) -> int:
+    """The number of the least level that is logged."""
+    return logging.getLevelNamesMapping()[settings.log.level.upper()]
 
 
 def taken_up(now: Settings, wanted: Settings) -> Settings:

@@ -23,6 +23,7 @@ from daemon.config import Settings, check_heads
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
 from daemon.home.health import Health, Trouble
+from daemon.home.orders import Orders, fulfilled
 from daemon.home.presence import Presence, lock
 from daemon.home.recovery import mark_clean, recover
 from daemon.home.supervision import Supervision
@@ -147,6 +148,7 @@ class Service:
         with suppress(Abandoned):  # what is recorded is finished by the next start
             self._drain_on(store, merger, desk, progress, watching, once)
         mark_clean(self._home)
+        fulfilled(self._home)
         self._log.info("stopped")
 
     def _recover(self, store: Store, once: bool) -> None:
@@ -192,6 +194,7 @@ class Service:
         assert self._attempts
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
         lingering = Lingering(self._home, store, merger)
+        orders = Orders(self._home, self._presence, self._log, once=once)
         while not self._stopping.is_set():
             self._stopping.wait(WAKE_SECONDS)  # many events come at once
             self._wake.clear()
@@ -208,7 +211,7 @@ class Service:
             except (FileNotFoundError, NotADirectoryError, PermissionError):
                 continue  # to see what became of it
             self._show_inbox(scan)
-            drops = self._attempts.order(scan.settled)
+            drops = orders.allowed(self._attempts.order(scan.settled), scan)
             waiting = scan.moving + len(scan.settled) - len(drops)
             lingering.held(scan, self._settings.inbox)
             for held in scan.held:
@@ -220,7 +223,7 @@ class Service:
                 lingering.look(scan)
                 if not scan.moving:
                     self._attempts.keep({drop.entry for drop in scan.settled})
-                for drop in drops:
+                for drop in orders.until_paused(drops):
                     if self._stopping.is_set():
                         return
                     self._reload(store, merger, inbox)
@@ -230,16 +233,16 @@ class Service:
                 self._make_room(error, store, merger, inbox, desk, once)
                 continue  # with the oldest drop again: the order of merging does not change
             self._show_disk(full=False)
-            if once and lingering.patient(scan, self._settings.inbox):
+            if (once or orders.draining) and lingering.patient(orders.queue(scan), self._settings.inbox):
                 return
             if scan.settled and not waiting:
                 continue
-            if self._settings.compute.prepare and not once and merger.preparations.missing:
+            if self._settings.compute.prepare and not (once or orders.paused) and merger.preparations.missing:
                 if why := merger.preparations.work(self._newly_settled(store, inbox, scan)):
                     self._log.warning("gave up preparing for the next expert: it will take longer", error=why)
                 return_freed_memory()
                 continue  # with a new listing: what came meanwhile may have settled
-            self._wake.wait(self._pause(lingering.soon(scan, waiting, self._settings.inbox)))
+            self._wake.wait(self._pause(not orders.paused and lingering.soon(scan, waiting, self._settings.inbox)))
 
     def _answer(self, store: Store, merger: Merger, desk: Desk) -> None:
         """Does what waits at the desk. Raises what ended it, and Abandoned at a stop: the same command then goes on."""

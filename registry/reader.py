@@ -195,6 +195,11 @@ class Reader:
             found.append([one])
         return sorted({one.id: one for some in found for one in some}.values(), key=lambda one: -one.id)
 
+    def dropped_as(self, name: str) -> Expert | None:
+        """The newest expert that was dropped under exactly that name."""
+        query = select(ExpertRow).where(ExpertRow.name == name).order_by(ExpertRow.id.desc()).limit(1)
+        return self._one(Expert, query)
+
     def last_expert_id(self) -> int:
         """The highest id that an expert was ever given; 0 where none came yet."""
         given: Select[Any] = (

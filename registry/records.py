@@ -71,6 +71,10 @@ class Deed(StrEnum):
     RETRY = "retry"
     DISCARD = "discard"
     EVALUATE = "evaluate"  # leaves a row of its own kind
+    PAUSE = "pause"
+    RESUME = "resume"
+    DRAIN = "drain"
+    PRUNE = "prune"
     COLLECT = "collect"  # what retention says: no row tells of that
     REDELIVER = "redeliver"  # what others were not told: the outbox tells of that
 

@@ -225,6 +225,11 @@ class Store(Reader):
         rows = update(ExpertRow).where(ExpertRow.id == expert_id, ExpertRow.status == Status.QUARANTINED)
         self._intervene(rows.values(closed_at=datetime.now(UTC)), 1, intervention)
 
+    def intervened(self, intervention: NewIntervention) -> None:
+        """Notes what a person did, where that changed nothing here."""
+        with self._write() as connection:
+            insert_intervention(connection, intervention, datetime.now(UTC))
+
     def _intervene(self, change: Update, rows: int, intervention: NewIntervention) -> None:
         with self._write() as connection:
             if (found := connection.execute(change).rowcount) != rows:

@@ -66,6 +66,7 @@ class Scan:
     moving: int
     held: Sequence[Held] = ()
     skipped: Mapping[str, Fingerprint] = field(default_factory=dict)
+    moving_names: frozenset[str] = frozenset()
 
 
 class Inbox:
@@ -105,7 +106,8 @@ class Inbox:
                 settled.append(Drop(name, look.entry, look.mtime_ns, look.size_bytes, rest))
         self._since = since
         settled.sort(key=lambda drop: (drop.mtime_ns, drop.name))
-        return Scan(settled, len(since) - len(settled) - len(held), held, skipped)
+        moving = frozenset(since).difference((drop.name for drop in settled), (one.name for one in held))
+        return Scan(settled, len(moving), held, skipped, moving)
 
 
 def entry_id(path: Path) -> str:

@@ -14,7 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -268,6 +268,14 @@ class Uploads:
             for name in [] if laid_out else {one.name for one in path.iterdir()} - {*files, COMMITTED}:
                 upload.folder.remove(name)
             self._open[path.name] = upload
+
+    def came(self, expert: str) -> list[Stored] | None:
+        """The files of it that came whole, while it is being sent; None where it is not."""
+        with self._lock:
+            upload = self._open.get(expert)
+            if upload and upload.push is not None:  # its files have names of their own until it is laid out
+                return [replace(stored, name=path) for path, stored in sorted(upload.push.paths.items())]
+            return None if upload is None else sorted(upload.files.values(), key=lambda file: file.name)
 
     def tend(self) -> None:
         """Removes what nobody has added to for STALE_SECONDS, and lets enter what was pushed and is at rest. Raises

@@ -16,6 +16,8 @@ from daemon.cli import (
     config,
     convert,
     demo,
+    doctor,
+    drain,
     evaluate,
     gc,
     health,
@@ -23,12 +25,16 @@ from daemon.cli import (
     inspect,
     log,
     methods,
+    pause,
     pin,
     promote,
+    prune,
     pull,
+    push,
     quarantine,
     rebuild,
     report,
+    resume,
     rollback,
     run,
     serve,
@@ -43,15 +49,16 @@ from daemon.cli import (
 from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
-    *(init, run, serve, status, health, log, show, report, compare, inspect, verify, methods, convert, pull, rebuild),
-    *(demo, evaluate, rollback, promote, pin, unpin, gc, block, unblock, study),
+    *(init, run, serve, status, health, log, show, report, compare, inspect, verify, methods, convert, pull, push),
+    *(rebuild, demo, evaluate, rollback, promote, pin, unpin, gc, block, unblock, study, pause, resume, drain, doctor),
+    prune,
 )
 
 app = typer.Typer(
     name="mainstem",
     help="Keeps ONE merged model up to date while fine-tuned experts keep arriving.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -33,10 +33,18 @@ def command(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the service hears it: the settings have not been read yet
 
     with logged(Home(named_home(at, home) or Path.cwd()).config):
-        _run(find_home(at, home), once, no_http, host, port, device)
+        start(find_home(at, home), once, no_http, host, port, device)
 
 
-def _run(where: Home, once: bool, no_http: bool, host: str | None, port: int | None, device: str | None) -> None:
+def start(
+    where: Home,
+    once: bool,
+    no_http: bool,
+    host: str | None = None,
+    port: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Runs the daemon over that home in this process, until it ends."""
     import structlog
 
     from daemon.config import strangers

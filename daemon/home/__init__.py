@@ -7,6 +7,7 @@
     uncommitted.py   what lies in it beyond its registry
     presence.py      what a running daemon says of itself
     supervision.py   that the loop goes on, and who is told: systemd and /livez
+    orders.py        what a person told it: to pause, or to finish the queue and stop
     health.py        what is wrong, as far as can be seen at once
     condition.py     what is going on in it right now, in words
     attention.py     what needs a person, and the command that ends it

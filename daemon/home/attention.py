@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from daemon.home.condition import NONE, Condition
+from daemon.home.presence import Doing
 from daemon.home.standing import held
 from daemon.notation import called
 from registry.reader import Reader
 
 CASES = 5  # of quarantine, and entries of the inbox, that are named each
 LONG = timedelta(minutes=10)  # since when an entry that is not complete lies there
-PAUSED = "paused"
 _COMMAND = re.compile(r"`(mainstem [^`<>]+)`")
 
 
@@ -39,7 +39,7 @@ def attention(now: Condition, reader: Reader) -> list[Matter]:
     found = [_trouble(one.text, one.hint) for one in now.troubles]
     if now.doing == NONE and all(one.reason != "no_daemon" for one in now.troubles):
         found.append(_trouble("no daemon runs on this home: nothing is merged", "start `mainstem run`"))
-    if now.doing == PAUSED:
+    if now.doing == Doing.PAUSED:
         found.append(Matter("paused", now.text, commands=("mainstem resume",)))
     for head in reader.heads():
         if stays := held(reader, head):

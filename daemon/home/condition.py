@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from daemon.checkpoints.unfinished import TEMPORARY
 from daemon.home.health import Health, Trouble
+from daemon.home.orders import order
 from daemon.home.presence import Doing, Running, running
 from daemon.layout import Home
 from projector.text import shown
@@ -79,6 +80,8 @@ def condition(home: Home, reader: Reader, now: datetime | None = None) -> Condit
     share = daemon.share if daemon else None
     left = _left(daemon, now)
     doing, text = _words(daemon, troubles, waiting, share, left, now)
+    if given := order(home):
+        text = given.text if doing == Doing.PAUSED else f"{text}; {given.text}"
     since = daemon and (daemon.evaluating_since or daemon.merging_since or daemon.since)
     merging = daemon.merging if daemon else None
     return Condition(
@@ -93,6 +96,22 @@ def said_of_itself(daemon: Running) -> str:
     troubles = [Trouble(**one) for one in daemon.troubles]
     now = datetime.now(UTC)
     return _words(daemon, troubles, None, daemon.share, _left(daemon, now), now)[1]
+
+
+def entry(home: Home, reader: Reader, name: str) -> tuple[str, Waiting] | None:
+    """What is going on with one entry of the inbox, in a word and more; None where there is none that is still to be
+    decided. OSError where the inbox may not be looked at.
+    """
+    try:
+        since = datetime.fromtimestamp((home.inbox / name).lstat().st_ctime, UTC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    decided, daemon = _decided(reader), running(home)
+    if shown(name) in decided:
+        return None
+    noted = [Trouble(**one) for one in daemon.troubles] if daemon else []
+    word = Doing.MERGING if daemon and daemon.merging == shown(name) else WAITING
+    return word, Waiting(shown(name), _why(shown(name), daemon, decided, noted), since)
 
 
 def _words(
@@ -179,6 +198,8 @@ def _why(name: str, daemon: Running | None, decided: set[str], noted: Sequence[T
         return f"being {verb} since {daemon.evaluating_since or daemon.merging_since}"
     if name in daemon.waiting:
         return daemon.waiting[name]
+    if daemon.doing == Doing.PAUSED:
+        return "merging is paused"
     if noted:
         return noted[0].text
     return "the daemon is recovering" if daemon.doing == Doing.RECOVERING else "waits to come to rest, or for its turn"

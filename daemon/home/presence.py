@@ -33,6 +33,8 @@ class Doing(StrEnum):
     MERGING = "merging"
     EVALUATING = "evaluating"
     WATCHING = "watching the inbox"
+    PAUSED = "paused"
+    DRAINING = "draining"
     BUSY = "busy with another command of mainstem"
 
 
@@ -73,6 +75,7 @@ class Presence:
         self._now = Running(os.getpid(), _time(datetime.now(UTC)))
         self._there = False
         self._in_hand: tuple[str, str] | None = None
+        self._resting = Doing.WATCHING
         self._share_said = 0.0  # when, by the monotonic clock
         self._saying = Lock()
 
@@ -97,7 +100,12 @@ class Presence:
 
     def watches(self) -> None:
         """It has recovered."""
-        self._say(doing=Doing.WATCHING)
+        self.rests(Doing.WATCHING)
+
+    def rests(self, doing: Doing) -> None:
+        """What it does between two experts from here on."""
+        self._resting = doing
+        self._say(doing=doing)
 
     def wrong(self, troubles: Sequence[Trouble]) -> None:
         """These are all that is wrong."""
@@ -112,7 +120,7 @@ class Presence:
         finally:
             self._in_hand = None
             if self._now.merging:
-                self._say(doing=Doing.WATCHING, merging=None, merging_since=None, share=None)
+                self._say(doing=self._resting, merging=None, merging_since=None, share=None)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

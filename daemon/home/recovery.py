@@ -31,6 +31,7 @@ UNFINISHED = (
     "..founding.tmp",
     ".clean.tmp",
     ".daemon.json.tmp",
+    ".order.json.tmp",
     "registry.new",
     "registry.new-wal",
     "registry.new-shm",

@@ -1,12 +1,14 @@
-"""Where a head stands whose newest version is not the live one: why, and what ends that. A module of its own, for the
-command line and the page say it alike.
+"""Where a head stands whose newest version is not the live one, and where an expert stands that was decided: why, and
+what changes that. The command line, the page and the API say it alike.
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
+from daemon.errors import Reason
 from daemon.notation import called
 from registry.reader import Reader
-from registry.records import Head
+from registry.records import Expert, Head, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +28,31 @@ def held(reader: Reader, head: Head) -> Held | None:
     newest = reader.version(head.name, head.newest)
     why = head.frozen or (newest and newest.held) or "another version is live"
     return Held(head.newest, why, head.frozen is not None, f"mainstem promote {called(head.name, head.newest)}")
+
+
+class Outcome(StrEnum):
+    """What became of an expert, for whoever sent it."""
+
+    LIVE = "live"  # merged, and in what every head serves
+    HELD = "held"  # merged, but not in what some head serves
+    REJECTED = "rejected"  # by the gate
+    REFUSED = "refused"
+    DUPLICATE = "duplicate"
+    WITHDRAWN = "withdrawn"
+
+
+def outcome(reader: Reader, expert: Expert) -> tuple[Outcome, dict[str, Held]]:
+    """What became of it, and the versions with it that are not live, by head."""
+    if expert.status is Status.QUARANTINED:
+        return (Outcome.REJECTED if expert.reason == Reason.SCORES else Outcome.REFUSED), {}
+    if expert.status is not Status.MERGED or expert.version is None:
+        return (Outcome.DUPLICATE if expert.status is Status.DUPLICATE else Outcome.WITHDRAWN), {}
+    behind = [head for head in reader.heads() if head.live < expert.version]
+    stays = {head.name: _held(reader, head, expert.version) for head in behind}
+    return (Outcome.HELD if stays else Outcome.LIVE), stays
+
+
+def _held(reader: Reader, head: Head, number: int) -> Held:
+    version = reader.version(head.name, number)
+    why = (version and version.held) or head.frozen or "another version is live"
+    return Held(number, why, head.frozen is not None, f"mainstem promote {called(head.name, head.newest)}")

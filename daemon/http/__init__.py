@@ -14,6 +14,7 @@
     forwarded.py      what a proxy in front says
     measuring.py      requests and answers, counted
     finding.py        which expert an address means
+    drops.py          what became of a drop, by its name
     rows.py           records of the registry as JSON
     pages/            the pages
     events.py         what goes on, as server-sent events

@@ -76,7 +76,7 @@ def create_app(
             return DAMAGED, ["damaged", *(trouble.reason for trouble in ours())]
         return found.doing, [trouble.reason for trouble in (*ours(), *found.troubles)]
 
-    api = ReadRoutes(home, reader, metrics, troubles, hung)
+    api = ReadRoutes(home, reader, metrics, troubles, hung, uploads.came if uploads else lambda _: None)
     pages = PageRoutes(api.published, ours, settings)
     events = Events(lambda: pages.told().events)
     app = Starlette(

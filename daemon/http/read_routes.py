@@ -16,8 +16,9 @@ from daemon.home.health import Trouble
 from daemon.home.standing import held
 from daemon.http.answers import NO_CACHE, Problem, immutable, precondition, root_of
 from daemon.http.computing import Views
+from daemon.http.drops import Drops, Sent
 from daemon.http.files import Published
-from daemon.http.finding import arrivals, merged
+from daemon.http.finding import merged
 from daemon.http.rows import Row, base_row, data_row, expert_row, head_row, version_row
 from daemon.http.sending import file_answer
 from daemon.http.waiting import Waiting
@@ -54,12 +55,15 @@ class ReadRoutes:
         metrics: CollectorRegistry,
         troubles: Callable[[], Sequence[Trouble]],
         hung: Callable[[], str | None],
+        sent: Sent = lambda _: None,
     ) -> None:
+        """sent: what of an upload has come."""
         self.home = home
         self.reader = reader
         self.metrics = metrics
         self.troubles = troubles
         self.hung = hung
+        self.drops = Drops(home, reader, sent)
         self.published = Published(home, reader)
         self.views = Views(self.published)
         self.waiting = Waiting(lambda: {head.name: head.live for head in reader.heads()})
@@ -205,12 +209,14 @@ class ReadRoutes:
         return JSONResponse(body, headers=NO_CACHE)
 
     def expert(self, request: Request) -> Response:
-        (prefix,) = (text.lower() for text in request.path_params.values())
-        found = arrivals(self.reader, prefix)
+        (words,) = request.path_params.values()
+        if undecided := self.drops.undecided(words):
+            return JSONResponse(undecided, 202, headers=NO_CACHE)
+        found = self.drops.arrivals(words)
         # The same bytes may have arrived often: the one that was merged speaks for all, else the newest.
         chosen = max(found, key=lambda row: (row.status is Status.MERGED, row.id))
         (row,) = self._expert_rows([chosen])
-        body = {**row, "arrivals": sorted(one.id for one in found)}
+        body = {**row, **self.drops.decided(chosen), "arrivals": sorted(one.id for one in found)}
         return JSONResponse(body, headers=NO_CACHE)
 
     def _expert_rows(self, experts: Sequence[Expert]) -> list[Row]:

@@ -11,7 +11,7 @@ from daemon.config import Retention
 from daemon.home.presence import lock
 from daemon.layout import Home
 from daemon.notation import called
-from daemon.versions.retention import collect, expired, old_states
+from daemon.versions.retention import collect, expired, fitting, old_states
 from projector.text import size
 from registry.reader import Reader
 from registry.records import Version
@@ -21,8 +21,9 @@ from registry.store import Store
 def planned(home: Home, reader: Reader, settings: Retention) -> list[str]:
     """What would be removed, in lines of words: each version and state with its size, and all together last."""
     lines, room, versions, states = [], 0, 0, 0
+    fit = fitting(home, reader, settings)
     for head in reader.heads():
-        going = {version.number: version for version in expired(reader, head, settings)}
+        going = {version.number: version for version in expired(reader, head, settings, fit)}
         spare = dict(old_states(home, reader, head))
         for number, version in going.items():
             state = home.head_state(head.name, number)

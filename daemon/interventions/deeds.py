@@ -12,7 +12,9 @@ from typing import Any
 
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
+from daemon.home import orders
 from daemon.interventions import cases
+from daemon.interventions.pruning import Prune
 from daemon.layout import Home
 from daemon.notation import called
 from daemon.versions.checking import problems
@@ -32,7 +34,7 @@ class Request:
     experts: their ids; to withdraw, where a version is given instead, those that came after it. replay: withdraw by
     merging the others again in any case. evaluation: what was found of a version, or of one expert by itself. verdict,
     held: what its rules say of the version since, and why it is held by that, where the gate held it. deliveries: what
-    is to be told once more; of none, all that is dead.
+    is to be told once more; of none, all that is dead. prune: what is to go.
     """
 
     deed: Deed
@@ -46,6 +48,7 @@ class Request:
     verdict: Mapping[str, Any] | None = None
     held: str | None = None
     deliveries: tuple[int, ...] = ()
+    prune: Prune | None = None
 
     @property
     def named(self) -> tuple[str, int]:
@@ -85,7 +88,9 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
             return ["kept"]
         case Deed.REDELIVER:
             return _redeliver(reader, request)
-        case Deed.WITHDRAW | Deed.COLLECT:
+        case Deed.PAUSE | Deed.RESUME | Deed.DRAIN:
+            return orders.planned(home, request.deed)
+        case Deed.WITHDRAW | Deed.COLLECT | Deed.PRUNE:
             raise AssertionError("not to be planned here")
 
 
@@ -118,7 +123,10 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
             _keep(store, request)
         case Deed.REDELIVER:
             store.redeliver(request.deliveries or None)
-        case Deed.WITHDRAW | Deed.COLLECT:
+        case Deed.PAUSE | Deed.RESUME | Deed.DRAIN:
+            orders.give(home, request.deed, request.who, request.why)
+            store.intervened(request.intervention)
+        case Deed.WITHDRAW | Deed.COLLECT | Deed.PRUNE:
             raise AssertionError("not to be done here")
     return done
 

@@ -23,8 +23,10 @@ import structlog
 
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Unanswered
+from daemon.home.orders import ORDERS, leave
 from daemon.home.presence import Doing, running
 from daemon.interventions.deeds import Request, carry_out
+from daemon.interventions.pruning import Prune
 from daemon.layout import Home
 from projector.errors import DeviceLost, ProjectorError
 from registry.errors import RegistryError, StorageFailed
@@ -80,6 +82,8 @@ def insist(home: Home, request: Request, say: Say = print) -> list[str]:
 
 def _ask_daemon(home: Home, request: Request, say: Say) -> list[str]:
     there = running(home)
+    if there and there.doing in (Doing.BUSY, Doing.RECOVERING) and request.deed in ORDERS:
+        return leave(home, request.deed, request.who, request.why)
     if there and there.doing == Doing.BUSY:
         raise Unanswered(f"another command of mainstem works on {home.root}", "try again when it is done")
     asked = home.requests / f"{uuid4().hex}.json"
@@ -252,7 +256,7 @@ class Desk:
             self._log.warning("a request that cannot be read", file=name, error=str(error))
             return
         self._seen.add(name)
-        if asked.request.deed in (Deed.WITHDRAW, Deed.COLLECT):
+        if asked.request.deed in (Deed.WITHDRAW, Deed.COLLECT, Deed.PRUNE):
             asked.doing("waiting for the expert that is being merged")
             self.waiting.append(asked)
             self._wake()
@@ -280,6 +284,7 @@ class Desk:
             named = {key: value for key, value in told.items() if value is not None}
             self._log.info(f"asked for: {request.deed}", who=request.who, why=request.why, **named)
         self._changed(request)
+        self._wake()
 
 
 def _read(path: Path) -> Request:
@@ -291,4 +296,6 @@ def _read(path: Path) -> Request:
     if found := content["evaluation"]:
         scores = {task: Score(**score) for task, score in found.pop("scores").items()}
         content["evaluation"] = NewEvaluation(scores=scores, **found)
+    if wanted := content.get("prune"):
+        content["prune"] = Prune(**wanted)
     return Request(**content)

@@ -7,7 +7,7 @@ from daemon.compute.progress import Progress
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
-from daemon.interventions import collecting
+from daemon.interventions import collecting, pruning
 from daemon.interventions.requests import Asked, Desk
 from daemon.layout import Home
 from daemon.rebuild.commands import described, withdraw_from
@@ -60,6 +60,8 @@ def _done(home: Home, store: Store, settings: Settings, asked: Asked, stopping: 
     """What was done, in lines of words."""
     if asked.request.deed is Deed.COLLECT:
         return collecting.remove(home, store, settings.retention)
+    if asked.request.prune:
+        return pruning.remove(home, store, asked.request.prune, asked.request.intervention)
     return _withdraw(home, store, settings, asked, stopping)
 
 

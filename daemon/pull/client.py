@@ -1,4 +1,5 @@
-"""How `mainstem pull` asks: one origin, connections that are kept, and every fault sorted by whether it may pass.
+"""How `mainstem pull` and `push` ask: one origin, connections that are kept, and every fault sorted by whether it may
+pass.
 
 It asks that origin and no other: an answer that sends it elsewhere is an error, and proxies of the environment are not
 used. Whatever the network does is `Passing`; what the server says for good is a plain DaemonError in its own words.
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import BinaryIO
 from urllib.parse import quote, urljoin, urlsplit
 
 from daemon.errors import DaemonError, Reason
@@ -22,6 +24,9 @@ CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30.0  # without a byte
 PROBLEM_BYTES = 64 << 10
 MAY_PASS = (408, 429, 502, 503, 504)  # what servers say while they start, stop or are busy, and proxies for them
+
+
+Body = bytes | BinaryIO | Iterator[bytes] | None
 
 
 class Passing(DaemonError):
@@ -108,8 +113,23 @@ class Connection:
 
         An answer that was not read to its end costs the connection, and the next request opens another.
         """
+        with self.ask("GET", path, headers) as answer:
+            yield answer
+
+    @contextmanager
+    def ask(
+        self, method: str, path: str, headers: Mapping[str, str] | None = None, body: Body = None
+    ) -> Iterator[HTTPResponse]:
+        """As `get`, by any method. body: read and sent in pieces; with the headers goes its Content-Length.
+
+        A server that refuses what is coming answers before it has all: that answer counts, and not the broken pipe.
+        """
         try:
-            self._http.request("GET", path, headers={**self._always, **(headers or {})})
+            try:
+                self._http.request(method, path, body, {**self._always, **(headers or {})})
+            except (BrokenPipeError, ConnectionResetError):
+                if body is None or self._http.sock is None:
+                    raise
             answer = self._http.getresponse()
         except (HTTPException, OSError) as error:
             self._http.close()

@@ -151,7 +151,7 @@ def _fill(target: Target, source: Source, report: Report) -> Pulled:
     raise Passing(
         Reason.PULL,
         f"{RESTARTS} versions in a row were removed while they were pulled",
-        taking_effect("let the server keep them for longer: raise retention.versions or retention.grace_seconds"),
+        taking_effect("let the server keep them for longer: raise retention.versions or retention.grace_bytes"),
     )
 
 

@@ -32,7 +32,7 @@ from daemon.versions.heads import relative_heads
 from projector.errors import ProjectorError
 from projector.method import Method
 from projector.methods import make
-from projector.text import shown
+from projector.text import listed, shown
 from projector.watch import SILENT
 from registry.reader import Reader
 from registry.records import Expert, Status
@@ -41,6 +41,7 @@ from registry.store import Store
 Heads = Mapping[str, Method]
 NO_LIMIT = 1e30
 PAGE = 1000
+MOST_MISSING = 100  # of the archive, that are named
 
 
 def methods_of(reader: Reader) -> Heads:
@@ -72,7 +73,7 @@ def archived(home: Home, expert: Expert) -> Path:
         )
     if path is None:
         raise BadHome(
-            f"expert {expert.id} ({expert.name}) is not in {home.archive(expert.id)}",
+            f"expert {expert.id} ({expert.name}) is not in {home.archive(expert.id)}: pruned, or taken away",
             "put its file back there, or leave the expert out with --without",
         )
     return path
@@ -84,6 +85,15 @@ def check_archive(
     """Raises BadHome where an expert, or a sidecar that a method needs, is not in the archive, or where the files of a
     version that it was trained from are gone and one of the heads is `relative` to that: before the long work.
     """
+    gone = [one for one in experts if one.place and home.archived(one.id) is None][:MOST_MISSING]
+    if len(gone) > 1:
+        named = listed((f"{one.id} ({shown(one.name)})" for one in gone), most=5)
+        without = "".join(f" --without {one.id}" for one in gone)
+        more = ", and so on" if len(gone) == MOST_MISSING else ""
+        raise BadHome(
+            f"not in archive/ any more, pruned or taken away, and so not to be merged again: {named}",
+            f"put them back from a backup; or leave them out of the model for good:{without}{more}",
+        )
     for expert in experts:
         with _open(home, expert, needed(heads)) as again, ExitStack() as files:
             if start := started(home, reader, expert, heads.keys() & set(relative)):

@@ -21,11 +21,11 @@ from daemon.config import load
 from daemon.errors import DaemonError, Reason
 from daemon.layout import Home
 from daemon.notation import called
+from daemon.reports.sizing import beside_bytes, sizing
 from daemon.versions.heads import relative_heads
 from daemon.versions.modules import check_modules
 from projector.driver.head import Folded
 from projector.driver.measure import overlap
-from projector.driver.steps import state_specs
 from projector.lora.keys import tensor_parts
 from projector.methods import make
 from projector.text import shown
@@ -84,9 +84,7 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             odd = oddities(norm, usual, limits, expert.tensors.resized, expert.tensors.altered)
             warning, hint = worded(odd)
         schema = base.tensors.schema
-        published = sum(spec.nbytes for spec in schema.values())
-        states = [state_specs(method, schema) for method in methods]
-        writes = sum(published + sum(spec.nbytes for spec in specs) for specs in states)
+        size = sizing(base, beside_bytes(home, reader), methods, settings, expert.size_bytes)
         names = expert.naming.resolve(own, schema)
         there = set(names.values())
         seconds = [v.seconds for v in reader.versions(head.name, limit=5) if v.seconds is not None]
@@ -109,9 +107,11 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "folded_onto": called(head.name, head.newest),
             "held": head.frozen,
             "overlap": found.cosine,
-            "reads_bytes": expert.size_bytes + base.size_bytes,
-            "writes_bytes": writes,
+            "reads_bytes": size.read_bytes,
+            "writes_bytes": size.arrival_bytes,
+            "memory_bytes": size.memory_bytes,
             "usual_seconds": median(seconds) if seconds else None,
+            "estimated_seconds": size.seconds,
         }
 
 

@@ -9,6 +9,7 @@ What there is to remove is found by the folders, which are few, and not by the r
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from daemon.disk import durable
-from daemon.layout import BY_ITSELF, Home
+from daemon.layout import BY_ITSELF, STATE_FILE, Home
 from registry.errors import BadRecord
 from registry.reader import Reader
 from registry.records import Head, Version
@@ -27,6 +28,8 @@ from registry.store import Store
 if TYPE_CHECKING:
     from daemon.config import Retention
 
+LEAST_GRACE_SECONDS = 60.0  # for whoever has just begun to read it, however little room there is
+GRACE_SHARE = 10  # of what is free
 OLDEST = 100  # versions of a head that are looked at together, where they are removed
 
 
@@ -35,13 +38,15 @@ def collect(home: Home, store: Store, settings: "Retention") -> list[Version]:
 
     Kept: version 0, the live version, the newest `settings.versions`, what is pinned, what a merged expert was trained
     from, the version that was live before one that does not follow it, and whatever was followed by another version
-    less than the grace time ago: a reader may just have resolved `latest` to it.
+    less than the grace time ago: a reader may just have resolved `latest` to it. A burst would fill the disk by that:
+    what does not fit into `settings.grace_bytes` goes after LEAST_GRACE_SECONDS.
     The row is marked first: a version whose files are going is no longer offered.
     """
     remove_old_states(home, store)
     gone: list[Version] = []
+    fit = fitting(home, store, settings)
     for name in [head.name for head in store.heads()]:
-        while (head := store.head(name)) and (found := expired(store, head, settings, OLDEST)):
+        while (head := store.head(name)) and (found := expired(store, head, settings, fit, OLDEST)):
             before = len(gone)
             for version in found:
                 with suppress(BadRecord):  # somebody has just rolled back to it, or pinned it
@@ -120,14 +125,44 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
             yield int(path.name), path
 
 
-def expired(reader: Reader, head: Head, settings: "Retention", limit: int = -1) -> list[Version]:
+def expired(reader: Reader, head: Head, settings: "Retention", fitting: int, limit: int = -1) -> list[Version]:
     """The versions that may go, the oldest first, `limit` of them at the most: within the grace time there may be
-    thousands.
+    thousands. fitting: how many may be kept for that alone.
     """
-    before = datetime.now(UTC) - timedelta(seconds=settings.grace_seconds)
-    newest = reader.versions(head.name, limit=settings.versions, include_collected=False)
-    found = [version for version in reader.unneeded(head, limit) if version.number < newest[-1].number]
-    return list(takewhile(lambda version: _followed_before(reader, version, before), found))
+    now = datetime.now(UTC)
+    before = now - timedelta(seconds=settings.grace_seconds)
+    short = now - timedelta(seconds=min(settings.grace_seconds, LEAST_GRACE_SECONDS))
+    first = _first_kept(reader, head, settings)
+    found = [version for version in reader.unneeded(head, limit) if version.number < first]
+
+    def over(version: Version) -> bool:
+        return _followed_before(reader, version, before if version.number >= first - fitting else short)
+
+    return list(takewhile(over, found))
+
+
+def fitting(home: Home, reader: Reader, settings: "Retention") -> int:
+    """How many versions of each head fit into what may be kept for the grace time alone.
+
+    All heads have a version of each number, each about as large as their newest; where there are views, also a state.
+    """
+    each, kept = 0, 0
+    for head in reader.heads():
+        version = reader.version(head.name, head.newest)
+        each += version.size_bytes if version else 0
+        if home.views(head.name).is_dir():
+            with suppress(OSError):
+                each += (home.head_state(head.name, head.newest) / STATE_FILE).stat().st_size
+        oldest = [version.number for version in reader.unneeded(head, 1)]
+        kept = max([kept, *(_first_kept(reader, head, settings) - number for number in oldest)])
+    each = max(1, each)
+    room = settings.grace_bytes or (shutil.disk_usage(home.root).free + kept * each) // GRACE_SHARE
+    return room // each
+
+
+def _first_kept(reader: Reader, head: Head, settings: "Retention") -> int:
+    """The oldest of the newest `settings.versions`."""
+    return reader.versions(head.name, limit=settings.versions, include_collected=False)[-1].number
 
 
 def _followed_before(reader: Reader, version: Version, moment: datetime) -> bool:

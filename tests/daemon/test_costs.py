@@ -84,6 +84,7 @@ ADDRESSES = {
 }
 NOT_GET = {"/api/models/mainstem/{repo}/paths-info/{revision}"}
 NOTHING = {"/api/models/{repo:path}", "/{repo:path}/resolve/{rest:path}"}  # 404, whatever is asked
+BY_NAME = {"an expert by its name": "/v1/experts/expert-500.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def test_a_command(crowded: dict[int, Home], words: tuple[str, ...]) -> None:
     alike(words[0], counted)
 
 
-@pytest.mark.parametrize("route", ADDRESSES)
+@pytest.mark.parametrize("route", [*ADDRESSES, *BY_NAME])
 def test_a_request(crowded: dict[int, Home], route: str) -> None:
     counted = {}
     for n, home in crowded.items():
@@ -194,7 +195,7 @@ def test_a_request(crowded: dict[int, Home], route: str) -> None:
             assert {one.path for one in app.routes} == set(ADDRESSES) | NOT_GET | NOTHING  # type: ignore[attr-defined]
             version = reader.version("main", reader.heads()[0].live)
             assert version
-            address = ADDRESSES[route].format(live=version.number, commit=version.manifest_sha256[:40])
+            address = (ADDRESSES | BY_NAME)[route].format(live=version.number, commit=version.manifest_sha256[:40])
             with TestClient(app, follow_redirects=False) as client, Steps() as steps, listed() as folders:
                 if route == "/v1/events":  # the answer has no end: one look, of which it is made
                     assert PageRoutes(Published(home, reader), list).told().events

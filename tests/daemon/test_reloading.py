@@ -190,8 +190,13 @@ def test_what_is_taken_up_what_needs_a_restart_and_what_is_wrong(person: Person)
     assert figure(daemon, "successful") == 1 and figure(daemon, "success_timestamp_seconds") > good
     assert upload(daemon, TOKENS[1]) == 403
     person.edit('[log]\nlevel = "error"\n')
+    assert person.hang_up()["changed"] == 1, "who asks for less is answered all the same"
+    good, lines = figure(daemon, "success_timestamp_seconds"), len(daemon.lines)
     os.kill(int(home.lock.read_text()), signal.SIGHUP)
     assert until(lambda: figure(daemon, "success_timestamp_seconds") > good, 20)
+    assert len(daemon.lines) == lines
+    person.edit('[log]\nlevel = "debug"\n')
+    assert person.hang_up()["changed"] == 1
     assert not [token for token in TOKENS for line in daemon.lines if token in line]
 
 

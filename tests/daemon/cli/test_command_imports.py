@@ -33,7 +33,7 @@ def test_reading_imports_no_more_than_it_needs(home: Home, words: tuple[str, ...
     assert sorted(found & SLOW) == []
 
 
-@pytest.mark.parametrize("words", [("rollback", "0"), ("pin", "0")], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [("rollback", "0"), ("pin", "0"), ("pause",)], ids=lambda words: words[0])
 def test_what_changes_the_home_at_once_does_not_wait_for_torch(home: Home, words: tuple[str, ...]) -> None:
     found = imported(*words, "--home", str(home.root))
     assert sorted(found & SLOW - {"structlog"}) == []

@@ -1,8 +1,10 @@
 """`mainstem status`: whether a daemon runs, where, what it merges, why something waits; homes that are only read."""
 
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from daemon.cli.status import _shown, looked
 from daemon.disk import durable
+from daemon.errors import BadHome
 from daemon.home.condition import _waiting
 from daemon.home.health import Health, Trouble
 from daemon.home.presence import MOST_WAITING, Presence
 from daemon.home.presence import running as look
 from daemon.layout import Home
 from daemon.service import Service
-from tests.daemon.homes import drain, make_home, put, quick
+from tests.daemon.homes import drain, lineage, make_home, put, quick
 from tests.daemon.processes import forked, running, until
 from tests.daemon.pulls import forking
 from tests.models import write_base, write_expert
@@ -236,3 +241,43 @@ def test_an_expert_is_shown_by_its_name_as_it_is_printed_and_as_it_lay_there(tmp
 def test_show_with_a_home_and_no_id_says_what_is_missing(made: Home) -> None:
     wrong = forked("show", made.root)
     assert wrong.returncode == 2 and "is a home" in wrong.stderr
+
+
+def test_several_homes_are_a_line_each(home: Home, tmp_path: Path) -> None:
+    """Wherever they lie below, and none within another; one that cannot be read hides no other."""
+    deep = tmp_path / "group" / "b"
+    shutil.copytree(home.root, deep, symlinks=True)
+    shutil.copytree(home.root, deep / "inbox" / "of-another-home", symlinks=True)
+    Home(deep).registry.write_bytes(b"no registry")
+    found = json.loads(forked("status", "--all", tmp_path, "--json").stdout)
+    assert [(one["name"], one["doing"]) for one in found] == [("group/b", "unreadable"), ("home", "no daemon")]
+    assert found[1]["heads"] == [{"name": "main", "live": 4, "newest": 4}] and found[1]["waiting"] == 0
+    text = forked("status", "--all", tmp_path).stdout
+    assert len(text.splitlines()) == 3 and "main/4" in text
+    assert "there is no home" in forked("status", "--all", home.inbox).stderr
+    assert forked("status", home.root, "--all", tmp_path).returncode == 2
+
+
+def test_watching_prints_a_line_for_each_change_and_ends_with_ctrl_c(home: Home) -> None:
+    with running("status", home.root, "--watch") as watching:
+        assert until(lambda: any("main/4 no daemon runs" in line for line in watching.lines), 60)
+        with present(home) as presence:
+            assert until(lambda: any("main/4 recovering" in line for line in watching.lines), 10)
+            presence.watches()
+            assert until(lambda: any("main/4 idle" in line for line in watching.lines), 10)
+        watching.process.send_signal(signal.SIGINT)
+        assert watching.process.wait(timeout=10) == 0
+    assert len(watching.lines) <= 4, watching.lines
+
+
+def test_on_a_terminal_it_is_drawn_again(home: Home) -> None:
+    with lineage(home) as reader:
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(_shown(lambda: looked(home, reader)))
+        text = console.export_text()
+    assert "no daemon runs" in text and "main/4" in text and "opcm" in text
+
+    def fail() -> dict[str, Any]:
+        raise BadHome("it is gone", "look")
+
+    assert "it is gone" in str(_shown(fail))

@@ -28,6 +28,7 @@ from tests import shims
 from tests.daemon.convert.bits import equal
 from tests.daemon.homes import drain
 from tests.daemon.processes import ended, environment, forked, preloaded, until
+from tests.jsons import described, documented
 from tests.models import read_weights, write_expert
 
 
@@ -335,6 +336,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert again.returncode == 1 and "is there already" in again.stderr and "hint:" in again.stderr
     done = forked("convert", "w.pt", "out", "--memory", "700MB", "--timeout", "200", "--json", cwd=tmp_path)
     report = json.loads(done.stdout)
+    assert described(report) == documented()["convert"]
     assert report["inside"] == "model" and report["files"][0]["name"] == "model.safetensors"
     assert forked("convert", "w.pt", "other", "--memory", "much", cwd=tmp_path).returncode == 2
     done = forked("convert", "w.pt", "other", "--memory", "1MB", cwd=tmp_path)

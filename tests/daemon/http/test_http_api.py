@@ -198,8 +198,8 @@ def test_an_expert_by_its_digest(line: "Line", client: httpx.Client) -> None:
         assert body["arrivals"] == [merged.id, merged.id + 1]
     assert client.get("/v1/experts/abcd2").json()["reason"] == "not_finite", "never merged, still findable"
     assert client.get("/v1/experts/abcd").status_code == 409
-    assert client.get("/v1/experts/abc").status_code == 400
-    assert client.get("/v1/experts/odd.safetensors").status_code == 400
+    assert client.get("/v1/experts/abc").json()["reason"] == "unknown_expert"
+    assert client.get("/v1/experts/odd.safetensors").json()["outcome"] == "refused", "by its name"
 
 
 def test_the_lineage(line: "Line", client: httpx.Client) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from daemon.layout import Home
 from tests.daemon.homes import drain, experts, make_home, quick
 from tests.daemon.processes import forked, forked_each
+from tests.jsons import documented
 from tests.models import write_base, write_expert
 
 NAMES = ("french", "german", "law")
@@ -84,6 +85,7 @@ def study(world: Path, first: Callable[[], None] = lambda: None, **options: obje
 
 def said(world: Path, out: str = "out") -> dict[str, Any]:
     found: dict[str, Any] = json.loads((world / out / "study.json").read_bytes())
+    assert ", ".join(f"`{key}`" for key in found) == documented()["study"]
     return found
 
 

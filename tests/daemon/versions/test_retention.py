@@ -4,6 +4,7 @@ import os
 import shutil
 import sqlite3
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,6 +12,7 @@ from daemon.disk import durable
 from daemon.home.recovery import recover
 from daemon.home.verification import verify
 from daemon.layout import STATE_FILE, Home
+from daemon.versions import retention
 from daemon.versions.checking import problems
 from daemon.versions.retention import collect
 from registry.records import Deed, NewIntervention
@@ -163,3 +165,32 @@ def test_the_grace_runs_from_the_successor_not_from_the_version_itself(six: Home
     with Store.open(six.registry) as store:
         gone = collect(six, store, quick(retention={"versions": 1, "grace_seconds": 3600}).retention)
     assert {version.number for version in gone} == {1, 2}  # version 3 was followed just now
+
+
+def aged(home: Home, seconds: int) -> None:
+    """As if all versions had come so long ago."""
+    with sqlite3.connect(home.registry) as raw:
+        raw.execute("UPDATE versions SET created_at = datetime('now', ?)", (f"-{seconds} seconds",))
+    raw.close()
+
+
+def test_a_burst_takes_no_more_than_its_share(six: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the grace time alone: of what is set, or a tenth of what is free. What was followed within the last minute
+    stays whatever it takes."""
+    with Store.open(six.registry) as store:
+        each = sum(store.version(head, 6).size_bytes for head in ("main", "soup"))  # type: ignore[union-attr]
+        tight = quick(retention={"versions": 2, "grace_bytes": 3 * each}).retention
+        aged(six, 50)
+        assert collect(six, store, tight) == []
+        aged(six, 70)
+        assert {version.number for version in collect(six, store, tight)} == {1}
+        assert collect(six, store, tight) == []
+        usual = quick(retention={"versions": 1}).retention
+        assert collect(six, store, usual) == [], "there is room for all"
+        free = [25 * each]
+        monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: Mock(free=free[0]))
+        assert {version.number for version in collect(six, store, usual)} == {2, 3}, "a tenth of 25 + 4"
+        assert kept(six, "main") == kept(six, "soup") == ["000000", "000004", "000005", "000006"]
+        free[0] = 0
+        assert {version.number for version in collect(six, store, usual)} == {4, 5}
+    assert kept(six, "main") == ["000000", "000006"]

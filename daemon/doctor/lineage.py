@@ -1,0 +1,54 @@
+"""The registry, the settings, and what a home itself says is wrong."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from daemon.config import Settings, check_heads, load, strangers
+from daemon.doctor.finding import Finding, bad, ok, warn
+from daemon.errors import BadConfig
+from daemon.home.condition import condition
+from daemon.layout import Home
+from projector.text import listed
+from registry.errors import RegistryError
+from registry.reader import Reader
+
+MILD = ("no_daemon", "uploads")  # troubles that hinder nobody from starting it
+
+
+def settings_of(path: Path | None) -> tuple[Settings | None, Finding]:
+    """The settings in force, None where they cannot be read, and what is to be said of them."""
+    try:
+        settings = load(path)
+    except BadConfig as error:
+        return None, bad("settings", str(error), error.hint)
+    if unknown := strangers():
+        return settings, warn("settings", f"in the environment, but no setting: {listed(unknown)}", "unset them")
+    return settings, ok("settings", "as `mainstem config show` has them")
+
+
+def opened(home: Home) -> tuple[Reader | None, Finding]:
+    """The registry, None where it cannot be read, and whether it is sound."""
+    try:
+        reader = Reader.open(home.registry)
+    except RegistryError as error:
+        return None, bad("registry", str(error), error.hint)
+    try:
+        reader.check()
+    except RegistryError as error:
+        return reader, bad("registry", str(error), error.hint)
+    return reader, ok("registry", f"sound, {home.registry.stat().st_size >> 10} KiB")
+
+
+def check(home: Home, reader: Reader, settings: Settings | None) -> Iterator[Finding]:
+    """What the home itself says."""
+    if settings:
+        try:
+            check_heads(settings, [head.name for head in reader.heads()])
+        except BadConfig as error:
+            yield bad("heads", str(error), error.hint)
+    now = condition(home, reader)
+    yield ok("daemon", now.text)
+    for trouble in now.troubles:
+        if trouble.reason != "no_daemon":
+            level = warn if trouble.reason in MILD else bad
+            yield level(trouble.reason, trouble.text, trouble.hint)

@@ -1,0 +1,126 @@
+"""`mainstem pause`, `resume` and `drain`: with a daemon and without, and across restarts."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import structlog
+
+from daemon.arrivals.inbox import Drop, Held, Scan
+from daemon.disk import durable
+from daemon.errors import BadHome
+from daemon.home.orders import Kind, Orders, give, order
+from daemon.home.presence import Presence
+from daemon.interventions.deeds import Request, carry_out
+from daemon.interventions.requests import ask
+from daemon.layout import Home
+from registry.records import Deed
+from registry.store import Store
+from tests.daemon.homes import drain, experts, lineage, live, make_home, put
+from tests.daemon.processes import Daemon, forked, running, until
+from tests.models import write_base, write_expert
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    root = tmp_path_factory.mktemp("orders")
+    return make_home(root / "home", write_base(root / "base.safetensors", seed=1))
+
+
+@pytest.fixture
+def home(made: Home, tmp_path: Path) -> Home:
+    return Home(shutil.copytree(made.root, tmp_path / "home", symlinks=True))
+
+
+def expert(home: Home, tmp_path: Path, seed: int) -> Path:
+    return write_expert(tmp_path / f"{seed}.safetensors", home.base / "model.safetensors", seed)
+
+
+def told(daemon: Daemon, words: str) -> bool:
+    return bool(until(lambda: any(words in line for line in daemon.lines), 60))
+
+
+def test_a_daemon_that_was_paused_before_it_started_and_is_drained(home: Home, tmp_path: Path) -> None:
+    assert forked("pause", home.root, "--reason", "a night's rest").returncode == 0
+    assert "nothing is to be done" in forked("pause", home.root).stdout
+    put(home, expert(home, tmp_path, 2))
+    with pytest.raises(BadHome, match=r"paused.*a night's rest"):
+        drain(home)
+    with running("run", "--home", home.root, "--no-http") as daemon:
+        assert told(daemon, "merging is paused")
+        said = json.loads(forked("status", home.root, "--json").stdout)
+        assert said["doing"] == "paused" and "a night's rest" in said["text"]
+        assert said["waiting"][0]["why"] == "merging is paused"
+        assert experts(home) == [] and len(list(home.inbox.iterdir())) == 1
+        assert forked("resume", home.root).stdout == "merging goes on\n"
+        assert until(lambda: live(home) == 1, 60)
+        assert forked("pause", home.root).returncode == 0
+        assert until(lambda: json.loads(home.presence.read_bytes())["doing"] == "paused", 10)
+        for seed in (3, 4):
+            put(home, expert(home, tmp_path, seed))
+        done = forked("drain", home.root)  # the last order counts
+        assert done.returncode == 0 and done.stdout.endswith("stopped: the inbox is empty\n"), done.stderr
+        assert daemon.process.wait(timeout=30) == 0
+    assert live(home) == 3 and order(home) is None and home.clean.exists()
+    with lineage(home) as reader:
+        found = [(one.deed, one.why) for one in reader.interventions()]
+    assert found == [(Deed.DRAIN, None), (Deed.PAUSE, None), (Deed.RESUME, None), (Deed.PAUSE, "a night's rest")]
+
+
+def test_without_a_daemon_a_drain_merges_by_itself(home: Home, tmp_path: Path) -> None:
+    put(home, expert(home, tmp_path, 2))
+    (home.root / "mainstem.toml").write_text("[inbox]\nsettle_seconds = 0\n")
+    done = forked("drain", home.root)
+    assert done.returncode == 0 and done.stdout.endswith("stopped: the inbox is empty\n"), done.stderr
+    assert live(home) == 1 and order(home) is None
+
+
+def test_a_drain_ends_with_what_it_began_with(home: Home) -> None:
+    orders = Orders(home, Presence(home), structlog.get_logger(), once=False)
+    first, later = (Drop(name, name, 0, 1, 9.0) for name in ("first", "later"))
+    give(home, Deed.DRAIN, "ada", None)
+    scan = Scan([first], 1, [Held("held", ".held.part", 9.0)], {}, frozenset({"moving"}))
+    assert orders.draining and orders.allowed([first], scan) == [first]
+    now = Scan([later], 2, [], {}, frozenset({"moving", "another"}))
+    assert orders.allowed([later], now) == []
+    assert orders.queue(now) == Scan([], 1, [], {}, frozenset({"moving"}))
+    give(home, Deed.RESUME, "ada", None)
+    assert orders.allowed([later], now) == [later] and orders.queue(now) is now and not orders.draining
+
+
+def test_the_last_order_counts_and_one_that_cannot_be_read_is_a_pause(home: Home) -> None:
+    with Store.open(home.registry) as store:
+        for deed in (Deed.PAUSE, Deed.DRAIN):
+            assert carry_out(home, store, Request(deed, "ada", "why")) and (now := order(home))
+            assert (now.who, now.why) == ("ada", "why")
+        assert now.kind is Kind.DRAIN
+        assert carry_out(home, store, Request(Deed.RESUME, "ada")) == ["the daemon goes on when the queue is finished"]
+        assert carry_out(home, store, Request(Deed.RESUME, "ada")) == [] and order(home) is None
+    home.order.write_text("{")
+    damaged = order(home)
+    assert damaged and damaged.kind is Kind.PAUSE and "cannot be read" in damaged.text
+
+
+def test_a_home_that_is_busy_or_recovers_finds_the_order_later(home: Home) -> None:
+    lock = durable.lock(home.lock)
+    try:
+        said = ask(home, Request(Deed.PAUSE, "ada"))
+        assert "no row tells of it" in said[-1] and (now := order(home)) and now.kind is Kind.PAUSE
+        presence = Presence(home)
+        presence.starts()
+        assert ask(home, Request(Deed.RESUME, "ada"))[0] == "merging goes on" and order(home) is None
+        presence.ends()
+    finally:
+        os.close(lock)
+
+
+def test_a_pause_is_looked_at_between_two_experts(home: Home) -> None:
+    orders = Orders(home, Presence(home), structlog.get_logger(), once=False)
+    drops = [Drop(name, name, 0, 1, 9.0) for name in "ab"]
+    taken = []
+    for drop in orders.until_paused(drops):
+        taken.append(drop)
+        give(home, Deed.PAUSE, "ada", None)
+    assert taken == drops[:1] and orders.allowed(drops, Scan(drops, 0)) == []
