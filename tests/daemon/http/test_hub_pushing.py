@@ -111,6 +111,8 @@ def test_what_was_committed_enters_whole_once_no_other_commit_follows(hub: Hub) 
     assert answer.json()["commitUrl"].endswith(f"/mainstem/german/commit/{answer.json()['commitOid']}")
     hub.rest(29)
     assert hub.pushed() == [] and hub.client.get(MODEL).json()["sha"] == answer.json()["commitOid"]
+    told = hub.client.get("/v1/experts/german").json()
+    assert told["state"] == "uploading" and "1_Pooling/config.json" in [file["name"] for file in told["files"]]
     hub.rest(2)
     assert hub.pushed() == ["german"] and hub.left() == []
     kept = {path: data for path, data in (small | large).items() if path not in (".gitattributes", "a.tmp")}
