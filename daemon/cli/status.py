@@ -23,7 +23,7 @@ from daemon.cli.common import (
     JsonOption,
     local,
     make_table,
-    named_home,
+    one_home,
     open_reader,
     plain,
     print_json,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 FLAGGED = 5  # the newest of them are named
 WAITING = 5  # the first of them are named, where people read it
+MOST = 4000  # letters of why a version is held: which rule it breaks, and by how much
 WATCH_SECONDS = 1.0
 DEEPEST = 4  # folders below DIR in which homes are looked for
 HEADS = ("head", "method", "live", "newest", "since", "figures")
@@ -66,7 +67,7 @@ def command(
     """
     with ExitStack() as closing:
         if every is not None:
-            if named_home(at, home):
+            if one_home(at, home):  # MAINSTEM_HOME says what is looked at where nothing is named
                 raise typer.BadParameter("leave HOME out, or this", param_hint="--all")
             look: Callable[[], Looked | list[Looked]] = lambda: [_of(every, one) for one in homes_below(every)]  # noqa: E731
         else:
@@ -235,7 +236,7 @@ def _lines(found: Looked) -> list[str]:
         if stays := head["held"]:
             which = f"{called(head['name'], stays['version'])}, the newest, is not live"
             what = f"{which}, nor will the next be" if stays["frozen"] else which
-            lines.append(f"held     {what}: {shown(stays['why'])} (`{stays['command']}`)")
+            lines.append(f"held     {what}: {shown(stays['why'], MOST)} (`{stays['command']}`)")
     wrong = [one for one in found["troubles"] if one["reason"] != "no_daemon"]
     return lines + [f"wrong    {one['text']} ({one['hint']})" for one in wrong]
 

@@ -256,6 +256,8 @@ def test_several_homes_are_a_line_each(home: Home, tmp_path: Path) -> None:
     assert len(text.splitlines()) == 3 and "main/4" in text
     assert "there is no home" in forked("status", "--all", home.inbox).stderr
     assert forked("status", home.root, "--all", tmp_path).returncode == 2
+    named = lambda: os.environ.update(MAINSTEM_HOME=str(home.root))  # noqa: E731
+    assert forked("status", "--all", tmp_path, first=named).stdout == text
 
 
 def test_watching_prints_a_line_for_each_change_and_ends_with_ctrl_c(home: Home) -> None:
