@@ -161,7 +161,7 @@ def _of(root: Path, path: Path) -> Looked:
         "text": found["text"],
         "url": found["daemon"] and found["daemon"]["url"],
         "heads": [{key: head[key] for key in ("name", "live", "newest")} for head in found["heads"]],
-        "waiting": None if found["waiting"] is None else len(found["waiting"]),
+        "waiting": None if found["waiting"] is None else len(_queue(found) or ()),
         "open_cases": found["open_cases"],
         "troubles": [one["reason"] for one in found["troubles"]],
     }
@@ -215,7 +215,7 @@ def _shown(look: Callable[[], Looked | list[Looked]]) -> Group | Text:
 
 def _lines(found: Looked) -> list[str]:
     """What people read of one home, before the table of its heads."""
-    base, waiting = found["base"], found["waiting"]
+    base, waiting = found["base"], _queue(found)
     parameters = f"{base['parameters']:,} parameters, {size(base['size_bytes'])}"
     lines = [
         f"home     {found['home']}",
@@ -239,6 +239,12 @@ def _lines(found: Looked) -> list[str]:
             lines.append(f"held     {what}: {shown(stays['why'], MOST)} (`{stays['command']}`)")
     wrong = [one for one in found["troubles"] if one["reason"] != "no_daemon"]
     return lines + [f"wrong    {one['text']} ({one['hint']})" for one in wrong]
+
+
+def _queue(found: Looked) -> list[Looked] | None:
+    """What waits, without what is in hand, as the page counts; None where the inbox cannot be listed."""
+    waiting: list[Looked] | None = found["waiting"]
+    return waiting and [one for one in waiting if one["name"] != found["expert"]]
 
 
 def _heads(found: Looked) -> list[Sequence[Any]]:

@@ -109,6 +109,7 @@ def test_what_the_daemon_does_and_why_each_entry_waits(home: Home) -> None:
                 and f"(process {os.getpid()} since" in text
                 and "at http://127.0.0.1:1234/" in text
             )
+            assert "inbox    2 waiting\n" in text and "in-hand: being merged" not in text, "no more"
         Health(home, presence.wrong).note(Trouble("disk_full", "the disk is full", "make room"))
         said = told(home)
         assert said["daemon"]["merging"] is None and said["troubles"][0]["reason"] == "disk_full"
