@@ -79,9 +79,10 @@ def _verdict(found: Mapping[str, Any]) -> list[str]:
             f"held: {called(one['head'], one['version'])}: {shown(one['why'], MOST)} (`{one['command']}` makes it live)"
             for one in found["held"]
         ]
-    if outcome == "duplicate":
+    if outcome == "duplicate" and not found["detail"]:  # else the other one was rejected, or taken out: why, and a hint
         return [f"duplicate: {which} is expert {found['duplicate_of']} once more: nothing was merged"]
-    lines = [f"{outcome}: {which}: {found['reason'] or 'taken out again'}: {shown(str(found['detail'] or ''), MOST)}"]
+    words = (found["reason"] or (outcome == "withdrawn" and "taken out again"), shown(found["detail"] or "", MOST))
+    lines = [": ".join([outcome, which, *filter(None, words)])]
     return [*lines, f"    hint: {shown(found['hint'], MOST)}"] if found["hint"] else lines
 
 

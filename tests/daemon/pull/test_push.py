@@ -80,6 +80,8 @@ def test_a_verdict_is_told_to_its_end_where_the_command_is() -> None:
     hint = f"{why}, then `mainstem unblock 7` and `mainstem quarantine retry 7`"
     found: dict[str, Any] = {"outcome": "rejected", "id": 7, "reason": "scores", "detail": why, "hint": hint}
     assert _verdict(found) == [f"rejected: expert 7: scores: {why}", f"    hint: {hint}"]
+    once_more = {**found, "outcome": "duplicate", "reason": None, "duplicate_of": 6}
+    assert _verdict(once_more) == [f"duplicate: expert 7: {why}", f"    hint: {hint}"], "the other one is in no model"
     held = {"head": "main", "version": 3, "why": why, "command": "mainstem promote main/3"}
     assert why in _verdict({"outcome": "held", "id": 7, "held": [held]})[0]
 
