@@ -11,14 +11,14 @@ OUT = "<out>"  # what another program makes, in the current folder
 """What a hint calls paths that are not known where it is worded: see daemon/checkpoints/hints.py."""
 
 
-def shown(name: str) -> str:
-    """A tensor's or a file's name as it may stand in a message: printable, one line, at most 120 characters.
+def shown(name: str, most: int = 120) -> str:
+    """A tensor's or a file's name as it may stand in a message: printable, one line, at most `most` characters.
 
     >>> shown("layer.0.weight"), shown("a\\nb")
     ('layer.0.weight', 'a\\\\nb')
     """
     printable = name if name.isprintable() else ascii(name)[1:-1]
-    return printable if len(printable) <= 120 else f"{printable[:117]}..."
+    return printable if len(printable) <= most else f"{printable[: most - 3]}..."
 
 
 def plain(value: float, digits: int = 3) -> str:

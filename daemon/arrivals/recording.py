@@ -32,7 +32,8 @@ def refused(
 ) -> NewExpert:
     """The expert as one that was refused, and why. expert_id: the one that it will have."""
     kept = home.quarantine(expert_id) / drop.name
-    back = f"`mv {in_a_shell(kept)} {in_a_shell(home.inbox)}/`"
+    # not mv, which leaves the case open
+    back = f"`mainstem quarantine retry {expert_id} --home {in_a_shell(home.root)}`"
     hint = filled(error.hint, kept, home)
     if error.reason is not Reason.SCORES:  # whose hint is whole
         hint = taking_effect(hint, back)

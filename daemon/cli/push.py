@@ -19,6 +19,7 @@ from projector.text import shown, size
 
 STATUS = {"live": 0, "held": 3, "rejected": 4, "refused": 5, "duplicate": 6, "withdrawn": 7}
 TOO_LATE = 8
+MOST = 4000  # letters of a server's sentence: its end is the command that mends it
 
 
 def command(
@@ -48,7 +49,7 @@ def command(
         typer.echo(_line(pushed))
     found: Mapping[str, Any] | None = None
     if wait:
-        found = verdict(origin, pushed, lambda why: typer.echo(f"it waits: {shown(why)}", err=True), timeout)
+        found = verdict(origin, pushed, lambda why: typer.echo(f"it waits: {shown(why, MOST)}", err=True), timeout)
     if as_json:
         said = {key: value for key, value in asdict(pushed).items() if key != "after"}
         outcome = found["outcome"] if found else None
@@ -75,13 +76,14 @@ def _verdict(found: Mapping[str, Any]) -> list[str]:
         return [f"live: {which}, in version {found['version']}"]
     if outcome == "held":
         return [
-            f"held: {called(one['head'], one['version'])}: {shown(one['why'])} (`{one['command']}` makes it live)"
+            f"held: {called(one['head'], one['version'])}: {shown(one['why'], MOST)} (`{one['command']}` makes it live)"
             for one in found["held"]
         ]
-    if outcome == "duplicate":
+    if outcome == "duplicate" and not found["detail"]:  # else the other one was rejected, or taken out: why, and a hint
         return [f"duplicate: {which} is expert {found['duplicate_of']} once more: nothing was merged"]
-    lines = [f"{outcome}: {which}: {found['reason'] or 'taken out again'}: {shown(str(found['detail'] or ''))}"]
-    return [*lines, f"    hint: {shown(found['hint'])}"] if found["hint"] else lines
+    words = (found["reason"] or (outcome == "withdrawn" and "taken out again"), shown(found["detail"] or "", MOST))
+    lines = [": ".join([outcome, which, *filter(None, words)])]
+    return [*lines, f"    hint: {shown(found['hint'], MOST)}"] if found["hint"] else lines
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from daemon.cli.common import (
     JsonOption,
     local,
     make_table,
-    named_home,
+    one_home,
     open_reader,
     plain,
     print_json,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 FLAGGED = 5  # the newest of them are named
 WAITING = 5  # the first of them are named, where people read it
+MOST = 4000  # letters of why a version is held: which rule it breaks, and by how much
 WATCH_SECONDS = 1.0
 DEEPEST = 4  # folders below DIR in which homes are looked for
 HEADS = ("head", "method", "live", "newest", "since", "figures")
@@ -66,7 +67,7 @@ def command(
     """
     with ExitStack() as closing:
         if every is not None:
-            if named_home(at, home):
+            if one_home(at, home):  # MAINSTEM_HOME says what is looked at where nothing is named
                 raise typer.BadParameter("leave HOME out, or this", param_hint="--all")
             look: Callable[[], Looked | list[Looked]] = lambda: [_of(every, one) for one in homes_below(every)]  # noqa: E731
         else:
@@ -160,7 +161,7 @@ def _of(root: Path, path: Path) -> Looked:
         "text": found["text"],
         "url": found["daemon"] and found["daemon"]["url"],
         "heads": [{key: head[key] for key in ("name", "live", "newest")} for head in found["heads"]],
-        "waiting": None if found["waiting"] is None else len(found["waiting"]),
+        "waiting": None if found["waiting"] is None else len(_queue(found) or ()),
         "open_cases": found["open_cases"],
         "troubles": [one["reason"] for one in found["troubles"]],
     }
@@ -214,7 +215,7 @@ def _shown(look: Callable[[], Looked | list[Looked]]) -> Group | Text:
 
 def _lines(found: Looked) -> list[str]:
     """What people read of one home, before the table of its heads."""
-    base, waiting = found["base"], found["waiting"]
+    base, waiting = found["base"], _queue(found)
     parameters = f"{base['parameters']:,} parameters, {size(base['size_bytes'])}"
     lines = [
         f"home     {found['home']}",
@@ -235,9 +236,15 @@ def _lines(found: Looked) -> list[str]:
         if stays := head["held"]:
             which = f"{called(head['name'], stays['version'])}, the newest, is not live"
             what = f"{which}, nor will the next be" if stays["frozen"] else which
-            lines.append(f"held     {what}: {shown(stays['why'])} (`{stays['command']}`)")
+            lines.append(f"held     {what}: {shown(stays['why'], MOST)} (`{stays['command']}`)")
     wrong = [one for one in found["troubles"] if one["reason"] != "no_daemon"]
     return lines + [f"wrong    {one['text']} ({one['hint']})" for one in wrong]
+
+
+def _queue(found: Looked) -> list[Looked] | None:
+    """What waits, without what is in hand, as the page counts; None where the inbox cannot be listed."""
+    waiting: list[Looked] | None = found["waiting"]
+    return waiting and [one for one in waiting if one["name"] != found["expert"]]
 
 
 def _heads(found: Looked) -> list[Sequence[Any]]:

@@ -24,7 +24,10 @@ def check(folder: Path, home: Home | None, settings: Settings | None) -> Iterato
     yield _owned(home)
     yield _private(home)
     if settings and settings.http.write_token_file:
-        yield _token(home.root / settings.http.write_token_file)
+        yield _secret("write token", home.root / settings.http.write_token_file, "http.write_token_file")
+    for webhook in settings.webhooks if settings else ():
+        if webhook.secret_file:
+            yield _secret("webhook secret", home.root / webhook.secret_file, f"secret_file of {webhook.url}")
 
 
 def _writable(home: Home) -> Finding:
@@ -57,14 +60,15 @@ def _private(home: Home) -> Finding:
     return ok("private", "others write in the inbox at the most")
 
 
-def _token(path: Path) -> Finding:
+def _secret(name: str, path: Path, setting: str) -> Finding:
+    """A file that a setting names, which nobody but its owner should read."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        return bad("write token", f"{path}: {error.strerror}", "put the token there, or unset http.write_token_file")
+        return bad(name, f"{path}: {error.strerror}", f"put the {name} there, or unset {setting}")
     if mode & (stat.S_IRGRP | stat.S_IROTH):
-        return warn("write token", f"others than its owner may read {path}", f"chmod 600 {path}")
-    return ok("write token", "only its owner may read it")
+        return warn(name, f"others than its owner may read {path}", f"chmod 600 {path}")
+    return ok(name, "only its owner may read it")
 
 
 def _parts(home: Home) -> Sequence[Path]:

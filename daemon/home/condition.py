@@ -197,7 +197,7 @@ def _why(name: str, daemon: Running | None, decided: set[str], noted: Sequence[T
         verb = "evaluated" if daemon.evaluating_since else "merged"
         return f"being {verb} since {daemon.evaluating_since or daemon.merging_since}"
     if name in daemon.waiting:
-        return daemon.waiting[name]
+        return daemon.waiting[name].removeprefix(f"{name}: ")  # of an expert that is one file, its error names it again
     if daemon.doing == Doing.PAUSED:
         return "merging is paused"
     if noted:

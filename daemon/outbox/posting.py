@@ -109,7 +109,9 @@ class Posting:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         allowed = [one for one in found if self._settings.allow_private or is_public(one[4][0])]
         if not allowed:
-            raise Private(f"{host} is {found[0][4][0]}, in a private network: allow_private = true allows that")
+            first = str(found[0][4][0])
+            what = host if host == first else f"{host} is {first}, which"
+            raise Private(f"{what} is not a public address: `allow_private = true` under this [[webhooks]] allows it")
         failed: OSError | None = None
         for family, kind, protocol, _, address in allowed:
             one = socket.socket(family, kind, protocol)

@@ -25,6 +25,7 @@ ANSWER_BYTES = 16 << 20
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before each further try
 ASK_SECONDS = 1.0  # between two questions what became of it
 TOKEN_HINT = "give the daemon's write token: --token, or MAINSTEM_TOKEN"
+HEADER_BYTES = 16 << 20  # of a safetensors file: a longer one is none
 ROUNDS = 3  # in which a folder is sent: the daemon may be restarted meanwhile
 MISSES = 5  # answers in a row that nobody knows it
 
@@ -236,12 +237,40 @@ class _Pushing:
 
 
 def _part(path: Path) -> Part:
+    """One file, hashed. Raises DaemonError where it is a safetensors file that was cut off: what is sent that way would
+    lie in the inbox for as long as a copy may take to go on."""
+    if path.suffix == ".safetensors" and (what := _cut_off(path)):
+        raise DaemonError(Reason.PULL, f"{path}: {what}", "it was cut off: take it from where it was saved, whole")
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while piece := file.read(CHUNK_BYTES):
             digest.update(piece)
             size += len(piece)
     return Part(path.name, path, size, digest.hexdigest())
+
+
+def _cut_off(path: Path) -> str | None:
+    """What a safetensors file lacks at its end; None where nothing, or where it is for the server to say what it is.
+
+    The strict reader (projector/files/header.py) needs torch, which takes seconds to load.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or not length:
+            return f"with {size} bytes, it has no header"
+        if length > HEADER_BYTES:
+            return None
+        text = file.read(length)
+    end = 8 + length
+    if len(text) == length:
+        try:
+            entries = json.loads(text)
+            end += max((one["data_offsets"][1] for name, one in entries.items() if name != "__metadata__"), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return None
+    return f"it ends at byte {size}, by its header at {end}" if end > size else None
 
 
 def _patiently(ask: Callable[[], Answer]) -> Answer:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from daemon.cli.app import app
 
-COMMAND = re.compile(r"`((?:mainstem (?:convert|rebuild)|cp|mv|chmod) [^`]+)`")
+COMMAND = re.compile(r"`((?:mainstem (?:convert|rebuild|quarantine retry)|cp|mv|chmod) [^`]+)`")
 
 
 def commands_in(hint: str) -> list[str]:

@@ -85,7 +85,7 @@ class Person:
         """As the hint says."""
         assert refused.hint and refused.hint.endswith(
             "; once mainstem.toml says so, `kill -HUP` the daemon (or restart it),"
-            f" then `mv {self.home.quarantine(refused.id) / refused.name} {self.home.inbox}/`"
+            f" then `mainstem quarantine retry {refused.id} --home {self.home.root}`"
         )
         run(commands_in(refused.hint)[-1])
 

@@ -109,6 +109,7 @@ def test_what_the_daemon_does_and_why_each_entry_waits(home: Home) -> None:
                 and f"(process {os.getpid()} since" in text
                 and "at http://127.0.0.1:1234/" in text
             )
+            assert "inbox    2 waiting\n" in text and "in-hand: being merged" not in text, "no more"
         Health(home, presence.wrong).note(Trouble("disk_full", "the disk is full", "make room"))
         said = told(home)
         assert said["daemon"]["merging"] is None and said["troubles"][0]["reason"] == "disk_full"
@@ -256,6 +257,8 @@ def test_several_homes_are_a_line_each(home: Home, tmp_path: Path) -> None:
     assert len(text.splitlines()) == 3 and "main/4" in text
     assert "there is no home" in forked("status", "--all", home.inbox).stderr
     assert forked("status", home.root, "--all", tmp_path).returncode == 2
+    named = lambda: os.environ.update(MAINSTEM_HOME=str(home.root))  # noqa: E731
+    assert forked("status", "--all", tmp_path, first=named).stdout == text
 
 
 def test_watching_prints_a_line_for_each_change_and_ends_with_ctrl_c(home: Home) -> None:

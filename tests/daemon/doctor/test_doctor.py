@@ -104,11 +104,14 @@ def test_limits(home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_owners(home: Home) -> None:
     assert set(levels(owners.check(home.root, home, None)).values()) == {Level.OK}
     token = home.root / "token"
-    settings = Settings.model_validate({"http": {"write_token_file": "token"}})
-    assert levels(owners.check(home.root, home, settings))["write token"] is Level.BAD
+    webhook = {"url": "https://example.com/", "secret_file": "token"}
+    settings = Settings.model_validate({"http": {"write_token_file": "token"}, "webhooks": [webhook]})
+    found = levels(owners.check(home.root, home, settings))
+    assert found["write token"] is found["webhook secret"] is Level.BAD
     token.write_text("x" * 20)
     token.chmod(0o644)
-    assert levels(owners.check(home.root, home, settings))["write token"] is Level.WARN
+    found = levels(owners.check(home.root, home, settings))
+    assert found["write token"] is found["webhook secret"] is Level.WARN
     home.state.chmod(0o777)
     assert levels(owners.check(home.root, home, None))["private"] is Level.BAD
     home.state.chmod(0o755)

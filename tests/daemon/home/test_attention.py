@@ -70,6 +70,8 @@ def test_what_is_refused_and_held(home: Home) -> None:
         found = matters(home, store)
         retry, discard = (f"mainstem quarantine {deed} {ids[-1]}" for deed in ("retry", "discard"))
         assert found[0] == ("refused", "bad was refused (pickle): it is", (retry, discard))
+        store.block([ids[-1]], True, NewIntervention(Deed.BLOCK, "ada", experts=(ids[-1],)))
+        assert matters(home, store)[0][2] == (f"mainstem unblock {ids[-1]} && {retry}", discard)
         more = ("refused", "2 more cases of quarantine are open", ("mainstem quarantine list",))
         assert len(found) == CASES + 1 and found[-1] == more
         store.turn("main", 0, NewIntervention(Deed.ROLLBACK, "ada", head="main", version=0), "it was worse")

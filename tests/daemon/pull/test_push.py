@@ -75,6 +75,31 @@ def test_each_verdict_has_its_status(served: tuple[Home, Origin], base: Path, tm
     assert done.returncode == TOO_LATE == 8 and "x.safetensors" in done.stdout and "no daemon runs" in done.stderr
 
 
+def test_a_verdict_is_told_to_its_end_where_the_command_is() -> None:
+    why = "a rule that a version breaks, " * 20 + "and by how much"
+    hint = f"{why}, then `mainstem unblock 7` and `mainstem quarantine retry 7`"
+    found: dict[str, Any] = {"outcome": "rejected", "id": 7, "reason": "scores", "detail": why, "hint": hint}
+    assert _verdict(found) == [f"rejected: expert 7: scores: {why}", f"    hint: {hint}"]
+    once_more = {**found, "outcome": "duplicate", "reason": None, "duplicate_of": 6}
+    assert _verdict(once_more) == [f"duplicate: expert 7: {why}", f"    hint: {hint}"], "the other one is in no model"
+    held = {"head": "main", "version": 3, "why": why, "command": "mainstem promote main/3"}
+    assert why in _verdict({"outcome": "held", "id": 7, "held": [held]})[0]
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, -1])
+def test_what_was_cut_off_is_not_sent(served: tuple[Home, Origin], base: Path, tmp_path: Path, left: int) -> None:
+    home, origin = served
+    whole = write_expert(tmp_path / "whole.safetensors", base, 2)
+    (folder := tmp_path / "folder").mkdir()
+    for cut in (tmp_path / "cut.safetensors", folder / "model.safetensors"):
+        cut.write_bytes(whole.read_bytes()[:left])
+        with pytest.raises(DaemonError, match=r"it ends at|it has no header") as caught:
+            push(cut if cut.parent == tmp_path else folder, origin)
+        assert "cut off" in caught.value.hint
+    assert list(home.inbox.iterdir()) == []
+    assert push(whole, origin).files == 1
+
+
 def test_a_folder_that_is_there_in_part_is_not_sent_again(
     served: tuple[Home, Origin], base: Path, tmp_path: Path
 ) -> None:
