@@ -15,7 +15,7 @@ from pathlib import Path
 from daemon.errors import BadHome
 from daemon.interventions import cases
 from daemon.layout import Home, number
-from daemon.versions.retention import numbered, remove_whole
+from daemon.versions.retention import check_removable, numbered, remove_whole
 from projector.text import shown, size
 from registry.reader import Reader
 from registry.records import Deed, Expert, NewIntervention, Status
@@ -125,7 +125,7 @@ def remove(home: Home, store: Store, wanted: Prune, intervention: NewInterventio
     """
     found = going(home, store, wanted)
     for one in found:
-        _check_ours(one.folder)
+        check_removable(one.folder)
     lines = described(found)
     archived = [one for one in found if one.expert.status is not Status.QUARANTINED]
     if archived:
@@ -151,13 +151,6 @@ def pruned(reader: Reader) -> set[int]:
     """The experts whose files were pruned, as far as the newest interventions tell."""
     found = [one for one in reader.interventions(limit=1000) if one.deed is Deed.PRUNE]
     return {expert for one in found for expert in one.experts}
-
-
-def _check_ours(folder: Path) -> None:
-    """Raises BadHome where a folder in it cannot be emptied: half of it would be left, where a start cannot sweep."""
-    for path, _, _ in os.walk(folder):
-        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            raise BadHome(f"{path} belongs to another user, and cannot be emptied", "chown it, then prune again")
 
 
 def _status(one: Going) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from daemon.disk import durable
+from daemon.errors import BadHome
 from daemon.layout import BY_ITSELF, STATE_FILE, Home
 from registry.errors import BadRecord
 from registry.reader import Reader
@@ -70,13 +71,26 @@ def remove_files(home: Home, version: Version) -> None:
 
 
 def remove_whole(home: Home, path: Path) -> None:
-    """Removes a file or folder at once, by a rename: no crash leaves a part of it where it was."""
+    """Removes a file or folder at once, by a rename: no crash leaves a part of it where it was. What others made is to
+    be looked at before: half of it would be left in state/tmp, which every start empties.
+    """
     if os.path.lexists(path):
         going = home.tmp / uuid4().hex  # recovery empties that
         try:
             durable.rename(path, going)
         finally:  # a full disk may fail the sync, when it has moved already
             durable.remove(going)
+
+
+def check_removable(folder: Path) -> None:
+    """Raises BadHome where a folder in it, as another user dropped it, cannot be emptied by this one."""
+    unread: list[OSError] = []
+    walked = os.walk(folder, onerror=unread.append)
+    closed = [path for path, _, _ in walked if not os.access(path, os.R_OK | os.W_OK | os.X_OK)]
+    closed += [error.filename for error in unread if isinstance(error, PermissionError)]
+    if closed:
+        hint = f"`chown -R` {folder} to the user that the daemon runs as, then ask again"
+        raise BadHome(f"{closed[0]} belongs to another user, and cannot be emptied", hint)
 
 
 def finish(home: Home, store: Store) -> None:

@@ -1,10 +1,12 @@
 """What was refused is an open case until somebody looked after it; blocks and pins."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from daemon.versions.retention import collect
 from registry.records import Deed, NewIntervention, Status
@@ -13,6 +15,7 @@ from tests.daemon.homes import drain, experts, lineage, live, put, quick
 from tests.daemon.interventions.test_rollback import did, refused, sound
 from tests.daemon.processes import running
 from tests.models import write_expert
+from tests.nobody import NOBODY, as_nobody
 
 
 @pytest.fixture
@@ -71,6 +74,28 @@ def test_a_case_without_files_can_only_be_closed(refusing: Home) -> None:
     assert "nothing is left of it" in refused(refusing, "quarantine", "retry", "5")
     did(refusing, "quarantine", "discard", "5")
     assert open_cases(refusing) == [6]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for another user")
+def test_what_another_user_put_into_a_case_stops_its_discarding_before_anything_is_moved(refusing: Home) -> None:
+    """Half of it would be left where no start can sweep, and a daemon that is asked would end by that."""
+    theirs = refusing.quarantine(5) / "theirs"
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("notes")
+    for path in [refusing.root, *refusing.root.rglob("*")]:
+        os.lchown(path, NOBODY, NOBODY)
+    for folder in [refusing.root, *refusing.root.parents]:
+        folder.chmod(folder.stat().st_mode | 0o755)
+    theirs.chmod(0o700)
+    os.chown(theirs, 0, 0)
+
+    def asked() -> str:
+        with Store.open(refusing.registry) as store:
+            return str(carry_out(refusing, store, Request(Deed.DISCARD, "ada", experts=(5,))))
+
+    said = as_nobody(asked)
+    assert f"{theirs} belongs to another user" in said and "BadHome" in said
+    assert (theirs / "notes.txt").exists() and not list(refusing.tmp.iterdir())
 
 
 def test_a_retry_beside_the_daemon(refusing: Home, model: tuple[Path, list[Path]]) -> None:

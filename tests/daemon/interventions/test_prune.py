@@ -13,17 +13,18 @@ import pytest
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.interventions.deeds import Request
-from daemon.interventions.pruning import Prune, _check_ours, going, pruned, remove
+from daemon.interventions.pruning import Prune, going, pruned, remove
 from daemon.interventions.requests import _read
 from daemon.interventions.waiting import answer_waiting
 from daemon.layout import Home
+from daemon.versions.retention import check_removable
 from registry.records import Deed, NewIntervention
 from registry.store import Store
 from tests.daemon.homes import drain, lineage, make_home, put, quick
 from tests.daemon.processes import forked
 from tests.daemon.rebuilds import refused
 from tests.models import write_base, write_expert
-from tests.nobody import as_nobody
+from tests.nobody import NOBODY, as_nobody
 
 ALL = Prune(archive=True, quarantine=True, older_than=0)
 UNREAD = Prune(archive=True, quarantine=True)
@@ -84,21 +85,27 @@ def test_what_a_crash_could_need_stays(home: Home) -> None:
     assert ids(home, UNREAD) == [3, 5]
 
 
-def test_a_folder_of_another_user_stops_it_before_anything_is_done(home: Home) -> None:
+@pytest.mark.parametrize("mode", [0o555, 0o700])
+def test_a_folder_of_another_user_stops_it_before_anything_is_done(home: Home, mode: int) -> None:
+    """Also one that cannot even be listed."""
     deep = home.archive(2) / "two" / "deep"
-    deep.mkdir()
-    deep.chmod(0o555)
+    (deep / "er").mkdir(parents=True)
     for folder in [home.root, *home.root.parents]:
         folder.chmod(folder.stat().st_mode | 0o755)
+    if os.geteuid() == 0:
+        os.chown(home.archive(2), NOBODY, NOBODY)
+        os.chown(home.archive(2) / "two", NOBODY, NOBODY)
+    deep.chmod(mode if os.geteuid() == 0 else mode & 0o555)
 
     def asked() -> str:
         try:
-            _check_ours(home.archive(2))
+            check_removable(home.archive(2))
             return "nothing"
         except BadHome as error:
             return str(error)
 
-    assert as_nobody(asked).endswith("belongs to another user, and cannot be emptied")
+    assert as_nobody(asked) == f"{deep} belongs to another user, and cannot be emptied"
+    deep.chmod(0o755)
 
 
 def test_what_goes_is_lost_for_a_rebuild_and_nothing_else_changes(home: Home) -> None:
