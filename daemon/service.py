@@ -156,7 +156,7 @@ class Service:
         while True:
             try:
                 recover(self._home, store, self._log.info, watch)
-                collect(self._home, store, self._settings.retention)
+                collect(self._home, store, self._settings.retention, partial(watch.advance, 0))
                 return
             except (OSError, DiskFull) as error:
                 self._wait_for_space(error, once)

@@ -211,7 +211,7 @@ class Merger:
         unplaced = self._store.unplaced()
         for expert in unplaced:
             self._tidy(expert)
-        collect(self._home, self._store, self._settings.retention)  # time may have made room
+        collect(self._home, self._store, self._settings.retention, self._progress.goes_on)  # time may have made room
         self.preparations.follow(head_tips(self._store, self._methods))
         return unplaced
 
@@ -486,5 +486,5 @@ class Merger:
             follow_live(self._home, self._store)
             hit("latest.after")
         placed = place(self._home, self._store, expert, self._progress)
-        collect(self._home, self._store, self._settings.retention)
+        collect(self._home, self._store, self._settings.retention, self._progress.goes_on)
         return placed

@@ -10,7 +10,7 @@ What there is to remove is found by the folders, which are few, and not by the r
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
@@ -34,14 +34,17 @@ GRACE_SHARE = 10  # of what is free
 OLDEST = 100  # versions of a head that are looked at together, where they are removed
 
 
-def collect(home: Home, store: Store, settings: "Retention") -> list[Version]:
+def collect(
+    home: Home, store: Store, settings: "Retention", goes_on: Callable[[], object] = lambda: None
+) -> list[Version]:
     """Removes what retention no longer keeps and returns it.
 
     Kept: version 0, the live version, the newest `settings.versions`, what is pinned, what a merged expert was trained
     from, the version that was live before one that does not follow it, and whatever was followed by another version
     less than the grace time ago: a reader may just have resolved `latest` to it. A burst would fill the disk by that:
     what does not fit into `settings.grace_bytes` goes after LEAST_GRACE_SECONDS.
-    The row is marked first: a version whose files are going is no longer offered.
+    The row is marked first: a version whose files are going is no longer offered. goes_on: is called before each, for
+    hundreds take long; what it raises leaves the rest.
     """
     remove_old_states(home, store)
     gone: list[Version] = []
@@ -50,6 +53,7 @@ def collect(home: Home, store: Store, settings: "Retention") -> list[Version]:
         while (head := store.head(name)) and (found := expired(store, head, settings, fit, OLDEST)):
             before = len(gone)
             for version in found:
+                goes_on()
                 with suppress(BadRecord):  # somebody has just rolled back to it, or pinned it
                     store.collected(version.head, version.number)
                     remove_files(home, version)

@@ -10,6 +10,7 @@ from threading import Event
 
 import pytest
 
+from daemon.compute.progress import Abandoned
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.interventions.deeds import Request
@@ -126,31 +127,54 @@ def test_what_goes_is_lost_for_a_rebuild_and_nothing_else_changes(home: Home) ->
     drain(home)  # a start finds nothing amiss
 
 
+class _Asked:
+    wanted = True
+    request = Request(Deed.PRUNE, "ada", prune=ALL)
+
+
+class _Desk:
+    def __init__(self) -> None:
+        self.waiting = [_Asked()]
+        self.told: list[str] = []
+
+    def tell(self, _: object, lines: list[str]) -> None:
+        self.told.extend(lines)
+
+
+class _Looked(Event):
+    """Counts how often somebody looks whether to stop, and says so from one time on."""
+
+    def __init__(self, until: float) -> None:
+        super().__init__()
+        self.left = until
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
 def test_a_daemon_does_it_between_two_arrivals(home: Home) -> None:
     """By its own hands: what is asked for goes through the file and back."""
     path = home.state / "asked.json"
     request = Request(Deed.PRUNE, "ada", prune=ALL)
     path.write_text(json.dumps(asdict(request)))
     assert _read(path) == request
-
-    class Asked:
-        wanted = True
-
-        def __init__(self) -> None:
-            self.request = request
-
-    class Desk:
-        waiting = [Asked()]  # noqa: RUF012
-        told: list[str] = []  # noqa: RUF012
-
-        def tell(self, _: object, lines: list[str]) -> None:
-            self.told.extend(lines)
-
     with Store.open(home.registry) as store:
-        desk = Desk()
+        desk = _Desk()
         answer_waiting(home, store, quick(), desk, Event())  # type: ignore[arg-type]
         assert any(line.startswith("6 in all, ") for line in desk.told)
         assert remove(home, store, ALL, BY_ADA) == []
+
+
+def test_a_daemon_that_prunes_thousands_does_not_look_hung_and_stops_when_told(home: Home) -> None:
+    """There are six: each is looked at, checked and removed, and before each the loop shows that it goes on."""
+    looked, stopped = _Looked(1000), _Looked(15)
+    with Store.open(home.registry) as store:
+        with pytest.raises(Abandoned):
+            answer_waiting(home, store, quick(), _Desk(), stopped)  # type: ignore[arg-type]
+        assert 0 < len(going(home, store, ALL)) < 6
+        answer_waiting(home, store, quick(), _Desk(), looked)  # type: ignore[arg-type]
+        assert 1000 - looked.left == 3 * 4 and going(home, store, ALL) == []
 
 
 @pytest.mark.parametrize(
