@@ -5,6 +5,8 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,17 @@ def test_who_is_dead_is_not_tried_the_more_often_the_more_is_dropped_for_later_e
         assert len(receiver.requests) == 1 and store.endpoints()[0].dropped == 17
     with telling(quiet, receiver.settings()):
         assert [one.what for one in receiver.wait(4)[1:]] == ["held 17", "held 18", "held 19"]
+
+
+def test_what_waits_by_a_clock_that_was_years_ahead_is_tried_at_once(quiet: Home, receiver: Receiver) -> None:
+    settings = receiver.settings()
+    with Store.open(quiet.registry) as store:
+        store.follow_endpoints([one.endpoint for one in endpoints(quiet, settings)])
+        store.commit(expert(1), versions(1))
+        ahead = datetime.now(UTC) + timedelta(days=3650)
+        store.note_deliveries([replace(one, attempts=3, next_at=ahead) for one in store.pending(1, 10)])
+    with telling(quiet, settings) as (store, _, _metrics):
+        assert settled(store, *[Outcome.DELIVERED] * HEADS)
 
 
 def test_who_does_not_answer_holds_up_nobody(quiet: Home, receiver: Receiver) -> None:
