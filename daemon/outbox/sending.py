@@ -26,7 +26,7 @@ from daemon.outbox.hooking import Hooking
 from daemon.outbox.posting import Posting
 from daemon.outbox.stalling import Stalling
 from daemon.outbox.told import Way
-from registry.errors import RegistryError, StorageFailed
+from registry.errors import DiskFull, RegistryError, StorageFailed
 from registry.outbox import message
 from registry.reader import Reader
 from registry.records import Delivery, Endpoint, EndpointKind, Happening, NewEndpoint
@@ -80,7 +80,7 @@ class Sender:
         self._closing = Event()
         self._watching: Thread | None = None
         self._log = structlog.get_logger()
-        self.adopt(settings, endpoints(home, settings))
+        self._adopt(settings, endpoints(home, settings))
         store.committed = self.wake
         if crashed or store.last_told(STALL) is Told.STALLED:
             reason = "crash" if crashed else "start"
@@ -90,8 +90,15 @@ class Sender:
     def adopt(self, settings: Settings, wanted: Sequence[Wanted]) -> None:
         """Tells those of the settings from here on. wanted: `endpoints` of them. Who stays as it is goes on as it did.
 
-        Raises RegistryError.
+        On a full disk all stay as they are: other settings may be what makes room. Raises RegistryError.
         """
+        try:
+            self._adopt(settings, wanted)
+        except DiskFull as error:
+            hint = f"{error.hint}, then `kill -HUP` the daemon once more"
+            self._log.error("webhooks and hooks stay as they were: the disk is full", hint=hint)
+
+    def _adopt(self, settings: Settings, wanted: Sequence[Wanted]) -> None:
         known = {(one.kind, one.target): one for one in self._store.follow_endpoints([w.endpoint for w in wanted])}
         before = self._told
         self._told = {one: before.get(one) or self._courier(one, known) for one in wanted}

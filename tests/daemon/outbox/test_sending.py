@@ -253,6 +253,23 @@ def test_that_the_disk_is_full_is_told_although_nothing_can_be_written(
         assert store.deliveries() == []
 
 
+def test_other_webhooks_on_a_full_disk_end_nothing_and_are_taken_once_there_is_room(
+    quiet: Home, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise DiskFull("the disk is full", "make room")
+
+    with telling(quiet, Settings()) as (store, sender, _):
+        wanted = receiver.settings()
+        with monkeypatch.context() as filled:
+            filled.setattr(store, "follow_endpoints", full)
+            sender.adopt(wanted, endpoints(quiet, wanted))
+        assert not sender._couriers
+        sender.adopt(wanted, endpoints(quiet, wanted))
+        store.commit(expert(1), versions(1))
+        receiver.wait(HEADS)
+
+
 def test_a_stall_is_told_by_the_daemon_that_waits(home: Home, receiver: Receiver) -> None:
     """Of one that looks for its inbox, in vain."""
     home.inbox.rmdir()
