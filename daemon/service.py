@@ -318,6 +318,7 @@ class Service:
         finally:  # whatever hinders the tidying, what was recorded counts
             if expert.status is Status.MERGED:
                 timed(drop, progress, time.monotonic() - started, self._metrics)
+            self._metrics.progress.set(0)  # it was looked at once more
             self._tell(expert, store, log)
         if not moved:
             say_immovable(self._home, expert)
