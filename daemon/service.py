@@ -120,7 +120,8 @@ class Service:
             self._serve(closing)
         crashed = not self._home.clean.exists()
         self._recover(store, once)
-        self._sender = closing.enter_context(Sender(self._home, store, self._settings, self._metrics, crashed, once))
+        who = self._home, store, self._settings, self._metrics, crashed, self._stopping if once else None
+        self._sender = closing.enter_context(Sender(*who))
         progress = Progress(self._stopping, self._report, self._fell_back)
         try:
             merger = Merger(self._home, store, self._settings, progress, self._judging)

@@ -36,7 +36,8 @@ from registry.store import Store
 TURNED = (Told.PUBLISHED, Told.PROMOTED, Told.ROLLED_BACK)  # another version is live: what hooks run for
 STALL = (Told.STALLED, Told.RECOVERED)
 ENDING_SECONDS = 2.0
-ONCE_SECONDS = 10.0  # that a run which drains once waits for those who are told
+ONCE_SECONDS = 10.0  # that a run which drains once waits for those who are told; for a hook, as long as that may take
+LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,21 @@ class Sender:
     """Tells everybody. Use it as a context manager, while the home's lock is held."""
 
     def __init__(
-        self, home: Home, store: Store, settings: Settings, metrics: Metrics, crashed: bool = False, once: bool = False
+        self,
+        home: Home,
+        store: Store,
+        settings: Settings,
+        metrics: Metrics,
+        crashed: bool = False,
+        once: Event | None = None,
     ) -> None:
-        """crashed: the run before did not end by itself. once: this run ends soon, and waits a while for who is told.
+        """crashed: the run before did not end by itself. once: this run ends soon, and waits a while for who is told,
+        until that is set.
 
         Raises BadConfig, and RegistryError.
         """
         self._home, self._store, self._metrics = home, store, metrics
-        self._patience = ONCE_SECONDS if once else 0.0
+        self._once = once
         self._reader = Reader.open(home.registry)
         self._own = _Own(home.registry)
         self._told: Mapping[Wanted, Courier] = {}
@@ -145,14 +153,20 @@ class Sender:
     ) -> None:
         self._store.committed = lambda: None
         self._closing.set()
-        end = time.monotonic() + (self._patience if kind is None else 0)
-        for courier in self._couriers if self._patience else ():
-            courier.idle(end - time.monotonic())
+        if self._once and kind is None:
+            self._let_finish(self._once)
         self._end(self._couriers, ENDING_SECONDS)
         if self._watching:
             self._watching.join(ENDING_SECONDS)
         self._own.close()
         self._reader.close()
+
+    def _let_finish(self, stopping: Event) -> None:
+        begun, hook = time.monotonic(), max(ONCE_SECONDS, self._settings.hooks.timeout_seconds)
+        for courier in self._couriers:
+            end = begun + (hook if courier.endpoint.kind is EndpointKind.HOOK else ONCE_SECONDS)
+            while not stopping.is_set() and time.monotonic() < end and not courier.idle(LOOK_SECONDS):
+                pass
 
     def _end(self, couriers: Sequence[Courier], seconds: float) -> None:
         for courier in couriers:

@@ -18,7 +18,7 @@ from daemon.errors import BadConfig
 from daemon.home.presence import Presence
 from daemon.layout import Home
 from daemon.metrics import Metrics
-from daemon.outbox import couriers
+from daemon.outbox import couriers, sending
 from daemon.outbox.sending import Sender, endpoints
 from registry import engine, outbox
 from registry.errors import DiskFull, StorageFailed
@@ -187,6 +187,20 @@ def test_a_hook_runs_for_the_newest_version_alone(quiet: Home) -> None:
     assert sorted((quiet.root / "ran").read_text().split()) == ["init/3", "main/2"]
 
 
+def test_a_run_that_drains_once_lets_a_hook_come_to_its_end(quiet: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a server is reloaded, that takes longer than a webhook does; who is told to stop does not wait."""
+    monkeypatch.setattr(sending, "ONCE_SECONDS", 0.0)
+    hook = {"published": ["sh", "-c", "sleep 0.5; echo $0 >> ran", "{head}/{version}"]}
+    settings, stopping = Settings.model_validate({"hooks": hook}), threading.Event()
+    with telling(quiet, settings, once=stopping) as (store, _, _metrics):
+        store.commit(expert(1), versions(1))
+    assert len((quiet.root / "ran").read_text().split()) == HEADS
+    with telling(quiet, settings, once=stopping) as (store, _, _metrics):
+        store.commit(expert(2), versions(2))
+        stopping.set()
+    assert len((quiet.root / "ran").read_text().split()) == HEADS
+
+
 def test_a_hook_that_failed_is_tried_at_once_with_the_next_version(
     quiet: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +311,7 @@ def test_a_start_tells_that_it_goes_on_after_a_crash_or_a_stall(quiet: Home, rec
     with telling(quiet, receiver.settings()):
         told = receiver.wait(1 if crashed else 2)
         assert told[-1].what == f"recovered {'crash' if crashed else 'start'}"
-    with telling(quiet, receiver.settings(), once=True):
+    with telling(quiet, receiver.settings(), once=threading.Event()):
         pass
     assert len(receiver.requests) == len(told)  # once
 
