@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LEAST_GRACE_SECONDS = 60.0  # for whoever has just begun to read it, however little room there is
 GRACE_SHARE = 10  # of what is free
+CHOWN_HINT = "`chown -R` it to the user that the daemon runs as, then ask again"
 OLDEST = 100  # versions of a head that are looked at together, where they are removed
 
 
@@ -75,15 +76,21 @@ def remove_files(home: Home, version: Version) -> None:
 
 
 def remove_whole(home: Home, path: Path) -> None:
-    """Removes a file or folder at once, by a rename: no crash leaves a part of it where it was. What others made is to
-    be looked at before: half of it would be left in state/tmp, which every start empties.
+    """Removes a file or folder at once, by a rename: no crash leaves a part of it where it was.
+
+    Raises BadHome where something in it, as another user made it, may not be removed: what is left of it is then where
+    it was, for in state/tmp every start would fail on it.
     """
     if os.path.lexists(path):
         going = home.tmp / uuid4().hex  # recovery empties that
         try:
             durable.rename(path, going)
         finally:  # a full disk may fail the sync, when it has moved already
-            durable.remove(going)
+            try:
+                durable.remove(going)
+            except PermissionError as error:
+                durable.rename(going, path)
+                raise BadHome(f"{path} cannot be removed: {error.strerror}: {error.filename}", CHOWN_HINT) from None
 
 
 def check_removable(folder: Path) -> None:
@@ -93,8 +100,7 @@ def check_removable(folder: Path) -> None:
     closed = [path for path, _, _ in walked if not os.access(path, os.R_OK | os.W_OK | os.X_OK)]
     closed += [error.filename for error in unread if isinstance(error, PermissionError)]
     if closed:
-        hint = f"`chown -R` {folder} to the user that the daemon runs as, then ask again"
-        raise BadHome(f"{closed[0]} belongs to another user, and cannot be emptied", hint)
+        raise BadHome(f"{closed[0]} belongs to another user, and cannot be emptied", CHOWN_HINT)
 
 
 def finish(home: Home, store: Store) -> None:

@@ -77,8 +77,9 @@ def test_a_case_without_files_can_only_be_closed(refusing: Home) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for another user")
-def test_what_another_user_put_into_a_case_stops_its_discarding_before_anything_is_moved(refusing: Home) -> None:
-    """Half of it would be left where no start can sweep, and a daemon that is asked would end by that."""
+@pytest.mark.parametrize(("mode", "said"), [(0o700, "belongs to another user"), (0o1777, "cannot be removed")])
+def test_what_another_user_put_into_a_case_stops_its_discarding(refusing: Home, mode: int, said: str) -> None:
+    """It would be left where every start fails on it, and a daemon that is asked would end by that."""
     theirs = refusing.quarantine(5) / "theirs"
     theirs.mkdir()
     (theirs / "notes.txt").write_text("notes")
@@ -86,16 +87,17 @@ def test_what_another_user_put_into_a_case_stops_its_discarding_before_anything_
         os.lchown(path, NOBODY, NOBODY)
     for folder in [refusing.root, *refusing.root.parents]:
         folder.chmod(folder.stat().st_mode | 0o755)
-    theirs.chmod(0o700)
-    os.chown(theirs, 0, 0)
+    for path in (theirs, theirs / "notes.txt"):
+        os.chown(path, 0, 0)
+    theirs.chmod(mode)
 
     def asked() -> str:
         with Store.open(refusing.registry) as store:
             return str(carry_out(refusing, store, Request(Deed.DISCARD, "ada", experts=(5,))))
 
-    said = as_nobody(asked)
-    assert f"{theirs} belongs to another user" in said and "BadHome" in said
-    assert (theirs / "notes.txt").exists() and not list(refusing.tmp.iterdir())
+    answer = as_nobody(asked)
+    assert said in answer and "BadHome" in answer
+    assert open_cases(refusing) == [6, 5] and (theirs / "notes.txt").exists() and not list(refusing.tmp.iterdir())
 
 
 def test_a_retry_beside_the_daemon(refusing: Home, model: tuple[Path, list[Path]]) -> None:
