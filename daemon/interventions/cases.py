@@ -11,7 +11,7 @@ from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.layout import DROPPED_REASON_FILE, REASON_FILE, Home, number
-from daemon.versions.retention import check_removable, remove_whole
+from daemon.versions.retention import check_removable, remove_dropped
 from projector.text import shown
 from registry.records import Deed, Expert, NewIntervention, Status
 from registry.store import Store
@@ -41,7 +41,7 @@ def close(home: Home, store: Store, expert: Expert, intervention: NewInterventio
                 "see to the inbox, then ask again",
             ) from error
     hit("case.moved")
-    remove_whole(home, home.quarantine(expert.id))
+    remove_dropped(home, home.quarantine(expert.id))
     store.close_case(expert.id, intervention)
 
 

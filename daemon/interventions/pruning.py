@@ -15,7 +15,7 @@ from pathlib import Path
 from daemon.errors import BadHome
 from daemon.interventions import cases
 from daemon.layout import Home, number
-from daemon.versions.retention import check_removable, numbered, remove_whole
+from daemon.versions.retention import check_removable, numbered, remove_dropped
 from projector.text import shown, size
 from registry.reader import Reader
 from registry.records import Deed, Expert, NewIntervention, Status
@@ -145,7 +145,7 @@ def remove(
         if one.open_case:
             cases.close(home, store, one.expert, replace(intervention, experts=(one.expert.id,)))
         else:
-            remove_whole(home, one.folder)
+            remove_dropped(home, one.folder)
     return lines
 
 

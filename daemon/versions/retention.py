@@ -78,8 +78,8 @@ def remove_files(home: Home, version: Version) -> None:
 def remove_whole(home: Home, path: Path) -> None:
     """Removes a file or folder at once, by a rename: no crash leaves a part of it where it was.
 
-    Raises BadHome where something in it, as another user made it, may not be removed: what is left of it is then where
-    it was, for in state/tmp every start would fail on it.
+    Raises PermissionError where something in it, as another user made it, may not be removed: what is left of it is
+    then where it was, for in state/tmp every start would fail on it.
     """
     if os.path.lexists(path):
         going = home.tmp / uuid4().hex  # recovery empties that
@@ -88,9 +88,17 @@ def remove_whole(home: Home, path: Path) -> None:
         finally:  # a full disk may fail the sync, when it has moved already
             try:
                 durable.remove(going)
-            except PermissionError as error:
+            except PermissionError:
                 durable.rename(going, path)
-                raise BadHome(f"{path} cannot be removed: {error.strerror}: {error.filename}", CHOWN_HINT) from None
+                raise
+
+
+def remove_dropped(home: Home, path: Path) -> None:
+    """As `remove_whole`, of what others made. Raises BadHome where it may not be removed."""
+    try:
+        remove_whole(home, path)
+    except PermissionError as error:
+        raise BadHome(f"{path} cannot be removed: {error.strerror}: {error.filename}", CHOWN_HINT) from error
 
 
 def check_removable(folder: Path) -> None:

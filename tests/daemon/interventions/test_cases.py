@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from daemon.arrivals import filing
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from daemon.versions.retention import collect
@@ -98,6 +99,24 @@ def test_what_another_user_put_into_a_case_stops_its_discarding(refusing: Home, 
     answer = as_nobody(asked)
     assert said in answer and "BadHome" in answer
     assert open_cases(refusing) == [6, 5] and (theirs / "notes.txt").exists() and not list(refusing.tmp.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for another user")
+def test_what_cannot_be_removed_from_the_inbox_is_not_left_where_every_start_fails_on_it(merged: Home) -> None:
+    """Its owner let it be moved, but not what is in it: a copy of it is in the archive."""
+    theirs = merged.inbox / "theirs"
+    theirs.mkdir()
+    for path in [merged.root, *merged.root.rglob("*")]:
+        os.lchown(path, NOBODY, NOBODY)
+    for folder in [merged.root, *merged.root.parents]:
+        folder.chmod(folder.stat().st_mode | 0o755)
+    (theirs / "notes.txt").write_text("notes")
+    os.chown(theirs, 0, 0)
+    theirs.chmod(0o1777)
+    said = as_nobody(lambda: str(filing._move(merged, theirs, merged.archive(1))))
+    assert said.startswith("PermissionError") and (theirs / "notes.txt").exists()
+    assert not list(merged.tmp.iterdir())
+    theirs.chmod(0o755)
 
 
 def test_a_retry_beside_the_daemon(refusing: Home, model: tuple[Path, list[Path]]) -> None:
