@@ -86,7 +86,8 @@ class Posting:
         url, seconds = urlsplit(self._settings.url), self._settings.timeout_seconds
         host, tls = url.hostname or "", url.scheme == "https"
         make = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-        connection = make(host, url.port, timeout=seconds)
+        # The port in any case: without one, http.client takes the end of an IPv6 address for it.
+        connection = make(host, url.port or make.default_port, timeout=seconds)
         try:
             connection.sock = self._connected(host, connection.port, seconds, tls)
             now = str(int(time.time()))

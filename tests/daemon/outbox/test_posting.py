@@ -13,6 +13,7 @@ import pytest
 from daemon.layout import Home
 from daemon.outbox import posting
 from daemon.outbox.posting import Posting, is_public, signature
+from daemon.pull.client import Connection, Origin
 from daemon.sections import Webhook
 from tests.daemon.outbox.receiver import KEY, SECRET, Receiver, verified
 
@@ -83,6 +84,20 @@ def test_the_address_that_was_looked_at_is_the_one_that_is_asked(
     monkeypatch.setattr(socket.socket, "connect", connect)
     assert not to("http://rebinding.example/", allow_private=False).post("msg_1", b"{}").delivered
     assert asked == ["rebinding.example"] and connected == [("203.0.113.1", port)]
+
+
+@pytest.mark.parametrize(("url", "port"), [("http://[2606:4700::1111]/", 80), ("https://[2606:4700::1111]/", 443)])
+def test_the_end_of_an_ipv6_address_is_no_port(monkeypatch: pytest.MonkeyPatch, url: str, port: int) -> None:
+    asked: list[object] = []
+
+    def getaddrinfo(*words: object, **_: object) -> None:
+        asked.append(words[:2])
+        raise OSError("not here")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert not to(url).post("msg_1", b"{}").delivered
+    assert asked == [("2606:4700::1111", port)]
+    assert Connection(Origin.of(url))._http.port == port
 
 
 def test_a_name_with_many_addresses_has_no_more_time_than_one_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
