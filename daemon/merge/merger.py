@@ -38,7 +38,7 @@ from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.home.ground import Base, States, damaged, sound_ground, touched_meanwhile
-from daemon.home.uncommitted import clear, temporaries
+from daemon.home.uncommitted import clear, remove_temporary, temporaries
 from daemon.layout import Home
 from daemon.merge.folding import Folding
 from daemon.merge.gate import REJECTED, Gate, Judged
@@ -207,7 +207,7 @@ class Merger:
         """
         self.preparations.discard()
         for path in temporaries(self._home):  # to remove it may have been what failed
-            durable.remove(path)
+            remove_temporary(path)
         unplaced = self._store.unplaced()
         for expert in unplaced:
             self._tidy(expert)
