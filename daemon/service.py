@@ -120,7 +120,8 @@ class Service:
             self._serve(closing)
         crashed = not self._home.clean.exists()
         self._recover(store, once)
-        self._sender = closing.enter_context(Sender(self._home, store, self._settings, self._metrics, crashed, once))
+        who = self._home, store, self._settings, self._metrics, crashed, self._stopping if once else None
+        self._sender = closing.enter_context(Sender(*who))
         progress = Progress(self._stopping, self._report, self._fell_back)
         try:
             merger = Merger(self._home, store, self._settings, progress, self._judging)
@@ -157,7 +158,7 @@ class Service:
         while True:
             try:
                 recover(self._home, store, self._log.info, watch)
-                collect(self._home, store, self._settings.retention)
+                collect(self._home, store, self._settings.retention, partial(watch.advance, 0))
                 return
             except (OSError, DiskFull) as error:
                 self._wait_for_space(error, once)
@@ -319,6 +320,7 @@ class Service:
         finally:  # whatever hinders the tidying, what was recorded counts
             if expert.status is Status.MERGED:
                 timed(drop, progress, time.monotonic() - started, self._metrics)
+            self._metrics.progress.set(0)  # it was looked at once more
             self._tell(expert, store, log)
         if not moved:
             say_immovable(self._home, expert)

@@ -62,7 +62,7 @@ def place(home: Home, store: Store, expert: Expert, watch: Watch) -> bool:
             if error.errno not in IMMOVABLE or durable.failed_sync(error):
                 raise
             if expert.status is Status.MERGED and not os.path.lexists(target):
-                _copy(home, expert, path, target)
+                _copy(home, expert, path, target, watch)
             return False
     else:  # moved before a crash, but perhaps not yet durably
         durable.sync_folder(folder)
@@ -104,7 +104,7 @@ def _move(home: Home, path: Path, target: Path) -> None:
         durable.rename(path, target)
 
 
-def _copy(home: Home, expert: Expert, path: Path, target: Path) -> None:
+def _copy(home: Home, expert: Expert, path: Path, target: Path, watch: Watch) -> None:
     """Copies an entry of the inbox that cannot be moved. Nothing is left where what was copied is not what was merged:
     it is still in the inbox. Raises OSError where the disk is full, or descriptors or memory are short.
     """
@@ -113,9 +113,9 @@ def _copy(home: Home, expert: Expert, path: Path, target: Path) -> None:
     try:
         before = fingerprint(path)
         with Folder(home.inbox, follow=True) as inbox, Folder(making) as copies:
-            copy_entry(inbox.fd, path.name, copies)
+            copy_entry(inbox.fd, path.name, copies, watch)
         sidecars = sorted(expert.sidecars or {})
-        if fingerprint(path) == before and identity_at(making / path.name, sidecars) == expert.sha256:
+        if fingerprint(path) == before and identity_at(making / path.name, sidecars, watch) == expert.sha256:
             durable.rename(making / path.name, target)
         else:
             structlog.get_logger().error("it is not what was merged any more: no copy was made", drop=shown(path.name))

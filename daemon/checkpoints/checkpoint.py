@@ -297,12 +297,12 @@ def open_path(
         os.close(parent)
 
 
-def identity_at(path: Path, needs: Sequence[str] = ()) -> str | None:
+def identity_at(path: Path, needs: Sequence[str] = (), watch: Watch = SILENT) -> str | None:
     """The identity of what lies there, with no link followed; None where that is no checkpoint, or without a sidecar
     that is needed. Raises OSError.
     """
     try:
-        with open_path(path, follow=False, needs=needs) as checkpoint:
+        with open_path(path, watch, follow=False, needs=needs) as checkpoint:
             return checkpoint.identity()
     except (DaemonError, ProjectorError):
         return None

@@ -76,7 +76,7 @@ def _served(url: str, live: bool, timeout: float) -> str | None:
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     host, address = parts.hostname or "", f"{parts.path.rstrip('/')}/{'livez' if live else 'readyz'}"
     try:
-        connection = kind(LOOPBACK.get(host, host), parts.port, timeout=timeout)
+        connection = kind(LOOPBACK.get(host, host), parts.port or kind.default_port, timeout=timeout)
     except (ValueError, http.client.HTTPException) as error:
         raise typer.BadParameter(f"{url} is no address: {error}", param_hint="--url") from None
     try:

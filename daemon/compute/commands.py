@@ -17,7 +17,14 @@ from daemon.compute.processes import end, has_ended, leashed
 from daemon.errors import BadConfig
 from projector.text import shown
 
-SECRETS = ("MAINSTEM_TOKEN", "MAINSTEM_HTTP", "MAINSTEM_HTTP__WRITE_TOKEN", "MAINSTEM_WEBHOOKS")  # in any case
+SECRETS = (
+    "MAINSTEM_TOKEN",
+    "MAINSTEM_HTTP",
+    "MAINSTEM_HTTP__WRITE_TOKEN",
+    "MAINSTEM_WEBHOOKS",
+    "MAINSTEM_EVALUATE",
+)  # in any case
+SECRET_TABLE = "MAINSTEM_EVALUATE__ENVIRONMENT"  # what the evaluator is given, a hook is not; nor what is in it
 READ_BYTES, PIPE_BYTES = 1 << 16, 4 << 20  # at a time; more than a pipe holds
 TICK_SECONDS = 0.1
 LAST_TICK_SECONDS = 0.01  # once it has closed its outputs: it is about to end
@@ -32,7 +39,12 @@ class TookTooLong(Exception):
 
 def environment(more: Mapping[str, str] = {}) -> dict[str, str]:
     """What a command finds in its environment: ours without our secrets, and `more`."""
-    return {name: value for name, value in os.environ.items() if name.upper() not in SECRETS} | dict(more)
+    kept = {name: value for name, value in os.environ.items() if not _is_secret(name.upper())}
+    return kept | dict(more)
+
+
+def _is_secret(name: str) -> bool:
+    return name in SECRETS or name.startswith(SECRET_TABLE)
 
 
 def check_program(setting: str, program: str, home: Path, more: Mapping[str, str] = {}) -> None:

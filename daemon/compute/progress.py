@@ -53,5 +53,9 @@ class Progress(Watch):
         self._done += nbytes
         self._report(min(1.0, self._done / self._total) if self._total else 0.0)
 
+    def goes_on(self) -> None:
+        """Shows that the loop does not hang, where there is nothing to count; raises nothing."""
+        self._stopping.is_set()
+
     def fell_back(self, name: str, why: str) -> None:
         self._fell_back(name, why)

@@ -205,8 +205,12 @@ def longest_seconds(schema: Schema, methods: Sequence[Method]) -> float:
 
 
 def _matrix_seconds(spec: TensorSpec, method: Method) -> float:
-    side = min(spec.shape[0], spec.row_numel) if len(spec.shape) > 1 else 1
-    return 2 * method.products * spec.numel * side / PRODUCTS_PER_SECOND + 10 * side**3 / DECOMPOSITION_PER_SECOND
+    """Of a matrix, or of all of a stack (k, m, n)."""
+    stack = len(spec.shape) == 3
+    rows, count = spec.shape[1 if stack else 0], spec.shape[0] if stack else 1
+    side = min(rows, spec.numel // max(1, count * rows)) if len(spec.shape) > 1 else 1
+    products = 2 * method.products * spec.numel * side / PRODUCTS_PER_SECOND
+    return products + count * 10 * side**3 / DECOMPOSITION_PER_SECOND
 
 
 def _usable_memory() -> int:

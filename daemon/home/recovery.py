@@ -16,7 +16,7 @@ from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.home.ground import separate
 from daemon.home.restoring import restoring
-from daemon.home.uncommitted import leftovers, refuse_ahead, temporaries
+from daemon.home.uncommitted import leftovers, refuse_ahead, remove_temporary, temporaries
 from daemon.layout import Home, is_head_name
 from daemon.notation import called
 from daemon.versions.checking import problems
@@ -57,10 +57,11 @@ def recover(home: Home, store: Store, say: Callable[..., object], watch: Watch =
     durable.remove(home.clean)
     durable.sync_folder(home.state)
     for path in [*leftovers(home, store), *_strays(home, store)]:
-        if path.parent == home.tmp:
-            durable.remove(path)
-        else:
+        if path.parent != home.tmp:
             remove_whole(home, path)
+        elif not remove_temporary(path):
+            say("what another user made in state/tmp cannot be removed", path=str(path.relative_to(home.root)))
+            continue
         say("removed what was never committed", path=str(path.relative_to(home.root)))
     if os.path.lexists(home.old_uploads):
         # Others may write there: what cannot be removed stays, and stops no start. A link is removed, not followed.

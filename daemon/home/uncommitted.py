@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+from daemon.disk import durable
 from daemon.errors import BadHome
 from daemon.home.restoring import again
 from daemon.layout import MANIFEST, PREPARED_DIGEST, PREPARED_FILE, STATE_FILE, Home, number
@@ -69,6 +70,15 @@ def _stands(home: Home, head: Head) -> bool:
 def temporaries(home: Home) -> list[Path]:
     """What was being made, or was on its way out, in state/tmp: nothing that has another name than we give."""
     return [path for path in home.tmp.iterdir() if TEMPORARY.fullmatch(path.name)]
+
+
+def remove_temporary(path: Path) -> bool:
+    """Removes one of these; False where another user's folder in it does not let us: it is in nobody's way."""
+    try:
+        durable.remove(path)
+    except PermissionError:
+        return False
+    return True
 
 
 def clear(home: Home, reader: Reader) -> list[Path]:

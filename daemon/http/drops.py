@@ -13,8 +13,11 @@ from daemon.http.answers import Problem
 from daemon.http.finding import arrivals
 from daemon.http.rows import Row
 from daemon.layout import Home
+from projector.text import shown
 from registry.reader import Reader
 from registry.records import Expert
+
+DIGITS = 64  # of a sha256
 
 Sent = Callable[[str], Sequence[Stored] | None]
 """The files that came of an upload under that name; None where there is none."""
@@ -33,7 +36,8 @@ class Drops:
         if not NAME.fullmatch(name):  # the others cannot be asked for: a path may not lead elsewhere
             return None
         if (files := self._sent(name)) is not None:
-            return {"name": name, "state": "uploading", "why": "it is being sent", "files": list(map(asdict, files))}
+            sent = {"name": name, "state": "uploading", "why": "it is being sent", "before": self._before(name)}
+            return {**sent, "files": list(map(asdict, files))}
         try:
             found = entry(self._home, self._reader, name)
         except OSError:
@@ -42,13 +46,23 @@ class Drops:
             return None
         word, one = found
         since = one.since.isoformat(timespec="seconds") if one.since else None
-        return {"name": name, "state": word, "why": one.why, "since": since}
+        return {"name": name, "state": word, "why": one.why, "since": since, "before": self._before(name)}
+
+    def _before(self, name: str) -> int | None:
+        """The newest that was dropped under that name before, and is not this one."""
+        earlier = self._reader.dropped_as(shown(name))
+        return earlier.id if earlier else None
 
     def arrivals(self, words: str) -> list[Expert]:
-        """What arrived with that sha256, or else the newest that was dropped under that name. Problem 404 or 409."""
+        """The newest that was dropped under that name, or else what arrived with that sha256: a name such as 2024 may
+        also be how one begins. Of a whole sha256 it is the other way round. Problem 404 or 409.
+        """
+        named = self._reader.dropped_as(shown(words))
+        if named and len(words) < DIGITS:
+            return [named]
         if found := arrivals(self._reader, words.lower()):
             return found
-        if named := self._reader.dropped_as(words):
+        if named:
             return [named]
         raise Problem(404, "unknown_expert", "no expert has that sha256 or name", "GET /v1/experts lists the experts")
 

@@ -11,7 +11,7 @@ from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.layout import DROPPED_REASON_FILE, REASON_FILE, Home, number
-from daemon.versions.retention import remove_whole
+from daemon.versions.retention import check_removable, remove_dropped
 from projector.text import shown
 from registry.records import Deed, Expert, NewIntervention, Status
 from registry.store import Store
@@ -41,7 +41,7 @@ def close(home: Home, store: Store, expert: Expert, intervention: NewInterventio
                 "see to the inbox, then ask again",
             ) from error
     hit("case.moved")
-    remove_whole(home, home.quarantine(expert.id))
+    remove_dropped(home, home.quarantine(expert.id))
     store.close_case(expert.id, intervention)
 
 
@@ -56,6 +56,7 @@ def _check(home: Home, expert: Expert, deed: Deed) -> str:
     if deed is Deed.RETRY and expert.blocked:
         raise BadHome(f"{which} is blocked: it would not be merged", f"`mainstem unblock {expert.id}`, then ask again")
     if deed is Deed.DISCARD:
+        check_removable(home.quarantine(expert.id))
         return f"{which}: what lies in quarantine/{number(expert.id)} is removed for good"
     moved = not there and os.path.lexists(home.inbox / expert.name)  # by somebody who died before it was noted
     if not there and not moved:

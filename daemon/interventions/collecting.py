@@ -4,7 +4,7 @@ A dry run says what would go; how much room that makes is told by the files that
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from daemon.config import Retention
@@ -40,10 +40,10 @@ def planned(home: Home, reader: Reader, settings: Retention) -> list[str]:
     return lines
 
 
-def remove(home: Home, store: Store, settings: Retention) -> list[str]:
-    """Removes it, and says what it was as `planned` does."""
+def remove(home: Home, store: Store, settings: Retention, goes_on: Callable[[], object] = lambda: None) -> list[str]:
+    """Removes it, and says what it was as `planned` does. goes_on: as `collect` has it."""
     lines = planned(home, store, settings)
-    collect(home, store, settings)
+    collect(home, store, settings, goes_on)
     return lines
 
 

@@ -7,7 +7,7 @@ certain stays, and so does all of the archive while a rebuild in this home has b
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from daemon.errors import BadHome
 from daemon.interventions import cases
 from daemon.layout import Home, number
-from daemon.versions.retention import numbered, remove_whole
+from daemon.versions.retention import check_removable, numbered, remove_dropped
 from projector.text import shown, size
 from registry.reader import Reader
 from registry.records import Deed, Expert, NewIntervention, Status
@@ -61,11 +61,12 @@ class Going:
         return self.expert.status is Status.QUARANTINED and self.expert.closed_at is None
 
 
-def going(home: Home, reader: Reader, wanted: Prune) -> list[Going]:
-    """What would go, the oldest first. Raises BadHome where the archive is being read."""
+def going(home: Home, reader: Reader, wanted: Prune, goes_on: Callable[[], object] = lambda: None) -> list[Going]:
+    """What would go, the oldest first. goes_on: is called for each folder. Raises BadHome where the archive is being
+    read."""
     found = []
     if wanted.archive:
-        found += list(_chosen(reader, home.root / "archive", wanted))
+        found += list(_chosen(reader, home.root / "archive", wanted, goes_on))
         begun = [path.name for kind in ("without-*", "rebuild-*") for path in home.state.glob(kind)]
         if begun and any(one.expert.status is Status.MERGED for one in found):
             raise BadHome(
@@ -73,13 +74,14 @@ def going(home: Home, reader: Reader, wanted: Prune) -> list[Going]:
                 "finish it, with the same command again; then prune",
             )
     if wanted.quarantine:
-        found += list(_chosen(reader, home.root / "quarantine", wanted))
+        found += list(_chosen(reader, home.root / "quarantine", wanted, goes_on))
     return found
 
 
-def _chosen(reader: Reader, folder: Path, wanted: Prune) -> Iterator[Going]:
+def _chosen(reader: Reader, folder: Path, wanted: Prune, goes_on: Callable[[], object]) -> Iterator[Going]:
     before = datetime.now(UTC) - timedelta(seconds=wanted.older_than or 0)
     for n, path in sorted(numbered(folder).items()):
+        goes_on()
         expert = reader.expert(n)
         if expert is None or expert.place is None:  # not ours; or a move that a crash may have cut short
             continue
@@ -118,23 +120,32 @@ def described(found: Sequence[Going]) -> list[str]:
     return lines
 
 
-def remove(home: Home, store: Store, wanted: Prune, intervention: NewIntervention) -> list[str]:
-    """Removes it, and says what it was as `planned` does. Cut short, the same again removes the rest.
+def remove(
+    home: Home,
+    store: Store,
+    wanted: Prune,
+    intervention: NewIntervention,
+    goes_on: Callable[[], object] = lambda: None,
+) -> list[str]:
+    """Removes it, and says what it was as `planned` does. Cut short, the same again removes the rest. goes_on: is
+    called again and again, for thousands take long; what it raises cuts it short.
 
     Raises BadHome, and then nothing has changed, where another user's folder is in it.
     """
-    found = going(home, store, wanted)
+    found = going(home, store, wanted, goes_on)
     for one in found:
-        _check_ours(one.folder)
+        goes_on()
+        check_removable(one.folder)
     lines = described(found)
     archived = [one for one in found if one.expert.status is not Status.QUARANTINED]
     if archived:
         store.intervened(replace(intervention, experts=tuple(one.expert.id for one in archived)))
     for one in found:
+        goes_on()
         if one.open_case:
             cases.close(home, store, one.expert, replace(intervention, experts=(one.expert.id,)))
         else:
-            remove_whole(home, one.folder)
+            remove_dropped(home, one.folder)
     return lines
 
 
@@ -151,13 +162,6 @@ def pruned(reader: Reader) -> set[int]:
     """The experts whose files were pruned, as far as the newest interventions tell."""
     found = [one for one in reader.interventions(limit=1000) if one.deed is Deed.PRUNE]
     return {expert for one in found for expert in one.experts}
-
-
-def _check_ours(folder: Path) -> None:
-    """Raises BadHome where a folder in it cannot be emptied: half of it would be left, where a start cannot sweep."""
-    for path, _, _ in os.walk(folder):
-        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            raise BadHome(f"{path} belongs to another user, and cannot be emptied", "chown it, then prune again")
 
 
 def _status(one: Going) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from threading import Event
 
-from daemon.compute.progress import Progress
+from daemon.compute.progress import Abandoned, Progress
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
@@ -58,10 +58,15 @@ def answer_waiting(home: Home, store: Store, settings: Settings, desk: Desk, sto
 
 def _done(home: Home, store: Store, settings: Settings, asked: Asked, stopping: Event) -> list[str]:
     """What was done, in lines of words."""
+
+    def goes_on() -> None:
+        if stopping.is_set():
+            raise Abandoned
+
     if asked.request.deed is Deed.COLLECT:
-        return collecting.remove(home, store, settings.retention)
+        return collecting.remove(home, store, settings.retention, goes_on)
     if asked.request.prune:
-        return pruning.remove(home, store, asked.request.prune, asked.request.intervention)
+        return pruning.remove(home, store, asked.request.prune, asked.request.intervention, goes_on)
     return _withdraw(home, store, settings, asked, stopping)
 
 

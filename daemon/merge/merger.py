@@ -38,7 +38,7 @@ from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.home.ground import Base, States, damaged, sound_ground, touched_meanwhile
-from daemon.home.uncommitted import clear, temporaries
+from daemon.home.uncommitted import clear, remove_temporary, temporaries
 from daemon.layout import Home
 from daemon.merge.folding import Folding
 from daemon.merge.gate import REJECTED, Gate, Judged
@@ -207,11 +207,11 @@ class Merger:
         """
         self.preparations.discard()
         for path in temporaries(self._home):  # to remove it may have been what failed
-            durable.remove(path)
+            remove_temporary(path)
         unplaced = self._store.unplaced()
         for expert in unplaced:
             self._tidy(expert)
-        collect(self._home, self._store, self._settings.retention)  # time may have made room
+        collect(self._home, self._store, self._settings.retention, self._progress.goes_on)  # time may have made room
         self.preparations.follow(head_tips(self._store, self._methods))
         return unplaced
 
@@ -486,5 +486,5 @@ class Merger:
             follow_live(self._home, self._store)
             hit("latest.after")
         placed = place(self._home, self._store, expert, self._progress)
-        collect(self._home, self._store, self._settings.retention)
+        collect(self._home, self._store, self._settings.retention, self._progress.goes_on)
         return placed

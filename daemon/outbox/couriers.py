@@ -23,6 +23,7 @@ from registry.records import Delivery, Endpoint, EndpointKind, Outcome
 
 MOST_ATTEMPTS = 12  # over some five hours
 FIRST_PAUSE_SECONDS, PAUSE_FACTOR, MOST_PAUSE_SECONDS = 2.0, 3.0, 3600.0
+LONGEST_REST_SECONDS = 1.5 * MOST_PAUSE_SECONDS  # after any attempt
 BATCH = 50  # deliveries that are made before they are written down
 MOST_KNOWN = 200  # that are made while they cannot be written down
 NOTE_SECONDS = 1.0  # what was delivered is written down within that, while more follows
@@ -139,7 +140,8 @@ class Courier:
         last, until = self._failed, delivery.next_at
         if last and delivery.id > last.id and self.endpoint.kind is EndpointKind.WEBHOOK:
             until = last.next_at
-        return max(0.0, (until - datetime.now(UTC)).total_seconds()) if until else 0.0
+        rest = max(0.0, (until - datetime.now(UTC)).total_seconds()) if until else 0.0
+        return rest if rest <= LONGEST_REST_SECONDS else 0.0  # the clock was another one when that was written down
 
     def _due(self) -> list[Delivery]:
         """What is to be told, in order."""

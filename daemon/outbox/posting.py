@@ -25,8 +25,10 @@ from daemon.release import software_version
 from daemon.sections import Webhook
 from registry.records import Delivery
 
+UNICAST = ip_network("2000::/3")  # what is given out of IPv6: others are old ways to write an address of IPv4, or local
 NAT64 = ip_network("64:ff9b::/96")  # an address of IPv4 is in its last 32 bits
 MOST_AGAIN_SECONDS = 3600.0
+LEAST_SECONDS = 0.01
 
 
 class Private(Exception):
@@ -84,7 +86,8 @@ class Posting:
         url, seconds = urlsplit(self._settings.url), self._settings.timeout_seconds
         host, tls = url.hostname or "", url.scheme == "https"
         make = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-        connection = make(host, url.port, timeout=seconds)
+        # The port in any case: without one, http.client takes the end of an IPv6 address for it.
+        connection = make(host, url.port or make.default_port, timeout=seconds)
         try:
             connection.sock = self._connected(host, connection.port, seconds, tls)
             now = str(int(time.time()))
@@ -113,14 +116,16 @@ class Posting:
             what = host if host == first else f"{host} is {first}, which"
             raise Private(f"{what} is not a public address: `allow_private = true` under this [[webhooks]] allows it")
         failed: OSError | None = None
+        end = time.monotonic() + seconds  # for all of them: a name may have hundreds
         for family, kind, protocol, _, address in allowed:
             one = socket.socket(family, kind, protocol)
             try:
-                one.settimeout(seconds)
+                one.settimeout(max(LEAST_SECONDS, end - time.monotonic()))
                 self._socket = one
                 if self._aborted.is_set():
                     raise OSError("the daemon is stopping")
                 one.connect(address)
+                one.settimeout(seconds)
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if tls:
                     self._socket = one = ssl.create_default_context().wrap_socket(one, server_hostname=host)
@@ -128,6 +133,8 @@ class Posting:
             except OSError as error:
                 one.close()
                 failed = error
+                if time.monotonic() >= end:
+                    raise TimeoutError from error
         assert failed
         raise failed
 
@@ -150,10 +157,10 @@ def is_public(address: str | int) -> bool:
     if isinstance(found, IPv6Address):
         if found in NAT64:
             found = IPv4Address(int(found) & 0xFFFFFFFF)
-        elif found.teredo or found.sixtofour:
+        elif found.ipv4_mapped:
+            found = found.ipv4_mapped
+        elif found not in UNICAST or found.teredo or found.sixtofour:
             return False
-        else:
-            found = found.ipv4_mapped or found
     return bool(found and found.is_global and not found.is_multicast)
 
 

@@ -26,7 +26,7 @@ from daemon.outbox.hooking import Hooking
 from daemon.outbox.posting import Posting
 from daemon.outbox.stalling import Stalling
 from daemon.outbox.told import Way
-from registry.errors import RegistryError, StorageFailed
+from registry.errors import DiskFull, RegistryError, StorageFailed
 from registry.outbox import message
 from registry.reader import Reader
 from registry.records import Delivery, Endpoint, EndpointKind, Happening, NewEndpoint
@@ -36,7 +36,8 @@ from registry.store import Store
 TURNED = (Told.PUBLISHED, Told.PROMOTED, Told.ROLLED_BACK)  # another version is live: what hooks run for
 STALL = (Told.STALLED, Told.RECOVERED)
 ENDING_SECONDS = 2.0
-ONCE_SECONDS = 10.0  # that a run which drains once waits for those who are told
+ONCE_SECONDS = 10.0  # that a run which drains once waits for those who are told; for a hook, as long as that may take
+LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,28 @@ class Sender:
     """Tells everybody. Use it as a context manager, while the home's lock is held."""
 
     def __init__(
-        self, home: Home, store: Store, settings: Settings, metrics: Metrics, crashed: bool = False, once: bool = False
+        self,
+        home: Home,
+        store: Store,
+        settings: Settings,
+        metrics: Metrics,
+        crashed: bool = False,
+        once: Event | None = None,
     ) -> None:
-        """crashed: the run before did not end by itself. once: this run ends soon, and waits a while for who is told.
+        """crashed: the run before did not end by itself. once: this run ends soon, and waits a while for who is told,
+        until that is set.
 
         Raises BadConfig, and RegistryError.
         """
         self._home, self._store, self._metrics = home, store, metrics
-        self._patience = ONCE_SECONDS if once else 0.0
+        self._once = once
         self._reader = Reader.open(home.registry)
         self._own = _Own(home.registry)
         self._told: Mapping[Wanted, Courier] = {}
         self._closing = Event()
         self._watching: Thread | None = None
         self._log = structlog.get_logger()
-        self.adopt(settings, endpoints(home, settings))
+        self._adopt(settings, endpoints(home, settings))
         store.committed = self.wake
         if crashed or store.last_told(STALL) is Told.STALLED:
             reason = "crash" if crashed else "start"
@@ -90,8 +98,15 @@ class Sender:
     def adopt(self, settings: Settings, wanted: Sequence[Wanted]) -> None:
         """Tells those of the settings from here on. wanted: `endpoints` of them. Who stays as it is goes on as it did.
 
-        Raises RegistryError.
+        On a full disk all stay as they are: other settings may be what makes room. Raises RegistryError.
         """
+        try:
+            self._adopt(settings, wanted)
+        except DiskFull as error:
+            hint = f"{error.hint}, then `kill -HUP` the daemon once more"
+            self._log.error("webhooks and hooks stay as they were: the disk is full", hint=hint)
+
+    def _adopt(self, settings: Settings, wanted: Sequence[Wanted]) -> None:
         known = {(one.kind, one.target): one for one in self._store.follow_endpoints([w.endpoint for w in wanted])}
         before = self._told
         self._told = {one: before.get(one) or self._courier(one, known) for one in wanted}
@@ -138,14 +153,20 @@ class Sender:
     ) -> None:
         self._store.committed = lambda: None
         self._closing.set()
-        end = time.monotonic() + (self._patience if kind is None else 0)
-        for courier in self._couriers if self._patience else ():
-            courier.idle(end - time.monotonic())
+        if self._once and kind is None:
+            self._let_finish(self._once)
         self._end(self._couriers, ENDING_SECONDS)
         if self._watching:
             self._watching.join(ENDING_SECONDS)
         self._own.close()
         self._reader.close()
+
+    def _let_finish(self, stopping: Event) -> None:
+        begun, hook = time.monotonic(), max(ONCE_SECONDS, self._settings.hooks.timeout_seconds)
+        for courier in self._couriers:
+            end = begun + (hook if courier.endpoint.kind is EndpointKind.HOOK else ONCE_SECONDS)
+            while not stopping.is_set() and time.monotonic() < end and not courier.idle(LOOK_SECONDS):
+                pass
 
     def _end(self, couriers: Sequence[Courier], seconds: float) -> None:
         for courier in couriers:

@@ -99,7 +99,9 @@ class Connection:
         secure = origin.scheme == "https"
         known = {"Authorization": f"Bearer {origin.token}"} if origin.token else {}
         self._always = {"Accept-Encoding": "identity", **known}
-        self._http = (HTTPSConnection if secure else HTTPConnection)(origin.host, origin.port, timeout=timeout)
+        make = HTTPSConnection if secure else HTTPConnection
+        # The port in any case: without one, http.client takes the end of an IPv6 address for it.
+        self._http = make(origin.host, origin.port or make.default_port, timeout=timeout)
 
     def __enter__(self) -> "Connection":
         return self

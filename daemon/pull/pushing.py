@@ -71,7 +71,7 @@ def push(path: Path, origin: Origin, name: str | None = None, report: Report = l
             f"{shown(name)} lies in the inbox of {origin} already: {shown(str(known.get('why')))}",
             "wait until it is taken, or send this one with another --name",
         )
-    after = int(known.get("id") or 0)
+    after = int(known.get("id") or known.get("before") or 0)
     parts = parts_of(path)
     pushing.total = sum(part.size_bytes for part in parts)
     sent = pushing.folder(parts, known.get("files") or []) if path.is_dir() else pushing.file(parts[0], after)
@@ -211,6 +211,12 @@ class _Pushing:
                 yield piece
                 self._done += len(piece)
                 self._report(self._done, self.total)
+        if left:
+            raise DaemonError(
+                Reason.PULL,
+                f"{part.path} became {left} bytes shorter while it was sent",
+                "push it again once nothing writes it any more",
+            )
 
     def _committed(self, parts: Sequence[Part]) -> DaemonError | None:
         """Says that the folder is complete; why the server does not find it so, where files are missing."""

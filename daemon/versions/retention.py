@@ -10,7 +10,7 @@ What there is to remove is found by the folders, which are few, and not by the r
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from daemon.disk import durable
+from daemon.errors import BadHome
 from daemon.layout import BY_ITSELF, STATE_FILE, Home
 from registry.errors import BadRecord
 from registry.reader import Reader
@@ -30,17 +31,21 @@ if TYPE_CHECKING:
 
 LEAST_GRACE_SECONDS = 60.0  # for whoever has just begun to read it, however little room there is
 GRACE_SHARE = 10  # of what is free
+CHOWN_HINT = "`chown -R` it to the user that the daemon runs as, then ask again"
 OLDEST = 100  # versions of a head that are looked at together, where they are removed
 
 
-def collect(home: Home, store: Store, settings: "Retention") -> list[Version]:
+def collect(
+    home: Home, store: Store, settings: "Retention", goes_on: Callable[[], object] = lambda: None
+) -> list[Version]:
     """Removes what retention no longer keeps and returns it.
 
     Kept: version 0, the live version, the newest `settings.versions`, what is pinned, what a merged expert was trained
     from, the version that was live before one that does not follow it, and whatever was followed by another version
     less than the grace time ago: a reader may just have resolved `latest` to it. A burst would fill the disk by that:
     what does not fit into `settings.grace_bytes` goes after LEAST_GRACE_SECONDS.
-    The row is marked first: a version whose files are going is no longer offered.
+    The row is marked first: a version whose files are going is no longer offered. goes_on: is called before each, for
+    hundreds take long; what it raises leaves the rest.
     """
     remove_old_states(home, store)
     gone: list[Version] = []
@@ -49,6 +54,7 @@ def collect(home: Home, store: Store, settings: "Retention") -> list[Version]:
         while (head := store.head(name)) and (found := expired(store, head, settings, fit, OLDEST)):
             before = len(gone)
             for version in found:
+                goes_on()
                 with suppress(BadRecord):  # somebody has just rolled back to it, or pinned it
                     store.collected(version.head, version.number)
                     remove_files(home, version)
@@ -70,13 +76,39 @@ def remove_files(home: Home, version: Version) -> None:
 
 
 def remove_whole(home: Home, path: Path) -> None:
-    """Removes a file or folder at once, by a rename: no crash leaves a part of it where it was."""
+    """Removes a file or folder at once, by a rename: no crash leaves a part of it where it was.
+
+    Raises PermissionError where something in it, as another user made it, may not be removed: what is left of it is
+    then where it was, for in state/tmp every start would fail on it.
+    """
     if os.path.lexists(path):
         going = home.tmp / uuid4().hex  # recovery empties that
         try:
             durable.rename(path, going)
         finally:  # a full disk may fail the sync, when it has moved already
-            durable.remove(going)
+            try:
+                durable.remove(going)
+            except PermissionError:
+                durable.rename(going, path)
+                raise
+
+
+def remove_dropped(home: Home, path: Path) -> None:
+    """As `remove_whole`, of what others made. Raises BadHome where it may not be removed."""
+    try:
+        remove_whole(home, path)
+    except PermissionError as error:
+        raise BadHome(f"{path} cannot be removed: {error.strerror}: {error.filename}", CHOWN_HINT) from error
+
+
+def check_removable(folder: Path) -> None:
+    """Raises BadHome where a folder in it, as another user dropped it, cannot be emptied by this one."""
+    unread: list[OSError] = []
+    walked = os.walk(folder, onerror=unread.append)
+    closed = [path for path, _, _ in walked if not os.access(path, os.R_OK | os.W_OK | os.X_OK)]
+    closed += [error.filename for error in unread if isinstance(error, PermissionError)]
+    if closed:
+        raise BadHome(f"{closed[0]} belongs to another user, and cannot be emptied", CHOWN_HINT)
 
 
 def finish(home: Home, store: Store) -> None:

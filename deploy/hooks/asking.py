@@ -13,13 +13,20 @@ from typing import Any
 SECONDS = 1800  # the hook's own timeout_seconds ends it before
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer like any other that is no success: the key goes to nobody else."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 def ask(url: str, body: "dict[str, Any] | None" = None, refusals: "tuple[int, ...]" = ()) -> Any:
     """POSTs a JSON body, and returns the answer, from JSON where it is JSON. refusals: statuses that are no failure."""
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("SERVER_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, json.dumps(body or {}).encode(), headers, method="POST")
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
     try:
         with direct.open(request, timeout=SECONDS) as response:
             answer, status = response.read(), response.status

@@ -74,7 +74,8 @@ class TsvM(Method):
             return super().workspace(spec)
         m, n = spec.shape[-2:]
         k = min(m, n)
-        update = svd_bytes(spec.shape) + 4 * 3 * k * (m + n)  # the newcomer's triplets, all that are there, the chosen
+        # The newcomer's triplets and the first of them, all that are there beside each other, those in their order.
+        update = svd_bytes(spec.shape) + 4 * 4 * k * (m + n)
         read = 8 * (6 * k * k + 3 * min(m * n, BLOCK_NUMEL)) + 4 * k * (m + n)  # eigh; widened blocks; both factors
         return max(update, read)
 

@@ -65,6 +65,14 @@ def test_the_template_is_the_unit_with_a_home_and_a_port_of_its_own() -> None:
     assert many == wanted.replace("EnvironmentFile=-/etc/mainstem/mainstem.env", "EnvironmentFile=/etc/mainstem/%i.env")
 
 
+def test_an_evaluator_may_make_code_as_it_runs() -> None:
+    """Products in bfloat16 on a CPU do: torch refuses them where memory that was written may not be run. A service
+    that only serves needs none.
+    """
+    denied = {path.name for path in UNITS.iterdir() if "\nMemoryDenyWriteExecute=yes" in path.read_text()}
+    assert denied == {"mainstem-serve.service"}
+
+
 @needs_systemd
 def test_the_user_and_the_folders_are_made(tmp_path: Path) -> None:
     """sysusers into an empty tree, tmpfiles read only: owners are those of the machine that runs it."""

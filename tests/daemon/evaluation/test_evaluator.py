@@ -79,7 +79,8 @@ def test_what_it_says_on_standard_error_is_heard_and_all_is_kept(tmp_path: Path)
 
 
 def test_no_token_of_ours_is_in_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MAINSTEM_TOKEN", "mainstem_http__write_token", "MAINSTEM_HTTP", "KEPT"):
+    evaluators = "MAINSTEM_EVALUATE__ENVIRONMENT", "MAINSTEM_EVALUATE__ENVIRONMENT__HF_TOKEN", "mainstem_evaluate"
+    for name in ("MAINSTEM_TOKEN", "mainstem_http__write_token", "MAINSTEM_HTTP", *evaluators, "KEPT"):
         monkeypatch.setenv(name, "so-and-so")
     script = f'test "$(env | grep -c so-and-so)" = 1 && test "$KEPT$ADDED" = so-and-so2 && {SCORES}'
     assert run(tmp_path, script, environment={"ADDED": "2"}).scores == {"sort": Score(0.5)}

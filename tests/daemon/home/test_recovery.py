@@ -38,6 +38,7 @@ from tests.daemon.following import commands_in, follow, run
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, live, make_home, put, quick, tree
 from tests.daemon.processes import forked
 from tests.models import read_weights, write_base, write_expert
+from tests.nobody import NOBODY, as_nobody
 
 
 @pytest.fixture
@@ -53,6 +54,30 @@ def merged(home: Home, base: Path, tmp_path: Path) -> Home:
 def store(merged: Home) -> Iterator[Store]:
     with Store.open(merged.registry) as store:
         yield store
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for another user")
+def test_what_another_user_made_in_tmp_stops_no_start(merged: Home) -> None:
+    """A crash may have come while an expert was removed in which somebody closed a folder."""
+    left, ours = merged.tmp / uuid4().hex, merged.tmp / uuid4().hex
+    (left / "theirs").mkdir(parents=True)
+    (left / "theirs" / "notes.txt").write_text("notes")
+    ours.mkdir()
+    for path in [merged.root, *merged.root.rglob("*")]:
+        os.lchown(path, NOBODY, NOBODY)
+    for folder in [merged.root, *merged.root.parents]:
+        folder.chmod(folder.stat().st_mode | 0o755)
+    os.chown(left / "theirs", 0, 0)
+    (left / "theirs").chmod(0o700)
+
+    def started() -> str:
+        said: list[str] = []
+        with Store.open(merged.registry) as store:
+            recover(merged, store, lambda event, **_: said.append(event))
+        return str(said)
+
+    assert "what another user made in state/tmp cannot be removed" in as_nobody(started)
+    assert left.exists() and not ours.exists()
 
 
 def quiet(event: str, **fields: object) -> None:

@@ -1,10 +1,13 @@
 """What was refused is an open case until somebody looked after it; blocks and pins."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from daemon.arrivals import filing
+from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from daemon.versions.retention import collect
 from registry.records import Deed, NewIntervention, Status
@@ -13,6 +16,7 @@ from tests.daemon.homes import drain, experts, lineage, live, put, quick
 from tests.daemon.interventions.test_rollback import did, refused, sound
 from tests.daemon.processes import running
 from tests.models import write_expert
+from tests.nobody import NOBODY, as_nobody
 
 
 @pytest.fixture
@@ -71,6 +75,48 @@ def test_a_case_without_files_can_only_be_closed(refusing: Home) -> None:
     assert "nothing is left of it" in refused(refusing, "quarantine", "retry", "5")
     did(refusing, "quarantine", "discard", "5")
     assert open_cases(refusing) == [6]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for another user")
+@pytest.mark.parametrize(("mode", "said"), [(0o700, "belongs to another user"), (0o1777, "cannot be removed")])
+def test_what_another_user_put_into_a_case_stops_its_discarding(refusing: Home, mode: int, said: str) -> None:
+    """It would be left where every start fails on it, and a daemon that is asked would end by that."""
+    theirs = refusing.quarantine(5) / "theirs"
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("notes")
+    for path in [refusing.root, *refusing.root.rglob("*")]:
+        os.lchown(path, NOBODY, NOBODY)
+    for folder in [refusing.root, *refusing.root.parents]:
+        folder.chmod(folder.stat().st_mode | 0o755)
+    for path in (theirs, theirs / "notes.txt"):
+        os.chown(path, 0, 0)
+    theirs.chmod(mode)
+
+    def asked() -> str:
+        with Store.open(refusing.registry) as store:
+            return str(carry_out(refusing, store, Request(Deed.DISCARD, "ada", experts=(5,))))
+
+    answer = as_nobody(asked)
+    assert said in answer and "BadHome" in answer
+    assert open_cases(refusing) == [6, 5] and (theirs / "notes.txt").exists() and not list(refusing.tmp.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for another user")
+def test_what_cannot_be_removed_from_the_inbox_is_not_left_where_every_start_fails_on_it(merged: Home) -> None:
+    """Its owner let it be moved, but not what is in it: a copy of it is in the archive."""
+    theirs = merged.inbox / "theirs"
+    theirs.mkdir()
+    for path in [merged.root, *merged.root.rglob("*")]:
+        os.lchown(path, NOBODY, NOBODY)
+    for folder in [merged.root, *merged.root.parents]:
+        folder.chmod(folder.stat().st_mode | 0o755)
+    (theirs / "notes.txt").write_text("notes")
+    os.chown(theirs, 0, 0)
+    theirs.chmod(0o1777)
+    said = as_nobody(lambda: str(filing._move(merged, theirs, merged.archive(1))))
+    assert said.startswith("PermissionError") and (theirs / "notes.txt").exists()
+    assert not list(merged.tmp.iterdir())
+    theirs.chmod(0o755)
 
 
 def test_a_retry_beside_the_daemon(refusing: Home, model: tuple[Path, list[Path]]) -> None:

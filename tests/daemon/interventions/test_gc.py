@@ -7,7 +7,7 @@ import pytest
 
 from daemon.config import Retention
 from daemon.home.verification import verify
-from daemon.interventions.collecting import planned
+from daemon.interventions.collecting import planned, remove
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from daemon.versions import retention
@@ -44,6 +44,13 @@ def test_what_a_dry_run_says_goes(merged: Home) -> None:
         assert verify(merged, reader, lambda _: None)[1] == []
         assert planned(merged, reader, Retention(versions=1, grace_seconds=0)) == []
         assert [done.deed for done in reader.interventions()] == [Deed.ROLLBACK, Deed.PIN]
+
+
+def test_before_each_version_that_goes_the_loop_shows_that_it_goes_on(merged: Home) -> None:
+    shown: list[int] = []
+    with Store.open(merged.registry) as store:
+        gone = remove(merged, store, Retention(versions=1, grace_seconds=0), lambda: shown.append(1))
+    assert len(shown) == sum("of state" not in line for line in gone[:-1]) > 2
 
 
 def test_beside_a_daemon_its_own_settings_count(merged: Home) -> None:

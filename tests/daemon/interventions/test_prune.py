@@ -10,20 +10,22 @@ from threading import Event
 
 import pytest
 
+from daemon.compute.progress import Abandoned
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.interventions.deeds import Request
-from daemon.interventions.pruning import Prune, _check_ours, going, pruned, remove
+from daemon.interventions.pruning import Prune, going, pruned, remove
 from daemon.interventions.requests import _read
 from daemon.interventions.waiting import answer_waiting
 from daemon.layout import Home
+from daemon.versions.retention import check_removable
 from registry.records import Deed, NewIntervention
 from registry.store import Store
 from tests.daemon.homes import drain, lineage, make_home, put, quick
 from tests.daemon.processes import forked
 from tests.daemon.rebuilds import refused
 from tests.models import write_base, write_expert
-from tests.nobody import as_nobody
+from tests.nobody import NOBODY, as_nobody
 
 ALL = Prune(archive=True, quarantine=True, older_than=0)
 UNREAD = Prune(archive=True, quarantine=True)
@@ -84,21 +86,27 @@ def test_what_a_crash_could_need_stays(home: Home) -> None:
     assert ids(home, UNREAD) == [3, 5]
 
 
-def test_a_folder_of_another_user_stops_it_before_anything_is_done(home: Home) -> None:
+@pytest.mark.parametrize("mode", [0o555, 0o700])
+def test_a_folder_of_another_user_stops_it_before_anything_is_done(home: Home, mode: int) -> None:
+    """Also one that cannot even be listed."""
     deep = home.archive(2) / "two" / "deep"
-    deep.mkdir()
-    deep.chmod(0o555)
+    (deep / "er").mkdir(parents=True)
     for folder in [home.root, *home.root.parents]:
         folder.chmod(folder.stat().st_mode | 0o755)
+    if os.geteuid() == 0:
+        os.chown(home.archive(2), NOBODY, NOBODY)
+        os.chown(home.archive(2) / "two", NOBODY, NOBODY)
+    deep.chmod(mode if os.geteuid() == 0 else mode & 0o555)
 
     def asked() -> str:
         try:
-            _check_ours(home.archive(2))
+            check_removable(home.archive(2))
             return "nothing"
         except BadHome as error:
             return str(error)
 
-    assert as_nobody(asked).endswith("belongs to another user, and cannot be emptied")
+    assert as_nobody(asked) == f"{deep} belongs to another user, and cannot be emptied"
+    deep.chmod(0o755)
 
 
 def test_what_goes_is_lost_for_a_rebuild_and_nothing_else_changes(home: Home) -> None:
@@ -119,31 +127,54 @@ def test_what_goes_is_lost_for_a_rebuild_and_nothing_else_changes(home: Home) ->
     drain(home)  # a start finds nothing amiss
 
 
+class _Asked:
+    wanted = True
+    request = Request(Deed.PRUNE, "ada", prune=ALL)
+
+
+class _Desk:
+    def __init__(self) -> None:
+        self.waiting = [_Asked()]
+        self.told: list[str] = []
+
+    def tell(self, _: object, lines: list[str]) -> None:
+        self.told.extend(lines)
+
+
+class _Looked(Event):
+    """Counts how often somebody looks whether to stop, and says so from one time on."""
+
+    def __init__(self, until: float) -> None:
+        super().__init__()
+        self.left = until
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
 def test_a_daemon_does_it_between_two_arrivals(home: Home) -> None:
     """By its own hands: what is asked for goes through the file and back."""
     path = home.state / "asked.json"
     request = Request(Deed.PRUNE, "ada", prune=ALL)
     path.write_text(json.dumps(asdict(request)))
     assert _read(path) == request
-
-    class Asked:
-        wanted = True
-
-        def __init__(self) -> None:
-            self.request = request
-
-    class Desk:
-        waiting = [Asked()]  # noqa: RUF012
-        told: list[str] = []  # noqa: RUF012
-
-        def tell(self, _: object, lines: list[str]) -> None:
-            self.told.extend(lines)
-
     with Store.open(home.registry) as store:
-        desk = Desk()
+        desk = _Desk()
         answer_waiting(home, store, quick(), desk, Event())  # type: ignore[arg-type]
         assert any(line.startswith("6 in all, ") for line in desk.told)
         assert remove(home, store, ALL, BY_ADA) == []
+
+
+def test_a_daemon_that_prunes_thousands_does_not_look_hung_and_stops_when_told(home: Home) -> None:
+    """There are six: each is looked at, checked and removed, and before each the loop shows that it goes on."""
+    looked, stopped = _Looked(1000), _Looked(15)
+    with Store.open(home.registry) as store:
+        with pytest.raises(Abandoned):
+            answer_waiting(home, store, quick(), _Desk(), stopped)  # type: ignore[arg-type]
+        assert 0 < len(going(home, store, ALL)) < 6
+        answer_waiting(home, store, quick(), _Desk(), looked)  # type: ignore[arg-type]
+        assert 1000 - looked.left == 3 * 4 and going(home, store, ALL) == []
 
 
 @pytest.mark.parametrize(

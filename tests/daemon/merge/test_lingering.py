@@ -10,7 +10,7 @@ from threading import Event
 
 import pytest
 
-from daemon.arrivals import copying
+from daemon.arrivals import copying, filing
 from daemon.arrivals.inbox import Inbox
 from daemon.arrivals.stuck import stays_hint
 from daemon.compute.progress import Abandoned, Progress
@@ -20,6 +20,7 @@ from daemon.home.recovery import recover
 from daemon.layout import Home
 from daemon.merge.lingering import Lingering
 from daemon.merge.merger import Merger
+from projector.watch import SILENT, Watch
 from registry.records import Status
 from registry.store import Store
 from tests.daemon.homes import drain, experts, live, put, quick, tree
@@ -120,6 +121,27 @@ def stuck(home: Home, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         found = Stuck(home, store, monkeypatch)
         yield found
         found.merger.close()
+
+
+def test_a_copy_of_what_cannot_be_moved_shows_that_it_goes_on_and_ends_with_the_daemon(
+    stuck: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a hundred gigabytes, which a watchdog would take for a loop that hangs, at every start anew."""
+    monkeypatch.setattr(copying, "COPY_BYTES", 512)
+    heard: list[int] = []
+
+    class Hearing(Watch):
+        def advance(self, nbytes: int) -> None:
+            heard.append(nbytes)
+            if len(heard) > 3:
+                raise Abandoned
+
+    expert = stuck.merger.decide(stuck.inbox.scan(set()).settled[0])
+    with pytest.raises(Abandoned):
+        filing.place(stuck.home, stuck.store, expert, Hearing())
+    assert not stuck.archived.exists() and not os.listdir(stuck.home.tmp)
+    assert not filing.place(stuck.home, stuck.store, expert, SILENT)
+    assert stuck.archived.read_bytes() == (stuck.path / WEIGHTS).read_bytes()
 
 
 def test_what_cannot_be_moved_is_copied_once_and_merged_once(stuck: Stuck) -> None:

@@ -13,6 +13,7 @@ import pytest
 from daemon.layout import Home
 from daemon.outbox import posting
 from daemon.outbox.posting import Posting, is_public, signature
+from daemon.pull.client import Connection, Origin
 from daemon.sections import Webhook
 from tests.daemon.outbox.receiver import KEY, SECRET, Receiver, verified
 
@@ -85,6 +86,35 @@ def test_the_address_that_was_looked_at_is_the_one_that_is_asked(
     assert asked == ["rebinding.example"] and connected == [("203.0.113.1", port)]
 
 
+@pytest.mark.parametrize(("url", "port"), [("http://[2606:4700::1111]/", 80), ("https://[2606:4700::1111]/", 443)])
+def test_the_end_of_an_ipv6_address_is_no_port(monkeypatch: pytest.MonkeyPatch, url: str, port: int) -> None:
+    asked: list[object] = []
+
+    def getaddrinfo(*words: object, **_: object) -> None:
+        asked.append(words[:2])
+        raise OSError("not here")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert not to(url).post("msg_1", b"{}").delivered
+    assert asked == [("2606:4700::1111", port)]
+    assert Connection(Origin.of(url))._http.port == port
+
+
+def test_a_name_with_many_addresses_has_no_more_time_than_one_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"203.0.113.{n}", 80)) for n in range(100)]
+    connected: list[object] = []
+
+    def connect(self: socket.socket, address: object) -> None:
+        connected.append(address)
+        time.sleep(self.gettimeout() or 0)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    answer = to("http://many.example/", timeout_seconds=0.05).post("msg_1", b"{}")
+    assert answer.text == "no answer within 0.05 s" and len(connected) == 1
+
+
 @pytest.mark.parametrize(
     ("address", "public"),
     [
@@ -93,6 +123,7 @@ def test_the_address_that_was_looked_at_is_the_one_that_is_asked(
         *((one, False) for one in ("0.0.0.0", "100.64.0.1", "224.0.0.1", "255.255.255.255", "198.18.0.1")),
         *((one, False) for one in ("::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:10.0.0.1")),
         *((one, False) for one in ("64:ff9b::7f00:1", "2002:7f00:1::")),
+        *((one, False) for one in ("fec0::1", "::127.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b:1::7f00:1")),
     ],
 )
 def test_which_addresses_are_public(address: str, public: bool) -> None:

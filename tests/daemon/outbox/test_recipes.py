@@ -19,7 +19,7 @@ from daemon.outbox.hooking import filled
 from daemon.outbox.told import Answer, payload
 from daemon.sections import Hooks
 from registry.records import Delivery, Event
-from tests.daemon.outbox.receiver import Received, Receiver, Reply
+from tests.daemon.outbox.receiver import Received, Receiver, Reply, receiving
 
 RECIPES = Path(__file__).parents[3] / "deploy" / "hooks"
 NAMES = sorted(path.name for path in RECIPES.iterdir() if path.name not in ("asking.py", "__pycache__"))
@@ -183,6 +183,13 @@ def test_any_server_is_restarted_on_a_link(home: Home, receiver: Receiver, tmp_p
         answer = run(home, receiver, "restart.sh", version, srv_models_chat=link, systemctl=restart)
         assert answer.delivered, answer
     assert (tmp_path / "seen").read_text().split() == [str(home.version("main", n)) for n in (1, 2)]
+
+
+def test_a_redirect_is_not_followed_for_the_servers_key_would_go_along(home: Home, receiver: Receiver) -> None:
+    with receiving() as other:
+        receiver.answer = lambda _: (302, f"location: {other.url}")
+        answer = run(home, receiver, "vllm_adapter.py")
+    assert not answer.delivered and ": 302: " in answer.text
 
 
 def test_no_server_is_a_failure(home: Home) -> None:

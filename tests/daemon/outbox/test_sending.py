@@ -5,6 +5,8 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from daemon.errors import BadConfig
 from daemon.home.presence import Presence
 from daemon.layout import Home
 from daemon.metrics import Metrics
-from daemon.outbox import couriers
+from daemon.outbox import couriers, sending
 from daemon.outbox.sending import Sender, endpoints
 from registry import engine, outbox
 from registry.errors import DiskFull, StorageFailed
@@ -139,6 +141,17 @@ def test_who_is_dead_is_not_tried_the_more_often_the_more_is_dropped_for_later_e
         assert [one.what for one in receiver.wait(4)[1:]] == ["held 17", "held 18", "held 19"]
 
 
+def test_what_waits_by_a_clock_that_was_years_ahead_is_tried_at_once(quiet: Home, receiver: Receiver) -> None:
+    settings = receiver.settings()
+    with Store.open(quiet.registry) as store:
+        store.follow_endpoints([one.endpoint for one in endpoints(quiet, settings)])
+        store.commit(expert(1), versions(1))
+        ahead = datetime.now(UTC) + timedelta(days=3650)
+        store.note_deliveries([replace(one, attempts=3, next_at=ahead) for one in store.pending(1, 10)])
+    with telling(quiet, settings) as (store, _, _metrics):
+        assert settled(store, *[Outcome.DELIVERED] * HEADS)
+
+
 def test_who_does_not_answer_holds_up_nobody(quiet: Home, receiver: Receiver) -> None:
     """Neither what is committed, nor others who are told, nor the end of the daemon."""
     over = threading.Event()
@@ -172,6 +185,20 @@ def test_a_hook_runs_for_the_newest_version_alone(quiet: Home) -> None:
         run = [Outcome.DELIVERED, Outcome.DELIVERED]
         assert settled(store, *[Outcome.OVERTAKEN] * 5, *run)
     assert sorted((quiet.root / "ran").read_text().split()) == ["init/3", "main/2"]
+
+
+def test_a_run_that_drains_once_lets_a_hook_come_to_its_end(quiet: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a server is reloaded, that takes longer than a webhook does; who is told to stop does not wait."""
+    monkeypatch.setattr(sending, "ONCE_SECONDS", 0.0)
+    hook = {"published": ["sh", "-c", "sleep 0.5; echo $0 >> ran", "{head}/{version}"]}
+    settings, stopping = Settings.model_validate({"hooks": hook}), threading.Event()
+    with telling(quiet, settings, once=stopping) as (store, _, _metrics):
+        store.commit(expert(1), versions(1))
+    assert len((quiet.root / "ran").read_text().split()) == HEADS
+    with telling(quiet, settings, once=stopping) as (store, _, _metrics):
+        store.commit(expert(2), versions(2))
+        stopping.set()
+    assert len((quiet.root / "ran").read_text().split()) == HEADS
 
 
 def test_a_hook_that_failed_is_tried_at_once_with_the_next_version(
@@ -240,6 +267,23 @@ def test_that_the_disk_is_full_is_told_although_nothing_can_be_written(
         assert store.deliveries() == []
 
 
+def test_other_webhooks_on_a_full_disk_end_nothing_and_are_taken_once_there_is_room(
+    quiet: Home, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise DiskFull("the disk is full", "make room")
+
+    with telling(quiet, Settings()) as (store, sender, _):
+        wanted = receiver.settings()
+        with monkeypatch.context() as filled:
+            filled.setattr(store, "follow_endpoints", full)
+            sender.adopt(wanted, endpoints(quiet, wanted))
+        assert not sender._couriers
+        sender.adopt(wanted, endpoints(quiet, wanted))
+        store.commit(expert(1), versions(1))
+        receiver.wait(HEADS)
+
+
 def test_a_stall_is_told_by_the_daemon_that_waits(home: Home, receiver: Receiver) -> None:
     """Of one that looks for its inbox, in vain."""
     home.inbox.rmdir()
@@ -267,7 +311,7 @@ def test_a_start_tells_that_it_goes_on_after_a_crash_or_a_stall(quiet: Home, rec
     with telling(quiet, receiver.settings()):
         told = receiver.wait(1 if crashed else 2)
         assert told[-1].what == f"recovered {'crash' if crashed else 'start'}"
-    with telling(quiet, receiver.settings(), once=True):
+    with telling(quiet, receiver.settings(), once=threading.Event()):
         pass
     assert len(receiver.requests) == len(told)  # once
 

@@ -131,6 +131,44 @@ def test_a_folder_that_is_there_in_part_is_not_sent_again(
         verdict(origin, again, heard.append)
 
 
+def test_a_name_that_begins_another_experts_sha256_is_a_name(
+    served: tuple[Home, Origin], base: Path, tmp_path: Path
+) -> None:
+    home, origin = served
+    push(write_expert(tmp_path / "one.safetensors", base, 2), origin)
+    drain(home)
+    digest = str(experts(home)[0].sha256)
+    pushed = push(write_expert(tmp_path / "two", base, 3), origin, digest[:4])
+    drain(home)
+    found = verdict(origin, pushed, lambda _: None, 5)
+    assert found and (found["id"], found["name"]) == (2, digest[:4])
+    assert pushing._Pushing(origin, digest, lambda *_: None).asked()["id"] == 1
+
+
+def test_the_verdict_on_what_was_sent_in_two_goes_is_not_that_of_an_earlier_one(
+    served: tuple[Home, Origin], base: Path, tmp_path: Path
+) -> None:
+    home, origin = served
+    push(write_expert(tmp_path / "one", base, 2), origin, "folder")
+    drain(home)
+    folder = write_expert(tmp_path / "two", base, 3)
+    one = pushing.parts_of(folder)[0]
+    sending = pushing._Pushing(origin, "folder", lambda *_: None)
+    sending._put(f"{sending._address}/files/{one.name}", one)
+    assert push(folder, origin, "folder").after == 1
+
+
+def test_a_file_that_becomes_shorter_while_it_is_sent_is_not_waited_for(
+    served: tuple[Home, Origin], base: Path, tmp_path: Path
+) -> None:
+    _, origin = served
+    path = write_expert(tmp_path / "one.safetensors", base, 2)
+    (part,) = pushing.parts_of(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DaemonError, match="8 bytes shorter"):
+        pushing._Pushing(origin, "one.safetensors", lambda *_: None).file(part, 0)
+
+
 def test_a_network_that_breaks_is_tried_again(
     served: tuple[Home, Origin], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +241,7 @@ def test_a_name_answers_for_what_is_there_now(served: tuple[Home, Origin], base:
             "name": "coming",
             "state": "uploading",
             "why": "it is being sent",
+            "before": None,
             "files": [],
         }
         assert drops.undecided("../inbox") is drops.undecided("..") is drops.undecided("nothing") is None

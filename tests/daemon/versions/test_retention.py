@@ -3,7 +3,6 @@
 import os
 import shutil
 import sqlite3
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -117,7 +116,7 @@ def test_the_states_of_what_is_live_and_of_what_is_pinned_stay_too(six: Home, ba
     deed = NewIntervention(Deed.PIN, "ann", head="main", version=5)
     with Store.open(six.registry) as store:
         store.pin("main", 5, True, deed)
-        store.turn("soup", 5, replace(deed, deed=Deed.ROLLBACK, head="soup"), "rolled back")
+        store.turn("soup", 5, NewIntervention(Deed.ROLLBACK, "ann", head="soup", version=5), "rolled back")
     for seed in range(3):
         put(six, write_expert(tmp_path / "e.safetensors", base, seed + 20), f"more{seed}.safetensors")
     drain(six, quick(retention={"versions": 1, "grace_seconds": 0}))

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from projector.algebra.svd import svd_bytes
 from projector.errors import BadParameter
 from projector.laws.trial import merge
 from projector.method import Contribution, Method, Totals
 from projector.methods import make
+from projector.methods.tsv_m import Triplets
 from projector.spec import TensorSpec
 from tests.oracles import rules, spectral
 
@@ -325,6 +328,26 @@ def test_wudi_declares_what_its_solvers_take() -> None:
     """Three squares: G ridged, its factor, and a solver's copy."""
     spec = TensorSpec("w.weight", (256, 4096), torch.float32)
     assert make("wudi").workspace(spec) >= 3 * 8 * 4096**2
+
+
+def test_tsv_m_declares_all_triplets_that_are_there_at_a_time() -> None:
+    """Of a wide matrix: the newcomer's, the first of them, both experts' side by side, and those in their order."""
+    spec = TensorSpec("w.weight", (64, 16384), torch.float32)
+    method, made = make("tsv_m"), 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal made
+            found = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.cat) and len(found) > 1:
+                made += found.nbytes
+            return found
+
+    state = {key: torch.zeros(slot.shape) for key, slot in method.slots(spec).items()}
+    triplets = Triplets.of(torch.randn(spec.shape), 1.0)
+    with Counting():
+        triplets.first(64).beside(Triplets(*(state[key] for key in ("L", "R", "s", "place"))).first(64))
+    assert method.workspace(spec) - svd_bytes(spec.shape) >= made + sum(part.nbytes for part in triplets._parts()[:2])
 
 
 @pytest.mark.parametrize("solver", ["adam", "ridge"])
