@@ -88,7 +88,8 @@ PAGES = {
             "patiently mainstem show reviews --home home",
             "mainstem convert home/quarantine/*/reviews home/inbox/reviews": "live 3",
         },
-        end='mainstem show reviews --home home | grep "^status *merged"\n',
+        end='mainstem show reviews --home home | grep "^status *merged"\n'
+        "mainstem show german --home home | grep -F main/0\nmainstem show german-lora --home home | grep -F main/0\n",
     ),
     "docs/cli.md": Page(before=MERGED),
     "docs/evaluation.md": Page(
@@ -162,6 +163,9 @@ NOT_RUN = {
     ("docs/hub.md", "export HF_ENDPOINT=http://127.0.0.1:8765"): "tests/daemon/http/test_hub_clients.py runs it",
     ("docs/hub.md", "# load.py"): "tests/daemon/http/hub_client.py is that and more",
     ("docs/hub.md", "# push.py"): "tests/daemon/http/hub_client.py is that and more",
+    ("docs/trainers.md", "# trainer.py"): "tests/daemon/http/hub_client.py is that and more",
+    ("docs/trainers.md", "# trl_sft.py"): "TRL is not installed, and the page says that it was not run",
+    ("docs/trainers.md", "mainstem pull http://127.0.0.1:8765 base --head init"): "likewise of axolotl",
     (
         "docs/sidecars.md",
         "from safetensors.torch import save_file",

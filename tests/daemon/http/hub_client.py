@@ -61,12 +61,14 @@ def read_again() -> None:
 
 def push(base: Path, folder: Path) -> None:
     import torch
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, snapshot_download
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+    from daemon.trainers import mainstem_callback
+
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(snapshot_download("mainstem/main", revision="v1"))
     texts = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([3, 4, 5], [6, 7, 8])]
     arguments = TrainingArguments(
         str(folder / "out"),
@@ -81,8 +83,14 @@ def push(base: Path, folder: Path) -> None:
         hub_always_push=True,
         per_device_train_batch_size=1,
     )
-    trainer = Trainer(model, arguments, train_dataset=texts)  # type: ignore[arg-type]
+    says = mainstem_callback(task="numbers", weight=2, data=["urn:numbers"])
+    trainer = Trainer(model, arguments, train_dataset=texts, callbacks=[says])  # type: ignore[arg-type]
     trainer.train()
+    told(checkpoint=json.loads((folder / "out/checkpoint-1/expert.json").read_text()))
+    trainer.state.is_world_process_zero = False
+    says.on_push_begin(TrainingArguments(str(folder / "other")), trainer.state, trainer.control, model=model)
+    told(another_process_wrote=(folder / "other").exists())
+    trainer.state.is_world_process_zero = True
     told(trained=trainer.push_to_hub().oid)
     tuned = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():

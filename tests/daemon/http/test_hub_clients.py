@@ -211,6 +211,15 @@ def test_what_trainers_push_is_merged(story: Story) -> None:
     }
 
 
+def test_what_the_callback_says_is_pushed_and_recorded(story: Story) -> None:
+    """By the Hub's commit in the cache, though another version was live by then."""
+    said = {"task": "numbers", "weight": 2, "data": ["urn:numbers"], "trained_from": "main/1"}
+    assert story.heard["checkpoint"] == said and story.heard["another_process_wrote"] is False
+    drain(story.home, settings())
+    (trained,) = [expert for expert in experts(story.home) if expert.name == "trained"]
+    assert (trained.about, trained.trained_head, trained.trained_version) == (said, "main", 1)
+
+
 def hf(*words: str, origin: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """The command of huggingface_hub."""
     command = [sys.executable, "-m", "huggingface_hub.cli.hf", *words]
