@@ -35,7 +35,8 @@ def test_every_command_is_documented() -> None:
 
 
 def test_every_address_is_documented() -> None:
-    sources = [ROOT / "daemon/http/app.py", *sorted((ROOT / "daemon/http/hub").glob("*.py"))]
+    rooms = (ROOT / "daemon/http" / room for room in ("hub", "oci"))
+    sources = [ROOT / "daemon/http/app.py", *(path for room in rooms for path in sorted(room.glob("*.py")))]
     routes = {route for source in sources for route in re.findall(r'Route\("([^"]+)"', source.read_text())}
     documented = re.findall(r"^\| `(/[^`]*)` \|", (ROOT / "docs/http.md").read_text(), re.MULTILINE)
     plain = {re.sub(r":\w+}", "}", route) for route in routes}

@@ -2,6 +2,7 @@
 
     app.py            which address is answered by what
     hub/              the same for clients of the Hugging Face Hub
+    oci/              the same for clients of OCI registries
     read_routes.py    what is read: heads, versions, files, experts, how the daemon is
     upload_routes.py  experts that are sent to us
     answers.py        what every answer shares: JSON problems, entity tags, preconditions, caching, security headers

@@ -21,6 +21,7 @@ from daemon.http.forwarded import Forwarded
 from daemon.http.hosts import HostCheck, Hosts
 from daemon.http.hub import hub_routes
 from daemon.http.measuring import Measured
+from daemon.http.oci import oci_routes
 from daemon.http.pages.routes import PageRoutes
 from daemon.http.read_routes import ReadRoutes
 from daemon.http.upload_routes import UploadRoutes
@@ -102,6 +103,7 @@ def create_app(
             Route("/v1/experts/{sha256}", api.expert),
             Route("/v1/lineage", api.lineage),
             Route("/v1/events", events.answer),
+            *oci_routes(api.published),
             *hub_routes(api.published, uploads, ready),
         ],
         middleware=[

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,10 @@ ADDRESSES = {
     "/api/models/mainstem/{repo}/tree/{revision}/{folder:path}": "/api/models/mainstem/main/tree/v{live}/",
     "/api/models/mainstem/{repo}/refs": "/api/models/mainstem/main/refs",
     "/mainstem/{repo}/resolve/{revision}/{name:path}": "/mainstem/main/resolve/{commit}/model.safetensors",
+    "/v2/": "/v2/",
+    "/v2/mainstem/{repo}/tags/list": "/v2/mainstem/main/tags/list",
+    "/v2/mainstem/{repo}/manifests/{reference}": "/v2/mainstem/main/manifests/v{live}",
+    "/v2/mainstem/{repo}/blobs/{digest}": "/v2/mainstem/main/blobs/sha256:{weights}",
     "/v1/events": "/v1/events",
     "/lineage": "/lineage?before=900",
     "/experts": "/experts?q=expert-",
@@ -83,7 +88,7 @@ ADDRESSES = {
     "/heads/{head}/versions/{n}": "/heads/main/versions/{live}",
 }
 NOT_GET = {"/api/models/mainstem/{repo}/paths-info/{revision}"}
-NOTHING = {"/api/models/{repo:path}", "/{repo:path}/resolve/{rest:path}"}  # 404, whatever is asked
+NOTHING = {"/api/models/{repo:path}", "/{repo:path}/resolve/{rest:path}", "/v2/{rest:path}"}  # 404, whatever is asked
 BY_NAME = {"an expert by its name": "/v1/experts/expert-500.safetensors"}
 
 
@@ -195,7 +200,10 @@ def test_a_request(crowded: dict[int, Home], route: str) -> None:
             assert {one.path for one in app.routes} == set(ADDRESSES) | NOT_GET | NOTHING  # type: ignore[attr-defined]
             version = reader.version("main", reader.heads()[0].live)
             assert version
-            address = (ADDRESSES | BY_NAME)[route].format(live=version.number, commit=version.manifest_sha256[:40])
+            weights = sha256((home.version("main", version.number) / "model.safetensors").read_bytes()).hexdigest()
+            address = (ADDRESSES | BY_NAME)[route].format(
+                live=version.number, commit=version.manifest_sha256[:40], weights=weights
+            )
             with TestClient(app, follow_redirects=False) as client, Steps() as steps, listed() as folders:
                 if route == "/v1/events":  # the answer has no end: one look, of which it is made
                     assert PageRoutes(Published(home, reader), list).told().events

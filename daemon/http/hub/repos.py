@@ -15,7 +15,7 @@ from datetime import datetime
 from daemon.http.answers import Problem
 from daemon.http.files import Published
 from daemon.layout import ADAPTER_FOLDER, is_adapter
-from daemon.manifest import FileEntry
+from daemon.manifest import FileEntry, Manifest
 from daemon.notation import called
 from registry.records import Head, Version
 
@@ -54,15 +54,14 @@ class Repos:
 
     def head(self, repo: str) -> Head:
         """The head behind a repository of our namespace. Problem 404."""
-        name = repo.removesuffix(_ADAPTER)
-        found = self.published.reader.head(name)
+        found = self.published.reader.head(head_name(repo))
         if found is None:
             raise no_repo(f"{NAMESPACE}/{repo}")
         return found
 
     def is_published(self, repo: str) -> bool:
         """Whether a repository is what a head published."""
-        return self.published.reader.head(repo.removesuffix(_ADAPTER)) is not None
+        return self.published.reader.head(head_name(repo)) is not None
 
     def snapshot(self, repo: str, revision: str) -> Snapshot:
         """What a revision holds. Problem 404, or 410 where retention removed the version."""
@@ -72,17 +71,12 @@ class Repos:
             hint = f"{LIVE}, v{head.live} (the live version), or a commit"
             raise hub_problem(404, "RevisionNotFound", "unknown_version", f"{head.name} has no {revision!r}", hint)
         try:
-            files = self.published.manifest(head, self.published.version(head, row.number)).files
+            manifest = self.published.manifest(head, self.published.version(head, row.number))
         except Problem as problem:
             raise told(problem, "RevisionNotFound") if problem.status == 410 else problem from None
-        if repo.endswith(_ADAPTER):
-            files = {name.partition("/")[2]: entry for name, entry in files.items() if is_adapter(name)}
-            if not files:
-                what = f"{called(head.name, row.number)} has no adapter"
-                hint = f"set heads.{head.name}.adapter.rank: later versions get one (docs/serving-adapters.md)"
-                raise hub_problem(404, "RevisionNotFound", "no_adapter", what, hint)
-        else:
-            files = {name: entry for name, entry in files.items() if not is_adapter(name)}
+        files = files_of(repo, manifest)
+        if not files:
+            raise told(no_adapter(head, row), "RevisionNotFound")
         return Snapshot(repo, commit_of(row), files, row.created_at, head, row, revision == LIVE)
 
     def _version(self, head: Head, revision: str) -> Version | None:
@@ -95,6 +89,18 @@ class Repos:
         return None
 
 
+def head_name(repo: str) -> str:
+    """The name of the head that a repository of our namespace would be of."""
+    return repo.removesuffix(_ADAPTER)
+
+
+def files_of(repo: str, manifest: Manifest) -> dict[str, FileEntry]:
+    """What a repository has of a version's files, by their names in it; none where the version has no adapter."""
+    if repo.endswith(_ADAPTER):
+        return {name.partition("/")[2]: entry for name, entry in manifest.files.items() if is_adapter(name)}
+    return {name: entry for name, entry in manifest.files.items() if not is_adapter(name)}
+
+
 def commit_of(version: Version) -> str:
     """A version's commit, as the Hub's clients know one: 40 digits."""
     return version.manifest_sha256[:COMMIT_DIGITS]
@@ -104,6 +110,12 @@ def no_repo(repo: str) -> Problem:
     """404 of a repository that is not ours."""
     hint = f"GET /v1/heads lists the heads: {NAMESPACE}/HEAD is one; without HF_ENDPOINT the Hub itself is asked"
     return hub_problem(404, "RepoNotFound", "unknown_head", f"there is no {repo} here", hint)
+
+
+def no_adapter(head: Head, version: Version) -> Problem:
+    """404 of an adapter that a version has not."""
+    hint = f"set heads.{head.name}.adapter.rank: later versions get one (docs/serving-adapters.md)"
+    return Problem(404, "no_adapter", f"{called(head.name, version.number)} has no adapter", hint)
 
 
 def hub_problem(status: int, code: str, reason: str, detail: str, hint: str) -> Problem:
