@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from daemon.cli.common import HomeArgument, HomeOption, find_home, logged, one_h
 from daemon.errors import BadHome
 from daemon.layout import Home
 from registry.records import Deed
+
+if TYPE_CHECKING:
+    from daemon.home.presence import Running
 
 LOOK_SECONDS = 0.2
 
@@ -48,10 +51,8 @@ def _wait(home: Home) -> None:
     said, first = None, running(home)
     while (daemon := running(home)) and first and daemon.pid == first.pid:  # a supervisor may start another
         now = order(home)
-        doing = (
-            f"merging {daemon.merging}" if daemon.merging else next((f"{one['text']}" for one in daemon.troubles), said)
-        )
-        if doing != said:
+        doing = _doing(daemon)
+        if doing and doing != said:
             said = doing
             typer.echo(said)
         if now is None and daemon.doing in (Doing.WATCHING, Doing.MERGING):
@@ -63,6 +64,14 @@ def _wait(home: Home) -> None:
         raise BadHome(
             "the daemon ended before the queue was finished", "its log says why; the next start goes on draining"
         )
+
+
+def _doing(daemon: "Running") -> str | None:
+    """What it merges, what is wrong, or which entry it waits for: one that is not complete may take an hour."""
+    if daemon.merging:
+        return f"merging {daemon.merging}"
+    waits = (f"waits for {name}: {why.removeprefix(f'{name}: ')}" for name, why in daemon.waiting.items())
+    return next((str(one["text"]) for one in daemon.troubles), None) or next(waits, None)
 
 
 def _left(home: Home) -> str:

@@ -9,10 +9,12 @@ import pytest
 import structlog
 
 from daemon.arrivals.inbox import Drop, Held, Scan
+from daemon.cli.drain import _doing as doing
 from daemon.disk import durable
 from daemon.errors import BadHome
 from daemon.home.orders import Kind, Orders, give, order
 from daemon.home.presence import Presence
+from daemon.home.presence import running as running_now
 from daemon.interventions.deeds import Request, carry_out
 from daemon.interventions.requests import ask
 from daemon.layout import Home
@@ -75,6 +77,25 @@ def test_without_a_daemon_a_drain_merges_by_itself(home: Home, tmp_path: Path) -
     done = forked("drain", home.root)
     assert done.returncode == 0 and done.stdout.endswith("stopped: the inbox is empty\n"), done.stderr
     assert live(home) == 1 and order(home) is None
+
+
+def test_a_drain_says_which_entry_it_waits_for(home: Home) -> None:
+    lock, presence = durable.lock(home.lock), Presence(home)
+    presence.starts()
+    presence.watches()
+
+    def said() -> str | None:
+        daemon = running_now(home)
+        return doing(daemon) if daemon else "no daemon"
+
+    assert said() is None
+    presence.waits("half.safetensors", "half.safetensors: the file has 5 bytes")
+    assert said() == "waits for half.safetensors: the file has 5 bytes"
+    with presence.merging("next.safetensors"):
+        presence.progresses(0.25)
+        assert said() == "merging next.safetensors"
+    os.close(lock)
+    presence.ends()
 
 
 def test_a_drain_ends_with_what_it_began_with(home: Home) -> None:
