@@ -149,6 +149,7 @@ PAGES = {
 NOT_RUN = {
     ("README.md", "make demo"): ".ci/run runs it, and `make test-slow` what it runs",
     ("README.md", "pip install mainstem"): "needs an index that has it; tests/test_wheel.py installs the wheel",
+    ("docs/http.md", "curl -sN http://127.0.0.1:8765/v1/events"): "it never ends; tests/daemon/http/ listens",
     ("docs/operating.md", "python3 -m venv /opt/mainstem"): "installs a service, as root; tests/deploy/ reads it",
     ("docs/operating.md", "docker build -f deploy/container/Dockerfile -t mainstem ."): "tests/deploy/ runs its steps",
     (
