@@ -103,7 +103,9 @@ def mainstem_callback(*, start: str | Path | None = None, trained_from: str | No
 def _version_of_loaded(model: Any) -> str | None:
     loaded = getattr(getattr(model, "config", None), "_name_or_path", None)  # of an adapter's model: the base's
     try:
-        return version_of(loaded or "what was not loaded")
+        if not loaded:
+            raise NotTold(f"the model was not loaded from a folder: {SAY_SO}")
+        return version_of(loaded)
     except NotTold as error:
         log.warning("%s will not say what it was trained from: %s", EXPERT_JSON, error)
         return None
