@@ -36,8 +36,9 @@ def version_of(start: str | Path) -> str:
     if not folder.is_dir():
         hint = f'load what snapshot_download("{NAMESPACE}/init") returns, or {SAY_SO}'
         raise NotTold(f"{start} is no folder, and a name means another version from time to time: {hint}")
-    if (head := _field(folder / "manifest.json", "head")) is not None:
-        return f"{head}/{_field(folder / 'manifest.json', 'version')}"
+    head, version = _field(folder / "manifest.json", "head"), _field(folder / "manifest.json", "version")
+    if isinstance(head, str) and isinstance(version, int):
+        return f"{head}/{version}"
     if (earlier := _field(folder / EXPERT_JSON, "trained_from")) is not None:
         return str(earlier)
     cached = re.search(rf"/models--{NAMESPACE}--([^/]+)/snapshots/({COMMIT})$", folder.as_posix())
@@ -102,7 +103,9 @@ def mainstem_callback(*, start: str | Path | None = None, trained_from: str | No
 def _version_of_loaded(model: Any) -> str | None:
     loaded = getattr(getattr(model, "config", None), "_name_or_path", None)  # of an adapter's model: the base's
     try:
-        return version_of(loaded or "what was not loaded")
+        if not loaded:
+            raise NotTold(f"the model was not loaded from a folder: {SAY_SO}")
+        return version_of(loaded)
     except NotTold as error:
         log.warning("%s will not say what it was trained from: %s", EXPERT_JSON, error)
         return None

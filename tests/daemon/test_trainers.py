@@ -49,9 +49,10 @@ def test_what_says_nothing_is_an_error_that_has_the_way_on(tmp_path: Path, monke
         with pytest.raises(NotTold, match=words) as caught:
             write_expert_json(tmp_path / "german", start=start)
         assert 'trained_from="init/3"' in str(caught.value)
-    (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(NotTold, match="nothing in"):
-        version_of(tmp_path)
+    for other in ("[]", '{"head": "init"}', "no JSON"):  # a manifest.json of somebody else's
+        (tmp_path / "manifest.json").write_text(other)
+        with pytest.raises(NotTold, match="nothing in"):
+            version_of(tmp_path)
     assert not (tmp_path / "german").exists()
 
 
