@@ -4,7 +4,7 @@ What is refused is told in OCI's words; what fails on our side (500 and more) as
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import urlencode
 
 from starlette.requests import Request
@@ -36,7 +36,7 @@ class OciProblem(Problem):
         super().__init__(problem.status, problem.reason, str(problem), problem.hint, problem.headers)
         self.code = code
 
-    def response(self, headers: dict[str, str] | None = None) -> Response:  # type: ignore[override]
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
         """As OCI's list of errors."""
         detail = {"reason": self.reason, "hint": self.hint}
         body = {"errors": [{"code": self.code, "message": str(self), "detail": detail}]}
