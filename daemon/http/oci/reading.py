@@ -4,7 +4,7 @@ What is refused is told in OCI's words; what fails on our side (500 and more) as
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import urlencode
 
 from starlette.requests import Request
@@ -36,15 +36,15 @@ class OciProblem(Problem):
         super().__init__(problem.status, problem.reason, str(problem), problem.hint, problem.headers)
         self.code = code
 
-    def response(self, headers: dict[str, str] | None = None) -> Response:  # type: ignore[override]
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
         """As OCI's list of errors."""
         detail = {"reason": self.reason, "hint": self.hint}
         body = {"errors": [{"code": self.code, "message": str(self), "detail": detail}]}
         return JSONResponse(body, self.status, headers={**NO_CACHE, **SECURITY, **self.headers, **(headers or {})})
 
 
-def told(code: str) -> Callable[[_Answer], _Answer]:
-    """Tells what an endpoint refuses in OCI's words: what is not there with `code`, where it is no repository."""
+def refusing(code: str) -> Callable[[_Answer], _Answer]:
+    """Makes an endpoint refuse in OCI's words: what is not there with `code`, another repository with NAME_UNKNOWN."""
 
     def of(answer: _Answer) -> _Answer:
         def in_their_words(self: "OciReading", request: Request) -> Response:
@@ -76,7 +76,7 @@ class OciReading:
         """That it is a registry."""
         return JSONResponse({}, headers={**NO_CACHE, **API})
 
-    @told(UNKNOWN_NAME)
+    @refusing(UNKNOWN_NAME)
     def tags(self, request: Request) -> Response:
         repo: str = request.path_params["repo"]
         last, asked = request.query_params.get("last", ""), request.query_params.get("n")
@@ -90,7 +90,7 @@ class OciReading:
             headers["Link"] = f'<{root_of(request)}/v2/{NAMESPACE}/{repo}/tags/list?{query}>; rel="next"'
         return JSONResponse({"name": f"{NAMESPACE}/{repo}", "tags": page}, headers=headers)
 
-    @told(UNKNOWN_MANIFEST)
+    @refusing(UNKNOWN_MANIFEST)
     def manifest(self, request: Request) -> Response:
         repo, reference = request.path_params["repo"], request.path_params["reference"]
         by_digest = ":" in reference
@@ -109,7 +109,7 @@ class OciReading:
             answer.headers["Cache-Control"] = NO_CACHE["Cache-Control"]  # what a tag means may change
         return answer
 
-    @told(UNKNOWN_BLOB)
+    @refusing(UNKNOWN_BLOB)
     def blob(self, request: Request) -> Response:
         repo, digest = request.path_params["repo"], request.path_params["digest"]
         sha256 = _sha256(digest)
@@ -124,7 +124,7 @@ class OciReading:
         answer.headers["Docker-Content-Digest"] = digest
         return answer
 
-    @told(UNKNOWN_NAME)
+    @refusing(UNKNOWN_NAME)
     def other(self, request: Request) -> Response:
         """Another repository, what would change something, and what we do not have."""
         if request.method not in READING:
