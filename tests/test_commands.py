@@ -157,10 +157,6 @@ NOT_RUN = {
         "kubectl apply -k deploy/kubernetes/init",
     ): "needs a cluster; tests/deploy/ builds what it sends",
     ("docs/published.md", 'vllm serve "$(realpath home/published/main/latest)"'): "vllm needs a GPU, and is not ours",
-    (
-        "docs/http.md",
-        "curl -sN http://127.0.0.1:8765/v1/events",
-    ): "has no end; tests/daemon/http/ reads it",
     ("docs/hub.md", "export HF_ENDPOINT=http://127.0.0.1:8765"): "tests/daemon/http/test_hub_clients.py runs it",
     ("docs/hub.md", "# load.py"): "tests/daemon/http/hub_client.py is that and more",
     ("docs/hub.md", "# push.py"): "tests/daemon/http/hub_client.py is that and more",
