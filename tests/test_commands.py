@@ -160,6 +160,10 @@ NOT_RUN = {
     ("docs/hub.md", "export HF_ENDPOINT=http://127.0.0.1:8765"): "tests/daemon/http/test_hub_clients.py runs it",
     ("docs/hub.md", "# load.py"): "tests/daemon/http/hub_client.py is that and more",
     ("docs/hub.md", "# push.py"): "tests/daemon/http/hub_client.py is that and more",
+    (
+        "docs/oci.md",
+        "oras pull --plain-http 127.0.0.1:8765/mainstem/main:v12",
+    ): "no index has the oras of Go; tests/daemon/http/test_oci.py pulls with Python's",
     ("docs/trainers.md", "# trainer.py"): "tests/daemon/http/hub_client.py is that and more",
     ("docs/trainers.md", "# trl_sft.py"): "TRL is not installed, and the page says that it was not run",
     ("docs/trainers.md", "mainstem pull http://127.0.0.1:8765 base --head init"): "likewise of axolotl",
