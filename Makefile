@@ -70,6 +70,7 @@ bench: $(READY) $(CLIP)/expert-005/model.safetensors $(LLAMA)/expert-003/model.s
 	$(BIN)/python -m bench.growth_experts $(W)
 	$(BIN)/python -m bench.growth_size $(W)
 	$(BIN)/python -m bench.gate $(W)
+	$(BIN)/python -m bench.restart $(CLIP)
 	$(BIN)/python -m bench.scrape $(W)
 	$(BIN)/python -m bench.webhooks $(W)
 	$(BIN)/python -m bench.gpu

@@ -179,6 +179,26 @@ def gate(figures: Figures) -> list[str]:
     ]
 
 
+def restart(figures: Figures) -> list[str]:
+    middle = figures["median"]
+    return [
+        *text(
+            f"A model of {_size(figures['model_bytes'])}, `opcm`. Ready is what systemd is told; after a kill the live",
+            "version is hashed. An expert that is being merged stays in the inbox.",
+        ),
+        "",
+        *_table(
+            ("", "s"),
+            (
+                ("from start to ready", _short(middle["clean start"])),
+                ("the same, after SIGKILL", _short(middle["unclean start"])),
+                ("from SIGTERM to the end, idle", _short(middle["idle stop"])),
+                ("the same, amid a merge", _short(middle["merging stop"])),
+            ),
+        ),
+    ]
+
+
 def scrape(figures: Figures) -> list[str]:
     rows = (
         (str(one["heads"]), f"{one['seconds'] * 1e3:.1f}", f"{one['bytes'] / 1e3:.0f} kB", str(one["series"]))
@@ -283,6 +303,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Figures], list[str]]]] = {
     "growth_experts": ("Growth with the experts before", growth_experts),
     "growth_size": ("Growth with the model", growth_size),
     "gate": ("The gate, and back", gate),
+    "restart": ("Start and stop", restart),
     "scrape": ("A scrape", scrape),
     "webhooks": ("Webhooks", webhooks),
     "gpu": ("On a GPU", gpu),
