@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 # One process more than there are cores: a test waits for the disk and for what others do as long as it computes.
-test: $(READY)  ## run the tests, on all cores (about eight minutes on two)
+test: $(READY)  ## run the tests, on all cores (about ten minutes on two)
 	$(BIN)/python -m pytest -m 'not slow' -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder --durations 10
 
 test-slow: $(READY)  ## run the long sweeps too
