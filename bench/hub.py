@@ -124,7 +124,14 @@ def downloads(url: str, published: Path, folder: Path, repeats: int) -> dict[str
 
 def environment(url: str, cache: Path) -> dict[str, str]:
     ours = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    return {**ours, "HF_ENDPOINT": url, "HF_HOME": str(cache), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return {
+        **ours,
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(cache),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 if __name__ == "__main__":
