@@ -35,6 +35,7 @@ from registry.statements import (
     beginning,
     blocked_as,
     called,
+    count,
     experts_in,
     fetch,
     is_blocked,
@@ -286,11 +287,7 @@ class Reader:
     def count_undelivered(self) -> tuple[int, int]:
         """How many deliveries are pending, and how many are dead."""
         with self._read() as connection:
-            pending, dead = (
-                connection.execute(select(func.count()).select_from(DeliveryRow).where(which)).scalar_one()
-                for which in (is_pending, is_dead)
-            )
-        return pending, dead
+            return count(connection, DeliveryRow, is_pending), count(connection, DeliveryRow, is_dead)
 
     def count_interventions(self, after: int = 0) -> tuple[dict[Deed, int], int]:
         """How often people did each thing since the intervention with the id `after`, and the id of the last one."""
@@ -303,13 +300,13 @@ class Reader:
     def count_open(self) -> int:
         """How many refused experts somebody has still to look after."""
         with self._read() as connection:
-            return connection.execute(select(func.count()).select_from(ExpertRow).where(is_open)).scalar_one()
+            return count(connection, ExpertRow, is_open)
 
     def count_held(self, head: Head) -> int:
         """How many versions of a head are newer than the live one, and were not let live."""
         held = VersionRow.head == head.name, VersionRow.number > head.live, VersionRow.held.is_not(None)
         with self._read() as connection:
-            return connection.execute(select(func.count()).select_from(VersionRow).where(*held)).scalar_one()
+            return count(connection, VersionRow, *held)
 
     def kept(self, head: str) -> tuple[int, int]:
         """How many versions of a head have their files kept, and the bytes of those."""

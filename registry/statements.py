@@ -41,7 +41,7 @@ from registry.records import (
     Status,
     Version,
 )
-from registry.tables import AnyText, DeliveryRow, ExpertRow, HeadRow, InterventionRow, VersionRow
+from registry.tables import AnyText, Base, DeliveryRow, ExpertRow, HeadRow, InterventionRow, VersionRow
 
 Record = TypeVar("Record", BaseModel, Head, Expert, Version, Evaluation, Intervention, Endpoint, Delivery)
 
@@ -97,6 +97,11 @@ def beginning(words: str) -> list[Select[Any]]:
         known = ExpertRow.sha256 >= digits, ExpertRow.sha256 < f"{digits}g"
         queries.append(select(ExpertRow).where(*known).order_by(ExpertRow.sha256))
     return queries
+
+
+def count(connection: Connection, row: type[Base], *which: ColumnElement[bool]) -> int:
+    """How many rows there are of these."""
+    return connection.execute(select(func.count()).select_from(row).where(*which)).scalar_one()
 
 
 def lineage_after(version: int, limit: int | None) -> Select[Any]:

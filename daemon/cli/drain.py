@@ -70,7 +70,7 @@ def _doing(daemon: "Running") -> str | None:
     """What it merges, what is wrong, or which entry it waits for: one that is not complete may take an hour."""
     if daemon.merging:
         return f"merging {daemon.merging}"
-    waits = (f"waits for {name}: {why.removeprefix(f'{name}: ')}" for name, why in daemon.waiting.items())
+    waits = (f"waits for {name}: {daemon.why_waits(name)}" for name in daemon.waiting)
     return next((str(one["text"]) for one in daemon.troubles), None) or next(waits, None)
 
 

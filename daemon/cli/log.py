@@ -1,7 +1,6 @@
 """`mainstem log`: the experts, the versions of the heads, and what people did."""
 
-from bisect import bisect_left
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import asdict
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -109,6 +108,8 @@ def _flags(wanted: Flagged | None) -> Collection[Flag]:
 
 
 def _versions(reader: "Reader", name: str | None, limit: int, as_json: bool) -> None:
+    from daemon.home.standing import withdrawn_since
+
     """The newest `limit` versions of each head, or of the one named."""
     heads = reader.heads()
     if name is not None and name not in {head.name for head in heads}:
@@ -122,7 +123,8 @@ def _versions(reader: "Reader", name: str | None, limit: int, as_json: bool) -> 
     evaluations = reader.evaluations(version.evaluation for _, version in told)
     scores = [one.scores if (one := evaluations.get(version.evaluation or 0)) else None for _, version in told]
     means = [accumulation(found) if found else None for found in scores]
-    gone = _withdrawn_later(reader, (version.number for _, version in told if not version.collected))
+    later = withdrawn_since(reader, (version.number for _, version in told if not version.collected))
+    gone = {number: [expert.id for expert in experts] for number, experts in later.items()}
     if as_json:
         print_json(
             [
@@ -155,17 +157,6 @@ def _versions(reader: "Reader", name: str | None, limit: int, as_json: bool) -> 
     oldest = {head.name: version.number for head, version in told}  # no head is without version 0
     if more := [name for name, number in oldest.items() if number > 0]:
         typer.echo(f"these are the newest {limit} of {', '.join(more)}: --limit N lists more")
-
-
-def _withdrawn_later(reader: "Reader", numbers: Iterable[int]) -> dict[int, list[int]]:
-    """By the number of a version, the experts that it has and that were withdrawn since."""
-    found: dict[int, list[int]] = {number: [] for number in sorted(set(numbers))}
-    order = list(found)
-    for expert in reversed(reader.experts(Status.WITHDRAWN, limit=-1)):
-        came, went = expert.version or 0, expert.withdrawn_in or 0
-        for number in order[bisect_left(order, came) : bisect_left(order, went)]:
-            found[number].append(expert.id)
-    return found
 
 
 def _standing(head: Head, version: Version, withdrawn: Collection[int]) -> str | None:

@@ -6,8 +6,9 @@ a process beside it does.
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from daemon.checkpoints.unfinished import TEMPORARY
 from daemon.home.health import Health, Trouble
@@ -34,6 +35,11 @@ class Waiting:
     why: str
     since: datetime | None
 
+    def described(self) -> dict[str, str | None]:
+        """Ready for JSON."""
+        since = self.since.isoformat(timespec="seconds") if self.since else None
+        return {"name": self.name, "why": self.why, "since": since}
+
 
 @dataclass(frozen=True, slots=True)
 class Condition:
@@ -54,15 +60,9 @@ class Condition:
     troubles: Sequence[Trouble]
     daemon: Running | None
 
-    def described(self) -> dict[str, object]:
-        """Ready for JSON."""
-        return {**asdict(self), "since": _said(self.since), "waiting": self.queue()}
-
     def queue(self) -> list[dict[str, str | None]] | None:
         """What waits, ready for JSON."""
-        if self.waiting is None:
-            return None
-        return [{"name": one.name, "why": one.why, "since": _said(one.since)} for one in self.waiting]
+        return None if self.waiting is None else [one.described() for one in self.waiting]
 
 
 def condition(home: Home, reader: Reader, now: datetime | None = None) -> Condition:
@@ -72,7 +72,7 @@ def condition(home: Home, reader: Reader, now: datetime | None = None) -> Condit
         daemon = running(home)
     except OSError:
         daemon = None
-    noted = [Trouble(**one) for one in daemon.troubles] if daemon else []
+    noted = _noted(daemon)
     known = {one.reason for one in noted}
     seen = [one for one in Health(home).troubles(reader, beside=True) if one.reason not in known]
     troubles = [*noted, *seen]
@@ -93,9 +93,8 @@ def said_of_itself(daemon: Running) -> str:
     """What a daemon is at, in a sentence, by its own note alone."""
     if daemon.doing == Doing.WATCHING and not daemon.troubles:
         return daemon.doing  # what lies in the inbox it does not say
-    troubles = [Trouble(**one) for one in daemon.troubles]
     now = datetime.now(UTC)
-    return _words(daemon, troubles, None, daemon.share, _left(daemon, now), now)[1]
+    return _words(daemon, _noted(daemon), None, daemon.share, _left(daemon, now), now)[1]
 
 
 def entry(home: Home, reader: Reader, name: str) -> tuple[str, Waiting] | None:
@@ -103,15 +102,25 @@ def entry(home: Home, reader: Reader, name: str) -> tuple[str, Waiting] | None:
     decided. OSError where the inbox may not be looked at.
     """
     try:
-        since = datetime.fromtimestamp((home.inbox / name).lstat().st_ctime, UTC)
+        since = _since(home.inbox / name)
     except (FileNotFoundError, NotADirectoryError):
         return None
     decided, daemon = _decided(reader), running(home)
     if shown(name) in decided:
         return None
-    noted = [Trouble(**one) for one in daemon.troubles] if daemon else []
     word = Doing.MERGING if daemon and daemon.merging == shown(name) else WAITING
-    return word, Waiting(shown(name), _why(shown(name), daemon, decided, noted), since)
+    return word, Waiting(shown(name), _why(shown(name), daemon, decided, _noted(daemon)), since)
+
+
+def _noted(daemon: Running | None) -> list[Trouble]:
+    """What the daemon itself noted as wrong."""
+    return [Trouble(**one) for one in daemon.troubles] if daemon else []
+
+
+def _since(path: Path) -> datetime:
+    """Since when an entry lies there as it is. Not the mtime: that is the trainer's, and a folder that was copied with
+    its times looks old. OSError where it is gone."""
+    return datetime.fromtimestamp(path.lstat().st_ctime, UTC)
 
 
 def _words(
@@ -180,8 +189,7 @@ def _waiting(
     for name in names:
         if not TEMPORARY.fullmatch(name):
             try:
-                # not the mtime: that is the trainer's, and a folder that was copied with its times looks old
-                since = datetime.fromtimestamp((home.inbox / name).lstat().st_ctime, UTC)
+                since = _since(home.inbox / name)
             except OSError:
                 since = None
             found.append(Waiting(shown(name), _why(shown(name), daemon, decided, noted), since))
@@ -196,8 +204,8 @@ def _why(name: str, daemon: Running | None, decided: set[str], noted: Sequence[T
     if name == daemon.merging:
         verb = "evaluated" if daemon.evaluating_since else "merged"
         return f"being {verb} since {daemon.evaluating_since or daemon.merging_since}"
-    if name in daemon.waiting:
-        return daemon.waiting[name].removeprefix(f"{name}: ")  # of an expert that is one file, its error names it again
+    if (why := daemon.why_waits(name)) is not None:
+        return why
     if daemon.doing == Doing.PAUSED:
         return "merging is paused"
     if noted:
@@ -209,7 +217,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _said(moment: datetime | None) -> str | None:
-    return moment.isoformat(timespec="seconds") if moment else None

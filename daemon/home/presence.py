@@ -61,6 +61,11 @@ class Running:
     device: str | None = None
     memory_budget: int | None = None
 
+    def why_waits(self, name: str) -> str | None:
+        """Why that entry was not taken, where it was looked at; without its name, with which errors of files begin."""
+        why = self.waiting.get(name)
+        return why and why.removeprefix(f"{name}: ")
+
 
 class Presence:
     """The note of this process. Who calls holds the home's lock. Safe to use from any thread.

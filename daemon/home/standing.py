@@ -2,6 +2,8 @@
 what changes that. The command line, the page and the API say it alike.
 """
 
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -28,6 +30,17 @@ def held(reader: Reader, head: Head) -> Held | None:
     newest = reader.version(head.name, head.newest)
     why = head.frozen or (newest and newest.held) or "another version is live"
     return Held(head.newest, why, head.frozen is not None, f"mainstem promote {called(head.name, head.newest)}")
+
+
+def withdrawn_since(reader: Reader, numbers: Iterable[int]) -> dict[int, list[Expert]]:
+    """By the number of a version, the experts that it has and that were taken out of the merge since, oldest first."""
+    found: dict[int, list[Expert]] = {number: [] for number in sorted(set(numbers))}
+    order = list(found)
+    for expert in reversed(reader.experts(Status.WITHDRAWN, limit=-1)):
+        came, went = expert.version or 0, expert.withdrawn_in or 0
+        for number in order[bisect_left(order, came) : bisect_left(order, went)]:
+            found[number].append(expert)
+    return found
 
 
 class Outcome(StrEnum):

@@ -45,8 +45,7 @@ class Drops:
         if found is None:
             return None
         word, one = found
-        since = one.since.isoformat(timespec="seconds") if one.since else None
-        return {"name": name, "state": word, "why": one.why, "since": since, "before": self._before(name)}
+        return {**one.described(), "state": word, "before": self._before(name)}
 
     def _before(self, name: str) -> int | None:
         """The newest that was dropped under that name before, and is not this one."""

@@ -13,6 +13,7 @@ from typing import Any
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.home import orders
+from daemon.home.standing import withdrawn_since
 from daemon.interventions import cases
 from daemon.interventions.pruning import Prune
 from daemon.layout import Home
@@ -199,9 +200,8 @@ def _promote(head: Head, version: Version) -> list[str]:
 def _taken_out(reader: Reader, request: Request) -> list[str]:
     """What the version has that somebody took out of the merge since."""
     name, number = request.named
-    withdrawn = reader.experts(Status.WITHDRAWN, limit=-1)
-    there = [one for one in withdrawn if (one.version or 0) <= number < (one.withdrawn_in or 0)]
-    which = listed([f"{one.id} ({one.name})" for one in reversed(there)])
+    there = withdrawn_since(reader, [number])[number]
+    which = listed([f"{one.id} ({one.name})" for one in there])
     return [f"beware: {called(name, number)} has what was taken out since: {which}"] if there else []
 
 

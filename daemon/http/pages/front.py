@@ -60,12 +60,12 @@ def front(
     live = reader.version(first.name, first.live)
     origin = str(Origin.of(request))
     get = [*local_command(published, first), *(commands(published, first, live, origin) if live else ())]
-    counts = reader.counts()
+    counts, open_cases = reader.counts(), reader.count_open()
     return page(
         request,
         "front.html",
         title=f"{first.name}/{first.live}",
-        told=spoken(now, heads, counts, reader.count_open()),
+        told=spoken(now, heads, counts, open_cases),
         condition=now,
         queue=[one for one in now.waiting or () if one.name != now.expert],
         most=QUEUE,
@@ -76,7 +76,7 @@ def front(
         more_heads=len(heads) - len(heads[:CARDS]),
         first=first,
         counts={status: counts.get(status, 0) for status in Status},
-        open=reader.count_open(),
+        open=open_cases,
         arrivals=reader.experts(limit=ARRIVALS),
         lineage=lineage(published, heads, VERSIONS),
         measured=measured(reader, heads),

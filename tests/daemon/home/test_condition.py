@@ -61,7 +61,8 @@ def test_how_far_it_is_what_is_left_and_what_waits_longest_first(home: Home) -> 
                 found = now(home, timedelta(seconds=30))
                 assert (found.doing, found.expert, found.left_seconds) == (Doing.EVALUATING, "b", None)
                 assert re.fullmatch(r"evaluating what comes of b, for [34]\d s", found.text)
-                assert found.daemon and found.described()["since"] == found.daemon.evaluating_since
+                assert found.daemon and found.since
+                assert found.since.isoformat(timespec="seconds") == found.daemon.evaluating_since
                 assert (
                     found.waiting and found.waiting[0].why == f"being evaluated since {found.daemon.evaluating_since}"
                 )
@@ -78,9 +79,9 @@ def test_how_far_it_is_what_is_left_and_what_waits_longest_first(home: Home) -> 
 
 
 def test_it_is_ready_for_json(home: Home) -> None:
-    said = now(home).described()
-    assert said["doing"] == "no daemon" and said["since"] is None and said["waiting"] == []
-    assert replace(now(home), waiting=None).described()["waiting"] is None
+    found = now(home)
+    assert found.doing == "no daemon" and found.since is None and found.queue() == []
+    assert replace(found, waiting=None).queue() is None
 
 
 def test_of_a_flood_only_so_many_are_looked_at(home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
