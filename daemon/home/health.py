@@ -59,18 +59,19 @@ class Health:
 
     def troubles(self, reader: Reader, *, beside: bool = False) -> list[Trouble]:
         """All that is wrong now. `beside`: this process does not merge; somebody else should."""
-        found = [*self._notes.values(), *self._in_the_registry(reader)]
+        notes = self._notes  # looked at once: the daemon may note something meanwhile
+        found = [*notes.values(), *self._in_the_registry(reader)]
         try:
-            return found + self._on_the_disk(beside)
+            return found + self._on_the_disk(notes, beside)
         except OSError as error:
             why = f"the home cannot be looked at: {error.strerror}"
             return [*found, Trouble("damaged", why, "look at its disk, its mount and its owner")]
 
-    def _on_the_disk(self, beside: bool) -> list[Trouble]:
+    def _on_the_disk(self, notes: Mapping[str, Trouble], beside: bool) -> list[Trouble]:
         found = []
-        if "no_inbox" not in self._notes and not self._home.inbox.is_dir():
+        if "no_inbox" not in notes and not self._home.inbox.is_dir():
             found.append(Trouble("no_inbox", "the inbox is gone", "make the folder `inbox` in the home again"))
-        if "disk_full" not in self._notes and _free(self._home.root) < RESERVE_BYTES:
+        if "disk_full" not in notes and _free(self._home.root) < RESERVE_BYTES:
             found.append(
                 Trouble("disk_full", f"less than {RESERVE_BYTES >> 20} MiB of disk are free", "make room on its disk")
             )

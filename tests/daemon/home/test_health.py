@@ -140,6 +140,22 @@ def test_several_at_once_and_what_is_noted(merged: Home, reader: Reader) -> None
     assert [one.reason for one in found.troubles(reader)] == ["damaged", "no_inbox"]
 
 
+def test_what_is_noted_while_the_registry_is_read(
+    merged: Home, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon's own thread notes what it sees while another one asks: it is told of all the same, and once."""
+    found, heads = Health(merged), Reader.heads
+
+    def meanwhile(self: Reader) -> object:
+        found.note(Trouble("no_inbox", "the inbox is gone", "make it"))
+        return heads(self)
+
+    merged.inbox.rmdir()
+    monkeypatch.setattr(Reader, "heads", meanwhile)
+    assert [one.reason for one in found.troubles(reader)] == ["no_inbox"]
+    assert [one.reason for one in found.troubles(reader)] == ["no_inbox"]
+
+
 def test_looking_for_a_daemon_keeps_none_from_starting(merged: Home) -> None:
     """The look takes the lock for a moment; whoever wants it for good waits for that long."""
     over = threading.Event()
