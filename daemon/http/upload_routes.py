@@ -68,11 +68,13 @@ class UploadRoutes:
         """POST: the folder is complete."""
         return await self._guarded(request, self._commit)
 
-    async def _guarded(self, request: Request, endpoint: Endpoint) -> Response:
+    async def _guarded(self, request: Request, endpoint: Endpoint, *, anyone: bool = False) -> Response:
+        """The endpoint's answer, or why there is none. anyone: without the token, too."""
         body = _Body(request.receive)
         request = Request(request.scope, body)
         try:
-            self._authorise(request)
+            if not anyone:
+                self._authorise(request)
             if why_not := self._ready():
                 raise Problem(503, "not_ready", why_not, "try again", {"Retry-After": "5"})
             return await endpoint(request)

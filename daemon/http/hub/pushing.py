@@ -46,7 +46,7 @@ BAD_TOKEN = (
 
 
 class HubPushing(UploadRoutes):
-    """The endpoints, all of which need the token."""
+    """The endpoints, all of which but one need the token."""
 
     def __init__(self, uploads: Uploads, ready: Callable[[], str | None], repos: Repos) -> None:
         super().__init__(uploads, ready)
@@ -68,8 +68,8 @@ class HubPushing(UploadRoutes):
         return await self._guarded(request, self._create)
 
     async def validate(self, request: Request) -> Response:
-        """Whether a model card is one: all are."""
-        return await self._guarded(request, self._validate)
+        """Whether a model card is one: all are. Clients send no token here."""
+        return await self._guarded(request, self._validate, anyone=True)
 
     async def preupload(self, request: Request) -> Response:
         """How each file is to be sent."""

@@ -5,24 +5,28 @@ for another file, then means the same version, whatever becomes live between the
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qs, quote
 
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from daemon.http.answers import NO_CACHE, Problem, root_of
 from daemon.http.files import Published
-from daemon.http.hub.repos import LIVE, NAMESPACE, Listing, Repos, Snapshot, commit_of, hub_problem, no_repo
+from daemon.http.hub.repos import LIVE, NAMESPACE, Listing, Repos, Snapshot, commit_of, hub_problem, no_repo, told
 from daemon.http.sending import file_answer
 from daemon.http.upload_routes import Stream, short_body
 from daemon.manifest import FileEntry
 
 MOST_REFS = 1000  # versions that are listed as tags
+READING = ("GET", "HEAD")
+METHODS = (*READING, "POST", "PUT", "PATCH", "DELETE")
 PATHS_SECONDS = 10.0  # for a question for some paths to come, or the next piece of it
 
 Row = dict[str, Any]
@@ -118,8 +122,11 @@ class HubReading:
         snapshot = self._listing(request)
         name: str = request.path_params["name"]
         entry = snapshot.files.get(name)
-        if entry is None or not isinstance(snapshot, Snapshot):  # what is pushed can be merged, and not be read
+        if entry is None:
             raise _no_entry(snapshot, name)
+        if not isinstance(snapshot, Snapshot):
+            hint = f"GET /v1/experts/{snapshot.repo} says what becomes of it"
+            raise hub_problem(404, "EntryNotFound", "unknown_file", "what is pushed is merged, and not read", hint)
         linked = {
             "X-Repo-Commit": snapshot.commit,
             "X-Linked-Etag": f'"{entry.sha256}"',  # what a client calls the file in its cache
@@ -137,6 +144,17 @@ class HubReading:
         """Whatever repository is none of ours, so that the clients say that, and not that something failed."""
         raise no_repo(request.path_params["repo"])
 
+    def missing(self, request: Request) -> Response:
+        """What the Hub has, and is not here: branches, settings, discussions, ..."""
+        hint = "docs/hub.md says what there is, and how an expert is pushed"
+        if request.method not in READING:
+            detail, allow = "nothing of the kind can be changed here", {"Allow": ", ".join(READING)}
+            raise told(Problem(405, "read_only", detail, hint, allow), "read_only")
+        if repo := request.path_params.get("repo"):
+            self._listing(request)
+            raise told(Problem(404, "not_found", f"{NAMESPACE}/{repo} has nothing of the kind", hint), "not_found")
+        raise told(Problem(404, "not_found", "there is nothing of the kind here", hint), "not_found")
+
     def _listing(self, request: Request) -> Listing:
         repo: str = request.path_params["repo"]
         try:
@@ -147,6 +165,21 @@ class HubReading:
             raise
 
 
+class _Revision(Convertor[str]):
+    """A revision in an address, by its name alone or with what git puts before it."""
+
+    regex = r"refs/[^/]+/[^/]+|[^/]+"
+
+    def convert(self, value: str) -> str:
+        return re.sub("^refs/(heads|tags)/", "", value)
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("revision", _Revision())
+
+
 def reading_routes(published: Published, pushed: Callable[[str], Listing | None] = lambda _: None) -> list[Route]:
     """The addresses, for the end of a list: the last ones take what nothing else did."""
     api = HubReading(published, pushed)
@@ -154,13 +187,17 @@ def reading_routes(published: Published, pushed: Callable[[str], Listing | None]
         Route("/api/models", api.models),
         Route("/api/models/mainstem/{repo}", api.model),
         Route("/api/models/mainstem/{repo}/auth-check", api.access),
-        Route("/api/models/mainstem/{repo}/revision/{revision}", api.model),
-        Route("/api/models/mainstem/{repo}/tree/{revision}", api.tree),
-        Route("/api/models/mainstem/{repo}/tree/{revision}/{folder:path}", api.tree),
-        Route("/api/models/mainstem/{repo}/paths-info/{revision}", api.paths, methods=["POST"]),
+        Route("/api/models/mainstem/{repo}/revision/{revision:revision}", api.model),
+        Route("/api/models/mainstem/{repo}/tree/{revision:revision}", api.tree),
+        Route("/api/models/mainstem/{repo}/tree/{revision:revision}/{folder:path}", api.tree),
+        Route("/api/models/mainstem/{repo}/paths-info/{revision:revision}", api.paths, methods=["POST"]),
         Route("/api/models/mainstem/{repo}/refs", api.refs),
-        Route("/mainstem/{repo}/resolve/{revision}/{name:path}", api.file),
+        Route("/mainstem/{repo}/resolve/{revision:revision}/{name:path}", api.file),
+        Route("/api/models/mainstem/{repo}/{rest:path}", api.missing, methods=METHODS),
+        Route("/api/repos/{rest:path}", api.missing, methods=METHODS),
         Route("/api/models/{repo:path}", api.foreign),
+        Route("/api/datasets/{repo:path}", api.foreign),
+        Route("/api/spaces/{repo:path}", api.foreign),
         Route("/{repo:path}/resolve/{rest:path}", api.foreign),
     ]
 

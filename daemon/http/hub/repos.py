@@ -68,7 +68,7 @@ class Repos:
         head = self.head(repo)
         row = self._version(head, revision)
         if row is None:
-            hint = f"{LIVE}, v{head.live} (the live version), or a commit"
+            hint = f"{LIVE}, v{head.live} (the live version), or the 40 digits of a commit"
             raise hub_problem(404, "RevisionNotFound", "unknown_version", f"{head.name} has no {revision!r}", hint)
         try:
             manifest = self.published.manifest(head, self.published.version(head, row.number))

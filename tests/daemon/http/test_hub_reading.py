@@ -40,7 +40,16 @@ def two(line: "Line") -> "Line":
 
 
 def test_a_model_and_its_revisions(two: "Line", client: httpx.Client) -> None:
-    for revision, n in (("main", 2), ("v2", 2), ("2", 2), ("v1", 1), ("000001", 1), (commit(two, 0), 0)):
+    for revision, n in (
+        ("main", 2),
+        ("refs%2Fheads%2Fmain", 2),
+        ("v2", 2),
+        ("2", 2),
+        ("v1", 1),
+        ("refs%2Ftags%2Fv1", 1),
+        ("000001", 1),
+        (commit(two, 0), 0),
+    ):
         answer = client.get(f"{MODEL}/revision/{revision}")
         assert (answer.status_code, answer.json()["sha"]) == (200, commit(two, n)), revision
     found = client.get(MODEL, params={"blobs": "true"}).json()
@@ -134,6 +143,12 @@ def test_what_is_not_there_is_told_in_the_hubs_words(two: "Line", client: httpx.
         ("/google-bert/bert/resolve/main/config.json", "RepoNotFound", "unknown_head"),
         ("/api/models/google-bert/bert", "RepoNotFound", "unknown_head"),
         ("/api/models/google-bert/bert/tree/main", "RepoNotFound", "unknown_head"),
+        ("/api/models/mainstem/other/commits/main", "RepoNotFound", "unknown_head"),
+        ("/api/datasets/imdb", "RepoNotFound", "unknown_head"),
+        (f"{MODEL}/revision/refs%2Fpr%2F1", "RevisionNotFound", "unknown_version"),
+        ("/mainstem/main/resolve/refs%2Ftags%2Fv9/config.json", "RevisionNotFound", "unknown_version"),
+        (f"{MODEL}/commits/main", "not_found", "not_found"),
+        (f"{MODEL}/discussions", "not_found", "not_found"),
     ):
         answer = client.get(address)
         assert reason(answer) == (404, code, why), address
@@ -141,6 +156,19 @@ def test_what_is_not_there_is_told_in_the_hubs_words(two: "Line", client: httpx.
         assert client.head(address).headers["x-error-code"] == code
     missing = client.head("/mainstem/main/resolve/main/none.txt")
     assert missing.headers["x-repo-commit"] == commit(two, 2)
+
+
+def test_what_the_hub_would_change_is_told_to_be_fixed_here(two: "Line", client: httpx.Client) -> None:
+    for method, address in (
+        ("POST", f"{MODEL}/tag/v1"),
+        ("DELETE", f"{MODEL}/branch/dev"),
+        ("PUT", f"{MODEL}/settings"),
+        ("DELETE", "/api/repos/delete"),
+        ("POST", "/api/repos/move"),
+    ):
+        answer = client.request(method, address, content=b"{}")
+        assert reason(answer) == (405, "read_only", "read_only"), address
+        assert "nothing of the kind" in answer.headers["x-error-message"] and answer.headers["allow"] == "GET, HEAD"
 
 
 def test_a_collected_version_is_a_revision_no_more(two: "Line", client: httpx.Client) -> None:
