@@ -4,7 +4,7 @@
     [hooks]
     published = [["/path/to/vllm_weights.py", "http://127.0.0.1:8000"]]
 
-Written for vLLM 0.11 and later, started on the link `published/main/latest` of the home with `--enable-sleep-mode` and
+Written for vLLM 0.11 to 0.32, started on the link `published/main/latest` of the home with `--enable-sleep-mode` and
 VLLM_SERVER_DEV_MODE=1, whose addresses nobody else may reach: `/sleep`, `/wake_up`, `/collective_rpc`. Tested against a
 receiver that answers as it does; never run against vLLM itself. What it is at is aborted. Where that will not do, start
 another server on the new folder and turn to it (restart.sh).

@@ -1,14 +1,17 @@
 """Each recipe of deploy/hooks, run as the hook that it says, does what its server asks for.
 
-The servers are a receiver that answers in their shapes: those of the sources of SGLang 0.5 and vLLM 0.11, and of
-Triton's protocol.
+The servers are a receiver that answers in their shapes: those of the sources of SGLang 0.5 and vLLM 0.32, and of
+Triton's protocol. MLflow's registry is a real one.
 """
 
+import hashlib
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,8 @@ class Sglang:
 class Vllm:
     """Adapters by name; and, asleep, weights that are read again."""
 
+    inplace = True
+
     def __init__(self) -> None:
         self.adapters, self.steps = dict[str, str](), list[str]()
 
@@ -64,8 +69,11 @@ class Vllm:
         asked = request.said
         name = asked.get("lora_name", "")
         if request.path == "/v1/load_lora_adapter":
-            if name in self.adapters or not Path(asked["lora_path"]).is_dir():
-                return 400, self.error(f"The lora adapter '{name}' cannot be loaded.", "InvalidUserInput", 400)
+            if name in self.adapters and not (self.inplace and asked.get("load_inplace")):
+                message = f"The lora adapter '{name}' has already been loaded."
+                return 400, self.error(message, "InvalidUserInput", 400)
+            if not Path(asked["lora_path"]).is_dir():
+                return 404, self.error(f"No adapter found for '{name}'", "NotFoundError", 404)
             self.adapters[name] = asked["lora_path"]
             return 200, f"Success: LoRA adapter '{name}' added successfully."
         if request.path == "/v1/unload_lora_adapter":
@@ -83,6 +91,12 @@ class Vllm:
     @staticmethod
     def error(message: str, kind: str, code: int) -> str:
         return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+class OlderVllm(Vllm):
+    """One that loads no adapter in the place of another."""
+
+    inplace = False
 
 
 class Triton:
@@ -123,7 +137,7 @@ def run(home: Home, receiver: Receiver, name: str, version: int = 1, **places: P
     command = [str(RECIPES / name)]
     for word in said(name)[1:]:
         word = re.sub(r"^http://[\d.:]+", origin, word)
-        command.append(str(places.get(word.strip("/").replace("/", "_"), word)))
+        command.append(str(places.get(re.sub(r"\W", "_", word.strip("/")), word)))
     delivery = Delivery(1, 1, "msg_1", Event.PUBLISHED, {"head": "main", "version": version}, WHEN)
     data = payload(home, delivery)["data"]
     # not by Hooking, whose own tests run it: that would start twice as many interpreters
@@ -140,7 +154,10 @@ def test_sglang_takes_weights(home: Home, receiver: Receiver) -> None:
     assert not answer.delivered and "no such folder" in answer.text and server.weights[1] == "main/2"
 
 
-@pytest.mark.parametrize(("name", "server"), [("sglang_adapter.py", Sglang), ("vllm_adapter.py", Vllm)])
+@pytest.mark.parametrize(
+    ("name", "server"),
+    [("sglang_adapter.py", Sglang), ("vllm_adapter.py", Vllm), ("vllm_adapter.py", OlderVllm)],
+)
 def test_an_adapter_takes_the_place_of_the_one_before(
     home: Home, receiver: Receiver, name: str, server: type[Sglang] | type[Vllm]
 ) -> None:
@@ -152,6 +169,18 @@ def test_an_adapter_takes_the_place_of_the_one_before(
     receiver.answer = lambda request: (500, "out of memory") if "unload" not in request.path else answering(request)
     answer = run(home, receiver, name)
     assert not answer.delivered and "500: out of memory" in answer.text
+
+
+def test_vllm_keeps_the_adapter_that_it_has_where_the_next_one_will_not_do(home: Home, receiver: Receiver) -> None:
+    receiver.answer = server = Vllm()
+    assert run(home, receiver, "vllm_adapter.py", 1).delivered
+    for version, status in ((3, 404), (2, 400)):  # there is no 3; the rank of 2 is too high
+        if status == 400:
+            receiver.answer = lambda _: (400, Vllm.error("LoRA rank 64 is greater than max_lora_rank", "", 400))
+        answer = run(home, receiver, "vllm_adapter.py", version)
+        assert not answer.delivered and ("No adapter found" if version == 3 else "LoRA rank 64") in answer.text
+    assert server.adapters == {"merged": str(home.version("main", 1) / "adapter")}
+    assert not any("unload" in one.path for one in receiver.requests)
 
 
 def test_vllm_reads_its_weights_again(home: Home, receiver: Receiver) -> None:
@@ -196,12 +225,92 @@ def test_no_server_is_a_failure(home: Home) -> None:
     assert not run(home, Receiver("http://127.0.0.1:9/told"), "vllm_weights.py").delivered
 
 
+def test_a_server_that_loads_by_name_is_restarted_on_a_revision(home: Home, receiver: Receiver, tmp_path: Path) -> None:
+    file, restart = tmp_path / "chat.env", tmp_path / "restart"
+    restart.write_text(f'#!/bin/sh\n. {file}\necho "$MODEL_ID@$REVISION" >> {tmp_path}/seen\n')
+    restart.chmod(0o755)
+    for version in (1, 2):
+        answer = run(home, receiver, "revision.sh", version, srv_models_chat_env=file, systemctl=restart)
+        assert answer.delivered, answer
+    assert (tmp_path / "seen").read_text().split() == ["mainstem/main@v1", "mainstem/main@v2"]
+    assert sorted(tmp_path.glob("chat.env*")) == [file]
+
+
+def test_llama_cpp_gets_what_its_converter_makes(home: Home, receiver: Receiver, tmp_path: Path) -> None:
+    """The converter here takes the arguments of the real one, which is too large for the tests."""
+    file, convert, restart = tmp_path / "chat.gguf", tmp_path / "convert", tmp_path / "restart"
+    convert.write_text(
+        f"#!{sys.executable}\n"
+        "import argparse, pathlib\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--outfile', type=pathlib.Path)\n"
+        "parser.add_argument('--outtype', choices=['f32', 'f16', 'bf16', 'q8_0', 'auto'])\n"
+        "parser.add_argument('model')\n"
+        "asked = parser.parse_args()\n"
+        "asked.outfile.write_text(asked.model)\n"
+        "assert pathlib.Path(asked.model).is_dir()\n"
+    )
+    restart.write_text(f"#!/bin/sh\ncat {file} >> {tmp_path}/seen\necho >> {tmp_path}/seen\n")
+    for program in (convert, restart):
+        program.chmod(0o755)
+    places = {
+        "opt_llama_cpp_convert_hf_to_gguf_py": convert,
+        "srv_models_chat_gguf": file,
+        "systemctl": restart,
+    }
+    for version in (1, 2, 3):  # there is no 3
+        answer = run(home, receiver, "llama_cpp.sh", version, **places)
+        assert answer.delivered is (version < 3), answer
+        assert sorted(tmp_path.glob("chat.gguf*")) == [file]
+    assert (tmp_path / "seen").read_text().split() == [str(home.version("main", n)) for n in (1, 2)]
+    assert file.read_text() == str(home.version("main", 2))
+
+
+BY_TURNS = """
+import json, runpy, sys
+words = sys.argv[1:4]
+for more in json.loads(sys.argv[4]):
+    sys.argv = [*words, *more]
+    runpy.run_path(words[0])
+from mlflow import MlflowClient, artifacts
+found = MlflowClient(words[1], words[1]).search_model_versions()
+copied = artifacts.download_artifacts(f"models:/{words[2]}@live", tracking_uri=words[1], registry_uri=words[1])
+print(json.dumps([{one.version: [one.source, one.tags] for one in found}, copied]))
+"""  # one interpreter for all: it takes two seconds to import mlflow
+
+
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="not installed: mlflow-skinny")
+def test_mlflow_has_each_version_once_and_knows_the_live_one(home: Home, tmp_path: Path) -> None:
+    url, tags = f"sqlite:///{tmp_path}/mlflow.db", {}
+    for version in (1, 2):
+        raw = json.dumps({"head": "main", "version": version}).encode()
+        (home.version("main", version) / "manifest.json").write_bytes(raw)
+        tags[version] = {"head": "main", "version": str(version), "sha256": hashlib.sha256(raw).hexdigest()}
+    one, two = (str(home.version("main", version)) for version in (1, 2))
+    name, source = (filled(said("mlflow_model.py")[n], {"head": "main", "version": 1}) for n in (2, 4))
+    turns = json.dumps([[one, source], [two], [one, source], [two]])  # 2, back to 1, and 2 again
+    words = [sys.executable, "-c", BY_TURNS, str(RECIPES / "mlflow_model.py"), url, name, turns]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert [line.removeprefix(f"{url} has ") for line in lines] == [
+        "main/1 as mainstem-main 1, live",
+        "main/2 as mainstem-main 2, live",
+        "main/1 as mainstem-main 1, live",
+        "main/2 as mainstem-main 2, live",
+    ]
+    found, copied = json.loads(last)
+    assert found == {"1": [source, tags[1]], "2": [two, tags[2]]}
+    assert json.loads((Path(copied) / "manifest.json").read_bytes()) == {"head": "main", "version": 2}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_says_for_what_it_was_written(name: str) -> None:
-    text = " ".join((RECIPES / name).read_text().split())
-    assert said(name)
-    assert name == "restart.sh" or re.search(r"Written for (SGLang|vLLM|Triton) [\d.]+", text)
-    assert name == "restart.sh" or "never run against" in text.replace("\n", " ")
+    text = " ".join((RECIPES / name).read_text().replace("\n#", "").split())
+    assert said(name) and (RECIPES / name).stat().st_mode & 0o111 == 0o111
+    servers = "SGLang|vLLM|Triton|TGI|MLflow|llama.cpp of"
+    assert name == "restart.sh" or re.search(rf"Written for ({servers}) [\d.]+", text)
+    assert name in ("restart.sh", "mlflow_model.py") or "never run against" in text
 
 
 def test_every_recipe_is_tested() -> None:
