@@ -233,8 +233,9 @@ class Uploads:
                 what = f"what these are has not come: {listed(missing)}"
                 raise NotUploaded(Reason.UPLOAD_UNFINISHED, what, "push them again; a restart forgets them")
             stored = {path: upload.files[file] for path, file in added.items()}
-            before, upload.push = upload.push, upload.push.changed(stored, removed, summary)
-            durable.replace_file(self._home.uploads / expert / COMMITTED, upload.push.to_json())
+            before, after = upload.push, upload.push.changed(stored, removed, summary)
+            durable.replace_file(self._home.uploads / expert / COMMITTED, after.to_json())
+            upload.push = after
             upload.touched = time.monotonic()
             still = {one.name for one in upload.push.paths.values()}
             self._forget(upload, {one.name for one in before.paths.values()} - still)
@@ -245,6 +246,8 @@ class Uploads:
         """Removes files that came for a commit that failed."""
         with self._lock:
             upload = self._open.get(expert)
+            if self._failed:  # it is not known which commit is on the disk, and this process ends
+                return
             if upload and upload.push is not None and not upload.laid_out:
                 self._forget(upload, set(files) - {one.name for one in upload.push.paths.values()})
                 if not upload.files and not upload.coming:

@@ -16,7 +16,7 @@ from daemon.arrivals import pushes, uploads
 from daemon.arrivals.uploads import Uploads
 from daemon.config import Http
 from daemon.disk import durable
-from daemon.disk.durable import Folder
+from daemon.disk.durable import Folder, SyncFailed
 from daemon.home.recovery import recover
 from daemon.http.hub import pushing
 from daemon.layout import Home
@@ -380,6 +380,33 @@ def test_a_failing_disk_leaves_it_where_it_is(hub: Hub, monkeypatch: pytest.Monk
     assert hub.pushed() == [] and hub.uploads.failing
     hub.rest(1)
     assert tree(hub.home.inbox / "german") == {"model.safetensors": b"m", "config.json": b"{}"}
+
+
+@pytest.mark.parametrize("syncing", [False, True])
+def test_a_commit_that_could_not_be_stored_was_none(hub: Hub, monkeypatch: pytest.MonkeyPatch, syncing: bool) -> None:
+    hub.commit({"model.safetensors": b"1"})
+    before = tree(hub.home.uploads)
+    failure = SyncFailed(5, "Input/output error") if syncing else OSError(28, "No space left on device")
+
+    def fail(path: Path, data: bytes) -> None:
+        if syncing:  # the new one may be there
+            path.write_bytes(data)
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploads.durable, "replace_file", fail)
+        answer = hub.commit({"model.safetensors": b"2", "config.json": b"{}"})
+    if not syncing:
+        assert error(answer) == (507, "upload_space") and tree(hub.home.uploads) == before
+        assert hub.client.get(MODEL).json()["siblings"] == [{"rfilename": "model.safetensors"}]
+        hub.rest()
+        assert tree(hub.home.inbox / "german") == {"model.safetensors": b"1"}
+        return
+    assert answer.status_code == 500
+    with pytest.raises(SyncFailed):  # the process ends; the next one finds what that commit named
+        hub.uploads.tend()
+    again(hub.home).tend()
+    assert tree(hub.home.inbox / "german") == {"model.safetensors": b"2", "config.json": b"{}"}
 
 
 def test_nothing_changes_in_the_inbox_once_it_is_there(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
