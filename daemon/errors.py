@@ -87,6 +87,10 @@ class NotUploaded(DaemonError):
     """An upload over HTTP is not taken, or not to its end."""
 
 
+class UploadsBusy(NotUploaded):
+    """As many files come as may at the same time: it passes."""
+
+
 class NoScores(DaemonError):
     """The evaluator failed, took too long or gave no scores; `log` is the end of what it wrote."""
 

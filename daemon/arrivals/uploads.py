@@ -27,11 +27,11 @@ from daemon.arrivals.receiving import Incoming, Stored, check_name
 from daemon.config import Http, taking_effect
 from daemon.disk import durable
 from daemon.disk.durable import Folder
-from daemon.errors import BadConfig, NotUploaded, Reason
+from daemon.errors import BadConfig, NotUploaded, Reason, UploadsBusy
 from daemon.layout import Home
 from projector.text import listed, shown
 
-AT_ONCE = 4  # files that come at the same time
+AT_ONCE = 8  # files that come at the same time; a client of the Hub sends five
 MOST_OPEN = 32  # experts of which something has come, but not all
 MOST_FILES = 1000  # in one folder
 STALE_SECONDS = 6 * 3600.0
@@ -344,7 +344,8 @@ class Uploads:
         if upload is None and len(self._open) >= MOST_OPEN:
             raise _limit(f"{MOST_OPEN} uploads have been begun and not finished")
         if sum(len(one.coming) for one in self._open.values()) >= AT_ONCE:
-            raise _limit(f"{AT_ONCE} files are being sent already")
+            what, hint = f"{AT_ONCE} files are being sent already", "try again when one of them has ended"
+            raise UploadsBusy(Reason.UPLOAD_LIMIT, what, hint)
         if upload is None:
             durable.make_folder(self._home.uploads)
             with Folder(self._home.uploads) as uploads:

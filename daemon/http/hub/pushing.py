@@ -25,7 +25,7 @@ from starlette.routing import Route
 from daemon.arrivals.pushes import Push, check_expert, counts
 from daemon.arrivals.receiving import Incoming, Stored
 from daemon.arrivals.uploads import Uploads
-from daemon.errors import NotUploaded, Reason
+from daemon.errors import NotUploaded, UploadsBusy
 from daemon.http.answers import NO_CACHE, Problem, root_of
 from daemon.http.hub.commit_body import read_commit
 from daemon.http.hub.repos import LIVE, NAMESPACE, Listing, Repos, told
@@ -36,7 +36,7 @@ MOST_BYTES_IN_COMMIT = (
     256 << 20
 )  # of one file: clients that would send larger ones by Xet alone send these all the same
 SIGNED_SECONDS = 6 * 3600
-SLOT_SECONDS = 60.0  # how long a file waits for others: the clients send five at a time
+SLOT_SECONDS = 3600.0  # how long a file waits for others, which may be large: the clients give up after a few tries
 MOST_MADE = 1000  # repositories that are remembered before anything comes
 LFS = "application/vnd.git-lfs+json"
 NO_XET = "set HF_HUB_DISABLE_XET=1: this is no Xet storage"
@@ -224,8 +224,8 @@ class HubPushing(UploadRoutes):
         while True:
             try:
                 return await run_in_threadpool(lambda: self._uploads.begin(repo, file, size, pushed=True))
-            except NotUploaded as error:
-                if error.reason is not Reason.UPLOAD_LIMIT or time.monotonic() >= end:
+            except UploadsBusy:
+                if time.monotonic() >= end:
                     raise
             await asyncio.sleep(0.2)
 

@@ -306,6 +306,14 @@ def test_more_files_than_may_come_at_once_wait(hub: Hub, monkeypatch: pytest.Mon
     monkeypatch.setattr(pushing, "SLOT_SECONDS", 60)
     threading.Timer(0.3, hub.uploads.drop, busy[:1]).start()
     assert hub.send({"a": b"a"}).status_code == 200
+    monkeypatch.setattr(uploads, "MOST_FILES", 1)
+    assert error(hub.send({"b": b"b"})) == (503, "upload_limit")  # at once: waiting would not help
+
+
+def test_as_many_files_come_at_once_as_the_clients_send(hub: Hub) -> None:
+    """Large ones take longer than any of them would wait."""
+    for n in range(5):
+        hub.uploads.begin("german", f"file{n}", None, pushed=True)
 
 
 def again(home: Home) -> Uploads:
