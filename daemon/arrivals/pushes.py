@@ -12,6 +12,7 @@ push becomes an expert when a time has passed without another commit, or at once
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +31,8 @@ LAID_OUT = "laid-out.json"
 MOST_PATHS = 1000
 DEEPEST = 8  # folders, one in the other
 TRAINING = "Training in progress"  # how the Trainer of transformers begins the message of a save that is not the last
-TRAINING_SECONDS = 3600.0  # without another commit: it is not known what a training that was broken off was to become
+MORE_SECONDS = 3600.0  # without another commit, where others should follow: then it is what it is
+SHARD = re.compile(r"(?P<model>.+)-(?P<n>\d{5})-of-(?P<of>\d{5})(?P<suffix>\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,14 @@ class Push:
 
     def quiet_seconds(self, usual: float) -> float:
         """How long no other commit may follow before it is an expert."""
-        return max(usual, TRAINING_SECONDS) if self.summary.startswith(TRAINING) else usual
+        more = self.summary.startswith(TRAINING) or self._lacks_shards()
+        return max(usual, MORE_SECONDS) if more else usual
+
+    def _lacks_shards(self) -> bool:
+        """Whether some shards of a model have come, and others not: clients send a large one in several commits."""
+        shards = [found for path in self.paths if path.endswith(OF_A_MODEL) and (found := SHARD.fullmatch(path))]
+        came = Counter((found["model"], found["of"], found["suffix"]) for found in shards)
+        return any(count < int(of) for (_, of, _), count in came.items())
 
     def changed(self, added: Mapping[str, Stored], removed: Collection[str], summary: str) -> Self:
         """After one commit more; what is removed and ends in a slash is a folder. Raises NotUploaded."""

@@ -157,6 +157,20 @@ def test_a_training_that_goes_on_is_waited_for(hub: Hub) -> None:
     assert "broken-off" in hub.pushed()
 
 
+def test_the_other_shards_of_a_model_are_waited_for(hub: Hub) -> None:
+    index = {"model.safetensors.index.json": b"{}"}
+    first, second = ({f"model-0000{n}-of-00002.safetensors": b"%d" % n} for n in (1, 2))
+    assert hub.commit(index | first).json()["waits_seconds"] == 3600
+    hub.rest(3500)
+    assert hub.pushed() == []
+    assert hub.commit(second | {"last/model-00001-of-00001.safetensors": b""}).json()["waits_seconds"] == 30
+    hub.rest(31)
+    assert hub.pushed() == ["german"]
+    hub.commit(first, name="never-ended")
+    hub.rest(3601)  # and the inbox says what is missing
+    assert "never-ended" in hub.pushed()
+
+
 def test_what_has_no_weights_is_thrown_away_in_the_end(hub: Hub) -> None:
     for files in ({"README.md": b"#"}, {"training_args.bin": b"a", "tokenizer.json": b"t"}):
         assert hub.commit(files).json()["waits_seconds"] is None
