@@ -136,7 +136,7 @@ class Service:
         for head in store.heads():
             self._metrics.prepared.labels(head.name).set_function(partial(merger.preparations.share, head.name))
         rouse = partial(wake, self._signalled, self._wake)
-        desk = Desk(self._home, store, rouse, lambda _: self._metrics.show_heads(store))
+        desk = Desk(self._home, store, rouse, lambda _: self._metrics.show_heads(store), self._reloading.ask)
         closing.callback(desk.close)
         watching = Watching(self._home, self._wake, events=self._settings.inbox.watch != "poll")
         closing.callback(watching.close)

@@ -410,7 +410,7 @@ class Merger:
         number = self._store.last_expert_id() + 1
         hint = (
             "nothing of it was merged; train it anew, or, where it is wanted all the same, loosen evaluate.require,"
-            f" `kill -HUP` the daemon, then `mainstem unblock {number}` and `mainstem quarantine retry {number}`"
+            f" `mainstem reload`, then `mainstem unblock {number}` and `mainstem quarantine retry {number}`"
         )
         error = Refused(Reason.SCORES, f"a merged model with it breaks a rule: {judged.why}", hint)
         return replace(self._refused(drop, new, error), verdict=judged.verdict)

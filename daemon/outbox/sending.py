@@ -103,7 +103,7 @@ class Sender:
         try:
             self._adopt(settings, wanted)
         except DiskFull as error:
-            hint = f"{error.hint}, then `kill -HUP` the daemon once more"
+            hint = f"{error.hint}, then `mainstem reload` once more"
             self._log.error("webhooks and hooks stay as they were: the disk is full", hint=hint)
 
     def _adopt(self, settings: Settings, wanted: Sequence[Wanted]) -> None:

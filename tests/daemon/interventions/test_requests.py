@@ -33,7 +33,7 @@ def test_what_cannot_be_read_is_passed_over_and_the_next_one_answered(merged: Ho
     lock = durable.lock(merged.lock)
     changed: list[Request] = []
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, changed.append)
+        desk = Desk(merged, store, lambda: None, changed.append, lambda _: None)
         for name, text in (("a.json", b"{"), ("b.json", b'{"deed": "explode"}'), ("c.json", b"[" * 100_000)):
             (merged.requests / name).write_bytes(text)
         durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
@@ -51,7 +51,7 @@ def test_a_daemon_that_stops_first_is_told_of(merged: Home) -> None:
     lock = durable.lock(merged.lock)
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, lambda _: None)
+        desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         heard: list[str] = []
 
         def wait() -> None:
@@ -84,7 +84,7 @@ def test_a_disk_that_fails_ends_the_daemon(merged: Home, monkeypatch: pytest.Mon
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     woken: list[bool] = []
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: woken.append(True), lambda _: None)
+        desk = Desk(merged, store, lambda: woken.append(True), lambda _: None, lambda _: None)
         asked = Thread(target=give_up)
         asked.start()
         assert until(lambda: woken, 10)
@@ -132,7 +132,7 @@ def test_what_waits_is_done_while_the_disk_is_full_and_may_make_room(merged: Hom
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     with Store.open(merged.registry) as store:
         merger = Merger(merged, store, settings, Progress(service._stopping, lambda _: None))
-        desk = Desk(merged, store, service._signalled.set, lambda _: None)
+        desk = Desk(merged, store, service._signalled.set, lambda _: None, lambda _: None)
         asked = asking(merged, Request(Deed.COLLECT, "ann"), heard)
         inbox = Inbox(merged.inbox, 0, time.monotonic)
         service._make_room(OSError(errno.ENOSPC, "full"), store, merger, inbox, desk, once=False)
@@ -152,7 +152,7 @@ def test_a_lost_device_is_told_to_who_asked_and_ends_the_daemon(merged: Home, mo
     lock = durable.lock(merged.lock)
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, lambda _: None)
+        desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         asked = asking(merged, Request(Deed.WITHDRAW, "ann", experts=(4,)), heard)
         assert until(lambda: desk.waiting, 10)
         with pytest.raises(DeviceLost):
@@ -176,7 +176,7 @@ def test_who_asks_on_a_full_disk_does_so_in_the_space_that_was_set_aside(
     lock = durable.lock(merged.lock)
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, lambda _: None)
+        desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         assert room.stat().st_blocks * 512 >= requests.ROOM_BYTES
         monkeypatch.setattr(durable, "note", full)
         assert ask(merged, ROLLBACK)[0] == "main/3 is live, main/4 is not"
@@ -214,7 +214,7 @@ def test_who_asked_while_a_daemon_recovered_is_answered_once_it_has(merged: Home
     asked = asking(merged, ROLLBACK, heard)
     assert until(merged.requests.exists, 10)
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, lambda _: None)
+        desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         asked.join()
         desk.close()
     os.close(lock)
@@ -225,7 +225,7 @@ def test_what_was_withdrawn_meanwhile_is_not_withdrawn_again(merged: Home) -> No
     lock, heard = durable.lock(merged.lock), list[str]()
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, lambda _: None)
+        desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         asked = asking(merged, Request(Deed.WITHDRAW, "ann", version=4, experts=(4,)), heard)
         assert until(lambda: desk.waiting, 10)
         waiting.answer_waiting(merged, store, quick(), desk, Event())
