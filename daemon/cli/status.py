@@ -120,7 +120,7 @@ def looked(where: Home, reader: "Reader") -> Looked:
         "open_cases": reader.count_open(),
         "flagged": [{"id": expert.id, "name": expert.name, "flags": expert.flags} for expert in flagged],
         "troubles": [asdict(one) for one in now.troubles],
-        "attention": [asdict(matter) for matter in attention(now, reader)],
+        "attention": [asdict(matter) for matter in attention(now, reader, str(where.root))],
     }
 
 

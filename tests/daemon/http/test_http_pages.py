@@ -61,14 +61,14 @@ def test_one_expert(line: "Line", client: httpx.Client) -> None:
     line.store.judge_expert(merged.id, alone.id)
     text = client.get(f"/experts/{merged.id}").text
     for expected in ("<h1><bdi>french</bdi></h1>", str(merged.sha256), "reading", "0.625", "expert.json has also",
-                     "mainstem rebuild --without 1", "../heads/main/versions/1", "../heads/init/versions/0",
+                     "mainstem rebuild --without 1 --home home", "../heads/main/versions/1", "../heads/init/versions/0",
                      'title="norm = 1.25"', "all of it as JSON"):  # fmt: skip
         assert expected in text, expected
     bad = line.store.record(line.expert("bad", Status.QUARANTINED, None, reason="pickle", detail="d<d", hint="h>h"))
     text = client.get(f"/experts/{bad.id}").text
     assert "Refused: pickle" in text and "d&lt;d" in text and "h&gt;h" in text
     for deed in ("retry", "discard"):
-        assert f"mainstem quarantine {deed} {bad.id}</pre>" in text
+        assert f"mainstem quarantine {deed} {bad.id} --home home</pre>" in text
     line.store.close_case(bad.id, NewIntervention(Deed.DISCARD, "ada", experts=(bad.id,)))
     text = client.get(f"/experts/{bad.id}").text
     assert "Refused: pickle, and closed" in text and "quarantine retry" not in text
@@ -95,7 +95,8 @@ def test_one_version(line: "Line", client: httpx.Client) -> None:
     held = replace(row, manifest_sha256=sha256(raw), verdict=verdict, held="mean >= live")
     line.store.commit(line.expert("e", Status.MERGED, "ef" * 32), [held, lay(line.home, "init", 2, b"x")])
     page = client.get("/heads/main/versions/2")
-    for expected in ("experts in it</dt><dd>7", "float16", "&lt;gone&gt;", "subtracted", "mainstem promote main/2",
+    for expected in ("experts in it</dt><dd>7", "float16", "&lt;gone&gt;", "subtracted",
+                     "<code>mainstem promote main/2 --home home</code>",
                      "mean &gt;= live: 0.4 &lt; 0.5", "TinyForCausalLM.from_pretrained(&#39;main-2&#39;)",
                      sha256(b"{}"),
                      "vllm serve ./main-2 --served-model-name main", "files/sub/a%20b.json", "&lt;script&gt;1",
@@ -106,6 +107,8 @@ def test_one_version(line: "Line", client: httpx.Client) -> None:
     text = client.get("/heads/init/versions/2").text
     assert "is missing or not what was published" in text and "mainstem verify" in text and "<pre" not in text
     assert client.get("/heads/main/versions/1").text.count("model.safetensors") > 1
+    assert "mainstem rollback" not in client.get("/heads/main/versions/1").text  # it is live
+    assert "<code>mainstem rollback main/0 --home home</code>" in client.get("/heads/main/versions/0").text
     for odd in ("main/versions/9", "main/versions/x", "none/versions/1"):
         page = client.get(f"/heads/{odd}")
         assert page.status_code == 404 and page.headers["content-type"].startswith("text/html"), odd
