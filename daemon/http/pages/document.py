@@ -11,6 +11,7 @@ from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from daemon.checkpoints.hints import from_beside
 from daemon.home.attention import at_home
 from daemon.http.answers import NO_CACHE, root_of
 from daemon.http.pages.words import human_ago, human_count, human_seconds
@@ -79,6 +80,7 @@ def page(request: Request, home: Home, template: str, code: int = 200, **values:
         refresh=REFRESH_SECONDS,
         to=up(request),
         home=named(home),
+        near=lambda text: from_beside(text or "", home),
         now=datetime.now(UTC),
         **values,
     )

@@ -5,27 +5,41 @@ import html
 import json
 import os
 import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
 import httpx
+import torch
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
 
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.home.condition import condition
 from daemon.home.presence import Presence
+from daemon.http import HttpServer, create_app
 from daemon.http.pages.arrived import ROWS
 from daemon.http.pages.charts import Series, chart, outliers
 from daemon.http.pages.graph import Link, Node, drawn
 from daemon.http.pages.ground import facts
 from daemon.http.pages.lineage import LANES
 from daemon.http.pages.words import DEFAULTS, said, set_params
-from daemon.layout import CARD, MANIFEST
+from daemon.layout import CARD, MANIFEST, Home
 from projector.methods import methods
+from registry.reader import Reader
 from registry.records import Deed, Head, NewEvaluation, NewIntervention, Score, Status
+from tests.daemon.following import commands_in
+from tests.daemon.homes import drain, experts
 from tests.daemon.http.conftest import lay, sha256
+from tests.daemon.processes import forked
+from tests.models import read_weights, write_expert
 
 if TYPE_CHECKING:
     from tests.daemon.http.conftest import Line
@@ -75,6 +89,40 @@ def test_one_expert(line: "Line", client: httpx.Client) -> None:
     for odd in ("99", "0", "x", "1" * 30):
         page = client.get(f"/experts/{odd}")
         assert page.status_code == 404 and "there is no such expert" in page.text
+
+
+def test_a_hint_says_to_nobody_where_the_home_is_and_can_be_followed_beside_it(
+    home: Home, base: Path, tmp_path: Path
+) -> None:
+    """A pickle that was really refused, in folders whose names a shell and JSON take for more than letters."""
+    root = shutil.copytree(home.root, tmp_path / 'a "b" it\'s' / "chat's", symlinks=True)
+    home = Home(root)
+    torch.save(read_weights(write_expert(tmp_path / "x.safetensors", base, 2)), home.inbox / "x.bin")
+    drain(home)
+    (refused,) = experts(home)
+    assert str(root) in (refused.hint or "").replace("'\"'\"'", "'"), "the command line says where"
+    with (
+        Reader.open(home.registry) as reader,
+        serving(create_app(home, reader, CollectorRegistry(), lambda: None)) as at,
+    ):
+        pages = [at.get(f"/{page}") for page in ("", "experts", "experts/1", "v1/experts", "v1/experts/x.bin")]
+        hint = at.get("/v1/experts").json()["experts"][0]["hint"]
+    for page in pages:
+        assert page.status_code == 200 and "convert" in page.text and tmp_path.name not in page.text, page.url
+    (command,) = commands_in(hint)
+    done = forked(*shlex.split(command)[1:], cwd=root.parent)
+    assert done.returncode == 0, done.stderr
+    drain(home)
+    assert [one.status for one in experts(home)] == [Status.QUARANTINED, Status.MERGED]
+
+
+@contextmanager
+def serving(app: Starlette) -> Iterator[httpx.Client]:
+    with (
+        HttpServer(app, "127.0.0.1", 0) as (host, port),
+        httpx.Client(base_url=f"http://{host}:{port}", trust_env=False, verify=False) as client,
+    ):
+        yield client
 
 
 def test_one_version(line: "Line", client: httpx.Client) -> None:
