@@ -14,10 +14,10 @@ from starlette.responses import HTMLResponse, Response
 from daemon.checkpoints.hints import from_beside
 from daemon.home.attention import at_home
 from daemon.http.answers import NO_CACHE, root_of
-from daemon.http.pages.words import human_ago, human_count, human_seconds
+from daemon.http.pages.words import human_ago, human_count
 from daemon.layout import Home
 from daemon.templating import asset, html_environment
-from projector.text import plain, size
+from projector.text import duration, plain, size
 
 REFRESH_SECONDS = 5  # where no script runs
 
@@ -97,7 +97,7 @@ _ENVIRONMENT.filters |= {
     "bytes": size,
     "count": human_count,
     "ago": human_ago,
-    "duration": human_seconds,
+    "duration": duration,
     "plain": plain,
     "at_home": at_home,
 }

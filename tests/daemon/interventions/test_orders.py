@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import structlog
 
 from daemon.arrivals.inbox import Drop, Held, Scan
 from daemon.cli.drain import _doing as doing
+from daemon.cli.status import _lasting as lasting
 from daemon.disk import durable
 from daemon.errors import BadHome
-from daemon.home.orders import Kind, Orders, give, order
+from daemon.home.orders import Kind, Order, Orders, give, order
 from daemon.home.presence import Presence
 from daemon.home.presence import running as running_now
 from daemon.interventions.deeds import Request, carry_out
@@ -53,7 +56,8 @@ def test_a_daemon_that_was_paused_before_it_started_and_is_drained(home: Home, t
     with running("run", "--home", home.root, "--no-http") as daemon:
         assert told(daemon, "merging is paused")
         said = json.loads(forked("status", home.root, "--json").stdout)
-        assert said["doing"] == "paused" and "a night's rest" in said["text"]
+        assert said["doing"] == "paused"
+        assert re.fullmatch(r"merging is paused for \d+ s, by .* \(a night's rest\)", said["text"])
         assert said["waiting"][0]["why"] == "merging is paused"
         assert experts(home) == [] and len(list(home.inbox.iterdir())) == 1
         assert forked("resume", home.root).stdout == "merging goes on\n"
@@ -69,6 +73,19 @@ def test_a_daemon_that_was_paused_before_it_started_and_is_drained(home: Home, t
     with lineage(home) as reader:
         found = [(one.deed, one.why) for one in reader.interventions()]
     assert found == [(Deed.DRAIN, None), (Deed.PAUSE, None), (Deed.RESUME, None), (Deed.PAUSE, "a night's rest")]
+
+
+def test_an_order_says_for_how_long_in_words() -> None:
+    began = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    pause = Order(Kind.PAUSE, began.isoformat(), "ada", "a new disk")
+    assert pause.text(began + timedelta(minutes=3)) == "merging is paused for 3 min, by ada (a new disk)"
+    assert pause.text(began + timedelta(days=4)) == "merging is paused for 4 days, by ada (a new disk)"
+    unread = Order(Kind.PAUSE, "-", "-", "order.json cannot be read")
+    assert unread.text() == "merging is paused, by - (order.json cannot be read)"
+    drained = Order(Kind.DRAIN, began.isoformat(), "ada")
+    assert drained.text() == "the queue is finished, then the daemon stops: asked for by ada"
+    looks = [{"text": pause.text(began + timedelta(seconds=n)), "heads": []} for n in (5, 6, 5000)]
+    assert len({lasting(look, as_json) for look in looks for as_json in (True, False)}) == 2, "to wait is no change"
 
 
 def test_without_a_daemon_a_drain_merges_by_itself(home: Home, tmp_path: Path) -> None:
@@ -121,7 +138,7 @@ def test_the_last_order_counts_and_one_that_cannot_be_read_is_a_pause(home: Home
         assert carry_out(home, store, Request(Deed.RESUME, "ada")) == [] and order(home) is None
     home.order.write_text("{")
     damaged = order(home)
-    assert damaged and damaged.kind is Kind.PAUSE and "cannot be read" in damaged.text
+    assert damaged and damaged.kind is Kind.PAUSE and "cannot be read" in damaged.text()
 
 
 def test_a_home_that_is_busy_or_recovers_finds_the_order_later(home: Home) -> None:
