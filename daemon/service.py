@@ -207,6 +207,7 @@ class Service:
             if not self._inbox_is_there(watching, store, merger, inbox, desk, once):
                 self._stopping.wait(self._pause(False))
                 continue
+            orders.lists()
             try:
                 scan = inbox.scan(skip=lingering.decided())
             except (FileNotFoundError, NotADirectoryError, PermissionError):

@@ -122,6 +122,7 @@ class Orders:
         self._once = once
         self._now: Order | None = None
         self._queue: frozenset[str] | None = None  # what a drain began with
+        self._drains = False  # by an order that is older than the newest list of the inbox
         self._log = log
 
     @property
@@ -136,7 +137,14 @@ class Orders:
 
     @property
     def draining(self) -> bool:
-        """Whether the daemon stops once the queue is finished."""
+        """Whether the daemon stops once the queue is finished: that of a list which was made after it was told so."""
+        return self._drains and self._is_drain()
+
+    def lists(self) -> None:
+        """Hears that the inbox is about to be listed."""
+        self._drains = self._is_drain()
+
+    def _is_drain(self) -> bool:
         now = self._look()
         return now is not None and now.kind is Kind.DRAIN
 

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,9 +23,10 @@ from daemon.home.presence import running as running_now
 from daemon.interventions.deeds import Request, carry_out
 from daemon.interventions.requests import ask
 from daemon.layout import Home
+from daemon.service import Service
 from registry.records import Deed
 from registry.store import Store
-from tests.daemon.homes import drain, experts, lineage, live, make_home, put
+from tests.daemon.homes import drain, experts, lineage, live, make_home, put, quick
 from tests.daemon.processes import Daemon, forked, running, until
 from tests.models import write_base, write_expert
 
@@ -119,6 +122,8 @@ def test_a_drain_ends_with_what_it_began_with(home: Home) -> None:
     orders = Orders(home, Presence(home), structlog.get_logger(), once=False)
     first, later = (Drop(name, name, 0, 1, 9.0) for name in ("first", "later"))
     give(home, Deed.DRAIN, "ada", None)
+    assert not orders.draining, "the list is older"
+    orders.lists()
     scan = Scan([first], 1, [Held("held", ".held.part", 9.0)], {}, frozenset({"moving"}))
     assert orders.draining and orders.allowed([first], scan) == [first]
     now = Scan([later], 2, [], {}, frozenset({"moving", "another"}))
@@ -126,6 +131,23 @@ def test_a_drain_ends_with_what_it_began_with(home: Home) -> None:
     assert orders.queue(now) == Scan([], 1, [], {}, frozenset({"moving"}))
     give(home, Deed.RESUME, "ada", None)
     assert orders.allowed([later], now) == [later] and orders.queue(now) is now and not orders.draining
+
+
+def test_what_was_there_before_the_drain_was_asked_for_is_decided(home: Home, tmp_path: Path) -> None:
+    """Both come while the loop looks at what it listed before, an entry that is not complete."""
+    whole = expert(home, tmp_path, 2)
+    (home.inbox / "half.safetensors").write_bytes(expert(home, tmp_path, 3).read_bytes()[:-5])
+
+    @contextmanager
+    def display(_: Drop) -> Iterator[Callable[[float], None]]:
+        if whole.exists():
+            put(home, whole)
+            give(home, Deed.DRAIN, "ada", None)
+        yield lambda share: None
+
+    Service(home, quick(inbox={"resume_seconds": 3600}), display).run(http=False)
+    assert [path.name for path in home.inbox.iterdir()] == ["half.safetensors"]
+    assert live(home) == 1 and order(home) is None
 
 
 def test_the_last_order_counts_and_one_that_cannot_be_read_is_a_pause(home: Home) -> None:
