@@ -192,7 +192,7 @@ class Service:
     def _drain(
         self, store: Store, merger: Merger, desk: Desk, progress: Progress, watching: Watching, once: bool
     ) -> None:
-        assert self._attempts
+        assert self._attempts and self._sender
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
         lingering = Lingering(self._home, store, merger)
         orders = Orders(self._home, self._presence, self._log, once=once)
@@ -203,6 +203,7 @@ class Service:
                 return
             self._reload(store, merger, inbox)
             self._uploads.tend()
+            self._sender.tend()
             self._answer(store, merger, desk)
             if not self._inbox_is_there(watching, store, merger, inbox, desk, once):
                 self._stopping.wait(self._pause(False))
