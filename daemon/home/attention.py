@@ -10,10 +10,9 @@ from datetime import UTC, datetime, timedelta
 
 from daemon.home.condition import NONE, Condition
 from daemon.home.presence import Doing
-from daemon.home.standing import held
+from daemon.home.standing import back, held
 from daemon.notation import called
 from registry.reader import Reader
-from registry.records import Expert
 
 CASES = 5  # of quarantine, and entries of the inbox, that are named each
 LONG = timedelta(minutes=10)  # since when an entry that is not complete lies there
@@ -98,12 +97,6 @@ def _undelivered(reader: Reader) -> list[Matter]:
     return [Matter("undelivered", text, "`mainstem webhooks list` says what their receivers answered", commands)]
 
 
-def _retry(one: Expert) -> str:
-    """Puts it back into the inbox; what is blocked would not be taken, so that has to end first."""
-    unblocked = f"mainstem unblock {one.id} && " if one.blocked else ""
-    return f"{unblocked}mainstem quarantine retry {one.id}"
-
-
 def _refused(reader: Reader) -> list[Matter]:
     """The newest open cases of quarantine, and how many more there are."""
     found = [
@@ -111,7 +104,7 @@ def _refused(reader: Reader) -> list[Matter]:
             "refused",
             f"{one.name} was refused ({one.reason}): {one.detail or one.reason}",
             one.hint,
-            (_retry(one), f"mainstem quarantine discard {one.id}"),
+            (" && ".join(back(one.id, blocked=one.blocked)), f"mainstem quarantine discard {one.id}"),
             one.id,
         )
         for one in reader.quarantined(limit=CASES)

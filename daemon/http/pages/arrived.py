@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from daemon.home.attention import at_home
+from daemon.home.standing import back
 from daemon.http.answers import Problem
 from daemon.http.files import Published
 from daemon.http.pages.document import named, page
@@ -85,10 +86,8 @@ def expert(request: Request, published: Published, told: Callable[[], object]) -
 def _commands(one: Expert) -> list[tuple[str, str]]:
     """What a person can do about it."""
     if one.status is Status.QUARANTINED and one.closed_at is None:
-        unblock = [("Let it in again, first", f"mainstem unblock {one.id}")] if one.blocked else []
         return [
-            *unblock,
-            ("Put it back into the inbox, and close the case", f"mainstem quarantine retry {one.id}"),
+            ("Put it back into the inbox, and close the case", " && ".join(back(one.id, blocked=one.blocked))),
             ("Remove it for good, and close the case", f"mainstem quarantine discard {one.id}"),
         ]
     if one.status is Status.MERGED:
