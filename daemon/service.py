@@ -27,7 +27,7 @@ from daemon.home.orders import Orders, fulfilled
 from daemon.home.presence import Presence, lock
 from daemon.home.recovery import mark_clean, recover
 from daemon.home.supervision import Supervision
-from daemon.http import Hosts, HttpServer, base_url, create_app
+from daemon.http import HttpServer, base_url, create_app
 from daemon.interventions.requests import Desk
 from daemon.interventions.waiting import answer_waiting
 from daemon.layout import Home
@@ -481,11 +481,10 @@ class Service:
     def _serve(self, closing: ExitStack) -> None:
         reader = closing.enter_context(Reader.open(self._home.registry))
         http = self._settings.http
-        hosts = Hosts(http.host, http.allowed_hosts)
         reader.timed = self._metrics.transaction
-        metrics, proxies = self._metrics, http.trusted_proxies
-        asked = metrics.registry, lambda: self._not_ready, self._uploads, hosts, self._health, self._supervision.hung
-        app = create_app(self._home, reader, *asked, proxies=proxies, counting=metrics, settings=lambda: self._settings)
+        metrics, hung = self._metrics, self._supervision.hung
+        asked = metrics.registry, lambda: self._not_ready, self._uploads, self._health, hung
+        app = create_app(self._home, reader, *asked, counting=metrics, settings=lambda: self._settings)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)
