@@ -266,13 +266,15 @@ class Desk:
             self._log.warning("a request that cannot be read", file=name, error=str(error))
             return
         self._seen.add(name)
-        if asked.request.deed in (Deed.WITHDRAW, Deed.COLLECT, Deed.PRUNE, Deed.RELOAD):
+        if asked.request.deed is Deed.RELOAD:
+            asked.doing("the daemon reads them between two experts")  # at once, where none is in hand
+            self._log.info(f"asked for: {Deed.RELOAD}", who=asked.request.who)
+            self._reload(asked)
+            self._wake()
+            return
+        if asked.request.deed in (Deed.WITHDRAW, Deed.COLLECT, Deed.PRUNE):
             asked.doing("waiting for the expert that is being merged")
-            if asked.request.deed is Deed.RELOAD:
-                self._log.info(f"asked for: {Deed.RELOAD}", who=asked.request.who)
-                self._reload(asked)
-            else:
-                self.waiting.append(asked)
+            self.waiting.append(asked)
             self._wake()
             return
         try:

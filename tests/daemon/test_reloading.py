@@ -95,6 +95,7 @@ class Person:
 def person(fresh_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Person]:
     home = Home(shutil.copytree(fresh_home, tmp_path_factory.mktemp("running") / "home", symlinks=True))
     with running("run", "--home", home.root, "--port", "0") as daemon:
+        said(daemon, "ready")  # a signal that comes before is not heard, and there may be no lock yet
         yield Person(home, daemon)
         assert daemon.stop() == 0
 
@@ -207,7 +208,7 @@ def test_the_command_says_what_became_of_it(person: Person) -> None:
     person.hang_up()
     person.edit("[retention]\nversions = 4\n[compute]\nthreads = 3\n")
     done = forked("reload", home.root)
-    assert (done.returncode, done.stdout.splitlines()) == (
+    assert (done.returncode, done.stdout.splitlines()[-2:]) == (  # before it, perhaps, when that will be
         0,
         [
             "taken up: retention.versions is 4, and was 3",
@@ -218,7 +219,7 @@ def test_the_command_says_what_became_of_it(person: Person) -> None:
     done = forked("reload", "--home", home.root)
     assert done.returncode == 1 and "retention.versions" in done.stderr and "hint: " in done.stderr
     person.edit("[retention]\nversions = 4\n")
-    assert forked("reload", home.root).stdout == "the settings were read again: nothing has changed\n"
+    assert forked("reload", home.root).stdout.endswith("the settings were read again: nothing has changed\n")
 
 
 def test_where_no_daemon_runs_no_stranger_hears_of_it(home: Home) -> None:
