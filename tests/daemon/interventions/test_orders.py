@@ -66,7 +66,7 @@ def test_a_daemon_that_was_paused_before_it_started_and_is_drained(home: Home, t
         assert forked("resume", home.root).stdout == "merging goes on\n"
         assert until(lambda: live(home) == 1, 60)
         assert forked("pause", home.root).returncode == 0
-        assert until(lambda: json.loads(home.presence.read_bytes())["doing"] == "paused", 10)
+        assert until(lambda: json.loads(home.presence.read_bytes())["doing"] == "paused", 30)
         for seed in (3, 4):
             put(home, expert(home, tmp_path, seed))
         done = forked("drain", home.root)  # the last order counts

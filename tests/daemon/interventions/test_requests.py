@@ -62,8 +62,8 @@ def test_a_daemon_that_stops_first_is_told_of(merged: Home) -> None:
 
         waiting = Thread(target=wait)
         waiting.start()
-        assert until(lambda: desk.waiting, 10)
-        assert until(lambda: heard, 10) == ["waiting for the expert that is being merged"]
+        assert until(lambda: desk.waiting, 30)
+        assert until(lambda: heard, 30) == ["waiting for the expert that is being merged"]
         desk.close()
         os.close(lock)
         waiting.join()
@@ -87,7 +87,7 @@ def test_a_disk_that_fails_ends_the_daemon(merged: Home, monkeypatch: pytest.Mon
         desk = Desk(merged, store, lambda: woken.append(True), lambda _: None, lambda _: None)
         asked = Thread(target=give_up)
         asked.start()
-        assert until(lambda: woken, 10)
+        assert until(lambda: woken, 30)
         with pytest.raises(StorageFailed):
             desk.check()
         os.close(lock)
@@ -154,7 +154,7 @@ def test_a_lost_device_is_told_to_who_asked_and_ends_the_daemon(merged: Home, mo
     with Store.open(merged.registry) as store:
         desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         asked = asking(merged, Request(Deed.WITHDRAW, "ann", experts=(4,)), heard)
-        assert until(lambda: desk.waiting, 10)
+        assert until(lambda: desk.waiting, 30)
         with pytest.raises(DeviceLost):
             waiting.answer_waiting(merged, store, quick(), desk, Event())
         desk.close()  # as the end of the process does
@@ -180,7 +180,7 @@ def test_who_asks_on_a_full_disk_does_so_in_the_space_that_was_set_aside(
         assert room.stat().st_blocks * 512 >= requests.ROOM_BYTES
         monkeypatch.setattr(durable, "note", full)
         assert ask(merged, ROLLBACK)[0] == "main/3 is live, main/4 is not"
-        assert until(room.exists, 10), "it is set aside again"
+        assert until(room.exists, 30), "it is set aside again"
         desk.close()
     os.close(lock)
 
@@ -212,7 +212,7 @@ def test_who_asked_while_a_daemon_recovered_is_answered_once_it_has(merged: Home
     lock, heard = durable.lock(merged.lock), list[str]()
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     asked = asking(merged, ROLLBACK, heard)
-    assert until(merged.requests.exists, 10)
+    assert until(merged.requests.exists, 30)
     with Store.open(merged.registry) as store:
         desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         asked.join()
@@ -227,7 +227,7 @@ def test_what_was_withdrawn_meanwhile_is_not_withdrawn_again(merged: Home) -> No
     with Store.open(merged.registry) as store:
         desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         asked = asking(merged, Request(Deed.WITHDRAW, "ann", version=4, experts=(4,)), heard)
-        assert until(lambda: desk.waiting, 10)
+        assert until(lambda: desk.waiting, 30)
         waiting.answer_waiting(merged, store, quick(), desk, Event())
         asked.join()
         desk.close()
@@ -240,7 +240,7 @@ def test_a_daemon_that_is_killed_in_the_midst_is_told_of(merged: Home) -> None:
     lock, heard = durable.lock(merged.lock), list[str]()
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     asked = asking(merged, Request(Deed.WITHDRAW, "ann", experts=(4,)), heard)
-    assert until(lambda: merged.requests.exists() and list(merged.requests.glob("[!.]*.json")), 10)
+    assert until(lambda: merged.requests.exists() and list(merged.requests.glob("[!.]*.json")), 30)
     (name,) = merged.requests.glob("[!.]*.json")
     durable.note(name.with_suffix(requests.ANSWER), json.dumps({"doing": "merging the first"}).encode())
     os.close(lock)
