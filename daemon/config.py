@@ -368,12 +368,13 @@ def is_live(name: str) -> bool:
     return name in LIVE or f"{name.partition('.')[0]}.*" in LIVE
 
 
-def taking_effect(hint: str, then: str = "") -> str:
-    """The hint; where it names a setting, also how a running daemon comes to know of it, and what to do `then`."""
+def taking_effect(hint: str, then: str = "", where: str = "") -> str:
+    """The hint; where it names a setting, also how a running daemon, of the home that `where` names as an option, comes
+    to know of it, and what to do `then`."""
     named = [name for name, _, _ in described() if name in hint]
     if not named and "[admission" not in hint:
         return hint
-    how = "`kill -HUP` the daemon (or restart it)" if all(map(is_live, named)) else "restart the daemon"
+    how = f"`mainstem reload{where}` (or restart the daemon)" if all(map(is_live, named)) else "restart the daemon"
     return f"{hint}; once mainstem.toml says so, {how}{then and f', then {then}'}"
 
 

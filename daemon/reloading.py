@@ -1,4 +1,5 @@
-"""SIGHUP: the settings are read again, and those that a running daemon can change are in force from the next expert on.
+"""`mainstem reload`, or SIGHUP: the settings are read again, and what a running daemon can change of them is in force
+from the next expert on.
 
 A terminal that closes sends the same signal, to what was started in it. Then there is nobody left to read the log, and
 the process stops as it would by SIGTERM; one that logs elsewhere (a service, nohup) goes on.
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from pydantic import SecretStr
@@ -22,8 +23,12 @@ from daemon.errors import BadConfig
 from daemon.home.supervision import Supervision
 from daemon.metrics import Metrics
 
+if TYPE_CHECKING:
+    from daemon.interventions.requests import Asked
+
 Read = Callable[[], Settings]
 Adopt = Callable[[Settings], None]
+Difference = tuple[str, Any, Any]
 
 
 class Reloading:
@@ -35,15 +40,22 @@ class Reloading:
         self._metrics = metrics
         self._log = structlog.get_logger()
         self.asked = False  # set by a signal handler, which had better take no lock
+        self._asking: list[Asked] = []
         metrics.reloaded(True)
+
+    def ask(self, asked: "Asked") -> None:
+        """They are to be read again, and whoever asks is told what became of it. From any thread."""
+        self._asking.append(asked)
+        self.asked = True
 
     def settings(self, now: Settings, heads: Sequence[str], adopt: Adopt) -> Settings:
         """The settings in force from here on: `now`, or what was made of it and handed to `adopt`.
 
         heads: the home's. adopt: puts settings into force, wholly or, with a BadConfig, not at all. What is wrong is
-        logged, and then all stays as it is.
+        logged, and then all stays as it is; whoever asked hears the same.
         """
         self.asked = False
+        asking, self._asking = self._asking, []
         try:
             wanted = self._read()
             check_heads(wanted, heads)
@@ -53,6 +65,8 @@ class Reloading:
         except BadConfig as error:
             self._metrics.reloaded(False)
             self._log.error("the settings cannot be read again: those in force stay", error=str(error), hint=error.hint)
+            for one in asking:
+                one.failed(error)
             return now
         self._metrics.reloaded(True)
         log = before if _verbosity(now) < _verbosity(new) else self._log  # who asks for less is answered all the same
@@ -62,7 +76,20 @@ class Reloading:
         for name, in_force, configured in fixed:
             log.warning("a setting needs a restart", setting=name, in_force=in_force, configured=configured)
         log.info("the settings were read again", changed=len(changed), need_a_restart=len(fixed))
+        for one in asking:
+            one.done(_told(changed, fixed))
         return new
+
+
+def _told(changed: Sequence[Difference], fixed: Sequence[Difference]) -> list[str]:
+    """What was taken up and what was not, in lines of words."""
+    taken = [f"taken up: {name} is {_worded(now)}, and was {_worded(before)}" for name, before, now in changed]
+    left = [f"needs a restart: {name} is {_worded(now)}, and is to be {_worded(wanted)}" for name, now, wanted in fixed]
+    return [*taken, *left] or ["the settings were read again: nothing has changed"]
+
+
+def _worded(value: Any) -> str:
+    return "not set" if value is None else str(value)
 
 
 def _verbosity(settings: Settings) -> int:
@@ -85,7 +112,7 @@ def taken_up(now: Settings, wanted: Settings) -> Settings:
     return now.model_copy(update={**sections, "webhooks": wanted.webhooks})
 
 
-def differences(one: Settings, other: Settings) -> list[tuple[str, Any, Any]]:
+def differences(one: Settings, other: Settings) -> list[Difference]:
     """(name, value in the one, value in the other) of every setting in which they differ, as they may be shown."""
     shown, others = one.flat(), other.flat()
     before, after = _values(one), _values(other)

@@ -27,7 +27,7 @@ from daemon.home.orders import Orders, fulfilled
 from daemon.home.presence import Presence, lock
 from daemon.home.recovery import mark_clean, recover
 from daemon.home.supervision import Supervision
-from daemon.http import Hosts, HttpServer, base_url, create_app
+from daemon.http import HttpServer, base_url, create_app
 from daemon.interventions.requests import Desk
 from daemon.interventions.waiting import answer_waiting
 from daemon.layout import Home
@@ -136,7 +136,7 @@ class Service:
         for head in store.heads():
             self._metrics.prepared.labels(head.name).set_function(partial(merger.preparations.share, head.name))
         rouse = partial(wake, self._signalled, self._wake)
-        desk = Desk(self._home, store, rouse, lambda _: self._metrics.show_heads(store))
+        desk = Desk(self._home, store, rouse, lambda _: self._metrics.show_heads(store), self._reloading.ask)
         closing.callback(desk.close)
         watching = Watching(self._home, self._wake, events=self._settings.inbox.watch != "poll")
         closing.callback(watching.close)
@@ -192,7 +192,7 @@ class Service:
     def _drain(
         self, store: Store, merger: Merger, desk: Desk, progress: Progress, watching: Watching, once: bool
     ) -> None:
-        assert self._attempts
+        assert self._attempts and self._sender
         inbox = Inbox(self._home.inbox, self._settings.inbox.settle_seconds, time.monotonic)
         lingering = Lingering(self._home, store, merger)
         orders = Orders(self._home, self._presence, self._log, once=once)
@@ -203,10 +203,12 @@ class Service:
                 return
             self._reload(store, merger, inbox)
             self._uploads.tend()
+            self._sender.tend()
             self._answer(store, merger, desk)
             if not self._inbox_is_there(watching, store, merger, inbox, desk, once):
                 self._stopping.wait(self._pause(False))
                 continue
+            orders.lists()
             try:
                 scan = inbox.scan(skip=lingering.decided())
             except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -479,11 +481,10 @@ class Service:
     def _serve(self, closing: ExitStack) -> None:
         reader = closing.enter_context(Reader.open(self._home.registry))
         http = self._settings.http
-        hosts = Hosts(http.host, http.allowed_hosts)
         reader.timed = self._metrics.transaction
-        metrics, proxies = self._metrics, http.trusted_proxies
-        asked = metrics.registry, lambda: self._not_ready, self._uploads, hosts, self._health, self._supervision.hung
-        app = create_app(self._home, reader, *asked, proxies=proxies, counting=metrics, settings=lambda: self._settings)
+        metrics, hung = self._metrics, self._supervision.hung
+        asked = metrics.registry, lambda: self._not_ready, self._uploads, self._health, hung
+        app = create_app(self._home, reader, *asked, counting=metrics, settings=lambda: self._settings)
         server = HttpServer(app, http.host, http.port, http.stall_seconds)
         host, port = server.start()
         closing.callback(server.stop)

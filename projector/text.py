@@ -52,6 +52,21 @@ def size(nbytes: int) -> str:
     return f"{value:.1f} TB"
 
 
+def duration(seconds: float) -> str:
+    """How long.
+
+    >>> duration(12), duration(300), duration(5760), duration(3 * 86400)
+    ('12 s', '5 min', '1.6 h', '3 days')
+    """
+    if seconds < 90:
+        return f"{max(0.0, seconds):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{plain(seconds / 3600, 2)} h"
+    return f"{seconds / 86400:.0f} days"
+
+
 def once_each(twice: Callable[[], Exception]) -> Callable[[Sequence[tuple[str, Any]]], dict[str, Any]]:
     """For `json.loads(..., object_pairs_hook=)`: an object whose fields are each there once. Raises `twice()`."""
 

@@ -77,6 +77,7 @@ class Deed(StrEnum):
     PRUNE = "prune"
     COLLECT = "collect"  # what retention says: no row tells of that
     REDELIVER = "redeliver"  # what others were not told: the outbox tells of that
+    RELOAD = "reload"  # the settings are read again: no row tells of that
 
 
 class Event(StrEnum):

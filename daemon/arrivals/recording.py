@@ -33,10 +33,11 @@ def refused(
     """The expert as one that was refused, and why. expert_id: the one that it will have."""
     kept = home.quarantine(expert_id) / drop.name
     # not mv, which leaves the case open
-    back = f"`mainstem quarantine retry {expert_id} --home {in_a_shell(home.root)}`"
+    where = f" --home {in_a_shell(home.root)}"
+    back = f"`mainstem quarantine retry {expert_id}{where}`"
     hint = filled(error.hint, kept, home)
     if error.reason is not Reason.SCORES:  # whose hint is whole
-        hint = taking_effect(hint, back)
+        hint = taking_effect(hint, back, where)
     if error.reason not in ANEW and not hint.endswith(back) and NEW not in error.hint:
         hint += f"; what is mended in quarantine/{number(expert_id)}/ goes back with {back}"
     return replace(expert, status=Status.QUARANTINED, reason=str(error.reason), detail=str(error), hint=hint)

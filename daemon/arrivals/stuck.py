@@ -4,7 +4,7 @@ beside filing.py, since it loads no torch: `mainstem status` and `serve` ask it.
 
 import os
 
-from daemon.layout import Home
+from daemon.layout import Home, number
 from registry.records import Expert, Status
 
 
@@ -22,7 +22,7 @@ def stays_hint(home: Home, expert: Expert) -> str:
         return f"remove it: the archive has a copy; or {movable}"
     if not os.path.lexists(home.inbox / expert.name):
         return (
-            f"put the folder back that was the inbox when it was merged, or its file into {home.archive(expert.id)}/;"
-            " then restart the daemon"
+            "put the folder back that was the inbox when it was merged, or its file into"
+            f" archive/{number(expert.id)}/ of the home; then restart the daemon"
         )
     return f"do not remove it, the archive has no copy yet: {movable}"

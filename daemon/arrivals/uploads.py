@@ -176,12 +176,7 @@ class Uploads:
             upload = self._idle(expert)
             found = {file.name: file.sha256 for file in upload.files.values()}
             if wanted is not None and wanted != found:
-                names = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
-                raise NotUploaded(
-                    Reason.UPLOAD_UNFINISHED,
-                    f"these differ, are missing or were not named: {listed(names)}",
-                    "send what is missing and commit again, or DELETE the upload and begin again",
-                )
+                raise _other_files(expert, wanted, found)
             upload.folder.sync()
             with Folder(self._home.uploads) as uploads:
                 try:
@@ -214,10 +209,16 @@ class Uploads:
         return upload.files.get(file) if upload and upload.push is not None else None
 
     def record(
-        self, expert: str, added: Mapping[str, str], removed: Collection[str], summary: str
+        self,
+        expert: str,
+        added: Mapping[str, str],
+        removed: Collection[str],
+        summary: str,
+        parent: str | None = None,
     ) -> tuple[Push, bool]:
         """One commit: `added` has, by its path, the file that came, `removed` the paths of files, and of folders with a
-        slash behind them. What has become of it, and whether it is in the inbox by now.
+        slash behind them; `parent` is the commit that it must follow, where it has to. What has become of it, and
+        whether it is in the inbox by now.
 
         Raises NotUploaded, SyncFailed, or OSError where the disk is full.
         """
@@ -229,6 +230,10 @@ class Uploads:
                 raise NotUploaded(Reason.UPLOAD_MISSING, f"nothing of {shown(expert)} has come", "push its weights")
             if upload.laid_out:
                 raise _taken(expert, "waits for the one before it in the inbox")
+            if parent and parent != upload.push.commit:
+                what = f"another commit of {shown(expert)} came after {shown(parent)}: {upload.push.commit}"
+                hint = "look at what is there now, then commit onto that; or push to a name of your own"
+                raise NotUploaded(Reason.UPLOAD_TAKEN, what, hint)
             if missing := [path for path, file in added.items() if file not in upload.files]:
                 what = f"what these are has not come: {listed(missing)}"
                 raise NotUploaded(Reason.UPLOAD_UNFINISHED, what, "push them again; a restart forgets them")
@@ -436,6 +441,21 @@ def _warn_of_readers(path: Path) -> None:
             mode=f"{mode:04o}",
             hint=f"chmod 600 {quote(str(path))}",
         )
+
+
+def _other_files(expert: str, wanted: Mapping[str, str], found: Mapping[str, str]) -> NotUploaded:
+    """What to raise where other files came than a commit names."""
+    kinds = {
+        "missing": [name for name in sorted(wanted) if name not in found],
+        "different": [name for name in sorted(wanted) if name in found and wanted[name] != found[name]],
+        "sent before, and not named": [name for name in sorted(found) if name not in wanted],
+    }
+    what = "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds.items() if names)
+    hint = "send what is missing or different, then commit again"
+    if kinds["sent before, and not named"]:
+        anew = f"DELETE /v1/experts/{expert} gives up all that came under this name, whoever sent it; then send it anew"
+        hint = f"{anew}, or at once under another name"
+    return NotUploaded(Reason.UPLOAD_UNFINISHED, what, hint)
 
 
 def _taken(expert: str, where: str) -> NotUploaded:

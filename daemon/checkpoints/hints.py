@@ -73,5 +73,26 @@ def in_a_shell(path: Path) -> str:
     return quote(_printable(str(path)))
 
 
+def from_beside(text: str, home: Home) -> str:
+    """A hint with paths in it, as it is right in the folder that the home is in; where that is, it says no more.
+
+    >>> from_beside("`mainstem convert /srv/chat/quarantine/000003/x /srv/chat/inbox/x-2`", Home(Path("/srv/chat")))
+    '`mainstem convert chat/quarantine/000003/x chat/inbox/x-2`'
+    """
+    root = _printable(str(home.root.absolute()))
+    for written in (str, _in_single_quotes, _in_json):
+        whole, name = written(root), written(Path(root).name)
+        text = re.sub(rf"(?<![\w/.-]){re.escape(whole)}(?![\w-])", name.replace("\\", r"\\"), text) if name else text
+    return text
+
+
+def _in_single_quotes(path: str) -> str:
+    return path.replace("'", "'\"'\"'")  # as shlex has it
+
+
+def _in_json(path: str) -> str:
+    return json.dumps(path, ensure_ascii=False)[1:-1]
+
+
 def _printable(path: str) -> str:
     return path if path.isprintable() else shown(path)

@@ -33,6 +33,7 @@ from daemon.cli import (
     push,
     quarantine,
     rebuild,
+    reload,
     report,
     resume,
     rollback,
@@ -51,7 +52,7 @@ from daemon.cli.common import KNOWN, SAFE, complain
 VERBS = (
     *(init, run, serve, status, health, log, show, report, compare, inspect, verify, methods, convert, pull, push),
     *(rebuild, demo, evaluate, rollback, promote, pin, unpin, gc, block, unblock, study, pause, resume, drain, doctor),
-    prune,
+    *(prune, reload),
 )
 
 app = typer.Typer(

@@ -3,12 +3,12 @@
 A dry run says what would be done; a reason is kept with who and when.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from daemon.cli.common import open_reader
+from daemon.cli.common import HomeOption, open_reader
 from daemon.errors import BadHome
 from registry.records import Deed, Expert, Status
 
@@ -27,6 +27,37 @@ HeadOption = Annotated[str | None, typer.Option(help="The head, where VERSION do
 ExpertArgument = Annotated[
     list[str], typer.Argument(metavar="ID", help="An expert: its id, sha256 or name.", show_default=False)
 ]
+
+
+def on_version(deed: Deed, words: str) -> Callable[..., None]:
+    """The verb that does this to a version; `words` are its help."""
+
+    def command(
+        version: VersionArgument,
+        head: HeadOption = None,
+        reason: ReasonOption = None,
+        dry_run: DryRunOption = False,
+        home: HomeOption = None,
+    ) -> None:
+        intervene(deed, home, reason, dry_run, version=version, head=head)
+
+    command.__doc__ = words
+    return command
+
+
+def on_experts(deed: Deed, words: str) -> Callable[..., None]:
+    """The verb that does this to experts; `words` are its help."""
+
+    def command(
+        experts: ExpertArgument,
+        reason: ReasonOption = None,
+        dry_run: DryRunOption = False,
+        home: HomeOption = None,
+    ) -> None:
+        intervene(deed, home, reason, dry_run, experts=experts)
+
+    command.__doc__ = words
+    return command
 
 
 def intervene(

@@ -1,15 +1,6 @@
 """`mainstem block`: an expert does not come back."""
 
-from daemon.cli.asking import DryRunOption, ExpertArgument, ReasonOption, intervene
-from daemon.cli.common import HomeOption
+from daemon.cli.asking import on_experts
 from registry.records import Deed
 
-
-def command(
-    experts: ExpertArgument,
-    reason: ReasonOption = None,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-) -> None:
-    """Let an expert not come back when the same weights arrive again."""
-    intervene(Deed.BLOCK, home, reason, dry_run, experts=experts)
+command = on_experts(Deed.BLOCK, "Let an expert not come back when the same weights arrive again.")

@@ -58,7 +58,7 @@ def _wait(home: Home) -> None:
         if now is None and daemon.doing in (Doing.WATCHING, Doing.MERGING):
             raise BadHome("the drain was called off: the daemon goes on", "`mainstem log --interventions` says by whom")
         if now and now.kind is not Kind.DRAIN:
-            raise BadHome(now.text, "`mainstem drain` again, or `mainstem resume`")
+            raise BadHome(now.text(), "`mainstem drain` again, or `mainstem resume`")
         time.sleep(LOOK_SECONDS)
     if daemon is None and order(home):
         raise BadHome(

@@ -1,16 +1,6 @@
 """`mainstem pin`: a version stays."""
 
-from daemon.cli.asking import DryRunOption, HeadOption, ReasonOption, VersionArgument, intervene
-from daemon.cli.common import HomeOption
+from daemon.cli.asking import on_version
 from registry.records import Deed
 
-
-def command(
-    version: VersionArgument,
-    head: HeadOption = None,
-    reason: ReasonOption = None,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-) -> None:
-    """Keep a version, files and state, whatever retention says."""
-    intervene(Deed.PIN, home, reason, dry_run, version=version, head=head)
+command = on_version(Deed.PIN, "Keep a version, files and state, whatever retention says.")

@@ -29,7 +29,7 @@ def command(
 
 
 def _serve(where: Home, reader: "Reader", host: str | None, port: int | None) -> None:
-    from daemon.http import Hosts, HttpServer, base_url, create_app
+    from daemon.http import HttpServer, base_url, create_app
     from daemon.metrics import HeadMetrics
 
     flags: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
@@ -38,14 +38,11 @@ def _serve(where: Home, reader: "Reader", host: str | None, port: int | None) ->
     metrics.follow(reader)
     reader.timed = metrics.transaction
     http = settings.http
-    hosts, proxies = Hosts(http.host, http.allowed_hosts), http.trusted_proxies
     app = create_app(
         where,
         reader,
         metrics.registry,
         lambda: None,
-        hosts=hosts,
-        proxies=proxies,
         beside=True,
         counting=metrics,
         settings=lambda: settings,

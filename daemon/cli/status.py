@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,7 @@ DEEPEST = 4  # folders below DIR in which homes are looked for
 HEADS = ("head", "method", "live", "newest", "since", "figures")
 HOMES = ("home", "doing", "live", "waiting", "open", "wrong")
 PASSING = ("left_seconds", "share")  # what changes all the time, and is no reason for another line
+LONG = re.compile(r" for [\d.]+ (s|min|h|days)\b")
 
 Looked = dict[str, Any]
 
@@ -120,7 +122,7 @@ def looked(where: Home, reader: "Reader") -> Looked:
         "open_cases": reader.count_open(),
         "flagged": [{"id": expert.id, "name": expert.name, "flags": expert.flags} for expert in flagged],
         "troubles": [asdict(one) for one in now.troubles],
-        "attention": [asdict(matter) for matter in attention(now, reader)],
+        "attention": [asdict(matter) for matter in attention(now, reader, str(where.root))],
     }
 
 
@@ -186,14 +188,19 @@ def _print_changes(look: Callable[[], Looked | list[Looked]], as_json: bool) -> 
     while True:
         found = look()
         for one in found if isinstance(found, list) else [found]:
-            kept = {key: value for key, value in one.items() if key not in PASSING} if as_json else _summed(one)
-            now = json.dumps(kept, default=plain)
+            now = _lasting(one, as_json)
             if said.get(one["home"]) != now:
                 said[one["home"]] = now
                 moment = datetime.now().astimezone().isoformat(timespec="seconds")
                 typer.echo(json.dumps({"at": moment, **one}, default=plain) if as_json else f"{moment} {_summed(one)}")
         sys.stdout.flush()
         time.sleep(WATCH_SECONDS)
+
+
+def _lasting(one: Looked, as_json: bool) -> str:
+    """What is shown, as it stays while nothing happens: how long something has been so is no change."""
+    kept = {key: value for key, value in one.items() if key not in PASSING} if as_json else _summed(one)
+    return LONG.sub("", json.dumps(kept, default=plain))
 
 
 def _summed(one: Looked) -> str:

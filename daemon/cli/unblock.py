@@ -1,15 +1,6 @@
 """`mainstem unblock`: an expert may come back."""
 
-from daemon.cli.asking import DryRunOption, ExpertArgument, ReasonOption, intervene
-from daemon.cli.common import HomeOption
+from daemon.cli.asking import on_experts
 from registry.records import Deed
 
-
-def command(
-    experts: ExpertArgument,
-    reason: ReasonOption = None,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-) -> None:
-    """Let an expert come back that was rejected, withdrawn or blocked."""
-    intervene(Deed.UNBLOCK, home, reason, dry_run, experts=experts)
+command = on_experts(Deed.UNBLOCK, "Let an expert come back that was rejected, withdrawn or blocked.")

@@ -5,19 +5,19 @@ it.
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from daemon.home.condition import NONE, Condition
 from daemon.home.presence import Doing
-from daemon.home.standing import held
+from daemon.home.standing import back, held
 from daemon.notation import called
 from registry.reader import Reader
-from registry.records import Expert
 
 CASES = 5  # of quarantine, and entries of the inbox, that are named each
 LONG = timedelta(minutes=10)  # since when an entry that is not complete lies there
 _COMMAND = re.compile(r"`(mainstem [^`<>]+)`")
+_ONE = re.compile(r"mainstem .+?(?= && |$)")  # command of several in a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,22 @@ class Matter:
     expert: int | None = None
 
 
-def attention(now: Condition, reader: Reader) -> list[Matter]:
-    """All that needs a person, what is worst first."""
+def at_home(command: str, home: str) -> str:
+    """A command of ours, or several, over the home that lies there.
+
+    >>> at_home("mainstem unblock 5 && mainstem quarantine retry 5", "chat")
+    'mainstem unblock 5 --home chat && mainstem quarantine retry 5 --home chat'
+    """
+    return _ONE.sub(lambda found: f"{found[0]} --home {shlex.quote(home)}", command)
+
+
+def attention(now: Condition, reader: Reader, home: str) -> list[Matter]:
+    """All that needs a person, what is worst first. home: its path, as the commands are to name it."""
+    found = _matters(now, reader, home)
+    return [replace(one, commands=[at_home(command, home) for command in one.commands]) for one in found]
+
+
+def _matters(now: Condition, reader: Reader, home: str) -> list[Matter]:
     found = [_trouble(one.text, one.hint) for one in now.troubles]
     if now.doing == NONE and all(one.reason != "no_daemon" for one in now.troubles):
         found.append(_trouble("no daemon runs on this home: nothing is merged", "start `mainstem run`"))
@@ -47,30 +61,30 @@ def attention(now: Condition, reader: Reader) -> list[Matter]:
             nor = ", nor will the next be" if stays.frozen else ""
             text = f"{called(head.name, stays.version)}, the newest, is not live{nor}: {stays.why}"
             found.append(Matter("held", text, commands=(stays.command,)))
-    return found + _incomplete(now) + _undelivered(reader) + _refused(reader)
+    return found + _incomplete(now, home) + _undelivered(reader) + _refused(reader)
 
 
 def _trouble(text: str, hint: str) -> Matter:
     return Matter("trouble", text, hint, tuple(_COMMAND.findall(hint)))
 
 
-def _incomplete(now: Condition) -> list[Matter]:
+def _incomplete(now: Condition, home: str) -> list[Matter]:
     """Entries that were looked at, not taken, and have lain there for long."""
     looked = now.daemon.waiting if now.daemon else {}
     since = datetime.now(UTC) - LONG
     late = [one for one in now.waiting or () if one.name in looked and one.since and one.since < since]
     found = [
-        Matter("incomplete", f"{one.name} waits in the inbox: {one.why}", commands=(_inspect(one.name),))
+        Matter(
+            "incomplete",
+            f"{one.name} waits in the inbox: {one.why}",
+            commands=(f"mainstem inspect {shlex.quote(f'{home}/inbox/{one.name}')}",),
+        )
         for one in late[:CASES]
     ]
     if len(late) > CASES:
         text = f"{len(late) - CASES} more wait in the inbox for long"
         found.append(Matter("incomplete", text, commands=("mainstem status",)))
     return found
-
-
-def _inspect(name: str) -> str:
-    return f"mainstem inspect {shlex.quote(f'inbox/{name}')}"
 
 
 def _undelivered(reader: Reader) -> list[Matter]:
@@ -83,12 +97,6 @@ def _undelivered(reader: Reader) -> list[Matter]:
     return [Matter("undelivered", text, "`mainstem webhooks list` says what their receivers answered", commands)]
 
 
-def _retry(one: Expert) -> str:
-    """Puts it back into the inbox; what is blocked would not be taken, so that has to end first."""
-    unblocked = f"mainstem unblock {one.id} && " if one.blocked else ""
-    return f"{unblocked}mainstem quarantine retry {one.id}"
-
-
 def _refused(reader: Reader) -> list[Matter]:
     """The newest open cases of quarantine, and how many more there are."""
     found = [
@@ -96,7 +104,7 @@ def _refused(reader: Reader) -> list[Matter]:
             "refused",
             f"{one.name} was refused ({one.reason}): {one.detail or one.reason}",
             one.hint,
-            (_retry(one), f"mainstem quarantine discard {one.id}"),
+            (" && ".join(back(one.id, blocked=one.blocked)), f"mainstem quarantine discard {one.id}"),
             one.id,
         )
         for one in reader.quarantined(limit=CASES)

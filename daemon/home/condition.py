@@ -15,7 +15,7 @@ from daemon.home.health import Health, Trouble
 from daemon.home.orders import order
 from daemon.home.presence import Doing, Running, running
 from daemon.layout import Home
-from projector.text import shown
+from projector.text import duration, shown
 from registry.errors import RegistryError
 from registry.reader import Reader
 
@@ -81,7 +81,7 @@ def condition(home: Home, reader: Reader, now: datetime | None = None) -> Condit
     left = _left(daemon, now)
     doing, text = _words(daemon, troubles, waiting, share, left, now)
     if given := order(home):
-        text = given.text if doing == Doing.PAUSED else f"{text}; {given.text}"
+        text = given.text(now) if doing == Doing.PAUSED else f"{text}; {given.text(now)}"
     since = daemon and (daemon.evaluating_since or daemon.merging_since or daemon.since)
     merging = daemon.merging if daemon else None
     return Condition(
@@ -142,10 +142,10 @@ def _words(
             return WAITING, one.text
     if daemon.evaluating_since:
         spent = now - datetime.fromisoformat(daemon.evaluating_since)
-        return daemon.doing, f"{daemon.doing} what comes of {daemon.merging}, for {_duration(spent.total_seconds())}"
+        return daemon.doing, f"{daemon.doing} what comes of {daemon.merging}, for {duration(spent.total_seconds())}"
     if daemon.merging:
         far = f": {share:.0%}" if share is not None else ""
-        rest = f", about {_duration(left)} left" if left is not None else ""
+        rest = f", about {duration(left)} left" if left is not None else ""
         return daemon.doing, f"{daemon.doing} {daemon.merging}{far}{rest}"
     if daemon.doing == Doing.WATCHING:
         return daemon.doing, f"{daemon.doing}: {len(waiting)} waiting" if waiting else "idle: nothing waits"
@@ -211,9 +211,3 @@ def _why(name: str, daemon: Running | None, decided: set[str], noted: Sequence[T
     if noted:
         return noted[0].text
     return "the daemon is recovering" if daemon.doing == Doing.RECOVERING else "waits to come to rest, or for its turn"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -16,7 +16,7 @@ from daemon.disk import durable
 from daemon.errors import BadHome
 from daemon.home.presence import Doing, Presence, running
 from daemon.layout import Home
-from projector.text import shown
+from projector.text import duration, shown
 from registry.records import Deed
 
 if TYPE_CHECKING:
@@ -46,10 +46,20 @@ class Order:
     why: str | None = None
 
     @property
-    def text(self) -> str:
+    def meaning(self) -> str:
         """What it means, in words."""
-        what = "merging is paused" if self.kind is Kind.PAUSE else "the queue is finished, then the daemon stops"
-        return f"{what}: since {self.since}, by {self.who}{f' ({shown(self.why)})' if self.why else ''}"
+        return "merging is paused" if self.kind is Kind.PAUSE else "the queue is finished, then the daemon stops"
+
+    def text(self, now: datetime | None = None) -> str:
+        """The same, with how long merging has been paused, who asked for it and why."""
+        by = f"by {self.who}{f' ({shown(self.why)})' if self.why else ''}"
+        if self.kind is Kind.DRAIN:
+            return f"{self.meaning}: asked for {by}"
+        try:
+            spent = (now or datetime.now(UTC)) - datetime.fromisoformat(self.since)
+        except (ValueError, TypeError):  # of an order that cannot be read
+            return f"{self.meaning}, {by}"
+        return f"{self.meaning} for {duration(spent.total_seconds())}, {by}"
 
 
 def order(home: Home) -> Order | None:
@@ -112,6 +122,7 @@ class Orders:
         self._once = once
         self._now: Order | None = None
         self._queue: frozenset[str] | None = None  # what a drain began with
+        self._drains = False  # by an order that is older than the newest list of the inbox
         self._log = log
 
     @property
@@ -121,12 +132,19 @@ class Orders:
         if now is None or now.kind is not Kind.PAUSE:
             return False
         if self._once:
-            raise BadHome(now.text, "`mainstem resume` ends that; then run it again")
+            raise BadHome(now.text(), "`mainstem resume` ends that; then run it again")
         return True
 
     @property
     def draining(self) -> bool:
-        """Whether the daemon stops once the queue is finished."""
+        """Whether the daemon stops once the queue is finished: that of a list which was made after it was told so."""
+        return self._drains and self._is_drain()
+
+    def lists(self) -> None:
+        """Hears that the inbox is about to be listed."""
+        self._drains = self._is_drain()
+
+    def _is_drain(self) -> bool:
         now = self._look()
         return now is not None and now.kind is Kind.DRAIN
 
@@ -159,7 +177,8 @@ class Orders:
         if now != self._now:
             self._now = now
             if now:
-                self._log.warning(now.text, hint="`mainstem resume` ends that")
+                told = {"since": now.since, "who": now.who, "why": now.why}
+                self._log.warning(now.meaning, **told, hint="`mainstem resume` ends that")
             else:
                 self._log.info("merging goes on")
             self._presence.rests(DOING[now.kind if now else None])

@@ -112,7 +112,7 @@ def _check_read(home: Home, store: Store, *, hashes: bool, read: Callable[[int],
         if version is None:
             found, hint = [f"{called(head.name, n)} is not in the registry"], "restore the home from a backup"
         elif found := problems(home, version, hashes=hashes, extras=False, state=n == head.newest, read=read):
-            hint = restoring(home, version, found, read)
+            hint = restoring(home, store, version, found, read)
         if found:
             raise BadHome(
                 f"{called(head.name, n)} is damaged: {'; '.join(found)}",

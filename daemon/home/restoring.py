@@ -7,11 +7,17 @@ from daemon.layout import Home
 from daemon.manifest import Manifest
 from daemon.notation import called
 from daemon.versions.checking import entry, names_below
-from registry.records import Version
+from daemon.versions.retention import needs_state
+from registry.reader import Reader
+from registry.records import Status, Version
 
 
 def restoring(
-    home: Home, version: Version, problems: Sequence[str], read: Callable[[int], object] = lambda _: None
+    home: Home,
+    reader: Reader,
+    version: Version,
+    problems: Sequence[str],
+    read: Callable[[int], object] = lambda _: None,
 ) -> str:
     """The hint for what `checking.problems` found: the very commands for files of version 0 that state/base has too,
     where those are sound; else where a copy may be had. `read` hears of the bytes that are hashed.
@@ -27,13 +33,32 @@ def restoring(
             copied.update(told)
     if extra:
         commands.append("remove what is not in the manifest")
-    if len(problems) > len(copied) + len(extra):
+    state = home.head_state(version.head, version.number).relative_to(home.root)
+    spare = [] if _needs_state(home, reader, version) else [one for one in problems if one.startswith(f"{state}/")]
+    if spare:
+        commands.append(f"remove {state}, without which only taking experts out is slower")
+    if len(problems) > len(copied) + len(extra) + len(spare):
         commands.append(
             f"put {'the others' if commands else 'them'} back from a backup, or from what `mainstem pull` made of "
-            f"{called(version.head, version.number)}; weights and state also from `{again(home)}`, which makes the "
-            "same ones (docs/operating.md)"
+            f"{called(version.head, version.number)}; {_remade(home, reader, version)}"
         )
     return "; ".join(commands)
+
+
+def _needs_state(home: Home, reader: Reader, version: Version) -> bool:
+    head = reader.head(version.head)
+    return head is not None and needs_state(home, head, version.number)
+
+
+def _remade(home: Home, reader: Reader, version: Version) -> str:
+    """Whether merging the archive again makes the version once more, and how. A new home keeps the newest ones only."""
+    before = [one.version for one in reader.lineage(limit=version.number)]
+    if before != list(range(1, version.number + 1)):
+        return "no rebuild makes it again, for experts were taken out since: one that nobody asks for goes by retention"
+    kept = reader.counts()[Status.MERGED] - version.number + 1
+    setting = f"MAINSTEM_RETENTION__VERSIONS={kept} " if kept > 1 else ""
+    command = f"`{setting}{again(home)}`"
+    return f"weights and state also from {command}, which makes the same ones in the same place (docs/operating.md)"
 
 
 def again(home: Home) -> str:

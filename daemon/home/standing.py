@@ -43,6 +43,15 @@ def withdrawn_since(reader: Reader, numbers: Iterable[int]) -> dict[int, list[Ex
     return found
 
 
+def back(number: int, *, blocked: bool) -> list[str]:
+    """The commands, in their order, that put a refused expert back into the inbox; what is blocked would not be taken.
+
+    >>> back(5, blocked=True)
+    ['mainstem unblock 5', 'mainstem quarantine retry 5']
+    """
+    return [*([f"mainstem unblock {number}"] if blocked else ()), f"mainstem quarantine retry {number}"]
+
+
 class Outcome(StrEnum):
     """What became of an expert, for whoever sent it."""
 

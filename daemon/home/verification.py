@@ -67,7 +67,7 @@ def verify(home: Home, reader: Reader, say: Callable[[str], object]) -> tuple[Ch
                 state = needs_state(home, now, version.number)
                 wrong = problems(home, version, hashes=True, state=state, read=checked.read)
             if wrong:
-                hint = restoring(home, version, wrong)
+                hint = restoring(home, reader, version, wrong)
                 checked.hints.append(f"{called(head.name, version.number)}: {hint}")
             found += wrong or _chain(home, reader, version)
             checked.versions += 1

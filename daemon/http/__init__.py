@@ -26,7 +26,6 @@ Nothing here loads a tensor: `mainstem serve` starts without torch.
 """
 
 from daemon.http.app import create_app
-from daemon.http.hosts import Hosts
 from daemon.http.server import HttpServer, base_url
 
-__all__ = ["Hosts", "HttpServer", "base_url", "create_app"]
+__all__ = ["HttpServer", "base_url", "create_app"]

@@ -39,22 +39,22 @@ def create_app(
     metrics: CollectorRegistry,
     ready: Callable[[], str | None],
     uploads: Uploads | None = None,
-    hosts: Hosts | None = None,
     health: Health | None = None,
     hung: Callable[[], str | None] = lambda: None,
     *,
-    proxies: Sequence[str] = (),
     beside: bool = False,
     counting: HeadMetrics | None = None,
     settings: Callable[[], Settings] | None = None,
 ) -> Starlette:
     """The application over one home. `ready` returns None once this process can do its part, else why it cannot.
 
-    Without `uploads` everything is read only. `hosts`: the names it may be asked by, by default any. `health`: where
-    this process notes what is wrong. `hung`: why the loop that merges counts as hanging, None where it goes on.
-    `proxies`: whose X-Forwarded headers are believed. `beside`: merging is another process's part. `counting`: told of
-    every request, and asks what is wrong; `metrics` is its registry. `settings`: those in force, for the page to show.
+    Without `uploads` everything is read only. `health`: where this process notes what is wrong. `hung`: why the loop
+    that merges counts as hanging, None where it goes on. `beside`: merging is another process's part. `counting`: told
+    of every request, and asks what is wrong; `metrics` is its registry. `settings`: those in force, for the page to
+    show; their [http] says, now and for good, by which names it may be asked and whose X-Forwarded headers are
+    believed. Without them any name will do, and nobody's are.
     """
+    http = settings().http if settings else None
     noted = health or Health(home)
 
     def ours() -> list[Trouble]:
@@ -108,8 +108,8 @@ def create_app(
         ],
         middleware=[
             Middleware(SecurityHeaders),
-            *([Middleware(HostCheck, hosts=hosts)] if hosts else ()),
-            *([Middleware(Forwarded, proxies=proxies)] if proxies else ()),
+            *([Middleware(HostCheck, hosts=Hosts(http.host, http.allowed_hosts))] if http else ()),
+            *([Middleware(Forwarded, proxies=http.trusted_proxies)] if http and http.trusted_proxies else ()),
         ],
         exception_handlers={
             Problem: _on_problem,

@@ -10,6 +10,7 @@ from contextlib import suppress
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from daemon.http.answers import NO_CACHE, Problem
 
@@ -21,6 +22,20 @@ HEADERS = {**NO_CACHE, "X-Accel-Buffering": "no"}  # nginx would keep them until
 
 Look = Callable[[], Mapping[str, str]]
 """All events by name, each as one line of JSON."""
+
+
+class _Stream(StreamingResponse):
+    """A stream whose end is heard, also where nothing of it could be sent."""
+
+    def __init__(self, content: AsyncIterator[str], over: Callable[[], None]) -> None:
+        super().__init__(content, headers=HEADERS, media_type="text/event-stream")
+        self._over = over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._over()
 
 
 class Events:
@@ -40,23 +55,23 @@ class Events:
         most = min(MOST_LISTENERS, request.state.waiters)
         if self._listeners >= most:
             raise Problem(503, "busy", f"{most} clients are listening already", "try again", {"Retry-After": "15"})
-        return StreamingResponse(self._stream(request), headers=HEADERS, media_type="text/event-stream")
+        self._listeners += 1  # here, and not once it is told something: others ask meanwhile
+        return _Stream(self._stream(request), self._gone)
+
+    def _gone(self) -> None:
+        self._listeners -= 1
 
     async def _stream(self, request: Request) -> AsyncIterator[str]:
-        self._listeners += 1
+        if self._looking is None or self._looking.done():
+            self._said = {}
+            self._looking = asyncio.create_task(self._keep_looking())
+        ends = [asyncio.ensure_future(end.wait()) for end in (request.state.stopping, request.state.hung_up)]
         try:
-            if self._looking is None or self._looking.done():
-                self._said = {}
-                self._looking = asyncio.create_task(self._keep_looking())
-            ends = [asyncio.ensure_future(end.wait()) for end in (request.state.stopping, request.state.hung_up)]
-            try:
-                async for text in self._told(ends):
-                    yield text
-            finally:
-                for end in ends:
-                    end.cancel()
+            async for text in self._told(ends):
+                yield text
         finally:
-            self._listeners -= 1
+            for end in ends:
+                end.cancel()
 
     async def _told(self, ends: list[asyncio.Future[bool]]) -> AsyncIterator[str]:
         sent: dict[str, str] = {}

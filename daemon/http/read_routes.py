@@ -221,7 +221,7 @@ class ReadRoutes:
 
     def _expert_rows(self, experts: Sequence[Expert]) -> list[Row]:
         said = self.reader.evaluations(expert.evaluation for expert in experts)
-        return [expert_row(expert, said.get(expert.evaluation or 0)) for expert in experts]
+        return [expert_row(expert, self.home, said.get(expert.evaluation or 0)) for expert in experts]
 
     def lineage(self, request: Request) -> Response:
         limit = _limit(request, PAGE_LIMIT)  # a small home's lineage is one page

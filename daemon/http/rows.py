@@ -6,7 +6,9 @@ from dataclasses import asdict
 from datetime import datetime
 from urllib.parse import quote
 
+from daemon.checkpoints.hints import from_beside
 from daemon.home.standing import Held
+from daemon.layout import Home
 from registry.records import BaseModel, Evaluation, Expert, Head, Version, plain_scores
 
 Row = dict[str, object]
@@ -50,8 +52,8 @@ def version_row(version: Version, head: Head, evaluation: Evaluation | None) -> 
     }
 
 
-def expert_row(expert: Expert, evaluation: Evaluation | None = None) -> Row:
-    """One arrival, merged or not; the evaluation is that of the expert by itself."""
+def expert_row(expert: Expert, home: Home, evaluation: Evaluation | None = None) -> Row:
+    """One arrival, merged or not; the evaluation is that of the expert by itself. No path says where the home is."""
     return {
         "id": expert.id,
         "name": expert.name,
@@ -72,8 +74,8 @@ def expert_row(expert: Expert, evaluation: Evaluation | None = None) -> Row:
         "scores": _scores(evaluation),
         "duplicate_of": expert.duplicate_of,
         "reason": expert.reason,
-        "detail": expert.detail,
-        "hint": expert.hint,
+        "detail": expert.detail and from_beside(expert.detail, home),
+        "hint": expert.hint and from_beside(expert.hint, home),
         "received_at": _time(expert.received_at),
         "finished_at": _time(expert.finished_at),
         "closed_at": _time(expert.closed_at),

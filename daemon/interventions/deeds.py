@@ -91,7 +91,7 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
             return _redeliver(reader, request)
         case Deed.PAUSE | Deed.RESUME | Deed.DRAIN:
             return orders.planned(home, request.deed)
-        case Deed.WITHDRAW | Deed.COLLECT | Deed.PRUNE:
+        case Deed.WITHDRAW | Deed.COLLECT | Deed.PRUNE | Deed.RELOAD:
             raise AssertionError("not to be planned here")
 
 
@@ -127,7 +127,7 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
         case Deed.PAUSE | Deed.RESUME | Deed.DRAIN:
             orders.give(home, request.deed, request.who, request.why)
             store.intervened(request.intervention)
-        case Deed.WITHDRAW | Deed.COLLECT | Deed.PRUNE:
+        case Deed.WITHDRAW | Deed.COLLECT | Deed.PRUNE | Deed.RELOAD:
             raise AssertionError("not to be done here")
     return done
 

@@ -179,13 +179,23 @@ class Desk:
     What takes long is left to the merge loop, which fetches it from `waiting` between two experts.
     """
 
-    def __init__(self, home: Home, store: Store, wake: Callable[[], None], changed: Callable[[Request], None]) -> None:
-        """`wake` is called when something waits or this thread has failed, `changed` after each thing that was done."""
+    def __init__(
+        self,
+        home: Home,
+        store: Store,
+        wake: Callable[[], None],
+        changed: Callable[[Request], None],
+        reload: Callable[[Asked], None],
+    ) -> None:
+        """`wake` is called when something waits or this thread has failed, `changed` after each thing that was done;
+        `reload` is handed who wants the settings to be read again, and answers.
+        """
         self.waiting: list[Asked] = []
         self._home = home
         self._store = store
         self._wake = wake
         self._changed = changed
+        self._reload = reload
         self._seen: set[str] = set()
         self._closing = Event()
         self._failed: BaseException | None = None
@@ -256,6 +266,12 @@ class Desk:
             self._log.warning("a request that cannot be read", file=name, error=str(error))
             return
         self._seen.add(name)
+        if asked.request.deed is Deed.RELOAD:
+            asked.doing("the daemon reads them between two experts")  # at once, where none is in hand
+            self._log.info(f"asked for: {Deed.RELOAD}", who=asked.request.who)
+            self._reload(asked)
+            self._wake()
+            return
         if asked.request.deed in (Deed.WITHDRAW, Deed.COLLECT, Deed.PRUNE):
             asked.doing("waiting for the expert that is being merged")
             self.waiting.append(asked)

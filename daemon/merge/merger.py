@@ -38,6 +38,7 @@ from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason, Refused
 from daemon.home.ground import Base, States, damaged, sound_ground, touched_meanwhile
+from daemon.home.standing import back
 from daemon.home.uncommitted import clear, remove_temporary, temporaries
 from daemon.layout import Home
 from daemon.merge.folding import Folding
@@ -408,9 +409,10 @@ class Merger:
 
     def _rejected(self, drop: Drop, new: NewExpert, judged: Judged) -> NewExpert:
         number = self._store.last_expert_id() + 1
+        commands = " and ".join(f"`{command}`" for command in back(number, blocked=True))
         hint = (
             "nothing of it was merged; train it anew, or, where it is wanted all the same, loosen evaluate.require,"
-            f" `kill -HUP` the daemon, then `mainstem unblock {number}` and `mainstem quarantine retry {number}`"
+            f" `mainstem reload`, then {commands}"
         )
         error = Refused(Reason.SCORES, f"a merged model with it breaks a rule: {judged.why}", hint)
         return replace(self._refused(drop, new, error), verdict=judged.verdict)

@@ -78,7 +78,7 @@ class Sender:
         """crashed: the run before did not end by itself. once: this run ends soon, and waits a while for who is told,
         until that is set.
 
-        Raises BadConfig, and RegistryError.
+        On a full disk those are told who were told before. Raises BadConfig, and RegistryError.
         """
         self._home, self._store, self._metrics = home, store, metrics
         self._once = once
@@ -88,33 +88,49 @@ class Sender:
         self._closing = Event()
         self._watching: Thread | None = None
         self._log = structlog.get_logger()
-        self._adopt(settings, endpoints(home, settings))
+        self._late: tuple[Settings, Sequence[Wanted]] | None = None  # what a full disk kept from being noted
+        self._settings = settings
+        wanted = endpoints(home, settings)
+        self.adopt(settings, wanted)
+        if self._late:
+            known = {(one.kind, one.target): one for one in store.endpoints()}
+            self._tell([one for one in wanted if (one.endpoint.kind, one.endpoint.target) in known], known)
         store.committed = self.wake
         if crashed or store.last_told(STALL) is Told.STALLED:
             reason = "crash" if crashed else "start"
             text = "the daemon runs again; the run before did not end by itself" if crashed else "the daemon runs again"
-            store.announce(Happening(Told.RECOVERED, {"reason": reason, "text": text, "expert": None}))
+            self.announce(Happening(Told.RECOVERED, {"reason": reason, "text": text, "expert": None}))
 
     def adopt(self, settings: Settings, wanted: Sequence[Wanted]) -> None:
         """Tells those of the settings from here on. wanted: `endpoints` of them. Who stays as it is goes on as it did.
 
-        On a full disk all stay as they are: other settings may be what makes room. Raises RegistryError.
+        On a full disk all stay as they are until `tend` finds room: other settings may be what makes it. Raises
+        RegistryError.
         """
-        try:
-            self._adopt(settings, wanted)
-        except DiskFull as error:
-            hint = f"{error.hint}, then `kill -HUP` the daemon once more"
+        self._late = settings, wanted
+        if not self.tend():
+            hint = "make room: they are then as the settings say"
             self._log.error("webhooks and hooks stay as they were: the disk is full", hint=hint)
 
-    def _adopt(self, settings: Settings, wanted: Sequence[Wanted]) -> None:
-        known = {(one.kind, one.target): one for one in self._store.follow_endpoints([w.endpoint for w in wanted])}
+    def tend(self) -> bool:
+        """Does what a full disk was in the way of, if anything; False where it still is. Raises RegistryError."""
+        if self._late:
+            settings, wanted = self._late
+            try:
+                followed = self._store.follow_endpoints([one.endpoint for one in wanted])
+            except DiskFull:
+                return False
+            self._settings, self._late = settings, None
+            self._tell(wanted, {(one.kind, one.target): one for one in followed})
+        return True
+
+    def _tell(self, wanted: Sequence[Wanted], known: Mapping[tuple[EndpointKind, str], Endpoint]) -> None:
         before = self._told
         self._told = {one: before.get(one) or self._courier(one, known) for one in wanted}
         self._end([courier for one, courier in before.items() if one not in self._told], 0)
         for one in self._told.keys() - before.keys():
             self._told[one].start()
         self.noted()
-        self._settings = settings
         if self._watching is None and self._heard():
             self._watching = Thread(target=self._watch, name="stalls", daemon=True)
             self._watching.start()

@@ -16,6 +16,7 @@ from daemon.layout import Home
 from tests.crash.daemons import Running
 from tests.crash.invariants import check
 from tests.crash.worlds import FULL, World, drain, fill_inbox, outcome, settle, watch
+from tests.daemon.outbox.receiver import receiving
 
 PLENTY = 64 << 20
 PAGE = 4096
@@ -131,3 +132,20 @@ def test_where_no_byte_is_left_a_rollback_is_done_all_the_same(disk: Disk, world
     os.kill(daemon.pid, signal.SIGTERM)
     assert daemon.wait().code == 0
     check(home, world.dropped[:2])
+
+
+def test_with_webhooks_it_starts_on_a_full_disk_and_tells_them_once_there_is_room(disk: Disk, world: World) -> None:
+    """Who is told is noted in the registry, which there is no room for."""
+    home = world.home(disk.path / "home", fill=False)
+    fill_inbox(home, world.drops[:1])
+    with receiving() as receiver:
+        hook = {"MAINSTEM_WEBHOOKS": json.dumps([receiver.webhook(events=["published"])])}
+        disk.leave(10 * PAGE)  # as many as the registry needs to be opened
+        daemon = world.zygote.start(*watch(home), **hook)
+        assert until(daemon, "webhooks and hooks stay as they were"), daemon.log
+        assert until(daemon, f"{FULL}: waiting for space"), daemon.log
+        disk.grow()
+        assert [one.what for one in receiver.wait(2)] == ["published 1"] * 2  # of two heads
+        os.kill(daemon.pid, signal.SIGTERM)
+        assert daemon.wait().code == 0
+    check(home, world.dropped[:1])

@@ -1,4 +1,5 @@
-"""SIGHUP: what a running daemon takes up, what it says of the rest, and that no signal and no lost log ends it."""
+"""`mainstem reload` and SIGHUP: what a running daemon takes up, what it says of the rest, and that neither a signal nor
+a lost log ends it."""
 
 import errno
 import json
@@ -84,7 +85,7 @@ class Person:
     def drop_again(self, refused: Expert) -> None:
         """As the hint says."""
         assert refused.hint and refused.hint.endswith(
-            "; once mainstem.toml says so, `kill -HUP` the daemon (or restart it),"
+            f"; once mainstem.toml says so, `mainstem reload --home {self.home.root}` (or restart the daemon),"
             f" then `mainstem quarantine retry {refused.id} --home {self.home.root}`"
         )
         run(commands_in(refused.hint)[-1])
@@ -94,6 +95,7 @@ class Person:
 def person(fresh_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Person]:
     home = Home(shutil.copytree(fresh_home, tmp_path_factory.mktemp("running") / "home", symlinks=True))
     with running("run", "--home", home.root, "--port", "0") as daemon:
+        said(daemon, "ready")  # a signal that comes before is not heard, and there may be no lock yet
         yield Person(home, daemon)
         assert daemon.stop() == 0
 
@@ -200,6 +202,34 @@ def test_what_is_taken_up_what_needs_a_restart_and_what_is_wrong(person: Person)
     assert not [token for token in TOKENS for line in daemon.lines if token in line]
 
 
+def test_the_command_says_what_became_of_it(person: Person) -> None:
+    home = person.home
+    person.edit("[retention]\nversions = 3\n[compute]\nthreads = 3\n")
+    person.hang_up()
+    person.edit("[retention]\nversions = 4\n[compute]\nthreads = 3\n")
+    done = forked("reload", home.root)
+    assert (done.returncode, done.stdout.splitlines()[-2:]) == (  # before it, perhaps, when that will be
+        0,
+        [
+            "taken up: retention.versions is 4, and was 3",
+            "needs a restart: compute.threads is 0, and is to be 3",
+        ],
+    ), done.stderr
+    person.edit("[retention]\nversions = 0\n")
+    done = forked("reload", "--home", home.root)
+    assert done.returncode == 1 and "retention.versions" in done.stderr and "hint: " in done.stderr
+    person.edit("[retention]\nversions = 4\n")
+    assert forked("reload", home.root).stdout.endswith("the settings were read again: nothing has changed\n")
+
+
+def test_where_no_daemon_runs_no_stranger_hears_of_it(home: Home) -> None:
+    """After a crash the lock says which process it was, and by now that may be another one: here, this one."""
+    home.lock.write_text(str(os.getpid()))
+    done = forked("reload", home.root)
+    assert done.returncode == 1
+    assert f"no daemon runs on {home.root}" in done.stderr and "`mainstem run`" in done.stderr
+
+
 def upload(daemon: Daemon, token: str) -> int:
     """The status of a commit of what was never sent: 404 to who may upload."""
     answer = httpx.post(
@@ -256,7 +286,7 @@ def test_who_waits_for_space_takes_up_that_less_is_to_be_kept(home: Home, base: 
         put(home, write_expert(tmp_path / f"{seed}.safetensors", base, seed))
     Service(home, keep).run(once=True, http=False)
     with waiting(home, keep, thin) as (service, store, merger, inbox):
-        desk = Desk(home, store, lambda: None, lambda _: None)
+        desk = Desk(home, store, lambda: None, lambda _: None, lambda _: None)
         service._make_room(OSError(errno.ENOSPC, "full"), store, merger, inbox, desk, once=False)
         desk.close()
         assert service._settings.retention.versions == 1
@@ -322,7 +352,7 @@ def test_secrets_for_the_evaluator_are_not_shown_either() -> None:
 
 
 def test_the_hint_of_a_setting_says_how_it_takes_effect() -> None:
-    then = "; once mainstem.toml says so, `kill -HUP` the daemon (or restart it)"
+    then = "; once mainstem.toml says so, `mainstem reload` (or restart the daemon)"
     assert taking_effect("raise admission.max_norm_ratio", "drop it") == (
         f"raise admission.max_norm_ratio{then}, then drop it"
     )
@@ -337,7 +367,7 @@ def test_inspect_says_it_too(home: Home, base: Path, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "x.safetensors")
     home.config.write_text(home.config.read_text() + "\n[admission]\nlenient_names = false\n")
     done = forked("inspect", tmp_path / "x.safetensors", "--home", home.root, "--json")
-    assert json.loads(done.stdout)["hint"].endswith("`kill -HUP` the daemon (or restart it), then drop it")
+    assert json.loads(done.stdout)["hint"].endswith("`mainstem reload` (or restart the daemon), then drop it")
 
 
 @pytest.mark.parametrize("norm", [60.0, 1e-3])

@@ -1,6 +1,6 @@
 """The body of a commit, a JSON object on each line, read as it comes: a file in it may be larger than the memory.
 
-{"key": "header", "value": {"summary": ..., "description": ...}}
+{"key": "header", "value": {"summary": ..., "description": ..., "parentCommit": ...}}
 {"key": "file", "value": {"content": BASE64, "path": ..., "encoding": "base64"}}
 {"key": "lfsFile", "value": {"path": ..., "algo": "sha256", "oid": SHA256, "size": ...}}
 {"key": "deletedFile", "value": {"path": ...}}
@@ -26,10 +26,11 @@ _FILE = re.compile(rb'\s*\{\s*"key"\s*:\s*"file"\s*,\s*"value"\s*:\s*\{\s*"conte
 @dataclass
 class Commit:
     """What a commit says: the sha256 of files sent before, and what files in it are called where they were put, by
-    path; the paths that it removes, a folder's with a slash behind it.
+    path; the paths that it removes, a folder's with a slash behind it; the commit that it is to follow, if it says so.
     """
 
     summary: str = ""
+    parent: str | None = None
     added: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
 
@@ -61,6 +62,7 @@ def _note(commit: Commit, item: dict[str, Any], file: str | None) -> None:
         match item["key"]:
             case "header":
                 commit.summary = str(value.get("summary", ""))[:500]
+                commit.parent = str(value["parentCommit"]) if value.get("parentCommit") else None
             case "file" if file is not None and value.get("encoding", "base64") == "base64":
                 commit.added[str(value["path"])] = file
             case "lfsFile" if value.get("algo", "sha256") == "sha256":

@@ -188,7 +188,7 @@ class HubPushing(UploadRoutes):
         try:
             commit = await read_commit(Stream(request, self._uploads.stall_seconds), take)
             added = {path: file for path, file in commit.added.items() if counts(path)}
-            said = added, commit.removed, commit.summary
+            said = added, commit.removed, commit.summary, commit.parent
             push, entered = await run_in_threadpool(self._uploads.record, repo, *said)
         finally:
             with anyio.CancelScope(shield=True):

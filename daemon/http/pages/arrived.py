@@ -7,10 +7,12 @@ from urllib.parse import urlencode
 from starlette.requests import Request
 from starlette.responses import Response
 
+from daemon.home.attention import at_home
+from daemon.home.standing import back
 from daemon.http.answers import Problem
-from daemon.http.pages.document import page
+from daemon.http.files import Published
+from daemon.http.pages.document import named, page
 from daemon.notation import called
-from registry.reader import Reader
 from registry.records import Expert, Status
 
 ROWS = 50
@@ -18,10 +20,11 @@ LONGEST = 200  # letters of what is looked for
 PLACES = 40  # heads that are named
 
 
-def arrived(request: Request, reader: Reader, told: Callable[[], object]) -> Response:
+def arrived(request: Request, published: Published, told: Callable[[], object]) -> Response:
     """The experts, newest first: pages by `?before=`, of one `?status=`. `?q=` looks for an id, a sha256, or a name
     that begins so, and says where it found more than it shows.
     """
+    reader = published.reader
     words = request.query_params.get("q", "").strip()[:LONGEST]
     wanted = request.query_params.get("status", "")
     status = Status(wanted) if wanted in list(Status) else None
@@ -31,6 +34,7 @@ def arrived(request: Request, reader: Reader, told: Callable[[], object]) -> Res
     asked = {"status": str(status)} if status else {}
     return page(
         request,
+        published.home,
         "experts.html",
         title="Experts",
         told=told(),
@@ -46,8 +50,9 @@ def arrived(request: Request, reader: Reader, told: Callable[[], object]) -> Res
     )
 
 
-def expert(request: Request, reader: Reader, told: Callable[[], object]) -> Response:
+def expert(request: Request, published: Published, told: Callable[[], object]) -> Response:
     """One expert by its id: what it is, what became of it, and where it went. Problem 404."""
+    reader = published.reader
     number = _number(request.path_params["id"])
     one = reader.expert(number) if number else None
     if one is None:
@@ -62,6 +67,7 @@ def expert(request: Request, reader: Reader, told: Callable[[], object]) -> Resp
     about = {name: value for name, value in (one.about or {}).items() if isinstance(value, str | int | float)}
     return page(
         request,
+        published.home,
         "expert.html",
         title=one.name,
         told=told(),
@@ -72,7 +78,7 @@ def expert(request: Request, reader: Reader, told: Callable[[], object]) -> Resp
         scores=sorted(alone.scores.items()) if alone else [],
         start=one.trained_from,
         twin=reader.expert(one.duplicate_of) if one.duplicate_of else None,
-        commands=_commands(one),
+        commands=[(what, at_home(command, named(published.home))) for what, command in _commands(one)],
         gone=called(heads[0].name, one.withdrawn_in) if one.withdrawn_in is not None else None,
     )
 
@@ -80,10 +86,8 @@ def expert(request: Request, reader: Reader, told: Callable[[], object]) -> Resp
 def _commands(one: Expert) -> list[tuple[str, str]]:
     """What a person can do about it."""
     if one.status is Status.QUARANTINED and one.closed_at is None:
-        unblock = [("Let it in again, first", f"mainstem unblock {one.id}")] if one.blocked else []
         return [
-            *unblock,
-            ("Put it back into the inbox, and close the case", f"mainstem quarantine retry {one.id}"),
+            ("Put it back into the inbox, and close the case", " && ".join(back(one.id, blocked=one.blocked))),
             ("Remove it for good, and close the case", f"mainstem quarantine discard {one.id}"),
         ]
     if one.status is Status.MERGED:

@@ -11,10 +11,13 @@ from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from daemon.checkpoints.hints import from_beside
+from daemon.home.attention import at_home
 from daemon.http.answers import NO_CACHE, root_of
-from daemon.http.pages.words import human_ago, human_count, human_seconds
+from daemon.http.pages.words import human_ago, human_count
+from daemon.layout import Home
 from daemon.templating import asset, html_environment
-from projector.text import plain, size
+from projector.text import duration, plain, size
 
 REFRESH_SECONDS = 5  # where no script runs
 
@@ -62,10 +65,24 @@ def up(request: Request) -> str:
     return f"{root}/" if root else "../" * (below.count("/") - 1) or "./"
 
 
-def page(request: Request, template: str, code: int = 200, **values: object) -> Response:
+def named(home: Home) -> str:
+    """What a page calls a home: its folder, which is also its path from the folder that it is in. Not the whole path:
+    the page may be read by many, and where things lie on this machine is nobody's business.
+    """
+    return home.root.absolute().name
+
+
+def page(request: Request, home: Home, template: str, code: int = 200, **values: object) -> Response:
     """The answer, packed where the visitor takes that."""
     html = _ENVIRONMENT.get_template(template).render(
-        style=STYLE, script=SCRIPT, refresh=REFRESH_SECONDS, to=up(request), now=datetime.now(UTC), **values
+        style=STYLE,
+        script=SCRIPT,
+        refresh=REFRESH_SECONDS,
+        to=up(request),
+        home=named(home),
+        near=lambda text: from_beside(text or "", home),
+        now=datetime.now(UTC),
+        **values,
     )
     answer = HTMLResponse(html, code, headers=_HEADERS)
     if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?(?![.\d]))", request.headers.get("accept-encoding", "")):
@@ -80,6 +97,7 @@ _ENVIRONMENT.filters |= {
     "bytes": size,
     "count": human_count,
     "ago": human_ago,
-    "duration": human_seconds,
+    "duration": duration,
     "plain": plain,
+    "at_home": at_home,
 }

@@ -13,7 +13,7 @@ from daemon.home.health import Trouble
 from daemon.home.standing import Held, held
 from daemon.http.files import Published
 from daemon.http.pages.commands import commands, local_command
-from daemon.http.pages.document import Origin, page
+from daemon.http.pages.document import Origin, named, page
 from daemon.http.pages.ground import facts
 from daemon.http.pages.lineage import lineage
 from daemon.http.pages.measured import measured
@@ -63,6 +63,7 @@ def front(
     counts, open_cases = reader.counts(), reader.count_open()
     return page(
         request,
+        published.home,
         "front.html",
         title=f"{first.name}/{first.live}",
         told=spoken(now, heads, counts, open_cases),
@@ -70,7 +71,7 @@ def front(
         queue=[one for one in now.waiting or () if one.name != now.expert],
         most=QUEUE,
         incomplete=now.daemon.waiting if now.daemon else {},
-        matters=attention(now, reader),
+        matters=attention(now, reader, named(published.home)),
         base=reader.base(),
         cards=[_card(published, head) for head in heads[:CARDS]],
         more_heads=len(heads) - len(heads[:CARDS]),

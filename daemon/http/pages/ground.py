@@ -11,10 +11,9 @@ from pathlib import Path
 from daemon.arrivals.receiving import RESERVE_BYTES
 from daemon.config import Settings
 from daemon.home.condition import Condition
-from daemon.http.pages.words import human_seconds
 from daemon.layout import Home
 from daemon.release import software_version
-from projector.text import size
+from projector.text import duration, size
 from registry.reader import Reader
 from registry.records import Head
 
@@ -57,7 +56,7 @@ def facts(
         if daemon.device:
             found.append(Fact("device", daemon.device))
         since = datetime.fromisoformat(daemon.since)
-        found.append(Fact("up", f"for {human_seconds((datetime.now(UTC) - since).total_seconds())}"))
+        found.append(Fact("up", f"for {duration((datetime.now(UTC) - since).total_seconds())}"))
     found.append(Fact("mainstem", software_version()))
     return found
 

@@ -29,7 +29,15 @@ def _in_html(answer: Page) -> Page:
             problem = met
         except RegistryError as error:
             problem = of_registry(error)
-        return page(request, "problem.html", problem.status, title=str(problem), problem=problem, told=None)
+        return page(
+            request,
+            self._published.home,
+            "problem.html",
+            problem.status,
+            title=str(problem),
+            problem=problem,
+            told=None,
+        )
 
     return answered
 
@@ -69,8 +77,8 @@ class PageRoutes:
 
     @_in_html
     def experts(self, request: Request) -> Response:
-        return arrived.arrived(request, self._reader, self.told)
+        return arrived.arrived(request, self._published, self.told)
 
     @_in_html
     def expert(self, request: Request) -> Response:
-        return arrived.expert(request, self._reader, self.told)
+        return arrived.expert(request, self._published, self.told)

@@ -33,6 +33,7 @@ def whole_lineage(request: Request, published: Published, told: Callable[[], obj
     found = lineage(published, chosen, ROWS, int(before) if NUMBER.fullmatch(before) else None)
     return page(
         request,
+        published.home,
         "lineage.html",
         title=f"Lineage of {wanted}" if wanted else "Lineage",
         told=told(),
@@ -60,6 +61,7 @@ def version(request: Request, published: Published, told: Callable[[], object]) 
     stays = held(reader, head)
     return page(
         request,
+        published.home,
         "version.html",
         title=called(head.name, row.number),
         told=told(),
@@ -73,6 +75,7 @@ def version(request: Request, published: Published, told: Callable[[], object]) 
         scores=sorted(evaluation.scores.items()) if evaluation else [],
         verdict=row.verdict or {},
         stays=stays if stays and stays.version == row.number else None,
+        turn=_turn(head, row) if manifest else None,
         withdrawn=withdrawn if isinstance(withdrawn, dict) else None,
         content=content,
         manifest=manifest,
@@ -83,6 +86,13 @@ def version(request: Request, published: Published, told: Callable[[], object]) 
         commands=commands(published, head, row, str(Origin.of(request))) if manifest else [],
         others=[one for one in reader.heads() if one.name != head.name][:20],
     )
+
+
+def _turn(head: Head, row: Version) -> str | None:
+    """What makes a version live that is not; nothing where it is."""
+    if row.number == head.live:
+        return None
+    return f"mainstem {'rollback' if row.number < head.live else 'promote'} {called(head.name, row.number)}"
 
 
 def _manifest(published: Published, head: Head, row: Version) -> tuple[Manifest | None, Problem | None]:

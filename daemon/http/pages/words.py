@@ -80,17 +80,6 @@ def human_count(count: int) -> str:
     return str(count)
 
 
-def human_seconds(seconds: float) -> str:
-    """How long: "12 s", "5 min", "3 h", "2 days"."""
-    if seconds < 90:
-        return f"{max(0.0, seconds):.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.0f} h"
-    return f"{seconds / 86400:.0f} days"
-
-
 def human_ago(moment: datetime, now: datetime) -> str:
     """How long ago: "just now", "5 min ago", "3 h ago", "2 days ago"."""
     seconds = (now - moment).total_seconds()

@@ -265,9 +265,9 @@ def test_watching_prints_a_line_for_each_change_and_ends_with_ctrl_c(home: Home)
     with running("status", home.root, "--watch") as watching:
         assert until(lambda: any("main/4 no daemon runs" in line for line in watching.lines), 60)
         with present(home) as presence:
-            assert until(lambda: any("main/4 recovering" in line for line in watching.lines), 10)
+            assert until(lambda: any("main/4 recovering" in line for line in watching.lines), 30)
             presence.watches()
-            assert until(lambda: any("main/4 idle" in line for line in watching.lines), 10)
+            assert until(lambda: any("main/4 idle" in line for line in watching.lines), 30)
         watching.process.send_signal(signal.SIGINT)
         assert watching.process.wait(timeout=10) == 0
     assert len(watching.lines) <= 4, watching.lines

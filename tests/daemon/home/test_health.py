@@ -202,7 +202,7 @@ def test_behind_serve(home: Home) -> None:
             assert until(lambda: 'id="pill"><bdi>idle<' in serving.get("/").text, 60)
             daemon.process.send_signal(signal.SIGKILL)
             daemon.process.wait()
-        assert until(lambda: told() == ["no_daemon"], 10)
+        assert until(lambda: told() == ["no_daemon"], 30)
         home.inbox.rename(home.root / "elsewhere")
         assert told() == ["no_inbox", "no_daemon"]
         assert serving.get("/").text.count('role="alert"') == 2

@@ -1,6 +1,9 @@
 """`mainstem verify` beside a daemon that merges, publishes and collects: what it sees half done is no damage."""
 
+import os
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +15,14 @@ import pytest
 from daemon.compute.progress import Progress
 from daemon.disk.failpoints import hit
 from daemon.home.verification import verify
-from daemon.layout import Home
+from daemon.layout import STATE_FILE, Home
 from daemon.merge.merger import Merger
 from registry.records import Expert
 from registry.store import Store
 from tests.daemon.arrivals.test_queue import scan
 from tests.daemon.following import commands_in, run
 from tests.daemon.homes import drain, experts, lineage, live, make_home, put, quick
+from tests.daemon.processes import forked
 from tests.models import write_expert
 
 ONLY_THE_NEWEST = quick(retention={"versions": 1, "grace_seconds": 0})
@@ -118,6 +122,46 @@ def test_damage_in_the_archive_is_settled_as_the_hints_say(base: Path, tmp_path:
         assert verify(home, reader, lambda _: None)[1] == []
     assert [expert.id for expert in experts(home) if expert.status == "merged"] == [4]
     assert all(list((tmp_path / f"a home-00000{n}").iterdir()) for n in (1, 2, 3))
+
+
+def test_an_older_version_is_put_right_as_its_hint_says_and_not_promised_where_none_makes_it(
+    base: Path, tmp_path: Path
+) -> None:
+    """Of a pinned one, which a rebuild's own retention would take; then an expert is taken out that it had."""
+    home, pinned = make_home(tmp_path / "home", base), "main/1"
+    put(home, write_expert(tmp_path / "1.safetensors", base, 1))
+    drain(home)
+    run(f"mainstem pin {pinned} --home {home.root}")
+    for seed in (2, 3):
+        put(home, write_expert(tmp_path / f"{seed}.safetensors", base, seed))
+        drain(home, ONLY_THE_NEWEST)
+    spoilt = [home.version("main", 1) / "model.safetensors", home.head_state("main", 1) / STATE_FILE]
+    for path in spoilt:
+        flip(path)
+
+    def hint() -> str:
+        with lineage(home) as reader:
+            (said,) = verify(home, reader, lambda _: None)[0].hints
+        return said
+
+    found = re.search(r"`(MAINSTEM_RETENTION__VERSIONS)=(3) mainstem (rebuild .*) NEWHOME`", hint())
+    assert found, hint()
+    assert "remove state/heads/main/000001," in hint()
+    new = Home(tmp_path / "new")
+    os.environ[found[1]] = found[2]
+    try:
+        done = forked(*found[3].split(), new.root)
+    finally:
+        del os.environ[found[1]]
+    assert done.returncode == 0, done.stderr
+    run(f"mainstem rebuild --home {home.root} --without 3")
+    assert "MAINSTEM_RETENTION__VERSIONS=2" in hint(), "it came later"
+    run(f"mainstem rebuild --home {home.root} --without 1")
+    assert "no rebuild makes it again" in hint() and "NEWHOME" not in hint()
+    shutil.copy(new.version("main", 1) / "model.safetensors", spoilt[0])
+    shutil.rmtree(spoilt[1].parent)
+    with lineage(home) as reader:
+        assert verify(home, reader, lambda _: None)[1] == []
 
 
 def flip(path: Path) -> None:

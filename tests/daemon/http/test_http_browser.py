@@ -139,7 +139,7 @@ def test_it_follows_what_goes_on_without_a_reload(
     daemon.waits("other", "it has <no> weights yet")
     browser.until("document.querySelector('.queue .flag')?.textContent === 'incomplete'")
     line.publish(b"one", name="french")
-    browser.until("document.title === 'main/1 · mainstem'")
+    browser.until("document.title === 'main/1 · home · mainstem'")
     browser.until("document.querySelector('[data-part=lineage]').textContent.includes('french')")
     assert browser.run("document.getElementById('share').hidden")
     line.home.manifest("main", 1).unlink()
@@ -166,7 +166,7 @@ def test_it_can_be_gone_through_by_the_keyboard(line: "Line", origin: str, brows
     assert len(found) >= everything > 20
     browser.run("document.querySelector('a[href*=\"experts/1\"]').focus()")
     browser.press("Enter", 13)
-    browser.until("document.title === 'french · mainstem'")
+    browser.until("document.title === 'french · home · mainstem'")
 
 
 def test_without_script_it_is_whole_and_loads_itself_again(line: "Line", origin: str, browser: Browser) -> None:

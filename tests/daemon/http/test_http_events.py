@@ -1,5 +1,6 @@
 """Server-sent events: what is said at once, when something changes, and how a stream ends."""
 
+import asyncio
 import json
 import os
 import time
@@ -11,10 +12,15 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message
 
 from daemon.disk import durable
 from daemon.home.presence import Presence
 from daemon.http import HttpServer, create_app, events
+from daemon.http.answers import Problem
+from daemon.http.events import Events
 from registry.reader import Reader
 from registry.records import Deed, NewIntervention
 
@@ -46,6 +52,31 @@ def told(answer: httpx.Response) -> Told:
 def the(name: str, found: Told) -> dict[str, object]:
     """The next event of that name."""
     return next(said for kind, said in found if kind == name)
+
+
+def test_of_many_who_come_at_once_no_more_are_let_in_than_may_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ask before the first of them is told anything; then one is gone before that, and another may listen."""
+    monkeypatch.setattr(events, "MOST_LISTENERS", 2)
+
+    async def gone(_: object = None) -> Message:
+        raise OSError("the client is gone")
+
+    async def burst() -> None:
+        here = Events(dict)
+        state = {"waiters": 9, "stopping": asyncio.Event(), "hung_up": asyncio.Event()}
+        scope = {"type": "http", "method": "GET", "path": "/v1/events", "headers": [], "state": state}
+        asked = [here.answer(Request(scope, gone)) for _ in range(5)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        streams = [one for one in answers if isinstance(one, Response)]
+        assert len(streams) == 2
+        assert [one.status for one in answers if isinstance(one, Problem)] == [503] * 3
+        with pytest.raises((OSError, ClientDisconnect, ExceptionGroup)):
+            await streams[0](scope, gone, gone)
+        await here.answer(Request(scope, gone))
+        with pytest.raises(Problem):
+            await here.answer(Request(scope, gone))
+
+    asyncio.run(burst())
 
 
 def test_what_goes_on_is_said_at_once_and_when_it_changes(line: "Line", client: httpx.Client) -> None:

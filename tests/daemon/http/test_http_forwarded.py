@@ -10,9 +10,9 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from daemon.config import load
+from daemon.config import Settings, load
 from daemon.errors import BadConfig
-from daemon.http import Hosts, HttpServer, create_app
+from daemon.http import HttpServer, create_app
 from registry.reader import Reader
 
 if TYPE_CHECKING:
@@ -26,9 +26,8 @@ PUBLIC = "https://localhost/llm"
 def behind(line: "Line", proxies: tuple[str, ...]) -> Iterator[httpx.Client]:
     """A client that asks as a proxy on this machine does, which takes /llm off what the visitor asked for."""
     with Reader.open(line.home.registry) as reader:
-        app = create_app(
-            line.home, reader, CollectorRegistry(), lambda: None, hosts=Hosts("127.0.0.1"), proxies=proxies
-        )
+        settings = Settings.model_validate({"http": {"trusted_proxies": proxies}})
+        app = create_app(line.home, reader, CollectorRegistry(), lambda: None, settings=lambda: settings)
         with HttpServer(app, "127.0.0.1", 0) as (host, port):
             headers = {**TOLD, "Host": "localhost"}
             with httpx.Client(base_url=f"http://{host}:{port}", trust_env=False, headers=headers) as client:

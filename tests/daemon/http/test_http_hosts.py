@@ -8,8 +8,9 @@ from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
 from daemon.arrivals.uploads import Uploads
-from daemon.config import Http
-from daemon.http import Hosts, create_app
+from daemon.config import Http, Settings
+from daemon.http import create_app
+from daemon.http.hosts import Hosts
 from daemon.layout import Home
 from registry.reader import Reader
 from tests.daemon.processes import running
@@ -57,7 +58,7 @@ def test_elsewhere_any_will_do_unless_some_are_named() -> None:
 def test_every_address_is_guarded_and_the_answer_says_what_to_set(line: "Line") -> None:
     uploads = Uploads(line.home, Http.model_validate({"write_token": "a-token-of-enough-characters"}))
     with Reader.open(line.home.registry) as reader:
-        app = create_app(line.home, reader, CollectorRegistry(), lambda: None, uploads, Hosts("127.0.0.1"))
+        app = create_app(line.home, reader, CollectorRegistry(), lambda: None, uploads, settings=Settings)
         client = TestClient(app, base_url="http://localhost")
         addresses = [(method, route.path) for route in app.routes for method in route.methods]  # type: ignore[attr-defined]
         assert len(addresses) > 20

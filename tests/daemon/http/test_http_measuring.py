@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from daemon.http import Hosts, create_app
+from daemon.config import Settings
+from daemon.http import create_app
 from daemon.metrics import OTHER, HeadMetrics
 from registry.reader import Reader
 from tests.daemon.http.conftest import Line
@@ -79,7 +80,7 @@ def test_bytes_are_those_that_were_sent(line: Line) -> None:
 def test_what_fails_and_what_the_others_refuse_is_counted(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = HeadMetrics()
     monkeypatch.setattr("daemon.http.pages.routes.front", lambda *_: 1 / 0)
-    with asked(line, metrics, hosts=Hosts("127.0.0.1")) as client:
+    with asked(line, metrics, settings=Settings) as client:
         assert client.get("/", headers={"Host": "127.0.0.1"}).status_code == 500
         assert client.get("/livez", headers={"Host": "evil.example"}).status_code == 421
     assert requests(metrics.registry) == {("/", "500"): 1, ("/livez", "421"): 1}
@@ -87,7 +88,11 @@ def test_what_fails_and_what_the_others_refuse_is_counted(line: Line, monkeypatc
 
 def test_a_prefix_of_a_proxy_changes_no_template(line: Line) -> None:
     metrics = HeadMetrics()
-    with asked(line, metrics, proxies=["*"]) as client:
+    with asked(
+        line,
+        metrics,
+        settings=lambda: Settings.model_validate({"http": {"trusted_proxies": ["*"], "allowed_hosts": ["*"]}}),
+    ) as client:
         assert client.get("/v1/heads", headers={"X-Forwarded-Prefix": "/models"}).status_code == 200
     assert requests(metrics.registry) == {("/v1/heads", "200"): 1}
 

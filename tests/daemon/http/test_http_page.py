@@ -219,9 +219,9 @@ def test_what_is_held_scored_and_open_is_shown_as_text(line: "Line", client: htt
     cases = [line.store.record(bad) for _ in range(CASES + 1)]
     line.store.close_case(cases[0].id, NewIntervention(Deed.DISCARD, "ada", experts=(cases[0].id,)))
     text = client.get("/").text
-    assert text.count("<code>mainstem promote ") == 2 and "<code>mainstem promote main/2</code>" in text
-    assert "main/1 · mainstem" in text and '<span class="pill flag" title="&lt;script' in text
-    assert f"<code>mainstem quarantine discard {cases[-1].id}</code>" in text
+    assert text.count("<code>mainstem promote ") == 2 and "<code>mainstem promote main/2 --home home</code>" in text
+    assert "main/1 · home · mainstem" in text and '<span class="pill flag" title="&lt;script' in text
+    assert f"<code>mainstem quarantine discard {cases[-1].id} --home home</code>" in text
     assert f'open</dt><dd class="some">{CASES}</dd>' in text and "mainstem quarantine list" not in text
     assert f">refused in all</a></dt><dd>{CASES + 1}</dd>" in text
     assert "<script" not in foreign(text) and "<img" not in text

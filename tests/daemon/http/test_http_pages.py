@@ -5,27 +5,41 @@ import html
 import json
 import os
 import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
 import httpx
+import torch
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
 
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.home.condition import condition
 from daemon.home.presence import Presence
+from daemon.http import HttpServer, create_app
 from daemon.http.pages.arrived import ROWS
 from daemon.http.pages.charts import Series, chart, outliers
 from daemon.http.pages.graph import Link, Node, drawn
 from daemon.http.pages.ground import facts
 from daemon.http.pages.lineage import LANES
 from daemon.http.pages.words import DEFAULTS, said, set_params
-from daemon.layout import CARD, MANIFEST
+from daemon.layout import CARD, MANIFEST, Home
 from projector.methods import methods
+from registry.reader import Reader
 from registry.records import Deed, Head, NewEvaluation, NewIntervention, Score, Status
+from tests.daemon.following import commands_in
+from tests.daemon.homes import drain, experts
 from tests.daemon.http.conftest import lay, sha256
+from tests.daemon.processes import forked
+from tests.models import read_weights, write_expert
 
 if TYPE_CHECKING:
     from tests.daemon.http.conftest import Line
@@ -61,20 +75,54 @@ def test_one_expert(line: "Line", client: httpx.Client) -> None:
     line.store.judge_expert(merged.id, alone.id)
     text = client.get(f"/experts/{merged.id}").text
     for expected in ("<h1><bdi>french</bdi></h1>", str(merged.sha256), "reading", "0.625", "expert.json has also",
-                     "mainstem rebuild --without 1", "../heads/main/versions/1", "../heads/init/versions/0",
+                     "mainstem rebuild --without 1 --home home", "../heads/main/versions/1", "../heads/init/versions/0",
                      'title="norm = 1.25"', "all of it as JSON"):  # fmt: skip
         assert expected in text, expected
     bad = line.store.record(line.expert("bad", Status.QUARANTINED, None, reason="pickle", detail="d<d", hint="h>h"))
     text = client.get(f"/experts/{bad.id}").text
     assert "Refused: pickle" in text and "d&lt;d" in text and "h&gt;h" in text
     for deed in ("retry", "discard"):
-        assert f"mainstem quarantine {deed} {bad.id}</pre>" in text
+        assert f"mainstem quarantine {deed} {bad.id} --home home</pre>" in text
     line.store.close_case(bad.id, NewIntervention(Deed.DISCARD, "ada", experts=(bad.id,)))
     text = client.get(f"/experts/{bad.id}").text
     assert "Refused: pickle, and closed" in text and "quarantine retry" not in text
     for odd in ("99", "0", "x", "1" * 30):
         page = client.get(f"/experts/{odd}")
         assert page.status_code == 404 and "there is no such expert" in page.text
+
+
+def test_a_hint_says_to_nobody_where_the_home_is_and_can_be_followed_beside_it(
+    home: Home, base: Path, tmp_path: Path
+) -> None:
+    """A pickle that was really refused, in folders whose names a shell and JSON take for more than letters."""
+    root = shutil.copytree(home.root, tmp_path / 'a "b" it\'s' / "chat's", symlinks=True)
+    home = Home(root)
+    torch.save(read_weights(write_expert(tmp_path / "x.safetensors", base, 2)), home.inbox / "x.bin")
+    drain(home)
+    (refused,) = experts(home)
+    assert str(root) in (refused.hint or "").replace("'\"'\"'", "'"), "the command line says where"
+    with (
+        Reader.open(home.registry) as reader,
+        serving(create_app(home, reader, CollectorRegistry(), lambda: None)) as at,
+    ):
+        pages = [at.get(f"/{page}") for page in ("", "experts", "experts/1", "v1/experts", "v1/experts/x.bin")]
+        hint = at.get("/v1/experts").json()["experts"][0]["hint"]
+    for page in pages:
+        assert page.status_code == 200 and "convert" in page.text and tmp_path.name not in page.text, page.url
+    (command,) = commands_in(hint)
+    done = forked(*shlex.split(command)[1:], cwd=root.parent)
+    assert done.returncode == 0, done.stderr
+    drain(home)
+    assert [one.status for one in experts(home)] == [Status.QUARANTINED, Status.MERGED]
+
+
+@contextmanager
+def serving(app: Starlette) -> Iterator[httpx.Client]:
+    with (
+        HttpServer(app, "127.0.0.1", 0) as (host, port),
+        httpx.Client(base_url=f"http://{host}:{port}", trust_env=False, verify=False) as client,
+    ):
+        yield client
 
 
 def test_one_version(line: "Line", client: httpx.Client) -> None:
@@ -95,7 +143,8 @@ def test_one_version(line: "Line", client: httpx.Client) -> None:
     held = replace(row, manifest_sha256=sha256(raw), verdict=verdict, held="mean >= live")
     line.store.commit(line.expert("e", Status.MERGED, "ef" * 32), [held, lay(line.home, "init", 2, b"x")])
     page = client.get("/heads/main/versions/2")
-    for expected in ("experts in it</dt><dd>7", "float16", "&lt;gone&gt;", "subtracted", "mainstem promote main/2",
+    for expected in ("experts in it</dt><dd>7", "float16", "&lt;gone&gt;", "subtracted",
+                     "<code>mainstem promote main/2 --home home</code>",
                      "mean &gt;= live: 0.4 &lt; 0.5", "TinyForCausalLM.from_pretrained(&#39;main-2&#39;)",
                      sha256(b"{}"),
                      "vllm serve ./main-2 --served-model-name main", "files/sub/a%20b.json", "&lt;script&gt;1",
@@ -106,6 +155,8 @@ def test_one_version(line: "Line", client: httpx.Client) -> None:
     text = client.get("/heads/init/versions/2").text
     assert "is missing or not what was published" in text and "mainstem verify" in text and "<pre" not in text
     assert client.get("/heads/main/versions/1").text.count("model.safetensors") > 1
+    assert "mainstem rollback" not in client.get("/heads/main/versions/1").text  # it is live
+    assert "<code>mainstem rollback main/0 --home home</code>" in client.get("/heads/main/versions/0").text
     for odd in ("main/versions/9", "main/versions/x", "none/versions/1"):
         page = client.get(f"/heads/{odd}")
         assert page.status_code == 404 and page.headers["content-type"].startswith("text/html"), odd

@@ -162,6 +162,18 @@ def test_a_file_of_a_folder_can_be_sent_again(server: Server) -> None:
     assert (server.home.inbox / "mine" / "a.safetensors").read_bytes() == b"second"
 
 
+def test_what_is_left_of_an_earlier_push_is_named_and_given_up_as_the_hint_says(server: Server) -> None:
+    for name in ("a.safetensors", "old.safetensors"):
+        server.put(f"/v1/experts/mine/files/{name}", b"a")
+    body = {"files": [{"name": "a.safetensors", "sha256": hashlib.sha256(b"a").hexdigest()}]}
+    answer = server.client.post("/v1/experts/mine/commit", json=body, headers=BEARER)
+    assert answer.status_code == 409 and answer.json()["error"] == "sent before, and not named: old.safetensors"
+    method, address = answer.json()["hint"].split()[:2]
+    assert server.client.request(method, address, headers=BEARER).status_code == 204
+    server.put("/v1/experts/mine/files/a.safetensors", b"a")
+    assert server.client.post("/v1/experts/mine/commit", json=body, headers=BEARER).status_code == 201
+
+
 def test_a_commit_that_lists_something_else_changes_nothing(server: Server) -> None:
     server.put("/v1/experts/mine/files/a.safetensors", b"a")
     good, bad = hashlib.sha256(b"a").hexdigest(), hashlib.sha256(b"b").hexdigest()

@@ -46,7 +46,7 @@ class Exchange:
         self.server = HttpServer(self.app, "127.0.0.1", 0)
         self.address = self.server.start()
         self.client = socket.create_connection(self.address, timeout=10)
-        assert until(lambda: self.state.connections, 5), (
+        assert until(lambda: self.state.connections, 30), (
             "uvicorn: ServerState.connections does not have a new connection"
         )
         (self.protocol,) = self.state.connections
@@ -87,30 +87,30 @@ def test_the_protocol_before_during_and_after_a_request(exchange: Exchange) -> N
     assert protocol.transport.get_write_buffer_size() == 0, "H11Protocol.transport is asyncio's"
     assert protocol.cycle is None, "H11Protocol.cycle is None before the first request"
     exchange.client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nab")
-    assert until(lambda: exchange.scopes, 5)
+    assert until(lambda: exchange.scopes, 30)
     cycle = protocol.cycle
     assert cycle.response_complete is False, "cycle.response_complete is False while the answer is under way"
     assert cycle.more_body is True, "cycle.more_body is True while some of the request is to come"
     assert cycle.keep_alive is True, "cycle.keep_alive says whether the connection stays"
     exchange.client.sendall(b"c")
-    assert until(lambda: cycle.more_body is False, 5), "cycle.more_body is False once the request is whole"
+    assert until(lambda: cycle.more_body is False, 30), "cycle.more_body is False once the request is whole"
     exchange.go_on.set()
     assert exchange.client.recv(1000).startswith(b"HTTP/1.1 200")
-    assert until(lambda: cycle.response_complete, 5), "cycle.response_complete is True after the answer"
+    assert until(lambda: cycle.response_complete, 30), "cycle.response_complete is True after the answer"
     assert protocol.cycle is cycle, "H11Protocol.cycle stays that of the last request"
     exchange.client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert until(lambda: protocol.cycle is not cycle, 5), "each request has a cycle of its own"
+    assert until(lambda: protocol.cycle is not cycle, 30), "each request has a cycle of its own"
 
 
 def test_what_is_put_into_the_cycles_scope_reaches_the_application(exchange: Exchange) -> None:
     exchange.client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert until(lambda: exchange.scopes, 5)
+    assert until(lambda: exchange.scopes, 30)
     hung_up = exchange.scopes[0]["state"]["hung_up"]
     assert exchange.protocol.cycle.scope["state"]["hung_up"] is hung_up, (
         "cycle.scope is what the application is called with"
     )
     exchange.client.shutdown(socket.SHUT_WR)
-    assert until(hung_up.is_set, 5), "eof_received of the protocol is called, and its True keeps the connection"
+    assert until(hung_up.is_set, 30), "eof_received of the protocol is called, and its True keeps the connection"
     exchange.go_on.set()
     answer = b"".join(iter(lambda: exchange.client.recv(1000), b""))
     assert answer.endswith(b"hello"), "cycle.keep_alive = False closes the connection after the answer"
@@ -123,7 +123,7 @@ def test_the_server(exchange: Exchange) -> None:
     assert inspect.iscoroutinefunction(uvicorn.Server.shutdown)
     assert list(inspect.signature(uvicorn.Server.run).parameters) == ["self", "sockets"]
     exchange.client.close()
-    assert until(lambda: not exchange.state.connections, 5), "ServerState.connections forgets one that has ended"
+    assert until(lambda: not exchange.state.connections, 30), "ServerState.connections forgets one that has ended"
 
 
 def test_stopping_lets_an_answer_end_and_then_drops_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_stopping_lets_an_answer_end_and_then_drops_it(monkeypatch: pytest.Monke
     monkeypatch.setattr("daemon.http.server.GRACE_SECONDS", 1)
     exchange = Exchange()
     exchange.client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert until(lambda: exchange.scopes, 5)
+    assert until(lambda: exchange.scopes, 30)
     exchange.server.stop()
     assert not exchange.state.connections
     exchange.close()
@@ -162,7 +162,7 @@ def test_an_answer_waits_while_the_client_takes_nothing_and_ends_when_it_goes() 
 
     with streaming(body) as address, socket.create_connection(address, timeout=10) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert until(lambda: sent, 5)
+        assert until(lambda: sent, 30)
         last = -1
         while last != len(sent):
             last = len(sent)

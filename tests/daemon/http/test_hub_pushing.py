@@ -141,6 +141,26 @@ def test_of_several_commits_the_last_is_the_expert(hub: Hub) -> None:
     assert found == {"tokenizer.json": b"t", "README.md": b"step 2", "model.safetensors": WEIGHTS + b"2"}
 
 
+def test_of_two_who_push_to_one_name_the_one_that_names_its_parent_undoes_nothing(hub: Hub) -> None:
+    first = hub.commit({"model.safetensors": b"one", "config.json": b"{}"}).json()["commitOid"]
+
+    def onto(parent: str, data: bytes) -> httpx.Response:
+        file = {"content": base64.b64encode(data).decode(), "path": "model.safetensors", "encoding": "base64"}
+        lines = [
+            {"key": "header", "value": {"summary": "Upload", "parentCommit": parent}},
+            {"key": "file", "value": file},
+        ]
+        return hub.commit_raw(b"\n".join(json.dumps(line).encode() for line in lines))
+
+    second = onto(first, b"two").json()["commitOid"]
+    answer = onto(first, b"three")
+    assert error(answer) == (409, "upload_taken") and second in answer.json()["error"]
+    assert hub.client.get(MODEL).json()["sha"] == second
+    assert onto(second, b"four").status_code == 200  # what the hint says
+    hub.rest()
+    assert (hub.home.inbox / "german" / "model.safetensors").read_bytes() == b"four"
+
+
 def test_a_training_that_goes_on_is_waited_for(hub: Hub) -> None:
     answer = hub.commit({"model.safetensors": b"1"}, summary="Training in progress, step 500")
     assert answer.json()["waits_seconds"] == 3600

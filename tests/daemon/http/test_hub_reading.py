@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
+from daemon.config import Settings
 from daemon.http import create_app
 from daemon.http.hub import reading
 from daemon.layout import MANIFEST
@@ -203,8 +204,10 @@ def test_no_other_address_is_shadowed(
 
 def test_behind_a_proxy_the_way_leads_through_it(two: "Line") -> None:
     with Reader.open(two.home.registry) as reader:
-        app = create_app(two.home, reader, CollectorRegistry(), lambda: None, proxies=("*",))
-        with TestClient(app, follow_redirects=False, client=("127.0.0.1", 1)) as client:
+        settings = Settings.model_validate({"http": {"trusted_proxies": ("*",)}})
+        app = create_app(two.home, reader, CollectorRegistry(), lambda: None, settings=lambda: settings)
+        at = "http://localhost"
+        with TestClient(app, at, follow_redirects=False, client=("127.0.0.1", 1)) as client:
             headers = {"X-Forwarded-Prefix": "/merger"}
             answer = client.get("/mainstem/main/resolve/main/config.json", headers=headers)
     assert answer.headers["location"] == f"/merger/mainstem/main/resolve/{commit(two, 2)}/config.json"

@@ -101,7 +101,7 @@ def test_after_a_kill_nothing_is_left(home: Home, base: Path, tmp_path: Path) ->
                 home.uploads / "cut.safetensors/.cut.safetensors.part",
                 home.uploads / "folder/.b.safetensors.part",
             ]
-            assert until(lambda: all(part.exists() for part in parts), 10)
+            assert until(lambda: all(part.exists() for part in parts), 30)
             process.process.send_signal(signal.SIGKILL)
             process.process.wait(timeout=30)
     assert all(part.exists() for part in parts)

@@ -33,7 +33,7 @@ def test_what_cannot_be_read_is_passed_over_and_the_next_one_answered(merged: Ho
     lock = durable.lock(merged.lock)
     changed: list[Request] = []
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, changed.append)
+        desk = Desk(merged, store, lambda: None, changed.append, lambda _: None)
         for name, text in (("a.json", b"{"), ("b.json", b'{"deed": "explode"}'), ("c.json", b"[" * 100_000)):
             (merged.requests / name).write_bytes(text)
         durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
@@ -51,7 +51,7 @@ def test_a_daemon_that_stops_first_is_told_of(merged: Home) -> None:
     lock = durable.lock(merged.lock)
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, lambda _: None)
+        desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         heard: list[str] = []
 
         def wait() -> None:
@@ -62,8 +62,8 @@ def test_a_daemon_that_stops_first_is_told_of(merged: Home) -> None:
 
         waiting = Thread(target=wait)
         waiting.start()
-        assert until(lambda: desk.waiting, 10)
-        assert until(lambda: heard, 10) == ["waiting for the expert that is being merged"]
+        assert until(lambda: desk.waiting, 30)
+        assert until(lambda: heard, 30) == ["waiting for the expert that is being merged"]
         desk.close()
         os.close(lock)
         waiting.join()
@@ -84,10 +84,10 @@ def test_a_disk_that_fails_ends_the_daemon(merged: Home, monkeypatch: pytest.Mon
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     woken: list[bool] = []
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: woken.append(True), lambda _: None)
+        desk = Desk(merged, store, lambda: woken.append(True), lambda _: None, lambda _: None)
         asked = Thread(target=give_up)
         asked.start()
-        assert until(lambda: woken, 10)
+        assert until(lambda: woken, 30)
         with pytest.raises(StorageFailed):
             desk.check()
         os.close(lock)
@@ -132,7 +132,7 @@ def test_what_waits_is_done_while_the_disk_is_full_and_may_make_room(merged: Hom
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     with Store.open(merged.registry) as store:
         merger = Merger(merged, store, settings, Progress(service._stopping, lambda _: None))
-        desk = Desk(merged, store, service._signalled.set, lambda _: None)
+        desk = Desk(merged, store, service._signalled.set, lambda _: None, lambda _: None)
         asked = asking(merged, Request(Deed.COLLECT, "ann"), heard)
         inbox = Inbox(merged.inbox, 0, time.monotonic)
         service._make_room(OSError(errno.ENOSPC, "full"), store, merger, inbox, desk, once=False)
@@ -152,9 +152,9 @@ def test_a_lost_device_is_told_to_who_asked_and_ends_the_daemon(merged: Home, mo
     lock = durable.lock(merged.lock)
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, lambda _: None)
+        desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         asked = asking(merged, Request(Deed.WITHDRAW, "ann", experts=(4,)), heard)
-        assert until(lambda: desk.waiting, 10)
+        assert until(lambda: desk.waiting, 30)
         with pytest.raises(DeviceLost):
             waiting.answer_waiting(merged, store, quick(), desk, Event())
         desk.close()  # as the end of the process does
@@ -176,11 +176,11 @@ def test_who_asks_on_a_full_disk_does_so_in_the_space_that_was_set_aside(
     lock = durable.lock(merged.lock)
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, lambda _: None)
+        desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         assert room.stat().st_blocks * 512 >= requests.ROOM_BYTES
         monkeypatch.setattr(durable, "note", full)
         assert ask(merged, ROLLBACK)[0] == "main/3 is live, main/4 is not"
-        assert until(room.exists, 10), "it is set aside again"
+        assert until(room.exists, 30), "it is set aside again"
         desk.close()
     os.close(lock)
 
@@ -212,9 +212,9 @@ def test_who_asked_while_a_daemon_recovered_is_answered_once_it_has(merged: Home
     lock, heard = durable.lock(merged.lock), list[str]()
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     asked = asking(merged, ROLLBACK, heard)
-    assert until(merged.requests.exists, 10)
+    assert until(merged.requests.exists, 30)
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, lambda _: None)
+        desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         asked.join()
         desk.close()
     os.close(lock)
@@ -225,9 +225,9 @@ def test_what_was_withdrawn_meanwhile_is_not_withdrawn_again(merged: Home) -> No
     lock, heard = durable.lock(merged.lock), list[str]()
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     with Store.open(merged.registry) as store:
-        desk = Desk(merged, store, lambda: None, lambda _: None)
+        desk = Desk(merged, store, lambda: None, lambda _: None, lambda _: None)
         asked = asking(merged, Request(Deed.WITHDRAW, "ann", version=4, experts=(4,)), heard)
-        assert until(lambda: desk.waiting, 10)
+        assert until(lambda: desk.waiting, 30)
         waiting.answer_waiting(merged, store, quick(), desk, Event())
         asked.join()
         desk.close()
@@ -240,7 +240,7 @@ def test_a_daemon_that_is_killed_in_the_midst_is_told_of(merged: Home) -> None:
     lock, heard = durable.lock(merged.lock), list[str]()
     durable.note(merged.presence, json.dumps({"pid": os.getpid(), "since": "now"}).encode())
     asked = asking(merged, Request(Deed.WITHDRAW, "ann", experts=(4,)), heard)
-    assert until(lambda: merged.requests.exists() and list(merged.requests.glob("[!.]*.json")), 10)
+    assert until(lambda: merged.requests.exists() and list(merged.requests.glob("[!.]*.json")), 30)
     (name,) = merged.requests.glob("[!.]*.json")
     durable.note(name.with_suffix(requests.ANSWER), json.dumps({"doing": "merging the first"}).encode())
     os.close(lock)

@@ -107,7 +107,7 @@ def test_beside_a_daemon_it_shows_at_once_and_who_waits_hears_of_it(merged: Home
         assert did(merged, "rollback", "3", "--head", "soup")
         assert daemon.live("soup") == 3
         assert "newer than main/3" in forked("rollback", "4", "--home", merged.root).stderr
-        assert until(lambda: 'mainstem_head_version{head="main"} 3.0' in daemon.get("/metrics").text, 5)
+        assert until(lambda: 'mainstem_head_version{head="main"} 3.0' in daemon.get("/metrics").text, 30)
         assert did(merged, "promote", "4").startswith("main/4 is live")
         assert daemon.live() == 4
         assert daemon.stop() == 0
