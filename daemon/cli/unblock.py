@@ -1,7 +1,7 @@
 """`mainstem unblock`: an expert may come back."""
 
 from daemon.cli.asking import DryRunOption, ExpertArgument, ReasonOption, intervene
-from daemon.cli.common import HomeOption
+from daemon.cli.common import HomeOption, JsonOption
 from registry.records import Deed
 
 
@@ -10,6 +10,7 @@ def command(
     reason: ReasonOption = None,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Let an expert come back that was rejected, withdrawn or blocked."""
-    intervene(Deed.UNBLOCK, home, reason, dry_run, experts=experts)
+    intervene(Deed.UNBLOCK, home, reason, dry_run, experts=experts, as_json=as_json)

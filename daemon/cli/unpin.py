@@ -1,7 +1,7 @@
 """`mainstem unpin`: a version may go again."""
 
 from daemon.cli.asking import DryRunOption, HeadOption, ReasonOption, VersionArgument, intervene
-from daemon.cli.common import HomeOption
+from daemon.cli.common import HomeOption, JsonOption
 from registry.records import Deed
 
 
@@ -11,6 +11,7 @@ def command(
     reason: ReasonOption = None,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Let retention remove a version again."""
-    intervene(Deed.UNPIN, home, reason, dry_run, version=version, head=head)
+    intervene(Deed.UNPIN, home, reason, dry_run, version=version, head=head, as_json=as_json)
