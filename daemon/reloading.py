@@ -29,15 +29,18 @@ if TYPE_CHECKING:
 Read = Callable[[], Settings]
 Adopt = Callable[[Settings], None]
 Difference = tuple[str, Any, Any]
+Told = Callable[[str | None], None]
 
 
 class Reloading:
     """Reads the settings again when it was asked to."""
 
-    def __init__(self, read: Read, metrics: Metrics) -> None:
-        """`read`: from where they came at the start: the file, the environment and the flags. Raises BadConfig."""
+    def __init__(self, read: Read, metrics: Metrics, told: Told = lambda _: None) -> None:
+        """`read`: from where they came at the start: the file, the environment and the flags. Raises BadConfig. `told`
+        hears why they could not be read, or None where they could."""
         self._read = read
         self._metrics = metrics
+        self._told = told
         self._log = structlog.get_logger()
         self.asked = False  # set by a signal handler, which had better take no lock
         self._asking: list[Asked] = []
@@ -64,11 +67,13 @@ class Reloading:
             adopt(new)
         except BadConfig as error:
             self._metrics.reloaded(False)
+            self._told(str(error))
             self._log.error("the settings cannot be read again: those in force stay", error=str(error), hint=error.hint)
             for one in asking:
                 one.failed(error)
             return now
         self._metrics.reloaded(True)
+        self._told(None)
         log = before if _verbosity(now) < _verbosity(new) else self._log  # who asks for less is answered all the same
         changed, fixed = differences(now, new), differences(new, wanted)
         for name, before, after in changed:

@@ -22,7 +22,7 @@ from daemon.compute.resources import device_name, memory_budget, return_freed_me
 from daemon.config import Settings, check_heads
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
-from daemon.home.health import Health, Trouble
+from daemon.home.health import MAKE_ROOM, Health, Trouble
 from daemon.home.orders import Orders, fulfilled
 from daemon.home.presence import Presence, lock
 from daemon.home.recovery import mark_clean, recover
@@ -71,9 +71,9 @@ class Service:
         self._display = display or logged_progress
         self._log = structlog.get_logger()
         self._metrics = Metrics()
-        self._reloading = Reloading(read or (lambda: settings), self._metrics)
         self._supervision = Supervision()
         self._presence = Presence(home, self._supervision.hears)
+        self._reloading = Reloading(read or (lambda: settings), self._metrics, self._presence.unread)
         self._health = Health(home, self._presence.wrong)
         self._wake = Event()
         self._uploads = Uploads(home, settings.http, self._metrics.uploaded, self._wake.set)
@@ -358,9 +358,7 @@ class Service:
     def _show_disk(self, *, full: bool) -> None:
         self._metrics.disk_full.set(full)
         if full:
-            self._health.note(
-                Trouble("disk_full", "the disk is full: merging waits for space", "make room on its disk")
-            )
+            self._health.note(Trouble("disk_full", "the disk is full: merging waits for space", MAKE_ROOM))
         else:
             self._health.clear("disk_full")
 

@@ -356,7 +356,7 @@ def _open_folder(
         )
     elif not there and (below_it := folders_with(fd, ".safetensors")):
         whole_model = inner(below_it[0])
-        what = f"give --base {whole_model}, or drop the folder itself: `cp -r {whole_model} {NEW}`"
+        what = f"give the folder itself, {whole_model}: as an expert, `cp -r {whole_model} {NEW}`"
         raise NotYet(Reason.NO_WEIGHTS, f"its weights are in {listed(below_it)}", what)
     elif not there and (known := other_format(names)):
         raise NotYet(Reason.NO_WEIGHTS, f"it holds {known[0]}", known[1])

@@ -4,11 +4,12 @@ A dry run says what would be done; a reason is kept with who and when.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from daemon.cli.common import HomeOption, open_reader
+from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json
 from daemon.errors import BadHome
 from registry.records import Deed, Expert, Status
 
@@ -38,8 +39,9 @@ def on_version(deed: Deed, words: str) -> Callable[..., None]:
         reason: ReasonOption = None,
         dry_run: DryRunOption = False,
         home: HomeOption = None,
+        as_json: JsonOption = False,
     ) -> None:
-        intervene(deed, home, reason, dry_run, version=version, head=head)
+        intervene(deed, home, reason, dry_run, version=version, head=head, as_json=as_json)
 
     command.__doc__ = words
     return command
@@ -53,8 +55,9 @@ def on_experts(deed: Deed, words: str) -> Callable[..., None]:
         reason: ReasonOption = None,
         dry_run: DryRunOption = False,
         home: HomeOption = None,
+        as_json: JsonOption = False,
     ) -> None:
-        intervene(deed, home, reason, dry_run, experts=experts)
+        intervene(deed, home, reason, dry_run, experts=experts, as_json=as_json)
 
     command.__doc__ = words
     return command
@@ -69,6 +72,7 @@ def intervene(
     version: str | None = None,
     head: str | None = None,
     experts: Sequence[str] = (),
+    as_json: bool = False,
 ) -> None:
     """Does it, or says what it would do."""
     from daemon.interventions.deeds import MOST_LETTERS, Request, check, whoever
@@ -83,10 +87,28 @@ def intervene(
         named, number = (meant.head, meant.number) if meant else (None, None)
         request = Request(deed, whoever(), why, named, number, ids)
         planned = check(home, reader, request)
-    lines = planned if dry_run else ask(home, request)
-    if dry_run and lines:
-        lines = ["nothing was done; it would be so:", *lines]
-    typer.echo("\n".join(lines) or "nothing is to be done: it is so already")
+    lines = planned if dry_run else ask(home, request, say=meanwhile(as_json))
+    tell(deed, lines, dry_run, as_json)
+
+
+def meanwhile(as_json: bool) -> Callable[[str], None]:
+    """Where it is printed what is waited for: not among JSON."""
+    return partial(typer.echo, err=as_json)
+
+
+def tell(
+    deed: Deed,
+    lines: Sequence[str],
+    dry_run: bool,
+    as_json: bool,
+    nothing: str = "nothing is to be done: it is so already",
+    would: str = "nothing was done; it would be so:",
+) -> None:
+    """Prints what was done, in lines of words, or would be; `nothing` where there are none."""
+    if as_json:
+        print_json({"deed": str(deed), "changed": bool(lines) and not dry_run, "told": list(lines)})
+        return
+    typer.echo("\n".join([would, *lines] if dry_run and lines and would else lines) or nothing)
 
 
 def version_named(reader: "Reader", words: str, head: str | None) -> "Version":

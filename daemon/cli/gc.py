@@ -1,13 +1,13 @@
 """`mainstem gc`: what retention no longer keeps goes now."""
 
-import typer
-
-from daemon.cli.asking import DryRunOption
-from daemon.cli.common import HomeArgument, HomeOption, open_reader, settings_of
+from daemon.cli.asking import DryRunOption, meanwhile, tell
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, open_reader, settings_of
 from registry.records import Deed
 
 
-def command(at: HomeArgument = None, dry_run: DryRunOption = False, home: HomeOption = None) -> None:
+def command(
+    at: HomeArgument = None, dry_run: DryRunOption = False, home: HomeOption = None, as_json: JsonOption = False
+) -> None:
     """Remove the versions and states that retention no longer keeps, which else the next arrival does. A daemon that
     runs does it, by its own settings, between two arrivals.
     """
@@ -22,5 +22,5 @@ def command(at: HomeArgument = None, dry_run: DryRunOption = False, home: HomeOp
             lines = planned(where, reader, settings)
     else:
         reader.close()
-        lines = ask(where, Request(Deed.COLLECT, whoever()), lambda: remove_alone(where, settings))
-    typer.echo("\n".join(lines) or "nothing is to be removed: retention keeps all that is there")
+        lines = ask(where, Request(Deed.COLLECT, whoever()), lambda: remove_alone(where, settings), meanwhile(as_json))
+    tell(Deed.COLLECT, lines, dry_run, as_json, "nothing is to be removed: retention keeps all that is there", "")

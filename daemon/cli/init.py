@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -79,7 +80,9 @@ def command(
         relative=made.relative,
     )
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
-    typer.echo(f"next: mainstem run --home {folder}    then drop experts into {folder / 'inbox'}")
+    typer.echo(
+        f"next: mainstem run --home {quote(str(folder))}    then drop experts into {quote(str(folder / 'inbox'))}"
+    )
 
 
 class Chosen(NamedTuple):

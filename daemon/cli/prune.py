@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from daemon.cli.asking import DryRunOption, ReasonOption
-from daemon.cli.common import HomeArgument, HomeOption, open_reader
+from daemon.cli.asking import DryRunOption, ReasonOption, meanwhile, tell
+from daemon.cli.common import HomeArgument, HomeOption, JsonOption, open_reader
 from registry.records import Deed
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -23,6 +23,7 @@ def command(
     reason: ReasonOption = None,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove what was kept of experts: by age and size, or else only what nothing reads any more, which are duplicates,
     withdrawn experts and cases that were looked after. Says what is lost by it; the models do not change.
@@ -41,13 +42,12 @@ def command(
     if dry_run:
         with reader:
             lines = pruning.planned(where, reader, wanted)
-        lines = ["nothing was done; this would go:", *lines] if lines else []
     else:
         reader.close()
         request = Request(Deed.PRUNE, whoever(), reason, prune=wanted)
         alone = lambda: pruning.remove_alone(where, lock(where), wanted, request.intervention)  # noqa: E731
-        lines = ask(where, request, alone)
-    typer.echo("\n".join(lines) or "nothing is to be pruned")
+        lines = ask(where, request, alone, meanwhile(as_json))
+    tell(Deed.PRUNE, lines, dry_run, as_json, "nothing is to be pruned", "nothing was done; this would go:")
 
 
 def _seconds(age: str | None) -> float | None:

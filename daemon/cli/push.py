@@ -1,10 +1,13 @@
 """`mainstem push`: an expert is sent to a running daemon; with --wait the exit status says what became of it."""
 
+import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from daemon.cli.common import JsonOption, print_json
+from daemon.errors import DaemonError, NotUploaded, Reason
 from daemon.notation import called
 from daemon.pull.client import Origin
 from daemon.pull.pushing import Pushed, Report, push, verdict
@@ -42,6 +46,7 @@ def command(
     With --wait: status 0 it is live, 3 merged and held, 4 rejected by the gate, 5 refused, 6 a duplicate, 7 withdrawn
     again, 8 not decided in time; 1 where it could not be sent.
     """
+    _check(path, name)
     origin = Origin.of(url, token)
     with _bar() as report:
         pushed = push(path, origin, name, report)
@@ -61,6 +66,26 @@ def command(
         typer.echo(f"it is not decided after {timeout:g} seconds")
     if wait:
         raise typer.Exit(STATUS.get(str(found["outcome"]), 1) if found else TOO_LATE)
+
+
+def _check(path: Path, name: str | None) -> None:
+    """Raises DaemonError where no server takes it by that name, or of that kind."""
+    from daemon.arrivals.receiving import LONGEST_NAME, check_name
+
+    if path.is_file() and path.suffix != ".safetensors":
+        out = quote(f"{path.stem}.safetensors")
+        raise DaemonError(
+            Reason.PULL,
+            f"{path} is not a .safetensors file",
+            f"`mainstem convert {quote(str(path))} {out}`, then push {out}",
+        )
+    name = name or path.absolute().name
+    try:
+        check_name(name)
+    except NotUploaded as error:
+        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+        other = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip(".-")[:LONGEST_NAME] or "expert"
+        raise DaemonError(Reason.PULL, str(error), f"send it as another: --name {other} ({error.hint})") from None
 
 
 def _line(pushed: Pushed) -> str:

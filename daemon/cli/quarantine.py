@@ -58,15 +58,23 @@ def show(
 
 @app.command()
 def retry(
-    experts: ExpertArgument, reason: ReasonOption = None, dry_run: DryRunOption = False, home: HomeOption = None
+    experts: ExpertArgument,
+    reason: ReasonOption = None,
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Put what was refused back into the inbox, and close the case."""
-    intervene(Deed.RETRY, home, reason, dry_run, experts=experts)
+    intervene(Deed.RETRY, home, reason, dry_run, experts=experts, as_json=as_json)
 
 
 @app.command()
 def discard(
-    experts: ExpertArgument, reason: ReasonOption = None, dry_run: DryRunOption = False, home: HomeOption = None
+    experts: ExpertArgument,
+    reason: ReasonOption = None,
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove what was refused for good, and close the case."""
-    intervene(Deed.DISCARD, home, reason, dry_run, experts=experts)
+    intervene(Deed.DISCARD, home, reason, dry_run, experts=experts, as_json=as_json)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from daemon.cli.asking import DryRunOption, HeadOption, ReasonOption, VersionArgument, intervene, version_named
-from daemon.cli.common import HomeOption, open_reader
+from daemon.cli.common import HomeOption, JsonOption, open_reader
 from registry.records import Deed
 
 
@@ -19,13 +19,16 @@ def command(
     reason: ReasonOption = None,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Make an older version live again, at once, also while the daemon runs. What is merged later is held until
     `mainstem promote`; with --withdraw the later experts are gone, and merging goes on without them.
     """
     if not withdraw:
-        intervene(Deed.ROLLBACK, home, reason, dry_run, version=version, head=head)
+        intervene(Deed.ROLLBACK, home, reason, dry_run, version=version, head=head, as_json=as_json)
         return
+    if as_json:
+        raise typer.BadParameter("not with --withdraw, which tells how far it is", param_hint="--json")
     from daemon.cli.rebuild import console, take_out
     from daemon.errors import BadHome
     from daemon.notation import called

@@ -244,6 +244,8 @@ def _lines(found: Looked) -> list[str]:
             which = f"{called(head['name'], stays['version'])}, the newest, is not live"
             what = f"{which}, nor will the next be" if stays["frozen"] else which
             lines.append(f"held     {what}: {shown(stays['why'], MOST)} (`{stays['command']}`)")
+    untold = [one for one in found["attention"] if one["kind"] == "undelivered"]
+    lines += [f"untold   {one['text']}; {one['hint']}" for one in untold]
     wrong = [one for one in found["troubles"] if one["reason"] != "no_daemon"]
     return lines + [f"wrong    {one['text']} ({one['hint']})" for one in wrong]
 

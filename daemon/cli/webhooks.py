@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from daemon.cli.asking import meanwhile, tell
 from daemon.cli.common import (
     HomeOption,
     JsonOption,
@@ -62,6 +63,7 @@ def redeliver(
     ids: Annotated[list[int] | None, typer.Argument(metavar="ID", help="Deliveries.", show_default=False)] = None,
     all_dead: Annotated[bool, typer.Option("--all-dead", help="All that were given up.")] = False,
     home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Have it told once more, by the same webhook-id."""
     from daemon.interventions.deeds import Request, whoever
@@ -70,8 +72,8 @@ def redeliver(
     if bool(ids) == all_dead:
         raise typer.BadParameter("name deliveries, or say --all-dead", param_hint="ID")
     request = Request(Deed.REDELIVER, whoever(), deliveries=tuple(ids or ()))
-    lines = ask(find_home(None, home), request)
-    typer.echo("\n".join(lines) or "nothing was given up")
+    lines = ask(find_home(None, home), request, say=meanwhile(as_json))
+    tell(Deed.REDELIVER, lines, False, as_json, "nothing was given up")
 
 
 @app.command("test")

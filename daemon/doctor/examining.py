@@ -54,6 +54,8 @@ def _sizing(
     try:
         if home and reader:
             found, base_bytes = of_home(home, reader, settings), reader.base().size_bytes
+        elif base and not base.exists():
+            return None, 0, bad("base", f"{base} does not exist", "give --base a .safetensors file or a folder")
         elif base:
             with open_path(base) as checkpoint:
                 found, base_bytes = sizing(checkpoint, 0, [make("opcm", {})], settings), checkpoint.size_bytes

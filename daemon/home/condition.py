@@ -21,6 +21,8 @@ from registry.reader import Reader
 
 NOBODY = "no daemon runs"
 LONGEST = 10_000  # entries of the inbox that are looked at
+MEND = "`mainstem config check` says what is wrong with them; mend them, then have them read again"
+SENTENCE = 400  # letters
 ENOUGH = 0.02  # of an expert, for what is left of it to be foretold
 WAITING, DAMAGED, NONE = "waiting", "damaged", "no daemon"
 DOINGS = (*Doing, WAITING, DAMAGED, NONE)
@@ -75,7 +77,7 @@ def condition(home: Home, reader: Reader, now: datetime | None = None) -> Condit
     noted = _noted(daemon)
     known = {one.reason for one in noted}
     seen = [one for one in Health(home).troubles(reader, beside=True) if one.reason not in known]
-    troubles = [*noted, *seen]
+    troubles = [*noted, *seen, *_unread(daemon)]
     waiting = _waiting(home, _decided(reader), daemon, noted)
     share = daemon.share if daemon else None
     left = _left(daemon, now)
@@ -115,6 +117,13 @@ def entry(home: Home, reader: Reader, name: str) -> tuple[str, Waiting] | None:
 def _noted(daemon: Running | None) -> list[Trouble]:
     """What the daemon itself noted as wrong."""
     return [Trouble(**one) for one in daemon.troubles] if daemon else []
+
+
+def _unread(daemon: Running | None) -> list[Trouble]:
+    """That a daemon could not read its settings again: no trouble of its own, for it goes on with those that it has."""
+    if daemon is None or daemon.unread is None:
+        return []
+    return [Trouble("settings", f"the settings could not be read again: {shown(daemon.unread, SENTENCE)}", MEND)]
 
 
 def _since(path: Path) -> datetime:

@@ -23,6 +23,7 @@ from registry.errors import Busy, RegistryError
 from registry.reader import Reader
 from registry.records import Head, Status
 
+MAKE_ROOM = "make room on its disk: `mainstem gc`; `mainstem prune --dry-run` says what else may go"
 STUCK = timedelta(seconds=10)  # what is decided is moved out of the inbox at once
 
 
@@ -72,9 +73,7 @@ class Health:
         if "no_inbox" not in notes and not self._home.inbox.is_dir():
             found.append(Trouble("no_inbox", "the inbox is gone", "make the folder `inbox` in the home again"))
         if "disk_full" not in notes and _free(self._home.root) < RESERVE_BYTES:
-            found.append(
-                Trouble("disk_full", f"less than {RESERVE_BYTES >> 20} MiB of disk are free", "make room on its disk")
-            )
+            found.append(Trouble("disk_full", f"less than {RESERVE_BYTES >> 20} MiB of disk are free", MAKE_ROOM))
         if beside and not durable.is_locked(self._home.lock):
             found.append(Trouble("no_daemon", "no daemon runs on this home: nothing is merged", "start `mainstem run`"))
         return found

@@ -81,10 +81,15 @@ def planned(home: Home, deed: Deed) -> list[str]:
         last = f": {daemon.merging} is finished first" if daemon and daemon.merging else ""
         return [f"no expert is taken until `mainstem resume`{last}; what arrives waits in the inbox"]
     if deed is Deed.DRAIN and kind is not Kind.DRAIN:
-        return ["what is in the inbox now is decided, then the daemon stops; `mainstem resume` calls it off"]
+        ended = [f"that ends what {now.who} asked for: merging was paused{_why(now)}"] if now else []
+        return ["what is in the inbox now is decided, then the daemon stops; `mainstem resume` calls it off", *ended]
     if deed is Deed.RESUME and kind:
         return ["merging goes on" if kind is Kind.PAUSE else "the daemon goes on when the queue is finished"]
     return []
+
+
+def _why(given: Order) -> str:
+    return f" ({shown(given.why)})" if given.why else ""
 
 
 def give(home: Home, deed: Deed, who: str, why: str | None) -> None:

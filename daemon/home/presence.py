@@ -46,6 +46,7 @@ class Running:
     it is, 0 to 1. evaluating_since: since when the evaluator runs for that entry.
     waiting: why each of these entries was not taken. troubles: what it noted as wrong, as `health.Trouble`.
     device: what it computes on; memory_budget: the bytes that all tensors in hand may take.
+    unread: why the settings could not be read again, as far as they could not.
     """
 
     pid: int
@@ -60,6 +61,7 @@ class Running:
     troubles: Sequence[Mapping[str, str]] = ()
     device: str | None = None
     memory_budget: int | None = None
+    unread: str | None = None
 
     def why_waits(self, name: str) -> str | None:
         """Why that entry was not taken, where it was looked at; without its name, with which errors of files begin."""
@@ -75,7 +77,7 @@ class Presence:
 
     def __init__(self, home: Home, told: Callable[[Running], object] = lambda _: None) -> None:
         """`told` hears what is said, too."""
-        self._path = home.presence
+        self._path, self._config = home.presence, home.config
         self._told = told
         self._now = Running(os.getpid(), _time(datetime.now(UTC)))
         self._there = False
@@ -115,6 +117,10 @@ class Presence:
     def wrong(self, troubles: Sequence[Trouble]) -> None:
         """These are all that is wrong."""
         self._say(troubles=[asdict(trouble) for trouble in troubles])
+
+    def unread(self, why: str | None) -> None:
+        """The settings could not be read again, or (None) could."""
+        self._say(unread=why and why.replace(str(self._config), self._config.name))
 
     @contextmanager
     def merging(self, name: str) -> Iterator[None]:

@@ -385,8 +385,10 @@ def test_a_file_that_was_there_and_is_gone_changes_nothing(person: Person) -> No
     person.home.config.unlink()
     told = person.hang_up("the settings cannot be read again: those in force stay")
     assert "mainstem.toml cannot be read: No such file" in str(told["error"]) and "put it back" in str(told["hint"])
+    assert "wrong    the settings could not be read again: " in forked("status", person.home.root).stdout
     person.edit("")
     assert person.hang_up()["changed"] == 0
+    assert "wrong" not in forked("status", person.home.root).stdout
 
 
 def test_a_file_that_never_was_is_not_missed(tmp_path: Path) -> None:

@@ -6,11 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from daemon.home.condition import DAMAGED, NONE, Condition
+from daemon.home.condition import WAITING as HINDERED
 from daemon.home.presence import Doing
 from registry.records import Head, Status
 
 WAITING = 20  # entries that an event names
-TONES = {Doing.WATCHING: "good", Doing.MERGING: "busy", Doing.EVALUATING: "busy", DAMAGED: "bad", NONE: "bad"}
+TONES = {
+    Doing.WATCHING: "good",
+    Doing.MERGING: "busy",
+    Doing.EVALUATING: "busy",
+    DAMAGED: "bad",
+    NONE: "bad",
+    HINDERED: "bad",
+}
+PILLS = {
+    "disk_full": "waiting for disk",
+    "no_inbox": "waiting for the inbox",
+    "registry": "waiting for the registry",
+}
+"""What merging waits for, by the reason of the trouble."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +82,8 @@ def spoken(now: Condition, heads: Sequence[Head], counts: Mapping[Status, int], 
 def _pill(now: Condition) -> str:
     if now.doing == Doing.WATCHING:
         return "idle"
+    if now.doing == HINDERED:
+        return next((PILLS[one.reason] for one in now.troubles if one.reason in PILLS), str(now.doing))
     if now.expert and now.doing not in (DAMAGED, NONE):
         return f"{now.doing} {now.expert}" + (f" {now.share:.0%}" if now.share is not None else "")
     return str(now.doing)

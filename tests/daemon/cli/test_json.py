@@ -48,6 +48,19 @@ COMMANDS = {
     "health": (),
     "webhooks list": (),
     "webhooks test": (),
+    "pause": (),
+    "resume": (),
+    "rollback VERSION": ("rollback", "main/0", "--dry-run"),
+    "promote VERSION": ("promote", "main/2", "--dry-run"),
+    "block ID": ("block", "the-base.safetensors", "--dry-run"),
+    "unblock ID": ("unblock", "3", "--dry-run"),
+    "pin VERSION": ("pin", "main/1", "--dry-run"),
+    "unpin VERSION": ("unpin", "main/1", "--dry-run"),
+    "gc": ("gc", "--dry-run"),
+    "prune": ("prune", "--dry-run"),
+    "quarantine retry": ("quarantine", "retry", "3", "--dry-run"),
+    "quarantine discard": ("quarantine", "discard", "3", "--dry-run"),
+    "webhooks redeliver": ("webhooks", "redeliver", "--all-dead"),
     "push PATH URL": ("push", "{aside}/good.safetensors", "{url}", "--token", TOKEN),
     "pull URL DEST": ("pull", "{url}", "{aside}/pulled"),
 }
@@ -64,6 +77,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         put(home, write_expert(root / f"{seed}.safetensors", base, seed, scale=scale))
         drain(home)
     (home.inbox / "bad.safetensors").write_bytes(b"no tensors")
+    shutil.copy(base, home.inbox / "the-base.safetensors")
     drain(home)
     write_expert(aside / "good.safetensors", base, 9)
     (aside / "bad.safetensors").write_bytes(b"no tensors")
@@ -97,6 +111,13 @@ def test_what_is_printed_is_what_the_page_says(printed: dict[str, Any], name: st
     if name == "config show":  # every setting, which docs/settings.md lists
         value = {"heads": value["heads"]}
     assert f"| `mainstem {name}` | {described(value)} |" == f"| `mainstem {name}` | {documented().get(name)} |"
+
+
+def test_it_says_whether_anything_was_changed(printed: dict[str, Any]) -> None:
+    paused, pinned = printed["pause"], printed["pin VERSION"]
+    assert paused["changed"] and paused["deed"] == "pause" and "no expert is taken" in paused["told"][0]
+    assert not pinned["changed"] and "main/1 is kept" in pinned["told"][0], "only what would be"
+    assert printed["unpin VERSION"] == {"deed": "unpin", "changed": False, "told": []}
 
 
 def test_every_command_that_prints_json_is_there() -> None:

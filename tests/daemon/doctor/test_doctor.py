@@ -39,6 +39,8 @@ def test_a_sound_home_and_a_plain_folder(home: Home, tmp_path: Path) -> None:
     done = forked("doctor", tmp_path / "not" / "yet", "--base", base)
     assert done.returncode == 0 and "an arrival reads" in done.stdout and "registry" not in done.stdout
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["base.safetensors"]
+    (missing,) = [one for one in examine(tmp_path / "not", tmp_path / "no") if one.check == "base"]
+    assert missing.level is Level.BAD and missing.text.endswith("no does not exist") and "--base" in missing.hint
 
 
 def test_what_is_damaged_is_bad(home: Home) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from daemon.disk import durable
 from daemon.home.condition import DAMAGED, LONGEST, NONE, WAITING, Condition, condition
-from daemon.home.health import Trouble
+from daemon.home.health import Health, Trouble
 from daemon.home.presence import Doing, Presence
 from daemon.home.presence import running as look
+from daemon.http.pages.now import spoken
 from daemon.layout import Home
 from registry.reader import Reader
 from tests.daemon.homes import make_home
@@ -70,12 +71,35 @@ def test_how_far_it_is_what_is_left_and_what_waits_longest_first(home: Home) -> 
         assert (now(home).doing, now(home).expert, now(home).share) == (Doing.WATCHING, None, None)
         presence.wrong([Trouble("disk_full", "the disk is full", "make room")])
         assert (now(home).doing, now(home).text) == (WAITING, "the disk is full")
+        assert pill(now(home)) == ("waiting for disk", "bad")
         (home.root / "published" / "main" / "000000" / "model.safetensors").rename(home.root / "aside")
         assert now(home).doing == DAMAGED and "main/0" in now(home).text
         (home.root / "aside").rename(home.root / "published" / "main" / "000000" / "model.safetensors")
         presence.ends()
     for name in ("b", "a"):
         (home.inbox / name).rmdir()
+
+
+def pill(found: Condition) -> tuple[str, str]:
+    said = spoken(found, [], {}, 0)
+    return said.pill, said.tone
+
+
+def test_settings_that_could_not_be_read_again_are_told_of_and_hinder_nothing(home: Home) -> None:
+    presence = Presence(home)
+    with os.fdopen(durable.lock(home.lock)):
+        presence.starts()
+        presence.watches()
+        presence.unread(f"there is no setting evaluat (in {home.config})")
+        found = now(home)
+        (one,) = found.troubles
+        assert (found.doing, one.reason) == (Doing.WATCHING, "settings") and "mainstem config check" in one.hint
+        assert one.text.endswith("there is no setting evaluat (in mainstem.toml)")
+        with Reader.open(home.registry) as reader:
+            assert Health(home).troubles(reader, beside=True) == [], "it is as ready as ever"
+        presence.unread(None)
+        assert now(home).troubles == []
+        presence.ends()
 
 
 def test_it_is_ready_for_json(home: Home) -> None:

@@ -17,7 +17,7 @@ from daemon.cli.drain import _doing as doing
 from daemon.cli.status import _lasting as lasting
 from daemon.disk import durable
 from daemon.errors import BadHome
-from daemon.home.orders import Kind, Order, Orders, give, order
+from daemon.home.orders import Kind, Order, Orders, give, order, planned
 from daemon.home.presence import Presence
 from daemon.home.presence import running as running_now
 from daemon.interventions.deeds import Request, carry_out
@@ -71,6 +71,7 @@ def test_a_daemon_that_was_paused_before_it_started_and_is_drained(home: Home, t
             put(home, expert(home, tmp_path, seed))
         done = forked("drain", home.root)  # the last order counts
         assert done.returncode == 0 and done.stdout.endswith("stopped: the inbox is empty\n"), done.stderr
+        assert "asked for: merging was paused" in done.stdout
         assert daemon.process.wait(timeout=30) == 0
     assert live(home) == 3 and order(home) is None and home.clean.exists()
     with lineage(home) as reader:
@@ -155,6 +156,8 @@ def test_the_last_order_counts_and_one_that_cannot_be_read_is_a_pause(home: Home
         for deed in (Deed.PAUSE, Deed.DRAIN):
             assert carry_out(home, store, Request(deed, "ada", "why")) and (now := order(home))
             assert (now.who, now.why) == ("ada", "why")
+            told = planned(home, Deed.DRAIN)
+            assert told == [] or told[-1] == "that ends what ada asked for: merging was paused (why)"
         assert now.kind is Kind.DRAIN
         assert carry_out(home, store, Request(Deed.RESUME, "ada")) == ["the daemon goes on when the queue is finished"]
         assert carry_out(home, store, Request(Deed.RESUME, "ada")) == [] and order(home) is None

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from daemon.arrivals.uploads import Uploads
-from daemon.cli.push import STATUS, TOO_LATE, _verdict
+from daemon.cli.push import STATUS, TOO_LATE, _check, _verdict
 from daemon.config import Http
 from daemon.errors import DaemonError, Reason
 from daemon.home.standing import Outcome
@@ -23,6 +24,7 @@ from daemon.pull.pushing import Pushed, push, verdict
 from registry.reader import Reader
 from registry.records import Deed
 from registry.store import Store
+from tests.daemon.following import follow
 from tests.daemon.homes import drain, experts, lineage, put, quick
 from tests.daemon.processes import forked
 from tests.models import write_expert
@@ -229,6 +231,27 @@ def test_what_cannot_be_sent_is_said(served: tuple[Home, Origin], base: Path, tm
         with pytest.raises(DaemonError, match=why):
             push(path, origin)
     assert list(home.inbox.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("legal german.safetensors", "legal-german.safetensors"), ("naïve ünï", "naive-uni"), ("法律", "expert")],
+)
+def test_a_name_that_no_server_takes_is_mended_in_the_hint(tmp_path: Path, name: str, other: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(DaemonError, match="cannot be the name") as raised:
+        _check(tmp_path / name, None)
+    assert raised.value.hint.startswith(f"send it as another: --name {other} (")
+    _check(tmp_path / name, other)
+
+
+def test_a_pickle_is_converted_before_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "my model.bin")
+    with pytest.raises(DaemonError, match=r"is not a \.safetensors file") as raised:
+        _check(tmp_path / "my model.bin", "mine")
+    monkeypatch.chdir(tmp_path)
+    follow(raised.value.hint)
+    _check(tmp_path / "my model.safetensors", "mine")
 
 
 def test_a_name_answers_for_what_is_there_now(served: tuple[Home, Origin], base: Path, tmp_path: Path) -> None:
