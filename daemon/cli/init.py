@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from projector.method import Method
 
 DEFAULT_METHOD = "opcm"  # of main
-RELATIVE = "relative_to"  # the one thing that is set of a head whatever its method
+RELATIVE = "relative_to"  # what is set of a head whatever its method, and is no parameter of it
 MOST_LETTERS = 200  # in a base's name
 PresetName = StrEnum("PresetName", {name: name for name in PRESETS})  # type: ignore[misc]  # names known at run time
 
@@ -49,7 +49,8 @@ def command(
         list[str] | None,
         typer.Option(
             "--set",
-            help="A parameter: KEY=VALUE for main, HEAD.KEY=VALUE for another head; relative_to=trained_from for any.",
+            help="A parameter: KEY=VALUE for main, HEAD.KEY=VALUE for another head; of any head: "
+            "relative_to=trained_from, layer_alpha, layer_beta.",
             metavar="KEY=VALUE",
         ),
     ] = None,

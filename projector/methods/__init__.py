@@ -10,7 +10,9 @@ from typing import Any
 
 from projector.errors import UnknownMethod
 from projector.method import Method
-from projector.methods._layers import is_layered, layered
+from projector.methods._layers import is_layered, layer_scales, layered
+
+__all__ = ["is_layered", "layer_scales", "make", "methods"]
 
 
 @cache

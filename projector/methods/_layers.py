@@ -19,6 +19,11 @@ def is_layered(params: Mapping[str, Any]) -> bool:
     return ALPHA in params or BETA in params
 
 
+def layer_scales(params: Mapping[str, Any]) -> tuple[float, float]:
+    """Of such parameters, the factors of task vectors in the first layer and in the last."""
+    return params[ALPHA], params[ALPHA] + params[BETA]
+
+
 @cache
 def layered(cls: type[Method]) -> type[Method]:
     """The method with two parameters more, `layer_alpha` and `layer_beta`, which folds every task vector as
