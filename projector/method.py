@@ -131,6 +131,13 @@ class Method(ABC):
         """
         return False
 
+    @property
+    def grows(self) -> bool:
+        """True where a head that experts are trained from, round after round, gets further from the base than training
+        alone would: it adds task vectors up, and each holds what was merged already.
+        """
+        return False
+
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         """The accumulators of one tensor by key. Default: one, "A", of the tensor's shape, in float32."""
         return {"A": TensorSpec(spec.name, spec.shape, ACCUMULATOR_DTYPE)}

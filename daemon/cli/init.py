@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from daemon.cli.common import HomeOption, named_home, settings_of
+from daemon.cli.common import HomeOption, complain, named_home, settings_of
 from daemon.errors import BadConfig
-from daemon.home.presets import PRESETS
+from daemon.home.presets import PRESETS, RELATIVE, growing
 from daemon.layout import Home, is_head_name
 from projector.text import shown, size
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from projector.method import Method
 
 DEFAULT_METHOD = "opcm"  # of main
-RELATIVE = "relative_to"  # what is set of a head whatever its method, and is no parameter of it
 MOST_LETTERS = 200  # in a base's name
 PresetName = StrEnum("PresetName", {name: name for name in PRESETS})  # type: ignore[misc]  # names known at run time
 
@@ -101,7 +100,8 @@ def heads_chosen(preset: str | None, method: str | None, heads: Sequence[str], s
 
 
 def chosen(heads: Mapping[str, tuple[str, Mapping[str, Any]]], settings: Sequence[str]) -> Chosen:
-    """Heads of these methods and parameters, and what is given beside (KEY=VALUE). Raises BadConfig."""
+    """Heads of these methods and parameters, and what is given beside (KEY=VALUE). Complains of one that grows without
+    end. Raises BadConfig."""
     from projector.methods import make
     from registry.records import RelativeTo
 
@@ -113,6 +113,9 @@ def chosen(heads: Mapping[str, tuple[str, Mapping[str, Any]]], settings: Sequenc
         if word == RelativeTo.TRAINED_FROM:
             relative.add(name)
     methods = {name: make(method, {**some, **params[name]}) for name, (method, some) in heads.items()}
+    for name, made in methods.items():
+        if found := growing(name, made, name in relative):
+            complain(*found)
     return Chosen(methods, frozenset(relative))
 
 

@@ -72,6 +72,10 @@ class Ace(Method):
         return 2 * super().products
 
     @property
+    def grows(self) -> bool:
+        return self.normalise == "always"  # by what is refined
+
+    @property
     def one_sweep(self) -> bool:
         return True
 

@@ -66,6 +66,10 @@ class Opcm(Method):
     scale: float = param(2.0, "factor of isotropic matrices", low=0, high=10)
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to sum")
 
+    @property
+    def grows(self) -> bool:
+        return self.readout == "isotropic"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.readout == "isotropic" and self.tol < LEAST_ISOTROPIC_TOL:
