@@ -1,4 +1,8 @@
-"""Scales by layer, for any method: LiNeS's rule on each arriving task vector."""
+"""Scales by layer, for any method: LiNeS's rule on each arriving task vector.
+
+LARV (Wang et al., arXiv 2602.09413) has two or three scales for tiers of layers, by their effective ranks; the tiers'
+values and its second measure stand in no text that could be read, so that it is not here.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from daemon.layout import Home
+from daemon.study.planning import variants
 from tests.daemon.homes import assert_close, drain, latest, lineage, make_home, put
 from tests.daemon.processes import forked_each, rebuild
 from tests.models import read_weights, write_expert
@@ -98,3 +99,12 @@ def test_a_rebuild_and_a_withdrawal_keep_to_it(
     rebuild(home, "--without", "2")  # main by subtraction, the other by merging again
     assert_close(latest(home), oracles.mean(theta, [counted[0], counted[2]]))
     assert_close(latest(home, "across"), oracles.opcm(theta, [counted[0], counted[2]]))
+
+
+def test_a_study_tries_a_grid_of_it() -> None:
+    found = variants(["mean", "opcm"], ["mean.layer_alpha=0.5,1,1.0", "mean.layer_beta=0.5"])
+    assert [one.method.params() for one in found[:-1]] == [
+        {"layer_alpha": 0.5, "layer_beta": 0.5},
+        {"layer_alpha": 1.0, "layer_beta": 0.5},
+    ]
+    assert "layer_alpha" not in found[-1].method.params()
