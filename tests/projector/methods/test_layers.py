@@ -91,6 +91,13 @@ def test_the_rule_is_that_of_lines() -> None:
     assert weights["head.weight"].tolist() == [0.25, 0.25]
 
 
+def test_statistics_are_the_experts_own_where_a_method_takes_one_model() -> None:
+    base, experts = stream(2)
+    weights, _, _ = merge(make("latest", LAYERED), base, experts)
+    assert torch.allclose(weights[STATISTIC], experts[1][STATISTIC], atol=1e-6)
+    assert not torch.allclose(weights["norm.weight"], experts[1]["norm.weight"], atol=1e-3)
+
+
 def test_blocks_of_rows_have_their_tensors_depth() -> None:
     base, experts = stream()
     method = make("ties", LAYERED)
