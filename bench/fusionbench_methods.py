@@ -22,6 +22,7 @@ from fusion_bench.method.isotropic_merging.iso_utils import iso_c
 from fusion_bench.method.magmax.magmax import _magmax_select
 from fusion_bench.method.regmean.regmean import merging_with_regmean_weights
 from fusion_bench.method.simple_average import simple_average
+from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
 from fusion_bench.method.ties_merging.ties_merging_utils import (
     state_dict_to_vector,
     ties_merging,
@@ -80,6 +81,10 @@ class Merges:
         with torch.enable_grad():
             return self._plus(wudi_merging(self._deltas(), accelerator="cpu", exclude_keys=self.exclude))
 
+    def tsv_m(self) -> Weights:
+        vector = compute_and_sum_svd_mem_reduction(self._deltas(), exclude_keys=self.exclude, accelerator="cpu")
+        return self._plus(vector)
+
     def opcm(self) -> Weights:
         merged, _ = fusionbench_opcm.merge(self._base_folder, self.folders, 0.5, "float32")
         return {name: tensor for name, tensor in merged.state_dict().items() if name in self.base}
@@ -111,6 +116,7 @@ def main() -> None:
         "magmax": merges.magmax,
         "emr": merges.emr,
         "iso_c": merges.iso_c,
+        "tsv_m": merges.tsv_m,
         "wudi": merges.wudi,
         "opcm": merges.opcm,
     }

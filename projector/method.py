@@ -108,6 +108,7 @@ class Method(ABC):
     surveys_state: ClassVar[bool] = False  # `survey` is given the accumulators too, which are then read in each round
     own_statistics: ClassVar[bool] = False  # it folds running statistics too, which are averaged for all others
     wants_base: ClassVar[bool] = False  # `update` finds the base tensor in its state, as "base"
+    wants_depth: ClassVar[bool] = False  # `spec.depth` says in which layer the tensor lies: to survey, update and keep
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -127,6 +128,13 @@ class Method(ABC):
 
         The merged weights are then written in the sweep that folds the expert, and only where the totals turn out to be
         others in a second one.
+        """
+        return False
+
+    @property
+    def grows(self) -> bool:
+        """True where a head that experts are trained from, round after round, gets further from the base than training
+        alone would: it adds task vectors up, and each holds what was merged already.
         """
         return False
 

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -59,12 +59,15 @@ class TensorSpec:
 
     A large tensor may be handed to an elementwise method in blocks of rows; `shape` is then still the shape of the
     whole tensor and `start` the first row of the block, so that every decision depends on the whole tensor.
+
+    depth: for a method that wants it, how far down its list of layers it lies, from 0 to 1; None outside of any.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     start: int = 0
+    depth: float | None = field(default=None, compare=False)
 
     @property
     def numel(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 PAGE = Path(__file__).parents[1] / "docs/json.md"
 OPEN = {  # whose keys are a home's own words: heads, settings, tasks, tensors, figures; and manifests, which docs list
     *("figures", "params", "scores", "about", "totals", "verdict", "naming", "sidecars", "manifest", "experts"),
-    *("renamed", "data", "evaluation", "dtypes", "parameters", "keeps", "verdicts"),
+    *("renamed", "data", "evaluation", "dtypes", "parameters", "keeps", "verdicts", "depends", "layer_scales"),
 }
 
 

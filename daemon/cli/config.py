@@ -80,11 +80,19 @@ def check(at: HomeArgument = None, home: HomeOption = None) -> None:
     from daemon.compute import commands
     from daemon.config import check_heads, strangers
     from daemon.evaluation.evaluator import check_program
+    from daemon.home.presets import INIT, growing
+    from registry.records import RelativeTo
 
     where, reader = open_reader(at, home)
     with reader:
         settings = settings_of(where)
         check_heads(settings, [head.name for head in reader.heads()])
+        if start := reader.head(INIT):
+            from projector.methods import make  # it brings torch
+
+            relative = start.relative_to is RelativeTo.TRAINED_FROM
+            if found := growing(INIT, make(start.method, start.params), relative):
+                complain(*found)
         write_token(where, settings.http)
         for webhook in settings.webhooks:
             webhook.secrets(where.root)

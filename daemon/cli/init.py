@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from daemon.cli.common import HomeOption, named_home, settings_of
+from daemon.cli.common import HomeOption, complain, named_home, settings_of
 from daemon.errors import BadConfig
-from daemon.home.presets import PRESETS
+from daemon.home.presets import PRESETS, RELATIVE, growing
 from daemon.layout import Home, is_head_name
 from projector.text import shown, size
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from projector.method import Method
 
 DEFAULT_METHOD = "opcm"  # of main
-RELATIVE = "relative_to"  # the one thing that is set of a head whatever its method
 MOST_LETTERS = 200  # in a base's name
 PresetName = StrEnum("PresetName", {name: name for name in PRESETS})  # type: ignore[misc]  # names known at run time
 
@@ -50,7 +49,8 @@ def command(
         list[str] | None,
         typer.Option(
             "--set",
-            help="A parameter: KEY=VALUE for main, HEAD.KEY=VALUE for another head; relative_to=trained_from for any.",
+            help="A parameter: KEY=VALUE for main, HEAD.KEY=VALUE for another head; of any head: "
+            "relative_to=trained_from, layer_alpha, layer_beta.",
             metavar="KEY=VALUE",
         ),
     ] = None,
@@ -103,7 +103,8 @@ def heads_chosen(preset: str | None, method: str | None, heads: Sequence[str], s
 
 
 def chosen(heads: Mapping[str, tuple[str, Mapping[str, Any]]], settings: Sequence[str]) -> Chosen:
-    """Heads of these methods and parameters, and what is given beside (KEY=VALUE). Raises BadConfig."""
+    """Heads of these methods and parameters, and what is given beside (KEY=VALUE). Complains of one that grows without
+    end. Raises BadConfig."""
     from projector.methods import make
     from registry.records import RelativeTo
 
@@ -115,6 +116,9 @@ def chosen(heads: Mapping[str, tuple[str, Mapping[str, Any]]], settings: Sequenc
         if word == RelativeTo.TRAINED_FROM:
             relative.add(name)
     methods = {name: make(method, {**some, **params[name]}) for name, (method, some) in heads.items()}
+    for name, made in methods.items():
+        if found := growing(name, made, name in relative):
+            complain(*found)
     return Chosen(methods, frozenset(relative))
 
 

@@ -1,6 +1,6 @@
 """`mainstem inspect`: a dry run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -52,6 +52,12 @@ def command(
 
 def _lines(key: str, value: Any) -> list[str]:
     """Names once for all layers: a number in them is a *."""
+    if key == "layers":
+        return [f"{_list(one)}: {one['tensors']} tensors" for one in value]
+    if key == "layer_scales":
+        return [
+            f"{head}: {one:g} in the first layer and outside, {two:g} in the last" for head, (one, two) in value.items()
+        ]
     if isinstance(value, dict):
         return _some(f"{_uncounted(theirs)} -> {_uncounted(ours)}" for theirs, ours in value.items())
     if isinstance(value, list):
@@ -59,6 +65,12 @@ def _lines(key: str, value: Any) -> list[str]:
     if key.endswith("_bytes"):
         return [size(value)]
     return [] if value is None else [f"{value:.6g}" if isinstance(value, float) else str(value)]
+
+
+def _list(layers: Mapping[str, Any]) -> str:
+    """ "encoder.layer.0 to 11"."""
+    name = f"{shown(layers['name'])}." if layers["name"] else ""
+    return f"{name}{layers['first']} to {layers['last']}"
 
 
 def _some(lines: Iterable[str]) -> list[str]:

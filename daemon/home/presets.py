@@ -5,7 +5,14 @@ A table of its own: who adds a protocol adds a row.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from projector.method import Method
+
+RELATIVE = "relative_to"  # what is set of a head whatever its method, and is no parameter of it
+INIT = "init"
+"""The head that trainers start from, where a home has one."""
 
 
 @dataclass(frozen=True)
@@ -32,3 +39,15 @@ PRESETS: Mapping[str, Preset] = {
     ),
 }
 """By name. `best-in-time`, `offline` and `continual` are protocols of TIME (arXiv 2412.06712), `opcm` is OPCM's own."""
+
+
+def growing(head: str, method: "Method", relative: bool) -> tuple[str, str] | None:
+    """What to say, and what to do, where trainers are to start from a head that then grows without end. relative: its
+    task vectors are taken against what an expert was trained from."""
+    if head != INIT or relative or not method.grows:
+        return None
+    return (
+        f"the head {INIT} adds task vectors up ({method.name}): where trainers start from it, what is merged is merged"
+        " again with every expert, and it gets ever further from the base",
+        f"take an average for it, as ema, mean, recency or latest, or {INIT}.{RELATIVE}=trained_from: docs/time.md",
+    )

@@ -27,7 +27,8 @@ from daemon.versions.modules import check_modules
 from projector.driver.head import Folded
 from projector.driver.measure import overlap
 from projector.lora.keys import tensor_parts
-from projector.methods import make
+from projector.methods import is_layered, layer_scales, make
+from projector.names.depth import layers
 from projector.text import shown
 from projector.watch import SILENT
 from registry.reader import Reader
@@ -40,7 +41,8 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
     overlap: the cosine between its task vector and the head's live one, in [-1, 1]. folded_onto: the newest, which may
     be another. held: why what comes of it will not be live by itself. renamed: by the expert's names of tensors, what
     they are in the base, where that is another name. ignored: those that are left out. unchanged: the base's that it
-    lacks, and leaves as they are.
+    lacks, and leaves as they are. layers: the lists of layers that the base's names tell of. layer_scales: of each head
+    that scales task vectors by layer, its factors in the first layer and in the last.
     """
     head = reader.head(head_name) if head_name else reader.heads()[0]
     if head is None:
@@ -97,6 +99,11 @@ def inspect(home: Home, reader: Reader, path: Path, head_name: str | None) -> Ma
             "unchanged": [name for name in schema if expert.naming.lacks(name) and name not in there],
             "sha256": expert.identity(),
             "duplicate_of": twin.id if twin else None,
+            "layers": [
+                {"name": one.name, "first": one.first, "last": one.last, "tensors": len(one.tensors)}
+                for one in layers(name for name, spec in schema.items() if spec.merged)
+            ],
+            "layer_scales": {row.name: layer_scales(row.params) for row in reader.heads() if is_layered(row.params)},
             "norm": norm,
             "norm_over_base": norm / found.base.whole,
             "norm_over_usual": norm / usual if usual else None,

@@ -301,7 +301,7 @@ class Driver:
                 sums.append(
                     found
                     if step.spec.statistic
-                    else {**found, "task_vector": since_energy if relative else delta_energy}
+                    else {"task_vector": since_energy if relative else delta_energy, **found}
                 )
             for file, tensors in outcome:
                 for key, value in tensors.items():

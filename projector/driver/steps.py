@@ -7,6 +7,7 @@ import torch
 
 from projector.driver.averages import rule_of
 from projector.method import Method
+from projector.names.depth import depths
 from projector.spec import Schema, TensorSpec
 
 BLOCK_BYTES = 3 << 20
@@ -41,8 +42,9 @@ class Step:
 
 def steps(schema: Schema, names: Iterable[str], methods: Sequence[Method], block_bytes: int) -> Iterator[Step]:
     """The steps through these tensors: in blocks of rows where every method takes the tensor elementwise."""
+    depth = depths(schema) if any(method.wants_depth for method in methods) else {}
     for name in names:
-        spec = schema[name]
+        spec = replace(schema[name], depth=depth[name]) if name in depth else schema[name]
         rows = max(1, block_bytes // max(1, spec.row_numel * 4))
         if (
             not spec.shape

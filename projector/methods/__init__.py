@@ -10,6 +10,9 @@ from typing import Any
 
 from projector.errors import UnknownMethod
 from projector.method import Method
+from projector.methods._layers import is_layered, layer_scales, layered
+
+__all__ = ["is_layered", "layer_scales", "make", "methods"]
 
 
 @cache
@@ -22,10 +25,12 @@ def methods() -> Mapping[str, type[Method]]:
 
 
 def make(name: str, params: Mapping[str, Any] | None = None) -> Method:
-    """The method `name` with these parameters. Raises UnknownMethod or BadParameter."""
+    """The method `name` with these parameters, and where `layer_alpha` or `layer_beta` is among them, with its task
+    vectors scaled by layer. Raises UnknownMethod or BadParameter."""
     if name not in methods():
         raise UnknownMethod(f"there is no method {name!r}", f"choose one of {', '.join(methods())}")
-    return methods()[name].from_params(params or {})
+    params = params or {}
+    return (layered(methods()[name]) if is_layered(params) else methods()[name]).from_params(params)
 
 
 def _is_method(value: object) -> bool:

@@ -32,6 +32,10 @@ class Breadcrumbs(Thinning):
     scale: float = param(0.3, "factor of the sum", low=-10, high=10, idle=0)
 
     @property
+    def grows(self) -> bool:
+        return True
+
+    @property
     def merging(self) -> Method:
         return TaskArithmetic(scale=self.scale)
 

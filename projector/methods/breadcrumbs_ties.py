@@ -29,6 +29,10 @@ class BreadcrumbsTies(Thinning):
     scale: float = param(0.3, "factor of the merged task vector", low=-10, high=10, idle=0)
 
     @property
+    def grows(self) -> bool:
+        return self.combine == "sum"
+
+    @property
     def merging(self) -> Method:
         return Ties(density=1.0, combine=self.combine, scale=self.scale)
 

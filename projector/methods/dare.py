@@ -47,6 +47,10 @@ class Dare(Thinning):
             raise idle(self.name, "density", self.density, "0 to 1 but not 0")
 
     @property
+    def grows(self) -> bool:
+        return True
+
+    @property
     def merging(self) -> Method:
         if self.then == "linear":
             return TaskArithmetic(scale=self.scale)

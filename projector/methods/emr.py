@@ -60,6 +60,10 @@ class Emr(Method):
         }
 
     @property
+    def grows(self) -> bool:
+        return True
+
+    @property
     def one_sweep(self) -> bool:
         return True
 

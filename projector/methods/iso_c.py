@@ -44,6 +44,10 @@ class IsoC(Method):
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
     @property
+    def grows(self) -> bool:
+        return True
+
+    @property
     def one_sweep(self) -> bool:
         return True
 

@@ -42,6 +42,10 @@ class TaskArithmetic(Method):
         return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
 
     @property
+    def grows(self) -> bool:
+        return self.scale != "norm"
+
+    @property
     def one_sweep(self) -> bool:
         return self.scale != "norm"
 

@@ -63,6 +63,10 @@ class Ties(Method):
     scale: float = param(1.0, "factor of the merged task vector", low=-10, high=10, idle=0)
 
     @property
+    def grows(self) -> bool:
+        return self.combine != "mean"
+
+    @property
     def subtractable(self) -> bool:  # type: ignore[override]
         return self.combine != "max"
 

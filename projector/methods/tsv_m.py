@@ -54,6 +54,10 @@ class TsvM(Method):
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
     @property
+    def grows(self) -> bool:
+        return True
+
+    @property
     def one_sweep(self) -> bool:
         return True
 

@@ -67,6 +67,10 @@ class Wudi(Method):
         return super().products + (self.steps if self.solver == "adam" else 0)
 
     @property
+    def grows(self) -> bool:
+        return self.solver == "adam"
+
+    @property
     def one_sweep(self) -> bool:
         return True
 

@@ -1,4 +1,4 @@
-"""The spectral rules once more, from their formulas: iso_c, tsv_m, wudi and OPCM's isotropic read-out.
+"""The spectral rules once more, from their formulas: iso_c, tsv_m, wudi, ace and OPCM's isotropic read-out.
 
 As in `tests.oracles.rules`: float64, every expert in memory, nothing of the package imported. Results are merged task
 vectors; what to add them to is the caller's business.
@@ -126,6 +126,57 @@ def _orthonormal(x: Tensor) -> Tensor:
     """U V' of X = U S V', the nearest matrix with orthonormal columns."""
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     return u @ vh
+
+
+def ace(
+    base: Weights,
+    experts: Sequence[Weights],
+    counting: Counting = None,
+    eps: float = 1e-2,
+    normalise: str = "auto",
+    heterogeneity: float = 0.3,
+    share: float = 0.3,
+    scale: float = 1.0,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> dict[str, Tensor]:
+    """ACE-Merging (arXiv 2603.02945), expert by expert as the authors run it, with a weight for each; matrices that say
+    nothing of a layer, being zero or alike in all rows, are passed over there.
+    """
+
+    def matrix(taus: Tensor, weights: Tensor) -> Tensor:
+        told = [(tau, float(w)) for tau, w in zip(taus, weights, strict=True) if (tau - tau.mean(0)).abs().max() > 0]
+        if not told:
+            return torch.zeros_like(taus[0])
+        n = taus.shape[2]
+        energies = torch.stack([tau.square().sum() for tau, _ in told])
+        logs = (energies + 1e-12).log()
+        spread = float(logs.var() / (logs.mean() ** 2 + 1e-12)) if len(told) > 1 else 0.0
+        divided = {"auto": spread > heterogeneity, "always": True, "never": False}[normalise]
+        moments, ridged, moved = [], [], []
+        for tau, _ in told:
+            rows = tau - tau.mean(0)
+            moment = rows.T @ rows
+            by = moment.trace() + 1e-12 if divided else 1.0
+            moments.append(moment / by)
+            ridged.append(moment / by + eps / by * torch.eye(n, dtype=torch.float64))
+            moved.append(rows)
+        pairs = list(zip(told, moments, ridged, moved, strict=True))
+        summed = sum((w * r for (_, w), _, r, _ in pairs), torch.zeros(n, n, dtype=torch.float64))
+        prior = sum((w * c for (_, w), c, _, _ in pairs), torch.zeros(n, n, dtype=torch.float64)).mean(0, keepdim=True)
+        if divided:
+            prior = prior / (energies.mean() + 1e-12)
+        weighed = sum((w * rows @ r for (_, w), _, r, rows in pairs), torch.zeros_like(taus[0]))
+        merged = torch.linalg.solve(summed + prior, weighed, left=False)  # the prior's row is added to every row
+        k = int(share * min(taus.shape[1:]))
+        if divided and k:
+            mean = summed / sum(w for _, w in told)
+            fused = merged + sum((w * tau @ (c - mean) for (tau, w), c, _, _ in pairs), torch.zeros_like(merged))
+            u, s, vh = torch.linalg.svd(fused, full_matrices=False)
+            kept = s[:k] > 1e-6 * s[0]
+            merged = merged + (s[:k] * kept).mean() * (u[:, :k] * kept) @ vh[:k]
+        return scale * merged
+
+    return _merged(base, experts, counting, exclude, matrix)
 
 
 def opcm_isotropic(

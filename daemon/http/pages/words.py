@@ -9,6 +9,14 @@ from registry.records import Head
 
 _EXCLUDE = ["*embed*", "*wte*", "*wpe*", "shared.weight", "*relative_attention_bias*"]
 DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "ace": {
+        "eps": 0.01,
+        "normalise": "auto",
+        "heterogeneity": 0.3,
+        "share": 0.3,
+        "scale": 1.0,
+        "exclude": _EXCLUDE,
+    },
     "breadcrumbs": {"gamma": 0.01, "density": 0.9, "scale": 0.3},
     "breadcrumbs_ties": {"gamma": 0.01, "density": 0.9, "combine": "mean", "scale": 0.3},
     "continual_ties": {"density": 0.2, "scale": 0.5},

@@ -52,6 +52,49 @@ def test_what_is_given_goes_before_the_preset() -> None:
     assert refused.value.hint == "allowed: base, trained_from"
 
 
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        (["init=iso_c"], True),
+        (["init=ties"], False),
+        (["init=ties", "init.combine=sum"], True),
+        (["init=opcm", "init.layer_beta=1"], False),
+        (["init=iso_c", "init.relative_to=trained_from"], False),
+        (["soup=iso_c"], False),
+    ],
+    ids=str,
+)
+def test_a_head_to_start_from_that_grows_is_warned_about(
+    words: list[str], warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads_chosen("opcm", None, words[:1], words[1:])
+    said = capsys.readouterr().err
+    assert said.count("the head init adds task vectors up") == warned
+    assert not warned or "take an average for it" in said
+
+
+def test_no_preset_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in PRESETS:
+        heads_chosen(name, None, [], [])
+    assert not capsys.readouterr().err
+
+
+def test_config_check_warns_of_it_too_and_following_the_hint_helps(tmp_path: Path, base: Path) -> None:
+    at = ("--home", tmp_path / "home")
+    made, checked = forked_each(
+        [("init", tmp_path / "home", "--base", base, "--head", "init=iso_c"), ("config", "check", *at)]
+    )
+    assert made.returncode == 0 and "the head init adds task vectors up (iso_c)" in made.stderr
+    assert checked.returncode == 0 and "the head init adds task vectors up (iso_c)" in checked.stderr
+    made, checked = forked_each(
+        [
+            ("init", tmp_path / "2", "--base", base, "--head", "init=iso_c", "--set", "init.relative_to=trained_from"),
+            ("config", "check", "--home", tmp_path / "2"),
+        ]
+    )
+    assert not made.stderr.count("adds task vectors up") and not checked.stderr
+
+
 def test_config_show_prints_the_heads(tmp_path: Path, base: Path) -> None:
     home = tmp_path / "home"
     made, text, plain, wrong = forked_each(

@@ -1,4 +1,4 @@
-"""iso_c, tsv_m, wudi and OPCM's isotropic read-out as they stream, against the offline methods in float64."""
+"""iso_c, tsv_m, wudi, ace and OPCM's isotropic read-out as they stream, against the offline methods in float64."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +48,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle, float]] = {
     "wudi": ("wudi", {}, spectral.wudi_adam, 1e-5),
     "wudi 1e-4": ("wudi", {"lr": 1e-4, "steps": 60}, spectral.wudi_adam, 1e-5),
     "wudi ridge": ("wudi", {"solver": "ridge"}, spectral.wudi_ridge, 1e-5),
+    "ace": ("ace", {}, spectral.ace, 1e-5),
+    "ace differing": ("ace", {"heterogeneity": 0.0, "eps": 1e-4}, spectral.ace, 1e-5),
+    "ace never": ("ace", {"normalise": "never", "eps": 1e-5, "scale": 1.5}, spectral.ace, 1e-5),
+    "ace always": ("ace", {"normalise": "always", "share": 0.6}, spectral.ace, 1e-5),
     "wudi ridge 1e-4": ("wudi", {"solver": "ridge", "ridge": 1e-4}, spectral.wudi_ridge, 1e-5),
 }
 cases = pytest.mark.parametrize("case", CASES)
@@ -273,6 +277,33 @@ def test_both_read_outs_of_opcm_share_a_state() -> None:
     assert first[2] == second[2]
     assert not torch.allclose(first[0]["square.weight"], second[0]["square.weight"], rtol=1e-2)
     assert torch.equal(first[0]["bias"], second[0]["bias"])
+
+
+def test_ace_divides_by_traces_where_experts_differ_and_not_elsewhere() -> None:
+    """The same experts once more, every other one moved a thousandth as far."""
+    base, experts = stream()
+    far = [
+        {name: base[name] + (expert[name] - base[name]) * (1.0 if i % 2 else 1e-3) for name in base}
+        for i, expert in enumerate(experts)
+    ]
+    for given, told in ((experts, "never"), (far, "always")):
+        found = {word: merged_task_vector(make("ace", {"normalise": word}), base, given) for word in ("auto", told)}
+        other = merged_task_vector(make("ace", {"normalise": "never" if told == "always" else "always"}), base, given)
+        for name in MATRICES:
+            assert torch.equal(found["auto"][name], found[told][name]), name
+            assert gap({name: other[name]}, {name: found["auto"][name]}) > 0.01, name
+        assert worst(found["auto"], spectral.ace(base, given)) <= 1e-5
+
+
+def test_ace_takes_no_word_of_a_layer_from_an_expert_that_left_it_or_moved_all_rows_alike() -> None:
+    base, experts = stream(count=4)
+    experts[1]["square.weight"] = base["square.weight"] = torch.zeros(24, 24)
+    experts[2]["square.weight"] = torch.linspace(-1, 1, 24).expand(24, 24).contiguous()
+    for word in ("always", "never"):
+        method = make("ace", {"normalise": word})
+        ours = merged_task_vector(method, base, experts)["square.weight"]
+        assert torch.equal(ours, merged_task_vector(method, base, [experts[0], experts[3]])["square.weight"])
+        assert ours.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("solver", ["adam", "ridge"])
