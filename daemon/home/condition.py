@@ -21,7 +21,7 @@ from registry.reader import Reader
 
 NOBODY = "no daemon runs"
 LONGEST = 10_000  # entries of the inbox that are looked at
-MEND = "`mainstem config check` says what is wrong with them; mend them, then have them read again"
+MEND = "`mainstem config check` says what is wrong with them; mend them, then `mainstem reload`"
 SENTENCE = 400  # letters
 ENOUGH = 0.02  # of an expert, for what is left of it to be foretold
 WAITING, DAMAGED, NONE = "waiting", "damaged", "no daemon"

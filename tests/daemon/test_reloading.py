@@ -219,7 +219,12 @@ def test_the_command_says_what_became_of_it(person: Person) -> None:
     done = forked("reload", "--home", home.root)
     assert done.returncode == 1 and "retention.versions" in done.stderr and "hint: " in done.stderr
     person.edit("[retention]\nversions = 4\n")
-    assert forked("reload", home.root).stdout.endswith("the settings were read again: nothing has changed\n")
+    said = json.loads(forked("reload", home.root, "--json").stdout)
+    assert said["told"] == ["the settings were read again: nothing has changed"] and {*said} == {
+        "deed",
+        "changed",
+        "told",
+    }
 
 
 def test_where_no_daemon_runs_no_stranger_hears_of_it(home: Home) -> None:

@@ -25,7 +25,11 @@ from tests.models import write_base, write_expert
 
 NOBODY = "http://127.0.0.1:9/"  # where nobody listens
 TOKEN = "a-token-of-enough-characters"
-ELSEWHERE = {"study": "tests/daemon/study/test_study.py", "convert": "tests/daemon/convert/test_convert.py"}
+ELSEWHERE = {
+    "study": "tests/daemon/study/test_study.py",
+    "convert": "tests/daemon/convert/test_convert.py",
+    "reload": "tests/daemon/test_reloading.py",
+}
 COMMANDS = {
     "status": (),
     "status --all DIR": (),
