@@ -21,6 +21,7 @@ from registry.records import Head, Version
 
 NAMESPACE = "mainstem"
 LIVE = "main"  # the revision, whatever the head is called
+ALIASES = (LIVE, "latest")  # as the folder and OCI say it
 COMMIT_DIGITS = 40
 _ADAPTER = f"-{ADAPTER_FOLDER}"
 
@@ -77,10 +78,10 @@ class Repos:
         files = files_of(repo, manifest)
         if not files:
             raise told(no_adapter(head, row), "RevisionNotFound")
-        return Snapshot(repo, commit_of(row), files, row.created_at, head, row, revision == LIVE)
+        return Snapshot(repo, commit_of(row), files, row.created_at, head, row, revision in ALIASES)
 
     def _version(self, head: Head, revision: str) -> Version | None:
-        if revision == LIVE:
+        if revision in ALIASES:
             return self.published.reader.version(head.name, head.live)
         if number := re.fullmatch(r"v?([0-9]{1,12})", revision):
             return self.published.reader.version(head.name, int(number[1]))

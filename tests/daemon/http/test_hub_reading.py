@@ -43,6 +43,7 @@ def two(line: "Line") -> "Line":
 def test_a_model_and_its_revisions(two: "Line", client: httpx.Client) -> None:
     for revision, n in (
         ("main", 2),
+        ("latest", 2),
         ("refs%2Fheads%2Fmain", 2),
         ("v2", 2),
         ("2", 2),
