@@ -42,7 +42,11 @@ class Opcm(Method):
     """Projects each task vector orthogonally to what is merged, adds it, and scales the sum.
 
     Matrices are projected; embeddings, vectors and scalars are summed. The first expert is taken whole. Projection
-    "code" is the authors' released code, which gave the paper's table; "paper" is the formula in its text.
+    "code" is the authors' released code, which gave the paper's table; "paper" is the formula in its text. "lead" is
+    ours, and experimental: the same block of leading directions as "code", but beyond it only what lies along A's own
+    tail, A less its leading part, so that P(tau) is orthogonal to A all the same, and no other direction is needed:
+
+        P(tau) = tau - L_r M_rr R_r' - c A_tail         c = <tau, A_tail> / ||A_tail||^2
 
     The read-out "isotropic" makes all singular values of a projected matrix of A equal, as iso_c does with the plain
     sum (Marczak et al., arXiv 2502.04959): base + scale * mean(s) * U V', the mean over all min(m, n) values. It takes
@@ -55,7 +59,7 @@ class Opcm(Method):
     paper = "Tang et al., OPCM, arXiv 2501.09522"
 
     alpha: float = param(0.5, "share of A's nuclear norm that is protected", low=0, high=1)
-    projection: str = param("code", "which entries of U' tau V are removed", choices=("code", "paper"))
+    projection: str = param("code", "which entries of U' tau V are removed", choices=("code", "paper", "lead"))
     tol: float = param(1e-6, "singular values up to tol times the largest are left out", low=0, high=0.1)
     accumulator: str = param(
         "auto",
@@ -101,6 +105,8 @@ class Opcm(Method):
         if state["A"].ndim == 2:
             left_MP, right_NP, s_P = thin_svd(state["A"], self.tol)
             there = int(s_P.count_nonzero())
+            if self.projection == "lead" and there:
+                there = self._rank(s_P[:there])
             return {"left": left_MP[:, :there].flatten(), "right": right_NP[:, :there].flatten(), "values": s_P}
         prepared = {
             key: torch.empty(slot.shape, dtype=slot.dtype, device=state["A"].device)
@@ -155,7 +161,7 @@ class Opcm(Method):
         if not self._projects(spec):
             return torch.float32
         if self.accumulator == "auto":
-            rounded = spec.dtype == torch.float32 and self.projection == "code"
+            rounded = spec.dtype == torch.float32 and self.projection != "paper"
             return torch.float32 if rounded and self.readout == "norm" else torch.float64
         return torch.float32 if self.accumulator == "float32" else torch.float64
 
@@ -171,8 +177,8 @@ class Opcm(Method):
     ) -> None:
         """merged = A + P(tau; A) for one matrix, of which `left`, `right` and `s` are the singular vectors and values.
 
-        The directions that lead go as a block of M ("code") or as its rows and columns ("paper"), the others by its
-        diagonal.
+        The directions that lead go as a block of M ("code", "lead") or as its rows and columns ("paper"), the others by
+        its diagonal, or all at once ("lead", which then has the leading ones alone).
         """
         directions, dtype = int(s_P.count_nonzero()), a_MN.dtype
         moved = tau_MN[0].any() or tau_MN.any()  # a row says it of most at once
@@ -181,16 +187,18 @@ class Opcm(Method):
             whole_MN = factors[0] @ factors[1] if factors and dtype == torch.float64 else tau_MN
             torch.add(a_MN, whole_MN, out=merged_MN)
             return
+        if self.projection == "lead":
+            directions = self._rank(s_P[:directions])
         left_MP, right_NP = (
             flat.view(side, flat.numel() // side)[:, :directions]
             for flat, side in zip((left, right), a_MN.shape, strict=True)
         )
-        s_P = s_P[:directions]
+        tail_P, s_P = s_P[directions:], s_P[:directions]
         left_XP, tau_XN = left_MP, tau_MN  # L' tau is left_XP' tau_XN, over the rows of tau, or over those of `down`
         if factors:
             up_MK, tau_XN = (factor.to(dtype) for factor in factors)
             left_XP = up_MK.T @ left_MP
-        r = self._rank(s_P)
+        r = directions if self.projection == "lead" else self._rank(s_P)
         lead_NR = right_NP[:, :r]
         core_RR = a_MN.new_zeros(r, r)
         diagonal_P = torch.zeros_like(s_P)
@@ -205,25 +213,31 @@ class Opcm(Method):
             if self.projection == "paper":
                 across_RN.addmm_(left_BP[:, :r].T, tau_BN)
         across_RN -= core_RR[: len(across_RN)] @ lead_NR.T
+        kept = 1.0  # of A itself
+        if self.projection == "lead" and tail_P.any():
+            along = sum(float((a_MN[rows].double() * tau_MN[rows]).sum()) for rows in row_blocks(a_MN))
+            c = (along - float(s_P @ diagonal_P)) / float(tail_P @ tail_P)
+            core_RR.diagonal().sub_(c * s_P.to(dtype))  # c A_tail is c A less its leading part
+            kept -= c
         narrow_P = diagonal_P.to(dtype)
         for rows in row_blocks(tau_MN):
             tau_BN = up_MK[rows] @ tau_XN if factors else tau_MN[rows].to(dtype)
             left_BP, merged_BN = left_MP[rows], merged_MN[rows]
             gone_BP = torch.mul(left_BP, narrow_P, out=work_BP[: len(tau_BN)])
-            gone_BP[:, :r] = left_BP[:, :r] @ core_RR if self.projection == "code" else tau_BN @ lead_NR
+            gone_BP[:, :r] = tau_BN @ lead_NR if self.projection == "paper" else left_BP[:, :r] @ core_RR
             torch.addmm(tau_BN, gone_BP, right_NP.T, alpha=-1, out=merged_BN)
             if self.projection == "paper":
                 merged_BN.addmm_(left_BP[:, :r], across_RN, alpha=-1)
-            merged_BN += a_MN[rows]
+            merged_BN.add_(a_MN[rows], alpha=kept)
 
     def _rank(self, s_P: Tensor) -> int:
         """How many directions lead, by their cumulative share of the nuclear norm.
 
-        "code": as many as do not exceed alpha. "paper": the fewest that reach it. Added up on the CPU: a device adds in
-        another order, not always the same.
+        "code", "lead": as many as do not exceed alpha. "paper": the fewest that reach it. Added up on the CPU: a device
+        adds in another order, not always the same.
         """
         s_P = s_P.cpu()
         share_P = s_P.cumsum(0) / s_P.sum()
-        if self.projection == "code":
+        if self.projection != "paper":
             return len(s_P) if self.alpha == 1 else int((share_P <= self.alpha).sum())
         return min(len(s_P), int((share_P < self.alpha).sum()) + 1) if self.alpha else 0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Weights = Mapping[str, Tensor]
-Projection = Literal["code", "paper"]
+Projection = Literal["code", "paper", "lead"]
 
 DEFAULT_EXCLUDE = ("*embed*", "*wte*", "*wpe*", "shared.weight", "*relative_attention_bias*")
 
@@ -115,7 +115,8 @@ def project(tau: Tensor, old: Tensor, alpha: float, projection: Projection, tol:
     """P(tau; old) for one matrix (m, n): remove from `tau` what would overwrite `old`.
 
     M = U' tau V in the full singular basis of `old`. Directions with s_i <= tol * s_0 carry nothing of `old`: they take
-    no part in the shares and nothing is removed along them.
+    no part in the shares and nothing is removed along them. "lead": beside the leading block only what lies along the
+    rest of `old`.
     """
     u, s, vh = torch.linalg.svd(old, full_matrices=True)  # (m, m), (min(m, n),), (n, n)
     if s.numel() == 0 or s[0] == 0:
@@ -123,6 +124,14 @@ def project(tau: Tensor, old: Tensor, alpha: float, projection: Projection, tol:
     kept = int((s > tol * s[0]).sum())
     mass = s[:kept].cumsum(0)
     share = mass / mass[-1]
+    if projection == "lead":
+        rank = int((share <= alpha).sum())
+        left, right = u[:, :rank], vh[:rank]
+        tail = old - (left * s[:rank]) @ right
+        rest: Tensor = tau - left @ (left.T @ tau @ right.T) @ right
+        if rank < kept:
+            rest = rest - (tau * tail).sum() / tail.square().sum() * tail
+        return rest
     core = u.T @ tau @ vh.T  # (m, n)
     core[range(kept), range(kept)] = 0
     if projection == "code":

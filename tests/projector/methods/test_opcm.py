@@ -120,6 +120,47 @@ def test_ten_arrivals_match_the_oracle(base_dtype: torch.dtype, alpha: float, pr
         assert torch.allclose(tensor.double(), truth[name], rtol=torch.finfo(base_dtype).eps, atol=1e-5), name
 
 
+@pytest.mark.parametrize("base_dtype", DTYPES[:2], ids=str)
+def test_ten_arrivals_that_remove_only_what_leads_match_the_oracle(base_dtype: torch.dtype) -> None:
+    base, experts = stream(base_dtype)
+    _, state, totals = merge(Opcm(projection="lead"), base, experts)
+    truth = rules.opcm(base, experts, projection="lead")
+    error = gap(deployed(state, totals), {name: truth[name] - base[name].double() for name in base})
+    print(f"{base_dtype}: {error:.1e}")
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_what_is_added_where_only_what_leads_is_removed_is_orthogonal_to_what_is_merged(alpha: float) -> None:
+    base, experts = stream(torch.bfloat16, decay=1.0)
+    method = Opcm(alpha=alpha, projection="lead")
+    assert worst_step(method, base, experts[:5]) <= 1e-6
+    for name in ("square.weight", "tall.weight", "wide.weight"):
+        spec = TensorSpec(name, SHAPES[name], torch.bfloat16)
+        one, two = ((expert[name].double() - base[name].double()).float() for expert in experts[:2])
+        before = {"A": one.double()}
+        state, _ = method.update({**before, **method.prepare(before, spec)}, two, spec, Contribution(2))
+        added = state["A"] - before["A"]
+        along = [float((x * before["A"]).sum() / two.norm() / before["A"].norm()) for x in (added, two)]
+        assert abs(along[0]) <= 1e-12 < 1e-3 < abs(along[1]), name
+
+
+def test_removing_only_what_leads_costs_a_fraction_of_the_products_and_of_what_is_prepared() -> None:
+    shape = (480, 400)
+    spec, generator = TensorSpec("w.weight", shape, torch.bfloat16), torch.Generator().manual_seed(3)
+    merged, expert = (task_matrix(shape, 1, generator) for _ in range(2))
+    flops, prepared = [], []
+    for projection in ("lead", "code"):
+        method = Opcm(projection=projection)
+        ready = method.prepare({"A": merged}, spec)
+        with FlopCounterMode(display=False) as counter:
+            method.update({"A": merged, **ready}, expert.float(), spec, Contribution(2))
+        flops.append(counter.get_total_flops())
+        prepared.append(ready["left"].numel())
+    print(flops, prepared)
+    assert flops[0] <= flops[1] / 3 and prepared[0] <= prepared[1] / 3
+
+
 def test_float32_accumulators_are_half_the_size_and_drift() -> None:
     """Low-rank experts in bfloat16 leave a floor of close singular values, the worst there is."""
     base, experts = stream(torch.bfloat16)
