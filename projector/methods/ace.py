@@ -46,8 +46,8 @@ class Ace(Method):
     introduction could be read, which agrees. Decided here, where the code divides by nothing or makes up directions: a
     task vector of zero, or one whose rows are all alike, says nothing of a layer and is skipped there; a refinement of
     no direction (k = 0) is none; directions with s_i <= 1e-6 s_1 are left out of U_k V_k', since rounding alone decides
-    where they point. An expert of weight w counts w times in all sums; how much experts differ, and their mean energy,
-    is asked of the experts, not of their weights. The logarithms make that a question of units: the same experts ten
+    where they point. An expert of weight w counts w times in all sums; how much experts differ is asked of the experts,
+    whatever their weights. The logarithms make that a question of units: the same experts ten
     times as far from the base may be told to differ less, or more. Embeddings, vectors and scalars are averaged.
     """
 
@@ -136,7 +136,7 @@ class Ace(Method):
         trace += TINY
         log = float(torch.log(torch.tensor(energy + TINY, dtype=torch.float64)))
         count = 1.0 if weight > 0 else -1.0
-        told = [count, weight, weight / trace, count * log, count * log**2, count * energy]
+        told = [count, weight, weight / trace, count * log, count * log**2, weight * energy]
         sums["figures"] += torch.tensor(told, dtype=torch.float64, device=c_NN.device)
         sums["S"].add_(tau_MN, alpha=weight)
         if "G" in sums:
@@ -167,7 +167,8 @@ class Ace(Method):
 @dataclass(frozen=True)
 class Figures:
     """Of one matrix, over the experts that moved it: their number, the sum of their weights and of these over the
-    traces of C, and, of each as one, the sums of their energies' logarithms, of these squared, and of the energies."""
+    traces of C; of each as one, the sums of their energies' logarithms and of these squared; of the energies by weight.
+    """
 
     experts: float
     weight: float
@@ -186,7 +187,7 @@ class Figures:
 
     @property
     def mean_energy(self) -> float:
-        return self.energies / self.experts
+        return self.energies / self.weight
 
 
 def centred(x_MN: Tensor) -> Tensor:

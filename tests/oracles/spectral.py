@@ -164,7 +164,9 @@ def ace(
         summed = sum((w * r for (_, w), _, r, _ in pairs), torch.zeros(n, n, dtype=torch.float64))
         prior = sum((w * c for (_, w), c, _, _ in pairs), torch.zeros(n, n, dtype=torch.float64)).mean(0, keepdim=True)
         if divided:
-            prior = prior / (energies.mean() + 1e-12)
+            prior = prior / (
+                sum(w * e for (_, w), e in zip(told, energies, strict=True)) / sum(w for _, w in told) + 1e-12
+            )
         weighed = sum((w * rows @ r for (_, w), _, r, rows in pairs), torch.zeros_like(taus[0]))
         merged = torch.linalg.solve(summed + prior, weighed, left=False)  # the prior's row is added to every row
         k = int(share * min(taus.shape[1:]))
