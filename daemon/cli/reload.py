@@ -1,6 +1,5 @@
 """`mainstem reload`: a running daemon reads its settings again."""
 
-
 from daemon.cli.asking import meanwhile, tell
 from daemon.cli.common import HomeArgument, HomeOption, JsonOption, find_home, one_home
 from daemon.errors import BadHome

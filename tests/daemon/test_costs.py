@@ -72,11 +72,11 @@ ADDRESSES = {
     "/api/models": "/api/models?author=mainstem",
     "/api/models/mainstem/{repo}": "/api/models/mainstem/main",
     "/api/models/mainstem/{repo}/auth-check": "/api/models/mainstem/main/auth-check",
-    "/api/models/mainstem/{repo}/revision/{revision}": "/api/models/mainstem/main/revision/{commit}",
-    "/api/models/mainstem/{repo}/tree/{revision}": "/api/models/mainstem/main/tree/main",
-    "/api/models/mainstem/{repo}/tree/{revision}/{folder:path}": "/api/models/mainstem/main/tree/v{live}/",
+    "/api/models/mainstem/{repo}/revision/{revision:revision}": "/api/models/mainstem/main/revision/{commit}",
+    "/api/models/mainstem/{repo}/tree/{revision:revision}": "/api/models/mainstem/main/tree/main",
+    "/api/models/mainstem/{repo}/tree/{revision:revision}/{folder:path}": "/api/models/mainstem/main/tree/v{live}/",
     "/api/models/mainstem/{repo}/refs": "/api/models/mainstem/main/refs",
-    "/mainstem/{repo}/resolve/{revision}/{name:path}": "/mainstem/main/resolve/{commit}/model.safetensors",
+    "/mainstem/{repo}/resolve/{revision:revision}/{name:path}": "/mainstem/main/resolve/{commit}/model.safetensors",
     "/v2/": "/v2/",
     "/v2/mainstem/{repo}/tags/list": "/v2/mainstem/main/tags/list",
     "/v2/mainstem/{repo}/manifests/{reference}": "/v2/mainstem/main/manifests/v{live}",
@@ -87,8 +87,16 @@ ADDRESSES = {
     "/experts/{id}": "/experts/500",
     "/heads/{head}/versions/{n}": "/heads/main/versions/{live}",
 }
-NOT_GET = {"/api/models/mainstem/{repo}/paths-info/{revision}"}
-NOTHING = {"/api/models/{repo:path}", "/{repo:path}/resolve/{rest:path}", "/v2/{rest:path}"}  # 404, whatever is asked
+NOT_GET = {"/api/models/mainstem/{repo}/paths-info/{revision:revision}"}
+NOTHING = {  # 404, whatever is asked
+    "/api/models/mainstem/{repo}/{rest:path}",
+    "/api/repos/{rest:path}",
+    "/api/models/{repo:path}",
+    "/api/datasets/{repo:path}",
+    "/api/spaces/{repo:path}",
+    "/{repo:path}/resolve/{rest:path}",
+    "/v2/{rest:path}",
+}
 BY_NAME = {"an expert by its name": "/v1/experts/expert-500.safetensors"}
 
 

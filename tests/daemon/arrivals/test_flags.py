@@ -67,7 +67,7 @@ def test_an_odd_norm_is_merged_and_said_everywhere(home: Home, base: Path, tmp_p
     assert table.returncode == 0 and " long " in table.stdout and " short " in table.stdout
     assert "\nflags\n  long\n" in forked("show", odd.id, "--home", home.root).stdout
     assert re.search(r"\nflags +-\n", forked("show", 1, "--home", home.root).stdout)
-    assert expert_row(odd)["flags"] == ["long"]
+    assert expert_row(odd, home)["flags"] == ["long"]
 
 
 def listed(home: Home, flag: str) -> list[str]:

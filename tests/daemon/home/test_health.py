@@ -110,7 +110,7 @@ def test_what_is_stuck_in_the_inbox(merged: Home, reader: Reader, monkeypatch: p
     shutil.rmtree(merged.archive(1))
     (trouble,) = Health(merged).troubles(reader)
     assert (trouble.reason, "one.safetensors" in trouble.text) == ("stuck", True)
-    assert f"into {merged.archive(1)}" in trouble.hint
+    assert f"into archive/{merged.archive(1).name}/ of the home" in trouble.hint
 
 
 def test_the_disk(merged: Home, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
