@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bench.quality.encoder import Head, Tokens, Weights, all_features, encoder, features, put
 
 LEARNING_RATE = 2e-4
-STEPS, BATCH, WARMUP = 250, 32, 20
+STEPS, BATCH, WARMUP = 160, 32, 20
 SHARPNESS = 20.0
 
 
