@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.quality import vision
 from bench.quality.experts import save
+from bench.quality.lora import reader_adapter
 from bench.quality.scoring import Scorer
 from bench.quality.tasks import TASKS
 
@@ -80,13 +81,18 @@ def encoders(cache: Path, texts: int) -> Family:
     return Family("encoders", cache, cache / "base.safetensors", paths, held_out, scorer.scores, {})
 
 
-def readers(cache: Path, tasks: Sequence[str] = vision.TASKS) -> Family:
-    """Vision transformers that read digits; what is missing is trained. held_out: the combinations not among them."""
+def readers(cache: Path, tasks: Sequence[str] = vision.TRAINED, *, ready: bool = False) -> Family:
+    """Vision transformers that read digits; what is missing is trained, or with `ready` raises FileNotFoundError.
+
+    held_out: the combinations not among them.
+    """
     folder = cache / "vision"
     base = folder / "base.safetensors"
-    if not base.exists():
+    if not base.exists() and not ready:
         save(vision.pretrained(), base)
     paths = {}
+    if ready and (gone := [task for task in tasks if not (folder / f"{task}.safetensors").exists()]):
+        raise FileNotFoundError(f"not trained yet: {', '.join(gone)}")
     for task in tasks:
         paths[task] = folder / f"{task}.safetensors"
         if not paths[task].exists():
@@ -94,3 +100,12 @@ def readers(cache: Path, tasks: Sequence[str] = vision.TASKS) -> Family:
     held_out = [task for task in vision.TASKS + vision.BASE_TASKS if task not in paths]
     score = lambda weights, wanted: vision.scores(weights, tuple(wanted))  # noqa: E731
     return Family("readers", cache, base, paths, held_out, score, {})
+
+
+def adapters(cache: Path, tasks: Sequence[str] = vision.TRAINED[::2], *, ready: bool = False) -> Family:
+    """LoRA experts of the digit readers."""
+    found = readers(cache, ready=ready)
+    if ready and (gone := [task for task in tasks if not (cache / "vision" / "lora" / task).exists()]):
+        raise FileNotFoundError(f"not trained yet: {', '.join(gone)}")
+    paths = {f"{task}-lora": reader_adapter(task, cache) for task in tasks}
+    return replace(found, name="adapters", experts=paths, tasks={f"{task}-lora": task for task in tasks})

@@ -81,11 +81,15 @@ def data_free() -> list[Variant]:
     return [Variant(name, {}) for name in methods() if not make(name).needs]
 
 
-def cell(family: Family, variant: Variant, order: Sequence[str], *, whole: bool) -> Cell:
-    """One stream; from the cache where it is there. whole: scored in all learned tasks at every arrival."""
+def cell(family: Family, variant: Variant, order: Sequence[str], *, whole: bool, ready: bool = False) -> Cell | None:
+    """One stream; from the cache where it is there. whole: scored in all learned tasks at every arrival. ready: None
+    where it is not there.
+    """
     path = _path(family, variant, order, whole)
     if path.exists():
         return Cell(**json.loads(path.read_text()))
+    if ready:
+        return None
     steps: list[Mapping[str, float]] = []
     with Stream(variant.made(), family.base) as stream:
         for place, name in enumerate(order, start=1):

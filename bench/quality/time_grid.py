@@ -6,7 +6,7 @@ sequences is then folded by every deploy head, relative to the base and to what 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -22,10 +22,11 @@ ROUNDS = tuple(f"{place}-{style}" for place, style in zip(vision.PLACES, 2 * vis
 """Eight tasks: every place once, every style twice."""
 SHOWN = tuple(f"{place}-{style}" for place in vision.PLACES for style in ("plain", "inverted"))
 HELD_OUT = (*vision.BASE_TASKS, *(task for task in SHOWN if task not in ROUNDS))
+IMAGES = 100  # of a task and round
 INITS = (
-    Variant("zero_shot", {}),
-    Variant("latest", {}),
     Variant("ema", {}),
+    Variant("latest", {}),
+    Variant("zero_shot", {}),
     Variant("mean", {}),
     Variant("recency", {"scheme": "sqrt"}),
     Variant("task_arithmetic", {}),
@@ -33,13 +34,11 @@ INITS = (
 AVERAGES = (
     Variant("latest", {}),
     Variant("ema", {}),
-    Variant("ema", {"start": "first"}),
     Variant("mean", {}),
-    Variant("recency", {"scheme": "linear"}),
+    Variant("ema", {"start": "first"}),
     Variant("recency", {"scheme": "sqrt"}),
-    Variant("recency", {"scheme": "exp"}),
 )
-SUMS = tuple(Variant(name, {}) for name in ("opcm", "task_arithmetic", "ties", "tsv_m", "iso_c"))
+SUMS = tuple(Variant(name, {}) for name in ("opcm", "task_arithmetic", "iso_c"))
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,33 @@ class Pair:
     retention: Sequence[float]
 
 
-def pairs(family: Family, *, replay: bool, inits: Sequence[Variant] = INITS, rounds: Sequence[str] = ROUNDS) -> list[Pair]:
-    """All of them; what is in the cache is not made again."""
+def pairs(
+    family: Family,
+    *,
+    replay: bool,
+    inits: Sequence[Variant] = INITS,
+    rounds: Sequence[str] = ROUNDS,
+    ready: bool = False,
+) -> list[Pair]:
+    """All of them; what is in the cache is not made again. ready: only what is there."""
     found = []
     for init in inits:
-        trained = _sequence(family, init, replay, rounds)
+        trained = [] if ready else _sequence(family, init, replay, rounds)
         for deploy in (*AVERAGES, *SUMS):
-            found.append(_served(family, init, deploy, replay, trained, "base"))
-            if deploy in SUMS and init.name != "zero_shot":
-                found.append(_served(family, init, deploy, replay, trained, "trained_from"))
+            ways = ("base", "trained_from") if deploy in SUMS and init.name != "zero_shot" else ("base",)
+            for way in ways:
+                path = _path(family, init, deploy, replay, way, len(rounds))
+                if not path.exists() and ready:
+                    continue
+                if not path.exists():
+                    _serve(path, Pair(init.label, deploy.label, replay, way, [], []), family, deploy, trained)
+                found.append(Pair(**json.loads(path.read_text())))
     return found
+
+
+def _path(family: Family, init: Variant, deploy: Variant, replay: bool, way: str, rounds: int) -> Path:
+    name = f"{init.label}--{deploy.label}--{'replay' if replay else 'plain'}--{way}--{rounds}.json"
+    return family.cache / "time" / name.replace(" ", "-")
 
 
 def _sequence(family: Family, init: Variant, replay: bool, rounds: Sequence[str]) -> list[tuple[Path, Path]]:
@@ -82,19 +98,13 @@ def _sequence(family: Family, init: Variant, replay: bool, rounds: Sequence[str]
     return made
 
 
-def _served(
-    family: Family, init: Variant, deploy: Variant, replay: bool, trained: Sequence[tuple[Path, Path]], relative_to: str
-) -> Pair:
-    name = f"{init.label}--{deploy.label}--{'replay' if replay else 'plain'}--{relative_to}--{len(trained)}.json"
-    path = family.cache / "time" / name.replace(" ", "-")
-    if not path.exists():
-        accumulation, retention = [], []
-        with Stream(deploy.made(), family.base) as stream:
-            for start, expert in trained:
-                stream.take(expert, origin=start if relative_to == "trained_from" else None)
-                scores: Mapping[str, float] = family.score(stream.weights(), (*ROUNDS, *HELD_OUT))
-                accumulation.append(fmean(scores[task] for task in ROUNDS))
-                retention.append(fmean(scores[task] for task in HELD_OUT))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(Pair(init.label, deploy.label, replay, relative_to, accumulation, retention))))
-    return Pair(**json.loads(path.read_text()))
+def _serve(path: Path, pair: Pair, family: Family, deploy: Variant, trained: Sequence[tuple[Path, Path]]) -> None:
+    accumulation, retention = [], []
+    with Stream(deploy.made(), family.base) as stream:
+        for start, expert in trained:
+            stream.take(expert, origin=start if pair.relative_to == "trained_from" else None)
+            scores: Mapping[str, float] = vision.scores(stream.weights(), (*ROUNDS, *HELD_OUT), IMAGES)
+            accumulation.append(fmean(scores[task] for task in ROUNDS))
+            retention.append(fmean(scores[task] for task in HELD_OUT))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(replace(pair, accumulation=accumulation, retention=retention))))
