@@ -1,6 +1,6 @@
 """Which method when, on real experts: makes them, runs every stream, writes bench/results/quality.json.
 
-    python -m bench.quality --cache build/quality               everything, in the order of its worth; goes on if stopped
+    python -m bench.quality --cache build/quality               everything; goes on if stopped
     python -m bench.quality --cache build/quality --only grid   one block: experts, readers, encoders, growth, ...
     python -m bench.quality --cache build/quality --collect     only the results file, from what is in the cache
     python -m bench.quality.report                              docs/quality.md from the results file
@@ -71,11 +71,14 @@ def main() -> None:
 
 def collected(cache: Path) -> dict[str, Any]:
     """All parts, from what is in the cache."""
-    parts: dict[str, Any] = {"command": "python -m bench.quality", "software": {"torch": torch.__version__, "python": sys.version.split()[0]}}
+    parts: dict[str, Any] = {
+        "command": "python -m bench.quality",
+        "software": {"torch": torch.__version__, "python": sys.version.split()[0]},
+    }
     for name in blocks_over(cache, Maker(True, print)):
         if name == "experts":
             continue
-        maker = Maker(True, lambda text: None)
+        maker = Maker(True, lambda _: None)
         try:
             parts[name] = blocks_over(cache, maker)[name]()
         except FileNotFoundError:

@@ -135,6 +135,7 @@ def _row(cells: Sequence[Cell], own: Mapping[str, float], family: Family) -> dic
         "order_independent": method.order_independent,
         "state_bytes": first.state_bytes,
         "curve": curve,
+        "first_acc": figures[0]["acc"],
     }
 
 

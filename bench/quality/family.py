@@ -50,9 +50,7 @@ class Family:
 
     def own_scores(self) -> dict[str, float]:
         """By expert, what it scores by itself in its own task; the best of a task where several learned it."""
-        return {
-            name: self._kept(f"own-{name}", partial(self._own, name))[self.task(name)] for name in self.experts
-        }
+        return {name: self._kept(f"own-{name}", partial(self._own, name))[self.task(name)] for name in self.experts}
 
     def _own(self, name: str) -> Mapping[str, float]:
         return self.score(load_file(self.experts[name]), [self.task(name)])

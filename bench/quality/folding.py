@@ -1,15 +1,13 @@
-"""A stream of experts through the driver, in this process: real files, one fold an arrival, weights read out when asked.
+"""A stream of experts through the driver, in this process: real files, a fold and a read-out an arrival.
 
 It is what the daemon runs for every arrival, without its registry and its disk: `mainstem study` does the same with a
 home, and starts the evaluator anew for each version.
 """
 
-import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from time import monotonic, process_time
 from typing import Self

@@ -63,7 +63,9 @@ def _adapter(folder: Path, targets: list[str], start: Callable[[], nn.Module], t
     (part / "README.md").unlink(missing_ok=True)
     config = part / "adapter_config.json"
     said = json.loads(config.read_text())
-    config.write_text(json.dumps({key: sorted(value) if key == "target_modules" else value for key, value in said.items()}))
+    config.write_text(
+        json.dumps({key: sorted(value) if key == "target_modules" else value for key, value in said.items()})
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     part.rename(folder)
     return folder

@@ -56,7 +56,7 @@ class Cell:
             Step(number, {task: Score(value) for task, value in scores.items()}, self.tasks[name])
             for number, (name, scores) in enumerate(zip(self.order, self.steps, strict=True), start=1)
         ]
-        learned = set(self.tasks[name] for name in self.order)
+        learned = {self.tasks[name] for name in self.order}
         last = replace(steps[-1], scores={task: s for task, s in steps[-1].scores.items() if task in learned})
         steps = [*steps[:-1], last]
         best: dict[str, float] = {}

@@ -77,9 +77,7 @@ class Layer(nn.Module):
         """(n, l, WIDTH) to the same."""
         n, length, _ = x.shape
         y = self.norm1(x)
-        q, k, v = (
-            p(y).reshape(n, length, HEADS, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (p(y).reshape(n, length, HEADS, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         mixed = functional.scaled_dot_product_attention(q, k, v)
         x = x + self.o_proj(mixed.transpose(1, 2).reshape(n, length, WIDTH))
         return x + self.down_proj(functional.gelu(self.up_proj(self.norm2(x))))
@@ -167,6 +165,4 @@ def scores(weights: Weights, tasks: Sequence[str] = TASKS + BASE_TASKS, count: i
     images, labels = (part[TRAINING_IMAGES : TRAINING_IMAGES + count] for part in _digits())
     model = network(weights)
     with torch.inference_mode():
-        return {
-            task: float((model(images_of(task, images)).argmax(1) == labels).double().mean()) for task in tasks
-        }
+        return {task: float((model(images_of(task, images)).argmax(1) == labels).double().mean()) for task in tasks}

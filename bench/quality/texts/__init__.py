@@ -1,8 +1,8 @@
 """Texts and their labels, from data that packages bring.
 
-    sampling.py   a balanced choice, and a training and a test part that have nothing in common
-    words.py      what a word tells: its language, its sound, its form, whether it is spelled right
-    names.py      people, places, subdivisions, holidays
-    passages.py   sentences: verses, diagnoses, docstrings, lines of code, compounds
-    numbers.py    a task in several languages, to be combined
+sampling.py   a balanced choice, and a training and a test part that have nothing in common
+words.py      what a word tells: its language, its sound, its form, whether it is spelled right
+names.py      people, places, subdivisions, holidays
+passages.py   sentences: verses, diagnoses, docstrings, lines of code, compounds
+numbers.py    a task in several languages, to be combined
 """

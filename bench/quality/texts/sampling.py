@@ -59,9 +59,10 @@ def sampled(name: str, found: Mapping[str, Iterable[str | tuple[str, Hashable]]]
     for number, label in enumerate(classes):
         texts = sorted(own[label])
         draw.shuffle(texts)
-        sides = [text for text in texts if own[label][text] in to_test], [
-            text for text in texts if own[label][text] not in to_test
-        ]
+        sides = (
+            [text for text in texts if own[label][text] in to_test],
+            [text for text in texts if own[label][text] not in to_test],
+        )
         test += [(text, number) for text in sides[0][: per_class * TEST // (TRAIN + TEST)]]
         train += [(text, number) for text in sides[1][: per_class * TRAIN // (TRAIN + TEST)]]
     draw.shuffle(train)
