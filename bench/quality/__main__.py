@@ -26,7 +26,7 @@ from bench.quality.family import Family, adapters, encoders, readers
 from bench.record import RESULTS
 
 CACHE = Path("build") / "quality"
-TEXTS = 200  # of each encoder's task
+TEXTS = 150  # of each encoder's task
 
 
 def blocks_over(cache: Path, maker: Maker) -> Mapping[str, Callable[[], Any]]:
@@ -42,12 +42,12 @@ def blocks_over(cache: Path, maker: Maker) -> Mapping[str, Callable[[], Any]]:
         "experts": lambda: None if maker.ready else make_experts(cache),
         "readers": lambda: blocks.streams(reader(), maker),
         "grid": lambda: blocks.grid(reader(), maker, replay=False),
-        "encoders": lambda: blocks.streams(sentence(), maker, orders=1),
+        "encoders": lambda: blocks.streams(sentence(), maker, orders=1, whole=False),
         "sensitivity": lambda: blocks.sensitivity(reader(), maker),
         "growth": lambda: blocks.growth(reader(vision.TASKS), maker),
         "adapters": lambda: blocks.streams(adapters(cache, ready=maker.ready), maker, orders=3),
         "grid_replay": lambda: blocks.grid(reader(), maker, replay=True),
-        "encoder_orders": lambda: blocks.streams(sentence(), maker),
+        "encoder_orders": lambda: blocks.streams(sentence(), maker, whole=False),
         "encoder_sensitivity": lambda: blocks.sensitivity(sentence(), maker),
         "encoder_growth": lambda: blocks.growth(sentence(), maker),
     }

@@ -47,8 +47,11 @@ class Maker:
         return found
 
 
-def streams(family: Family, maker: Maker, orders: int = ORDERS) -> dict[str, Any]:
-    """Every method: the first order for all of them, then the other ones for those that depend on it."""
+def streams(family: Family, maker: Maker, orders: int = ORDERS, *, whole: bool = True) -> dict[str, Any]:
+    """Every method: the first order for all of them, then the other ones for those that depend on it.
+
+    whole: the first order is scored in all learned tasks at every arrival.
+    """
     variants = data_free()
     drawn = shuffled(list(family.experts), orders, SEED)
     own, base = family.own_scores(), family.base_scores()
@@ -57,7 +60,7 @@ def streams(family: Family, maker: Maker, orders: int = ORDERS) -> dict[str, Any
         for one in variants:
             if place and one.made().order_independent:
                 continue
-            made = maker.cell(family, one, order, whole=place == 0)
+            made = maker.cell(family, one, order, whole=whole and place == 0)
             if made:
                 found[one.label].append(made)
     learned = family.learned(family.experts)
@@ -125,9 +128,11 @@ def _row(cells: Sequence[Cell], own: Mapping[str, float], family: Family) -> dic
     }
     method = make(cells[0].variant.split()[0])
     first = cells[0]
+    by_arrival = [(scores, _best(first, own, place)) for place, scores in enumerate(first.steps, start=1)]
     curve = [
-        fmean(scores[task] / best for task, best in _best(first, own, place).items())
-        for place, scores in enumerate(first.steps, start=1)
+        fmean(scores[task] / value for task, value in best.items())
+        for scores, best in by_arrival
+        if best.keys() <= scores.keys()
     ]
     return {
         **spread,

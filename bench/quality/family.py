@@ -65,13 +65,14 @@ class Family:
 
 
 def encoders(cache: Path, texts: int) -> Family:
-    """Sentence encoders: the first experts that won enough, as many as a stream has."""
+    """Sentence encoders: the first experts that won enough, as many as a stream has. FileNotFoundError: which are not
+    trained yet.
+    """
     noted = {name: cache / "scores" / f"{name}.json" for name in TASKS}
-    gains = {}
-    for name, path in noted.items():
-        if path.exists():
-            said = json.loads(path.read_text())
-            gains[name] = said["expert"] - said["base"]
+    if gone := [name for name, path in noted.items() if not path.exists()]:
+        raise FileNotFoundError(f"not trained yet: {', '.join(gone)}")
+    said = {name: json.loads(path.read_text()) for name, path in noted.items()}
+    gains = {name: one["expert"] - one["base"] for name, one in said.items()}
     chosen = [name for name, gain in gains.items() if gain >= LEAST_GAIN][:STREAM]
     held_out = [name for name in gains if name not in chosen]
     scorer = Scorer(cache, [*chosen, *held_out], texts)

@@ -6,7 +6,7 @@ from typing import Any
 
 DRAWN = {
     "readers": ("quality-readers.svg", "Share of the experts' accuracy after each arrival, digit readers"),
-    "encoders": ("quality-encoders.svg", "Share of the experts' accuracy after each arrival, sentence encoders"),
+    "encoders": ("quality-encoders.svg", "Accuracy in what was learned and in what is held out, sentence encoders"),
     "growth": ("quality-growth.svg", "Share of the experts' accuracy against how many were merged, digit readers"),
     "grid": ("quality-grid.svg", "Accumulation against retention, round by round, per init and deploy head"),
 }
@@ -60,6 +60,17 @@ def _curves(axes: Any, part: Mapping[str, Any]) -> None:
     axes.legend(fontsize=7, ncols=2, frameon=False)
 
 
+def _bars(axes: Any, part: Mapping[str, Any]) -> None:
+    rows = sorted(part["methods"].items(), key=lambda item: item[1]["acc"]["mean"])
+    names = [label for label, _ in rows]
+    axes.barh(names, [100 * row["acc"]["mean"] for _, row in rows], height=0.6, label="learned (ACC)")
+    axes.plot([100 * row["held_out"]["mean"] for _, row in rows], names, "k|", label="held out")
+    axes.axvline(100 * part["base"]["acc"], color="grey", linewidth=0.8, linestyle="--", label="base, learned")
+    axes.axvline(100 * part["own"]["acc"], color="green", linewidth=0.8, linestyle="--", label="the experts' own")
+    axes.set_xlabel("accuracy, %")
+    axes.legend(fontsize=7, frameon=False, loc="lower right")
+
+
 def _growth(axes: Any, part: Mapping[str, Any]) -> None:
     for label, row in part.items():
         sizes = sorted(map(int, row))
@@ -99,7 +110,7 @@ def _grid(axes: Any, part: Sequence[Mapping[str, Any]]) -> None:
 
 PAINTERS: Mapping[str, Callable[[Any, Any], None]] = {
     "readers": _curves,
-    "encoders": _curves,
+    "encoders": _bars,
     "growth": _growth,
     "grid": _grid,
 }

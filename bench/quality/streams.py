@@ -76,9 +76,15 @@ class Cell:
         return figures | ({"held_out": fmean(final[task] for task in away)} if away else {})
 
 
+FIRST = ("mean", "opcm", "tsv_m", "iso_c", "wudi", "task_arithmetic", "ties", "ema", "latest", "zero_shot")
+
+
 def data_free() -> list[Variant]:
-    """Every installed method that asks nothing of an expert but its weights, with its defaults."""
-    return [Variant(name, {}) for name in methods() if not make(name).needs]
+    """Every installed method that asks nothing of an expert but its weights, with its defaults; those that people ask
+    for most come first.
+    """
+    names = [*(name for name in FIRST if name in methods()), *(name for name in methods() if name not in FIRST)]
+    return [Variant(name, {}) for name in names if not make(name).needs]
 
 
 def cell(family: Family, variant: Variant, order: Sequence[str], *, whole: bool, ready: bool = False) -> Cell | None:

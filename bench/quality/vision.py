@@ -15,6 +15,7 @@ from torch.nn import functional
 DIGIT, FIELD, PATCH = 8, 24, 4  # pixels: the side of an image, of what the network sees, of a patch
 WIDTH, LAYERS, HEADS = 64, 3, 4
 TRAINING_IMAGES = 1200  # of 1797; the others are held out
+SCORED = 200  # of the held-out images
 BATCH, STEPS, BASE_STEPS, RATE = 64, 120, 700, 1e-3
 HEAD = "head"  # what begins so is frozen
 
@@ -160,9 +161,9 @@ def train(
         schedule.step()
 
 
-def scores(weights: Weights, tasks: Sequence[str] = TASKS + BASE_TASKS, count: int = 200) -> dict[str, float]:
+def scores(weights: Weights, tasks: Sequence[str] = TASKS + BASE_TASKS, count: int | None = None) -> dict[str, float]:
     """By task, the share, 0..1, of held-out digits that is read."""
-    images, labels = (part[TRAINING_IMAGES : TRAINING_IMAGES + count] for part in _digits())
+    images, labels = (part[TRAINING_IMAGES : TRAINING_IMAGES + (count or SCORED)] for part in _digits())
     model = network(weights)
     with torch.inference_mode():
         return {task: float((model(images_of(task, images)).argmax(1) == labels).double().mean()) for task in tasks}
