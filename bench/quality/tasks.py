@@ -29,10 +29,7 @@ TASKS: Mapping[str, Callable[[], Texts]] = {
         words.sentiment,
         names.tongue,
         words.frequency,
-        names.address,
         names.first_name,
-        passages.docstring,
-        words.stress,
     )
 }
 """In the order in which experts are trained and, unless another is drawn, arrive."""

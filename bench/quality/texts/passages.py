@@ -1,4 +1,4 @@
-"""What a passage tells: verses, diagnoses, docstrings, lines of code, compounds."""
+"""What a passage tells: verses, diagnoses, lines of code, compounds."""
 
 import ast
 import re
@@ -21,7 +21,6 @@ MODULES = (
     "http",
     "importlib",
 )
-DOCUMENTED = ("scipy", "sklearn", "sympy", "networkx", "matplotlib", "numpy")
 ELEMENTS = {"halogen": ("F", "Cl", "Br", "I"), "sulphur": ("S",)}
 
 
@@ -101,27 +100,6 @@ def identifier() -> Texts:
             if len(words) > 3:
                 found[label].append(words)
     return sampled("identifier", found)
-
-
-def docstring() -> Texts:
-    """The package that the first line of a docstring is of."""
-    found: dict[str, list[str]] = {}
-    for package in DOCUMENTED:
-        root = Path(str(files(package)))
-        found[package] = []
-        for path in sorted(root.rglob("*.py"))[:150]:
-            if "tests" in path.parts:
-                continue
-            try:
-                tree = ast.parse(path.read_text(encoding="utf-8"))
-            except (SyntaxError, UnicodeDecodeError):
-                continue
-            for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
-                    line = text.strip().splitlines()[0].strip() if text.strip() else ""
-                    if 25 <= len(line) <= 120 and package not in line.lower():
-                        found[package].append(line)
-    return sampled("docstring", found)
 
 
 def compound() -> Texts:

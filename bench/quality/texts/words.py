@@ -47,16 +47,6 @@ def syllables() -> Texts:
     return sampled("syllables", found)
 
 
-def stress() -> Texts:
-    """Which syllable of an English word of three is stressed."""
-    found: dict[str, list[str]] = {"first": [], "second": [], "third": []}
-    for word, phones in _spoken():
-        marks = [phone[-1] for phone in phones if VOWEL.search(phone)]
-        if len(marks) == 3 and marks.count("1") == 1:
-            found[list(found)[marks.index("1")]].append(word)
-    return sampled("stress", found)
-
-
 def rhyme() -> Texts:
     """The sound that an English word ends with."""
     ends = {"IY": "ee", "N": "n", "Z": "z", "ER": "er", "L": "l", "S": "s", "D": "d", "T": "t", "AH": "a", "OW": "o"}
