@@ -17,6 +17,7 @@ BLOCKS = {
     "grid": "over time, without replay",
     "grid_replay": "over time, with replay",
 }
+LEAST = 3  # methods, to be compared
 NO_MERGE = ("zero_shot", "latest")
 Part = Mapping[str, Any]
 
@@ -37,7 +38,7 @@ def findings(results: Part) -> list[str]:
 
 def _best(results: Part, name: str, title: str) -> list[str]:
     part = results.get(name)
-    if not part or not part["methods"]:
+    if not part or len(part["methods"]) < LEAST:
         return []
     ranked = sorted(part["methods"].items(), key=lambda item: -item[1]["acc"]["mean"])
     (first, best), (second, next_best), (third, last_best) = ranked[:3]
