@@ -14,6 +14,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache as cache_once
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from bench.quality import blocks, vision
 from bench.quality.blocks import Maker
 from bench.quality.experts import make_experts
-from bench.quality.family import Family, adapters, encoders, readers
+from bench.quality.family import Family, adapters, encoder_adapters, encoders, halves, readers
 from bench.record import RESULTS
 
 CACHE = Path("build") / "quality"
@@ -32,6 +33,7 @@ TEXTS = 150  # of each encoder's task
 def blocks_over(cache: Path, maker: Maker) -> Mapping[str, Callable[[], Any]]:
     """By name, what gives its part of the results."""
 
+    @cache_once
     def sentence() -> Family:
         return encoders(cache, TEXTS)
 
@@ -50,6 +52,10 @@ def blocks_over(cache: Path, maker: Maker) -> Mapping[str, Callable[[], Any]]:
         "encoder_orders": lambda: blocks.streams(sentence(), maker, whole=False),
         "encoder_sensitivity": lambda: blocks.sensitivity(sentence(), maker),
         "encoder_growth": lambda: blocks.growth(sentence(), maker),
+        "encoder_adapters": lambda: blocks.streams(
+            encoder_adapters(cache, TEXTS, ready=maker.ready), maker, orders=1, whole=False
+        ),
+        "halves": lambda: blocks.growth(halves(cache, TEXTS, ready=maker.ready), maker, [32]),
     }
 
 
@@ -63,27 +69,30 @@ def main() -> None:
     asked = command.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name in asked.only or [] if asked.collect else asked.only or blocks_over(asked.cache, Maker(False, print)):
+    making = blocks_over(asked.cache, Maker(False, lambda text: print(text, flush=True)))
+    for name in [] if asked.collect else asked.only or making:
         print(f"== {name}", flush=True)
-        blocks_over(asked.cache, Maker(False, lambda text: print(text, flush=True)))[name]()
+        making[name]()
     (asked.out / "quality.json").write_text(json.dumps(collected(asked.cache), indent=1, sort_keys=True) + "\n")
 
 
 def collected(cache: Path) -> dict[str, Any]:
-    """All parts, from what is in the cache."""
+    """All parts, from what is in the cache; None where experts are missing."""
     parts: dict[str, Any] = {
         "command": "python -m bench.quality",
         "software": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "missing": {},
     }
-    for name in blocks_over(cache, Maker(True, print)):
+    maker = Maker(True, print)
+    for name, part in blocks_over(cache, maker).items():
         if name == "experts":
             continue
-        maker = Maker(True, lambda _: None)
+        maker.missing = 0
         try:
-            parts[name] = blocks_over(cache, maker)[name]()
+            parts[name] = part()
         except FileNotFoundError:
             parts[name] = None
-        parts.setdefault("missing", {})[name] = maker.missing
+        parts["missing"][name] = maker.missing
     parts["experts"] = {path.stem: json.loads(path.read_text()) for path in sorted((cache / "scores").glob("*.json"))}
     return parts
 

@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.quality import vision
-from bench.quality.experts import save
-from bench.quality.lora import reader_adapter
+from bench.quality.experts import half_of, save
+from bench.quality.lora import encoder_adapter, reader_adapter
 from bench.quality.scoring import Scorer
 from bench.quality.tasks import TASKS
+from bench.quality.training import Course
 
 LEAST_GAIN = 0.03  # what an expert must win over the base in its own task, to be one
+ADAPTED = 8  # encoders with LoRA
 STREAM = 16  # experts of the main stream; the tasks of the others are held out
 
 Weights = Mapping[str, Tensor]
@@ -78,6 +80,28 @@ def encoders(cache: Path, texts: int) -> Family:
     scorer = Scorer(cache, [*chosen, *held_out], texts)
     paths = {name: cache / "experts" / f"{name}.safetensors" for name in chosen}
     return Family("encoders", cache, cache / "base.safetensors", paths, held_out, scorer.scores, {})
+
+
+def halves(cache: Path, texts: int, *, ready: bool = False) -> Family:
+    """Twice as many encoders, two for each task. ready: FileNotFoundError where one is missing."""
+    found = encoders(cache, texts)
+    pairs = [(name, half) for half in (0, 1) for name in found.experts]
+    wanted = {f"{name}-{half}": cache / "halves" / f"{name}-{half}.safetensors" for name, half in pairs}
+    if ready and not all(path.exists() for path in wanted.values()):
+        raise FileNotFoundError("the halves are not trained yet")
+    for name, half in pairs:
+        half_of(name, half, cache, Course())
+    return replace(found, name="halves", experts=wanted, tasks={f"{name}-{half}": name for name, half in pairs})
+
+
+def encoder_adapters(cache: Path, texts: int, *, ready: bool = False) -> Family:
+    """LoRA experts of the sentence encoders."""
+    found = encoders(cache, texts)
+    tasks = list(found.experts)[:ADAPTED]
+    if ready and not all((cache / "lora" / task).exists() for task in tasks):
+        raise FileNotFoundError("the adapters are not trained yet")
+    paths = {f"{task}-lora": encoder_adapter(task, cache) for task in tasks}
+    return replace(found, name="encoder_adapters", experts=paths, tasks={f"{task}-lora": task for task in tasks})
 
 
 def readers(cache: Path, tasks: Sequence[str] = vision.TRAINED, *, ready: bool = False) -> Family:

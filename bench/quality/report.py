@@ -43,6 +43,7 @@ def page(results: Part) -> str:
         _streams(results, "encoders", "Sentence encoders: sixteen experts, one order"),
         _orders(results),
         _streams(results, "adapters", "LoRA experts: eight digit readers, three orders"),
+        _streams(results, "encoder_adapters", "LoRA experts: eight sentence encoders, one order"),
         _growth(results),
         _sensitivity(results),
         _grid(results),
@@ -131,7 +132,11 @@ def _orders(results: Part) -> list[str]:
 
 def _growth(results: Part) -> list[str]:
     lines: list[str] = []
-    for name, title in (("growth", "digit readers"), ("encoder_growth", "sentence encoders")):
+    for name, title in (
+        ("growth", "digit readers"),
+        ("encoder_growth", "sentence encoders"),
+        ("halves", "two encoders for each of the tasks, each trained on half of its texts"),
+    ):
         part = results.get(name)
         if not part:
             continue
