@@ -139,6 +139,7 @@ def _row(cells: Sequence[Cell], own: Mapping[str, float], family: Family) -> dic
         "orders": len(cells),
         "order_independent": method.order_independent,
         "state_bytes": first.state_bytes,
+        "by_task": {task: fmean(one.steps[-1][task] for one in cells) for task in dict.fromkeys(first.tasks.values())},
         "curve": curve,
         "first_acc": figures[0]["acc"],
     }

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.quality.tables import percent, points, spread
+from projector.text import plain, size
 
 BLOCKS = {
     "readers": "digit readers, every method",
@@ -31,6 +32,10 @@ def findings(results: Part) -> list[str]:
         *_best(results, "encoders", "sentence encoders"),
         *_orders(results),
         *_composed(results),
+        *_scaled(results, "sensitivity", "readers", "digit readers"),
+        *_scaled(results, "encoder_sensitivity", "encoders", "sentence encoders"),
+        *_costly(results),
+        *_failing(results),
         *_grown(results),
         *_started(results),
         *_summed(results),
@@ -88,6 +93,61 @@ def _composed(results: Part) -> list[str]:
         f"the best is `{label}` with {spread(best)}, {points(best['mean'] - base)} against the base: experts of other "
         "combinations add up to skills that none of them has."
     ]
+
+
+def _scaled(results: Part, name: str, streams: str, title: str) -> list[str]:
+    grid, part = results.get(name), results.get(streams)
+    if not grid or not part:
+        return []
+    told = []
+    for method in dict.fromkeys(label.split()[0] for label in grid):
+        default = part["methods"].get(method)
+        if not default:
+            continue
+        tried = {label: row["acc"] for label, row in grid.items() if label.split()[0] == method}
+        best = max(tried, key=lambda label: tried[label])
+        won = tried[best] - default["first_acc"]
+        told.append(f"`{best}` {points(won)}" if won > 0 else f"`{method}`'s defaults are its best ({points(won)})")
+    return [f"**What scale**, {title}, best point of each small grid against the defaults, ACC: {'; '.join(told)}."]
+
+
+def _costly(results: Part) -> list[str]:
+    part = results.get("encoders")
+    if not part or len(part["methods"]) < LEAST:
+        return []
+    rows = {label: row for label, row in part["methods"].items() if label not in NO_MERGE}
+    ranked = sorted(rows, key=lambda label: rows[label]["seconds"]["mean"])
+    told = [ranked[0], *(name for name in ("opcm", "tsv_m", "iso_c") if name in rows), ranked[-1]]
+    words = ", ".join(
+        f"`{name}` {plain(rows[name]['seconds']['mean'], 2)} s and {size(rows[name]['state_bytes'])}"
+        for name in dict.fromkeys(told)
+    )
+    return [f"**What it costs**, an arrival of a 91 MB encoder on one thread, and the state that is kept: {words}."]
+
+
+def _failing(results: Part) -> list[str]:
+    part = results.get("encoders")
+    if not part or len(part["methods"]) < LEAST:
+        return []
+    label, row = max(part["methods"].items(), key=lambda item: item[1]["acc"]["mean"])
+    worse = {
+        one["task"]: row["by_task"][one["task"]] - one["base"]
+        for one in part["experts"].values()
+        if row["by_task"][one["task"]] < one["base"]
+    }
+    least = sorted(
+        part["experts"].values(),
+        key=lambda one: (row["by_task"][one["task"]] - one["base"]) / (one["own"] - one["base"]),
+    )[:3]
+    told = ", ".join(
+        f"{one['task'].replace('_', ' ')} ({percent(one['base'])} base, {percent(row['by_task'][one['task']])} merged, "
+        f"{percent(one['own'])} expert)"
+        for one in least
+    )
+    below = (
+        f"{len(worse)} of {len(part['experts'])} tasks end below the base" if worse else "no task ends below the base"
+    )
+    return [f"**Where merging fails**, sentence encoders by `{label}`: {below}; least is kept of {told}."]
 
 
 def _grown(results: Part) -> list[str]:
