@@ -83,7 +83,7 @@ def collected(cache: Path) -> dict[str, Any]:
         "software": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "missing": {},
     }
-    maker = Maker(True, print)
+    maker = Maker(True, lambda _: None)
     for name, part in blocks_over(cache, maker).items():
         if name == "experts":
             continue

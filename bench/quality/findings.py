@@ -1,6 +1,7 @@
 """What the results say, in sentences made from them."""
 
 from collections.abc import Mapping
+from textwrap import wrap
 from typing import Any
 
 from bench.quality.tables import percent, points, spread
@@ -40,7 +41,8 @@ def findings(results: Part) -> list[str]:
         *_started(results),
         *_summed(results),
     ]
-    return [f"- {one}" for one in found] or ["Nothing yet."]
+    lines = [line for one in found for line in wrap(f"- {one}", 118, subsequent_indent="  ", break_on_hyphens=False)]
+    return lines or ["Nothing yet."]
 
 
 def _best(results: Part, name: str, title: str) -> list[str]:
@@ -137,7 +139,7 @@ def _failing(results: Part) -> list[str]:
     }
     least = sorted(
         part["experts"].values(),
-        key=lambda one: (row["by_task"][one["task"]] - one["base"]) / (one["own"] - one["base"]),
+        key=lambda one: (row["by_task"][one["task"]] - one["base"]) / max(one["own"] - one["base"], 0.01),
     )[:3]
     told = ", ".join(
         f"{one['task'].replace('_', ' ')} ({percent(one['base'])} base, {percent(row['by_task'][one['task']])} merged, "

@@ -28,7 +28,8 @@ TERMS = (
     "ACC is the mean accuracy over the tasks that were learned, share the mean part of what each expert has alone;",
     "BWT what became of a task after its own expert had come, forgetting what was lost of the best ever had",
     "([formulas](evaluation.md#the-figures)); ± one standard deviation over the orders. Held out are tasks that no",
-    "expert learned. Seconds are CPU seconds of one arrival on one thread, with the read-out.",
+    "expert learned. Seconds are CPU seconds of one arrival on one thread, with the read-out, beside other work.",
+    "State is what is kept between arrivals, beside the published model. Orders: over how many, where it matters.",
 )
 
 
