@@ -108,9 +108,10 @@ def growth(family: Family, maker: Maker, sizes: Sequence[int] = SIZES) -> dict[s
 
 def grid(family: Family, maker: Maker, *, replay: bool) -> list[dict[str, Any]]:
     """The time grid."""
+    found = time_grid.pairs(family, replay=replay, ready=maker.ready)
+    maker.missing += time_grid.PAIRS - len(found)
     return [
-        {**vars(pair), "accumulation": list(pair.accumulation), "retention": list(pair.retention)}
-        for pair in time_grid.pairs(family, replay=replay, ready=maker.ready)
+        {**vars(pair), "accumulation": list(pair.accumulation), "retention": list(pair.retention)} for pair in found
     ]
 
 

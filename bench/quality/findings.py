@@ -9,7 +9,7 @@ from projector.text import plain, size
 
 BLOCKS = {
     "readers": "digit readers, every method",
-    "encoders": "sentence encoders, every method",
+    "encoders": "sentence encoders, every method, one order",
     "encoder_orders": "sentence encoders, ten orders",
     "adapters": "LoRA experts, digit readers",
     "encoder_adapters": "LoRA experts, sentence encoders",

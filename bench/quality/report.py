@@ -215,7 +215,7 @@ def _missing(results: Part) -> list[str]:
         if not results.get(name):
             gone.append(f"- {words}: not run yet")
         elif count:
-            gone.append(f"- {words}: {count} streams not run yet")
+            gone.append(f"- {words}: {count} {'pairs' if name.startswith('grid') else 'streams'} not run yet")
     needs = "methods that need sidecars (`fisher`, `regmean`, `mats`) are not tried here"
     return ["## Not run", "", *gone, f"- {needs}"]
 

@@ -39,6 +39,7 @@ AVERAGES = (
     Variant("recency", {"scheme": "sqrt"}),
 )
 SUMS = tuple(Variant(name, {}) for name in ("opcm", "task_arithmetic", "iso_c"))
+PAIRS = len(INITS) * (len(AVERAGES) + 2 * len(SUMS)) - len(SUMS)  # from the base there is one way to count
 
 
 @dataclass(frozen=True)
