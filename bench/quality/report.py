@@ -29,7 +29,7 @@ TERMS = (
     "BWT what became of a task after its own expert had come, forgetting what was lost of the best ever had",
     "([formulas](evaluation.md#the-figures)); ± one standard deviation over the orders. Held out are tasks that no",
     "expert learned. Seconds are CPU seconds of one arrival on one thread, with the read-out, beside other work.",
-    "Encoders are scored on 150 texts of each task, readers on 200 digits: less than a point of ACC tells nothing apart.",
+    "Encoders are scored on 150 texts of each task, readers on 200 digits: a point of ACC or less tells nothing apart.",
     "State is what is kept between arrivals, beside the published model. Orders: over how many, where it matters.",
 )
 
@@ -216,7 +216,9 @@ def _missing(results: Part) -> list[str]:
         if not results.get(name):
             gone.append(f"- {words}: not run yet")
         elif count:
-            gone.append(f"- {words}: {count} {'pairs' if name.startswith('grid') else 'streams'} not run yet")
+            gone.append(
+                f"- {words}: {count} {'pair' if name.startswith('grid') else 'stream'}{'s' * (count > 1)} not run yet"
+            )
     needs = "methods that need sidecars (`fisher`, `regmean`, `mats`) are not tried here"
     return ["## Not run", "", *gone, f"- {needs}"]
 
