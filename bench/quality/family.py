@@ -11,10 +11,12 @@ from torch import Tensor
 
 from bench.quality import vision
 from bench.quality.experts import half_of, save
+from bench.quality.folding import Stream
 from bench.quality.lora import encoder_adapter, reader_adapter
 from bench.quality.scoring import Scorer
 from bench.quality.tasks import TASKS
 from bench.quality.training import Course
+from projector.methods import make
 
 LEAST_GAIN = 0.03  # what an expert must win over the base in its own task, to be one
 ADAPTED = 8  # encoders with LoRA
@@ -55,7 +57,9 @@ class Family:
         return {name: self._kept(f"own-{name}", partial(self._own, name))[self.task(name)] for name in self.experts}
 
     def _own(self, name: str) -> Mapping[str, float]:
-        return self.score(load_file(self.experts[name]), [self.task(name)])
+        with Stream(make("latest"), self.base) as alone:  # an adapter's weights are whole then, too
+            alone.take(self.experts[name])
+            return self.score(alone.weights(), [self.task(name)])
 
     def _kept(self, name: str, make: Callable[[], Mapping[str, float]]) -> dict[str, float]:
         path = self.cache / "own" / self.name / f"{name}.json"
