@@ -76,6 +76,13 @@ bench: $(READY) $(CLIP)/expert-005/model.safetensors $(LLAMA)/expert-003/model.s
 	$(BIN)/python -m bench.gpu
 	$(BIN)/python -m bench.report
 
+QUALITY ?= build/quality
+
+quality: $(READY)  ## which method when, on real experts: under three hours, goes on where it was (QUALITY=FOLDER)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quality]'
+	$(BIN)/python -m bench.quality --cache $(QUALITY)
+	$(BIN)/python -m bench.quality.report
+
 # For a machine with torch, a card and no network (bench/gpu.sh). GPU_PYTHON: the version of that machine's python.
 GPU_PYTHON ?= 3.12
 GPU_PLATFORMS = 2_39 2_35 2_34 2_31 2_28 2_27 2_24 2_17

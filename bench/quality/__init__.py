@@ -1,0 +1,13 @@
+"""Which method when: every method on real experts that are made here, from packages alone. See bench/README.md.
+
+texts/, tasks.py              texts and classes
+encoder.py, training.py       sentence encoders, their heads, their experts
+vision.py                     readers of digits
+lora.py                       LoRA experts of both
+experts.py, family.py         experts in the cache; a base, its experts and what scores them
+scoring.py                    encoders, fast
+folding.py, streams.py        a method over a stream of experts, through the product's driver
+time_grid.py                  what the next expert starts from, and what is served
+blocks.py                     what is measured
+findings.py, report.py, ...   docs/quality.md
+"""

@@ -1,0 +1,101 @@
+"""Which method when, on real experts: makes them, runs every stream, writes bench/results/quality.json.
+
+    python -m bench.quality --cache build/quality               everything; goes on if stopped
+    python -m bench.quality --cache build/quality --only grid   one block: experts, readers, encoders, growth, ...
+    python -m bench.quality --cache build/quality --collect     only the results file, from what is in the cache
+    python -m bench.quality.report                              docs/quality.md from the results file
+
+It needs `pip install 'mainstem[quality]'`, and no network. Two such processes may share a cache: each does another
+block.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache as cache_once
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.quality import blocks, vision
+from bench.quality.blocks import Maker
+from bench.quality.experts import make_experts
+from bench.quality.family import Family, adapters, encoder_adapters, encoders, halves, readers
+from bench.record import RESULTS
+
+CACHE = Path("build") / "quality"
+TEXTS = 150  # of each encoder's task
+
+
+def blocks_over(cache: Path, maker: Maker) -> Mapping[str, Callable[[], Any]]:
+    """By name, what gives its part of the results."""
+
+    @cache_once
+    def sentence() -> Family:
+        return encoders(cache, TEXTS)
+
+    def reader(tasks: Sequence[str] = vision.TRAINED) -> Family:
+        return readers(cache, tasks, ready=maker.ready)
+
+    return {
+        "experts": lambda: None if maker.ready else make_experts(cache),
+        "readers": lambda: blocks.streams(reader(), maker),
+        "grid": lambda: blocks.grid(reader(), maker, replay=False),
+        "encoders": lambda: blocks.streams(sentence(), maker, orders=1, whole=False),
+        "sensitivity": lambda: blocks.sensitivity(reader(), maker),
+        "growth": lambda: blocks.growth(reader(vision.TASKS), maker),
+        "adapters": lambda: blocks.streams(adapters(cache, ready=maker.ready), maker, orders=3),
+        "grid_replay": lambda: blocks.grid(reader(), maker, replay=True),
+        "encoder_orders": lambda: blocks.streams(sentence(), maker, whole=False),
+        "encoder_sensitivity": lambda: blocks.sensitivity(sentence(), maker),
+        "encoder_growth": lambda: blocks.growth(sentence(), maker),
+        "encoder_adapters": lambda: blocks.streams(
+            encoder_adapters(cache, TEXTS, ready=maker.ready), maker, orders=1, whole=False
+        ),
+        "halves": lambda: blocks.growth(halves(cache, TEXTS, ready=maker.ready), maker, [32]),
+    }
+
+
+def main() -> None:
+    """The command."""
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--cache", type=Path, default=CACHE, help=f"where experts and cells are kept ({CACHE})")
+    command.add_argument("--out", type=Path, default=RESULTS, help="folder for quality.json (bench/results)")
+    command.add_argument("--only", action="append", default=[], help="this block; may be given several times")
+    command.add_argument("--collect", action="store_true", help="make nothing, write what is there")
+    asked = command.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    making = blocks_over(asked.cache, Maker(False, lambda text: print(text, flush=True)))
+    for name in [] if asked.collect else asked.only or making:
+        print(f"== {name}", flush=True)
+        making[name]()
+    (asked.out / "quality.json").write_text(json.dumps(collected(asked.cache), indent=1, sort_keys=True) + "\n")
+
+
+def collected(cache: Path) -> dict[str, Any]:
+    """All parts, from what is in the cache; None where experts are missing."""
+    parts: dict[str, Any] = {
+        "command": "python -m bench.quality",
+        "software": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "missing": {},
+    }
+    maker = Maker(True, lambda _: None)
+    for name, part in blocks_over(cache, maker).items():
+        if name == "experts":
+            continue
+        maker.missing = 0
+        try:
+            parts[name] = part()
+        except FileNotFoundError:
+            parts[name] = None
+        parts["missing"][name] = maker.missing
+    parts["experts"] = {path.stem: json.loads(path.read_text()) for path in sorted((cache / "scores").glob("*.json"))}
+    return parts
+
+
+if __name__ == "__main__":
+    main()

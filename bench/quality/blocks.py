@@ -1,0 +1,158 @@
+"""What is measured, in the order in which it is worth most; each block gives its part of the results file.
+
+A block asks for cells, which come from the cache or are made. With `ready` only what is there already is taken, and
+what is not is counted as not run.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
+from typing import Any
+
+from bench.quality import time_grid
+from bench.quality.family import Family
+from bench.quality.streams import Cell, Variant, cell, data_free
+from daemon.study.planning import shuffled
+from projector.methods import make, methods
+
+ORDERS, SEED = 10, 0
+GRIDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "opcm": [{"alpha": 0.3}, {"alpha": 0.7}, {"readout": "isotropic"}, {"readout": "isotropic", "scale": 3.0}],
+    "iso_c": [{"scale": 0.5}, {"scale": 1.5}, {"scale": 2.0}, {"scale": 3.0}],
+    "tsv_m": [{"scale": 0.5}, {"scale": 1.5}, {"scale": 2.0}],
+    "task_arithmetic": [{"scale": 0.1}, {"scale": 0.2}, {"scale": 0.5}, {"scale": "norm"}, {"scale": "per_sqrt"}],
+    "ties": [{"density": 0.1}, {"density": 0.4}, {"combine": "sum", "scale": 0.3}],
+    "wudi": [{"solver": "ridge"}],
+    "ema": [{"weight": 0.2}, {"start": "first"}],
+}
+SIZES = (2, 4, 8, 16, 32)
+GROWN = ("mean", "opcm", "iso_c", "tsv_m", "wudi", "ties", "task_arithmetic")
+
+
+@dataclass
+class Maker:
+    """Gives cells. ready: only what is in the cache; `missing` counts the others. say: hears of each one."""
+
+    ready: bool
+    say: Callable[[str], None]
+    missing: int = 0
+
+    def cell(self, family: Family, variant: Variant, order: Sequence[str], *, whole: bool) -> Cell | None:
+        """One stream, None where it is not there and must not be made."""
+        found = cell(family, variant, order, whole=whole, ready=self.ready)
+        if found is None:
+            self.missing += 1
+        else:
+            self.say(f"{family.name}: {variant.label}: {len(order)} experts")
+        return found
+
+
+def streams(family: Family, maker: Maker, orders: int = ORDERS, *, whole: bool = True) -> dict[str, Any]:
+    """Every method: the first order for all of them, then the other ones for those that depend on it.
+
+    whole: the first order is scored in all learned tasks at every arrival.
+    """
+    variants = data_free()
+    drawn = shuffled(list(family.experts), orders, SEED)
+    own, base = family.own_scores(), family.base_scores()
+    found: dict[str, list[Cell]] = {one.label: [] for one in variants}
+    for place, order in enumerate(drawn):
+        for one in variants:
+            if place and one.made().order_independent:
+                continue
+            made = maker.cell(family, one, order, whole=whole and place == 0)
+            if made:
+                found[one.label].append(made)
+    learned = family.learned(family.experts)
+    return {
+        "experts": {
+            name: {"task": family.task(name), "base": base[family.task(name)], "own": own[name]} for name in own
+        },
+        "held_out": {task: base[task] for task in family.held_out},
+        "base": {"acc": fmean(base[task] for task in learned), "held_out": _mean(base, family.held_out)},
+        "own": {"acc": fmean(own.values())},
+        "methods": {label: _row(cells, own, family) for label, cells in found.items() if cells},
+        "not_run": [label for label, cells in found.items() if not cells],
+    }
+
+
+def sensitivity(family: Family, maker: Maker) -> dict[str, Any]:
+    """The first order, other values of the parameters that matter most."""
+    order, own = list(family.experts), family.own_scores()
+    rows = {}
+    for name, points in GRIDS.items():
+        for point in points if name in methods() else ():
+            one = Variant(name, point)
+            made = maker.cell(family, one, order, whole=False)
+            if made:
+                rows[one.label] = made.figures(own, family.held_out)
+    return rows
+
+
+def growth(family: Family, maker: Maker, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
+    """The first experts of one drawn order, more and more of them, each number merged on its own."""
+    own = family.own_scores()
+    order = shuffled(list(family.experts), 2, SEED)[1]
+    rows: dict[str, Any] = {}
+    for size in sizes:
+        if size > len(order):
+            continue
+        for name in GROWN:
+            some = replace(family, held_out=[])
+            made = maker.cell(some, Variant(name, {}), order[:size], whole=False)
+            if made:
+                figures = made.figures(own, ())
+                rows.setdefault(name, {})[str(size)] = {key: figures[key] for key in ("acc", "share", "bwt")}
+    return rows
+
+
+def grid(family: Family, maker: Maker, *, replay: bool) -> list[dict[str, Any]]:
+    """The time grid."""
+    found = time_grid.pairs(family, replay=replay, ready=maker.ready)
+    maker.missing += time_grid.PAIRS - len(found)
+    return [
+        {**vars(pair), "accumulation": list(pair.accumulation), "retention": list(pair.retention)} for pair in found
+    ]
+
+
+def _row(cells: Sequence[Cell], own: Mapping[str, float], family: Family) -> dict[str, Any]:
+    figures = [one.figures(own, family.held_out) for one in cells]
+    spread = {
+        key: {
+            "mean": fmean(values),
+            "stdev": stdev(values) if len(values) > 1 else None,
+            "least": min(values),
+            "most": max(values),
+        }
+        for key in figures[0]
+        if (values := [one[key] for one in figures])
+    }
+    method = make(cells[0].variant.split()[0])
+    first = cells[0]
+    by_arrival = [(scores, _best(first, own, place)) for place, scores in enumerate(first.steps, start=1)]
+    curve = [
+        fmean(scores[task] / value for task, value in best.items())
+        for scores, best in by_arrival
+        if best.keys() <= scores.keys()
+    ]
+    return {
+        **spread,
+        "orders": len(cells),
+        "order_independent": method.order_independent,
+        "state_bytes": first.state_bytes,
+        "by_task": {task: fmean(one.steps[-1][task] for one in cells) for task in dict.fromkeys(first.tasks.values())},
+        "curve": curve,
+        "first_acc": figures[0]["acc"],
+    }
+
+
+def _best(one: Cell, own: Mapping[str, float], count: int) -> dict[str, float]:
+    """By task that was learned after so many arrivals, what its best expert has by itself."""
+    found: dict[str, float] = {}
+    for name in one.order[:count]:
+        found[one.tasks[name]] = max(own[name], found.get(one.tasks[name], 0.0))
+    return found
+
+
+def _mean(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
+    return fmean(scores[task] for task in tasks) if tasks else None

@@ -1,0 +1,138 @@
+"""A base, its experts and what scores them: what every measurement here goes over, whichever the model."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bench.quality import vision
+from bench.quality.experts import half_of, save
+from bench.quality.folding import Stream
+from bench.quality.lora import encoder_adapter, reader_adapter
+from bench.quality.scoring import Scorer
+from bench.quality.tasks import TASKS
+from bench.quality.training import Course
+from projector.methods import make
+
+LEAST_GAIN = 0.03  # what an expert must win over the base in its own task, to be one
+ADAPTED = 8  # encoders with LoRA
+STREAM = 16  # experts of the main stream; the tasks of the others are held out
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """experts: by name, in the order in which they arrive unless another is drawn; each learned the task of its name,
+    or that of `tasks`. held_out: tasks that none of them learned. score: weights and tasks to shares, 0..1.
+    """
+
+    name: str
+    cache: Path
+    base: Path
+    experts: Mapping[str, Path]
+    held_out: Sequence[str]
+    score: Callable[[Weights, Iterable[str]], Mapping[str, float]]
+    tasks: Mapping[str, str]
+
+    def task(self, expert: str) -> str:
+        """What it learned."""
+        return self.tasks.get(expert, expert)
+
+    def learned(self, experts: Iterable[str]) -> list[str]:
+        """What these learned."""
+        return list(dict.fromkeys(self.task(one) for one in experts))
+
+    def base_scores(self) -> dict[str, float]:
+        """By task, of all tasks."""
+        wanted = [*self.learned(self.experts), *self.held_out]
+        return self._kept("base", lambda: self.score(load_file(self.base), wanted))
+
+    def own_scores(self) -> dict[str, float]:
+        """By expert, what it scores by itself in its own task; the best of a task where several learned it."""
+        return {name: self._kept(f"own-{name}", partial(self._own, name))[self.task(name)] for name in self.experts}
+
+    def _own(self, name: str) -> Mapping[str, float]:
+        with Stream(make("latest"), self.base) as alone:  # an adapter's weights are whole then, too
+            alone.take(self.experts[name])
+            return self.score(alone.weights(), [self.task(name)])
+
+    def _kept(self, name: str, make: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        path = self.cache / "own" / self.name / f"{name}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(make()))
+        found: dict[str, float] = json.loads(path.read_text())
+        return found
+
+
+def encoders(cache: Path, texts: int) -> Family:
+    """Sentence encoders: the first experts that won enough, as many as a stream has. FileNotFoundError: which are not
+    trained yet.
+    """
+    noted = {name: cache / "scores" / f"{name}.json" for name in TASKS}
+    if gone := [name for name, path in noted.items() if not path.exists()]:
+        raise FileNotFoundError(f"not trained yet: {', '.join(gone)}")
+    said = {name: json.loads(path.read_text()) for name, path in noted.items()}
+    gains = {name: one["expert"] - one["base"] for name, one in said.items()}
+    chosen = [name for name, gain in gains.items() if gain >= LEAST_GAIN][:STREAM]
+    held_out = [name for name in gains if name not in chosen]
+    scorer = Scorer(cache, [*chosen, *held_out], texts)
+    paths = {name: cache / "experts" / f"{name}.safetensors" for name in chosen}
+    return Family("encoders", cache, cache / "base.safetensors", paths, held_out, scorer.scores, {})
+
+
+def halves(cache: Path, texts: int, *, ready: bool = False) -> Family:
+    """Twice as many encoders, two for each task. ready: FileNotFoundError where one is missing."""
+    found = encoders(cache, texts)
+    pairs = [(name, half) for half in (0, 1) for name in found.experts]
+    wanted = {f"{name}-{half}": cache / "halves" / f"{name}-{half}.safetensors" for name, half in pairs}
+    if ready and not all(path.exists() for path in wanted.values()):
+        raise FileNotFoundError("the halves are not trained yet")
+    for name, half in pairs:
+        half_of(name, half, cache, Course())
+    return replace(found, name="halves", experts=wanted, tasks={f"{name}-{half}": name for name, half in pairs})
+
+
+def encoder_adapters(cache: Path, texts: int, *, ready: bool = False) -> Family:
+    """LoRA experts of the sentence encoders."""
+    found = encoders(cache, texts)
+    tasks = list(found.experts)[:ADAPTED]
+    if ready and not all((cache / "lora" / task).exists() for task in tasks):
+        raise FileNotFoundError("the adapters are not trained yet")
+    paths = {f"{task}-lora": encoder_adapter(task, cache) for task in tasks}
+    return replace(found, name="encoder_adapters", experts=paths, tasks={f"{task}-lora": task for task in tasks})
+
+
+def readers(cache: Path, tasks: Sequence[str] = vision.TRAINED, *, ready: bool = False) -> Family:
+    """Vision transformers that read digits; what is missing is trained, or with `ready` raises FileNotFoundError.
+
+    held_out: the combinations not among them.
+    """
+    folder = cache / "vision"
+    base = folder / "base.safetensors"
+    if not base.exists() and not ready:
+        save(vision.pretrained(), base)
+    paths = {}
+    if ready and (gone := [task for task in tasks if not (folder / f"{task}.safetensors").exists()]):
+        raise FileNotFoundError(f"not trained yet: {', '.join(gone)}")
+    for task in tasks:
+        paths[task] = folder / f"{task}.safetensors"
+        if not paths[task].exists():
+            save(vision.finetuned(load_file(base), task), paths[task])
+    held_out = [task for task in vision.TASKS + vision.BASE_TASKS if task not in paths]
+    score = lambda weights, wanted: vision.scores(weights, tuple(wanted))  # noqa: E731
+    return Family("readers", cache, base, paths, held_out, score, {})
+
+
+def adapters(cache: Path, tasks: Sequence[str] = vision.TRAINED[::2], *, ready: bool = False) -> Family:
+    """LoRA experts of the digit readers."""
+    found = readers(cache, ready=ready)
+    if ready and (gone := [task for task in tasks if not (cache / "vision" / "lora" / task).exists()]):
+        raise FileNotFoundError(f"not trained yet: {', '.join(gone)}")
+    paths = {f"{task}-lora": reader_adapter(task, cache) for task in tasks}
+    return replace(found, name="adapters", experts=paths, tasks={f"{task}-lora": task for task in tasks})

@@ -1,0 +1,129 @@
+"""Every method over streams of experts. One stream is one cell: its file in the cache is written once it is through.
+
+A cell holds, by arrival, what the merged model scores: of the tasks learned so far where the whole course is wanted,
+else of the newest one; after the last arrival always of all tasks, those held out too. ACC, BWT and forgetting are
+worked out from that, as docs/evaluation.md defines them, by the product's own functions.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench.quality.family import Family
+from bench.quality.folding import Stream
+from daemon.evaluation.figures import Step, average_accuracy, backward_transfer, forgetting
+from projector.method import Method
+from projector.methods import make, methods
+from registry.records import Score
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with those parameters that are not its defaults."""
+
+    name: str
+    params: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """For people: "ema weight=0.3"."""
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.params.items())])
+
+    def made(self) -> Method:
+        """The method."""
+        return make(self.name, self.params)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one stream gave. steps: by arrival, the scores by task. seconds, cpu_seconds: by arrival, with read-out."""
+
+    variant: str
+    order: Sequence[str]
+    tasks: Mapping[str, str]
+    steps: Sequence[Mapping[str, float]]
+    seconds: Sequence[float]
+    cpu_seconds: Sequence[float]
+    state_bytes: int
+
+    def figures(self, own: Mapping[str, float], held_out: Sequence[str]) -> dict[str, float]:
+        """own: by expert. acc: mean over the learned tasks; share: of the experts' own; held_out: mean over those."""
+        steps = [
+            Step(number, {task: Score(value) for task, value in scores.items()}, self.tasks[name])
+            for number, (name, scores) in enumerate(zip(self.order, self.steps, strict=True), start=1)
+        ]
+        learned = {self.tasks[name] for name in self.order}
+        last = replace(steps[-1], scores={task: s for task, s in steps[-1].scores.items() if task in learned})
+        steps = [*steps[:-1], last]
+        best: dict[str, float] = {}
+        for name in self.order:
+            best[self.tasks[name]] = max(own[name], best.get(self.tasks[name], 0.0))
+        moved = backward_transfer(steps)
+        lost = forgetting(steps)
+        final = self.steps[-1]
+        figures = {
+            "acc": average_accuracy(steps) or 0.0,
+            "share": fmean(final[task] / value for task, value in best.items()),
+            "bwt": fmean(moved.values()) if moved else 0.0,
+            "forgetting": fmean(lost.values()) if lost else 0.0,
+            "seconds": fmean(self.cpu_seconds[1:] or self.cpu_seconds),
+        }
+        away = [task for task in held_out if task in final]
+        return figures | ({"held_out": fmean(final[task] for task in away)} if away else {})
+
+
+FIRST = ("mean", "opcm", "tsv_m", "iso_c", "wudi", "task_arithmetic", "ties", "ema", "latest", "zero_shot")
+
+
+def data_free() -> list[Variant]:
+    """Every installed method that asks nothing of an expert but its weights, with its defaults; those that people ask
+    for most come first.
+    """
+    names = [*(name for name in FIRST if name in methods()), *(name for name in methods() if name not in FIRST)]
+    return [Variant(name, {}) for name in names if not make(name).needs]
+
+
+def cell(family: Family, variant: Variant, order: Sequence[str], *, whole: bool, ready: bool = False) -> Cell | None:
+    """One stream; from the cache where it is there. whole: scored in all learned tasks at every arrival. ready: None
+    where it is not there.
+    """
+    path = _path(family, variant, order, whole)
+    if path.exists():
+        return Cell(**json.loads(path.read_text()))
+    if ready:
+        return None
+    steps: list[Mapping[str, float]] = []
+    with Stream(variant.made(), family.base) as stream:
+        for place, name in enumerate(order, start=1):
+            stream.take(family.experts[name])
+            if place == len(order):
+                wanted = [*family.learned(order), *family.held_out]
+            else:
+                wanted = family.learned(order[:place]) if whole else [family.task(name)]
+            steps.append(dict(family.score(stream.weights(), wanted)))
+        costs = stream.costs
+    found = Cell(
+        variant.label,
+        list(order),
+        {name: family.task(name) for name in order},
+        steps,
+        [one.seconds for one in costs],
+        [one.cpu_seconds for one in costs],
+        costs[-1].state_bytes,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(asdict(found)))
+    part.rename(path)
+    return found
+
+
+def _path(family: Family, variant: Variant, order: Sequence[str], whole: bool) -> Path:
+    """By what the result depends on, but for the code."""
+    said = json.dumps([variant.made().params(), list(order), list(family.held_out), whole])
+    name = f"{variant.name}-{hashlib.sha256(said.encode()).hexdigest()[:12]}.json"
+    return family.cache / "cells" / family.name / name

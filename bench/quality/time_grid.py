@@ -1,0 +1,111 @@
+"""What the next expert starts from, and what is served: every pair of the two, with real training in between.
+
+One after the other, the digit readers' experts are trained from the newest version of an init head; each of those
+sequences is then folded by every deploy head, relative to the base and to what an expert was trained from.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from safetensors.torch import load_file
+
+from bench.quality import vision
+from bench.quality.experts import save
+from bench.quality.family import Family
+from bench.quality.folding import Stream
+from bench.quality.streams import Variant
+
+ROUNDS = tuple(f"{place}-{style}" for place, style in zip(vision.PLACES, 2 * vision.STYLES, strict=True))
+"""Eight tasks: every place once, every style twice."""
+SHOWN = tuple(f"{place}-{style}" for place in vision.PLACES for style in ("plain", "inverted"))
+HELD_OUT = (*vision.BASE_TASKS, *(task for task in SHOWN if task not in ROUNDS))
+IMAGES = 100  # of a task and round
+INITS = (
+    Variant("ema", {}),
+    Variant("latest", {}),
+    Variant("zero_shot", {}),
+    Variant("mean", {}),
+    Variant("recency", {"scheme": "sqrt"}),
+    Variant("task_arithmetic", {}),
+)
+AVERAGES = (
+    Variant("latest", {}),
+    Variant("ema", {}),
+    Variant("mean", {}),
+    Variant("ema", {"start": "first"}),
+    Variant("recency", {"scheme": "sqrt"}),
+)
+SUMS = tuple(Variant(name, {}) for name in ("opcm", "task_arithmetic", "iso_c"))
+PAIRS = len(INITS) * (len(AVERAGES) + 2 * len(SUMS)) - len(SUMS)  # from the base there is one way to count
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One init and deploy. accumulation, retention: by round, the mean over the eight tasks and over those held out."""
+
+    init: str
+    deploy: str
+    replay: bool
+    relative_to: str
+    accumulation: Sequence[float]
+    retention: Sequence[float]
+
+
+def pairs(
+    family: Family,
+    *,
+    replay: bool,
+    inits: Sequence[Variant] = INITS,
+    rounds: Sequence[str] = ROUNDS,
+    ready: bool = False,
+) -> list[Pair]:
+    """All of them; what is in the cache is not made again. ready: only what is there."""
+    found = []
+    for init in inits:
+        trained = [] if ready else _sequence(family, init, replay, rounds)
+        for deploy in (*AVERAGES, *SUMS):
+            ways = ("base", "trained_from") if deploy in SUMS and init.name != "zero_shot" else ("base",)
+            for way in ways:
+                path = _path(family, init, deploy, replay, way, len(rounds))
+                if not path.exists() and ready:
+                    continue
+                if not path.exists():
+                    _serve(path, Pair(init.label, deploy.label, replay, way, [], []), family, deploy, trained)
+                found.append(Pair(**json.loads(path.read_text())))
+    return found
+
+
+def _path(family: Family, init: Variant, deploy: Variant, replay: bool, way: str, rounds: int) -> Path:
+    name = f"{init.label}--{deploy.label}--{'replay' if replay else 'plain'}--{way}--{rounds}.json"
+    return family.cache / "time" / name.replace(" ", "-")
+
+
+def _sequence(family: Family, init: Variant, replay: bool, rounds: Sequence[str]) -> list[tuple[Path, Path]]:
+    """(what it started from, the expert) of each round."""
+    folder = family.cache / "vision" / "time" / f"{init.label.replace(' ', '-')}{'-replay' if replay else ''}"
+    made = []
+    with Stream(init.made(), family.base) as stream:
+        for number, task in enumerate(rounds):
+            start, expert = folder / f"{number}-start.safetensors", folder / f"{number}.safetensors"
+            if not expert.exists():
+                save(stream.weights() if number else load_file(family.base), start)
+                before = rounds[:number] if replay else ()
+                save(vision.finetuned(load_file(start), task, replay=before, seed=number), expert)
+            stream.take(expert)
+            made.append((start, expert))
+    return made
+
+
+def _serve(path: Path, pair: Pair, family: Family, deploy: Variant, trained: Sequence[tuple[Path, Path]]) -> None:
+    accumulation, retention = [], []
+    with Stream(deploy.made(), family.base) as stream:
+        for start, expert in trained:
+            stream.take(expert, origin=start if pair.relative_to == "trained_from" else None)
+            scores: Mapping[str, float] = vision.scores(stream.weights(), (*ROUNDS, *HELD_OUT), IMAGES)
+            accumulation.append(fmean(scores[task] for task in ROUNDS))
+            retention.append(fmean(scores[task] for task in HELD_OUT))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(replace(pair, accumulation=accumulation, retention=retention))))

