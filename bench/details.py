@@ -228,6 +228,46 @@ def webhooks(figures: Figures) -> list[str]:
     ]
 
 
+def hub(figures: Figures) -> list[str]:
+    loads = ("cold", "again", "new_version")
+    names = ("`from_pretrained`, an empty cache", "the same again", "a version that differs in one layer of four")
+    rows = [
+        (name, _short(figures[x]["seconds"]), _size(figures[x]["bytes"])) for name, x in zip(names, loads, strict=True)
+    ]
+    copies = {"hf": "`hf download`", "pull": "`mainstem pull`", "cp": "`cp -r`"}
+    whole = _size(figures["model_bytes"])
+    rows += [(name, _short(figures[f"{x}_median"]), whole) for x, name in copies.items()]
+    return [
+        *text(
+            f"A Llama of {whole}, read by the clients of the Hub on the same machine, from the page cache. A load is",
+            "timed by itself, a copy with the start of its process.",
+        ),
+        "",
+        *_table(("", "s", "came"), rows),
+    ]
+
+
+def methods_cost(figures: Figures) -> list[str]:
+    rows = (
+        (
+            f"`{one['method']}`",
+            _short(one["arrival"]),
+            _short(one["read_out"]),
+            f"{one['state_bytes']:.3g}",
+            f"{one['error']:.1e}",
+        )
+        for one in figures["methods"]
+    )
+    return [
+        *text(
+            "A transformer's layer of width 384 and six experts. Bytes are those of the state for each parameter; the",
+            "error is that of the merged task vector against the formula in float64.",
+        ),
+        "",
+        *_table(("method", "s an arrival", "s a read-out", "bytes a parameter", "error"), rows),
+    ]
+
+
 def gpu(figures: Figures) -> list[str]:
     """Every step of bench/gpu.sh: how it ended, and the figures of those that found any."""
     steps: Mapping[str, Mapping[str, Any]] = figures["steps"]
@@ -306,6 +346,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Figures], list[str]]]] = {
     "restart": ("Start and stop", restart),
     "scrape": ("A scrape", scrape),
     "webhooks": ("Webhooks", webhooks),
+    "hub": ("The Hub's clients", hub),
+    "methods_cost": ("Spectral methods", methods_cost),
     "gpu": ("On a GPU", gpu),
 }
 
