@@ -1,19 +1,7 @@
 """WUDI: the merged task vector that disturbs each expert least where its own task vector acts.
 
-A linear layer's task vector tau_i, (m, n) with n inputs, is made of outer products with inputs that the layer saw in
-training, so that tau_i tau_i' stands in for the data, and
-
-    loss(M) = sum_i w_i ||(M - tau_i) tau_i'||^2 / ||tau_i||^2
-
-measures how far M is off on each task. The offline method holds every tau_i. But ||X tau'||^2 = trace(X tau'tau X'), so
-
-    gradient = 2 sum_i w_i (M - tau_i) tau_i'tau_i / ||tau_i||^2 = 2 (M G - H)
-    G = sum_i w_i tau_i'tau_i / ||tau_i||^2             (n, n), the trace of which is sum w_i
-    H = sum_i w_i tau_i tau_i'tau_i / ||tau_i||^2       (m, n)
-
-and with M_0 = S = sum w_i tau_i the descent from the stream's sums is the offline one. With M = S + D the gradient is
-2 (D G + R), where R = S G - H is what S disturbs: R is taken in float64, because H almost cancels S G where experts
-hardly disturb each other, and the descent on D may then be float32.
+The loss, and the sums S, G and H that it is made of, stand in _interference.py: with M_0 = S the descent from the
+stream's sums is the offline one.
 """
 
 from dataclasses import dataclass
@@ -22,13 +10,14 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, add_product, gram, is_projected, matrices, row_blocks
+from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, is_projected, matrices, row_blocks
 from projector.method import Contribution, Method, State, Sums, Totals, param
+from projector.methods import _interference as interference
+from projector.methods._interference import UNTRAINED
 from projector.spec import TensorSpec
 
 MOMENTUM, SQUARES, EPS = 0.9, 0.999, 1e-8  # Adam's betas and epsilon
 ROUNDING = 1e-6  # a row of R no larger than this share of the row of S G is rounding alone
-UNTRAINED = 1e-9  # of G's trace, the sum of weights: less is the rounding left by experts that were taken out
 
 
 @dataclass(frozen=True)
@@ -75,12 +64,9 @@ class Wudi(Method):
         return True
 
     def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        slots = {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
         if self._solves(spec):
-            *stack, _, n = spec.shape
-            slots["G"] = TensorSpec(spec.name, (*stack, n, n), torch.float64)
-            slots["H"] = TensorSpec(spec.name, spec.shape, torch.float64)
-        return slots
+            return interference.sums(spec)
+        return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
 
     def elementwise(self, spec: TensorSpec) -> bool:
         return not self._solves(spec)
@@ -97,13 +83,7 @@ class Wudi(Method):
             return {"S": total}, {}
         g, h = state["G"].clone(), state["H"].clone()
         for tau_MN, g_NN, h_MN in matrices(delta, g, h):
-            own_NN = gram(tau_MN, expert.factors)
-            squared_norm = float(own_NN.trace())
-            if not squared_norm:
-                continue
-            own_NN *= expert.weight / squared_norm
-            g_NN += own_NN
-            add_product(h_MN, tau_MN, own_NN, factors=expert.factors)
+            interference.add(tau_MN, expert.weight, expert.factors, g_NN, h_MN)
         return {"S": total, "G": g, "H": h}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
@@ -112,10 +92,12 @@ class Wudi(Method):
         if not self._solves(spec):
             return torch.add(base, state["S"], alpha=1 / totals.weight)
         merged = torch.add(base, state["S"])
-        solve = self._descended if self.solver == "adam" else self._solved
         for merged_MN, s_MN, g_NN, h_MN in matrices(merged, state["S"], state["G"], state["H"]):
             if g_NN.trace() > UNTRAINED:
-                merged_MN += solve(s_MN, g_NN, h_MN)
+                if self.solver == "adam":
+                    merged_MN += self._descended(s_MN, g_NN, h_MN)
+                else:
+                    merged_MN += interference.least(s_MN, g_NN, h_MN, self.ridge)
         return merged
 
     def _solves(self, spec: TensorSpec) -> bool:
@@ -128,7 +110,7 @@ class Wudi(Method):
         """
         r_MN = torch.empty_like(s_MN)
         for rows in row_blocks(s_MN):
-            r_BN = _disturbed(s_MN[rows], g_NN, h_MN[rows])
+            r_BN = interference.disturbed(s_MN[rows], g_NN, h_MN[rows])
             whole_B = (r_BN + h_MN[rows]).norm(dim=1)
             r_MN[rows] = r_BN.masked_fill_((r_BN.norm(dim=1) <= ROUNDING * whole_B)[:, None], 0.0)
         narrow_NN = g_NN.to(s_MN.dtype)
@@ -140,18 +122,3 @@ class Wudi(Method):
             size_MN = torch.sqrt(squares_MN, out=gradient_MN).div_(sqrt(1 - SQUARES**t)).add_(EPS)
             d_MN.addcdiv_(mean_MN, size_MN, value=-self.lr / (1 - MOMENTUM**t))
         return d_MN
-
-    def _solved(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor) -> Tensor:
-        """D = -R (G + lambda I)^-1, float32."""
-        ridged_NN = g_NN.clone()
-        ridged_NN.diagonal().add_(self.ridge * g_NN.diagonal().mean())
-        lower_NN = torch.linalg.cholesky(ridged_NN)
-        d_MN = torch.empty_like(s_MN)
-        for rows in row_blocks(s_MN):
-            d_MN[rows] = -torch.cholesky_solve(_disturbed(s_MN[rows], g_NN, h_MN[rows]).T, lower_NN).T
-        return d_MN
-
-
-def _disturbed(s_BN: Tensor, g_NN: Tensor, h_BN: Tensor) -> Tensor:
-    """Rows of R = S G - H, float64."""
-    return torch.addmm(h_BN, s_BN.double(), g_NN, beta=-1)

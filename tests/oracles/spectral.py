@@ -1,4 +1,4 @@
-"""The spectral rules once more, from their formulas: iso_c, tsv_m, wudi, ace and OPCM's isotropic read-out.
+"""The spectral rules once more, from their formulas: iso_c, tsv_m, wudi, confluence, ace and OPCM's isotropic read-out.
 
 As in `tests.oracles.rules`: float64, every expert in memory, nothing of the package imported. Results are merged task
 vectors; what to add them to is the caller's business.
@@ -65,21 +65,49 @@ def wudi_ridge(
     lam is `ridge` times the mean over the n inputs of sum_i w_i (norm of tau_i's column)^2 / norm(tau_i)^2.
     """
 
+    return _merged(base, experts, counting, exclude, lambda taus, weights: _least(taus, weights, ridge))
+
+
+def _least(taus: Tensor, weights: Tensor, ridge: float) -> Tensor:
+    """`wudi_ridge` of one matrix."""
+    total = torch.einsum("t,tmn->mn", weights, taus)
+    lengths = taus.square().sum((1, 2))
+    used = lengths > 0
+    if not used.any():
+        return total
+    shares = (weights[used] / lengths[used]).sqrt()[:, None, None]
+    n = taus.shape[2]
+    lam = ridge * (shares * taus[used]).square().sum((0, 1)).mean()
+    rows = torch.cat([(shares * taus[used]).reshape(-1, n), lam.sqrt() * torch.eye(n, dtype=torch.float64)])
+    wanted = torch.cat(
+        [(shares * (taus[used] @ taus[used].mT)).reshape(-1, taus.shape[1]), lam.sqrt() * total.T]
+    )  # of rows @ M'
+    solved: Tensor = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T
+    return solved
+
+
+def confluence(
+    base: Weights,
+    experts: Sequence[Weights],
+    counting: Counting = None,
+    scale: float = 1.0,
+    ridge: float = 0.1,
+    tol: float = 1e-2,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> dict[str, Tensor]:
+    """What `wudi_ridge` has of a matrix, its singular values to the power 1 / (sum of weights)^2, and as long as makes
+    the experts' parts in it, one by one and added up, as long as the experts are; where these would be less than half
+    the root of their added squares, it becomes shorter with them.
+    """
+
     def matrix(taus: Tensor, weights: Tensor) -> Tensor:
-        total = torch.einsum("t,tmn->mn", weights, taus)
-        lengths = taus.square().sum((1, 2))
-        used = lengths > 0
-        if not used.any():
-            return total
-        shares = (weights[used] / lengths[used]).sqrt()[:, None, None]
-        n = taus.shape[2]
-        lam = ridge * (shares * taus[used]).square().sum((0, 1)).mean()
-        rows = torch.cat([(shares * taus[used]).reshape(-1, n), lam.sqrt() * torch.eye(n, dtype=torch.float64)])
-        wanted = torch.cat(
-            [(shares * (taus[used] @ taus[used].mT)).reshape(-1, taus.shape[1]), lam.sqrt() * total.T]
-        )  # of rows @ M'
-        solved: Tensor = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T
-        return solved
+        u, s, v = torch.linalg.svd(_least(taus, weights, ridge), full_matrices=False)
+        power = 1 / max(1.0, float(weights.sum())) ** 2
+        shape = u @ torch.diag(torch.where(s > tol * s[0], s**power, 0.0)) @ v
+        shape /= shape.norm()
+        whole = float((weights * taus.square().sum((1, 2))).sum())
+        heard = sum(float(weight * (shape * tau).sum()) for weight, tau in zip(weights, taus, strict=True))
+        return scale * max(0.0, min(whole / heard, 4 * heard)) * shape
 
     return _merged(base, experts, counting, exclude, matrix)
 

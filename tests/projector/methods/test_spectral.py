@@ -1,4 +1,5 @@
-"""iso_c, tsv_m, wudi, ace and OPCM's isotropic read-out as they stream, against the offline methods in float64."""
+"""iso_c, tsv_m, wudi, confluence, ace and OPCM's isotropic read-out as they stream, against the offline methods in
+float64."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle, float]] = {
     "wudi": ("wudi", {}, spectral.wudi_adam, 1e-5),
     "wudi 1e-4": ("wudi", {"lr": 1e-4, "steps": 60}, spectral.wudi_adam, 1e-5),
     "wudi ridge": ("wudi", {"solver": "ridge"}, spectral.wudi_ridge, 1e-5),
+    "confluence": ("confluence", {}, spectral.confluence, 1e-5),
+    "confluence 1.5": ("confluence", {"scale": 1.5, "ridge": 1e-2}, spectral.confluence, 1e-5),
     "ace": ("ace", {}, spectral.ace, 1e-5),
     "ace differing": ("ace", {"heterogeneity": 0.0, "eps": 1e-4}, spectral.ace, 1e-5),
     "ace never": ("ace", {"normalise": "never", "eps": 1e-5, "scale": 1.5}, spectral.ace, 1e-5),
@@ -463,3 +466,31 @@ def test_tsv_m_gives_one_expert_whole_and_equal_experts_their_direction() -> Non
     twice = merged_task_vector(make("tsv_m"), base, [experts[0], experts[0]])
     for name in MATRICES:
         assert twice[name].isfinite().all() and twice[name].norm() <= 1.01 * truth[name].norm(), name
+
+
+def test_confluence_hears_the_experts_whole() -> None:
+    """Their own parts in what is merged are, added up, as long as they are."""
+    base, experts = stream(count=3)
+    ours = merged_task_vector(make("confluence"), base, experts)
+    for name in ("square.weight", "tall.weight", "lora.weight"):
+        taus = [expert[name].double() - base[name].double() for expert in experts]
+        heard = sum(float((ours[name] * tau).sum()) for tau in taus)
+        assert heard == pytest.approx(sum(rules.norm({name: tau}) ** 2 for tau in taus), rel=1e-5)
+
+
+def test_confluence_leaves_a_single_expert_as_it_is() -> None:
+    base, experts = stream(count=1)
+    ours = merged_task_vector(make("confluence", {"tol": 1e-6}), base, experts)
+    assert worst(ours, rules.task_vector(base, experts[0])) <= 1e-5
+
+
+def test_confluence_merges_little_of_experts_that_contradict_each_other() -> None:
+    """The parts that are left of them are small, and would ask for any length."""
+    base, (expert,) = stream(count=1)
+    name = "square.weight"
+    tau = expert[name].double() - base[name].double()
+    for left in (0.0, 1e-3, 0.1):
+        against = {key: tensor.clone() for key, tensor in base.items()}
+        against[name] = (base[name].double() - (1 - left) * tau).to(base[name].dtype)
+        merged = merged_task_vector(make("confluence"), base, [expert, against])[name]
+        assert rules.norm({name: merged}) <= (4 * left + 1e-4) * rules.norm({name: tau})
