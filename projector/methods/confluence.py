@@ -63,10 +63,6 @@ class Confluence(Method):
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
     @property
-    def grows(self) -> bool:
-        return True
-
-    @property
     def one_sweep(self) -> bool:
         return True
 

@@ -47,6 +47,7 @@ def test_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: str) ->
     assert max(many["versions"]) == 3
 
 
+@pytest.mark.slow
 def test_opcm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: str) -> None:
     found = measured(monkeypatch, tmp_path, "opcm", clip, "--experts", "4")
     assert len(found["backlog"]["seconds"]) == len(found["ready"]["seconds"]) == 2

@@ -37,7 +37,7 @@ EXPERT_BYTES = 4 * sum(prod(shape) for shape in fold_many.SHAPES.values())
 
 # A freed block goes back to the system at once, so that what is measured is what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-FIRST = ("opcm", "ties", "mats")  # the others are measured with the slow tests
+FIRST = ("opcm", "ties")  # the others are measured with the slow tests
 
 
 def grown(tmp_path: Path, tensors: int, rows: int, method: str) -> int:
