@@ -97,23 +97,23 @@ class Confluence(Method):
         if not self._solves(spec):
             return torch.add(base, state["S"], alpha=1 / totals.weight)
         merged = base.clone()
-        for merged_MN, *sums in matrices(merged, *(state[key] for key in ("S", "G", "H", "q"))):
-            if sums[1].trace() > UNTRAINED:
-                self._add(merged_MN, *sums, totals.weight)
+        for merged_MN, s_MN, g_NN, h_MN, q_11 in matrices(merged, *(state[key] for key in ("S", "G", "H", "q"))):
+            if g_NN.trace() > UNTRAINED:
+                r_MN = s_MN + interference.least(s_MN, g_NN, h_MN, self.ridge)
+                self._add(merged_MN, r_MN, s_MN, float(q_11), totals.weight)
         return merged
 
     def _solves(self, spec: TensorSpec) -> bool:
         return is_projected(spec, self.exclude)
 
-    def _add(self, merged_MN: Tensor, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor, q_11: Tensor, weight: float) -> None:
+    def _add(self, merged_MN: Tensor, r_MN: Tensor, s_MN: Tensor, q: float, weight: float) -> None:
         """Adds scale * M to `merged_MN` in place."""
-        r_MN = s_MN + interference.least(s_MN, g_NN, h_MN, self.ridge)
         left_MP, right_NP, s_P = thin_svd(r_MN, self.tol)
         flat_P = torch.where(s_P > 0, s_P.pow(1 / max(1.0, weight) ** 2), 0.0)
         if not flat_P.any():
             return
         left_MP = left_MP * (flat_P / flat_P.norm()).to(left_MP.dtype)
         heard = sum(float(torch.sum((s_MN[rows] @ right_NP).double() * left_MP[rows])) for rows in row_blocks(s_MN))
-        left_MP *= self.scale * min(float(q_11) / heard, MOST**2 * heard) if heard > 0 else 0.0
+        left_MP *= self.scale * min(q / heard, MOST**2 * heard) if heard > 0 else 0.0
         for rows in row_blocks(merged_MN):
             merged_MN[rows] += left_MP[rows] @ right_NP.T
