@@ -44,7 +44,7 @@ def opcm(figures: Figures) -> list[str]:
             f"state; FusionBench's no saving. Getting ready took {preparing:.1f} s of idle time per expert.",
         ),
         "",
-        *_table(
+        *table(
             ("per expert", "s", "peak"),
             ((name, _short(middle), _size(peak)) for name, middle, peak in rows),
         ),
@@ -64,7 +64,7 @@ def mean(figures: Figures) -> list[str]:
             f"The daemon's peak: {_size(figures['peak_bytes'])}.",
         ),
         "",
-        *_table(("", "s"), ((name, _short(middle)) for name, middle in rows)),
+        *table(("", "s"), ((name, _short(middle)) for name, middle in rows)),
     ]
 
 
@@ -85,7 +85,7 @@ def llama(figures: Figures) -> list[str]:
             "which syncs and hashes nothing; its start, measured on a tiny model, is what a daemon pays once.",
         ),
         "",
-        *_table(("", "s", "peak"), rows),
+        *table(("", "s", "peak"), rows),
     ]
 
 
@@ -101,7 +101,7 @@ def adapters(figures: Figures) -> list[str]:
             f"{_size(figures['adapter_bytes'])} each. Drop to visible, basis ready; after full: behind a full one.",
         ),
         "",
-        *_table(("", "s", "peak"), rows),
+        *table(("", "s", "peak"), rows),
     ]
 
 
@@ -121,7 +121,7 @@ def download(figures: Figures) -> list[str]:
             f"One file of {_size(figures['model_bytes'])}, from the page cache to another file, nothing synced.",
         ),
         "",
-        *_table(("", "MB/s", "s"), rows),
+        *table(("", "MB/s", "s"), rows),
         "",
         *text(
             f"{many['clients']} clients: {_size(many['bytes'])} in {_short(many['seconds'])} s, {many['gone']} times",
@@ -140,7 +140,7 @@ def growth_experts(figures: Figures) -> list[str]:
             f"A model of {_size(figures['model_bytes'])}, OPCM, a backlog; the daemon's own time for one arrival.",
         ),
         "",
-        *_table(("arrivals", "s", "peak"), rows),
+        *table(("arrivals", "s", "peak"), rows),
     ]
 
 
@@ -156,7 +156,7 @@ def growth_size(figures: Figures) -> list[str]:
         for size in figures["sizes"]
     )
     return [
-        *_table(("layers", "model", "s", "ms per layer", "peak"), rows),
+        *table(("layers", "model", "s", "ms per layer", "peak"), rows),
     ]
 
 
@@ -169,7 +169,7 @@ def gate(figures: Figures) -> list[str]:
             f"HTTP: {median(turned['idle']):.2f} s, while experts are merged {turned['merging']:.2f} s.",
         ),
         "",
-        *_table(
+        *table(
             ("an arrival", "s", "bytes"),
             (
                 ("without `[evaluate]`", _short(middle["without"]), str(beside["without"])),
@@ -187,7 +187,7 @@ def restart(figures: Figures) -> list[str]:
             "version is hashed. An expert that is being merged stays in the inbox.",
         ),
         "",
-        *_table(
+        *table(
             ("", "s"),
             (
                 ("from start to ready", _short(middle["clean start"])),
@@ -207,7 +207,7 @@ def scrape(figures: Figures) -> list[str]:
     return [
         *text("One scrape of `/metrics`, uncompressed, with 32 tasks of each head; the median of 50."),
         "",
-        *_table(("heads", "ms", "size", "series"), rows),
+        *table(("heads", "ms", "size", "series"), rows),
     ]
 
 
@@ -224,7 +224,7 @@ def webhooks(figures: Figures) -> list[str]:
             f"{_size(figures['bytes'])} stay. An event comes with each arrival and costs whoever records it:",
         ),
         "",
-        *_table(("", "CPU ms", "ms", "at worst"), (row("nobody is told", "_without"), row("a dead endpoint", ""))),
+        *table(("", "CPU ms", "ms", "at worst"), (row("nobody is told", "_without"), row("a dead endpoint", ""))),
     ]
 
 
@@ -243,7 +243,7 @@ def hub(figures: Figures) -> list[str]:
             "timed by itself, a copy with the start of its process.",
         ),
         "",
-        *_table(("", "s", "came"), rows),
+        *table(("", "s", "came"), rows),
     ]
 
 
@@ -264,7 +264,7 @@ def methods_cost(figures: Figures) -> list[str]:
             "error is that of the merged task vector against the formula in float64.",
         ),
         "",
-        *_table(("method", "s an arrival", "s a read-out", "bytes a parameter", "error"), rows),
+        *table(("method", "s an arrival", "s a read-out", "bytes a parameter", "error"), rows),
     ]
 
 
@@ -301,7 +301,7 @@ def _gpu_layers(shapes: Sequence[str], layers: Figures, peers: Figures) -> list[
             "read-out, by measured bandwidth and rate.",
         ),
         "",
-        *_table(("layer", "backlog", "ready", "read-out", "floor", "merge_linear_weights"), rows),
+        *table(("layer", "backlog", "ready", "read-out", "floor", "merge_linear_weights"), rows),
     ]
 
 
@@ -352,7 +352,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Figures], list[str]]]] = {
 }
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     return [_row(head), "|" + "---|" * len(head), *map(_row, rows)]
 
 

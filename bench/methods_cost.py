@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.details import methods_cost
 from bench.record import parser, save
 from bench.side_by_side import Case
 from projector.laws.trial import merge
@@ -37,13 +38,9 @@ def main() -> None:
     base, experts = _drawn(options.width, options.experts)
     torch.set_num_threads(1)
     rows = [_row(case, oracle, base, experts) for case, oracle in CASES]
-    print("| method | seconds an arrival | read-out | bytes a parameter | from the formula |\n|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| `{row['method']}` | {row['arrival']:.3g} | {row['read_out']:.3g} | {row['state_bytes']:.3g} "
-            f"| {row['error']:.1e} |"
-        )
-    save("methods_cost", options, {"methods": rows}, quiet=True)
+    figures = {"methods": rows}
+    print("\n".join(methods_cost(figures)))
+    save("methods_cost", options, figures, quiet=True)
 
 
 def _opcm(base: Weights, experts: Sequence[Weights]) -> dict[str, Tensor]:

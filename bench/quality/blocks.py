@@ -131,7 +131,7 @@ def _row(cells: Sequence[Cell], own: Mapping[str, float], family: Family) -> dic
     }
     method = make(cells[0].variant.split()[0])
     first = cells[0]
-    by_arrival = [(scores, _best(first, own, place)) for place, scores in enumerate(first.steps, start=1)]
+    by_arrival = [(scores, first.best(own, place)) for place, scores in enumerate(first.steps, start=1)]
     curve = [
         fmean(scores[task] / value for task, value in best.items())
         for scores, best in by_arrival
@@ -146,14 +146,6 @@ def _row(cells: Sequence[Cell], own: Mapping[str, float], family: Family) -> dic
         "curve": curve,
         "first_acc": figures[0]["acc"],
     }
-
-
-def _best(one: Cell, own: Mapping[str, float], count: int) -> dict[str, float]:
-    """By task that was learned after so many arrivals, what its best expert has by itself."""
-    found: dict[str, float] = {}
-    for name in one.order[:count]:
-        found[one.tasks[name]] = max(own[name], found.get(one.tasks[name], 0.0))
-    return found
 
 
 def _mean(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:

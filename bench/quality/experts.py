@@ -13,10 +13,12 @@ Whatever is there is not made again.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -66,8 +68,7 @@ def expert_of(name: str, cache: Path, course: training.Course) -> Path:
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "course": asdict(course),
     }
-    noted.parent.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps(said))
+    note(said, noted)
     return path
 
 
@@ -94,7 +95,19 @@ def make_experts(cache: Path, names: Sequence[str] = tuple(TASKS), course: train
 
 def save(tensors: Weights, path: Path) -> None:
     """Whole at once, so that what is there is good."""
+    with _whole(path) as part:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+
+
+def note(said: Any, path: Path) -> None:
+    """JSON, in the same way: another process may read it."""
+    with _whole(path) as part:
+        part.write_text(json.dumps(said))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".part-{os.getpid()}")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+    yield part
     part.rename(path)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.quality import vision
-from bench.quality.experts import half_of, save
+from bench.quality.experts import half_of, note, save
 from bench.quality.folding import Stream
 from bench.quality.lora import encoder_adapter, reader_adapter
 from bench.quality.scoring import Scorer
@@ -64,8 +64,7 @@ class Family:
     def _kept(self, name: str, make: Callable[[], Mapping[str, float]]) -> dict[str, float]:
         path = self.cache / "own" / self.name / f"{name}.json"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(make()))
+            note(make(), path)
         found: dict[str, float] = json.loads(path.read_text())
         return found
 
@@ -75,8 +74,7 @@ def encoders(cache: Path, texts: int) -> Family:
     trained yet.
     """
     noted = {name: cache / "scores" / f"{name}.json" for name in TASKS}
-    if gone := [name for name, path in noted.items() if not path.exists()]:
-        raise FileNotFoundError(f"not trained yet: {', '.join(gone)}")
+    _check_there(noted)
     said = {name: json.loads(path.read_text()) for name, path in noted.items()}
     gains = {name: one["expert"] - one["base"] for name, one in said.items()}
     chosen = [name for name, gain in gains.items() if gain >= LEAST_GAIN][:STREAM]
@@ -91,8 +89,8 @@ def halves(cache: Path, texts: int, *, ready: bool = False) -> Family:
     found = encoders(cache, texts)
     pairs = [(name, half) for half in (0, 1) for name in found.experts]
     wanted = {f"{name}-{half}": cache / "halves" / f"{name}-{half}.safetensors" for name, half in pairs}
-    if ready and not all(path.exists() for path in wanted.values()):
-        raise FileNotFoundError("the halves are not trained yet")
+    if ready:
+        _check_there(wanted)
     for name, half in pairs:
         half_of(name, half, cache, Course())
     return replace(found, name="halves", experts=wanted, tasks={f"{name}-{half}": name for name, half in pairs})
@@ -102,8 +100,8 @@ def encoder_adapters(cache: Path, texts: int, *, ready: bool = False) -> Family:
     """LoRA experts of the sentence encoders."""
     found = encoders(cache, texts)
     tasks = list(found.experts)[:ADAPTED]
-    if ready and not all((cache / "lora" / task).exists() for task in tasks):
-        raise FileNotFoundError("the adapters are not trained yet")
+    if ready:
+        _check_there({task: cache / "lora" / task for task in tasks})
     paths = {f"{task}-lora": encoder_adapter(task, cache) for task in tasks}
     return replace(found, name="encoder_adapters", experts=paths, tasks={f"{task}-lora": task for task in tasks})
 
@@ -117,13 +115,12 @@ def readers(cache: Path, tasks: Sequence[str] = vision.TRAINED, *, ready: bool =
     base = folder / "base.safetensors"
     if not base.exists() and not ready:
         save(vision.pretrained(), base)
-    paths = {}
-    if ready and (gone := [task for task in tasks if not (folder / f"{task}.safetensors").exists()]):
-        raise FileNotFoundError(f"not trained yet: {', '.join(gone)}")
-    for task in tasks:
-        paths[task] = folder / f"{task}.safetensors"
-        if not paths[task].exists():
-            save(vision.finetuned(load_file(base), task), paths[task])
+    paths = {task: folder / f"{task}.safetensors" for task in tasks}
+    if ready:
+        _check_there(paths)
+    for task, path in paths.items():
+        if not path.exists():
+            save(vision.finetuned(load_file(base), task), path)
     held_out = [task for task in vision.TASKS + vision.BASE_TASKS if task not in paths]
     score = lambda weights, wanted: vision.scores(weights, tuple(wanted))  # noqa: E731
     return Family("readers", cache, base, paths, held_out, score, {})
@@ -132,7 +129,13 @@ def readers(cache: Path, tasks: Sequence[str] = vision.TRAINED, *, ready: bool =
 def adapters(cache: Path, tasks: Sequence[str] = vision.TRAINED[::2], *, ready: bool = False) -> Family:
     """LoRA experts of the digit readers."""
     found = readers(cache, ready=ready)
-    if ready and (gone := [task for task in tasks if not (cache / "vision" / "lora" / task).exists()]):
-        raise FileNotFoundError(f"not trained yet: {', '.join(gone)}")
+    if ready:
+        _check_there({task: cache / "vision" / "lora" / task for task in tasks})
     paths = {f"{task}-lora": reader_adapter(task, cache) for task in tasks}
     return replace(found, name="adapters", experts=paths, tasks={f"{task}-lora": task for task in tasks})
+
+
+def _check_there(paths: Mapping[str, Path]) -> None:
+    """Raises FileNotFoundError, naming what was not trained yet."""
+    if gone := [name for name, path in paths.items() if not path.exists()]:
+        raise FileNotFoundError(f"not trained yet: {', '.join(gone)}")

@@ -1,6 +1,6 @@
 """What the results say, in sentences made from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
@@ -170,8 +170,13 @@ def _grown(results: Part) -> list[str]:
     ]
 
 
-def _balance(pair: Part) -> float:
+def balance(pair: Part) -> float:
+    """Of what was learned and what was kept in the end, the geometric mean."""
     return float((pair["accumulation"][-1] * pair["retention"][-1]) ** 0.5)
+
+
+def _by_way(pairs: Sequence[Part]) -> Mapping[tuple[str, str, str], Part]:
+    return {(pair["init"], pair["deploy"], pair["relative_to"]): pair for pair in pairs}
 
 
 def _both(pair: Part) -> str:
@@ -182,22 +187,20 @@ def _started(results: Part) -> list[str]:
     pairs = results.get("grid")
     if not pairs:
         return []
-    best = max(pairs, key=_balance)
+    best = max(pairs, key=balance)
     words = [
         f"**What to start from**: after eight rounds the best balance of what was learned and what was kept has "
         f"`{best['init']}` as init with `{best['deploy']}` served"
         + (" relative to what each was trained from" if best["relative_to"] == "trained_from" else "")
-        + f": {percent(best['accumulation'][-1])} and {percent(best['retention'][-1])}."
+        + f": {_both(best)}."
     ]
-    known = {(pair["init"], pair["deploy"], pair["relative_to"]): pair for pair in pairs}
+    known = _by_way(pairs)
     compared = [known.get(key) for key in (("latest", "latest", "base"), ("zero_shot", "mean", "base"))]
     for one, name in zip(
         compared, ("plain fine-tuning", "the mean of experts that all start from the base"), strict=True
     ):
         if one:
-            words.append(
-                f"{name[0].upper()}{name[1:]}: {percent(one['accumulation'][-1])} and {percent(one['retention'][-1])}."
-            )
+            words.append(f"{name[0].upper()}{name[1:]}: {_both(one)}.")
     if fused := known.get(("mean", "mean", "base")):
         words.append(
             "The mean as what the next one starts from (fusing for a better initialisation, Choshen et al., arXiv "
@@ -210,12 +213,12 @@ def _summed(results: Part) -> list[str]:
     pairs = results.get("grid")
     if not pairs:
         return []
-    known = {(pair["init"], pair["deploy"], pair["relative_to"]): pair for pair in pairs}
+    known = _by_way(pairs)
     told = []
     for init, deploy in (("ema", "opcm"), ("ema", "task_arithmetic"), ("latest", "opcm"), ("ema", "iso_c")):
         one, other = (known.get((init, deploy, way)) for way in ("base", "trained_from"))
         if one and other:
-            told.append(f"`{deploy}` after `{init}`: {percent(_balance(one))} and {percent(_balance(other))}")
+            told.append(f"`{deploy}` after `{init}`: {percent(balance(one))} and {percent(balance(other))}")
     if not told:
         return []
     return ["**`relative_to`** for sums, balance with `base` and with `trained_from`: " + "; ".join(told) + "."]

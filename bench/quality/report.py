@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from bench.details import table
 from bench.quality import findings, pictures
-from bench.quality.tables import aligned, percent, points, spread
+from bench.quality.tables import percent, points, spread
 from bench.record import RESULTS, ROOT
 from projector.text import plain, size
 
@@ -83,7 +84,7 @@ def _models(results: Part) -> list[str]:
         ]
         for name in order
     ]
-    return lines + aligned(["task", "classes", "texts", "base", "expert"], rows)
+    return lines + table(["task", "classes", "texts", "base", "expert"], rows)
 
 
 def _streams(results: Part, name: str, title: str) -> list[str]:
@@ -117,7 +118,7 @@ def _streams(results: Part, name: str, title: str) -> list[str]:
             ]
         )
     columns = ["method", "ACC", "share", "BWT", "forgetting", "held out", "seconds", "state", "orders"]
-    return [*lines, *aligned(columns, rows), "", *pictures.shown(results, name)]
+    return [*lines, *table(columns, rows), "", *pictures.shown(results, name)]
 
 
 def _orders(results: Part) -> list[str]:
@@ -129,7 +130,7 @@ def _orders(results: Part) -> list[str]:
     ]
     if not rows:
         return []
-    return ["### Over more orders", "", *aligned(["method", "orders", "ACC"], rows)]
+    return ["### Over more orders", "", *table(["method", "orders", "ACC"], rows)]
 
 
 def _growth(results: Part) -> list[str]:
@@ -148,7 +149,7 @@ def _growth(results: Part) -> list[str]:
             for label, row in part.items()
         ]
         lines += ["", f"Share of the experts' own accuracy, {title}:", ""]
-        lines += aligned(["method", *(f"{size} experts" for size in sizes)], rows)
+        lines += table(["method", *(f"{size} experts" for size in sizes)], rows)
     return ["## More and more experts", *lines, "", *pictures.shown(results, "growth")] if lines else []
 
 
@@ -167,7 +168,7 @@ def _sensitivity(results: Part) -> list[str]:
             against = points(row["acc"] - default["first_acc"]) if default else "-"
             rows.append([f"`{label}`", percent(row["acc"]), against, percent(row["share"])])
         lines += ["", f"The first order, {title}:", ""]
-        lines += aligned(["method", "ACC", "against its default", "share"], rows)
+        lines += table(["method", "ACC", "against its default", "share"], rows)
     return ["## Other parameters", *lines] if lines else []
 
 
@@ -183,18 +184,10 @@ def _grid(results: Part) -> list[str]:
         rows = []
         for pair in pairs:
             label = pair["deploy"] + (", from `trained_from`" if pair["relative_to"] == "trained_from" else "")
-            accumulated, retained = pair["accumulation"][-1], pair["retention"][-1]
-            rows.append(
-                [
-                    f"`{pair['init']}`",
-                    label,
-                    percent(accumulated),
-                    percent(retained),
-                    percent((accumulated * retained) ** 0.5),
-                ]
-            )
+            figures = pair["accumulation"][-1], pair["retention"][-1], findings.balance(pair)
+            rows.append([f"`{pair['init']}`", label, *map(percent, figures)])
         lines += ["", f"After eight rounds, {title}:", ""]
-        lines += aligned(["start from", "serve", "accumulation", "retention", "balance"], rows)
+        lines += table(["start from", "serve", "accumulation", "retention", "balance"], rows)
     if not lines:
         return []
     return [

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.quality.experts import note
 from bench.quality.family import Family
 from bench.quality.folding import Stream
 from daemon.evaluation.figures import Step, average_accuracy, backward_transfer, forgetting
@@ -59,9 +60,7 @@ class Cell:
         learned = {self.tasks[name] for name in self.order}
         last = replace(steps[-1], scores={task: s for task, s in steps[-1].scores.items() if task in learned})
         steps = [*steps[:-1], last]
-        best: dict[str, float] = {}
-        for name in self.order:
-            best[self.tasks[name]] = max(own[name], best.get(self.tasks[name], 0.0))
+        best = self.best(own, len(self.order))
         moved = backward_transfer(steps)
         lost = forgetting(steps)
         final = self.steps[-1]
@@ -74,6 +73,13 @@ class Cell:
         }
         away = [task for task in held_out if task in final]
         return figures | ({"held_out": fmean(final[task] for task in away)} if away else {})
+
+    def best(self, own: Mapping[str, float], count: int) -> dict[str, float]:
+        """By task that was learned after so many arrivals, what its best expert has by itself."""
+        found: dict[str, float] = {}
+        for name in self.order[:count]:
+            found[self.tasks[name]] = max(own[name], found.get(self.tasks[name], 0.0))
+        return found
 
 
 FIRST = ("mean", "opcm", "tsv_m", "iso_c", "wudi", "task_arithmetic", "ties", "ema", "latest", "zero_shot")
@@ -115,10 +121,7 @@ def cell(family: Family, variant: Variant, order: Sequence[str], *, whole: bool,
         [one.cpu_seconds for one in costs],
         costs[-1].state_bytes,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(found)))
-    part.rename(path)
+    note(asdict(found), path)
     return found
 
 

@@ -1,6 +1,6 @@
 """Figures as a page has them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 
 def percent(value: float) -> str:
@@ -29,8 +29,3 @@ def spread(found: Mapping[str, float | None]) -> str:
     mean, deviation = found["mean"], found["stdev"]
     assert mean is not None
     return percent(mean) + (f" ± {percent(deviation)}" if deviation is not None else "")
-
-
-def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]

@@ -13,7 +13,7 @@ from statistics import fmean
 from safetensors.torch import load_file
 
 from bench.quality import vision
-from bench.quality.experts import save
+from bench.quality.experts import note, save
 from bench.quality.family import Family
 from bench.quality.folding import Stream
 from bench.quality.streams import Variant
@@ -107,5 +107,4 @@ def _serve(path: Path, pair: Pair, family: Family, deploy: Variant, trained: Seq
             scores: Mapping[str, float] = vision.scores(stream.weights(), (*ROUNDS, *HELD_OUT), IMAGES)
             accumulation.append(fmean(scores[task] for task in ROUNDS))
             retention.append(fmean(scores[task] for task in HELD_OUT))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(replace(pair, accumulation=accumulation, retention=retention))))
+    note(asdict(replace(pair, accumulation=accumulation, retention=retention)), path)

@@ -32,7 +32,7 @@ MOST_PATHS = 1000
 DEEPEST = 8  # folders, one in the other
 TRAINING = "Training in progress"  # how the Trainer of transformers begins the message of a save that is not the last
 MORE_SECONDS = 3600.0  # without another commit, where others should follow: then it is what it is
-SHARD = re.compile(r"(?P<model>.+)-(?P<n>\d{5})-of-(?P<of>\d{5})(?P<suffix>\.\w+)")
+SHARD = re.compile(r"(?P<model>.+)-\d{5}-of-(?P<of>\d{5})(?P<suffix>\.\w+)")
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,9 @@ def _flags(wanted: Flagged | None) -> Collection[Flag]:
 
 
 def _versions(reader: "Reader", name: str | None, limit: int, as_json: bool) -> None:
+    """The newest `limit` versions of each head, or of the one named."""
     from daemon.home.standing import withdrawn_since
 
-    """The newest `limit` versions of each head, or of the one named."""
     heads = reader.heads()
     if name is not None and name not in {head.name for head in heads}:
         raise DaemonError(Reason.UNKNOWN, f"there is no head {name!r}", "see `mainstem status` for the heads")

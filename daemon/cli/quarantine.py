@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from daemon.cli.asking import DryRunOption, ExpertArgument, ReasonOption, expert_named, intervene
+from daemon.cli.asking import expert_named, on_experts
 from daemon.cli.common import HomeOption, JsonOption, local, open_reader, print_json, print_table
 from daemon.layout import number
 from projector.text import shown
@@ -56,25 +56,5 @@ def show(
     typer.echo(f"    {state}{'; blocked' if found.blocked else ''}")
 
 
-@app.command()
-def retry(
-    experts: ExpertArgument,
-    reason: ReasonOption = None,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Put what was refused back into the inbox, and close the case."""
-    intervene(Deed.RETRY, home, reason, dry_run, experts=experts, as_json=as_json)
-
-
-@app.command()
-def discard(
-    experts: ExpertArgument,
-    reason: ReasonOption = None,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Remove what was refused for good, and close the case."""
-    intervene(Deed.DISCARD, home, reason, dry_run, experts=experts, as_json=as_json)
+app.command("retry")(on_experts(Deed.RETRY, "Put what was refused back into the inbox, and close the case."))
+app.command("discard")(on_experts(Deed.DISCARD, "Remove what was refused for good, and close the case."))

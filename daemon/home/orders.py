@@ -50,9 +50,14 @@ class Order:
         """What it means, in words."""
         return "merging is paused" if self.kind is Kind.PAUSE else "the queue is finished, then the daemon stops"
 
+    @property
+    def because(self) -> str:
+        """Why, in words behind others."""
+        return f" ({shown(self.why)})" if self.why else ""
+
     def text(self, now: datetime | None = None) -> str:
         """The same, with how long merging has been paused, who asked for it and why."""
-        by = f"by {self.who}{f' ({shown(self.why)})' if self.why else ''}"
+        by = f"by {self.who}{self.because}"
         if self.kind is Kind.DRAIN:
             return f"{self.meaning}: asked for {by}"
         try:
@@ -81,15 +86,11 @@ def planned(home: Home, deed: Deed) -> list[str]:
         last = f": {daemon.merging} is finished first" if daemon and daemon.merging else ""
         return [f"no expert is taken until `mainstem resume`{last}; what arrives waits in the inbox"]
     if deed is Deed.DRAIN and kind is not Kind.DRAIN:
-        ended = [f"that ends what {now.who} asked for: merging was paused{_why(now)}"] if now else []
+        ended = [f"that ends what {now.who} asked for: merging was paused{now.because}"] if now else []
         return ["what is in the inbox now is decided, then the daemon stops; `mainstem resume` calls it off", *ended]
     if deed is Deed.RESUME and kind:
         return ["merging goes on" if kind is Kind.PAUSE else "the daemon goes on when the queue is finished"]
     return []
-
-
-def _why(given: Order) -> str:
-    return f" ({shown(given.why)})" if given.why else ""
 
 
 def give(home: Home, deed: Deed, who: str, why: str | None) -> None:

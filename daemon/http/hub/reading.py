@@ -152,8 +152,8 @@ class HubReading:
             raise told(Problem(405, "read_only", detail, hint, allow), "read_only")
         if repo := request.path_params.get("repo"):
             self._listing(request)
-            raise told(Problem(404, "not_found", f"{NAMESPACE}/{repo} has nothing of the kind", hint), "not_found")
-        raise told(Problem(404, "not_found", "there is nothing of the kind here", hint), "not_found")
+            raise hub_problem(404, "not_found", "not_found", f"{NAMESPACE}/{repo} has nothing of the kind", hint)
+        raise hub_problem(404, "not_found", "not_found", "there is nothing of the kind here", hint)
 
     def _listing(self, request: Request) -> Listing:
         repo: str = request.path_params["repo"]

@@ -16,12 +16,12 @@ from daemon.http.answers import Problem
 from daemon.http.files import Published
 from daemon.layout import ADAPTER_FOLDER, is_adapter
 from daemon.manifest import FileEntry, Manifest
-from daemon.notation import called
+from daemon.notation import LATEST, called
 from registry.records import Head, Version
 
 NAMESPACE = "mainstem"
 LIVE = "main"  # the revision, whatever the head is called
-ALIASES = (LIVE, "latest")  # as the folder and OCI say it
+ALIASES = (LIVE, LATEST)  # as the folder and OCI say it
 COMMIT_DIGITS = 40
 _ADAPTER = f"-{ADAPTER_FOLDER}"
 
