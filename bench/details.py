@@ -260,8 +260,8 @@ def methods_cost(figures: Figures) -> list[str]:
     )
     return [
         *text(
-            "A transformer's layer of width 384 and six experts. Bytes are those of the state for each parameter; the",
-            "error is that of the merged task vector against the formula in float64.",
+            "Two blocks of a transformer. Bytes are those of the state for each parameter; the error is that of the",
+            "merged task vector against the formula in float64.",
         ),
         "",
         *table(("method", "s an arrival", "s a read-out", "bytes a parameter", "error"), rows),
