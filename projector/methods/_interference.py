@@ -46,6 +46,16 @@ def add(tau_MN: Tensor, weight: float, factors: Factors | None, g_NN: Tensor, h_
     return squared_norm
 
 
+def add_outputs(tau_MN: Tensor, weight: float, factors: Factors | None, l_MM: Tensor) -> None:
+    """Adds w tau tau' / ||tau||^2 to L (m, m), in place: what G is
+    of the transposed task matrix. Its H is the same, transposed."""
+    turned = (factors[1].T, factors[0].T) if factors else None
+    own_MM = gram(tau_MN.T, turned)
+    squared_norm = float(own_MM.trace())
+    if squared_norm:
+        l_MM += own_MM.mul_(weight / squared_norm)
+
+
 def disturbed(s_BN: Tensor, g_NN: Tensor, h_BN: Tensor) -> Tensor:
     """Rows of R = S G - H, float64."""
     return torch.addmm(h_BN, s_BN.double(), g_NN, beta=-1)

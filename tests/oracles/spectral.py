@@ -95,13 +95,14 @@ def confluence(
     tol: float = 1e-2,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
 ) -> dict[str, Tensor]:
-    """What `wudi_ridge` has of a matrix, its singular values to the power 1 / (sum of weights)^2, and as long as makes
-    the experts' parts in it, one by one and added up, as long as the experts are; where these would be less than half
-    the root of their added squares, it becomes shorter with them.
+    """The mean of what `wudi_ridge` has of a matrix and, turned back, of the transposed one, its singular values to the
+    power 1 / (sum of weights)^2, and as long as makes the experts' parts in it, one by one and added up, as long as
+    the experts are; where these would be less than half the root of their added squares, it becomes shorter with them.
     """
 
     def matrix(taus: Tensor, weights: Tensor) -> Tensor:
-        u, s, v = torch.linalg.svd(_least(taus, weights, ridge), full_matrices=False)
+        both = (_least(taus, weights, ridge) + _least(taus.mT, weights, ridge).T) / 2
+        u, s, v = torch.linalg.svd(both, full_matrices=False)
         power = 1 / max(1.0, float(weights.sum())) ** 2
         shape = u @ torch.diag(torch.where(s > tol * s[0], s**power, 0.0)) @ v
         shape /= shape.norm()
