@@ -1,12 +1,13 @@
 """`mainstem zipit`: whole models zipped by their features, with calibration data."""
 
 import json
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from daemon.cli.common import JsonOption, print_json, print_table
+from daemon.cli.common import JsonOption, leave, print_json, print_table
 
 if TYPE_CHECKING:
     from projector.zipping.graph import Graph
@@ -50,6 +51,7 @@ def command(
     """
     from daemon.zipit.zipping import How, graph_of, zipit
 
+    signal.signal(signal.SIGTERM, leave)
     if show_graph:
         typer.echo(json.dumps(graph_of(models[0], calibration).described(), indent=2))
         return

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from daemon.errors import Reason, Refused
 from daemon.zipit.calibration import Calibration, call
+from projector.errors import BadValues
 from projector.text import shown
 from projector.zipping.graph import Node, Place
 from projector.zipping.moments import Moments
@@ -25,17 +26,21 @@ def gathered(
     for group in _passes(nodes, sizes, len(models)):
         moments = {node.name: Moments() for node in group}
         for batch in calibration.batches():
-            each = [features(model, batch, group) for model in models]
+            each = [features(model, batch, group, sizes) for model in models]
             for node in group:
                 rows = [one[node.name] for one in each]
-                _check(node, rows, sizes[node.name])
-                moments[node.name].add(rows)
+                _check_rows(node, rows)
+                with of_node(node):
+                    moments[node.name].add(rows)
         for node in group:
             yield node, moments.pop(node.name)
 
 
-def features(model: nn.Module, batch: Any, nodes: Sequence[Node]) -> dict[str, Tensor]:
-    """(rows, n) of each node, where one model is run on one batch. Padding, by `attention_mask`, gives no row."""
+def features(model: nn.Module, batch: Any, nodes: Sequence[Node], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """(rows, n) of each node, where one model is run on one batch. Padding, by `attention_mask`, gives no row.
+
+    Raises Refused, also where they are not as many as the node's tensors make.
+    """
     places = [place for node in nodes for place in node.places]
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     with torch.inference_mode(), _listening(model, places) as heard:
@@ -47,8 +52,19 @@ def features(model: nn.Module, batch: Any, nodes: Sequence[Node]) -> dict[str, T
             if not heard[place]:
                 raise Refused(Reason.ZIPIT, f"{node.name}: the model does not run {shown(place.module)}", GRAPH_HINT)
             pieces += [_rows(one, place, mask) for one in heard[place]]
+        for one in pieces:
+            _check_size(node, one, sizes[node.name])
         found[node.name] = torch.cat(pieces)
     return found
+
+
+@contextmanager
+def of_node(node: Node) -> Iterator[None]:
+    """Lets an error about features say of which node they are."""
+    try:
+        yield
+    except BadValues as error:
+        raise BadValues(error.reason, f"{shown(node.name)}: {error}", error.hint) from None
 
 
 def _passes(nodes: Sequence[Node], sizes: Mapping[str, int], models: int) -> Iterator[list[Node]]:
@@ -92,7 +108,7 @@ def _hear(heard: dict[Place, list[Tensor]], place: Place, value: Any) -> None:
     first = value[0] if isinstance(value, tuple) and value else value
     if not isinstance(first, Tensor):
         raise Refused(Reason.ZIPIT, f"{shown(place.module)} gives or takes no tensor first", GRAPH_HINT)
-    heard[place].append(first.detach().clone())
+    heard[place].append(first.detach().clone())  # what comes next may work in place
 
 
 def _rows(features: Tensor, place: Place, mask: Any) -> Tensor:
@@ -105,11 +121,13 @@ def _rows(features: Tensor, place: Place, mask: Any) -> Tensor:
     return last.reshape(-1, last.shape[-1])
 
 
-def _check(node: Node, rows: Sequence[Tensor], size: int) -> None:
-    for one in rows:
-        if one.shape[1] != size:
-            what = f"{node.name} has {size} features by its tensors, and {one.shape[1]} where they are taken"
-            raise Refused(Reason.ZIPIT, what, GRAPH_HINT)
+def _check_size(node: Node, rows: Tensor, size: int) -> None:
+    if rows.shape[1] != size:
+        what = f"{shown(node.name)} has {size} features by its tensors, and {rows.shape[1]} where they are taken"
+        raise Refused(Reason.ZIPIT, what, GRAPH_HINT)
+
+
+def _check_rows(node: Node, rows: Sequence[Tensor]) -> None:
     if len({len(one) for one in rows}) > 1:
         what = f"{node.name} has other rows of features in each model for the same inputs"
         raise Refused(Reason.ZIPIT, what, "zip models that take the same inputs alike")
@@ -149,5 +167,5 @@ def normed(calibration: Calibration, model: nn.Module) -> dict[str, Tensor]:
     for name, module in norms.items():
         module.eval()
         module.momentum = before[name]
-        found |= {f"{name}.{key}": value.clone() for key, value in module.named_buffers()}
+        found |= {f"{name}.{key}": value.cpu().clone() for key, value in module.named_buffers()}
     return found

@@ -16,7 +16,7 @@ from daemon.checkpoints.checkpoint import open_path
 from daemon.errors import Reason, Refused
 from daemon.zipit.calibration import Calibration, call, open_calibration
 from daemon.zipit.families import family_graph
-from daemon.zipit.features import GRAPH_HINT, first_output, gathered, normed
+from daemon.zipit.features import GRAPH_HINT, features, first_output, gathered, normed, of_node
 from daemon.zipit.sequential import sequential_graph
 from daemon.zipit.writing import Head, check_out, write_heads, write_whole
 from projector.spec import Schema, TensorSpec
@@ -114,59 +114,127 @@ def zipit(
     running = calibration.module(first.weights, first.path)
     graph = graph or _graph(running, first)
     sizes = graph.sizes(first.schema)
-    zipping = graph.upto(how.to)
+    course = _Course(calibration, how, graph.upto(how.to), sizes, first)
     say("trying the graph: the first model with its features shuffled must compute the same")
     _try(graph, sizes, calibration, running, first)
-    whole = how.to is None
-    names = shared_names(zipping, list(first.weights), whole=whole)
-    shared = {name: first.weights[name] for name in names}
-    heads = [replace(first, weights={k: v for k, v in first.weights.items() if k not in shared})]
-    models, met, warnings = [first], list[Met](), list[str]()
-    for number, path in enumerate(paths[1:], 2):
+    digests = [first.sha256]
+    for path in paths[1:]:
         model = _opened(path)
-        check_alike(zipping, first.schema, model.schema, whole=whole)
-        if graph.one_base:
-            _check_one_base(zipping, shared, model, names)
-        say(f"{path.name}: running it beside {'what was zipped' if number > 2 else first.path.name}")
-        both = [running, calibration.module(model.weights, path)]
-        weights = ((number - 1) / number, 1 / number)
-        pairings: dict[str, Pairing] = {}
-        for node, moments in gathered(calibration, both, zipping.nodes, sizes):
-            found = pair(moments.correlation(), weights, how.alpha, how.beta)
-            pairings[node.name] = found
-            dead = int(moments.dead().sum())
-            met.append(
-                Met(number, node.name, found.size, moments.rows, dead, **found.counted(), correlation=found.merit)
-            )
-            warnings += _warned(met[-1])
-        shared, heads = _joined(zipping, shared, heads, model, pairings, weights, whole=whole)
-        models.append(model)
-        for head in heads:
-            _reset(calibration, shared, head)
-        running = calibration.module({**shared, **heads[0].weights}, first.path)
-    named = _names(paths)
+        say(f"{path.name}: running it beside {' and '.join(one.name for one in paths[: len(digests)])}")
+        running = course.add(model, running)
+        digests.append(model.sha256)
+    names = _names(paths)
     result = Zipped(
         out=str(out),
         models=[str(path) for path in paths],
         to=how.to,
         alpha=how.alpha,
         beta=how.beta,
-        heads=[] if whole else [f"heads/{name}" for name in named],
-        nodes=met,
-        shared_bytes=_bytes(shared, first.dtypes),
-        own_bytes=sum(_bytes(head.weights, head.dtypes) for head in heads),
-        warnings=warnings,
+        heads=[] if course.whole else [f"heads/{name}" for name in names],
+        nodes=course.met,
+        shared_bytes=_bytes(course.shared, first.dtypes),
+        own_bytes=sum(_bytes(head.weights, head.dtypes) for head in course.heads),
+        warnings=[line for met in course.met for line in _warned(met)],
         seconds=monotonic() - started,
     )
-    record = asdict(result) | {"sha256": [model.sha256 for model in models], "graph": graph.described()}
-    whose = [
-        Head(name, head.path, head.files, head.weights, head.dtypes) for name, head in zip(named, heads, strict=False)
+    record = asdict(result) | {"sha256": digests, "graph": graph.described()}
+    heads = [
+        Head(name, head.path, head.files, head.weights, head.dtypes)
+        for name, head in zip(names, course.heads, strict=False)  # a whole zip has one
     ]
-    if whole:
-        write_whole(out, whose[0], shared, first.dtypes, record)
+    if course.whole:
+        write_whole(out, heads[0], course.shared, first.dtypes, record)
     else:
-        write_heads(out, whose, shared, first.dtypes, record)
+        write_heads(out, heads, course.shared, first.dtypes, record)
     return result
+
+
+class _Course:
+    """What the models have become so far. shared: what they have in common. heads: each one's own weights, in a partial
+    zip; else nothing, of the first one.
+    """
+
+    def __init__(
+        self, calibration: Calibration, how: How, graph: Graph, sizes: Mapping[str, int], first: _Model
+    ) -> None:
+        self._calibration = calibration
+        self._how = how
+        self._graph = graph
+        self._sizes = sizes
+        self._first = first
+        self._axes = axes_of(graph)
+        self._models = 1
+        self.whole = how.to is None
+        names = shared_names(graph, list(first.weights), whole=self.whole)
+        self.shared = {name: first.weights[name] for name in names}
+        self.heads = [self._own(first)]
+        self.met: list[Met] = []
+
+    def add(self, model: _Model, running: nn.Module) -> nn.Module:
+        """Takes one model more; running: what was zipped so far, as it is returned."""
+        check_alike(self._graph, self._first.schema, model.schema, whole=self.whole)
+        if self._graph.one_base:
+            self._check_one_base(model)
+        self._models += 1
+        weights = (self._models - 1) / self._models, 1 / self._models
+        pairings = self._paired([running, self._calibration.module(model.weights, model.path)], weights)
+        if not self.whole:
+            self.heads = [
+                *(self._reading(head, pairings, 0) for head in self.heads),
+                self._reading(self._own(model), pairings, 1),
+            ]
+        schema = model.schema
+        for name, tensor in self.shared.items():
+            if name in schema and schema[name].merged:
+                both = [tensor, model.weights[name]]
+                self.shared[name] = zip_tensor(both, self._axes.get(name), pairings, weights).to(tensor.dtype)
+        for head in self.heads:
+            self._reset(head)
+        return self._calibration.module({**self.shared, **self.heads[0].weights}, self._first.path)
+
+    def _paired(self, both: Sequence[nn.Module], weights: tuple[float, float]) -> dict[str, Pairing]:
+        pairings = {}
+        for node, moments in gathered(self._calibration, both, self._graph.nodes, self._sizes):
+            with of_node(node):
+                found = pair(moments.correlation(), weights, self._how.alpha, self._how.beta)
+            pairings[node.name] = found
+            dead, merit = int(moments.dead().sum()), found.merit
+            counted = found.counted()
+            self.met.append(Met(self._models, node.name, found.size, moments.rows, dead, **counted, correlation=merit))
+        return pairings
+
+    def _own(self, model: _Model) -> _Model:
+        return replace(model, weights={name: one for name, one in model.weights.items() if name not in self.shared})
+
+    def _reading(self, head: _Model, pairings: Mapping[str, Pairing], place: int) -> _Model:
+        """A head that reads the zipped features. place: of which of the two models it is."""
+        weights = {
+            name: unmerged(one.double(), self._axes[name], pairings, place).to(one.dtype) if name in self._axes else one
+            for name, one in head.weights.items()
+        }
+        return replace(head, weights=weights)
+
+    def _reset(self, head: _Model) -> None:
+        """Takes the statistics of BatchNorm layers anew: zipped ones are of no data."""
+        statistics = normed(self._calibration, self._calibration.module({**self.shared, **head.weights}, head.path))
+        for name, tensor in statistics.items():
+            place = self.shared if name in self.shared else head.weights
+            if name not in place:
+                raise Refused(Reason.ZIPIT, f"{shown(name)} is not called so in {head.path.name}", "give a FILE.py")
+            place[name] = tensor.to(place[name].dtype)
+
+    def _check_one_base(self, model: _Model) -> None:
+        schema = model.schema
+        averaged = [name for name in self.shared if name not in self._axes and name in schema]
+        names = [name for name in averaged if schema[name].merged and not schema[name].vector]
+        alike = cosine(self.shared, model.weights, names)
+        if alike < SAME_BASE:
+            raise Refused(
+                Reason.ZIPIT,
+                f"{model.path.name} does not come from the base of the others (cosine {alike:.2f}), and this graph"
+                " averages what lies outside of its nodes",
+                "zip fine-tunes of one base; or describe a graph whose nodes have the other features too, with --graph",
+            )
 
 
 def _opened(path: Path) -> _Model:
@@ -198,7 +266,8 @@ def _graph(running: nn.Module, model: _Model) -> Graph:
 
 def _try(graph: Graph, sizes: Mapping[str, int], calibration: Calibration, running: nn.Module, model: _Model) -> None:
     """Shuffles the features of every node, through all that makes and reads them: if then the model computes something
-    else, the graph misses something. Raises Refused, which names the nodes that are wrong by themselves.
+    else, the graph misses something, and its features must be the same ones in that order. Raises Refused, which names
+    the nodes that are wrong.
     """
     batch = next(iter(calibration.batches()), None)
     if batch is None:
@@ -218,75 +287,24 @@ def _try(graph: Graph, sizes: Mapping[str, int], calibration: Calibration, runni
             "find which input makes it so, and leave that out",
         )
 
-    def off(some: Mapping[str, Tensor]) -> bool:
+    def moved(some: Mapping[str, Tensor]) -> nn.Module:
         part = Graph([node for node in graph.nodes if node.name in some])
-        module = calibration.module(shuffled(model.weights, part, some), model.path)
-        return bool((computed(module) - right).abs().max() > SAME_OUTPUT * right.abs().max())
+        return calibration.module(shuffled(model.weights, part, some), model.path)
 
-    if off(orders):
-        wrong = [name for name, order in orders.items() if off({name: order})]
+    def off(found: Tensor, wanted: Tensor) -> bool:
+        return bool((found - wanted).abs().max() > SAME_OUTPUT * wanted.abs().max())
+
+    module = moved(orders)
+    if off(computed(module), right):
+        wrong = [name for name, order in orders.items() if off(computed(moved({name: order})), right)]
         what = f"with the features of {listed(wrong or orders)} shuffled the model computes something else"
         hint = f"the graph lacks a tensor that makes, scales or reads them, or has a wrong axis: {GRAPH_HINT}"
         raise Refused(Reason.ZIPIT, what, hint)
-
-
-def _check_one_base(graph: Graph, shared: Mapping[str, Tensor], model: _Model, names: Sequence[str]) -> None:
-    axes, schema = axes_of(graph), model.schema
-    averaged = [name for name in names if name not in axes and name in schema]
-    alike = cosine(
-        shared, model.weights, [name for name in averaged if schema[name].merged and not schema[name].vector]
-    )
-    if alike < SAME_BASE:
-        raise Refused(
-            Reason.ZIPIT,
-            f"{model.path.name} does not come from the base of the others (cosine {alike:.2f}), and this graph averages"
-            " what lies outside of its nodes",
-            "zip fine-tunes of one base; or describe a graph whose nodes have the other features too, with --graph",
-        )
-
-
-def _joined(
-    graph: Graph,
-    shared: Mapping[str, Tensor],
-    heads: Sequence[_Model],
-    model: _Model,
-    pairings: Mapping[str, Pairing],
-    weights: tuple[float, float],
-    *,
-    whole: bool,
-) -> tuple[dict[str, Tensor], list[_Model]]:
-    """What is shared and the heads, with one model more."""
-    axes = axes_of(graph)
-
-    schema = model.schema
-
-    def zipped(name: str, tensor: Tensor) -> Tensor:
-        if name not in schema or not schema[name].merged:
-            return tensor
-        return zip_tensor([tensor, model.weights[name]], axes.get(name), pairings, weights).to(tensor.dtype)
-
-    def own(one: _Model, place: int) -> _Model:
-        read = {
-            name: unmerged(tensor.double(), axes[name], pairings, place).to(tensor.dtype) if name in axes else tensor
-            for name, tensor in one.weights.items()
-            if name not in shared
-        }
-        return replace(one, weights=read)
-
-    together = {name: zipped(name, tensor) for name, tensor in shared.items()}
-    if whole:
-        return together, list(heads)
-    return together, [*(own(head, 0) for head in heads), own(model, 1)]
-
-
-def _reset(calibration: Calibration, shared: dict[str, Tensor], head: _Model) -> None:
-    """Takes the statistics of BatchNorm layers anew, in place: zipped ones are of no data."""
-    statistics = normed(calibration, calibration.module({**shared, **head.weights}, head.path))
-    for name, tensor in statistics.items():
-        place = shared if name in shared else head.weights
-        if name not in place:
-            raise Refused(Reason.ZIPIT, f"{shown(name)} is not called so in {head.path.name}", "give a FILE.py")
-        place[name] = tensor.to(place[name].dtype)
+    before, after = (features(one, batch, graph.nodes, sizes) for one in (running, module))
+    for node in graph.nodes:
+        if off(after[node.name][:, orders[node.name]], before[node.name]):
+            what = f"the features of {shown(node.name)} are not where the graph takes them"
+            raise Refused(Reason.ZIPIT, what, f"name the module that they go into or come out of: {GRAPH_HINT}")
 
 
 def _warned(met: Met) -> list[str]:

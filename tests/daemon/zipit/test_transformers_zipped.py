@@ -59,7 +59,8 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(3)
     if name.startswith("ViT"):
         return {"pixel_values": torch.randn(20, 1, 8, 8, generator=draw)}
-    return {"input_ids": torch.randint(3, 20, (20, 9), generator=draw), "attention_mask": torch.ones(20, 9).long()}
+    mask = (torch.arange(9) < torch.arange(20)[:, None] % 7 + 3).long()  # 3 to 9 tokens each, then padding
+    return {"input_ids": torch.randint(3, 20, (20, 9), generator=draw), "attention_mask": mask}
 
 
 def outputs(name: str, folder: Path) -> torch.Tensor:
@@ -85,7 +86,10 @@ def test_a_family_is_zipped_and_loads(tmp_path: Path, name: str) -> None:
     shutil.copytree(model, other)
     moved = shuffled(weights, graph, {key: torch.randperm(size) for key, size in sizes.items()})
     save_file(moved, other / "model.safetensors", {"format": "pt"})
-    zipit([model, other], data, tmp_path / "out", How())
+    done = zipit([model, other], data, tmp_path / "out", How())
+    given = inputs(name)
+    tokens = int(given["attention_mask"].sum()) if "attention_mask" in given else 20 * 5  # of an image, with CLS
+    assert [met.rows for met in done.nodes] == [tokens, tokens], "padding gives none"
     found = load_file(tmp_path / "out/model.safetensors")
     assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
     right = outputs(name, model)

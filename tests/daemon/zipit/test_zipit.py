@@ -277,6 +277,25 @@ def test_a_graph_that_misses_a_tensor_is_found_out(tmp_path: Path) -> None:
     assert not any(tmp_path.glob(".out*"))
 
 
+def test_features_that_are_taken_elsewhere_are_found_out(tmp_path: Path) -> None:
+    data = write_file(tmp_path / "data.py", MLP)
+    paths = [mlp(tmp_path / f"{n}.safetensors", n) for n in (1, 2)]
+    graph = graph_of(paths[0], data).described()
+    first, second = graph["nodes"]
+    first["features"], second["features"] = second["features"], first["features"]
+    with pytest.raises(Refused, match="the features of 0 are not where the graph takes them"):
+        zipit(paths, data, tmp_path / "out", How(), parse_graph(graph))
+    first["features"] = [{"input_of": "4"}, {"output_of": "4"}]
+    with pytest.raises(Refused, match="0 has 8 features by its tensors, and 4 where they are taken"):
+        zipit(paths, data, tmp_path / "out", How(), parse_graph(graph))
+    first["features"] = {"input_of": "5"}
+    with pytest.raises(Refused, match="the model has no module 5"):
+        zipit(paths, data, tmp_path / "out", How(), parse_graph(graph))
+    first["features"] = {"input_of": "4", "axis": 2}
+    with pytest.raises(Refused, match="have no axis 2"):
+        zipit(paths, data, tmp_path / "out", How(), parse_graph(graph))
+
+
 def altered(path: Path, **changes: Tensor) -> Path:
     save_file({**load_file(path), **changes}, path)
     return path
@@ -287,7 +306,12 @@ BAD: list[tuple[str, str, type[Exception], str]] = [
     ("more", MLP, BadSchema, "the second model has also 6.weight"),
     ("nan", MLP, Refused, "0.bias has NaN or infinity"),
     ("", MLP.replace("range(4)", "range(0)"), Refused, "the calibration data has no batch"),
-    ("", MLP.replace("range(4)", "range(1)").replace("50, 6", "20, 6"), BadValues, "gave 20 rows"),
+    (
+        "",
+        MLP.replace("range(4)", "range(1)").replace("50, 6", "20, 6"),
+        BadValues,
+        "0: the calibration data gave 20",
+    ),
     ("", MLP.replace("50, 6", "50, 5"), Refused, "cannot be run on the calibration data: RuntimeError"),
     ("", MLP.replace("yield torch", "yield torch.nan * torch"), Refused, "gives NaN or infinity"),
     ("", MLP.replace("nn.ReLU()", "nn.Softmax(1)"), Refused, "1: Softmax is no layer whose graph is known"),
