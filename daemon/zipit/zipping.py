@@ -12,13 +12,15 @@ from time import monotonic
 import torch
 from torch import Tensor, nn
 
-from daemon.checkpoints.checkpoint import open_path
-from daemon.errors import Reason, Refused
+from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
+from daemon.checkpoints.hints import hinting
+from daemon.errors import DaemonError, Reason, Refused
 from daemon.zipit.calibration import Calibration, call, open_calibration
 from daemon.zipit.families import family_graph
 from daemon.zipit.features import GRAPH_HINT, features, first_output, gathered, normed, of_node
 from daemon.zipit.sequential import sequential_graph
 from daemon.zipit.writing import Head, check_out, write_heads, write_whole
+from projector.errors import ProjectorError
 from projector.spec import Schema, TensorSpec
 from projector.text import listed, shown
 from projector.zipping.applying import axes_of, check_alike, cosine, shared_names, shuffled, unmerged, zip_tensor
@@ -238,24 +240,32 @@ class _Course:
 
 
 def _opened(path: Path) -> _Model:
-    with open_path(path) as found:
-        if found.kind == "adapter":
-            raise Refused(
-                Reason.ZIPIT,
-                f"{path.name} is an adapter, and zipping needs whole models",
-                "merge it into its base first: peft's merge_and_unload(), then save_pretrained",
-            )
-        schema = found.tensors.schema
-        weights = {}
-        for name, spec in schema.items():
-            tensor = found.tensors.read(name)
-            if spec.floating and not tensor.isfinite().all():
-                raise Refused(Reason.ZIPIT, f"{path.name}: {shown(name)} has NaN or infinity", "train or save it again")
-            exact = not spec.floating or spec.dtype in (torch.float64, torch.float32)
-            weights[name] = tensor if exact else tensor.to(torch.float32)
-        files = [file.name for file in found.files] if found.folder is not None else []
-        dtypes = {name: spec.dtype for name, spec in schema.items()}
-        return _Model(path, weights, dtypes, files, found.identity())
+    try:
+        if not path.exists():
+            raise Refused(Reason.ZIPIT, "there is nothing", "name a folder with a model, or a .safetensors file")
+        with hinting(path), open_path(path) as found:
+            return _read(path, found)
+    except (DaemonError, ProjectorError) as error:
+        raise Refused(error.reason, f"{path}: {error}", error.hint) from error
+
+
+def _read(path: Path, found: OpenCheckpoint) -> _Model:
+    if found.kind == "adapter":
+        raise Refused(
+            Reason.ZIPIT,
+            "it is an adapter, and zipping needs whole models",
+            "merge it into its base first: peft's merge_and_unload(), then save_pretrained",
+        )
+    weights, dtypes = {}, {}
+    for name, spec in found.tensors.schema.items():
+        tensor = found.tensors.read(name)
+        if spec.floating and not tensor.isfinite().all():
+            raise Refused(Reason.ZIPIT, f"{shown(name)} has NaN or infinity", "train or save it again")
+        exact = not spec.floating or spec.dtype in (torch.float64, torch.float32)
+        weights[name] = tensor if exact else tensor.to(torch.float32)
+        dtypes[name] = spec.dtype
+    files = [file.name for file in found.files] if found.folder is not None else []
+    return _Model(path, weights, dtypes, files, found.identity())
 
 
 def _graph(running: nn.Module, model: _Model) -> Graph:

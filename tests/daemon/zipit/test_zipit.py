@@ -1,6 +1,7 @@
 """Whole models zipped: against the paper's rule written out, and permuted copies, which must come back as they were."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -402,7 +403,7 @@ def test_an_adapter_is_refused(tmp_path: Path) -> None:
     down, up = torch.zeros(2, 6), torch.zeros(8, 2)
     names = {"base_model.model.0.lora_A.weight": down, "base_model.model.0.lora_B.weight": up}
     save_file(names, folder / "adapter_model.safetensors")
-    with pytest.raises(Refused, match="adapter is an adapter") as caught:
+    with pytest.raises(Refused, match="adapter: it is an adapter") as caught:
         graph_of(folder, write_file(tmp_path / "data.py", MLP))
     assert caught.value.reason is Reason.ZIPIT and "merge_and_unload" in caught.value.hint
 
@@ -417,6 +418,13 @@ def test_nothing_is_zipped_alone_or_onto_something(tmp_path: Path) -> None:
     ):
         with pytest.raises(Refused, match=message):
             zipit(paths, data, tmp_path / out, How())
+    with pytest.raises(Refused, match="there is nothing"):
+        graph_of(tmp_path / "nothing", data)
+    (tmp_path / "empty/inner").mkdir(parents=True)
+    shutil.copy(one, tmp_path / "empty/inner/model.safetensors")
+    with pytest.raises(Refused, match="empty: its weights are in inner") as caught:
+        graph_of(tmp_path / "empty", data)
+    assert f"give the folder itself, {tmp_path}/empty/inner" in caught.value.hint
     with pytest.raises(BadParameter, match="alpha = 2"):
         zipit([one, one], data, tmp_path / "out", How(alpha=2))
     assert isinstance(graph_of(one, data), Graph)
