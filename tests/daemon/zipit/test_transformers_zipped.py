@@ -31,7 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {**BERT, "num_key_value_heads": 2},
     "DistilBertModel": {"dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12, "vocab_size": 20},
 }
-QUICK = ("BertForSequenceClassification", "GPT2LMHeadModel")
+QUICK = ("GPT2LMHeadModel",)
 LAYERS = {
     "BertForSequenceClassification": "bert.encoder.layer.0",
     "ViTForImageClassification": "vit.encoder.layer.0",
