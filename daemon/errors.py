@@ -47,6 +47,7 @@ class Reason(StrEnum):
     CONFIG = "config"
     PULL = "pull"
     CONVERT = "convert"
+    ZIPIT = "zipit"
     EVALUATION = "evaluation"
     UPLOAD_NAME = "upload_name"
     UPLOAD_TAKEN = "upload_taken"

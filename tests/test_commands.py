@@ -141,6 +141,10 @@ PAGES = {
         before=HOME + "cp -r many/* my-finetune home/inbox/\n" + "mainstem run --home home --once --no-http\n",
         end="live 5\ntest -e spectral/published/init/000004\ntest -e cleaned/published/main/000002\n",
     ),
+    "docs/zipit.md": Page(
+        before="for n in $(seq 20); do echo one two; done > texts.txt\n",
+        end="cmp my-model/config.json zipped/config.json\ntest -e zipped/model.safetensors\n",
+    ),
     "docs/serving-adapters.md": Page(
         before=HOME + "printf '[heads.main.adapter]\\nrank = 4\\n' >> home/mainstem.toml\n" + MERGED.removeprefix(HOME)
     ),

@@ -46,13 +46,14 @@ from daemon.cli import (
     unpin,
     verify,
     webhooks,
+    zipit,
 )
 from daemon.cli.common import KNOWN, SAFE, complain
 
 VERBS = (
     *(init, run, serve, status, health, log, show, report, compare, inspect, verify, methods, convert, pull, push),
     *(rebuild, demo, evaluate, rollback, promote, pin, unpin, gc, block, unblock, study, pause, resume, drain, doctor),
-    *(prune, reload),
+    *(prune, reload, zipit),
 )
 
 app = typer.Typer(

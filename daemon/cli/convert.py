@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from daemon.cli.common import JsonOption, print_json
+from daemon.cli.common import JsonOption, leave, print_json
 from projector.text import size
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def command(
     from daemon.convert.converting import convert
 
     options = Options(_bytes(memory) if memory else None, timeout, key, strip_prefix)
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, leave)
     if weights_of(file):
         converted = convert_adapter(file, out, How(base, alpha, only))
     else:
@@ -89,11 +89,6 @@ def _bytes(text: str) -> int:
     if number <= 0:
         raise typer.BadParameter("give a size, such as 800MB or 20GB", param_hint="--memory")
     return number
-
-
-def _leave(number: int, _: object) -> None:
-    """Lets what was begun be cleared away, as after Ctrl-C."""
-    sys.exit(128 + number)
 
 
 def _told(converted: "Converted") -> Iterator[str]:

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "study": "tests/daemon/study/test_study.py",
     "convert": "tests/daemon/convert/test_convert.py",
     "reload": "tests/daemon/test_reloading.py",
+    "zipit": "tests/daemon/zipit/test_zipit.py",
 }
 COMMANDS = {
     "status": (),
