@@ -29,6 +29,7 @@ ELSEWHERE = {
     "study": "tests/daemon/study/test_study.py",
     "convert": "tests/daemon/convert/test_convert.py",
     "reload": "tests/daemon/test_reloading.py",
+    "export VERSION OUT": "tests/daemon/versions/test_routed.py",
 }
 COMMANDS = {
     "status": (),
