@@ -31,6 +31,5 @@ def command(
         print_json(asdict(done))
         return
     earlier = f", and {done.evicted} earlier beneath" if done.evicted else ""
-    among = listed(done.experts, len(done.experts))
-    typer.echo(f"{done.version} as {done.out}: {done.layers} layers choose among {among}{earlier}")
+    typer.echo(f"{done.version} as {done.out}: {done.layers} layers choose among {listed(done.experts)}{earlier}")
     typer.echo(f"{size(done.size_bytes)}, {size(done.experts_bytes)} of it the experts' own")

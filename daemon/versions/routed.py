@@ -33,7 +33,6 @@ from projector.methods import make
 from projector.methods._routed import RoutedModel
 from projector.methods.smile import Smile
 from projector.spec import TensorSpec
-from projector.text import shown
 from registry.reader import Reader
 from registry.records import Version
 
@@ -88,6 +87,7 @@ def export(home: Home, reader: Reader, version: Version, out: Path, publish: Pub
             )
         published = {spec.name: spec for spec in published_specs(base.schema, publish.dtype)}
         experts = reader.experts_in(version.number)[-len(method.places(totals)) :]
+        names = [one.given_name or one.name for one in experts]
         closing.callback(durable.remove, folder)
         durable.make_folder(folder, public=True)
         experts_bytes = _write(folder, model, published, publish.shard_bytes)
@@ -95,7 +95,7 @@ def export(home: Home, reader: Reader, version: Version, out: Path, publish: Pub
         copy_files(home.base, folder, beside)
         durable.copy_file(MODULE, folder / MODULE.name)
         stated = config if publish.dtype == "base" else config_in(config, publish.dtype)
-        said = _with_router(stated, model, [one.given_name or one.name for one in experts])
+        said = _with_router(stated, model, names)
         durable.write_file(folder / CONFIG, said)
         evicted, about = totals.experts - len(experts), read_about_base(home.base)
         durable.write_file(folder / CARD, render_routed(RoutedCard(name, reader.base(), about, experts, evicted)))
@@ -106,7 +106,7 @@ def export(home: Home, reader: Reader, version: Version, out: Path, publish: Pub
     return Exported(
         str(out),
         name,
-        [shown(one.given_name or one.name) for one in experts],
+        names,
         evicted,
         len(model.layers),
         size_bytes,

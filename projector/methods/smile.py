@@ -111,7 +111,7 @@ class Smile(Method):
 
         The rest is the base's, as in the authors' code: experts change it together, or not at all.
         """
-        if totals.experts <= self.cap or self.elementwise(spec):
+        if self.elementwise(spec) or not totals.experts:
             return base.clone()
         return torch.add(base, state["S"], alpha=1 / totals.experts)
 
