@@ -1,5 +1,6 @@
 """`mainstem export`: a version of a smile head as a model whose layers choose among its experts."""
 
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,7 @@ def command(
     """
     from daemon.versions.routed import export
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was begun is cleared away, as after Ctrl-C
     where, reader = open_reader(None, home)
     with reader:
         done = export(where, reader, version_named(reader, version, head), out, settings_of(where).publish)
