@@ -23,7 +23,7 @@ from bench.record import parser, save
 from bench.side_by_side import Case
 from projector.laws.trial import merge
 from projector.methods import make
-from tests.oracles import rules, spectral
+from tests.oracles import rules, smile, spectral
 
 Weights = Mapping[str, Tensor]
 Oracle = Callable[[Weights, Sequence[Weights]], Mapping[str, Tensor]]
@@ -59,6 +59,7 @@ CASES: Sequence[tuple[Case, Oracle]] = (
     (Case("opcm", {}, ""), _opcm),
     (Case("iso_c", {}, ""), spectral.iso_c),
     (Case("tsv_m", {}, ""), spectral.tsv_m),
+    (Case("smile", {}, ""), smile.smile),
     (Case("wudi", {"solver": "ridge"}, ""), spectral.wudi_ridge),
     (Case("ace", {}, ""), spectral.ace),
     (Case("ace", {"normalise": "always"}, ""), partial(spectral.ace, normalise="always")),

@@ -19,6 +19,7 @@ from daemon.cli import (
     doctor,
     drain,
     evaluate,
+    export,
     gc,
     health,
     init,
@@ -53,7 +54,7 @@ from daemon.cli.common import KNOWN, SAFE, complain
 VERBS = (
     *(init, run, serve, status, health, log, show, report, compare, inspect, verify, methods, convert, pull, push),
     *(rebuild, demo, evaluate, rollback, promote, pin, unpin, gc, block, unblock, study, pause, resume, drain, doctor),
-    *(prune, reload, zipit),
+    *(prune, reload, zipit, export),
 )
 
 app = typer.Typer(

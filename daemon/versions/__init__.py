@@ -10,6 +10,8 @@
     checking.py      which files it has, and whether its manifest says so too
     sealing.py       companions, card and manifest, all durable; and everything renamed into place
     latest.py        the names by which readers find the live one
+    routed.py        one of a smile head as a model whose layers choose among its experts
+    modeling_smile.py  the code beside that, for whoever loads it; nothing here imports it
     view_file.py     an expert's own model out of it
     retention.py     which versions' files go
 

@@ -79,6 +79,19 @@ class Card:
     scores: Scores = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RoutedCard:
+    """What the card of an exported model with routed layers says. name: the version's. experts: those that it chooses
+    among, the oldest first. evicted: how many more are in the weights beneath.
+    """
+
+    name: str
+    base: BaseModel
+    about: AboutBase
+    experts: Sequence[NewExpert]
+    evicted: int
+
+
 def escaped(text: str) -> str:
     """Text as it reads the same in Markdown, in a table's cell too, and in HTML.
 
@@ -95,10 +108,10 @@ def as_code(text: str, ends: str = "`\n") -> Verbatim:
 
 def render(card: Card) -> bytes:
     """The bytes of README.md."""
-    text = _TEMPLATE.render(
+    text = _TEMPLATES.get_template("card.md.j2").render(
         card=card,
         formula=as_code(card.method.formula),
-        front=Verbatim(_front_matter(card)),
+        front=Verbatim(_fields(card.base, card.about, merged=card.experts > 0)),
         params=[(name, as_code(json.dumps(value), ends="`\n|")) for name, value in card.method.params().items()],
         scores=[
             (shown(task), f"{one.score:.6g}", "" if one.higher_is_better else "lower is better", one.n or "-")
@@ -115,6 +128,16 @@ def render(card: Card) -> bytes:
         withdrawn=[(shown(_called(one)), one.sha256) for one in _first(card.withdrawal)],
         more_withdrawn=max(0, len(card.withdrawal.experts) - MOST_EXPERTS) if card.withdrawal else 0,
         architecture=Verbatim(card.about.architecture or ""),
+    )
+    return text.encode()
+
+
+def render_routed(card: RoutedCard) -> bytes:
+    """The bytes of README.md beside a model with routed layers."""
+    text = _TEMPLATES.get_template("routed.md.j2").render(
+        card=card,
+        front=Verbatim(_fields(card.base, card.about, merged=True)),
+        rows=[(shown(_called(one)), shown(_task(one)), one.sha256) for one in card.experts],
     )
     return text.encode()
 
@@ -164,16 +187,17 @@ def _config(config: bytes) -> Mapping[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _front_matter(card: Card) -> str:
+def _fields(base: BaseModel, about: AboutBase, *, merged: bool) -> str:
+    """The front matter's lines."""
     fields: dict[str, Any] = {}
-    if _is_repository(card.base.name):
-        fields["base_model"] = card.base.name
-        if card.experts:
+    if _is_repository(base.name):
+        fields["base_model"] = base.name
+        if merged:
             fields["base_model_relation"] = "merge"
-    if card.about.library:
-        fields["library_name"] = card.about.library
-    fields |= card.about.license
-    fields["tags"] = ["merge", "mainstem"] if card.experts else ["mainstem"]
+    if about.library:
+        fields["library_name"] = about.library
+    fields |= about.license
+    fields["tags"] = ["merge", "mainstem"] if merged else ["mainstem"]
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in fields.items())  # JSON is YAML
 
 
@@ -201,11 +225,11 @@ def _finalize(value: Any) -> str:
     return value if isinstance(value, Verbatim) else escaped(str(value))
 
 
-_TEMPLATE = Environment(  # autoescape would know HTML only
+_TEMPLATES = Environment(  # autoescape would know HTML only
     loader=PackageLoader("daemon"),
     finalize=_finalize,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
-).get_template("card.md.j2")
+)

@@ -53,7 +53,7 @@ def stage(home: Home, written: Written, beside: Sequence[str]) -> None:
     there = {file.name for file in written.weights}
     config = home.base / CONFIG
     if written.dtype != "base" and CONFIG not in there and config.is_file():
-        durable.write_file(published / CONFIG, _config_in(config.read_bytes(), written.dtype))
+        durable.write_file(published / CONFIG, config_in(config.read_bytes(), written.dtype))
         there.add(CONFIG)
     copy_files(home.base, published, [name for name in beside if name not in there])
 
@@ -171,7 +171,7 @@ def _opening(path: Path, most: int) -> bytes:
         return file.read(most)
 
 
-def _config_in(text: bytes, dtype: str) -> bytes:
+def config_in(text: bytes, dtype: str) -> bytes:
     """The config.json with `dtype` ("float32") wherever it names one, also for a part of the model: loaders convert to
     it whatever the weights are in.
 

@@ -64,11 +64,12 @@ class View:
         return steps(self.base.schema, names, [self.method], self.block_bytes)
 
     def _state(self, step: Step) -> State:
-        return _read(self.state, rule_of(self.method, step.spec).slots(step.spec), step)
+        return stored(self.state, rule_of(self.method, step.spec).slots(step.spec), step)
 
     def _record(self, step: Step) -> State:
-        return _read(self.record, rule_of(self.method, step.spec).keeps(step.spec), step)
+        return stored(self.record, rule_of(self.method, step.spec).keeps(step.spec), step)
 
 
-def _read(file: TensorReader, slots: Mapping[str, TensorSpec], step: Step) -> State:
+def stored(file: TensorReader, slots: Mapping[str, TensorSpec], step: Step) -> State:
+    """One step's part of these slots, by key, from the file that holds them for a whole model."""
     return {key: file.read(slot_name(key, step.spec.name), step.rows) for key in slots}

@@ -40,6 +40,7 @@ DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "recency": {"scheme": "linear"},
     "regmean": {"off_diagonal": 0.95, "ridge": 1e-06, "exclude": _EXCLUDE},
     "slerp": {"dot_threshold": 0.9995},
+    "smile": {"cap": 8, "rank": 32, "gate_rank": 16, "top_k": 1, "exclude": _EXCLUDE},
     "task_arithmetic": {"scale": 0.3, "c": 1.0},
     "ties": {"density": 0.2, "scope": "model", "combine": "mean", "scale": 1.0},
     "tsv_m": {"scale": 1.0, "exclude": _EXCLUDE},

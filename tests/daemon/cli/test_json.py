@@ -30,6 +30,7 @@ ELSEWHERE = {
     "convert": "tests/daemon/convert/test_convert.py",
     "reload": "tests/daemon/test_reloading.py",
     "zipit": "tests/daemon/zipit/test_zipit.py",
+    "export VERSION OUT": "tests/daemon/versions/test_routed.py",
 }
 COMMANDS = {
     "status": (),
