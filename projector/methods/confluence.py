@@ -39,8 +39,8 @@ class Confluence(Method):
 
     lambda is `ridge` times the mean input's share of sum w_i tau_i'tau_i / ||tau_i||^2, mu the same of the outputs. One
     side alone would remove what the other one keeps apart anyway. Where experts contradict each other, <F, S> is small
-    and q / <F, S> has no bound: M is never longer than 4 <F, S>, which is to say than 2 sqrt(q).
-    Directions with s_i <= tol s_0 are left out: what is made equal to the others should not be rounding. An expert of weight 2 counts
+    and q / <F, S> has no bound: M is never longer than 4 <F, S>, which is to say than 2 sqrt(q). Directions with
+    s_i <= tol s_0 are left out: what is made equal to the others should not be rounding. An expert of weight 2 counts
     as two of its kind. Embeddings, vectors and scalars are averaged.
 
     >>> spec, method = TensorSpec("w", (2, 2), torch.float32), Confluence()
