@@ -16,6 +16,7 @@ from rich.table import Table
 
 from daemon.cli.common import HomeOption, one_home
 from daemon.errors import BadHome
+from daemon.home.presets import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +98,7 @@ def _demo(home: Path, port: int, stay: bool) -> None:
         weights, made = Path(folder) / "digits.safetensors", Home(home.resolve())
         save_file(base, weights)
         say = partial(_say, end=" ...\n")
-        found(made, weights, [("main", make("opcm"))], say, config=running.settings())
+        found(made, weights, [("main", make(DEFAULT_METHOD))], say, config=running.settings())
     save_held_out(home / running.DIGITS)
     with running.daemon(home, port) as live:
         console.print(f"the daemon is live: [bold]{live.url}/[/bold]   home: {home}")

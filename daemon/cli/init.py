@@ -10,14 +10,13 @@ import typer
 
 from daemon.cli.common import HomeOption, complain, named_home, settings_of
 from daemon.errors import BadConfig
-from daemon.home.presets import PRESETS, RELATIVE, growing
+from daemon.home.presets import DEFAULT_METHOD, PRESETS, RELATIVE, growing
 from daemon.layout import Home, is_head_name
 from projector.text import shown, size
 
 if TYPE_CHECKING:
     from projector.method import Method
 
-DEFAULT_METHOD = "opcm"  # of main
 MOST_LETTERS = 200  # in a base's name
 PresetName = StrEnum("PresetName", {name: name for name in PRESETS})  # type: ignore[misc]  # names known at run time
 
@@ -80,8 +79,27 @@ def command(
         relative=made.relative,
     )
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
+    if not preset and not method:
+        typer.echo(_recommended(base))
     typer.echo(
         f"next: mainstem run --home {quote(str(folder))}    then drop experts into {quote(str(folder / 'inbox'))}"
+    )
+
+
+def _recommended(base: Path) -> str:
+    """Why main merges as it does, what that keeps, and what else there is."""
+    from daemon.checkpoints.checkpoint import open_path
+    from projector.driver.steps import state_specs
+    from projector.methods import make
+
+    with open_path(base) as checkpoint:
+        ours, opcm = (
+            sum(spec.nbytes for spec in state_specs(make(name), checkpoint.tensors.schema))
+            for name in (DEFAULT_METHOD, "opcm")
+        )
+    return (
+        f"main merges by {DEFAULT_METHOD}, which kept most of real experts (docs/quality.md) and keeps {size(ours)} of"
+        f" state; by OPCM, with {size(opcm)}: --preset opcm; which is best for yours: mainstem study"
     )
 
 

@@ -10,6 +10,7 @@ from daemon.doctor import clocks, computing, disks, limits, lineage, owners
 from daemon.doctor.finding import Finding, bad, ok
 from daemon.errors import DaemonError
 from daemon.home.presence import running
+from daemon.home.presets import DEFAULT_METHOD
 from daemon.layout import Home
 from daemon.reports.sizing import Sizing, of_home, sizing
 from projector.errors import ProjectorError
@@ -58,7 +59,7 @@ def _sizing(
             return None, 0, bad("base", f"{base} does not exist", "give --base a .safetensors file or a folder")
         elif base:
             with open_path(base) as checkpoint:
-                found, base_bytes = sizing(checkpoint, 0, [make("opcm", {})], settings), checkpoint.size_bytes
+                found, base_bytes = sizing(checkpoint, 0, [make(DEFAULT_METHOD, {})], settings), checkpoint.size_bytes
         else:
             return None, 0, None
     except (DaemonError, ProjectorError, RegistryError) as error:

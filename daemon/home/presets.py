@@ -15,6 +15,10 @@ INIT = "init"
 """The head that trainers start from, where a home has one."""
 
 
+DEFAULT_METHOD = "confluence"
+"""Of main, where nobody named one: what docs/quality.md found best of all that ask for nothing but weights."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """What it is for, in a line, and each head's method with the parameters that are given to it."""
