@@ -120,7 +120,7 @@ class BaseModel:
     created_at: datetime
 
 
-LEARNED = "the live version's coefficients were learned for its experts alone"
+LEARNED = "the live version's coefficients were learned without it"
 """Why a head is frozen, and what is folded next held, once the coefficients of a version of it were learned."""
 
 

@@ -82,6 +82,8 @@ def command(
     where, gone = find_home(at, home), without or []
     if replay and (target is not None or not gone):
         raise BadConfig("--replay is for --without", "everything else is replayed in any case")
+    if adamerging is None and (steps, lr) != (500, 1e-3):
+        raise BadConfig("--steps and --lr are for --adamerging", "leave them out, or give --adamerging COMMAND")
     with console() as to:
         if target is not None:
             new = Home(target.resolve())

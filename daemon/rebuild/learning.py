@@ -188,6 +188,10 @@ class _Course:
                 if step % OFTEN == 0 or step + 1 == steps:
                     self._to.say(f"step {step + 1} of {steps}: entropy {entropy:.5g}")
                 self._to.show((step + 1) / steps)
+            means = zip(self._arrivals, self.summary()["mean"], strict=True)
+            self._to.say(
+                f"mean coefficients: {', '.join(f'{shown(one.expert.name)} {mean:.3f}' for one, mean in means)}"
+            )
 
     def record(self) -> bytes:
         """The bytes of COEFFICIENTS: all coefficients as they count, by tensor, in the order of `experts`."""
@@ -243,7 +247,13 @@ class _Course:
             with ExitStack() as closing:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 closing.callback(os.close, fd)
-                self._model.sweep([writer], Checkpoint([TensorReader(fd)]), hashed=False)
+                gradients = Checkpoint([TensorReader(fd)])
+                self._model.sweep([writer], gradients, hashed=False)
+            layers = self._model.layers
+            if not self._entropies and (without := sum(gradients.schema.keys().isdisjoint(one) for one in layers)):
+                self._to.say(
+                    f"{without} of {len(layers)} tensors get no gradient: their coefficients stay what they are"
+                )
         except FileNotFoundError:
             raise NoAnswer(f"step {step}: the command answered, and did not write {path}", LOOK) from None
         except (BadFile, BadSchema, BadValues) as error:

@@ -1,5 +1,6 @@
 """Learned coefficients against autograd through a model, and what a sweep holds and reads."""
 
+import hashlib
 import io
 import json
 import os
@@ -19,6 +20,8 @@ from projector.driver.adamerging import Adamerging
 from projector.errors import BadSchema, BadValues
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
+from projector.lora.config import LoraConfig
+from projector.lora.expert import LoraExpert
 from projector.spec import TensorSpec
 from tests.oracles.adamerging import adamerging
 
@@ -215,3 +218,45 @@ def test_gradients_that_are_none(
         ours.sweep([TensorWriter(fd, ours.specs, {})], files("gradients", gradients))
     os.close(fd)
     assert ours.coefficients.steps == 0 and ours.described() == {"w": [0.3]}
+
+
+def test_adapters_bfloat16_running_statistics_and_buffers(
+    files: Callable[[str, dict[str, Tensor]], Checkpoint], tmp_path: Path
+) -> None:
+    """Beside an expert that brings all tensors: an adapter leaves all but one matrix as it is."""
+    torch.manual_seed(0)
+    base = {
+        "up.weight": torch.randn(6, 4).bfloat16(),
+        "norm.running_mean": torch.randn(6),
+        "norm.weight": torch.ones(6).bfloat16(),
+        "steps": torch.tensor(7),
+    }
+    whole = {name: (one + 1).to(one.dtype) if one.is_floating_point() else one for name, one in base.items()}
+    a, b = torch.randn(2, 4), torch.randn(6, 2)
+    there = files("base", base)
+    parts = {"base_model.model.up.lora_A.weight": a, "base_model.model.up.lora_B.weight": b}
+    files("adapter", parts)
+    fd = os.open(tmp_path / "adapter", os.O_RDONLY)
+    adapter = LoraExpert([TensorReader(fd)], {}, LoraConfig(r=2, lora_alpha=4), there)
+    ours = Adamerging(there, [files("whole", whole), adapter], (1.0, 3.0), 0.25)
+    assert {spec.name: spec.dtype for spec in ours.specs} == dict.fromkeys(base.keys() - {"steps"}, torch.float32)
+    gradients = {"up.weight": torch.randn(6, 4), "norm.weight": torch.ones(6).bfloat16()}
+    published = os.open(tmp_path / "published", os.O_RDWR | os.O_CREAT)
+    writer = TensorWriter(published, list(there.schema.values()), {})
+    ours.sweep([writer], files("gradients", gradients))
+    digest = writer.finish()
+    for one in (fd, published):
+        os.close(one)
+    assert digest == hashlib.sha256((tmp_path / "published").read_bytes()).hexdigest()
+
+    taus = [(whole["up.weight"].float() - base["up.weight"].float()).double(), 2 * (b @ a).double()]
+    slopes = [weight * float((gradients["up.weight"] * tau).sum()) for weight, tau in zip((1, 3), taus, strict=True)]
+    shares = [0.25 - 1e-3 * (1 if slope > 0 else -1) for slope in slopes]  # Adam's first step, whatever the slope
+    said = ours.described()
+    assert said["up.weight"] == pytest.approx(shares, abs=1e-6)
+    assert said["norm.weight"] == [pytest.approx(0.249), None] and said.keys() == {"up.weight", "norm.weight"}
+    merged = load_file(tmp_path / "published")
+    wanted = base["up.weight"].double() + shares[0] * taus[0] + 3 * shares[1] * taus[1]
+    assert torch.allclose(merged["up.weight"].double(), wanted, rtol=2**-8)
+    assert torch.allclose(merged["norm.running_mean"], base["norm.running_mean"] + 1 / 4)  # by their weights
+    assert merged["steps"] == 7
