@@ -387,7 +387,9 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
     """
     others = store.heads()
     newest = max(one.newest for one in others)
-    waiting = next((called(one.name, one.newest) for one in others if one.live < one.newest), None)
+    unlearned = [one.name for one in others if one.frozen == records.LEARNED]  # of which no expert is to blame
+    held_back = [one for one in others if one.live < one.newest and one.name not in unlearned]
+    waiting = next((called(one.name, one.newest) for one in held_back), None)
     why = f"it was made while {waiting} was not live" if waiting else None
     with open_path(home.base) as base:
         dtypes = floating_dtypes(base)
@@ -396,7 +398,7 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
         tip = HeadTip(head, Version(**asdict(versions[0])), method, Totals())
         made = restating.place([tip], newest, {head.name: written}, origin(store))
         versions += [replace(version, held=why) for version in made]
-    frozen = why if any(one.frozen for one in others) else None
+    frozen = why if any(one.frozen for one in others if one.name not in unlearned) else None
     frozen = records.LEARNED if written.adamerging and not waiting else frozen
     adopted = replace(head, live=0 if waiting else newest, newest=newest, frozen=frozen)
     hit("commit.before")

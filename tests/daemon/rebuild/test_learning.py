@@ -93,6 +93,8 @@ def test_a_head_is_learned_stays_and_is_learned_again(
 
     put(merged, write_expert(tmp_path / "f.safetensors", model[0], 10))
     drain(merged)
+    rebuild(merged, "--head", "sum", "--method", "task_arithmetic")
+    assert (live(merged, "ada"), live(merged, "sum")) == (6, 7)  # which is no reason to hold another head
     said = rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "3")
     assert "ada/8: 5 experts are merged" in said and live(merged, "ada") == live(merged) == 8
     assert len(json.loads((merged.version("ada", 8) / about["file"]).read_bytes())["experts"]) == 5
