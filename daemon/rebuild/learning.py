@@ -78,7 +78,7 @@ def learning(words: str, settings: Evaluate, steps: int = STEPS, lr: float = LEA
 def check_learnable(name: str, method: Method, how: Learning, experts: int, *, relative: bool) -> None:
     """Raises BadConfig where no coefficients can be learned for such a head, or the command is not there, and BadHome
     where there is no expert."""
-    anew = f"give `mainstem rebuild` --head NEW --adamerging without --method: that is a head of {METHOD}"
+    anew = f"leave --method and --set out, and give --head a new name: that makes a head of {METHOD}"
     scale = getattr(method, "scale", None)
     if method.name != METHOD:
         raise BadConfig(f"the head {name!r} is of {method.name}, coefficients are learned for one of {METHOD}", anew)
@@ -87,7 +87,7 @@ def check_learnable(name: str, method: Method, how: Learning, experts: int, *, r
     if not isinstance(scale, float) or not LOW <= scale <= HIGH:
         raise BadConfig(
             f"the scale of the head {name!r} is {scale}; coefficients start there, and stay in {LOW:g} to {HIGH:g}",
-            f"{anew}, with scale 0.3",
+            f"{anew}, at 0.3",
         )
     if relative:
         raise BadConfig(f"the head {name!r} is relative to what experts were trained from, not to the base", anew)
@@ -170,12 +170,11 @@ class _Course:
             closing.callback(os.close, fd)
             writer = TensorWriter(fd, specs, {})
             self._model.sweep([writer], hashed=False)
+            asked = Conversation(
+                command, Path.cwd(), KEY, lambda line: self._to.say(f"the command: {line}"), environment
+            )
             try:
-                conversation = closing.enter_context(
-                    Conversation(
-                        command, Path.cwd(), KEY, lambda line: self._to.say(f"the command: {line}"), environment
-                    )
-                )
+                conversation = closing.enter_context(asked)
             except OSError as error:
                 raise NoAnswer(f"the command of --adamerging cannot be started: {error.strerror}", LOOK) from error
             for step in range(self._model.coefficients.steps, steps):
@@ -186,7 +185,7 @@ class _Course:
                 durable.remove(gradients)
                 self._keep()
                 if step % OFTEN == 0 or step + 1 == steps:
-                    self._to.say(f"step {step + 1} of {steps}: entropy {entropy:.5g}")
+                    self._to.say(f"{self._at(step)}: entropy {entropy:.5g}")
                 self._to.show((step + 1) / steps)
             means = zip(self._arrivals, self.summary()["mean"], strict=True)
             self._to.say(
@@ -219,24 +218,25 @@ class _Course:
             "of": self._what,
         }
 
+    def _at(self, step: int) -> str:
+        return f"step {step + 1} of {self._how.steps}"
+
     def _ask(self, conversation: Conversation, step: int, weights: Path, gradients: Path) -> float:
-        asked, seconds = (
-            {"step": step, "weights": str(weights), "gradients": str(gradients)},
-            self._how.evaluate.timeout_seconds,
-        )
+        asked = {"step": step, "weights": str(weights), "gradients": str(gradients)}
+        at, seconds = self._at(step), self._how.evaluate.timeout_seconds
         try:
             said = conversation.ask(asked, seconds)[KEY]
         except HungUp as error:
-            raise NoAnswer(f"step {step}: the command of --adamerging {error}", LOOK) from None
+            raise NoAnswer(f"{at}: the command of --adamerging {error}", LOOK) from None
         except TookTooLong:
             raise NoAnswer(
-                f"step {step}: the command of --adamerging took longer than {seconds:.6g} s and was stopped"
+                f"{at}: the command of --adamerging took longer than {seconds:.6g} s and was stopped"
                 f"{conversation.last()}",
                 "give a step more in evaluate.timeout_seconds, or let it run fewer items",
             ) from None
         if isinstance(said, bool) or not isinstance(said, int | float) or not isfinite(said):
             raise NoAnswer(
-                f"step {step}: the command of --adamerging answered an entropy of {shown(json.dumps(said))}",
+                f"{at}: the command of --adamerging answered an entropy of {shown(json.dumps(said))}",
                 f'let it answer a finite number, as {{"{KEY}": 1.5}}; a loss of NaN comes from the logits',
             )
         return float(said)
@@ -255,9 +255,9 @@ class _Course:
                     f"{without} of {len(layers)} tensors get no gradient: their coefficients stay what they are"
                 )
         except FileNotFoundError:
-            raise NoAnswer(f"step {step}: the command answered, and did not write {path}", LOOK) from None
+            raise NoAnswer(f"{self._at(step)}: the command answered, and did not write {path}", LOOK) from None
         except (BadFile, BadSchema, BadValues) as error:
-            raise NoAnswer(f"step {step}: what the command of --adamerging wrote: {error}", error.hint) from error
+            raise NoAnswer(f"{self._at(step)}: what the command of --adamerging wrote: {error}", error.hint) from error
 
     def _keep(self) -> None:
         found = self._model.coefficients

@@ -131,7 +131,7 @@ def test_killed_it_goes_on_and_a_new_home_takes_it_too(
     (tmp_path / "answers.py").write_text(
         ANSWERS.replace("asked = json", "sys.exit(9) if '\"step\": 5' in line else 0\n    asked = json")
     )
-    assert "step 5: the command of --adamerging ended (exit status 9)" in " ".join(refused(merged, *words).split())
+    assert "step 6 of 8: the command of --adamerging ended (exit status 9)" in " ".join(refused(merged, *words).split())
     (tmp_path / "answers.py").write_text(ANSWERS)
     killed(monkeypatch, "commit.before=kill:1", merged, *words)
     assert live(target) == 4 and target.learning("main").exists()
@@ -164,16 +164,18 @@ def test_a_command_that_fails_is_named_and_leaves_every_head_as_it_was(
     save_file({**own, "layers.0.up.weight": own["layers.0.up.weight"] / 0}, tmp_path / "infinite")
     (tmp_path / "torn").write_bytes(b"torn")
     cases = {
-        saying("sys.exit('out of memory')"): "step 0: the command of --adamerging ended (exit status 1): out of memory",
+        saying(
+            "sys.exit('out of memory')"
+        ): "step 1 of 2: the command of --adamerging ended (exit status 1): out of memory",
         saying(
             """print('{"entropy": NaN}', flush=True)"""
-        ): "step 0: the command of --adamerging answered an entropy of NaN",
+        ): "step 1 of 2: the command of --adamerging answered an entropy of NaN",
         saying(GOOD, ""): "the command answered, and did not write",
         saying(
             GOOD, "turned"
         ): "the gradient by embed_tokens.weight is float32 [16, 24], the weight has shape [24, 16]",
         saying(GOOD, "infinite"): "the gradient by layers.0.up.weight holds NaN or infinite values",
-        saying(GOOD, "torn"): "step 0: what the command of --adamerging wrote",
+        saying(GOOD, "torn"): "step 1 of 2: what the command of --adamerging wrote",
     }
     for program, word in cases.items():
         (tmp_path / "answers.py").write_text(program)
@@ -182,7 +184,7 @@ def test_a_command_that_fails_is_named_and_leaves_every_head_as_it_was(
     (tmp_path / "answers.py").write_text(saying("sys.stdin.read()"))
     monkeypatch.setenv("MAINSTEM_EVALUATE__TIMEOUT_SECONDS", "0.2")
     said = refused(merged, "--head", "ada", "--adamerging", command)
-    assert "step 0: the command of --adamerging took longer than 0.2 s" in " ".join(said.split())
+    assert "step 1 of 500: the command of --adamerging took longer than 0.2 s" in " ".join(said.split())
     with lineage(merged) as reader:
         assert [(head.name, head.live) for head in reader.heads()] == [("main", 4), ("soup", 4)]
     assert not list(merged.tmp.iterdir()) and not merged.versions("ada").exists()
