@@ -161,7 +161,6 @@ def test_a_command_that_fails_is_named_and_leaves_every_head_as_it_was(
 ) -> None:
     own = read_weights(tmp_path / "gradients.safetensors")
     save_file({**own, "embed_tokens.weight": own["embed_tokens.weight"].T.contiguous()}, tmp_path / "turned")
-    save_file({**own, "layers.0.up.weight": own["layers.0.up.weight"] / 0}, tmp_path / "infinite")
     (tmp_path / "torn").write_bytes(b"torn")
     cases = {
         saying(
@@ -174,7 +173,6 @@ def test_a_command_that_fails_is_named_and_leaves_every_head_as_it_was(
         saying(
             GOOD, "turned"
         ): "the gradient by embed_tokens.weight is float32 [16, 24], the weight has shape [24, 16]",
-        saying(GOOD, "infinite"): "the gradient by layers.0.up.weight holds NaN or infinite values",
         saying(GOOD, "torn"): "step 1 of 2: what the command of --adamerging wrote",
     }
     for program, word in cases.items():
