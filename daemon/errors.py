@@ -6,6 +6,7 @@
     ├── Failed        an expert that could not be worked on, for now: it is tried again, and refused after some tries
     ├── NotUploaded   an upload over HTTP that is not taken, or not to its end: nothing of it is left
     ├── NoScores      the evaluator failed: nobody knows how good a version is, which is no fault of its expert
+    ├── NoAnswer      the command of `rebuild --adamerging` failed, or answered what is none
     ├── BadHome       HOME is missing, in use, damaged or from another version
     │   └── Unanswered  another process has it, and did not answer: the same may be asked again
     └── BadConfig     a setting is unknown or outside its range
@@ -98,6 +99,13 @@ class NoScores(DaemonError):
     def __init__(self, detail: str, hint: str, log: bytes = b"") -> None:
         super().__init__(Reason.EVALUATION, detail, hint)
         self.log = log
+
+
+class NoAnswer(DaemonError):
+    """What runs the model while coefficients are learned failed, took too long or answered what is no answer."""
+
+    def __init__(self, detail: str, hint: str) -> None:
+        super().__init__(Reason.EVALUATION, detail, hint)
 
 
 class BadHome(DaemonError):

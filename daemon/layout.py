@@ -20,6 +20,7 @@ HOME/
     requests/              what commands ask of the running daemon
     tmp/
     rebuild-main/  without-000013/       homes in this home, while a rebuild is on its way
+    learning-main.safetensors            coefficients, while they are learned
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+COEFFICIENTS = "adamerging.json"  # beside weights whose coefficients were learned
 ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.safetensors"
 REASON_FILE = "reason.json"  # why an expert was refused, beside it
@@ -189,6 +191,10 @@ class Home:
     def rebuilding(self, head: str) -> Path:
         """A home of its own, in which a head that is to be added is rebuilt."""
         return self.state / f"rebuild-{head}"
+
+    def learning(self, head: str) -> Path:
+        """How far the coefficients of a head are learned."""
+        return self.state / f"learning-{head}.safetensors"
 
     def withdrawing(self, n: int) -> Path:
         """A home of its own, in which what version n needs is merged again without the experts that go with it."""

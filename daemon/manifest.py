@@ -57,12 +57,14 @@ def manifest(
     approximate: bool = False,
     withdrawal: Withdrawal | None = None,
     adapter: Mapping[str, Any] | None = None,
+    adamerging: Mapping[str, Any] | None = None,
     scores: Scores | None = None,
     verdict: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The bytes of a version's manifest.json: what it is, what it came from, and the sha256 of all it consists of.
 
-    approximate: its method folded this expert with sums that the later ones still change. scores, verdict: as they were
+    approximate: its method folded this expert with sums that the later ones still change. adamerging: how
+    the coefficients of its weights were learned, where they were. scores, verdict: as they were
     when it was published.
     """
     content = {
@@ -86,6 +88,7 @@ def manifest(
         "state": asdict(state) if state else None,
         "record": asdict(record) if record else None,
         "adapter": adapter,
+        "adamerging": adamerging,
         "scores": plain_scores(scores) if scores else None,
         "verdict": verdict,
     }

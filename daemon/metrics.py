@@ -71,9 +71,11 @@ class HeadMetrics:
             registry=registry,
         )
         self.head_frozen = Gauge(
-            "mainstem_head_frozen", "1 while no later version becomes live by itself: after a rollback.", ["head"],
+            "mainstem_head_frozen",
+            "1 while no later version becomes live by itself: after a rollback, or once coefficients were learned.",
+            ["head"],
             registry=registry,
-        )  # fmt: skip
+        )
         self.head_held = Gauge(
             "mainstem_head_held",
             "Versions newer than the live one that were not let live.",

@@ -120,14 +120,18 @@ class BaseModel:
     created_at: datetime
 
 
+LEARNED = "the live version's coefficients were learned without it"
+"""Why a head is frozen, and what is folded next held, once the coefficients of a version of it were learned."""
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """One line of merged models. `live` is the version that `latest` names, `newest` the highest ever committed, which
     the next one continues from.
 
-    frozen: why no later version becomes live by itself, after a rollback; else None. previous: the version that was
-    live before the last turn to one that does not follow it, as after a rollback. relative_to: what its task vectors
-    are taken against.
+    frozen: why no later version becomes live by itself, after a rollback, or LEARNED; else None. previous: the version
+    that was live before the last turn to one that does not follow it, as after a rollback. relative_to: what its task
+    vectors are taken against.
     """
 
     name: str

@@ -26,6 +26,7 @@ from sqlalchemy import (
 
 from registry.errors import BadRecord, StaleHead
 from registry.records import (
+    LEARNED,
     BaseModel,
     Deed,
     Delivery,
@@ -168,15 +169,15 @@ def require_one_each(heads: Sequence[Head], versions: Sequence[NewVersion]) -> N
         raise BadRecord(f"there must be one version, of the same number, for each of the heads {names}", PROGRAM_HINT)
 
 
-def advance(connection: Connection, version: NewVersion, *, thaw: bool = False) -> NewVersion:
+def advance(connection: Connection, version: NewVersion, *, thaw: bool = False, then: str | None = None) -> NewVersion:
     """Moves a head on to its new version, and returns that as it is to be kept: one that would become live is held
-    where the head is frozen. thaw: the head is frozen no more, and the version live in any case. Raises StaleHead
-    unless the head stands where the version expects it.
+    where the head is frozen. thaw: the head is frozen no more, and the version live in any case; then: it is
+    frozen by that from the next version on. Raises StaleHead unless the head stands where the version expects it.
     """
     at_parent = HeadRow.name == version.head, HeadRow.newest == version.parent, HeadRow.newest == version.number - 1
     frozen = connection.execute(select(HeadRow.frozen).where(HeadRow.name == version.head)).scalar()
     kept = version if thaw or version.held else replace(version, held=frozen)
-    values: dict[str, Any] = {"newest": version.number, "frozen": None if thaw else frozen}
+    values: dict[str, Any] = {"newest": version.number, "frozen": then if thaw else frozen}
     if not kept.held:
         jumps = HeadRow.live != version.number - 1
         values |= {"live": version.number, "previous": case((jumps, HeadRow.live), else_=HeadRow.previous)}
@@ -189,9 +190,12 @@ def advance(connection: Connection, version: NewVersion, *, thaw: bool = False) 
 
 
 def experts_after_live(connection: Connection, head: str) -> set[int]:
-    """The merged experts that came with a version after the head's live one."""
+    """The merged experts that came with a version after the head's live one, and are not held with it only because
+    nobody has learned their coefficients."""
     live = select(HeadRow.live).where(HeadRow.name == head).scalar_subquery()
-    return set(connection.scalars(select(ExpertRow.id).where(is_merged, ExpertRow.version > live)))
+    unlearned = select(VersionRow.number).where(VersionRow.head == head, VersionRow.held == LEARNED)
+    later = select(ExpertRow.id).where(is_merged, ExpertRow.version > live, ExpertRow.version.not_in(unlearned))
+    return set(connection.scalars(later))
 
 
 def turn(connection: Connection, head: str, number: int, frozen: str | None) -> int:

@@ -4,7 +4,7 @@ Every method is one transaction: it sees one state of the database, and changes 
 `StorageFailed` a writer must be closed and not be asked again: only a new start tells what the disk holds.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from registry.engine import APPLICATION_ID, check, connect, examine, translated,
 from registry.errors import AlreadyMerged, AlreadyThere, BadRecord, Busy, StorageFailed
 from registry.reader import Reader
 from registry.records import (
+    LEARNED,
     BaseModel,
     Delivery,
     Endpoint,
@@ -157,10 +158,13 @@ class Store(Reader):
         versions: Sequence[NewVersion],
         withdrawn: Sequence[int] = (),
         intervention: NewIntervention | None = None,
+        learned: Collection[str] = (),
     ) -> None:
         """Every head is at a new version that folds no new expert; those withdrawn are in none of them any more, and
         blocked. It is live, and nothing is frozen any more, unless it has an expert that came after the live version
         and is held with it.
+
+        learned: the heads whose coefficients were learned: they are frozen again.
 
         THE COMMIT POINT of such a version. Raises as `commit` does, and BadRecord where an expert is not merged.
         """
@@ -171,7 +175,8 @@ class Store(Reader):
             for version in versions:
                 later = experts_after_live(connection, version.head) - set(withdrawn)
                 why = f"it still has expert {max(later)}, which is not live" if later else None
-                kept.append(advance(connection, replace(version, held=why), thaw=not later))
+                then = LEARNED if version.head in learned else None
+                kept.append(advance(connection, replace(version, held=why), thaw=not later, then=then))
             insert_versions(connection, kept, None, now)
             withdraw(connection, withdrawn, versions[0].number)
             change = replace(intervention, version=versions[0].number) if intervention else None

@@ -137,6 +137,10 @@ PAGES = {
     "docs/published.md": Page(
         before=MERGED, end="cmp models/000001/model.safetensors home/published/main/000001/model.safetensors\n"
     ),
+    "docs/adamerging.md": Page(
+        before=HOME + "cp -r my-finetune many/one home/inbox/\nmainstem run --home home --once --no-http\n",
+        end="grep -q model.embed_tokens.weight home/published/ada/latest/adamerging.json\n",
+    ),
     "docs/rebuild.md": Page(
         before=HOME + "cp -r many/* my-finetune home/inbox/\n" + "mainstem run --home home --once --no-http\n",
         end="live 5\ntest -e spectral/published/init/000004\ntest -e cleaned/published/main/000002\n",

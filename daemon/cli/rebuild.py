@@ -20,7 +20,9 @@ from projector.text import listed
 from registry.records import Deed, NewIntervention
 
 if TYPE_CHECKING:
+    from daemon.config import Settings
     from daemon.rebuild.commands import Plan
+    from daemon.rebuild.learning import Learning
     from daemon.rebuild.replay import Console
 
 
@@ -55,6 +57,15 @@ def command(
     reason: Annotated[
         str | None, typer.Option("--reason", help="With --without or --into: why; kept with who and when.")
     ] = None,
+    adamerging: Annotated[
+        str | None,
+        typer.Option(
+            help="With --into or --head: learn coefficients by this command, which runs the model on unlabelled data.",
+            metavar="COMMAND",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="With --adamerging: steps.", min=1, max=10**6)] = 500,
+    lr: Annotated[float, typer.Option(help="With --adamerging: Adam's step size.", min=1e-9, max=1.0)] = 1e-3,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it may take.")
     ] = False,
@@ -66,39 +77,77 @@ def command(
     """
     from daemon.interventions.deeds import whoever
     from daemon.rebuild import commands
+    from daemon.rebuild.learning import METHOD, learning
 
     where, gone = find_home(at, home), without or []
     if replay and (target is not None or not gone):
         raise BadConfig("--replay is for --without", "everything else is replayed in any case")
+    if adamerging is None and (steps, lr) != (500, 1e-3):
+        raise BadConfig("--steps and --lr are for --adamerging", "leave them out, or give --adamerging COMMAND")
     with console() as to:
         if target is not None:
             new = Home(target.resolve())
             in_force = settings_of(new if new.config.exists() else where)
-            wanted = _heads(method, heads or [], settings or [])
+            how = learning(adamerging, in_force.evaluate, steps, lr) if adamerging is not None else None
+            wanted = _heads(method or (METHOD if how else None), heads or [], settings or [])
             methods, relative = wanted or (None, ())
             deed = NewIntervention(Deed.BLOCK, whoever(), reason)
-            plan = commands.into(where, new, in_force, methods, gone, to, relative=relative, dry=dry_run, deed=deed)
-            done = f"made {new.root}: {len(plan.reads)} experts are merged"
+            plan = commands.into(
+                where, new, in_force, methods, gone, to, relative=relative, dry=dry_run, deed=deed, how=how
+            )
+            done = f"made {new.root}: {_done(plan, how)}"
         elif heads:
             if gone or len(heads) > 1:
                 raise BadConfig("--head adds one head, with every merged expert", "give --into for anything else")
-            if (method is None) is ("=" not in heads[0]):
-                wrong = "missing" if method is None else "given twice"
-                raise BadConfig(f"the method of the head {heads[0]!r} is {wrong}", "use --method, or NAME=METHOD")
-            ((name, named),) = heads_of(heads if method is None else [f"{heads[0]}={method}"]).items()
-            words = [word if word.startswith(f"{name}.") else f"{name}.{word}" for word in settings or []]
-            methods, relative = chosen({name: (named, {})}, words)
             in_force = settings_of(where)
-            plan = commands.add_head(where, in_force, name, methods[name], to, relative=name in relative, dry=dry_run)
-            done = f"{_called(name, plan)}: {len(plan.reads)} experts are merged"
+            how = learning(adamerging, in_force.evaluate, steps, lr) if adamerging is not None else None
+            if how and _is_there(where, heads[0]):
+                if method or settings:
+                    raise BadConfig(f"there is a head {heads[0]!r} already", "leave --method and --set out")
+                plan = commands.learn_again(where, in_force, heads[0], to, how, dry=dry_run)
+                already = "" if plan.number else ", and were already"
+                done = f"{_called(heads[0], plan)}: {_done(plan, how)}{already}"
+            else:
+                method = method or (METHOD if how and "=" not in heads[0] else None)
+                plan = _add(where, in_force, heads[0], method, settings or [], to, how, dry_run)
+                done = f"{_called(heads[0].split('=')[0], plan)}: {_done(plan, how)}"
         elif gone:
-            if method or settings:
+            if method or settings or adamerging is not None:
                 raise BadConfig("--without keeps every head's method", "give --into for a home with other methods")
             take_out(where, gone, to, reason=reason, replay=replay, dry=dry_run)
             return
         else:
             raise BadConfig("there is nothing to rebuild", "give --into, --head or --without; see --help")
     typer.echo("\n".join([_planned(plan) if dry_run else done, *plan.notes]))
+
+
+def _is_there(where: Home, head: str) -> bool:
+    from registry.reader import Reader
+
+    with Reader.open(where.registry) as reader:
+        return reader.head(head) is not None
+
+
+def _add(
+    where: Home,
+    in_force: "Settings",
+    head: str,
+    method: str | None,
+    settings: Sequence[str],
+    to: "Console",
+    how: "Learning | None",
+    dry: bool,
+) -> "Plan":
+    """A new head: NAME=METHOD, or NAME and the method."""
+    from daemon.rebuild.commands import add_head
+
+    if (method is None) is ("=" not in head):
+        wrong = "missing" if method is None else "given twice"
+        raise BadConfig(f"the method of the head {head!r} is {wrong}", "use --method, or NAME=METHOD")
+    ((name, named),) = heads_of([head] if method is None else [f"{head}={method}"]).items()
+    words = [word if word.startswith(f"{name}.") else f"{name}.{word}" for word in settings]
+    methods, relative = chosen({name: (named, {})}, words)
+    return add_head(where, in_force, name, methods[name], to, relative=name in relative, dry=dry, how=how)
 
 
 def take_out(
@@ -144,6 +193,11 @@ def _heads(method: str | None, heads: Sequence[str], settings: Sequence[str]) ->
 
 def _called(head: str, plan: "Plan") -> str:
     return head if plan.number is None else called(head, plan.number)
+
+
+def _done(plan: "Plan", how: "Learning | None") -> str:
+    experts = f"{len(plan.reads)} experts are merged"
+    return f"{experts}, with coefficients that were learned" if how else experts
 
 
 def _planned(plan: "Plan") -> str:

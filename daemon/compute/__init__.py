@@ -4,6 +4,7 @@
     progress.py   watches the driver: how far, how long, and whether to stop
     processes.py  other programs, started and ended
     commands.py   an operator's command, run to its end
+    conversing.py  one that stays, and is asked again and again
     leash.py      the process that ends them when ours has ended
 
 Decides where and how wide; never what is computed.

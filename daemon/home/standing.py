@@ -10,7 +10,7 @@ from enum import StrEnum
 from daemon.errors import Reason
 from daemon.notation import called
 from registry.reader import Reader
-from registry.records import Expert, Head, Status
+from registry.records import LEARNED, Expert, Head, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Held:
 
 def held(reader: Reader, head: Head) -> Held | None:
     """Why the newest version of a head is not live; None where it is."""
-    if head.live == head.newest and head.frozen is None:
+    if head.live == head.newest and head.frozen in (None, LEARNED):
         return None
     newest = reader.version(head.name, head.newest)
     why = head.frozen or (newest and newest.held) or "another version is live"

@@ -26,31 +26,32 @@ from daemon.layout import Home
 from daemon.manifest import Withdrawal
 from daemon.merge.gate import judges
 from daemon.notation import called
+from daemon.rebuild.learning import Learning, check_learnable, learned
+from daemon.rebuild.refining import arrival, arrivals, from_inside, refine, tip_inside
 from daemon.rebuild.replay import (
     Console,
     Heads,
-    archived,
     check_archive,
     merged_experts,
     methods_of,
     misfit,
     replay,
-    started,
 )
-from daemon.rebuild.restating import Arrival, Restating, judging, next_number
+from daemon.rebuild.restating import Restating, judging, next_number
 from daemon.versions.checking import problems
 from daemon.versions.heads import HeadTip, head_tips, relative_heads, totals_of
 from daemon.versions.latest import point_latest
 from daemon.versions.retention import numbered, remove_whole
 from daemon.versions.sealing import origin
 from daemon.versions.writing import Written
-from projector.method import Contribution, Method, Totals
+from projector.method import Method, Totals
+from registry import records
 from registry.errors import Busy, RegistryError, StorageFailed
 from registry.reader import Reader
-from registry.records import Deed, Expert, Head, NewIntervention, RelativeTo, Status, Version
+from registry.records import Deed, Expert, Head, NewIntervention, RelativeTo, Version
 from registry.store import Store
 
-RESTORED, SUBTRACTED, REPLAYED = "restored", "subtracted", "replayed"
+RESTORED, SUBTRACTED, REPLAYED, LEARNED = "restored", "subtracted", "replayed", "learned"
 KEEPING_OUT = NewIntervention(Deed.BLOCK, "mainstem rebuild")
 MOST_SUBTRACTED = 100.0  # times the weight of what is left: beyond that its rounding shows in the fifth digit
 
@@ -82,19 +83,22 @@ def into(
     relative: Collection[str] = (),
     dry: bool = False,
     deed: NewIntervention = KEEPING_OUT,
+    how: Learning | None = None,
 ) -> Plan:
     """Replays the archive of `home`, which may be in use, into the home `target`, less the experts `without`, which do
     not come back there, nor does what is blocked in `home`.
 
     heads: of the new home, and which of them are `relative` to what an expert was trained from; None takes the same
-    ones. deed: by whom and why. Raises BadHome where an expert is missing, or where `target` is there and is no earlier
-    part of the same.
+    ones. deed: by whom and why. how: coefficients are learned for the first of them. Raises BadHome where an expert is
+    missing, or where `target` is there and is no earlier part of the same.
     """
     with Reader.open(home.registry) as reader:
         chosen = methods_of(reader) if heads is None else heads
         relative = relative_heads(reader) if heads is None else relative
         gone = {expert.id for expert in merged_experts(reader, without)}
-        experts = [expert for expert in reader.lineage() if expert.id not in gone]
+        experts, first = [expert for expert in reader.lineage() if expert.id not in gone], next(iter(chosen))
+        if how:
+            check_learnable(first, chosen[first], how, len(experts), relative=first in relative)
         if target.root == home.root:
             raise BadHome(f"{target.root} is the home to be replayed", "give --into another folder")
         check_archive(home, reader, experts, chosen, relative)
@@ -113,7 +117,7 @@ def into(
         if not dry:
             replay(home, reader, experts, target, chosen, settings, to, relative=relative)
             with _opened(target) as store:
-                _refine(target, store, home, reader, experts, settings, to)
+                refine(target, store, home, reader, experts, settings, to, (first, how) if how else None)
                 _keep_out(store, [*reader.kept_out(), *(one for one in reader.lineage() if one.id in gone)], deed)
         return plan
 
@@ -127,9 +131,11 @@ def add_head(
     *,
     relative: bool = False,
     dry: bool = False,
+    how: Learning | None = None,
 ) -> Plan:
     """Adds a head that has folded every merged expert; where it is `relative`, what was trained since the version that
-    each names. Raises BadHome where the daemon runs, an expert is missing, or there is such a head.
+    each names. how: its coefficients are learned. Raises BadHome where the daemon runs, an expert is missing, or there
+    is such a head.
     """
     with _reading(home) if dry else _opened(home) as store:
         if store.head(name):
@@ -140,19 +146,42 @@ def add_head(
                 f"{home.versions(name)} is there and belongs to no head", "move it away, or choose a new name"
             )
         heads, experts, relatives = {name: method}, store.lineage(), {name} if relative else set()
+        if how:
+            check_learnable(name, method, how, len(experts), relative=relative)
         check_archive(home, store, experts, heads, relatives)
         plan = Plan({name: REPLAYED}, experts, _readings(heads, experts), _usual_seconds(store))
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to, relatives)
             with Restating(home, store, settings, to.progress()) as restating:
-                written = _from_inside(restating, inner, name, home, store, experts)
+                if how:
+                    tip = tip_inside(inner, name)
+                    of = arrivals(home, store, tip, experts)
+                    written = learned(restating, home, inner, tip, of, how, settings, to)
+                else:
+                    written = from_inside(restating, inner, name, home, store, experts)
                 _link_records(home, inner, name, experts)
                 number = _adopt(home, store, new_head(name, method, relative=relative), method, written, restating)
             remove_whole(home, inner.root)
+            durable.remove(home.learning(name))
             made = called(name, number)
             stays = [f"{line}; `mainstem promote {made}` makes it live" for line in _not_live(store, name)]
             plan = replace(plan, number=number, notes=stays)
         return plan
+
+
+def learn_again(home: Home, settings: Settings, name: str, to: Console, how: Learning, *, dry: bool = False) -> Plan:
+    """Learns the coefficients of a head that is there, of every merged expert: one version more of every head, with the
+    others' weights as they are. Raises BadHome as `add_head`, and BadConfig where it has no coefficients.
+    """
+    with _reading(home) if dry else _opened(home) as store:
+        (tip,) = [tip for tip in head_tips(store, methods_of(store)) if tip.head.name == name]
+        experts, relative = store.lineage(), tip.head.relative_to is RelativeTo.TRAINED_FROM
+        check_learnable(name, tip.method, how, len(experts), relative=relative)
+        check_archive(home, store, experts, {name: tip.method})
+        number = None
+        if isinstance(store, Store):
+            number = refine(home, store, home, store, experts, settings, to, (name, how))
+        return Plan({name: LEARNED}, experts, len(experts), _usual_seconds(store), number, notes=_not_live(store, name))
 
 
 def withdraw(
@@ -201,7 +230,7 @@ def withdraw_from(
                 to.say(f"{name}: subtracting {len(gone)}")
                 new = _subtract(restating, home, store, tip, planned.lineage, gone)
             else:
-                new = _from_inside(restating, inner, name, home, store, rest)
+                new = from_inside(restating, inner, name, home, store, rest)
             written[name] = replace(new, withdrawal=Withdrawal(gone, how))
         number = restating.commit(store, heads, written, gone, deed)
     remove_whole(home, inner.root)
@@ -326,56 +355,6 @@ def _unfit(inner: Home, store: Store, heads: Heads, relative: Collection[str], e
         return True
 
 
-def _from_inside(
-    restating: Restating, inner: Home, name: str, home: Home, reader: Reader, experts: Sequence[Expert]
-) -> Written:
-    """The version of a head that the inner home has come to; made exact where that takes a second pass."""
-    with Reader.open(inner.registry) as inside:
-        (tip,) = [tip for tip in head_tips(inside, methods_of(inside)) if tip.head.name == name]
-    return _exact(restating, inner, tip, home, reader, experts) or restating.linked(
-        name, inner, tip.version.number, tip.totals
-    )
-
-
-def _exact(
-    restating: Restating, there: Home, tip: HeadTip, archive: Home, reader: Reader, experts: Sequence[Expert]
-) -> Written | None:
-    """What a second pass over the experts makes of a head; None where one pass is all there is."""
-    second = tip.method.second_pass(tip.totals.experts) if tip.totals.experts else None
-    if second is None:
-        return None
-    arrivals = [_arrival(archive, reader, tip, expert, place) for place, expert in enumerate(experts, start=1)]
-    return restating.folded(there, tip, second, Totals(), arrivals)
-
-
-def _refine(
-    target: Home,
-    store: Store,
-    archive: Home,
-    reader: Reader,
-    experts: Sequence[Expert],
-    settings: Settings,
-    to: Console,
-) -> None:
-    """One more version of every head, where a second pass makes one of them exact: the others' stay what they are."""
-    heads = head_tips(store, methods_of(store))
-    if not experts or all(tip.method.second_pass(len(experts)) is None for tip in heads):
-        return
-    if heads[0].version.expert_id is None:
-        return  # it was made before: the newest version folds no expert
-    if store.counts()[Status.MERGED] != len(experts):
-        raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
-    with Restating(target, store, settings, to.progress()) as restating:
-        written = {}
-        for tip in heads:
-            name = tip.head.name
-            to.say(f"{name}: a second pass" if tip.method.second_pass(len(experts)) else f"{name}: stays")
-            written[name] = _exact(restating, target, tip, archive, reader, experts) or restating.linked(
-                name, target, tip.version.number, tip.totals
-            )
-        restating.commit(store, heads, written)
-
-
 def _keep_out(store: Store, experts: Sequence[Expert], deed: NewIntervention) -> None:
     """What a pipeline sends again is refused in a new home as it was in the old one."""
     store.keep_out([left_behind(expert) for expert in experts if expert.sha256], deed)
@@ -396,14 +375,8 @@ def _subtract(
     gone: Sequence[Expert],
 ) -> Written:
     places = {expert.id: place for place, expert in enumerate(lineage, start=1)}
-    arrivals = [_arrival(home, reader, tip, expert, places[expert.id], sign=-1.0) for expert in gone]
-    return restating.folded(home, tip, tip.method, tip.totals, arrivals)
-
-
-def _arrival(archive: Home, reader: Reader, tip: HeadTip, expert: Expert, index: int, sign: float = 1.0) -> Arrival:
-    relative = [tip.head.name] if tip.head.relative_to is RelativeTo.TRAINED_FROM else []
-    start = started(archive, reader, expert, relative)
-    return Arrival(archived(archive, expert), Contribution(index, weight=sign * expert.weight), expert, start)
+    minus = [arrival(home, reader, tip, expert, places[expert.id], sign=-1.0) for expert in gone]
+    return restating.folded(home, tip, tip.method, tip.totals, minus)
 
 
 def _adopt(home: Home, store: Store, head: Head, method: Method, written: Written, restating: Restating) -> int:
@@ -414,7 +387,9 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
     """
     others = store.heads()
     newest = max(one.newest for one in others)
-    waiting = next((called(one.name, one.newest) for one in others if one.live < one.newest), None)
+    unlearned = [one.name for one in others if one.frozen == records.LEARNED]  # of which no expert is to blame
+    held_back = [one for one in others if one.live < one.newest and one.name not in unlearned]
+    waiting = next((called(one.name, one.newest) for one in held_back), None)
     why = f"it was made while {waiting} was not live" if waiting else None
     with open_path(home.base) as base:
         dtypes = floating_dtypes(base)
@@ -423,7 +398,8 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
         tip = HeadTip(head, Version(**asdict(versions[0])), method, Totals())
         made = restating.place([tip], newest, {head.name: written}, origin(store))
         versions += [replace(version, held=why) for version in made]
-    frozen = why if any(one.frozen for one in others) else None
+    frozen = why if any(one.frozen for one in others if one.name not in unlearned) else None
+    frozen = records.LEARNED if written.adamerging and not waiting else frozen
     adopted = replace(head, live=0 if waiting else newest, newest=newest, frozen=frozen)
     hit("commit.before")
     store.adopt(adopted, versions)

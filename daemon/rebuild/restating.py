@@ -4,11 +4,12 @@ It is published as any other: files first, all durable, then renamed into place,
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from daemon.arrivals.admission import naming_of
@@ -35,12 +36,18 @@ from daemon.versions.heads import HeadTip
 from daemon.versions.latest import follow_live
 from daemon.versions.retention import collect, remove_whole
 from daemon.versions.sealing import Origin, origin, publish, seal, stage
-from daemon.versions.writing import Written
+from daemon.versions.writing import Outputs, Written
+from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader
 from projector.method import Contribution, Method, Totals
+from projector.methods import make
 from registry.reader import Reader
 from registry.records import Expert, NewIntervention, NewVersion
 from registry.store import Store
+
+Weigh = Callable[[Checkpoint, Sequence[Checkpoint], Outputs, Path], Mapping[str, Any]]
+"""Writes a version's weights out of the base and its experts; a folder for what is gone afterwards. It says what the
+manifest is to say."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Restating:
                     head = self._folding.head(read, method, totals, one.contribution, before, output, origin=origin)
                     folded = self._folding.fold(read, [head])
                 (totals,) = folded.totals
-                _check(one.path, read, folded.task_vector.whole, one.expert)
+                _check(one.path, read, one.expert, folded.task_vector.whole)
                 with sound_ground(self._base, states):
                     now = self._folding.read_out(method, totals, output)
             if written:
@@ -117,17 +124,61 @@ class Restating:
         self._base.confirm()  # nothing may have been folded
         folder = self._folder / head
         manifest = Manifest.read(source.manifest(head, number).read_bytes())
-        published, state_folder = folder / "published", folder / "state"
+        published = folder / "published"
+        state_folder = self._linked_state(head, source, number, manifest)
         durable.make_folder(published, public=True)
         weights = [file for name, file in manifest.files.items() if name != CARD and not is_adapter(name)]
         for file in weights:
             durable.make_folder((published / file.name).parent, public=True)
             durable.link_or_copy(source.version(head, number) / file.name, published / file.name)
+        said = manifest.content
+        return Written(
+            published,
+            weights,
+            state_folder,
+            manifest.state,
+            totals,
+            said["dtype"],
+            said["approximate"],
+            adamerging=said.get("adamerging"),
+        )
+
+    def _linked_state(self, head: str, source: Home, number: int, manifest: Manifest) -> Path:
+        state_folder = self._folder / head / "state"
         if manifest.state:
             durable.make_folder(state_folder)
             durable.link_or_copy(source.head_state(head, number) / STATE_FILE, state_folder / STATE_FILE)
-        said = manifest.content
-        return Written(published, weights, state_folder, manifest.state, totals, said["dtype"], said["approximate"])
+        return state_folder
+
+    def reweighted(self, source: Home, tip: HeadTip, number: int, arrivals: Sequence[Arrival], weigh: Weigh) -> Written:
+        """Version `number` of a head in `source` with other weights, which `weigh` writes; it folds on as it would.
+
+        Raises BadHome where these experts are not what was merged, or change meanwhile, and what `weigh` raises.
+        """
+        head, folder = tip.head.name, self._folder / tip.head.name
+        manifest = Manifest.read(source.manifest(head, number).read_bytes())
+        state_folder = self._linked_state(head, source, number, manifest)
+        work = folder / "work"
+        durable.make_folder(work)
+        with ExitStack() as files:
+            experts = [files.enter_context(self._opened(one.path, one.expert, tip.method)) for one in arrivals]
+            output = self._folding.outputs(folder / "weights", make("zero_shot"), files)  # no state of its own
+            self._base.check()
+            self._base.confirm()
+            for one, read in zip(arrivals, experts, strict=True):
+                read.check(self._base.tensors)
+                _check(one.path, read, one.expert)
+            said = weigh(self._base.tensors, [read.tensors for read in experts], output, work)
+            self._base.check()
+            if changed := next(
+                (one for one, read in zip(arrivals, experts, strict=True) if not read.unchanged()), None
+            ):
+                raise BadHome(f"{changed.path} changed while it was read", "leave it alone; the same command goes on")
+            written = output.finish(tip.totals, self._settings.publish.dtype)
+        durable.remove(work)
+        return replace(
+            written, state_folder=state_folder, state=manifest.state, record_file=None, record=None, adamerging=said
+        )
 
     def place(
         self, heads: Sequence[HeadTip], number: int, written: Mapping[str, Written], origin: Origin
@@ -168,7 +219,8 @@ class Restating:
         number = next_number(heads)
         versions = self.place(heads, number, written, origin(store, gone=gone))
         hit("commit.before")
-        store.restate(versions, [expert.id for expert in gone], deed)
+        learned = [head for head, one in written.items() if one.adamerging]
+        store.restate(versions, [expert.id for expert in gone], deed, learned)
         hit("commit.after")
         follow_live(self._home, store)
         collect(self._home, store, self._settings.retention)
@@ -187,10 +239,10 @@ def unlike(expert: Expert, sha256: str | None, sidecars: Mapping[str, str]) -> s
     return f"its {others[0]}.safetensors is another" if others else None
 
 
-def _check(path: Path, source: OpenCheckpoint, norm: float, expert: Expert) -> None:
-    """Once it has been folded: what was read must be what was merged."""
+def _check(path: Path, source: OpenCheckpoint, expert: Expert, norm: float | None = None) -> None:
+    """What was read must be what was merged. norm: that of its task vector, once it has been folded."""
     why = unlike(expert, source.identity(), source.sidecar_digests())
-    if not why and expert.norm is not None and not isclose(norm, expert.norm, rel_tol=SAME_NORM):
+    if not why and norm is not None and expert.norm is not None and not isclose(norm, expert.norm, rel_tol=SAME_NORM):
         why = f"its task vector has norm {norm:.6g}, it had {expert.norm:.6g}"
     if why:
         raise BadHome(f"{path} is not what was merged: {why}", "restore it from a backup; nothing was published")

@@ -58,8 +58,9 @@ class Card:
     """Everything that a card says.
 
     newest: its experts, newest first, MOST_EXPERTS of them at the most. files: those of its weights. adapter: the rank
-    of the one beside the weights, and the share of the task vector's squared norm that it keeps. relative: a task
-    vector is what was trained since the version that an expert names.
+    of the one beside the weights, and the share of the task vector's squared norm that it keeps. adamerging: how
+    the coefficients of its weights were learned, where they were. relative: a task vector is what was trained since the
+    version that an expert names.
     """
 
     head: str
@@ -76,6 +77,7 @@ class Card:
     withdrawal: Withdrawal | None = None
     files: Sequence[str] = ()
     adapter: tuple[int, float] | None = None
+    adamerging: Mapping[str, Any] | None = None
     scores: Scores = field(default_factory=dict)
 
 

@@ -16,7 +16,7 @@ from daemon.checkpoints.adapter_config import ADAPTER
 from daemon.checkpoints.expert_json import ABOUT
 from daemon.checkpoints.weight_names import SUFFIX
 from daemon.errors import BadHome
-from daemon.layout import ADAPTER_FOLDER, CARD, MANIFEST, Home
+from daemon.layout import ADAPTER_FOLDER, CARD, COEFFICIENTS, MANIFEST, Home
 from daemon.pull.foreign_manifest import is_plain
 from projector.text import shown
 
@@ -45,7 +45,7 @@ SECRETS = (
 )
 """Globs for names in lower case. tokens.txt is a vocabulary, and so may be most other names with tokens in them."""
 TRAINING = ("optimizer*", "rng_state*", "trainer_state.json", "training_args*", "events.out.tfevents*", "zero_pp_rank*")
-OURS = (CARD.lower(), MANIFEST, ADAPTER, ABOUT)
+OURS = (CARD.lower(), MANIFEST, COEFFICIENTS, ADAPTER, ABOUT)
 """What every version has of its own, and what would make an adapter of its folder."""
 NOT_BELOW = ("checkpoint-*", "global_step*", "__pycache__", "runs", "wandb", "mlruns", "node_modules", ADAPTER_FOLDER)
 MODULE = "[0-9]_[A-Z]*"  # a folder of sentence-transformers, such as 2_Dense

@@ -92,6 +92,7 @@ def seal(
         withdrawal=written.withdrawal,
         files=[file.name for file in written.weights],
         adapter=(adapter.rank, adapter.kept) if adapter else None,
+        adamerging=written.adamerging,
         scores=scores or {},
     )
     durable.write_file(published / CARD, render(card))
@@ -113,6 +114,7 @@ def seal(
         approximate=written.approximate,
         withdrawal=written.withdrawal,
         adapter=adapter.described() if adapter else None,
+        adamerging=written.adamerging,
         scores=scores,
         verdict=verdict,
     )

@@ -1,9 +1,10 @@
 """One head's next version while it is being written, in a temporary folder: its state, its weights, its record."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,8 +27,8 @@ from projector.watch import Watch
 class Written:
     """A head's next version, all of it written and nothing of it named yet: to be sealed, and then published.
 
-    published: the folder with its weights, which are listed. totals: after it. approximate, withdrawal: as its manifest
-    has them. state, record: None where it has none.
+    published: the folder with its weights, which are listed. totals: after it. approximate, withdrawal, adamerging:
+    as its manifest has them. state, record: None where it has none.
     """
 
     published: Path
@@ -40,6 +41,7 @@ class Written:
     withdrawal: Withdrawal | None = None
     record_file: Path | None = None
     record: FileEntry | None = None
+    adamerging: Mapping[str, Any] | None = None
 
 
 class Outputs:

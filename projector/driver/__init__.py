@@ -7,6 +7,7 @@
     device.py    CPU or CUDA, which may fail
     measure.py   measures checkpoints without folding
     averages.py  running statistics
+    adamerging.py  coefficients that are learned
     view.py      an expert's own model out of a merged one
 
 One thread reads, workers compute, one writes in order: no bit depends on threads.

@@ -1,0 +1,205 @@
+"""`mainstem rebuild --adamerging`: coefficients learned by what a command answers, and what becomes of them."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from daemon.home.standing import Held, held
+from daemon.layout import Home
+from registry.records import LEARNED
+from tests.daemon.homes import assert_close, drain, latest, lineage, live, put, quick
+from tests.daemon.processes import rebuild
+from tests.daemon.rebuilds import check, killed, refused, taken_out, weights
+from tests.models import read_weights, write_expert
+
+# It hands out the same gradients at every step, and tells the entropy from the step: no model is needed for that.
+ANSWERS = """
+import json, shutil, sys
+print("a line that is no answer", file=sys.stderr)
+for line in sys.stdin:
+    asked = json.loads(line)
+    shutil.copy("gradients.safetensors", asked["gradients"])
+    with open("asked", "a") as file:
+        print(asked["step"], file=file)
+    print("nor is this")
+    print(json.dumps({"entropy": 2 - asked["step"] / 10}), flush=True)
+"""
+
+
+@pytest.fixture
+def command(model: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In the current folder, with the gradients that it hands out: of the embedding and of the first layer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "answers.py").write_text(ANSWERS)
+    torch.manual_seed(0)
+    own = {name: one for name, one in read_weights(model[0]).items() if name.startswith(("embed", "layers.0"))}
+    save_file({name: torch.randn_like(one) for name, one in own.items()}, tmp_path / "gradients.safetensors")
+    return shlex.join([sys.executable, "-S", "answers.py", "{folder}"])
+
+
+def learnt(
+    model: tuple[Path, list[Path]], which: Sequence[int], gradients: dict[str, Tensor], steps: int, start: float = 0.3
+) -> dict[str, Tensor]:
+    """What torch's Adam makes of the coefficients of these experts, of which the third counts 2.5 times; float64."""
+    base, given = weights(model, *which)
+    counts = torch.tensor([2.5 if i == 2 else 1.0 for i in which], dtype=torch.float64)
+    merged = dict(base)
+    for name, theta0 in base.items():
+        if theta0.is_floating_point():
+            taus = torch.stack([(one[name] - theta0).double() for one in given])
+            taus = taus * counts.reshape(-1, *[1] * theta0.ndim)
+            shares = torch.full((len(given),), start, dtype=torch.float64, requires_grad=True)
+            adam = torch.optim.Adam([shares], 1e-3)
+            for _ in range(steps if name in gradients else 0):
+                adam.zero_grad()
+                shares.grad = (taus * gradients[name].double()).flatten(1).sum(1)
+                adam.step()
+            merged[name] = theta0.double() + torch.einsum("t,t...->...", shares.detach(), taus)
+    return merged
+
+
+def test_a_head_is_learned_stays_and_is_learned_again(
+    merged: Home, model: tuple[Path, list[Path]], command: str, tmp_path: Path
+) -> None:
+    gradients = read_weights(tmp_path / "gradients.safetensors")
+    said = rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "12")
+    assert "ada/4: 4 experts are merged, with coefficients that were learned" in said
+    assert_close(latest(merged, "ada"), learnt(model, [0, 1, 2, 3], gradients, 12))
+    manifest = json.loads(merged.manifest("ada", 4).read_bytes())
+    about = manifest["adamerging"]
+    assert (about["steps"], about["lr"], about["start"]) == (12, 1e-3, 0.3)
+    assert about["entropy"] == [pytest.approx(1.55), pytest.approx(1.35)]  # of the first ten steps, and of the last
+    table = json.loads((merged.version("ada", 4) / about["file"]).read_bytes())
+    assert [one["name"] for one in table["experts"]] == ["a.safetensors", "b", "c", "d"]
+    assert table["coefficients"]["layers.1.up.weight"] == [0.3] * 4  # no gradient
+    assert len(table["entropies"]) == 12 and table["coefficients"]["embed_tokens.weight"] != [0.3] * 4
+    assert "arXiv 2310.02575" in (merged.version("ada", 4) / "README.md").read_text()
+    check(merged)
+
+    put(merged, write_expert(tmp_path / "e.safetensors", model[0], 9))
+    drain(merged)
+    assert (live(merged), live(merged, "ada")) == (5, 4)  # what comes is folded, and is not live there
+    assert standing(merged) == Held(5, LEARNED, True, "mainstem promote ada/5")
+    taken_out(merged, quick(), "e.safetensors")
+    assert live(merged, "ada") == 6 and standing(merged) is None  # as it was: its coefficients are of just the others
+    assert_close(latest(merged, "ada"), learnt(model, [0, 1, 2, 3], gradients, 12))
+
+    put(merged, write_expert(tmp_path / "f.safetensors", model[0], 10))
+    drain(merged)
+    rebuild(merged, "--head", "sum", "--method", "task_arithmetic")
+    assert (live(merged, "ada"), live(merged, "sum")) == (6, 7)  # which is no reason to hold another head
+    said = rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "3")
+    assert "ada/8: 5 experts are merged" in said and live(merged, "ada") == live(merged) == 8
+    assert len(json.loads((merged.version("ada", 8) / about["file"]).read_bytes())["experts"]) == 5
+    assert "were already" in rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "3")
+    taken_out(merged, quick(), "1", "f.safetensors")  # by subtraction, at the scale that all began with
+    assert live(merged, "ada") == 9 and json.loads(merged.manifest("ada", 9).read_bytes())["adamerging"] is None
+    assert_close(latest(merged, "ada"), learnt(model, [1, 2, 3], {}, 0))
+    check(merged)
+
+
+def standing(home: Home) -> Held | None:
+    with lineage(home) as reader:
+        head = reader.head("ada")
+        assert head is not None
+        return held(reader, head)
+
+
+def test_killed_it_goes_on_and_a_new_home_takes_it_too(
+    merged: Home, model: tuple[Path, list[Path]], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Home(tmp_path / "new")
+    words = (
+        "--into",
+        target.root,
+        "--head",
+        "soup=mean",
+        "--adamerging",
+        command,
+        "--steps",
+        "8",
+        "--set",
+        "scale=0.2",
+    )
+    (tmp_path / "answers.py").write_text(
+        ANSWERS.replace("asked = json", "sys.exit(9) if '\"step\": 5' in line else 0\n    asked = json")
+    )
+    assert "step 6 of 8: the command of --adamerging ended (exit status 9)" in " ".join(refused(merged, *words).split())
+    (tmp_path / "answers.py").write_text(ANSWERS)
+    killed(monkeypatch, "commit.before=kill:1", merged, *words)
+    assert live(target) == 4 and target.learning("main").exists()
+    assert (tmp_path / "asked").read_text().split() == list("01234567")
+    (tmp_path / "asked").unlink()
+    rebuild(merged, *words)
+    assert not (tmp_path / "asked").exists()  # all steps were kept
+    wanted = learnt(model, [0, 1, 2, 3], read_weights(tmp_path / "gradients.safetensors"), 8, 0.2)
+    assert_close(latest(target), wanted)
+    assert live(target) == live(target, "soup") == 5
+    check(target)
+    rebuild(merged, *words)
+    assert live(target) == 5 and not (tmp_path / "asked").exists()  # there is nothing left to do
+
+
+def saying(answer: str, gradients: str = "gradients.safetensors") -> str:
+    """A command that leaves these gradients, if any, and answers that."""
+    copy = f"shutil.copy({gradients!r}, asked['gradients'])" if gradients else "pass"
+    return f"import json, shutil, sys\nfor line in sys.stdin:\n    asked = json.loads(line)\n    {copy}\n    {answer}\n"
+
+
+GOOD = """print('{"entropy": 1}', flush=True)"""
+
+
+def test_a_command_that_fails_is_named_and_leaves_every_head_as_it_was(
+    merged: Home, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = read_weights(tmp_path / "gradients.safetensors")
+    save_file({**own, "embed_tokens.weight": own["embed_tokens.weight"].T.contiguous()}, tmp_path / "turned")
+    (tmp_path / "torn").write_bytes(b"torn")
+    cases = {
+        saying(
+            "sys.exit('out of memory')"
+        ): "step 1 of 2: the command of --adamerging ended (exit status 1): out of memory",
+        saying(
+            """print('{"entropy": NaN}', flush=True)"""
+        ): "step 1 of 2: the command of --adamerging answered an entropy of NaN",
+        saying(GOOD, ""): "the command answered, and did not write",
+        saying(
+            GOOD, "turned"
+        ): "the gradient by embed_tokens.weight is float32 [16, 24], the weight has shape [24, 16]",
+        saying(GOOD, "torn"): "step 1 of 2: what the command of --adamerging wrote",
+    }
+    for program, word in cases.items():
+        (tmp_path / "answers.py").write_text(program)
+        said = " ".join(refused(merged, "--head", "ada", "--adamerging", command, "--steps", "2").split())
+        assert word in said, said
+    (tmp_path / "answers.py").write_text(saying("sys.stdin.read()"))
+    monkeypatch.setenv("MAINSTEM_EVALUATE__TIMEOUT_SECONDS", "0.2")
+    said = refused(merged, "--head", "ada", "--adamerging", command)
+    assert "step 1 of 500: the command of --adamerging took longer than 0.2 s" in " ".join(said.split())
+    with lineage(merged) as reader:
+        assert [(head.name, head.live) for head in reader.heads()] == [("main", 4), ("soup", 4)]
+    assert not list(merged.tmp.iterdir()) and not merged.versions("ada").exists()
+
+
+def test_what_cannot_be_learned_is_refused_before_the_long_work(merged: Home, command: str) -> None:
+    ada = ("--head", "ada", "--adamerging")
+    cases = {
+        (*ada, "none-such {folder}"): "--adamerging: no program none-such is on PATH",
+        (*ada, "'"): "quote it as for a shell",
+        (*ada, command, "--method", "ties"): "the head 'ada' is of ties",
+        (*ada, command, "--set", "scale=norm"): "the scale of the head 'ada' is norm",
+        (*ada, command, "--set", "layer_beta=0.5"): "has scales by layer",
+        (*ada, command, "--set", "relative_to=trained_from"): "is relative to what experts were trained from",
+        ("--head", "soup", "--adamerging", command): "the head 'soup' is of mean",
+        ("--without", "1", "--adamerging", command): "--without keeps every head's method",
+    }
+    for words, word in cases.items():
+        assert word in " ".join(refused(merged, *words).split())
+    assert not merged.rebuilding("ada").exists()
