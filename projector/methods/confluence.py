@@ -1,12 +1,13 @@
 """Confluence: no expert is disturbed much, no direction outweighs another, and every expert comes through whole.
 
-Three known steps, each by sums of the stream, and one new one, the length:
+Each step is by sums of the stream, and none has a scale that is left to be tuned:
 
-1. R, the merged matrix that disturbs the experts least (_interference.py; WUDI's loss, arXiv 2503.08099): half of what
-   has to change of S by what their layers read, half by what they write.
-2. Its spectrum made flat, the flatter the more experts there are (Iso-C, arXiv 2502.04959).
+1. R, the merged matrix that disturbs the experts least (_interference.py; WUDI's loss, arXiv 2503.08099), by what their
+   layers read and by what they write; the side that asks for the smaller change of S counts more.
+2. R's spectrum, made the flatter (Iso-C, arXiv 2502.04959) the further R turned away from S: where experts do not meet,
+   as it is.
 3. The length at which the experts' own parts in it are, taken together, as long as they were:
-   sum w_i <M, tau_i> = sum w_i ||tau_i||^2. By <M, S> that needs no expert, and no scale is left to be tuned.
+   sum w_i <M, tau_i> = sum w_i ||tau_i||^2. By <M, S> that needs no expert.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, is_projected, matrices, row_blocks
+from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, energy, is_projected, matrices, row_blocks
 from projector.algebra.svd import svd_bytes, thin_svd
 from projector.method import Contribution, Method, State, Sums, Totals, param
 from projector.methods import _interference as interference
 from projector.methods._interference import UNTRAINED
 from projector.spec import TensorSpec
 
+FLAT = 1 / 3  # sin^2 between R and S at which the spectrum is flat
+TOL = 1e-5  # of s_0: below, a singular value is rounding
 MOST = 2.0  # in units of sqrt(q): how long M becomes; experts that contradict each other would ask for any length
 
 
@@ -28,33 +31,33 @@ MOST = 2.0  # in units of sqrt(q): how long M becomes; experts that contradict e
 class Confluence(Method):
     """Merges linear layers so that each expert is disturbed least and heard whole, whatever their number.
 
-    For tau_i of shape (m, n), n the inputs, as torch.nn.Linear keeps them, W the sum of weights, S = sum w_i tau_i and
+    For tau_i of shape (m, n), n the inputs, as torch.nn.Linear keeps them, S = sum w_i tau_i and
     q = sum w_i ||tau_i||^2:
 
-        A = argmin_X sum w_i ||(X - tau_i) tau_i'||^2 / ||tau_i||^2 + lambda ||X - S||^2        the side of the inputs
-        B = argmin_X sum w_i ||tau_i' (X - tau_i)||^2 / ||tau_i||^2 + mu ||X - S||^2            that of the outputs
-        R = (A + B) / 2         U diag(s) V' = R
-        F = U diag(s^(1 / W^2)) V' / ||..||         the spectrum of one expert as it is, flat for many
-        M = scale * (q / <F, S>) F                  so that sum w_i <M, tau_i> = q
+        A = argmin_X sum w_i ||(X - tau_i) tau_i'||^2 / ||tau_i||^2 + lambda ||X - S||^2        by the inputs
+        B = argmin_X sum w_i ||tau_i' (X - tau_i)||^2 / ||tau_i||^2 + mu ||X - S||^2            by the outputs
+        R = (b A + a B) / (a + b)       a = ||A - S||^2, b = ||B - S||^2         U diag(s) V' = R
+        F = U diag(s^p) V' / ||..||     p = max(0, 1 - 3 sin^2(R, S))
+        M = scale * (q / <F, S>) F      so that sum w_i <M, tau_i> = q
 
-    lambda is `ridge` times the mean input's share of sum w_i tau_i'tau_i / ||tau_i||^2, mu the same of the outputs. One
-    side alone would remove what the other one keeps apart anyway. Where experts contradict each other, <F, S> is small
-    and q / <F, S> has no bound: M is never longer than 4 <F, S>, which is to say than 2 sqrt(q). Directions with
-    s_i <= tol s_0 are left out: what is made equal to the others should not be rounding. An expert of weight 2 counts
-    as two of its kind. Embeddings, vectors and scalars are averaged.
+    lambda is `ridge` times the mean input's share of sum w_i tau_i'tau_i / ||tau_i||^2, mu the same of the outputs.
+    One side alone would remove what the other one keeps apart anyway. Singular values below tol s_0 keep their
+    proportion to it: what is made equal to the others should not be rounding. Where experts contradict each other,
+    <F, S> is small and q / <F, S> has no bound: M is never longer than 4 <F, S>, which is to say than 2 sqrt(q). An
+    expert of weight 2 counts as two of its kind. Embeddings, vectors and scalars are averaged.
 
     >>> spec, method = TensorSpec("w", (2, 2), torch.float32), Confluence()
     >>> state = {key: torch.zeros(slot.shape, dtype=slot.dtype) for key, slot in method.slots(spec).items()}
     >>> for t, delta in enumerate([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]], start=1):
     ...     state, _ = method.update(state, torch.tensor(delta), spec, Contribution(t))
     >>> method.read(torch.zeros(2, 2), state, Totals(2), spec).round(decimals=2)
-    tensor([[2.6600, 0.0000],
-            [0.0000, 2.0200]])
+    tensor([[3., 0.],
+            [0., 1.]])
     """
 
     name = "confluence"
     formula = (
-        "base + c U diag(s^(1/W^2)) V' of wudi's ridge solutions of both sides,"
+        "base + c U diag(s^p) V' of wudi's ridge solutions of both sides, p from how far they turn from S,"
         " sum w_i <., tau_i> = sum w_i ||tau_i||^2; else: mean"
     )
     paper = "mainstem's own; after WUDI, arXiv 2503.08099, and Iso-C, arXiv 2502.04959"
@@ -64,7 +67,7 @@ class Confluence(Method):
 
     scale: float = param(1.0, "factor of merged matrices", low=0, high=10)
     ridge: float = param(0.1, "what holds R at S, in units of the mean diagonal of G, and of L", low=1e-6, high=1e3)
-    tol: float = param(1e-2, "singular values up to tol times the largest are left out", low=1e-6, high=0.5)
+    tol: float = param(5e-2, "singular values up to tol times the largest are not evened out", low=1e-6, high=0.5)
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
     @property
@@ -88,7 +91,7 @@ class Confluence(Method):
         if not self._solves(spec):
             return super().workspace(spec)
         m, n = spec.shape[-2:]
-        solved = 8 * (3 * max(m, n) ** 2 + 4 * min(m * n, BLOCK_NUMEL)) + 3 * 4 * m * n
+        solved = 8 * (3 * max(m, n) ** 2 + 4 * min(m * n, BLOCK_NUMEL)) + 4 * 4 * m * n
         return max(solved, svd_bytes(spec.shape)) + 4 * (2 * m * n + min(m, n) * (m + n))
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
@@ -110,23 +113,37 @@ class Confluence(Method):
         sums = (state[key] for key in ("S", "G", "H", "L", "q"))
         for merged_MN, s_MN, g_NN, h_MN, l_MM, q_11 in matrices(merged, *sums):
             if g_NN.trace() > UNTRAINED:
-                r_MN = interference.least(s_MN, g_NN, h_MN, self.ridge)
-                r_MN += interference.least(s_MN.T, l_MM, h_MN.T, self.ridge).T
-                r_MN = r_MN.div_(2).add_(s_MN)
-                self._add(merged_MN, r_MN, s_MN, float(q_11), totals.weight)
+                r_MN = self._undisturbing(s_MN, g_NN, h_MN, l_MM)
+                self._add(merged_MN, r_MN, s_MN, float(q_11))
         return merged
 
     def _solves(self, spec: TensorSpec) -> bool:
         return is_projected(spec, self.exclude)
 
-    def _add(self, merged_MN: Tensor, r_MN: Tensor, s_MN: Tensor, q: float, weight: float) -> None:
+    def _undisturbing(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor, l_MM: Tensor) -> Tensor:
+        """R."""
+        a_MN = interference.least(s_MN, g_NN, h_MN, self.ridge)
+        b_MN = interference.least(s_MN.T, l_MM, h_MN.T, self.ridge).T
+        a, b = energy(a_MN), energy(b_MN)
+        if a + b:
+            a_MN = a_MN.mul_(b / (a + b)).add_(b_MN, alpha=a / (a + b))
+        return a_MN.add_(s_MN)
+
+    def _add(self, merged_MN: Tensor, r_MN: Tensor, s_MN: Tensor, q: float) -> None:
         """Adds scale * M to `merged_MN` in place."""
-        left_MP, right_NP, s_P = thin_svd(r_MN, self.tol)
-        flat_P = torch.where(s_P > 0, s_P.pow(1 / max(1.0, weight) ** 2), 0.0)
-        if not flat_P.any():
+        left_MP, right_NP, s_P = thin_svd(r_MN, TOL)
+        if not s_P.any():
             return
-        left_MP = left_MP * (flat_P / flat_P.norm()).to(left_MP.dtype)
+        power = 1 - sine_squared(r_MN, s_MN) / FLAT
+        even_P = s_P * s_P.clamp_min(self.tol * float(s_P[0])).pow(max(0.0, power) - 1)
+        left_MP = left_MP * (even_P / even_P.norm()).to(left_MP.dtype)
         heard = sum(float(torch.sum((s_MN[rows] @ right_NP).double() * left_MP[rows])) for rows in row_blocks(s_MN))
         left_MP *= self.scale * min(q / heard, MOST**2 * heard) if heard > 0 else 0.0
         for rows in row_blocks(merged_MN):
             merged_MN[rows] += left_MP[rows] @ right_NP.T
+
+
+def sine_squared(x_MN: Tensor, y_MN: Tensor) -> float:
+    """Of the angle between two matrices that are not zero, 0..1, in float64."""
+    dot = sum(float(torch.sum(x_MN[rows].double() * y_MN[rows])) for rows in row_blocks(x_MN))
+    return max(0.0, 1 - dot**2 / (energy(x_MN) * energy(y_MN)))

@@ -92,19 +92,26 @@ def confluence(
     counting: Counting = None,
     scale: float = 1.0,
     ridge: float = 0.1,
-    tol: float = 1e-2,
+    tol: float = 5e-2,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
 ) -> dict[str, Tensor]:
-    """The mean of what `wudi_ridge` has of a matrix and, turned back, of the transposed one, its singular values to the
-    power 1 / (sum of weights)^2, and as long as makes the experts' parts in it, one by one and added up, as long as
-    the experts are; where these would be less than half the root of their added squares, it becomes shorter with them.
+    """What `wudi_ridge` has of a matrix and, turned back, of the transposed one: their mean, each weighted by the
+    squared length of what the other one changes of the sum. Its singular values to a power, 1 where it points as the
+    sum does, 0 from a squared sine of a third on, those below tol in proportion; as long as makes the experts' parts
+    in it, one by one and added up, as long as the experts are; where these would be less than half the root of their
+    added squares, it becomes shorter with them.
     """
 
     def matrix(taus: Tensor, weights: Tensor) -> Tensor:
-        both = (_least(taus, weights, ridge) + _least(taus.mT, weights, ridge).T) / 2
+        total = (weights[:, None, None] * taus).sum(0)
+        inputs, outputs = _least(taus, weights, ridge), _least(taus.mT, weights, ridge).T
+        a, b = (inputs - total).square().sum(), (outputs - total).square().sum()
+        both = (b * inputs + a * outputs) / (a + b) if a + b > 0 else total
+        cosine = float((both * total).sum() / both.norm() / total.norm())
+        power = max(0.0, 1 - 3 * (1 - cosine**2))
         u, s, v = torch.linalg.svd(both, full_matrices=False)
-        power = 1 / max(1.0, float(weights.sum())) ** 2
-        shape = u @ torch.diag(torch.where(s > tol * s[0], s**power, 0.0)) @ v
+        edge = tol * s[0]
+        shape = u @ torch.diag(torch.where(s > edge, s**power, s / edge * edge**power)) @ v
         shape /= shape.norm()
         whole = float((weights * taus.square().sum((1, 2))).sum())
         heard = sum(float(weight * (shape * tau).sum()) for weight, tau in zip(weights, taus, strict=True))
