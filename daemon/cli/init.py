@@ -15,8 +15,10 @@ from daemon.layout import Home, is_head_name
 from projector.text import shown, size
 
 if TYPE_CHECKING:
+    from daemon.config import Compute
     from projector.method import Method
 
+LEANER = "opcm"  # the preset, and its method, that keeps least of those that are near the default in quality
 MOST_LETTERS = 200  # in a base's name
 PresetName = StrEnum("PresetName", {name: name for name in PRESETS})  # type: ignore[misc]  # names known at run time
 
@@ -69,15 +71,20 @@ def command(
         raise BadConfig(f"--name {shown(name)}: no name", f"give 1 to {MOST_LETTERS} printable letters, as org/model")
     target = Home(folder.resolve())
     compute = settings_of(target).compute
-    record = found(
-        target,
-        base,
-        list(made.methods.items()),
-        lambda step: typer.echo(f"{step} ...", err=True),
-        compute,
-        name=name,
-        relative=made.relative,
-    )
+    try:
+        record = found(
+            target,
+            base,
+            list(made.methods.items()),
+            lambda step: typer.echo(f"{step} ...", err=True),
+            compute,
+            name=name,
+            relative=made.relative,
+        )
+    except BadConfig as error:
+        if not (preset or method or heads) and _fits(base, LEANER, compute):
+            error.hint += f"; with --preset {LEANER} it fits"
+        raise
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
     if not preset and not method:
         typer.echo(_recommended(base))
@@ -93,14 +100,30 @@ def _recommended(base: Path) -> str:
     from projector.methods import make
 
     with open_path(base) as checkpoint:
-        ours, opcm = (
-            sum(spec.nbytes for spec in state_specs(make(name), checkpoint.tensors.schema))
-            for name in (DEFAULT_METHOD, "opcm")
+        ours, leaner = (
+            size(sum(spec.nbytes for spec in state_specs(make(name), checkpoint.tensors.schema)))
+            for name in (DEFAULT_METHOD, LEANER)
         )
     return (
-        f"main merges by {DEFAULT_METHOD}, which kept most of real experts (docs/quality.md) and keeps {size(ours)} of"
-        f" state; by OPCM, with {size(opcm)}: --preset opcm; which is best for yours: mainstem study"
+        f"main merges by {DEFAULT_METHOD}, which kept most of what real experts can, of all that ask for weights alone"
+        f" (docs/quality.md); its state takes {ours}\n"
+        f"other ways: --preset {LEANER}, whose state takes {leaner}; --method, as `mainstem study` finds it for your"
+        " experts"
     )
+
+
+def _fits(base: Path, method: str, compute: "Compute") -> bool:
+    """Whether a home with this method for main could merge in the memory that there is."""
+    from daemon.checkpoints.checkpoint import open_path
+    from daemon.compute.resources import check_budget
+    from projector.methods import make
+
+    with open_path(base) as checkpoint:
+        try:
+            check_budget(checkpoint.tensors.schema, [make(method)], compute)
+        except BadConfig:
+            return False
+    return True
 
 
 class Chosen(NamedTuple):

@@ -498,6 +498,19 @@ def test_confluence_takes_experts_that_do_not_meet_as_they_are() -> None:
     assert gap({name: met}, {name: tau + other[name].double() - base[name].double()}) > 0.1
 
 
+def test_confluence_keeps_nothing_of_a_vocabularys_size_squared() -> None:
+    """The output layer of a Llama with 8 billion parameters would take 130 GB; it is merged by its inputs alone."""
+    taus = 0.01 * torch.randn(3, 90, 10, generator=torch.Generator().manual_seed(1))
+    base, name = {"lm_head.weight": torch.zeros(90, 10)}, "lm_head.weight"
+    experts = [{name: tau} for tau in taus]
+    method = make("confluence")
+    assert worst(merged_task_vector(method, base, experts), spectral.confluence(base, experts)) <= 5e-5
+    llama = TensorSpec(name, (128256, 4096), torch.bfloat16)
+    assert max(slot.nbytes for slot in method.slots(llama).values()) == 8 * llama.numel
+    assert method.workspace(llama) < 32 * llama.numel
+    assert "L" in method.slots(TensorSpec(name, (80, 10), torch.float32))
+
+
 def test_confluence_merges_little_of_experts_that_contradict_each_other() -> None:
     """The parts that are left of them are small, and would ask for any length."""
     base, (expert,) = stream(count=1)
