@@ -23,6 +23,7 @@ from projector.methods._interference import UNTRAINED
 from projector.spec import TensorSpec
 
 FLAT = 1 / 3  # sin^2 between R and S at which the spectrum is flat
+TALL = 6  # outputs for one input: beyond, as where they are a vocabulary, L would take more than all the rest
 TOL = 1e-5  # of s_0: below, a singular value is rounding
 MOST = 2.0  # in units of sqrt(q): how long M becomes; experts that contradict each other would ask for any length
 
@@ -41,7 +42,8 @@ class Confluence(Method):
         M = scale * (q / <F, S>) F      so that sum w_i <M, tau_i> = q
 
     lambda is `ridge` times the mean input's share of sum w_i tau_i'tau_i / ||tau_i||^2, mu the same of the outputs.
-    One side alone would remove what the other one keeps apart anyway. Singular values below tol s_0 keep their
+    One side alone would remove what the other one keeps apart anyway. R = A where m > 6 n, as for the words of a
+    vocabulary: the outputs' sums would be m * m. Singular values below tol s_0 keep their
     proportion to it: what is made equal to the others should not be rounding. Where experts contradict each other,
     <F, S> is small and q / <F, S> has no bound: M is never longer than 4 <F, S>, which is to say than 2 sqrt(q). An
     expert of weight 2 counts as two of its kind. Embeddings, vectors and scalars are averaged.
@@ -79,7 +81,9 @@ class Confluence(Method):
         if not self._solves(spec):
             return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
         *stack, m, _ = spec.shape
-        wide = {"L": (*stack, m, m), "q": (*stack, 1, 1)}
+        wide = {"q": (*stack, 1, 1)}
+        if self._by_outputs(spec):
+            wide["L"] = (*stack, m, m)
         return interference.sums(spec) | {
             key: TensorSpec(spec.name, shape, torch.float64) for key, shape in wide.items()
         }
@@ -91,17 +95,19 @@ class Confluence(Method):
         if not self._solves(spec):
             return super().workspace(spec)
         m, n = spec.shape[-2:]
-        solved = 8 * (3 * max(m, n) ** 2 + 4 * min(m * n, BLOCK_NUMEL)) + 4 * 4 * m * n
+        side = max(m, n) if self._by_outputs(spec) else n
+        solved = 8 * (3 * side**2 + 4 * min(m * n, BLOCK_NUMEL)) + 4 * 4 * m * n
         return max(solved, svd_bytes(spec.shape)) + 4 * (2 * m * n + min(m, n) * (m + n))
 
     def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
         total = torch.add(state["S"], delta, alpha=expert.weight)
         if not self._solves(spec):
             return {"S": total}, {}
-        sums = {key: state[key].clone() for key in ("G", "H", "L", "q")}
-        for tau_MN, g_NN, h_MN, l_MM, q_11 in matrices(delta, *sums.values()):
+        sums = {key: state[key].clone() for key in self._kept(spec)}
+        for tau_MN, g_NN, h_MN, q_11, *outputs in matrices(delta, *sums.values()):
             q_11 += expert.weight * interference.add(tau_MN, expert.weight, expert.factors, g_NN, h_MN)
-            interference.add_outputs(tau_MN, expert.weight, expert.factors, l_MM)
+            for l_MM in outputs:
+                interference.add_outputs(tau_MN, expert.weight, expert.factors, l_MM)
         return {"S": total, **sums}, {}
 
     def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
@@ -110,19 +116,29 @@ class Confluence(Method):
         if not self._solves(spec):
             return torch.add(base, state["S"], alpha=1 / totals.weight)
         merged = base.clone()
-        sums = (state[key] for key in ("S", "G", "H", "L", "q"))
-        for merged_MN, s_MN, g_NN, h_MN, l_MM, q_11 in matrices(merged, *sums):
+        sums = (state[key] for key in ("S", *self._kept(spec)))
+        for merged_MN, s_MN, g_NN, h_MN, q_11, *outputs in matrices(merged, *sums):
             if g_NN.trace() > UNTRAINED:
-                r_MN = self._undisturbing(s_MN, g_NN, h_MN, l_MM)
+                r_MN = self._undisturbing(s_MN, g_NN, h_MN, *outputs)
                 self._add(merged_MN, r_MN, s_MN, float(q_11))
         return merged
 
     def _solves(self, spec: TensorSpec) -> bool:
         return is_projected(spec, self.exclude)
 
-    def _undisturbing(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor, l_MM: Tensor) -> Tensor:
+    def _by_outputs(self, spec: TensorSpec) -> bool:
+        m, n = spec.shape[-2:]
+        return m <= TALL * n
+
+    def _kept(self, spec: TensorSpec) -> tuple[str, ...]:
+        """The slots of a matrix beside S."""
+        return ("G", "H", "q", "L") if self._by_outputs(spec) else ("G", "H", "q")
+
+    def _undisturbing(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor, l_MM: Tensor | None = None) -> Tensor:
         """R."""
         a_MN = interference.least(s_MN, g_NN, h_MN, self.ridge)
+        if l_MM is None:
+            return a_MN.add_(s_MN)
         b_MN = interference.least(s_MN.T, l_MM, h_MN.T, self.ridge).T
         a, b = energy(a_MN), energy(b_MN)
         if a + b:

@@ -96,17 +96,19 @@ def confluence(
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
 ) -> dict[str, Tensor]:
     """What `wudi_ridge` has of a matrix and, turned back, of the transposed one: their mean, each weighted by the
-    squared length of what the other one changes of the sum. Its singular values to a power, 1 where it points as the
-    sum does, 0 from a squared sine of a third on, those below tol in proportion; as long as makes the experts' parts
-    in it, one by one and added up, as long as the experts are; where these would be less than half the root of their
-    added squares, it becomes shorter with them.
+    squared length of what the other one changes of the sum; with more than six outputs for an input, the first alone.
+    Its singular values to a power, 1 where it points as the sum does, 0 from a squared sine of a third on, those below
+    tol in proportion; as long as makes the experts' parts in it, one by one and added up, as long as the experts are;
+    where these would be less than half the root of their added squares, it becomes shorter with them.
     """
 
     def matrix(taus: Tensor, weights: Tensor) -> Tensor:
         total = (weights[:, None, None] * taus).sum(0)
-        inputs, outputs = _least(taus, weights, ridge), _least(taus.mT, weights, ridge).T
-        a, b = (inputs - total).square().sum(), (outputs - total).square().sum()
-        both = (b * inputs + a * outputs) / (a + b) if a + b > 0 else total
+        both = inputs = _least(taus, weights, ridge)
+        if taus.shape[1] <= 6 * taus.shape[2]:
+            outputs = _least(taus.mT, weights, ridge).T
+            a, b = (inputs - total).square().sum(), (outputs - total).square().sum()
+            both = (b * inputs + a * outputs) / (a + b) if a + b > 0 else total
         cosine = float((both * total).sum() / both.norm() / total.norm())
         power = max(0.0, 1 - 3 * (1 - cosine**2))
         u, s, v = torch.linalg.svd(both, full_matrices=False)

@@ -516,3 +516,15 @@ def test_confluence_takes_experts_that_add_up_to_nothing() -> None:
     zero = {key: torch.zeros_like(tensor) for key, tensor in stream(count=1)[0].items()}
     experts = [{**zero, name: tau} for tau in (half, torch.eye(24) - half, -torch.eye(24))]
     assert not merged_task_vector(make("confluence"), zero, experts)[name].any()
+
+
+def test_confluence_keeps_nothing_of_a_vocabularys_size_squared() -> None:
+    """By its inputs alone it is merged as the formula says."""
+    torch.manual_seed(0)
+    name, method = "lm_head.weight", make("confluence")
+    head = TensorSpec(name, (128256, 4096), torch.float32)
+    assert sum(slot.nbytes for slot in method.slots(head).values()) < 4 * head.nbytes
+    assert method.workspace(head) < 8 * head.nbytes
+    base = {name: torch.zeros(56, 8)}
+    experts = [{name: torch.randn(56, 8)} for _ in range(3)]
+    assert worst(merged_task_vector(method, base, experts), spectral.confluence(base, experts)) <= 5e-5
