@@ -159,12 +159,14 @@ class Store(Reader):
         withdrawn: Sequence[int] = (),
         intervention: NewIntervention | None = None,
         learned: Collection[str] = (),
+        waiting: Collection[str] = (),
     ) -> None:
         """Every head is at a new version that folds no new expert; those withdrawn are in none of them any more, and
         blocked. It is live, and nothing is frozen any more, unless it has an expert that came after the live version
         and is held with it.
 
-        learned: the heads whose coefficients were learned: they are frozen again.
+        learned: the heads whose coefficients were learned: they are frozen again. waiting: those that are frozen, and
+        stay so with the live version that they have, for nothing was done to them.
 
         THE COMMIT POINT of such a version. Raises as `commit` does, and BadRecord where an expert is not merged.
         """
@@ -175,6 +177,9 @@ class Store(Reader):
             for version in versions:
                 later = experts_after_live(connection, version.head) - set(withdrawn)
                 why = f"it still has expert {max(later)}, which is not live" if later else None
+                if version.head in waiting:
+                    kept.append(advance(connection, version))
+                    continue
                 then = LEARNED if version.head in learned else None
                 kept.append(advance(connection, replace(version, held=why), thaw=not later, then=then))
             insert_versions(connection, kept, None, now)

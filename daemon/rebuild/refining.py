@@ -16,7 +16,7 @@ from daemon.versions.heads import HeadTip, head_tips
 from daemon.versions.writing import Written
 from projector.method import Contribution, Totals
 from registry.reader import Reader
-from registry.records import Expert, RelativeTo, Status
+from registry.records import LEARNED, Expert, RelativeTo, Status
 from registry.store import Store
 
 
@@ -70,7 +70,7 @@ def refine(
     if store.counts()[Status.MERGED] != len(experts):
         raise BadHome(f"{target.root} has merged more meanwhile", "stop its daemon, and run this again")
     with Restating(target, store, settings, to.progress()) as restating:
-        written = {}
+        written, waiting = {}, []
         for tip in heads:
             name = tip.head.name
             made = None
@@ -82,8 +82,10 @@ def refine(
                 made = _exact(restating, target, tip, archive, reader, experts)
             else:
                 to.say(f"{name}: stays")
+                if tip.head.frozen == LEARNED and tip.head.live < tip.head.newest:  # its newest was not learned
+                    waiting.append(name)
             written[name] = made or restating.linked(name, target, tip.version.number, tip.totals)
-        number = restating.commit(store, heads, written)
+        number = restating.commit(store, heads, written, waiting=waiting)
     if learnt:
         durable.remove(target.learning(learnt))
     return number

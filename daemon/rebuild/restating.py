@@ -4,7 +4,7 @@ It is published as any other: files first, all durable, then renamed into place,
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import isclose
@@ -214,13 +214,17 @@ class Restating:
         written: Mapping[str, Written],
         gone: Sequence[Expert] = (),
         deed: NewIntervention | None = None,
+        waiting: Collection[str] = (),
     ) -> int:
-        """Publishes a version of every head, in which the experts `gone` are no more by that deed; says its number."""
+        """Publishes a version of every head, in which the experts `gone` are no more by that deed; says its number.
+
+        waiting: heads to which nothing was done, and which go on waiting for what they are frozen for.
+        """
         number = next_number(heads)
         versions = self.place(heads, number, written, origin(store, gone=gone))
         hit("commit.before")
         learned = [head for head, one in written.items() if one.adamerging]
-        store.restate(versions, [expert.id for expert in gone], deed, learned)
+        store.restate(versions, [expert.id for expert in gone], deed, learned, waiting)
         hit("commit.after")
         follow_live(self._home, store)
         collect(self._home, store, self._settings.retention)

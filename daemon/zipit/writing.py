@@ -115,6 +115,8 @@ def _appearing(out: Path, fill: Any, record: Mapping[str, Any]) -> None:
 def _beside(head: Head, folder: Path) -> None:
     if head.files:
         for name in companions(head.source, head.files).files:
+            if name == RECORD:  # how the source came about, where it was zipped itself
+                continue
             durable.make_folder((folder / name).parent, public=True)
             durable.copy_file(head.source / name, folder / name)
             durable.sync_folder((folder / name).parent)

@@ -4,8 +4,10 @@ With t models the earlier ones count (t-1)/t and the newest 1/t, so that all cou
 what lies behind stays each model's own: its head, which reads the zipped features by its columns of U.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from time import monotonic
 
@@ -330,9 +332,14 @@ def _warned(met: Met) -> list[str]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """What the heads are called: as their models, with a number where two are called alike."""
-    stems = [path.absolute().name.removesuffix(".safetensors") for path in paths]
-    return [stem if stems.count(stem) == 1 else f"{stem}-{number}" for number, stem in enumerate(stems, 1)]
+    """What the heads are called: as their models, with a number that makes another name where two are called alike."""
+    plain = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 - a link keeps its own name
+    stems = [path.name.removesuffix(".safetensors") for path in plain]
+    names = [stem if stems.count(stem) == 1 else "" for stem in stems]
+    for place, stem in enumerate(stems):
+        if not names[place]:
+            names[place] = next(name for name in (f"{stem}-{n}" for n in count(1)) if name not in names)
+    return names
 
 
 def _bytes(weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> int:

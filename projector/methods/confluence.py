@@ -138,7 +138,7 @@ class Confluence(Method):
     def _add(self, merged_MN: Tensor, r_MN: Tensor, s_MN: Tensor, q: float) -> None:
         """Adds scale * M to `merged_MN` in place."""
         left_MP, right_NP, s_P = thin_svd(r_MN, TOL)
-        if not s_P.any():
+        if not s_P.any() or not s_MN.any():  # experts that add up to nothing: none is heard in anything
             return
         power = 1 - sine_squared(r_MN, s_MN) / FLAT
         even_P = s_P * s_P.clamp_min(self.tol * float(s_P[0])).pow(max(0.0, power) - 1)

@@ -104,11 +104,11 @@ def confluence(
 
     def matrix(taus: Tensor, weights: Tensor) -> Tensor:
         total = (weights[:, None, None] * taus).sum(0)
-        inputs, outputs = _least(taus, weights, ridge), _least(taus.mT, weights, ridge).T
-        a, b = (inputs - total).square().sum(), (outputs - total).square().sum()
-        both = (b * inputs + a * outputs) / (a + b) if a + b > 0 else total
-        if taus.shape[1] > 8 * taus.shape[2]:
-            both = inputs
+        both = inputs = _least(taus, weights, ridge)
+        if taus.shape[1] <= 8 * taus.shape[2]:
+            outputs = _least(taus.mT, weights, ridge).T
+            a, b = (inputs - total).square().sum(), (outputs - total).square().sum()
+            both = (b * inputs + a * outputs) / (a + b) if a + b > 0 else total
         cosine = float((both * total).sum() / both.norm() / total.norm())
         power = max(0.0, 1 - 3 * (1 - cosine**2))
         u, s, v = torch.linalg.svd(both, full_matrices=False)

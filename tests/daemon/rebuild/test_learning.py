@@ -95,12 +95,15 @@ def test_a_head_is_learned_stays_and_is_learned_again(
     drain(merged)
     rebuild(merged, "--head", "sum", "--method", "task_arithmetic")
     assert (live(merged, "ada"), live(merged, "sum")) == (6, 7)  # which is no reason to hold another head
+    rebuild(merged, "--head", "sum", "--adamerging", command, "--steps", "1")
+    assert (live(merged, "ada"), live(merged, "sum"), live(merged)) == (6, 8, 8)  # nor to let one live that waits
+    assert standing(merged) == Held(8, LEARNED, True, "mainstem promote ada/8")
     said = rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "3")
-    assert "ada/8: 5 experts are merged" in said and live(merged, "ada") == live(merged) == 8
-    assert len(json.loads((merged.version("ada", 8) / about["file"]).read_bytes())["experts"]) == 5
+    assert "ada/9: 5 experts are merged" in said and live(merged, "ada") == live(merged) == 9
+    assert len(json.loads((merged.version("ada", 9) / about["file"]).read_bytes())["experts"]) == 5
     assert "were already" in rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "3")
     taken_out(merged, quick(), "1", "f.safetensors")  # by subtraction, at the scale that all began with
-    assert live(merged, "ada") == 9 and json.loads(merged.manifest("ada", 9).read_bytes())["adamerging"] is None
+    assert live(merged, "ada") == 10 and json.loads(merged.manifest("ada", 10).read_bytes())["adamerging"] is None
     assert_close(latest(merged, "ada"), learnt(model, [1, 2, 3], {}, 0))
     check(merged)
 

@@ -196,6 +196,30 @@ def test_a_partial_zip_of_a_permuted_copy_has_heads_that_compute_the_same(tmp_pa
     assert done.shared_bytes == 8 * (8 * 6 + 8) and done.own_bytes == 3 * 8 * (8 * 8 + 8 + 4 * 8 + 4)
 
 
+def test_heads_of_models_that_are_called_alike_have_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_file(tmp_path / "data.py", MLP)
+    for place in ("x/m/below", "y/m", "m-1"):
+        (tmp_path / place).mkdir(parents=True)
+    paths = [mlp(tmp_path / n / "model.safetensors", 1).parent for n in ("x/m", "y/m", "m-1")]
+    monkeypatch.chdir(tmp_path / "x/m/below")
+    done = zipit([Path(".."), *paths[1:]], data, tmp_path / "out", How(to="0"))
+    assert done.heads == ["heads/m-2", "heads/m-3", "heads/m-1"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"zipit.json", "heads"}
+
+
+def test_what_was_zipped_is_zipped_again(tmp_path: Path) -> None:
+    """Its record is not the new one's, and is left where it is."""
+    data = write_file(tmp_path / "data.py", MLP)
+    one, two, three = (mlp(tmp_path / f"{n}.safetensors", n) for n in range(3))
+    zipit([one, two], data, tmp_path / "both", How())
+    zipit([tmp_path / "both", three], data, tmp_path / "out", How())
+    assert len(json.loads((tmp_path / "out/zipit.json").read_text())["models"]) == 2
+    zipit([tmp_path / "both", three], data, tmp_path / "heads", How(to="0"))
+    assert not (tmp_path / "heads/heads/both/zipit.json").exists()
+
+
 def test_heads_of_different_tasks_are_zipped_up_to_a_node(tmp_path: Path) -> None:
     data = write_file(tmp_path / "data.py", MLP)
     paths = [mlp(tmp_path / "a.safetensors", 1, out=4), mlp(tmp_path / "b.safetensors", 2, out=3)]

@@ -521,3 +521,11 @@ def test_confluence_merges_little_of_experts_that_contradict_each_other() -> Non
         against[name] = (base[name].double() - (1 - left) * tau).to(base[name].dtype)
         merged = merged_task_vector(make("confluence"), base, [expert, against])[name]
         assert rules.norm({name: merged}) <= (4 * left + 1e-4) * rules.norm({name: tau})
+
+
+def test_confluence_takes_experts_that_add_up_to_nothing() -> None:
+    """What disturbs them least is more than nothing, and points as little to their sum as to anything."""
+    name, half = "square.weight", torch.diag((torch.arange(24) < 12).float())
+    zero = {key: torch.zeros_like(tensor) for key, tensor in stream(count=1)[0].items()}
+    experts = [{**zero, name: tau} for tau in (half, torch.eye(24) - half, -torch.eye(24))]
+    assert not merged_task_vector(make("confluence"), zero, experts)[name].any()
