@@ -59,6 +59,7 @@ CASES: Sequence[tuple[Case, Oracle]] = (
     (Case("opcm", {}, ""), _opcm),
     (Case("iso_c", {}, ""), spectral.iso_c),
     (Case("tsv_m", {}, ""), spectral.tsv_m),
+    (Case("confluence", {}, ""), spectral.confluence),
     (Case("smile", {}, ""), smile.smile),
     (Case("wudi", {"solver": "ridge"}, ""), spectral.wudi_ridge),
     (Case("ace", {}, ""), spectral.ace),
