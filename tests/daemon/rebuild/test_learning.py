@@ -1,6 +1,7 @@
 """`mainstem rebuild --adamerging`: coefficients learned by what a command answers, and what becomes of them."""
 
 import json
+import resource
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,10 @@ from torch import Tensor
 
 from daemon.home.standing import Held, held
 from daemon.layout import Home
+from daemon.rebuild.commands import add_head
+from daemon.rebuild.learning import learning
+from daemon.rebuild.replay import Console
+from projector.methods import make
 from registry.records import LEARNED
 from tests.daemon.homes import assert_close, drain, latest, lineage, live, put, quick
 from tests.daemon.processes import rebuild
@@ -148,6 +153,18 @@ def test_killed_it_goes_on_and_a_new_home_takes_it_too(
     check(target)
     rebuild(merged, *words)
     assert live(target) == 5 and not (tmp_path / "asked").exists()  # there is nothing left to do
+
+
+def test_more_experts_than_files_may_be_open_by_default(merged: Home, command: str) -> None:
+    """They are all open at a time, and the usual limit of 1024 is a soft one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    method, how = make("task_arithmetic"), learning(command, quick().evaluate, steps=1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard - 1), hard))
+    try:
+        add_head(merged, quick(), "ada", method, Console(), how=how)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def saying(answer: str, gradients: str = "gradients.safetensors") -> str:
