@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from daemon.home.standing import Held, held
+from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from daemon.rebuild.commands import add_head
 from daemon.rebuild.learning import learning
 from daemon.rebuild.replay import Console
 from projector.methods import make
-from registry.records import LEARNED
+from registry.records import LEARNED, Deed
+from registry.store import Store
 from tests.daemon.homes import assert_close, drain, latest, lineage, live, put, quick
 from tests.daemon.processes import rebuild
 from tests.daemon.rebuilds import check, killed, refused, taken_out, weights
@@ -165,6 +167,19 @@ def test_more_experts_than_files_may_be_open_by_default(merged: Home, command: s
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_rolled_back_and_promoted_a_learned_head_waits_as_before(merged: Home, command: str) -> None:
+    add_head(
+        merged, quick(), "ada", make("task_arithmetic"), Console(), how=learning(command, quick().evaluate, steps=1)
+    )
+    with Store.open(merged.registry) as store:
+        for deed, number in ((Deed.ROLLBACK, 0), (Deed.PROMOTE, 4)):
+            said = carry_out(merged, store, Request(deed, "ada", head="ada", version=number))
+    assert said == ["ada/4 is live; what follows it is held until its coefficients are learned, too"]
+    with lineage(merged) as reader:
+        head = reader.head("ada")
+    assert head is not None and (head.live, head.frozen) == (4, LEARNED)
 
 
 def saying(answer: str, gradients: str = "gradients.safetensors") -> str:
