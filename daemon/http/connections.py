@@ -18,6 +18,8 @@ import structlog
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from daemon.compute.resources import allow_open_files
+
 MOST_CONNECTIONS = 2000
 YOUNG_SECONDS = 1.0  # a connection's first request may be on its way for so long
 SHARE = 4  # connections have that part of all descriptors, one in so many; with their files it is twice as much
@@ -31,8 +33,7 @@ ACKED = struct.Struct("120xQ")  # of <linux/tcp.h>: tcp_info's tcpi_bytes_acked
 
 def most_connections() -> int:
     """How many there may be at a time. Raises this process's limit of open files as far as it goes, too."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    hard = allow_open_files()
     return MOST_CONNECTIONS if hard == resource.RLIM_INFINITY else max(2, min(MOST_CONNECTIONS, hard // SHARE))
 
 

@@ -17,12 +17,13 @@ from daemon.home.standing import withdrawn_since
 from daemon.interventions import cases
 from daemon.interventions.pruning import Prune
 from daemon.layout import Home
+from daemon.manifest import Manifest
 from daemon.notation import called
 from daemon.versions.checking import problems
 from daemon.versions.latest import follow_live
 from projector.text import listed
 from registry.reader import Reader
-from registry.records import Deed, Expert, Head, NewEvaluation, NewIntervention, Status, Version
+from registry.records import LEARNED, Deed, Expert, Head, NewEvaluation, NewIntervention, Status, Version
 from registry.store import Store
 
 MOST_LETTERS = 500  # of a reason
@@ -77,7 +78,8 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
             planned = _rollback(*_version(home, reader, request))
             return planned and [*planned, *_taken_out(reader, request)]
         case Deed.PROMOTE:
-            planned = _promote(*_version(home, reader, request))
+            head, version = _version(home, reader, request)
+            planned = _promote(head, version, _learned(home, head, version))
             return planned and [*planned, *_taken_out(reader, request)]
         case Deed.PIN | Deed.UNPIN:
             return _pin(home, *_version(home, reader, request), request.deed is Deed.PIN)
@@ -107,7 +109,10 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
         case Deed.ROLLBACK | Deed.PROMOTE:
             name, number = request.named
             head = store.head(name)
+            version = store.version(name, number)
             frozen = head.frozen if head and number < head.newest else None
+            if frozen is None and head and version and _learned(home, head, version):
+                frozen = LEARNED
             if request.deed is Deed.ROLLBACK:
                 frozen = f"rolled back to {called(name, number)}"
             store.turn(name, number, request.intervention, frozen)
@@ -184,13 +189,22 @@ def _rollback(head: Head, version: Version) -> list[str]:
     ]
 
 
-def _promote(head: Head, version: Version) -> list[str]:
+def _learned(home: Home, head: Head, version: Version) -> bool:
+    """True for a version with learned coefficients that is to be live again: what follows has none, as before."""
+    if version.number == head.live:
+        return False
+    return bool(Manifest.read(home.manifest(head.name, version.number).read_bytes()).content.get("adamerging"))
+
+
+def _promote(head: Head, version: Version, learned: bool) -> list[str]:
     name, live = called(head.name, version.number), called(head.name, head.live)
     newest = version.number == head.newest
     if version.number == head.live and (head.frozen is None or not newest):
         return []
     if version.number < head.live:
         raise BadHome(f"{name} is older than {live}, which is live", f"`mainstem rollback {name}` goes back to it")
+    if newest and learned:
+        return [f"{name} is live; what follows it is held until its coefficients are learned, too"]
     if newest:
         return [f"{name} is live, as what follows it will be"]
     still = f"; {called(head.name, head.newest)}, the newest, is still held" if head.frozen else ""

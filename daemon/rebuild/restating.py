@@ -17,7 +17,7 @@ from daemon.arrivals.identity import SAME_NORM
 from daemon.arrivals.trained_from import Start
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
 from daemon.compute.progress import Progress
-from daemon.compute.resources import driver
+from daemon.compute.resources import allow_open_files, driver
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
@@ -160,6 +160,7 @@ class Restating:
         state_folder = self._linked_state(head, source, number, manifest)
         work = folder / "work"
         durable.make_folder(work)
+        allow_open_files()  # all experts are open at a time, an adapter as three files
         with ExitStack() as files:
             experts = [files.enter_context(self._opened(one.path, one.expert, tip.method)) for one in arrivals]
             output = self._folding.outputs(folder / "weights", make("zero_shot"), files)  # no state of its own

@@ -160,7 +160,12 @@ class Transformers:
         return self._inputs
 
     def _texts(self) -> list[dict[str, Any]]:
-        texts = [line for line in self._path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            texts = [line for line in self._path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise _refused(
+                f"{self._path.name} is not UTF-8: {error}", "save it as UTF-8, a text in each line"
+            ) from None
         try:
             tokenizer = self._transformers.AutoTokenizer.from_pretrained(self._like, local_files_only=True)
         except Exception as error:

@@ -1,6 +1,7 @@
 """`mainstem rebuild --adamerging`: coefficients learned by what a command answers, and what becomes of them."""
 
 import json
+import resource
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from daemon.home.standing import Held, held
+from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
-from registry.records import LEARNED
+from daemon.rebuild.commands import add_head
+from daemon.rebuild.learning import learning
+from daemon.rebuild.replay import Console
+from projector.methods import make
+from registry.records import LEARNED, Deed
+from registry.store import Store
 from tests.daemon.homes import assert_close, drain, latest, lineage, live, put, quick
 from tests.daemon.processes import rebuild
 from tests.daemon.rebuilds import check, killed, refused, taken_out, weights
@@ -148,6 +155,31 @@ def test_killed_it_goes_on_and_a_new_home_takes_it_too(
     check(target)
     rebuild(merged, *words)
     assert live(target) == 5 and not (tmp_path / "asked").exists()  # there is nothing left to do
+
+
+def test_more_experts_than_files_may_be_open_by_default(merged: Home, command: str) -> None:
+    """They are all open at a time, and the usual limit of 1024 is a soft one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    method, how = make("task_arithmetic"), learning(command, quick().evaluate, steps=1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard - 1), hard))
+    try:
+        add_head(merged, quick(), "ada", method, Console(), how=how)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_rolled_back_and_promoted_a_learned_head_waits_as_before(merged: Home, command: str) -> None:
+    add_head(
+        merged, quick(), "ada", make("task_arithmetic"), Console(), how=learning(command, quick().evaluate, steps=1)
+    )
+    with Store.open(merged.registry) as store:
+        for deed, number in ((Deed.ROLLBACK, 0), (Deed.PROMOTE, 4)):
+            said = carry_out(merged, store, Request(deed, "ada", head="ada", version=number))
+    assert said == ["ada/4 is live; what follows it is held until its coefficients are learned, too"]
+    with lineage(merged) as reader:
+        head = reader.head("ada")
+    assert head is not None and (head.live, head.frozen) == (4, LEARNED)
 
 
 def saying(answer: str, gradients: str = "gradients.safetensors") -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from daemon.errors import Refused
+from daemon.zipit.calibration import open_calibration
 from daemon.zipit.features import first_output
 from daemon.zipit.zipping import How, graph_of, zipit
 from projector.spec import TensorSpec
@@ -151,3 +152,10 @@ def test_texts_are_read_with_the_models_own_tokenizer(tmp_path: Path) -> None:
     assert torch.equal(
         load_file(tmp_path / "out/model.safetensors")["embeddings.position_ids"], weights["embeddings.position_ids"]
     )
+
+
+def test_texts_in_another_encoding_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "texts.txt").write_bytes("ein schöner Tag".encode("latin-1"))
+    with pytest.raises(Refused, match="is not UTF-8"):
+        list(open_calibration(tmp_path / "texts.txt", tmp_path).batches())
