@@ -22,6 +22,7 @@ from daemon.compute.resources import (
 )
 from daemon.config import Compute
 from daemon.errors import BadConfig
+from daemon.home.presets import DEFAULT_METHOD
 from daemon.layout import Home
 from daemon.merge.merger import Merger
 from projector.driver.steps import Step, fold_bytes
@@ -63,7 +64,7 @@ def test_a_base_whose_largest_matrix_does_not_fit_is_refused_at_init(
     base = tmp_path / "base.safetensors"
     save_file({"small.weight": torch.zeros(4, 4), "large.weight": torch.zeros(600, 500)}, base)
     spec = TensorSpec("large.weight", (600, 500), torch.float32)
-    need = fold_bytes([make("opcm")], Step(spec))
+    need = fold_bytes([make(DEFAULT_METHOD)], Step(spec))
     monkeypatch.setenv("MAINSTEM_COMPUTE__MEMORY_BUDGET", str(need - 1))
     refused = forked("init", tmp_path / "home", "--base", base)
     assert refused.returncode == 1 and not (tmp_path / "home").exists()
