@@ -63,7 +63,8 @@ def test_a_daemon_from_the_first_drop_to_the_last_reader(tmp_path: Path) -> None
     base = write_base(tmp_path / "base", seed=1)
     home = Home(tmp_path / "home")
     made = ok(
-        "init", home.root, "--base", base, "--head", "init=ema", "--set", "init.weight=0.3", "--head", "soup=mean"
+        *("init", home.root, "--base", base, "--preset", "opcm"),
+        *("--head", "init=ema", "--set", "init.weight=0.3", "--head", "soup=mean"),
     )
     assert str(home.root) in made and "mainstem run" in made
     given = [
