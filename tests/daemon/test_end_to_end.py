@@ -236,7 +236,7 @@ def someone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty").mkdir()
     (root / "full").mkdir()
     (root / "full" / "thesis.tex").write_text("years of work")
-    asked("init", root / "home", "--base", base, "--set", "alpha=0.7")
+    asked("init", root / "home", "--base", base, "--preset", "opcm", "--set", "alpha=0.7")
     shutil.copytree(root / "home", root / "ill", symlinks=True)
     (root / "ill" / "mainstem.toml").write_text("[http]\nprot = 1\n")
     shutil.copytree(root / "home", root / "guessable", symlinks=True)
@@ -257,10 +257,10 @@ WRONG = {
     "home is a file": ["init", "base.safetensors", "--base", "base.safetensors"],
     "unknown method": ["init", "new", "--base", "base.safetensors", "--method", "magic"],
     "unknown parameter": ["init", "new", "--base", "base.safetensors", "--set", "beta=1"],
-    "parameter out of range": ["init", "new", "--base", "base.safetensors", "--set", "alpha=7"],
-    "parameter is no number": ["init", "new", "--base", "base.safetensors", "--set", "alpha=much"],
-    "set without value": ["init", "new", "--base", "base.safetensors", "--set", "alpha"],
-    "set twice": ["init", "new", "--base", "base.safetensors", "--set", "alpha=0.5", "--set", "main.alpha=0.4"],
+    "parameter out of range": ["init", "new", "--base", "base.safetensors", "--set", "scale=70"],
+    "parameter is no number": ["init", "new", "--base", "base.safetensors", "--set", "scale=much"],
+    "set without value": ["init", "new", "--base", "base.safetensors", "--set", "scale"],
+    "set twice": ["init", "new", "--base", "base.safetensors", "--set", "scale=0.5", "--set", "main.scale=0.4"],
     "set for no head": ["init", "new", "--base", "base.safetensors", "--set", "other.weight=1"],
     "head without method": ["init", "new", "--base", "base.safetensors", "--head", "other"],
     "head with a path": ["init", "new", "--base", "base.safetensors", "--head", "../x=mean"],
