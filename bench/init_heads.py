@@ -20,7 +20,7 @@ from projector.laws.trial import merge
 from projector.method import Method
 from projector.methods import make
 
-METHODS = ("ema", "mean", "recency", "latest", "opcm", "task_arithmetic", "iso_c")
+METHODS = ("ema", "mean", "recency", "latest", "confluence", "opcm", "task_arithmetic", "iso_c")
 ROUNDS = 12
 SHOWN = (1, 4, 8, 12)
 

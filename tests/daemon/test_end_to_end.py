@@ -18,7 +18,6 @@ from tests.models import CONFIG, WEIGHTS, read_weights, write_base, write_expert
 from tests.oracles.rules import ema, mean, opcm
 
 INDEX = "model.safetensors.index.json"
-OPCM = ("--method", "opcm")
 
 
 def ok(*words: str | Path, **variables: str) -> str:
@@ -64,17 +63,8 @@ def test_a_daemon_from_the_first_drop_to_the_last_reader(tmp_path: Path) -> None
     base = write_base(tmp_path / "base", seed=1)
     home = Home(tmp_path / "home")
     made = ok(
-        "init",
-        home.root,
-        "--base",
-        base,
-        *OPCM,
-        "--head",
-        "init=ema",
-        "--set",
-        "init.weight=0.3",
-        "--head",
-        "soup=mean",
+        *("init", home.root, "--base", base, "--preset", "opcm"),
+        *("--head", "init=ema", "--set", "init.weight=0.3", "--head", "soup=mean"),
     )
     assert str(home.root) in made and "mainstem run" in made
     given = [
@@ -246,7 +236,7 @@ def someone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty").mkdir()
     (root / "full").mkdir()
     (root / "full" / "thesis.tex").write_text("years of work")
-    asked("init", root / "home", "--base", base, *OPCM, "--set", "alpha=0.7")
+    asked("init", root / "home", "--base", base, "--preset", "opcm", "--set", "alpha=0.7")
     shutil.copytree(root / "home", root / "ill", symlinks=True)
     (root / "ill" / "mainstem.toml").write_text("[http]\nprot = 1\n")
     shutil.copytree(root / "home", root / "guessable", symlinks=True)
@@ -267,10 +257,10 @@ WRONG = {
     "home is a file": ["init", "base.safetensors", "--base", "base.safetensors"],
     "unknown method": ["init", "new", "--base", "base.safetensors", "--method", "magic"],
     "unknown parameter": ["init", "new", "--base", "base.safetensors", "--set", "beta=1"],
-    "parameter out of range": ["init", "new", "--base", "base.safetensors", *OPCM, "--set", "alpha=7"],
-    "parameter is no number": ["init", "new", "--base", "base.safetensors", *OPCM, "--set", "alpha=much"],
-    "set without value": ["init", "new", "--base", "base.safetensors", "--set", "alpha"],
-    "set twice": ["init", "new", "--base", "base.safetensors", *OPCM, "--set", "alpha=0.5", "--set", "main.alpha=0.4"],
+    "parameter out of range": ["init", "new", "--base", "base.safetensors", "--set", "scale=70"],
+    "parameter is no number": ["init", "new", "--base", "base.safetensors", "--set", "scale=much"],
+    "set without value": ["init", "new", "--base", "base.safetensors", "--set", "scale"],
+    "set twice": ["init", "new", "--base", "base.safetensors", "--set", "scale=0.5", "--set", "main.scale=0.4"],
     "set for no head": ["init", "new", "--base", "base.safetensors", "--set", "other.weight=1"],
     "head without method": ["init", "new", "--base", "base.safetensors", "--head", "other"],
     "head with a path": ["init", "new", "--base", "base.safetensors", "--head", "../x=mean"],
