@@ -5,7 +5,6 @@ And how the resident size stays near what is in use, without paying for fresh pa
 
 import ctypes
 import os
-import resource
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -236,13 +235,6 @@ def _cgroup_folders() -> list[Path]:
             below = root / path.strip("/")
             folders += [below, *(above for above in below.parents if above.is_relative_to(root))]
     return folders
-
-
-def allow_open_files() -> int:
-    """Raises this process's limit of open files as far as it goes, and says how far that is."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
 
 
 def reuse_freed_memory() -> None:

@@ -18,7 +18,7 @@ import structlog
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from daemon.compute.resources import allow_open_files
+from daemon.compute.open_files import allow_open_files
 
 MOST_CONNECTIONS = 2000
 YOUNG_SECONDS = 1.0  # a connection's first request may be on its way for so long

@@ -16,8 +16,9 @@ from daemon.arrivals.admission import naming_of
 from daemon.arrivals.identity import SAME_NORM
 from daemon.arrivals.trained_from import Start
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
+from daemon.compute.open_files import allow_open_files
 from daemon.compute.progress import Progress
-from daemon.compute.resources import allow_open_files, driver
+from daemon.compute.resources import driver
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit

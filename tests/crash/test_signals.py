@@ -34,7 +34,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_sigterm_in_the_middle_of_a_merge_leaves_the_expert_in_the_inbox(world: World, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.safetensors", seed=0, hidden=768)
     home, log = Home(tmp_path / "home"), tmp_path / "log"
-    assert world.zygote.run("init", home.root, "--base", base).code == 0
+    assert world.zygote.run("init", home.root, "--base", base, "--preset", "opcm").code == 0
     experts = [write_expert(tmp_path / f"{seed}.safetensors", base, seed) for seed in (1, 2, 3)]
     dropped = [sha256(path) for path in experts]
     fill_inbox(home, experts)
