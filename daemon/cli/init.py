@@ -10,15 +10,13 @@ import typer
 
 from daemon.cli.common import HomeOption, complain, named_home, settings_of
 from daemon.errors import BadConfig
-from daemon.home.presets import DEFAULT_METHOD, PRESETS, RELATIVE, growing
+from daemon.home.presets import BEST_OF_WHOLE, DEFAULT_METHOD, PRESETS, RELATIVE, growing
 from daemon.layout import Home, is_head_name
 from projector.text import shown, size
 
 if TYPE_CHECKING:
-    from daemon.config import Compute
     from projector.method import Method
 
-LEANER = "opcm"  # the preset, and its method, that keeps least of those that are near the default in quality
 MOST_LETTERS = 200  # in a base's name
 PresetName = StrEnum("PresetName", {name: name for name in PRESETS})  # type: ignore[misc]  # names known at run time
 
@@ -71,20 +69,15 @@ def command(
         raise BadConfig(f"--name {shown(name)}: no name", f"give 1 to {MOST_LETTERS} printable letters, as org/model")
     target = Home(folder.resolve())
     compute = settings_of(target).compute
-    try:
-        record = found(
-            target,
-            base,
-            list(made.methods.items()),
-            lambda step: typer.echo(f"{step} ...", err=True),
-            compute,
-            name=name,
-            relative=made.relative,
-        )
-    except BadConfig as error:
-        if not (preset or method or heads) and _fits(base, LEANER, compute):
-            error.hint += f"; with --preset {LEANER} it fits"
-        raise
+    record = found(
+        target,
+        base,
+        list(made.methods.items()),
+        lambda step: typer.echo(f"{step} ...", err=True),
+        compute,
+        name=name,
+        relative=made.relative,
+    )
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
     if not preset and not method:
         typer.echo(_recommended(base))
@@ -94,36 +87,21 @@ def command(
 
 
 def _recommended(base: Path) -> str:
-    """Why main merges as it does, what that keeps, and what else there is."""
+    """Why main merges as it does, what else there is, and what both keep."""
     from daemon.checkpoints.checkpoint import open_path
     from projector.driver.steps import state_specs
     from projector.methods import make
 
     with open_path(base) as checkpoint:
-        ours, leaner = (
+        ours, best = (
             size(sum(spec.nbytes for spec in state_specs(make(name), checkpoint.tensors.schema)))
-            for name in (DEFAULT_METHOD, LEANER)
+            for name in (DEFAULT_METHOD, BEST_OF_WHOLE)
         )
     return (
-        f"main merges by {DEFAULT_METHOD}, which kept most of what real experts can, of all that ask for weights alone"
-        f" (docs/quality.md); its state takes {ours}\n"
-        f"other ways: --preset {LEANER}, whose state takes {leaner}; --method, as `mainstem study` finds it for your"
-        " experts"
+        f"main merges by {DEFAULT_METHOD}, good with whole fine-tunes and adapters (docs/quality.md); its state takes"
+        f" {ours}\nof whole fine-tunes {BEST_OF_WHOLE} kept most: --method {BEST_OF_WHOLE}, whose state takes {best};"
+        " `mainstem study` finds what is best for yours"
     )
-
-
-def _fits(base: Path, method: str, compute: "Compute") -> bool:
-    """Whether a home with this method for main could merge in the memory that there is."""
-    from daemon.checkpoints.checkpoint import open_path
-    from daemon.compute.resources import check_budget
-    from projector.methods import make
-
-    with open_path(base) as checkpoint:
-        try:
-            check_budget(checkpoint.tensors.schema, [make(method)], compute)
-        except BadConfig:
-            return False
-    return True
 
 
 class Chosen(NamedTuple):

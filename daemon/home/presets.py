@@ -15,8 +15,11 @@ INIT = "init"
 """The head that trainers start from, where a home has one."""
 
 
-DEFAULT_METHOD = "confluence"
-"""Of main, where nobody named one: what docs/quality.md found best of all that ask for nothing but weights."""
+DEFAULT_METHOD = "opcm"
+"""Of main, where nobody named one: of what docs/quality.md tried, above the mean of all kinds of experts."""
+
+BEST_OF_WHOLE = "confluence"
+"""What docs/quality.md found best of all for experts that were fine-tuned whole; of adapters it is not."""
 
 
 @dataclass(frozen=True)
