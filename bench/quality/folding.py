@@ -17,7 +17,7 @@ from torch import Tensor
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
 from projector.driver.fold import Driver
 from projector.driver.head import HeadFold
-from projector.driver.steps import record_specs, state_specs
+from projector.driver.steps import record_specs, state_bytes, state_specs
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
 from projector.method import Contribution, Method, Totals
@@ -78,7 +78,7 @@ class Stream:
         self._held, self._state = held, after.reader()
         if not method.one_sweep:
             self._driver.read_out(self._base, method, self._totals, self._state, [self._out])
-        size = sum(spec.nbytes for spec in state_specs(method, self._base.schema))
+        size = state_bytes(method, self._base.schema)
         self.costs.append(Cost(monotonic() - wall, process_time() - cpu, size))
 
     def weights(self) -> dict[str, Tensor]:

@@ -89,14 +89,12 @@ def command(
 def _recommended(base: Path) -> str:
     """Why main merges as it does, what else there is, and what both keep."""
     from daemon.checkpoints.checkpoint import open_path
-    from projector.driver.steps import state_specs
+    from projector.driver.steps import state_bytes
     from projector.methods import make
 
     with open_path(base) as checkpoint:
-        ours, best = (
-            size(sum(spec.nbytes for spec in state_specs(make(name), checkpoint.tensors.schema)))
-            for name in (DEFAULT_METHOD, BEST_OF_WHOLE)
-        )
+        schema = checkpoint.tensors.schema
+        ours, best = (size(state_bytes(make(name), schema)) for name in (DEFAULT_METHOD, BEST_OF_WHOLE))
     return (
         f"main merges by {DEFAULT_METHOD}, good with whole fine-tunes and adapters (docs/quality.md); its state takes"
         f" {ours}\nof whole fine-tunes {BEST_OF_WHOLE} kept most: --method {BEST_OF_WHOLE}, whose state takes {best};"

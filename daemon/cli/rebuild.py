@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from daemon.rebuild.learning import Learning
     from daemon.rebuild.replay import Console
 
+STEPS, RATE = 500, 1e-3  # the authors'; said here, too, because what learns brings torch
+
 
 def command(
     at: HomeArgument = None,
@@ -64,8 +66,8 @@ def command(
             metavar="COMMAND",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="With --adamerging: steps.", min=1, max=10**6)] = 500,
-    lr: Annotated[float, typer.Option(help="With --adamerging: Adam's step size.", min=1e-9, max=1.0)] = 1e-3,
+    steps: Annotated[int, typer.Option(help="With --adamerging: steps.", min=1, max=10**6)] = STEPS,
+    lr: Annotated[float, typer.Option(help="With --adamerging: Adam's step size.", min=1e-9, max=1.0)] = RATE,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it may take.")
     ] = False,
@@ -82,7 +84,7 @@ def command(
     where, gone = find_home(at, home), without or []
     if replay and (target is not None or not gone):
         raise BadConfig("--replay is for --without", "everything else is replayed in any case")
-    if adamerging is None and (steps, lr) != (500, 1e-3):
+    if adamerging is None and (steps, lr) != (STEPS, RATE):
         raise BadConfig("--steps and --lr are for --adamerging", "leave them out, or give --adamerging COMMAND")
     with console() as to:
         if target is not None:

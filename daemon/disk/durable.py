@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import NoReturn
+from uuid import uuid4
 
 from daemon.disk.failpoints import hit
 
@@ -301,6 +302,22 @@ def rename_new(source: Path, target: Path) -> None:
     hit("rename")
     _rename_new(AT_FDCWD, str(source), AT_FDCWD, str(target))
     _sync_parents(source, target)
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A new folder, to be filled, that is `target` afterwards: whole and durable, or nothing of it. Raises
+    FileExistsError where that is there by then.
+    """
+    folder = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+    try:
+        make_folder(folder, public=True)
+        yield folder
+        with Folder(folder) as made:
+            sync_names(made.fd)
+        rename_new(folder, target)
+    finally:
+        remove(folder)
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -44,17 +44,17 @@ class Evaluated:
 
 def command_sha256(settings: Evaluate) -> str:
     """What the scores depend on beside the weights: of the command and its environment."""
-    environment = sorted((name, value.get_secret_value()) for name, value in settings.environment.items())
-    said = json.dumps([settings.command, environment])
+    said = json.dumps([settings.command, sorted(environment_of(settings).items())])
     return hashlib.sha256(said.encode()).hexdigest()
 
 
 def check_program(settings: Evaluate, home: Path) -> None:
     """Raises BadConfig where the program of the command is not there, or is none."""
-    commands.check_program("evaluate.command", settings.command[0], home, _environment(settings))
+    commands.check_program("evaluate.command", settings.command[0], home, environment_of(settings))
 
 
-def _environment(settings: Evaluate) -> dict[str, str]:
+def environment_of(settings: Evaluate) -> dict[str, str]:
+    """What the settings put into the command's environment, secrets told."""
     return {name: value.get_secret_value() for name, value in settings.environment.items()}
 
 
@@ -96,7 +96,7 @@ class Evaluator:
         waits = partial(self._watch.advance, 0)
         try:
             status = commands.run(
-                command, self._home, told, settings.timeout_seconds, hears, waits, _environment(settings)
+                command, self._home, told, settings.timeout_seconds, hears, waits, environment_of(settings)
             )
         except commands.TookTooLong:
             raise NoScores(

@@ -27,6 +27,7 @@ from daemon.compute.resources import memory_budget
 from daemon.config import Evaluate, Settings
 from daemon.disk import durable
 from daemon.errors import BadConfig, BadHome, NoAnswer
+from daemon.evaluation.evaluator import environment_of
 from daemon.layout import COEFFICIENTS, Home
 from daemon.manifest import Manifest
 from daemon.rebuild.replay import Console
@@ -93,7 +94,7 @@ def check_learnable(name: str, method: Method, how: Learning, experts: int, *, r
         raise BadConfig(f"the head {name!r} is relative to what experts were trained from, not to the base", anew)
     if not experts:
         raise BadHome("no expert is merged: there is nothing to learn a coefficient for", "merge some first")
-    check_program("--adamerging", how.evaluate.command[0], Path.cwd(), _environment(how.evaluate))
+    check_program("--adamerging", how.evaluate.command[0], Path.cwd(), environment_of(how.evaluate))
 
 
 def is_learned(manifest: Manifest, arrivals: Sequence[Arrival], method: Method, how: Learning) -> bool:
@@ -162,7 +163,7 @@ class _Course:
         if self._model.coefficients.steps >= steps:
             return
         command = [word.replace(FOLDER, folder) for word in self._how.evaluate.command]
-        environment = _environment(self._how.evaluate)
+        environment = environment_of(self._how.evaluate)
         specs = self._model.specs
         path = self._work / "weights.safetensors"
         with ExitStack() as closing:
@@ -283,7 +284,3 @@ def _start(method: Method) -> float:
 
 def _bytes(sha256: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8)
-
-
-def _environment(settings: Evaluate) -> dict[str, str]:
-    return {name: value.get_secret_value() for name, value in settings.environment.items()}

@@ -14,7 +14,7 @@ from daemon.checkpoints.checkpoint import SIDECARS, open_path
 from daemon.checkpoints.hints import hinting
 from daemon.config import Admission, Evaluate
 from daemon.errors import BadConfig, DaemonError, Reason
-from projector.driver.steps import record_specs, state_specs
+from projector.driver.steps import record_specs, state_bytes
 from projector.errors import ProjectorError
 from projector.errors import Reason as ProjectorReason
 from projector.method import Method
@@ -200,7 +200,7 @@ def disk_bytes(plan: Plan, schema: Schema, base_bytes: int) -> int:
     """What is on disk at most: one home at a time, of each head the base, the newest version and the next one."""
     total = 6 * base_bytes  # the home of the experts by themselves, and of what the report reads
     for one in plan.variants:
-        state = sum(spec.nbytes for spec in state_specs(one.method, schema))
+        state = state_bytes(one.method, schema)
         record = sum(spec.nbytes for spec in record_specs(one.method, schema))
         total += 3 * base_bytes + 2 * state + len(plan.experts) * record
     return total

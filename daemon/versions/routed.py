@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from daemon.checkpoints.checkpoint import open_path
 from daemon.checkpoints.weight_names import WeightNames
@@ -76,7 +75,6 @@ def export(home: Home, reader: Reader, version: Version, out: Path, publish: Pub
     out = Path(os.path.abspath(out))  # noqa: PTH100 - a link keeps its own name
     _check_out(out)
     config = _config(home.base / CONFIG)
-    folder = out.with_name(f".{out.name}.{uuid4().hex}.tmp")
     with ExitStack() as closing:
         base = closing.enter_context(open_path(home.base)).tensors
         model = RoutedModel(base, method, _state(home, version, closing), totals)
@@ -88,8 +86,7 @@ def export(home: Home, reader: Reader, version: Version, out: Path, publish: Pub
         published = {spec.name: spec for spec in published_specs(base.schema, publish.dtype)}
         experts = reader.experts_in(version.number)[-len(method.places(totals)) :]
         names = [one.given_name or one.name for one in experts]
-        closing.callback(durable.remove, folder)
-        durable.make_folder(folder, public=True)
+        folder = closing.enter_context(durable.appearing(out))
         experts_bytes = _write(folder, model, published, publish.shard_bytes)
         beside = [one for one in companions(home.base).files if not is_weights(one) and one != CONFIG]
         copy_files(home.base, folder, beside)
@@ -100,9 +97,6 @@ def export(home: Home, reader: Reader, version: Version, out: Path, publish: Pub
         evicted, about = totals.experts - len(experts), read_about_base(home.base)
         durable.write_file(folder / CARD, render_routed(RoutedCard(name, reader.base(), about, experts, evicted)))
         size_bytes = sum((folder / one).stat().st_size for one in names_below(folder))
-        with durable.Folder(folder) as made:
-            durable.sync_names(made.fd)
-        durable.rename_new(folder, out)
     return Exported(
         str(out),
         name,

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from daemon.checkpoints.weight_names import INDEX, WEIGHTS
 from daemon.disk import durable
 from daemon.errors import Reason, Refused
 from daemon.versions.companions import companions
+from daemon.versions.sealing import copy_files
 from daemon.versions.weight_files import METADATA, WeightFile, index_of
 from projector.errors import BadValues
 from projector.errors import Reason as ProjectorReason
@@ -62,64 +62,42 @@ def write_whole(
     out: Path, first: Head, weights: Mapping[str, Tensor], dtypes: Dtypes, record: Mapping[str, Any]
 ) -> None:
     """A model of all the weights, and what lies beside the first one's."""
-
-    def fill(folder: Path) -> None:
+    with durable.appearing(out.absolute()) as folder:
         _beside(first, folder)
         _weights(folder / WEIGHTS, weights, dtypes)
-
-    _appearing(out, fill, record)
+        _noted(record, folder)
 
 
 def write_heads(
     out: Path, heads: Sequence[Head], shared: Mapping[str, Tensor], dtypes: Dtypes, record: Mapping[str, Any]
 ) -> None:
     """A whole model for each head."""
-
-    def fill(folder: Path) -> None:
-        durable.make_folder(folder / "heads", public=True)
-        places: list[Path] = []
-        for head in heads:
-            place = folder / "heads" / head.name
+    with durable.appearing(out.absolute()) as folder:
+        places = [folder / "heads" / head.name for head in heads]
+        for head, place in zip(heads, places, strict=True):
             durable.make_folder(place, public=True)
             _beside(head, place)
-            if places:
-                durable.link_or_copy(places[0] / SHARED, place / SHARED)
-            else:
+            if place == places[0]:
                 _weights(place / SHARED, shared, dtypes)
+            else:
+                durable.link_or_copy(places[0] / SHARED, place / SHARED)
             _weights(place / OWN, head.weights, head.dtypes)
             parts = [
                 WeightFile(SHARED, _specs(shared, dtypes)),
                 WeightFile(OWN, _specs(head.weights, head.dtypes)),
             ]
             durable.write_file(place / INDEX, index_of(parts, INDEX).text)
-            durable.sync_folder(place)
-            places.append(place)
-        durable.sync_folder(folder / "heads")
-
-    _appearing(out, fill, record)
+        _noted(record, folder)
 
 
-def _appearing(out: Path, fill: Any, record: Mapping[str, Any]) -> None:
-    out = out.absolute()
-    folder = out.with_name(f".{out.name}.{uuid4().hex}.tmp")
-    try:
-        durable.make_folder(folder, public=True)
-        fill(folder)
-        durable.write_file(folder / RECORD, json.dumps(record, indent=2).encode() + b"\n")
-        durable.sync_folder(folder)
-        durable.rename_new(folder, out)
-    finally:
-        durable.remove(folder)
+def _noted(record: Mapping[str, Any], folder: Path) -> None:
+    durable.write_file(folder / RECORD, json.dumps(record, indent=2).encode() + b"\n")
 
 
 def _beside(head: Head, folder: Path) -> None:
     if head.files:
-        for name in companions(head.source, head.files).files:
-            if name == RECORD:  # how the source came about, where it was zipped itself
-                continue
-            durable.make_folder((folder / name).parent, public=True)
-            durable.copy_file(head.source / name, folder / name)
-            durable.sync_folder((folder / name).parent)
+        found = companions(head.source, head.files).files
+        copy_files(head.source, folder, [name for name in found if name != RECORD])  # it says how the source came about
 
 
 def _specs(weights: Mapping[str, Tensor], dtypes: Dtypes) -> list[TensorSpec]:

@@ -67,6 +67,11 @@ def state_specs(method: Method, schema: Schema) -> list[TensorSpec]:
     return _file_specs(lambda spec: rule_of(method, spec).slots(spec), schema)
 
 
+def state_bytes(method: Method, schema: Schema) -> int:
+    """What a method's state takes over a base's schema."""
+    return sum(spec.nbytes for spec in state_specs(method, schema))
+
+
 def prepared_specs(method: Method, schema: Schema) -> list[TensorSpec]:
     """The tensors of the file that holds what a method prepares; none where it prepares nothing.
 

@@ -80,8 +80,8 @@ class Confluence(Method):
         """S, G, H, q = sum w_i ||tau_i||^2 and, up to m = 8 n, L = sum w_i tau_i tau_i' / ||tau_i||^2: of a matrix."""
         if not self._solves(spec):
             return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
-        *stack, m, n = spec.shape
-        further = {"q": (*stack, 1, 1)} | ({"L": (*stack, m, m)} if m <= TALL * n else {})
+        *stack, m, _ = spec.shape
+        further = {"q": (*stack, 1, 1)} | ({"L": (*stack, m, m)} if _by_outputs(spec) else {})
         return interference.sums(spec) | {
             key: TensorSpec(spec.name, shape, torch.float64) for key, shape in further.items()
         }
@@ -93,7 +93,7 @@ class Confluence(Method):
         if not self._solves(spec):
             return super().workspace(spec)
         m, n = spec.shape[-2:]
-        side = max(m, n) if m <= TALL * n else n
+        side = max(m, n) if _by_outputs(spec) else n
         solved = 8 * (3 * side**2 + 4 * min(m * n, BLOCK_NUMEL)) + 4 * 4 * m * n
         return max(solved, svd_bytes(spec.shape)) + 4 * (2 * m * n + min(m, n) * (m + n))
 
@@ -101,7 +101,7 @@ class Confluence(Method):
         total = torch.add(state["S"], delta, alpha=expert.weight)
         if not self._solves(spec):
             return {"S": total}, {}
-        sums = {key: state[key].clone() for key in ("G", "H", "q", "L") if key in state}
+        sums = {key: state[key].clone() for key in self.slots(spec) if key != "S"}
         for tau_MN, g_NN, h_MN, q_11, *l_MM in matrices(delta, *sums.values()):
             q_11 += expert.weight * interference.add(tau_MN, expert.weight, expert.factors, g_NN, h_MN)
             for outputs_MM in l_MM:
@@ -114,7 +114,7 @@ class Confluence(Method):
         if not self._solves(spec):
             return torch.add(base, state["S"], alpha=1 / totals.weight)
         merged = base.clone()
-        sums = (state[key] for key in ("S", "G", "H", "q", "L") if key in state)
+        sums = (state[key] for key in self.slots(spec))
         for merged_MN, s_MN, g_NN, h_MN, q_11, *l_MM in matrices(merged, *sums):
             if g_NN.trace() > UNTRAINED:
                 r_MN = self._undisturbing(s_MN, g_NN, h_MN, *l_MM)
@@ -147,6 +147,11 @@ class Confluence(Method):
         left_MP *= self.scale * min(q / heard, MOST**2 * heard) if heard > 0 else 0.0
         for rows in row_blocks(merged_MN):
             merged_MN[rows] += left_MP[rows] @ right_NP.T
+
+
+def _by_outputs(spec: TensorSpec) -> bool:
+    m, n = spec.shape[-2:]
+    return m <= TALL * n
 
 
 def sine_squared(x_MN: Tensor, y_MN: Tensor) -> float:
