@@ -165,8 +165,8 @@ class Store(Reader):
         blocked. It is live, and nothing is frozen any more, unless it has an expert that came after the live version
         and is held with it.
 
-        learned: the heads whose coefficients were learned: they are frozen again. waiting: those that are frozen, and
-        stay so with the live version that they have, for nothing was done to them.
+        A version that is held already stays so, and its head as it stands. learned: the heads whose coefficients were
+        learned: they are frozen again. waiting: those to which nothing was done: what is frozen stays so.
 
         THE COMMIT POINT of such a version. Raises as `commit` does, and BadRecord where an expert is not merged.
         """
@@ -177,7 +177,7 @@ class Store(Reader):
             for version in versions:
                 later = experts_after_live(connection, version.head) - set(withdrawn)
                 why = f"it still has expert {max(later)}, which is not live" if later else None
-                if version.head in waiting:
+                if version.held or version.head in waiting:
                     kept.append(advance(connection, version))
                     continue
                 then = LEARNED if version.head in learned else None
@@ -284,7 +284,7 @@ class Store(Reader):
                 raise BadRecord(f"head {head.name} stands at {head.newest}, the others at {newest}", PROGRAM_HINT)
             insert_head(connection, head)
             insert_versions(connection, versions, None, now)
-            told = [outbox.of_version(version) for version in versions if version.number == head.live]
+            told = [outbox.of_version(one) for one in versions if one.number == head.live or one.held]
             outbox.announce(connection, told, now)
 
     def record(self, expert: NewExpert) -> Expert:

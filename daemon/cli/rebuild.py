@@ -78,6 +78,7 @@ def command(
     done by the daemon where one runs, between two experts.
     """
     from daemon.interventions.deeds import whoever
+    from daemon.logs import configure
     from daemon.rebuild import commands
     from daemon.rebuild.learning import METHOD, learning
 
@@ -102,6 +103,7 @@ def command(
             if gone or len(heads) > 1:
                 raise BadConfig("--head adds one head, with every merged expert", "give --into for anything else")
             in_force = settings_of(where)
+            configure(in_force.log)  # the gate's evaluator is heard there
             how = learning(adamerging, in_force.evaluate, steps, lr) if adamerging is not None else None
             if how and _is_there(where, heads[0]):
                 if method or settings:

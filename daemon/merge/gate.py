@@ -1,7 +1,8 @@
 """May a new version go live? It is evaluated before anything of it is committed, and held against the rules.
 
-What comes of an arrival is one of three: live; held, which is committed and not live; or rejected, when nothing is
-committed at all. Where the evaluator fails, no expert is to blame: `evaluate.on_error` says what happens.
+What comes of an arrival, or of a version that a rebuild made, is one of three: live; held, which is committed and not
+live; or rejected, when nothing is committed at all. Where the evaluator fails, no expert is to blame:
+`evaluate.on_error` says what happens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -72,15 +73,15 @@ class Gate:
         heads: Sequence[HeadTip],
         number: int,
         written: Sequence[Written],
-        expert: NewExpert,
-        by_itself: Callable[[], Written],
+        expert: NewExpert | None = None,
+        by_itself: Callable[[], Written] | None = None,
     ) -> list[Judged]:
         """What is said of each head's version, staged in `written`; heads that are not evaluated go live.
 
-        by_itself: stages the expert alone. Raises BadHome where the evaluator changed what it scored, and what the
-        watch raises.
+        expert: that it folds; without one, rules about it do not apply. by_itself: stages the expert alone. Raises
+        BadHome where the evaluator changed what it scored, and what the watch raises.
         """
-        if self._needs("expert"):
+        if expert and by_itself and self._needs("expert"):
             try:
                 self.alone = self._alone(expert, number, by_itself)
             except NoScores as error:  # a rule asks for it: nothing goes unjudged
@@ -90,7 +91,7 @@ class Gate:
             return list(pool.map(lambda tip, one: self._judge_head(tip, one, number, expert, alone), heads, written))
 
     def _judge_head(
-        self, tip: HeadTip, written: Written, number: int, expert: NewExpert, alone: Scores | None
+        self, tip: HeadTip, written: Written, number: int, expert: NewExpert | None, alone: Scores | None
     ) -> Judged:
         head = tip.head
         if not self._judges(tip):
@@ -104,7 +105,7 @@ class Gate:
             log = self._home.evaluation_log(head.name, number)
             name = called(head.name, number)
             found = self._scoring.of(name, written.weights, written.published, {**said, "live": head.live}, log)
-            own = expert.about.get("task") if expert.about else None
+            own = expert.about.get("task") if expert and expert.about else None
             verdict = judge(self._settings.rules, Question(found.scores, live, base, alone, own))
         except NoScores as error:
             return self._failed(head.name, number, error)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from shlex import quote
 from statistics import median
 
 from daemon.arrivals.recording import left_behind
@@ -17,7 +18,8 @@ from daemon.compute.resources import reuse_freed_memory
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
-from daemon.errors import BadHome
+from daemon.errors import BadHome, DaemonError
+from daemon.evaluation.rules import unjudged
 from daemon.home.founding import base_files, floating_dtypes, new_head, publish_base
 from daemon.home.presence import lock
 from daemon.home.recovery import mark_clean, recover
@@ -119,6 +121,7 @@ def into(
             with _opened(target) as store:
                 refine(target, store, home, reader, experts, settings, to, (first, how) if how else None)
                 _keep_out(store, [*reader.kept_out(), *(one for one in reader.lineage() if one.id in gone)], deed)
+                plan = replace(plan, notes=[*plan.notes, *_never_judged(store, settings, target)])
         return plan
 
 
@@ -278,7 +281,9 @@ class _Withdrawal:
         for tip in self.heads:
             name = tip.head.name
             there = sorted((n for n in {0, *numbered(home.states(name))} if least <= n < first), reverse=True)
-            version = reader.version(name, next((n for n in there if has(n) == rest), -1))
+            these = (reader.version(name, n) for n in there if has(n) == rest)
+            # what is held without an expert of its own is held for its weights, not for whom it has
+            version = next((one for one in these if one and not (one.held and one.expert_id is None)), None)
             if version and not version.collected and not problems(home, version, hashes=True, extras=False):
                 found[name] = version
         return found
@@ -316,7 +321,7 @@ def _opened(home: Home) -> Iterator[Store]:
         recover(home, store, lambda *_, **__: None)
         try:
             yield store
-        except BadHome:  # refused: everything is in its place
+        except DaemonError:  # refused: everything is in its place
             mark_clean(home)
             raise
         mark_clean(home)
@@ -360,6 +365,19 @@ def _keep_out(store: Store, experts: Sequence[Expert], deed: NewIntervention) ->
     store.keep_out([left_behind(expert) for expert in experts if expert.sha256], deed)
 
 
+def _never_judged(store: Store, settings: Settings, home: Home) -> list[str]:
+    """Notes of the newest versions of a new home that the gate, which judges these heads, was not asked; says it."""
+    said = []
+    for head in store.heads():
+        version = store.version(head.name, head.newest)
+        if judges(settings.evaluate, head.name) and version and head.newest and version.verdict is None:
+            asked = judging(head.name, head.newest)
+            why = f"it was merged again in a new home; `{asked}` scores and judges it"
+            store.rejudge(head.name, head.newest, unjudged(why), None)
+            said.append(f"{called(head.name, head.newest)} was not judged: `{asked} --home {quote(str(home.root))}`")
+    return said
+
+
 def _not_live(reader: Reader, *names: str) -> list[str]:
     """The newest versions of these heads, or of all, that are not live, and why, in lines of words."""
     heads = [(head.name, held(reader, head)) for head in reader.heads() if not names or head.name in names]
@@ -382,8 +400,8 @@ def _subtract(
 def _adopt(home: Home, store: Store, head: Head, method: Method, written: Written, restating: Restating) -> int:
     """Gives the home a further head: version 0, and the version that the other heads stand at, whose number it says.
 
-    That has every merged expert. Where one of the others is not live there, because of an expert, it is held, too: the
-    head begins with the base.
+    That has every merged expert. The gate judges it. Where one of the others is not live there, because of an expert,
+    it is held, too: the head begins with the base.
     """
     others = store.heads()
     newest = max(one.newest for one in others)
@@ -396,11 +414,16 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
     versions = [publish_base(home, head, store.base(), base_files(home), dtypes)]
     if newest:
         tip = HeadTip(head, Version(**asdict(versions[0])), method, Totals())
-        made = restating.place([tip], newest, {head.name: written}, origin(store))
-        versions += [replace(version, held=why) for version in made]
+        try:
+            (made,) = restating.place(store, [tip], newest, {head.name: written}, origin(store), [head.name])
+        except DaemonError:
+            remove_whole(home, home.versions(head.name))
+            raise
+        why = why or made.held
+        versions.append(replace(made, held=why))
     frozen = why if any(one.frozen for one in others if one.name not in unlearned) else None
-    frozen = records.LEARNED if written.adamerging and not waiting else frozen
-    adopted = replace(head, live=0 if waiting else newest, newest=newest, frozen=frozen)
+    frozen = records.LEARNED if written.adamerging and not why else frozen
+    adopted = replace(head, live=0 if why else newest, newest=newest, frozen=frozen)
     hit("commit.before")
     store.adopt(adopted, versions)
     hit("commit.after")

@@ -16,7 +16,7 @@ from daemon.versions.heads import HeadTip, head_tips
 from daemon.versions.writing import Written
 from projector.method import Contribution, Totals
 from registry.reader import Reader
-from registry.records import LEARNED, Expert, RelativeTo, Status
+from registry.records import Expert, RelativeTo, Status
 from registry.store import Store
 
 
@@ -82,10 +82,11 @@ def refine(
                 made = _exact(restating, target, tip, archive, reader, experts)
             else:
                 to.say(f"{name}: stays")
-                if tip.head.frozen == LEARNED and tip.head.live < tip.head.newest:  # its newest was not learned
+                if tip.head.live < tip.head.newest:
                     waiting.append(name)
             written[name] = made or restating.linked(name, target, tip.version.number, tip.totals)
-        number = restating.commit(store, heads, written, waiting=waiting)
+        weighed = [learnt] if learnt and target == archive else []  # of a new home nothing is held
+        number = restating.commit(store, heads, written, waiting=waiting, weighed=weighed)
     if learnt:
         durable.remove(target.learning(learnt))
     return number

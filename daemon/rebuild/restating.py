@@ -22,7 +22,7 @@ from daemon.compute.resources import driver
 from daemon.config import Settings
 from daemon.disk import durable
 from daemon.disk.failpoints import hit
-from daemon.errors import BadHome
+from daemon.errors import BadHome, Reason, Refused
 from daemon.evaluation.evaluator import command_sha256
 from daemon.evaluation.rules import unjudged
 from daemon.evaluation.scoring import weights_sha256
@@ -30,7 +30,7 @@ from daemon.home.ground import Base, States, sound_ground
 from daemon.layout import CARD, STATE_FILE, Home, is_adapter
 from daemon.manifest import Manifest
 from daemon.merge.folding import Folding
-from daemon.merge.gate import judges
+from daemon.merge.gate import REJECTED, Gate, Judged, judges
 from daemon.notation import called
 from daemon.versions.adapter import Adapting
 from daemon.versions.heads import HeadTip
@@ -183,10 +183,26 @@ class Restating:
         )
 
     def place(
-        self, heads: Sequence[HeadTip], number: int, written: Mapping[str, Written], origin: Origin
+        self,
+        store: Store,
+        heads: Sequence[HeadTip],
+        number: int,
+        written: Mapping[str, Written],
+        origin: Origin,
+        weighed: Collection[str] = (),
     ) -> list[NewVersion]:
-        """Seals a version of each of these heads, and renames it into place; nothing names it yet."""
-        sealed = [self._seal(tip, number, written[tip.head.name], origin) for tip in heads]
+        """Seals a version of each of these heads, and renames it into place; nothing names it yet.
+
+        weighed: the heads whose weights are new; the gate judges them as it does an arrival's. Raises Refused where it
+        rejects one, and then nothing is in place.
+        """
+        for tip in heads:
+            stage(self._home, written[tip.head.name], self._base.beside)
+        judged = self._judge(store, [tip for tip in heads if tip.head.name in weighed], number, written)
+        sealed = [
+            self._seal(tip, number, written[tip.head.name], origin, judged.get(tip.head.name, Judged()))
+            for tip in heads
+        ]
         hit("publish.before")
         for name in (tip.head.name for tip in heads):
             for left in (self._home.version(name, number), self._home.head_state(name, number)):
@@ -195,19 +211,38 @@ class Restating:
         hit("publish.after")
         return sealed
 
-    def _seal(self, tip: HeadTip, number: int, written: Written, origin: Origin) -> NewVersion:
-        """Nobody evaluates it: to hold it would leave live what a person takes out. The gate's heads have that as their
-        verdict, and the scores of the same weights, where these are known."""
+    def _judge(
+        self, store: Store, heads: Sequence[HeadTip], number: int, written: Mapping[str, Written]
+    ) -> dict[str, Judged]:
+        """What the gate says of these heads' versions, by head. Raises Refused where it rejects one."""
+        gate = Gate(self._home, store, self._settings.evaluate, self._progress)
+        if gate.open or not heads:
+            return {}
+        hit("evaluate.before")
+        said = gate.judge(heads, number, [written[tip.head.name] for tip in heads])
+        hit("evaluate.after")
+        judged = {tip.head.name: one for tip, one in zip(heads, said, strict=True)}
+        if rejected := next((name for name, one in judged.items() if one.outcome == REJECTED), None):
+            raise Refused(
+                Reason.SCORES,
+                f"{called(rejected, number)} breaks a rule: {judged[rejected].why}",
+                "nothing of it was published; make it otherwise, or, where it is wanted all the same, loosen"
+                " evaluate.require: the same command goes on",
+            )
+        return judged
+
+    def _seal(self, tip: HeadTip, number: int, written: Written, origin: Origin, judged: Judged) -> NewVersion:
+        """Where experts were taken out nobody evaluates it: to hold it would leave live what a person takes out. The
+        gate's heads have that as their verdict, and the scores of the same weights, where these are known."""
         name, gate = tip.head.name, self._settings.evaluate
         adapter = self._adapting.write(name, written.published, written.weights, origin.base.name)
-        stage(self._home, written, self._base.beside)
-        known, verdict = None, None
         if written.withdrawal and judges(gate, name):
             known = self._reader.evaluated(weights_sha256(written.weights), command_sha256(gate))
-            verdict = unjudged(f"experts were taken out; `{judging(name, number)}` scores and judges it")
-        scores = known.scores if known else None
+            why = f"experts were taken out; `{judging(name, number)}` scores and judges it"
+            judged = Judged(verdict=unjudged(why), evaluation=known)
+        scores, verdict, found = judged.scores, judged.verdict, judged.evaluation
         sealed = seal(self._home, tip, number, written, origin=origin, adapter=adapter, scores=scores, verdict=verdict)
-        return replace(sealed, evaluation=known.id if known else None)
+        return replace(sealed, held=judged.held, evaluation=found.id if found else None)
 
     def commit(
         self,
@@ -217,13 +252,17 @@ class Restating:
         gone: Sequence[Expert] = (),
         deed: NewIntervention | None = None,
         waiting: Collection[str] = (),
+        weighed: Collection[str] = (),
     ) -> int:
         """Publishes a version of every head, in which the experts `gone` are no more by that deed; says its number.
 
-        waiting: heads to which nothing was done, and which go on waiting for what they are frozen for.
+        waiting: heads to which nothing was done and whose newest version is not live: nor is this one, for the same
+        reason. weighed: as in `place`.
         """
         number = next_number(heads)
-        versions = self.place(heads, number, written, origin(store, gone=gone))
+        versions = self.place(store, heads, number, written, origin(store, gone=gone), weighed)
+        why = {tip.head.name: tip.version.held for tip in heads if tip.head.name in waiting}
+        versions = [replace(one, held=why.get(one.head, one.held)) for one in versions]
         hit("commit.before")
         learned = [head for head, one in written.items() if one.adamerging]
         store.restate(versions, [expert.id for expert in gone], deed, learned, waiting)

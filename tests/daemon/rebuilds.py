@@ -41,7 +41,7 @@ def check(home: Home) -> None:
     assert checked.versions + checked.experts > 2 and not problems, problems
     assert not os.listdir(home.inbox) and not os.listdir(home.tmp)
     beside = {path.name for path in home.state.iterdir() if not path.name.startswith("registry.sqlite")}
-    assert beside <= {"base", "heads", "tmp", "lock", "clean"}
+    assert beside <= {"base", "heads", "tmp", "lock", "clean", "evaluations"}
 
 
 def bytes_of(home: Home) -> dict[str, bytes | str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import BadRecord, StaleHead
-from registry.records import Head, Status
+from registry.records import LEARNED, Head, Status
 from registry.store import Store
 from tests.registry.samples import digest, expert, make, versions
 
@@ -43,6 +43,17 @@ def test_a_version_may_follow_without_anything_new(store: Store) -> None:
     store.restate(versions(3))
     assert [head.live for head in store.heads()] == [3, 3]
     assert len(store.lineage()) == 2
+
+
+def test_a_version_that_is_held_leaves_its_head_as_it_stands(store: Store) -> None:
+    held, other = versions(3)
+    store.restate([dataclasses.replace(held, held="a rule"), other], learned=["main", "init"])
+    main, init = store.heads()
+    assert (main.live, main.newest, main.frozen) == (2, 3, None)
+    assert (init.live, init.newest, init.frozen) == (3, 3, LEARNED)
+    held, other = versions(4)
+    store.restate([dataclasses.replace(held, held="a rule"), other], waiting=["main"])
+    assert [head.live for head in store.heads()] == [2, 4]
 
 
 @pytest.mark.parametrize("wrong", [[9], [1, 9], [3]])

@@ -3,6 +3,7 @@
 import json
 import resource
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +13,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from daemon.config import Settings
 from daemon.home.standing import Held, held
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
-from daemon.rebuild.commands import add_head
+from daemon.rebuild.commands import add_head, into, learn_again
 from daemon.rebuild.learning import learning
 from daemon.rebuild.replay import Console
 from projector.methods import make
 from registry.records import LEARNED, Deed
 from registry.store import Store
 from tests.daemon.homes import assert_close, drain, latest, lineage, live, put, quick
-from tests.daemon.processes import rebuild
+from tests.daemon.processes import forked, rebuild
 from tests.daemon.rebuilds import check, killed, refused, taken_out, weights
 from tests.models import read_weights, write_expert
 
@@ -180,6 +182,84 @@ def test_rolled_back_and_promoted_a_learned_head_waits_as_before(merged: Home, c
     with lineage(merged) as reader:
         head = reader.head("ada")
     assert head is not None and (head.live, head.frozen) == (4, LEARNED)
+
+
+SCORES = """
+import json, sys
+told = json.load(sys.stdin)
+json.dump(told, open("told.json", "w"))
+print(json.dumps({"a": json.load(open("scores.json")).get(f"{told['head']}/{told['version']}", 0.5)}))
+"""
+
+
+def gate(home: Home, scores: dict[str, float], *rules: str) -> Settings:
+    """A gate for the heads `ada` and `soup`, with an evaluator that says so much of their versions."""
+    (home.root / "score.py").write_text(SCORES)
+    (home.root / "scores.json").write_text(json.dumps(scores))
+    said = {"command": [sys.executable, "-S", "score.py", "{folder}"], "require": rules, "heads": ["ada", "soup"]}
+    home.config.write_text("[evaluate]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in said.items()))
+    return quick(evaluate=said)
+
+
+def test_what_is_learned_is_judged_as_an_arrival_is(
+    merged: Home, model: tuple[Path, list[Path]], command: str, tmp_path: Path
+) -> None:
+    """Held, it is not live, and nothing that is done to other heads or to experts makes it so."""
+    settings = gate(merged, {"ada/5": 0.4}, "each >= live - 0.05")
+    for name in ("ada", "other"):
+        add_head(merged, settings, name, make("task_arithmetic"), Console())
+    assert live(merged, "ada") == 4
+    said = rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "1")
+    why = "`each >= live - 0.05`: `a` 0.4 against 0.5: 0.1 worse than the live version, asked is at most 0.05 worse"
+    assert f"ada/5 is not live ({why})" in said
+    assert standing(merged) == Held(5, why, False, "mainstem promote ada/5")
+    assert (live(merged, "ada"), live(merged)) == (4, 5)
+    told = json.loads((merged.root / "told.json").read_bytes())
+    assert (told["head"], told["version"], told["parent"], told["expert"]) == ("ada", 5, 4, None)
+    manifest = json.loads(merged.manifest("ada", 5).read_bytes())
+    assert manifest["verdict"]["against"] == "ada/4" and manifest["scores"]["a"]["score"] == 0.4
+    with lineage(merged) as reader:
+        version = reader.version("ada", 5)
+    assert version and version.evaluation and version.verdict and version.verdict["outcome"] == "held"
+
+    learn_again(merged, settings, "other", Console(), learning(command, settings.evaluate, steps=1))
+    assert (live(merged, "ada"), live(merged, "other")) == (4, 6)
+    assert standing(merged) == Held(6, why, False, "mainstem promote ada/6")
+    put(merged, write_expert(tmp_path / "e.safetensors", model[0], 9))
+    drain(merged)
+    assert live(merged, "ada") == 7
+    taken_out(merged, quick(), "e.safetensors")  # for which no version that is held comes back
+    assert live(merged, "ada") == 8 and json.loads(merged.manifest("ada", 8).read_bytes())["adamerging"] is None
+    check(merged)
+
+
+def test_what_the_gate_rejects_or_holds_of_a_new_head_is_not_live(merged: Home, command: str, tmp_path: Path) -> None:
+    """A plain rebuild fares as one that learns does. What the hint says is true: nothing is learned twice."""
+    ada = ("--head", "ada", "--adamerging", command, "--steps", "2")
+    scores = {"ada/4": 0.4}
+    settings = gate(merged, scores, "each >= live - 0.05 else reject")
+    for words in (("--head", "ada", "--method", "mean"), ada):
+        said = " ".join(refused(merged, *words).split())
+        assert "ada/4 breaks a rule: `each >= live - 0.05 else reject`: `a` 0.4 against 0.5" in said
+        assert not merged.versions("ada").exists() and not list(merged.tmp.iterdir())
+    (tmp_path / "asked").unlink()
+    settings = gate(merged, scores, "each >= live - 0.05")
+    add_head(merged, settings, "ada", make("task_arithmetic"), Console(), how=learning(command, settings.evaluate, 2))
+    found = standing(merged)
+    assert found and not found.frozen and found.why.startswith("`each >= live - 0.05`: `a` 0.4 against 0.5")
+    assert live(merged, "ada") == 0 and not (tmp_path / "asked").exists()
+    check(merged)
+
+
+def test_a_new_home_says_what_nobody_judged(merged: Home, tmp_path: Path) -> None:
+    settings = gate(merged, {"soup/4": 0.1}, "each >= 0.3")
+    new = Home(tmp_path / "new")
+    (said,) = into(merged, new, settings, None, [], Console()).notes
+    assert said == f"soup/4 was not judged: `mainstem evaluate soup/4 --home {new.root}`"
+    for name in ("score.py", "scores.json"):
+        shutil.copy(merged.root / name, new.root)
+    done = forked(*said.split("`")[1].split()[1:]).stdout
+    assert "soup/4 breaks a rule: `each >= 0.3`: `a` 0.1 against 0.3" in done and done.endswith("it is live\n")
 
 
 def saying(answer: str, gradients: str = "gradients.safetensors") -> str:
