@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from daemon.cli.asking import HeadOption, VersionArgument, version_named
-from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json, settings_of
+from daemon.cli.common import HomeOption, JsonOption, leave, open_reader, print_json, settings_of
 from projector.text import listed, size
 
 
@@ -25,7 +25,7 @@ def command(
     """
     from daemon.versions.routed import export
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was begun is cleared away, as after Ctrl-C
+    signal.signal(signal.SIGTERM, leave)
     where, reader = open_reader(None, home)
     with reader:
         done = export(where, reader, version_named(reader, version, head), out, settings_of(where).publish)

@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from time import monotonic
 from typing import Any
-from uuid import uuid4
 
 from safetensors.torch import save
 
@@ -23,8 +21,10 @@ from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS, MLX_WEIG
 from daemon.checkpoints.checkpoint import LFS_OPENING, PICKLED, PICKLED_ADAPTER, PICKLED_INDEX, is_pickle, open_path
 from daemon.checkpoints.hints import hinting
 from daemon.checkpoints.opening import open_entry
-from daemon.convert.converting import SUFFIX, Converted, check_out
+from daemon.checkpoints.weight_names import OF_A_MODEL
+from daemon.convert.converting import SUFFIX, Converted
 from daemon.disk import durable
+from daemon.disk.out import new_out
 from daemon.errors import Reason, Refused
 from projector.files.source import identity
 from projector.files.tensorfile import TensorReader
@@ -64,17 +64,11 @@ def weights_of(source: Path) -> Path | None:
 def convert_adapter(source: Path, out: Path, how: How) -> Converted:
     """Converts an adapter, a file or its folder, to the new folder `out`, which appears whole or not at all.
 
-    Raises Refused, BadFile, BadSchema or OSError.
+    Raises BadConfig, Refused, BadFile, BadSchema or OSError.
     """
     started = monotonic()
-    source, out = (Path(os.path.abspath(path)) for path in (source, out))  # noqa: PTH100 - a link keeps its own name
-    check_out(out)
-    if out.suffix == SUFFIX:
-        raise Refused(
-            Reason.CONVERT,
-            "an adapter is a folder with two files",
-            f"let it become one: {quote(str(out.with_suffix('')))}",
-        )
+    source = Path(os.path.abspath(source))  # noqa: PTH100 - a link keeps its own name
+    out = new_out(out, OF_A_MODEL)
     file = weights_of(source)
     if file is None:
         raise Refused(
@@ -95,15 +89,11 @@ def convert_adapter(source: Path, out: Path, how: How) -> Converted:
         )
         tensors, config = as_peft(tool, {name: reader.read(name) for name in reader.specs}, said)
         read_config(config)
-        folder = out.with_name(f".{out.name}.{uuid4().hex}.tmp")
-        closing.callback(durable.remove, folder)
-        durable.make_folder(folder, public=True)
+        folder = closing.enter_context(durable.appearing(out))
         written = {ADAPTER: json.dumps(config, indent=2).encode(), ADAPTER_WEIGHTS: save(tensors, {"format": "pt"})}
         for name, data in written.items():
             durable.write_file(folder / name, data)
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
-        durable.sync_folder(folder)
-        durable.rename_new(folder, out)
     return Converted(
         out=str(out),
         sha256=identity(digests),
@@ -124,7 +114,7 @@ def convert_adapter(source: Path, out: Path, how: How) -> Converted:
 
 def _trained_from(config: Path, how: How) -> str | None:
     """What the adapter's base is called, as far as that is known: by mlx-lm's adapter_config.json, say."""
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         model = json.loads(config.read_bytes()).get("model")
         return model if isinstance(model, str) else None
     return str(how.base) if how.base else None
@@ -137,7 +127,7 @@ def _scale(path: Path) -> float:
         content = json.loads(path.read_bytes())
         parameters = content["lora_parameters"]
         scale = parameters["scale"]
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         raise Refused(Reason.CONVERT, f"{ADAPTER} with lora_parameters is not beside it", hint) from None
     if content.get("fine_tune_type", "lora") != "lora":
         detail = f"its fine_tune_type is {shown(str(content['fine_tune_type']))}"

@@ -16,7 +16,6 @@ from pathlib import Path
 from shlex import quote
 from time import monotonic
 from typing import Any
-from uuid import uuid4
 
 from daemon.arrivals.inbox import check_finished
 from daemon.checkpoints.adapter_config import ADAPTER, ADAPTER_WEIGHTS
@@ -27,6 +26,7 @@ from daemon.checkpoints.shard_index import read_index, shard_names
 from daemon.checkpoints.weight_names import INDEX, WEIGHTS
 from daemon.convert.confining import Options, Told, unpickle
 from daemon.disk import durable
+from daemon.disk.out import new_out
 from daemon.errors import Reason, Refused
 from daemon.versions.companions import companions
 from projector.errors import ProjectorError
@@ -90,12 +90,11 @@ def convert(
     """Converts a pickled file, or a folder with pytorch_model.bin or its shards, to `out`: a .safetensors file, or a
     folder, which gets the configuration and the tokenizer too.
 
-    `out` must not exist; it appears whole or not at all. Raises Refused, NotYet, BadFile or OSError.
+    `out` must not exist; it appears whole or not at all. Raises BadConfig, Refused, NotYet, BadFile or OSError.
     """
     started = monotonic()
-    source, out = (Path(os.path.abspath(path)) for path in (source, out))  # noqa: PTH100 - a link keeps its own name
-    check_out(out)
-    folder = out.with_name(f".{out.name}.{uuid4().hex}.tmp")
+    source = Path(os.path.abspath(source))  # noqa: PTH100 - a link keeps its own name
+    out = new_out(out, PICKLE_SUFFIXES)
     with ExitStack() as closing:
         parts, beside, weight_map = _plan(source, closing)
         check_finished(source)
@@ -108,8 +107,7 @@ def convert(
             )
         if not whole:
             beside, parts = [], [replace(parts[0], target=out.name)]
-        closing.callback(durable.remove, folder)
-        durable.make_folder(folder, public=True)
+        folder = closing.enter_context(durable.appearing(out, alone=not whole))
         done = [_converted(part, folder, options, report) for part in parts]
         if options.strip_prefix and not any(one.told.stripped for one in done):
             raise Refused(
@@ -120,20 +118,7 @@ def convert(
         for path in beside:
             durable.make_folder((folder / path).parent, public=True)
             durable.copy_file(source / path, folder / path)
-            durable.sync_folder((folder / path).parent)
-        durable.sync_folder(folder)
-        durable.rename_new(folder if whole else folder / out.name, out)
     return _summary(out, done, [str(path) for path in beside], monotonic() - started)
-
-
-def check_out(out: Path) -> None:
-    """Raises Refused where `out` cannot be made."""
-    if os.path.lexists(out):
-        raise Refused(Reason.CONVERT, f"{out} is there already", "name one that does not exist")
-    if out.suffix in PICKLE_SUFFIXES:
-        raise Refused(Reason.CONVERT, f"{out.name} would be a folder", "name a .safetensors file, or a folder")
-    if not out.parent.is_dir():
-        raise Refused(Reason.CONVERT, f"the folder {out.parent} does not exist", "make it first")
 
 
 def _plan(source: Path, closing: ExitStack) -> tuple[list[_Part], list[Path], dict[str, str] | None]:

@@ -8,11 +8,12 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import NoReturn
@@ -305,19 +306,39 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A new folder, to be filled, that is `target` afterwards: whole and durable, or nothing of it. Raises
-    FileExistsError where that is there by then.
+def appearing(target: Path, *, alone: bool = False) -> Iterator[Path]:
+    """A new folder, to be filled, that is `target` afterwards: whole and durable, or nothing of it. alone: the file in
+    it of that name is. Raises FileExistsError where that is there by then.
+
+    What another process left of it that was killed goes: each holds a lock on its folder for as long as it lives.
     """
     folder = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
-    try:
-        make_folder(folder, public=True)
+    with ExitStack() as closing:
+        with Folder(target.parent, follow=True) as beside:
+            _hold(beside)  # so that nobody takes a folder for abandoned that its maker has yet to lock
+            _remove_abandoned(target)
+            make_folder(folder, public=True)
+            made = closing.enter_context(Folder(folder))
+            closing.callback(remove, folder)
+            _hold(made)
         yield folder
-        with Folder(folder) as made:
-            sync_names(made.fd)
-        rename_new(folder, target)
-    finally:
-        remove(folder)
+        sync_names(made.fd)
+        rename_new(folder / target.name if alone else folder, target)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes what `appearing` left of `target` in a process that was killed, as far as it is ours to remove."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{32}}\.tmp")
+    for name in filter(ours.fullmatch, os.listdir(target.parent)):
+        with suppress(OSError), Folder(target.with_name(name)) as left:
+            fcntl.flock(left.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(target.with_name(name))
+
+
+def _hold(folder: "Folder") -> None:
+    """Locks a folder until it is closed; where its file system has no locks, nobody takes it for abandoned either."""
+    with suppress(OSError):
+        fcntl.flock(folder.fd, fcntl.LOCK_EX)
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from daemon.checkpoints.checkpoint import open_path
-from daemon.checkpoints.weight_names import WeightNames
+from daemon.checkpoints.weight_names import OF_A_MODEL, WeightNames
 from daemon.config import Publish
 from daemon.disk import durable
+from daemon.disk.out import new_out
 from daemon.errors import BadHome
 from daemon.layout import CARD, STATE_FILE, Home, is_weights
 from daemon.notation import called
@@ -26,10 +27,10 @@ from daemon.versions.heads import totals_of
 from daemon.versions.sealing import CONFIG, config_in, copy_files, read_about_base
 from daemon.versions.weight_files import METADATA, plan_weights
 from daemon.versions.writing import published_specs
+from projector.driver.routed import RoutedModel
 from projector.files.header import build_header
 from projector.files.tensorfile import TensorReader, TensorWriter
 from projector.methods import make
-from projector.methods._routed import RoutedModel
 from projector.methods.smile import Smile
 from projector.spec import TensorSpec
 from registry.reader import Reader
@@ -66,14 +67,13 @@ class Exported:
 def export(home: Home, reader: Reader, version: Version, out: Path, publish: Publish) -> Exported:
     """Writes the version as a folder `out`, which must not exist; it appears whole or not at all.
 
-    Raises BadHome where the version routes nothing, or its state is gone, or `out` cannot be made.
+    Raises BadHome where the version routes nothing, or its state is gone, and BadConfig where `out` cannot be made.
     """
     name = called(version.head, version.number)
     method, totals = _method(reader, version), totals_of(version)
     if not totals.experts:
         raise BadHome(f"{name} has no expert to route to", "export a version that has: `mainstem log --versions`")
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - a link keeps its own name
-    _check_out(out)
+    out = new_out(out, OF_A_MODEL)
     config = _config(home.base / CONFIG)
     with ExitStack() as closing:
         base = closing.enter_context(open_path(home.base)).tensors
@@ -119,13 +119,6 @@ def _method(reader: Reader, version: Version) -> Smile:
             "routed models are those of a head whose method is smile: `mainstem rebuild --head smile=smile` adds one",
         )
     return method
-
-
-def _check_out(out: Path) -> None:
-    if os.path.lexists(out):
-        raise BadHome(f"{out} is there already", "name one that does not exist")
-    if not out.parent.is_dir():
-        raise BadHome(f"the folder {out.parent} does not exist", "make it first")
 
 
 def _config(path: Path) -> bytes:

@@ -130,9 +130,12 @@ class Transformers:
     def module(self, weights: Mapping[str, Tensor], folder: Path) -> nn.Module:
         try:
             config = json.loads((folder / CONFIG).read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise _refused(f"{folder / CONFIG} cannot be read: {error}", SAVE) from error
-        named = str((config.get("architectures") or ["AutoModel"])[0])
+        if not isinstance(config, dict):
+            raise _refused(f"{folder / CONFIG} is no JSON object", SAVE)
+        kinds = config.get("architectures") or ["AutoModel"]
+        named = str(kinds[0]) if isinstance(kinds, list) else str(kinds)
         kind = getattr(self._transformers, named, None)
         if kind is None:
             own = "give a FILE.py that makes the model: see docs/zipit.md"

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from daemon.checkpoints.weight_names import INDEX, WEIGHTS
 from daemon.disk import durable
-from daemon.errors import Reason, Refused
 from daemon.versions.companions import companions
 from daemon.versions.sealing import copy_files
 from daemon.versions.weight_files import METADATA, WeightFile, index_of
@@ -48,21 +47,11 @@ class Head:
     dtypes: Dtypes
 
 
-def check_out(out: Path) -> None:
-    """Raises Refused where `out` cannot be made."""
-    if out.exists() or out.is_symlink():
-        raise Refused(Reason.ZIPIT, f"{out} is there already", "name a folder that does not exist")
-    if out.suffix == ".safetensors":
-        raise Refused(Reason.ZIPIT, f"{out.name} would be a folder", "name one without .safetensors")
-    if not out.absolute().parent.is_dir():
-        raise Refused(Reason.ZIPIT, f"the folder {out.absolute().parent} does not exist", "make it first")
-
-
 def write_whole(
     out: Path, first: Head, weights: Mapping[str, Tensor], dtypes: Dtypes, record: Mapping[str, Any]
 ) -> None:
     """A model of all the weights, and what lies beside the first one's."""
-    with durable.appearing(out.absolute()) as folder:
+    with durable.appearing(out) as folder:
         _beside(first, folder)
         _weights(folder / WEIGHTS, weights, dtypes)
         _noted(record, folder)
@@ -72,7 +61,7 @@ def write_heads(
     out: Path, heads: Sequence[Head], shared: Mapping[str, Tensor], dtypes: Dtypes, record: Mapping[str, Any]
 ) -> None:
     """A whole model for each head."""
-    with durable.appearing(out.absolute()) as folder:
+    with durable.appearing(out) as folder:
         places = [folder / "heads" / head.name for head in heads]
         for head, place in zip(heads, places, strict=True):
             durable.make_folder(place, public=True)

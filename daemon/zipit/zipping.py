@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
 from daemon.checkpoints.hints import hinting
+from daemon.checkpoints.weight_names import OF_A_MODEL
+from daemon.disk.out import new_out
 from daemon.errors import DaemonError, Reason, Refused
 from daemon.zipit.calibration import Calibration, call, open_calibration
 from daemon.zipit.families import family_graph
 from daemon.zipit.features import GRAPH_HINT, features, first_output, gathered, normed, of_node
 from daemon.zipit.sequential import sequential_graph
-from daemon.zipit.writing import Head, check_out, write_heads, write_whole
+from daemon.zipit.writing import Head, write_heads, write_whole
 from projector.errors import ProjectorError
 from projector.spec import Schema, TensorSpec
 from projector.text import listed, shown
@@ -107,10 +109,10 @@ def zipit(
     """Zips two models or more into the folder `out`, which must not exist: it appears whole or not at all.
 
     graph: the person's own; else that of the first model, where it is one that is known. say hears of each step.
-    Raises Refused, BadParameter, BadSchema, BadValues or OSError.
+    Raises BadConfig, Refused, BadParameter, BadSchema, BadValues or OSError.
     """
     started = monotonic()
-    check_out(out)
+    place = new_out(out, OF_A_MODEL)
     if len(paths) < 2:
         raise Refused(Reason.ZIPIT, "one model has nothing to be zipped with", "name two models or more")
     calibration = open_calibration(data, paths[0])
@@ -147,9 +149,9 @@ def zipit(
         for name, head in zip(names, course.heads, strict=False)  # a whole zip has one
     ]
     if course.whole:
-        write_whole(out, heads[0], course.shared, first.dtypes, record)
+        write_whole(place, heads[0], course.shared, first.dtypes, record)
     else:
-        write_heads(out, heads, course.shared, first.dtypes, record)
+        write_heads(place, heads, course.shared, first.dtypes, record)
     return result
 
 

@@ -9,6 +9,7 @@
     averages.py  running statistics
     adamerging.py  coefficients that are learned
     view.py      an expert's own model out of a merged one
+    routed.py    a model whose layers choose among experts, out of a smile head
 
 One thread reads, workers compute, one writes in order: no bit depends on threads.
 """

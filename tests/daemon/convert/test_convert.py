@@ -22,7 +22,7 @@ from daemon.checkpoints.checkpoint import open_path
 from daemon.convert import unpickling
 from daemon.convert.confining import Options
 from daemon.convert.converting import Converted, convert
-from daemon.errors import NotYet, Refused
+from daemon.errors import BadConfig, NotYet, Refused
 from daemon.layout import Home
 from tests import shims
 from tests.daemon.convert.bits import equal
@@ -276,12 +276,12 @@ def test_what_exists_is_never_replaced(pickled: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link.safetensors").symlink_to("nowhere")
     for name in ("file.safetensors", "folder", "link.safetensors"):
-        with pytest.raises(Refused, match="is there already"):
+        with pytest.raises(BadConfig, match="is there already"):
             convert(pickled, tmp_path / name)
     assert (tmp_path / "file.safetensors").read_bytes() == b"mine"
-    with pytest.raises(Refused, match="does not exist"):
+    with pytest.raises(BadConfig, match="does not exist"):
         convert(pickled, tmp_path / "none/out.safetensors")
-    with pytest.raises(Refused, match="would be a folder"):
+    with pytest.raises(BadConfig, match="would be a folder"):
         convert(pickled, tmp_path / "out.bin")
 
 
@@ -363,6 +363,8 @@ def test_a_stopped_command_leaves_no_process_and_no_weights(
     left = [name for name in os.listdir(tmp_path) if name != "w.pt"]
     if number == signal.SIGKILL:  # the name of what it leaves says that it is unfinished
         assert len(left) == 1 and left[0].startswith(".out.safetensors.") and left[0].endswith(".tmp")
+        convert(pickled, tmp_path / "out.safetensors")
+        assert sorted(os.listdir(tmp_path)) == ["out.safetensors", "w.pt"]
     else:
         assert not left
 

@@ -4,7 +4,10 @@ import errno
 import os
 import shutil
 import stat
+import sys
+from contextlib import ExitStack
 from pathlib import Path
+from subprocess import PIPE, Popen
 from threading import Event
 
 import pytest
@@ -241,3 +244,38 @@ def test_folders_that_lie_too_deep_are_an_error_of_that_folder(tmp_path: Path) -
         assert raised.value.filename == fd
     finally:
         os.close(fd)
+
+
+MAKER = """
+import pathlib, sys
+from daemon.disk import durable
+with durable.appearing(pathlib.Path(sys.argv[1])) as folder:
+    (folder / "half").touch()
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    other = tmp_path / f".out.1.{'0' * 32}.tmp"
+    other.mkdir()
+    (tmp_path / f".out.{'0' * 32}.tmp").symlink_to(other)  # which is none of ours
+    with ExitStack() as closing:
+
+        def maker() -> tuple[Popen[str], Path]:
+            process = Popen([sys.executable, "-c", MAKER, str(out)], stdin=PIPE, stdout=PIPE, text=True)
+            process = closing.enter_context(process)
+            assert process.stdout
+            return process, Path(process.stdout.readline().strip())
+
+        (killed, left), (living, growing) = maker(), maker()
+        killed.kill()
+        killed.wait()
+        assert (left / "half").exists()
+        with durable.appearing(out):
+            assert not left.exists() and (growing / "half").exists()
+            living.communicate()
+            assert living.returncode == 0 and os.listdir(out) == ["half"]
+            out.rename(tmp_path / "theirs")
+    assert sorted(os.listdir(tmp_path)) == sorted(["out", "theirs", other.name, f".out.{'0' * 32}.tmp"])

@@ -1,8 +1,10 @@
 """`mainstem export`: what it writes is loaded by the real transformers, and routes by the authors' rule."""
 
+import fcntl
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -15,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from daemon.config import Publish
-from daemon.errors import BadHome
+from daemon.disk import durable
+from daemon.errors import BadConfig, BadHome, DaemonError
 from daemon.layout import STATE_FILE, Home
 from daemon.notation import find_version
 from daemon.versions.routed import Exported, export
 from registry.reader import Reader
+from tests import shims
 from tests.daemon.homes import drain, make_home, put
-from tests.daemon.processes import forked, forked_each
+from tests.daemon.processes import environment, forked, forked_each, preloaded, until
 from tests.jsons import described, documented
 from tests.models import read_weights, write_base, write_expert
 from tests.oracles import smile as oracle
@@ -222,6 +226,20 @@ def test_a_folder_has_all_of_a_model_and_the_command_says_what_it_made(tmp_path:
     assert "And 1 earlier one" in (out / "README.md").read_text()
 
 
+def test_a_stopped_export_leaves_nothing_and_ends_as_every_command_does(tmp_path: Path) -> None:
+    home, out = tiny(tmp_path, "smile", PARAMS, 2), tmp_path / "there" / "routed"
+    out.parent.mkdir()
+    words = ["export", "main", str(out), "--home", str(home.root)]
+    with durable.Folder(out.parent) as held, Path(os.devnull).open("wb") as nothing:
+        fcntl.flock(held.fd, fcntl.LOCK_EX)  # which keeps it waiting there
+        process = shims.Process(preloaded(), words, environment(), tmp_path, nothing.fileno(), nothing.fileno())
+        opened = Path(f"/proc/{process.pid}/fd")
+        assert until(lambda: str(out.parent) in [os.path.realpath(one) for one in opened.iterdir()], 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert not os.listdir(out.parent)
+
+
 def test_an_expert_that_was_taken_out_is_nowhere(tmp_path: Path) -> None:
     """One that was evicted, and one that was apart: the archive is merged again."""
     for name in ("with", "without"):
@@ -237,8 +255,8 @@ def test_an_expert_that_was_taken_out_is_nowhere(tmp_path: Path) -> None:
     assert kept == ["2.safetensors", "4.safetensors", "6.safetensors"]
 
 
-def refused(home: Home, out: Path, words: str = "main") -> BadHome:
-    with pytest.raises(BadHome) as found:
+def refused(home: Home, out: Path, words: str = "main", error: type[DaemonError] = BadHome) -> DaemonError:
+    with pytest.raises(error) as found:
         exported(home, out, words)
     assert not [*home.root.parent.glob("*.tmp")]
     return found.value
@@ -251,8 +269,8 @@ def test_what_cannot_be_exported_is_refused_with_what_to_do(tmp_path: Path) -> N
     [hint] = re.findall(r"`mainstem (.*?)`", error.hint)
     assert forked(*hint.split(), "--home", home.root).returncode == 0
     assert exported(home, out, "smile").experts == ["2.safetensors"]
-    assert "is there already" in str(refused(home, out, "smile"))
-    assert "does not exist" in str(refused(home, tmp_path / "no" / "where", "smile"))
+    assert "is there already" in str(refused(home, out, "smile", BadConfig))
+    assert "does not exist" in str(refused(home, tmp_path / "no" / "where", "smile", BadConfig))
     assert "no expert to route to" in str(refused(home, tmp_path / "new", "smile/0"))
     state = home.head_state("smile", 1) / STATE_FILE
     state.rename(tmp_path / "away")

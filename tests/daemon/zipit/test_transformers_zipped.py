@@ -159,3 +159,22 @@ def test_texts_in_another_encoding_are_refused(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_bytes("ein schöner Tag".encode("latin-1"))
     with pytest.raises(Refused, match="is not UTF-8"):
         list(open_calibration(tmp_path / "texts.txt", tmp_path).batches())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[]", "config.json is no JSON object"),
+        ("null", "config.json is no JSON object"),
+        ("[" * 100_000, "config.json cannot be read"),
+        ('{"architectures": {"BertModel": 1}}', "transformers has no"),
+    ],
+    ids=["list", "null", "deep", "architectures"],
+)
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path, config: str, message: str) -> None:
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "texts.txt").write_text("a text")
+    with pytest.raises(Refused, match=message) as caught:
+        graph_of(tmp_path, tmp_path / "texts.txt")
+    assert caught.value.hint

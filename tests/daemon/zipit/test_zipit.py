@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from daemon.errors import Reason, Refused
+from daemon.errors import BadConfig, DaemonError, Reason, Refused
 from daemon.zipit.zipping import How, graph_of, zipit
 from projector.errors import BadParameter, BadSchema, BadValues
 from projector.zipping.graph import Graph, parse_graph
@@ -434,13 +434,14 @@ def test_an_adapter_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_is_zipped_alone_or_onto_something(tmp_path: Path) -> None:
     data, one = write_file(tmp_path / "data.py", MLP), mlp(tmp_path / "one.safetensors", 1)
-    for paths, out, message in (
-        ([one], "out", "one model has nothing"),
-        ([one, one], "one.safetensors", "is there already"),
-        ([one, one], "new.safetensors", "would be a folder"),
-        ([one, one], "no/out", "does not exist"),
-    ):
-        with pytest.raises(Refused, match=message):
+    cases: tuple[tuple[list[Path], str, type[DaemonError], str], ...] = (
+        ([one], "out", Refused, "one model has nothing"),
+        ([one, one], "one.safetensors", BadConfig, "is there already"),
+        ([one, one], "new.safetensors", BadConfig, "would be a folder"),
+        ([one, one], "no/out", BadConfig, "does not exist"),
+    )
+    for paths, out, error, message in cases:
+        with pytest.raises(error, match=message):
             zipit(paths, data, tmp_path / out, How())
     with pytest.raises(Refused, match="there is nothing"):
         graph_of(tmp_path / "nothing", data)

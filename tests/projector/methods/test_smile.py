@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from projector.driver.routed import RoutedModel
 from projector.errors import BadParameter
 from projector.laws.trial import merge
 from projector.method import Totals
 from projector.methods import make
-from projector.methods._routed import RoutedModel
 from projector.methods.smile import Smile
 from tests.oracles import rules
 from tests.oracles.smile import cut, is_layers, smile
