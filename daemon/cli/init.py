@@ -16,6 +16,7 @@ from projector.text import shown, size
 
 if TYPE_CHECKING:
     from projector.method import Method
+    from projector.spec import Schema
 
 MOST_LETTERS = 200  # in a base's name
 PresetName = StrEnum("PresetName", {name: name for name in PRESETS})  # type: ignore[misc]  # names known at run time
@@ -69,6 +70,7 @@ def command(
         raise BadConfig(f"--name {shown(name)}: no name", f"give 1 to {MOST_LETTERS} printable letters, as org/model")
     target = Home(folder.resolve())
     compute = settings_of(target).compute
+    schemas: list[Schema] = []
     record = found(
         target,
         base,
@@ -77,24 +79,22 @@ def command(
         compute,
         name=name,
         relative=made.relative,
+        seen=schemas.append,
     )
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
     if not preset and not method:
-        typer.echo(_recommended(base))
+        typer.echo(_recommended(schemas[0]))
     typer.echo(
         f"next: mainstem run --home {quote(str(folder))}    then drop experts into {quote(str(folder / 'inbox'))}"
     )
 
 
-def _recommended(base: Path) -> str:
-    """Why main merges as it does, what else there is, and what both keep."""
-    from daemon.checkpoints.checkpoint import open_path
+def _recommended(schema: "Schema") -> str:
+    """Why main merges as it does, what else there is, and what both keep over a base of these tensors."""
     from projector.driver.steps import state_bytes
     from projector.methods import make
 
-    with open_path(base) as checkpoint:
-        schema = checkpoint.tensors.schema
-        ours, best = (size(state_bytes(make(name), schema)) for name in (DEFAULT_METHOD, BEST_OF_WHOLE))
+    ours, best = (size(state_bytes(make(name), schema)) for name in (DEFAULT_METHOD, BEST_OF_WHOLE))
     return (
         f"main merges by {DEFAULT_METHOD}, good with whole fine-tunes and adapters (docs/quality.md); its state takes"
         f" {ours}\nof whole fine-tunes {BEST_OF_WHOLE} kept most: --method {BEST_OF_WHOLE}, whose state takes {best};"

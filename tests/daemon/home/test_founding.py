@@ -4,14 +4,18 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from daemon.checkpoints.checkpoint import open_path
+from daemon.checkpoints import checkpoint
+from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
+from daemon.cli import init
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError
+from daemon.home import founding
 from daemon.home.verification import verify
 from daemon.layout import Home
 from projector.errors import BadValues, ProjectorError
@@ -28,10 +32,23 @@ def test_a_new_home_publishes_the_base_itself(tmp_path: Path) -> None:
         for name, tensor in read_weights(base).items():
             assert torch.equal(latest(home, head)[name], tensor)
         assert (home.latest(head) / CONFIG).read_bytes() == (base / CONFIG).read_bytes()
-    with lineage(home) as reader, open_path(base) as checkpoint:
-        assert reader.base().sha256 == checkpoint.identity()
+    with lineage(home) as reader, open_path(base) as opened:
+        assert reader.base().sha256 == opened.identity()
         assert reader.base().parameters == sum(t.numel() for t in read_weights(base).values() if t.is_floating_point())
         assert verify(home, reader, lambda what: None)[1] == []
+
+
+def test_the_base_that_init_is_given_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, opened = write_base(tmp_path / "base", seed=1), []
+
+    def counted(path: Path, *words: Any, **more: Any) -> OpenCheckpoint:
+        opened.append(path)
+        return open_path(path, *words, **more)
+
+    for module in (founding, checkpoint):
+        monkeypatch.setattr(module, "open_path", counted)
+    init.command(base, tmp_path / "home")
+    assert opened.count(base) == 1 and len(opened) == 2  # and its copy, whose digests count
 
 
 def test_the_home_depends_on_no_outside_path(tmp_path: Path) -> None:
