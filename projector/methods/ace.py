@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, add_product, gram, is_projected, matrices, row_blocks
+from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, add_product, gram, matrices, row_blocks
 from projector.algebra.svd import svd_bytes, thin_svd
-from projector.method import Contribution, Factors, Method, State, Sums, Totals, param
+from projector.method import Contribution, Factors, State, param
+from projector.methods._solving import Solving
 from projector.spec import TensorSpec
 
 TINY = 1e-12  # beside a trace: as the authors have it, and of a task vector's share that its rows do not have in common
@@ -28,7 +29,7 @@ FIGURES = 6  # of a matrix: experts, their weights, and these over the centred t
 
 
 @dataclass(frozen=True)
-class Ace(Method):
+class Ace(Solving):
     """Merges linear layers by the inputs' covariances, which each task vector tells of itself.
 
     For tau_t of shape (m, n), n the inputs, as torch.nn.Linear keeps them, with X - 1 (1'X) / m written centred(X),
@@ -75,13 +76,7 @@ class Ace(Method):
     def grows(self) -> bool:
         return self.normalise == "always"  # by what is refined
 
-    @property
-    def one_sweep(self) -> bool:
-        return True
-
-    def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        if not self._solves(spec):
-            return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
+    def own_slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         *stack, _, n = spec.shape
         shapes: dict[str, tuple[int, ...]] = {"S": spec.shape, "figures": (*stack, 1, FIGURES)}
         if self.normalise != "always":
@@ -90,39 +85,25 @@ class Ace(Method):
             shapes |= {"unit_G": (*stack, n, n), "unit_H": spec.shape, "unit_S": spec.shape}
         return {key: TensorSpec(spec.name, shape, torch.float64) for key, shape in shapes.items()}
 
-    def elementwise(self, spec: TensorSpec) -> bool:
-        return not self._solves(spec)
-
-    def workspace(self, spec: TensorSpec) -> int:
-        if not self._solves(spec):
-            return super().workspace(spec)
+    def room(self, spec: TensorSpec) -> int:
         m, n = spec.shape[-2:]
         solved = 8 * (4 * n * n + 4 * min(m * n, BLOCK_NUMEL) + 2 * m * n)  # squares; blocks; the sums
         refined = svd_bytes(spec.shape) + 8 * (n * n + 3 * m * n + min(m, n) * (m + n))
         return max(solved, refined)
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
-        if not self._solves(spec):
-            return {"S": torch.add(state["S"], delta, alpha=expert.weight)}, {}
-        sums = {key: state[key].clone() for key in self.slots(spec)}
+    def fold(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> State:
+        sums = {key: state[key].clone() for key in self.own_slots(spec)}
         for tau_MN, *parts in matrices(delta, *sums.values()):
             self._add(tau_MN, expert.factors, expert.weight, dict(zip(sums, parts, strict=True)))
-        return sums, {}
+        return sums
 
-    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
-        if not totals.experts:
-            return base.clone()
-        if not self._solves(spec):
-            return torch.add(base, state["S"], alpha=1 / totals.weight)
-        merged, keys = base.clone(), [*self.slots(spec)]
+    def solve(self, base: Tensor, state: State, spec: TensorSpec) -> Tensor:
+        merged, keys = base.clone(), [*self.own_slots(spec)]
         for merged_MN, *parts in matrices(merged, *(state[key] for key in keys)):
             sums = dict(zip(keys, parts, strict=True))
             if float(sums["figures"][0, 0]):  # else nobody trained it, or all who did were taken out
                 merged_MN += self.scale * self._merged(sums, Figures(*sums["figures"][0].tolist()))
         return merged
-
-    def _solves(self, spec: TensorSpec) -> bool:
-        return is_projected(spec, self.exclude)
 
     def _add(self, tau_MN: Tensor, factors: Factors | None, weight: float, sums: Mapping[str, Tensor]) -> None:
         """Adds one task matrix to the sums in place."""

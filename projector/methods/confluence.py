@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, energy, is_projected, matrices, row_blocks
+from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, energy, matrices, row_blocks
 from projector.algebra.svd import svd_bytes, thin_svd
-from projector.method import Contribution, Method, State, Sums, Totals, param
+from projector.method import Contribution, State, param
 from projector.methods import _interference as interference
 from projector.methods._interference import UNTRAINED
+from projector.methods._solving import Solving
 from projector.spec import TensorSpec
 
 FLAT = 1 / 3  # sin^2 between R and S at which the spectrum is flat
@@ -29,7 +30,7 @@ MOST = 2.0  # in units of sqrt(q): how long M becomes; experts that contradict e
 
 
 @dataclass(frozen=True)
-class Confluence(Method):
+class Confluence(Solving):
     """Merges linear layers so that each expert is disturbed least and heard whole, whatever their number.
 
     For tau_i of shape (m, n), n the inputs, as torch.nn.Linear keeps them, S = sum w_i tau_i and
@@ -48,6 +49,7 @@ class Confluence(Method):
     contradict each other, <F, S> is small and q / <F, S> has no bound: M is never longer than 4 <F, S>, which is to
     say than 2 sqrt(q). An expert of weight 2 counts as two of its kind. Embeddings, vectors and scalars are averaged.
 
+    >>> from projector.method import Totals
     >>> spec, method = TensorSpec("w", (2, 2), torch.float32), Confluence()
     >>> state = {key: torch.zeros(slot.shape, dtype=slot.dtype) for key, slot in method.slots(spec).items()}
     >>> for t, delta in enumerate([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]], start=1):
@@ -72,57 +74,36 @@ class Confluence(Method):
     tol: float = param(5e-2, "singular values up to tol times the largest are not evened out", low=1e-6, high=0.5)
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
-    @property
-    def one_sweep(self) -> bool:
-        return True
-
-    def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """S, G, H, q = sum w_i ||tau_i||^2 and, up to m = 8 n, L = sum w_i tau_i tau_i' / ||tau_i||^2: of a matrix."""
-        if not self._solves(spec):
-            return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
+    def own_slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """S, G, H, q = sum w_i ||tau_i||^2 and, up to m = 8 n, L = sum w_i tau_i tau_i' / ||tau_i||^2."""
         *stack, m, _ = spec.shape
         further = {"q": (*stack, 1, 1)} | ({"L": (*stack, m, m)} if _by_outputs(spec) else {})
         return interference.sums(spec) | {
             key: TensorSpec(spec.name, shape, torch.float64) for key, shape in further.items()
         }
 
-    def elementwise(self, spec: TensorSpec) -> bool:
-        return not self._solves(spec)
-
-    def workspace(self, spec: TensorSpec) -> int:
-        if not self._solves(spec):
-            return super().workspace(spec)
+    def room(self, spec: TensorSpec) -> int:
         m, n = spec.shape[-2:]
         side = max(m, n) if _by_outputs(spec) else n
         solved = 8 * (3 * side**2 + 4 * min(m * n, BLOCK_NUMEL)) + 4 * 4 * m * n
         return max(solved, svd_bytes(spec.shape)) + 4 * (2 * m * n + min(m, n) * (m + n))
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
-        total = torch.add(state["S"], delta, alpha=expert.weight)
-        if not self._solves(spec):
-            return {"S": total}, {}
-        sums = {key: state[key].clone() for key in self.slots(spec) if key != "S"}
+    def fold(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> State:
+        sums = {key: state[key].clone() for key in self.own_slots(spec) if key != "S"}
         for tau_MN, g_NN, h_MN, q_11, *l_MM in matrices(delta, *sums.values()):
             q_11 += expert.weight * interference.add(tau_MN, expert.weight, expert.factors, g_NN, h_MN)
             for outputs_MM in l_MM:
                 interference.add_outputs(tau_MN, expert.weight, expert.factors, outputs_MM)
-        return {"S": total, **sums}, {}
+        return {"S": torch.add(state["S"], delta, alpha=expert.weight), **sums}
 
-    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
-        if not totals.experts:
-            return base.clone()
-        if not self._solves(spec):
-            return torch.add(base, state["S"], alpha=1 / totals.weight)
+    def solve(self, base: Tensor, state: State, spec: TensorSpec) -> Tensor:
         merged = base.clone()
-        sums = (state[key] for key in self.slots(spec))
+        sums = (state[key] for key in self.own_slots(spec))
         for merged_MN, s_MN, g_NN, h_MN, q_11, *l_MM in matrices(merged, *sums):
             if g_NN.trace() > UNTRAINED:
                 r_MN = self._undisturbing(s_MN, g_NN, h_MN, *l_MM)
                 self._add(merged_MN, r_MN, s_MN, float(q_11))
         return merged
-
-    def _solves(self, spec: TensorSpec) -> bool:
-        return is_projected(spec, self.exclude)
 
     def _undisturbing(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor, l_MM: Tensor | None = None) -> Tensor:
         """R."""

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from projector.algebra.linalg import EXCLUDED, add_product
 from projector.errors import BadParameter
-from projector.method import Contribution, Method, State, Sums, Totals, param
+from projector.method import Contribution, State, param
 from projector.methods._curvature import RESIDUE, fisher, gram, regresses
+from projector.methods._solving import Solving
 from projector.spec import TensorSpec
 
 TOL = {"gram": 1e-6, "fisher": 32 * torch.finfo(torch.float64).eps}  # a Gram matrix may be rounded to float32
 
 
 @dataclass(frozen=True)
-class Mats(Method):
+class Mats(Solving):
     """Matches the experts in their task subspaces, by conjugate gradients.
 
     C_i is the curvature of expert i's loss: "gram", X'X of each linear layer's inputs, or "fisher", the diagonal
@@ -72,13 +73,7 @@ class Mats(Method):
     def needs(self) -> tuple[str, ...]:
         return (self.curvature,)
 
-    @property
-    def one_sweep(self) -> bool:
-        return True
-
-    def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        if not self._solves(spec):
-            return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
+    def own_slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         if self.curvature == "gram":
             c = TensorSpec(spec.name, (spec.shape[1], spec.shape[1]), torch.float64)
             most = TensorSpec(spec.name, (), torch.float64)
@@ -92,19 +87,12 @@ class Mats(Method):
             "most": most,  # what C, or its trace, would be had no expert been taken out
         }
 
-    def elementwise(self, spec: TensorSpec) -> bool:
-        return not self._solves(spec)
-
-    def workspace(self, spec: TensorSpec) -> int:
-        if not self._solves(spec):
-            return super().workspace(spec)
+    def room(self, spec: TensorSpec) -> int:
         square = spec.shape[1] ** 2 if self.curvature == "gram" else spec.numel
         return 8 * (4 * square + 8 * spec.numel)
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
+    def fold(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> State:
         total = torch.add(state["S"], delta.to(state["S"].dtype), alpha=expert.weight)
-        if not self._solves(spec):
-            return {"S": total}, {}
         if self.curvature == "gram":
             c = gram(expert, spec)
             h = add_product(state["H"].clone(), delta, c, expert.weight, expert.factors)
@@ -112,13 +100,9 @@ class Mats(Method):
             c = fisher(expert, spec, delta)
             h = torch.add(state["H"], c * delta.double(), alpha=expert.weight)
         most = state["most"] + (self._mass(c) * abs(expert.weight)).to(state["most"].dtype)
-        return {"C": torch.add(state["C"], c, alpha=expert.weight), "H": h, "S": total, "most": most}, {}
+        return {"C": torch.add(state["C"], c, alpha=expert.weight), "H": h, "S": total, "most": most}
 
-    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
-        if not totals.experts:
-            return base.clone()
-        if not self._solves(spec):
-            return torch.add(base, state["S"], alpha=1 / totals.weight)
+    def solve(self, base: Tensor, state: State, spec: TensorSpec) -> Tensor:
         gone = self._mass(state["C"]) <= RESIDUE * state["most"]
         c, h = state["C"].masked_fill(gone, 0.0), state["H"].masked_fill(gone, 0.0)
 
@@ -127,7 +111,7 @@ class Mats(Method):
 
         return base + conjugate_gradients(curved, h, state["S"], self.iterations, TOL[self.curvature]).to(base.dtype)
 
-    def _solves(self, spec: TensorSpec) -> bool:
+    def solves(self, spec: TensorSpec) -> bool:
         if self.curvature == "gram":
             return regresses(spec, self.exclude)
         return not any(fnmatchcase(spec.name, glob) for glob in self.exclude)

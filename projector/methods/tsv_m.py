@@ -12,9 +12,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, is_projected, lower_gram, matrices, row_blocks, wide_blocks
+from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, lower_gram, matrices, row_blocks, wide_blocks
 from projector.algebra.svd import svd_bytes, thin_svd
-from projector.method import Contribution, Method, State, Sums, Totals, param
+from projector.method import Contribution, State, param
+from projector.methods._solving import Solving
 from projector.spec import TensorSpec
 
 # Of the largest eigenvalue of L'L. Below, experts have the direction in common as far as float32 can tell.
@@ -23,7 +24,7 @@ TOL = 1e-6  # of s_0: below, a triplet of a task matrix is rounding
 
 
 @dataclass(frozen=True)
-class TsvM(Method):
+class TsvM(Solving):
     """Sums the experts' leading singular triplets once their directions are made orthogonal.
 
     With L (m, c), R (n, c) and s (c) all triplets that are kept, the merged task vector of a matrix is
@@ -35,6 +36,7 @@ class TsvM(Method):
 
     The triplets lie in the order of their singular values, so that the experts' order shows in nothing.
 
+    >>> from projector.method import Totals
     >>> spec, tsv = TensorSpec("w", (2, 2), torch.float32), TsvM()
     >>> state = {key: torch.zeros(slot.shape) for key, slot in tsv.slots(spec).items()}
     >>> for t, delta in enumerate([[[3.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 2.0]]], start=1):
@@ -57,25 +59,14 @@ class TsvM(Method):
     def grows(self) -> bool:
         return True
 
-    @property
-    def one_sweep(self) -> bool:
-        return True
-
-    def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+    def own_slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         """L, R, s, and each triplet's place within its expert, from 0; what is not used of them is zero."""
-        if not self._decomposes(spec):
-            return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
         *stack, m, n = spec.shape
         k = min(m, n)
         shapes = {"L": (*stack, m, k), "R": (*stack, n, k), "s": (*stack, 1, k), "place": (*stack, 1, k)}
         return {key: TensorSpec(spec.name, shape, torch.float32) for key, shape in shapes.items()}
 
-    def elementwise(self, spec: TensorSpec) -> bool:
-        return not self._decomposes(spec)
-
-    def workspace(self, spec: TensorSpec) -> int:
-        if not self._decomposes(spec):
-            return super().workspace(spec)
+    def room(self, spec: TensorSpec) -> int:
         m, n = spec.shape[-2:]
         k = min(m, n)
         # The newcomer's triplets and the first of them, all that are there beside each other, those in their order.
@@ -83,22 +74,16 @@ class TsvM(Method):
         read = 8 * (6 * k * k + 3 * min(m * n, BLOCK_NUMEL)) + 4 * k * (m + n)  # eigh; widened blocks; both factors
         return max(update, read)
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
-        if not self._decomposes(spec):
-            return {"S": torch.add(state["S"], delta, alpha=expert.weight)}, {}
+    def fold(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> State:
         new = {key: torch.zeros_like(state[key]) for key in ("L", "R", "s", "place")}
         operands = [state[key] for key in new] + list(new.values())
         for d_MN, *parts in matrices(delta, *operands):
             due = min(d_MN.shape) // expert.index or 1
             kept, own = Triplets(*parts[:4]), Triplets.of(d_MN, expert.weight)
             kept.first(due).beside(own.first(due)).into(*parts[4:])
-        return new, {}
+        return new
 
-    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
-        if not totals.experts:
-            return base.clone()
-        if not self._decomposes(spec):
-            return torch.add(base, state["S"], alpha=1 / totals.weight)
+    def solve(self, base: Tensor, state: State, spec: TensorSpec) -> Tensor:
         merged = base.clone()
         for merged_MN, left_MK, right_NK, s_1K in matrices(merged, state["L"], state["R"], state["s"]):
             used = int(s_1K.count_nonzero())
@@ -107,9 +92,6 @@ class TsvM(Method):
             for rows in row_blocks(merged_MN):
                 merged_MN[rows] += left_MC[rows] @ right_NC.T
         return merged
-
-    def _decomposes(self, spec: TensorSpec) -> bool:
-        return is_projected(spec, self.exclude)
 
 
 @dataclass(frozen=True)

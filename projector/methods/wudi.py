@@ -10,10 +10,11 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, is_projected, matrices, row_blocks
-from projector.method import Contribution, Method, State, Sums, Totals, param
+from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, matrices, row_blocks
+from projector.method import Contribution, State, param
 from projector.methods import _interference as interference
 from projector.methods._interference import UNTRAINED
+from projector.methods._solving import Solving
 from projector.spec import TensorSpec
 
 MOMENTUM, SQUARES, EPS = 0.9, 0.999, 1e-8  # Adam's betas and epsilon
@@ -21,7 +22,7 @@ ROUNDING = 1e-6  # a row of R no larger than this share of the row of S G is rou
 
 
 @dataclass(frozen=True)
-class Wudi(Method):
+class Wudi(Solving):
     """Merges linear layers so that every expert is disturbed least, judged by its task vector.
 
     M minimises sum w_i ||(M - tau_i) tau_i'||^2 / ||tau_i||^2 for tau_i of shape (m, n), n the inputs, as
@@ -59,38 +60,20 @@ class Wudi(Method):
     def grows(self) -> bool:
         return self.solver == "adam"
 
-    @property
-    def one_sweep(self) -> bool:
-        return True
+    def own_slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        return interference.sums(spec)
 
-    def slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        if self._solves(spec):
-            return interference.sums(spec)
-        return {"S": TensorSpec(spec.name, spec.shape, torch.float32)}
-
-    def elementwise(self, spec: TensorSpec) -> bool:
-        return not self._solves(spec)
-
-    def workspace(self, spec: TensorSpec) -> int:
-        if not self._solves(spec):
-            return super().workspace(spec)
+    def room(self, spec: TensorSpec) -> int:
         m, n = spec.shape[-2:]
         return 8 * (3 * n * n + 4 * min(m * n, BLOCK_NUMEL)) + 4 * 6 * m * n  # squares; blocks; the descent in float32
 
-    def update(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> tuple[State, Sums]:
-        total = torch.add(state["S"], delta, alpha=expert.weight)
-        if not self._solves(spec):
-            return {"S": total}, {}
+    def fold(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> State:
         g, h = state["G"].clone(), state["H"].clone()
         for tau_MN, g_NN, h_MN in matrices(delta, g, h):
             interference.add(tau_MN, expert.weight, expert.factors, g_NN, h_MN)
-        return {"S": total, "G": g, "H": h}, {}
+        return {"S": torch.add(state["S"], delta, alpha=expert.weight), "G": g, "H": h}
 
-    def read(self, base: Tensor, state: State, totals: Totals, spec: TensorSpec) -> Tensor:
-        if not totals.experts:
-            return base.clone()
-        if not self._solves(spec):
-            return torch.add(base, state["S"], alpha=1 / totals.weight)
+    def solve(self, base: Tensor, state: State, spec: TensorSpec) -> Tensor:
         merged = torch.add(base, state["S"])
         for merged_MN, s_MN, g_NN, h_MN in matrices(merged, state["S"], state["G"], state["H"]):
             if g_NN.trace() > UNTRAINED:
@@ -99,9 +82,6 @@ class Wudi(Method):
                 else:
                     merged_MN += interference.least(s_MN, g_NN, h_MN, self.ridge)
         return merged
-
-    def _solves(self, spec: TensorSpec) -> bool:
-        return is_projected(spec, self.exclude)
 
     def _descended(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor) -> Tensor:
         """D after Adam's steps from D = 0, float32.
