@@ -206,11 +206,20 @@ def longest_seconds(schema: Schema, methods: Sequence[Method]) -> float:
 
 def _matrix_seconds(spec: TensorSpec, method: Method) -> float:
     """Of a matrix, or of all of a stack (k, m, n)."""
-    stack = len(spec.shape) == 3
-    rows, count = spec.shape[1 if stack else 0], spec.shape[0] if stack else 1
-    side = min(rows, spec.numel // max(1, count * rows)) if len(spec.shape) > 1 else 1
+    count, _, side = matrix_sides(spec, method)
     products = 2 * method.products * spec.numel * side / PRODUCTS_PER_SECOND
     return products + count * 10 * side**3 / DECOMPOSITION_PER_SECOND
+
+
+def matrix_sides(spec: TensorSpec, method: Method) -> tuple[int, int, int]:
+    """How many matrices a tensor is, their shorter side, and the side of the squares that a method multiplies them
+    with: of the largest that it keeps, else the shorter side.
+    """
+    count = spec.shape[0] if len(spec.shape) == 3 else 1
+    rows = spec.shape[-2] if len(spec.shape) == 3 else next(iter(spec.shape), 1)
+    shorter = min(rows, spec.numel // max(1, count * rows)) if len(spec.shape) > 1 else 1
+    kept = [slot.shape[-2:] for slot in method.slots(spec).values()]
+    return count, shorter, max([shorter, *(sides[0] for sides in kept if len(sides) == 2 and sides[0] == sides[1])])
 
 
 def _usable_memory() -> int:

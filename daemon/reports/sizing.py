@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
-from daemon.compute.resources import memory_budget, workers
+from daemon.compute.resources import matrix_sides, memory_budget, workers
 from daemon.config import Settings
 from daemon.layout import CARD, Home, is_weights
 from daemon.manifest import Manifest
@@ -27,7 +27,7 @@ PROCESS_BYTES = 290 << 20  # Python and torch, with nothing in hand
 BYTES_PER_SECOND = 1e9  # read, hashed, folded and written
 FLOPS_PER_SECOND = 5e10  # of one worker, in float32
 EIGH_SECONDS = 4e-10  # of one worker, for each n^3
-PRODUCTS = 6  # of m x n by n x n, for a projected matrix
+MORE_PRODUCTS = 2  # than one `update` or `read` takes: an arrival takes both
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +102,22 @@ def of_home(home: Home, reader: Reader, settings: Settings) -> Sizing:
 
 def _computing_seconds(base: OpenCheckpoint, methods: Sequence[Method], settings: Settings) -> float:
     """What the matrices take that a method does not take element by element, with nothing prepared."""
-    total = 0.0
-    for spec in base.tensors.schema.values():
-        if spec.merged and len(spec.shape) > 1:
-            n = min(spec.shape[0], spec.row_numel)
-            once = PRODUCTS * spec.numel * n / FLOPS_PER_SECOND + EIGH_SECONDS * n**3
-            total += once * sum(not rule_of(method, spec).elementwise(spec) for method in methods)
+    merged = [spec for spec in base.tensors.schema.values() if spec.merged and len(spec.shape) > 1]
+    rules = [(spec, rule_of(method, spec)) for spec in merged for method in methods]
+    total = sum(_matrix_seconds(spec, rule) for spec, rule in rules if not rule.elementwise(spec))
     return total / workers(settings.compute.threads)
+
+
+def _matrix_seconds(spec: TensorSpec, method: Method) -> float:
+    """Of the products, and of a decomposition on the shorter side."""
+    count, shorter, _ = matrix_sides(spec, method)
+    return products_of(spec, method) / FLOPS_PER_SECOND + count * EIGH_SECONDS * shorter**3
+
+
+def products_of(spec: TensorSpec, method: Method) -> int:
+    """The multiplications that one arrival takes of a tensor with squares, by which is solved, too."""
+    count, _, side = matrix_sides(spec, method)
+    return (method.products + MORE_PRODUCTS) * spec.numel * side + count * side**3
 
 
 def _file_bytes(specs: Sequence[TensorSpec]) -> int:

@@ -67,7 +67,7 @@ class Mats(Solving):
 
     @property
     def products(self) -> int:
-        return super().products + self.iterations
+        return super().products + (self.iterations if self.curvature == "gram" else 0)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -2,11 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from daemon.layout import Home
-from daemon.reports.sizing import of_home
+from daemon.reports.sizing import of_home, products_of
+from projector.algebra.linalg import energy
+from projector.method import Contribution, State, Totals
+from projector.methods import make
+from projector.spec import TensorSpec
 from tests.daemon.homes import drain, lineage, make_home, put, quick
 from tests.daemon.processes import forked
 from tests.models import write_base, write_expert
@@ -45,6 +52,34 @@ def test_what_an_arrival_writes_is_foretold(tmp_path: Path, dtype: str) -> None:
     views = states["views", 1] + home.view_record("views", 1).stat().st_size
     assert rest - CARD_BYTES < at_rest - views < rest + 9 * CARD_BYTES
     assert 0 < found.seconds < 60 and found.memory_bytes > 290 << 20
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (256, 64), (64, 256), (2, 64, 96)], ids=str)
+@pytest.mark.parametrize(("name", "params"), [("opcm", {}), ("iso_c", {}), ("wudi", {"steps": 4})])
+def test_products_are_foretold(name: str, params: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Within a factor of four: held against those of a real arrival, which are counted."""
+    method, spec = make(name, params), TensorSpec("w", shape, torch.float32)
+    state: State = {key: torch.zeros(slot.shape, dtype=slot.dtype) for key, slot in method.slots(spec).items()}
+    draw = torch.Generator().manual_seed(0)
+    for i in (1, 2):
+        delta, expert = torch.randn(shape, generator=draw), Contribution(i)
+        with FlopCounterMode(display=False) as counted:
+            state, sums = method.update({**state, **method.prepare(state, spec)}, delta, spec, expert)
+            totals = method.tally(Totals(i - 1), {**sums, "task_vector": energy(delta)}, expert)
+            method.read(torch.zeros(shape), state, totals, spec)
+    assert 0.25 < counted.get_total_flops() / 2 / products_of(spec, method) < 4
+
+
+def test_the_longer_side_counts_where_a_method_keeps_squares_of_it() -> None:
+    def products(name: str, shape: tuple[int, ...], **params: Any) -> int:
+        return products_of(TensorSpec("w", shape, torch.float32), make(name, params))
+
+    tall, wide = (512, 128), (128, 512)
+    assert products("opcm", tall) == products("opcm", wide)
+    assert products("confluence", tall) == products("confluence", wide) > 4 * products("opcm", tall)
+    for name, params in (("wudi", {"solver": "ridge"}), ("ace", {})):
+        assert products(name, wide, **params) > 4 * products(name, tall, **params)
+    assert products("confluence", (3, *wide)) == 3 * products("confluence", wide)
 
 
 def test_inspect_says_it(home: Home, base: Path, tmp_path: Path) -> None:
