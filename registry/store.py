@@ -160,28 +160,33 @@ class Store(Reader):
         intervention: NewIntervention | None = None,
         learned: Collection[str] = (),
         waiting: Collection[str] = (),
+        passed: Collection[str] = (),
     ) -> None:
         """Every head is at a new version that folds no new expert; those withdrawn are in none of them any more, and
         blocked. It is live, and nothing is frozen any more, unless it has an expert that came after the live version
         and is held with it.
 
         A version that is held already stays so, and its head as it stands. learned: the heads whose coefficients were
-        learned: they are frozen again. waiting: those to which nothing was done: what is frozen stays so.
+        learned: they are frozen again. waiting: those to which nothing was done: what is frozen stays so. passed: those
+        whose version was judged and is good, with all its experts: as an arrival's it is live, unless a person rolled
+        the head back.
 
         THE COMMIT POINT of such a version. Raises as `commit` does, and BadRecord where an expert is not merged.
         """
         now = datetime.now(UTC)
         with self._write() as connection:
-            require_one_each(fetch(connection, Head, select(HeadRow)), versions)
+            heads = {head.name: head for head in fetch(connection, Head, select(HeadRow))}
+            require_one_each([*heads.values()], versions)
             kept = []
             for version in versions:
                 later = experts_after_live(connection, version.head) - set(withdrawn)
-                why = f"it still has expert {max(later)}, which is not live" if later else None
+                good = version.head in passed and heads[version.head].frozen in (None, LEARNED)
+                why = f"it still has expert {max(later)}, which is not live" if later and not good else None
                 if version.held or version.head in waiting:
                     kept.append(advance(connection, version))
                     continue
                 then = LEARNED if version.head in learned else None
-                kept.append(advance(connection, replace(version, held=why), thaw=not later, then=then))
+                kept.append(advance(connection, replace(version, held=why), thaw=why is None, then=then))
             insert_versions(connection, kept, None, now)
             withdraw(connection, withdrawn, versions[0].number)
             change = replace(intervention, version=versions[0].number) if intervention else None

@@ -138,7 +138,7 @@ def add_head(
 ) -> Plan:
     """Adds a head that has folded every merged expert; where it is `relative`, what was trained since the version that
     each names. how: its coefficients are learned. Raises BadHome where the daemon runs, an expert is missing, or there
-    is such a head.
+    is such a head, and Refused where the gate rejects it.
     """
     with _reading(home) if dry else _opened(home) as store:
         if store.head(name):
@@ -174,7 +174,7 @@ def add_head(
 
 def learn_again(home: Home, settings: Settings, name: str, to: Console, how: Learning, *, dry: bool = False) -> Plan:
     """Learns the coefficients of a head that is there, of every merged expert: one version more of every head, with the
-    others' weights as they are. Raises BadHome as `add_head`, and BadConfig where it has no coefficients.
+    others' weights as they are. Raises BadHome and Refused as `add_head`, and BadConfig where it has no coefficients.
     """
     with _reading(home) if dry else _opened(home) as store:
         (tip,) = [tip for tip in head_tips(store, methods_of(store)) if tip.head.name == name]
@@ -405,10 +405,11 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
     """
     others = store.heads()
     newest = max(one.newest for one in others)
-    unlearned = [one.name for one in others if one.frozen == records.LEARNED]  # of which no expert is to blame
-    held_back = [one for one in others if one.live < one.newest and one.name not in unlearned]
+    behind = [one for one in others if one.live < one.newest and store.lineage(one.live, 1)]
+    held_back = [one for one in behind if one.frozen != records.LEARNED]  # of which no expert is to blame
     waiting = next((called(one.name, one.newest) for one in held_back), None)
     why = f"it was made while {waiting} was not live" if waiting else None
+    frozen = why if any(one.frozen for one in held_back) else None
     with open_path(home.base) as base:
         dtypes = floating_dtypes(base)
     versions = [publish_base(home, head, store.base(), base_files(home), dtypes)]
@@ -421,7 +422,6 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
             raise
         why = why or made.held
         versions.append(replace(made, held=why))
-    frozen = why if any(one.frozen for one in others if one.name not in unlearned) else None
     frozen = records.LEARNED if written.adamerging and not why else frozen
     adopted = replace(head, live=0 if why else newest, newest=newest, frozen=frozen)
     hit("commit.before")

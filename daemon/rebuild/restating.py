@@ -265,7 +265,8 @@ class Restating:
         versions = [replace(one, held=why.get(one.head, one.held)) for one in versions]
         hit("commit.before")
         learned = [head for head, one in written.items() if one.adamerging]
-        store.restate(versions, [expert.id for expert in gone], deed, learned, waiting)
+        passed = [one.head for one in versions if one.head in weighed and one.verdict and not one.held]
+        store.restate(versions, [expert.id for expert in gone], deed, learned, waiting, passed)
         hit("commit.after")
         follow_live(self._home, store)
         collect(self._home, store, self._settings.retention)

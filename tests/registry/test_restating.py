@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import BadRecord, StaleHead
-from registry.records import LEARNED, Head, Status
+from registry.records import LEARNED, Deed, Head, NewIntervention, Status
 from registry.store import Store
 from tests.registry.samples import digest, expert, make, versions
 
@@ -54,6 +54,15 @@ def test_a_version_that_is_held_leaves_its_head_as_it_stands(store: Store) -> No
     held, other = versions(4)
     store.restate([dataclasses.replace(held, held="a rule"), other], waiting=["main"])
     assert [head.live for head in store.heads()] == [2, 4]
+
+
+def test_what_was_judged_is_live_whatever_was_held_before_it_unless_a_person_rolled_back(store: Store) -> None:
+    store.commit(expert(3), [dataclasses.replace(one, held="a rule") for one in versions(3)])
+    store.restate(versions(4), passed=["main"])
+    assert [head.live for head in store.heads()] == [4, 2]
+    store.turn("main", 2, NewIntervention(Deed.ROLLBACK, "ann"), "rolled back")
+    store.restate(versions(5), passed=["main", "init"])
+    assert [head.live for head in store.heads()] == [2, 5]
 
 
 @pytest.mark.parametrize("wrong", [[9], [1, 9], [3]])
