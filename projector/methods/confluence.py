@@ -6,11 +6,13 @@ Each step is by sums of the stream, and none has a scale that is left to be tune
    layers read and by what they write; the side that asks for the smaller change of S counts more.
 2. R's spectrum, made the flatter (Iso-C, arXiv 2502.04959) the further R turned away from S: where experts do not meet,
    as it is.
-3. The length at which the experts' own parts in it are, taken together, as long as they were:
-   sum w_i <M, tau_i> = sum w_i ||tau_i||^2. By <M, S> that needs no expert.
+3. The length at which the experts' own parts in it are, taken together, as long as they were, sum w_i <M, tau_i> =
+   sum w_i ||tau_i||^2 (by <M, S> that needs no expert), but no longer than they would be had they nothing in common;
+   and what is beyond one expert's length the shorter, the less of the base would be left beside it.
 """
 
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -23,10 +25,10 @@ from projector.methods._interference import UNTRAINED
 from projector.methods._solving import Solving
 from projector.spec import TensorSpec
 
-FLAT = 1 / 3  # sin^2 between R and S at which the spectrum is flat
 TOL = 1e-5  # of s_0: below, a singular value is rounding
 TALL = 8  # outputs for each input from which on L is not kept: a vocabulary's would be larger than the whole model
-MOST = 2.0  # in units of sqrt(q): how long M becomes; experts that contradict each other would ask for any length
+MOST = 4.0  # in units of <F, S>: how long M becomes; experts that contradict each other would ask for any length
+SHARE = 1 / 3  # of the base's length: how far M goes beyond one expert's where R is orthogonal to S
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,20 @@ class Confluence(Solving):
         A = argmin_X sum w_i ||(X - tau_i) tau_i'||^2 / ||tau_i||^2 + lambda ||X - S||^2        by the inputs
         B = argmin_X sum w_i ||tau_i' (X - tau_i)||^2 / ||tau_i||^2 + mu ||X - S||^2            by the outputs
         R = (b A + a B) / (a + b)       a = ||A - S||^2, b = ||B - S||^2         U diag(s) V' = R
-        F = U diag(s^p) V' / ||..||     p = max(0, 1 - 3 sin^2(R, S))
-        M = scale * (q / <F, S>) F      so that sum w_i <M, tau_i> = q
+        F = U diag(s / sqrt(s^2 + k^2 s_0^2)) V' / ||..||         k = knee cot^2(R, S)
+        l = min(q / <F, S>, sqrt(q), 4 <F, S>)                    e^2 = q / sum w_i
+        M = scale * sqrt(e^2 + (l^2 - e^2) / (1 + (l^2 - e^2) / r^2)) F     where l > e, else scale * l F
+            r = ||W_0|| / (3 sin(R, S))
 
     lambda is `ridge` times the mean input's share of sum w_i tau_i'tau_i / ||tau_i||^2, mu the same of the outputs.
     One side alone would remove what the other one keeps apart anyway; but R = A where m > 8 n, as in the output layer
-    of a language model, whose outputs are words and an (m, m) matrix of them larger than the model. Singular values
-    below tol s_0 keep their proportion to it: what is made equal to the others should not be rounding. Where experts
-    contradict each other, <F, S> is small and q / <F, S> has no bound: M is never longer than 4 <F, S>, which is to
-    say than 2 sqrt(q). An expert of weight 2 counts as two of its kind. Embeddings, vectors and scalars are averaged.
+    of a language model, whose outputs are words and an (m, m) matrix of them larger than the model.
+
+    Of l: q / <F, S> is where sum w_i <M, tau_i> = q. sqrt(q) is how long experts are together that are orthogonal;
+    where they contradict each other, <F, S> is small and q / <F, S> has no bound. e is one expert's length, W_0 the
+    base's matrix: what is added to a network stops acting like a sum once it is long beside that, so that only experts
+    that do not meet (R = S) are merged in full whatever the base. An expert of weight 2 counts as two of its kind.
+    Embeddings, vectors and scalars are averaged.
 
     >>> from projector.method import Totals
     >>> spec, method = TensorSpec("w", (2, 2), torch.float32), Confluence()
@@ -61,8 +68,8 @@ class Confluence(Solving):
 
     name = "confluence"
     formula = (
-        "base + c U diag(s^p) V' of wudi's ridge solutions of both sides, p from how far they turn from S,"
-        " sum w_i <., tau_i> = sum w_i ||tau_i||^2; else: mean"
+        "base + c U diag(s / sqrt(s^2 + k^2 s_0^2)) V' of wudi's ridge solutions of both sides, k from how far they"
+        " turn from S, c from sum w_i <., tau_i>, sum w_i ||tau_i||^2 and the base; else: mean"
     )
     paper = "mainstem's own; after WUDI, arXiv 2503.08099, and Iso-C, arXiv 2502.04959"
     order_independent = True
@@ -71,7 +78,9 @@ class Confluence(Solving):
 
     scale: float = param(1.0, "factor of merged matrices", low=0, high=10)
     ridge: float = param(0.1, "what holds R at S, in units of the mean diagonal of G, and of L", low=1e-6, high=1e3)
-    tol: float = param(5e-2, "singular values up to tol times the largest are not evened out", low=1e-6, high=0.5)
+    knee: float = param(
+        0.1, "share of s_0 down to which R's spectrum is evened out, at 45 degrees to S", low=1e-6, high=10
+    )
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
     def own_slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
@@ -102,7 +111,7 @@ class Confluence(Solving):
         for merged_MN, s_MN, g_NN, h_MN, q_11, *l_MM in matrices(merged, *sums):
             if g_NN.trace() > UNTRAINED:
                 r_MN = self._undisturbing(s_MN, g_NN, h_MN, *l_MM)
-                self._add(merged_MN, r_MN, s_MN, float(q_11))
+                self._add(merged_MN, r_MN, s_MN, float(q_11), float(g_NN.trace()))
         return merged
 
     def _undisturbing(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor, l_MM: Tensor | None = None) -> Tensor:
@@ -116,16 +125,22 @@ class Confluence(Solving):
             a_MN = a_MN.mul_(b / (a + b)).add_(b_MN, alpha=a / (a + b))
         return a_MN.add_(s_MN)
 
-    def _add(self, merged_MN: Tensor, r_MN: Tensor, s_MN: Tensor, q: float) -> None:
-        """Adds scale * M to `merged_MN` in place."""
+    def _add(self, merged_MN: Tensor, r_MN: Tensor, s_MN: Tensor, q: float, weight: float) -> None:
+        """Adds scale * M to the base's `merged_MN` in place. weight: sum w_i."""
         left_MP, right_NP, s_P = thin_svd(r_MN, TOL)
         if not s_P.any() or not s_MN.any():  # experts that add up to nothing: none is heard in anything
             return
-        power = 1 - sine_squared(r_MN, s_MN) / FLAT
-        even_P = s_P * s_P.clamp_min(self.tol * float(s_P[0])).pow(max(0.0, power) - 1)
+        turned = sine_squared(r_MN, s_MN)
+        even_P = s_P / torch.hypot(turned * s_P, self.knee * (1 - turned) * s_P[0])
         left_MP = left_MP * (even_P / even_P.norm()).to(left_MP.dtype)
         heard = sum(float(torch.sum((s_MN[rows] @ right_NP).double() * left_MP[rows])) for rows in row_blocks(s_MN))
-        left_MP *= self.scale * min(q / heard, MOST**2 * heard) if heard > 0 else 0.0
+        if heard <= 0:
+            return
+        squared, one = min(q / heard, sqrt(q), MOST * heard) ** 2, q / weight
+        if (beyond := squared - one) > 0 and turned > 0:
+            bound = SHARE**2 * energy(merged_MN) / turned
+            squared = one + (beyond * bound / (beyond + bound) if bound else 0.0)
+        left_MP *= self.scale * sqrt(squared)
         for rows in row_blocks(merged_MN):
             merged_MN[rows] += left_MP[rows] @ right_NP.T
 

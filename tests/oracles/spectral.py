@@ -25,7 +25,7 @@ def iso_c(
 ) -> dict[str, Tensor]:
     """Iso-C (arXiv 2502.04959): scale * mean(s) * U V' of the weighted sum of each matrix, else the weighted mean."""
 
-    def matrix(taus: Tensor, weights: Tensor) -> Tensor:
+    def matrix(taus: Tensor, weights: Tensor, _theta0: Tensor) -> Tensor:
         return scale * flat(torch.einsum("t,tmn->mn", weights, taus), tol)
 
     return _merged(base, experts, counting, exclude, matrix)
@@ -41,7 +41,7 @@ def wudi_adam(
 ) -> dict[str, Tensor]:
     """WUDI (arXiv 2503.08099) as the authors run it: torch's Adam on the loss over all task vectors, from their sum."""
 
-    def matrix(taus: Tensor, weights: Tensor) -> Tensor:
+    def matrix(taus: Tensor, weights: Tensor, _theta0: Tensor) -> Tensor:
         merged = torch.einsum("t,tmn->mn", weights, taus).requires_grad_()
         adam = torch.optim.Adam([merged], lr=lr)
         for _ in range(steps):
@@ -65,7 +65,7 @@ def wudi_ridge(
     lam is `ridge` times the mean over the n inputs of sum_i w_i (norm of tau_i's column)^2 / norm(tau_i)^2.
     """
 
-    return _merged(base, experts, counting, exclude, lambda taus, weights: _least(taus, weights, ridge))
+    return _merged(base, experts, counting, exclude, lambda taus, weights, _: _least(taus, weights, ridge))
 
 
 def _least(taus: Tensor, weights: Tensor, ridge: float) -> Tensor:
@@ -92,17 +92,18 @@ def confluence(
     counting: Counting = None,
     scale: float = 1.0,
     ridge: float = 0.1,
-    tol: float = 5e-2,
+    knee: float = 0.1,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
 ) -> dict[str, Tensor]:
     """What `wudi_ridge` has of a matrix and, turned back, of the transposed one: their mean, each weighted by the
     squared length of what the other one changes of the sum; the first alone beyond 8 outputs for each input. Its
-    singular values to a power, 1 where it points as the sum does, 0 from a squared sine of a third on, those below tol
-    in proportion; as long as makes the experts' parts in it, one by one and added up, as long as the experts are; where
-    these would be less than half the root of their added squares, it becomes shorter with them.
+    singular values evened out down to knee times the largest where it stands at 45 degrees to the sum, further down
+    where it turned more; as long as makes the experts' parts in it, one by one and added up, as long as the experts
+    are, but neither longer than they are as orthogonal ones, nor than four times those parts at length one; and of the
+    area that it has beyond that of a mean expert the harmonic sum with a ninth of the base's over the squared sine.
     """
 
-    def matrix(taus: Tensor, weights: Tensor) -> Tensor:
+    def matrix(taus: Tensor, weights: Tensor, theta0: Tensor) -> Tensor:
         total = (weights[:, None, None] * taus).sum(0)
         both = inputs = _least(taus, weights, ridge)
         if taus.shape[1] <= 8 * taus.shape[2]:
@@ -110,14 +111,22 @@ def confluence(
             a, b = (inputs - total).square().sum(), (outputs - total).square().sum()
             both = (b * inputs + a * outputs) / (a + b) if a + b > 0 else total
         cosine = float((both * total).sum() / both.norm() / total.norm())
-        power = max(0.0, 1 - 3 * (1 - cosine**2))
-        u, s, v = torch.linalg.svd(both, full_matrices=False)
-        edge = tol * s[0]
-        shape = u @ torch.diag(torch.where(s > edge, s**power, s / edge * edge**power)) @ v
+        sine_squared = max(0.0, 1 - cosine**2)
+        u, sigma, v = torch.linalg.svd(both, full_matrices=False)
+        if sine_squared > 1e-9:  # else only float64's rounding
+            edge = knee * cosine**2 / sine_squared * sigma[0]
+            sigma = sigma / (sigma.square() + edge**2).sqrt()
+        shape = u @ torch.diag(sigma) @ v
         shape /= shape.norm()
         whole = float((weights * taus.square().sum((1, 2))).sum())
         heard = sum(float(weight * (shape * tau).sum()) for weight, tau in zip(weights, taus, strict=True))
-        return scale * max(0.0, min(whole / heard, 4 * heard)) * shape
+        if heard <= 0:
+            return torch.zeros_like(total)
+        length, mean = min(whole / heard, whole**0.5, 4 * heard), whole / float(weights.sum())
+        if length**2 > mean and sine_squared > 1e-9:
+            room = float(theta0.square().sum()) / 9 / sine_squared
+            length = (mean + (1 / (1 / (length**2 - mean) + 1 / room) if room else 0.0)) ** 0.5
+        return scale * length * shape
 
     return _merged(base, experts, counting, exclude, matrix)
 
@@ -142,7 +151,7 @@ def tsv_m(
     the leading triplets.
     """
 
-    def matrix(taus: Tensor, weights: Tensor) -> Tensor:
+    def matrix(taus: Tensor, weights: Tensor, _theta0: Tensor) -> Tensor:
         count, k = len(taus), min(taus.shape[1:])
         triplets = []
         for tau, weight in zip(taus, weights, strict=True):
@@ -181,7 +190,7 @@ def ace(
     nothing of a layer, being zero or alike in all rows, are passed over there.
     """
 
-    def matrix(taus: Tensor, weights: Tensor) -> Tensor:
+    def matrix(taus: Tensor, weights: Tensor, _theta0: Tensor) -> Tensor:
         told = [(tau, float(w)) for tau, w in zip(taus, weights, strict=True) if (tau - tau.mean(0)).abs().max() > 0]
         if not told:
             return torch.zeros_like(taus[0])
@@ -257,9 +266,9 @@ def _merged(
     experts: Sequence[Weights],
     counting: Counting,
     exclude: Sequence[str],
-    matrix: Callable[[Tensor, Tensor], Tensor],
+    matrix: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Each matrix by `matrix` from its task vectors (t, m, n) and the weights (t), other tensors by the mean."""
+    """Each matrix by `matrix` from its task vectors (t, m, n), the weights (t) and the base's; others by the mean."""
     weights = torch.tensor(counting or [1.0] * len(experts), dtype=torch.float64)
     tasks = [task_vector(base, expert) for expert in experts]
     merged = {}
@@ -268,9 +277,11 @@ def _merged(
         if not _is_matrix(name, taus[0], exclude):
             merged[name] = torch.tensordot(weights, taus, 1) / weights.sum()
         elif taus.ndim == 3:
-            merged[name] = matrix(taus, weights)
+            merged[name] = matrix(taus, weights, base[name].double())
         else:
-            merged[name] = torch.stack([matrix(taus[:, k], weights) for k in range(taus.shape[1])])
+            merged[name] = torch.stack(
+                [matrix(taus[:, k], weights, base[name][k].double()) for k in range(taus.shape[1])]
+            )
     return merged
 
 

@@ -19,7 +19,7 @@ DEFAULTS: Mapping[str, Mapping[str, object]] = {
     },
     "breadcrumbs": {"gamma": 0.01, "density": 0.9, "scale": 0.3},
     "breadcrumbs_ties": {"gamma": 0.01, "density": 0.9, "combine": "mean", "scale": 0.3},
-    "confluence": {"scale": 1.0, "ridge": 0.1, "tol": 0.05, "exclude": _EXCLUDE},
+    "confluence": {"scale": 1.0, "ridge": 0.1, "knee": 0.1, "exclude": _EXCLUDE},
     "continual_ties": {"density": 0.2, "scale": 0.5},
     "dare": {"drop": 0.9, "then": "linear", "scale": 0.3, "density": 1.0, "combine": "mean", "seed": 0},
     "ema": {"weight": 0.5, "start": "base"},

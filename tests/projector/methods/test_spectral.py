@@ -93,7 +93,7 @@ def task_vector_of(method: Method, base: Tensors, state: Mapping[str, Tensor], t
     for name, theta0 in base.items():
         spec = TensorSpec(name, tuple(theta0.shape), theta0.dtype)
         slots = {key: state[f"{key}/{name}"] for key in method.slots(spec)}
-        merged[name] = method.read(torch.zeros(spec.shape, dtype=torch.float64), slots, totals, spec)
+        merged[name] = method.read(theta0.double(), slots, totals, spec) - theta0.double()
     return merged
 
 
@@ -469,14 +469,34 @@ def test_tsv_m_gives_one_expert_whole_and_equal_experts_their_direction() -> Non
         assert twice[name].isfinite().all() and twice[name].norm() <= 1.01 * truth[name].norm(), name
 
 
-def test_confluence_hears_the_experts_whole() -> None:
+def test_confluence_hears_whole_experts_that_have_much_in_common() -> None:
     """Their own parts in what is merged are, added up, as long as they are."""
-    base, experts = stream(count=3)
-    ours = merged_task_vector(make("confluence"), base, experts)
-    for name in ("square.weight", "tall.weight", "lora.weight"):
-        taus = [expert[name].double() - base[name].double() for expert in experts]
-        heard = sum(float((ours[name] * tau).sum()) for tau in taus)
-        assert heard == pytest.approx(sum(rules.norm({name: tau}) ** 2 for tau in taus), rel=1e-5)
+    ours, taus = four_over_a_base_of(1e3)
+    heard = sum(float((ours * tau).sum()) for tau in taus)
+    assert heard == pytest.approx(sum(float(tau.square().sum()) for tau in taus), rel=1e-5)
+    assert float(ours.norm()) < float(torch.stack(taus).norm())
+
+
+def test_confluence_is_as_long_as_experts_together_that_have_nothing_in_common() -> None:
+    ours, taus = four_over_a_base_of(1e3, common=0.0)
+    assert float(ours.norm()) == pytest.approx(float(torch.stack(taus).norm()), rel=1e-5)
+
+
+def test_confluence_is_the_shorter_the_less_of_the_base_is_left_beside_it() -> None:
+    """Down to the length of one expert."""
+    lengths = [float(four_over_a_base_of(size)[0].norm()) for size in (1e3, 1.0, 0.1, 0.0)]
+    assert lengths == sorted(lengths, reverse=True) and lengths[2] < 0.9 * lengths[0]
+    _, taus = four_over_a_base_of(0.0)
+    assert lengths[3] == pytest.approx(float(torch.stack(taus).norm()) / len(taus) ** 0.5, rel=1e-5)
+
+
+def four_over_a_base_of(size: float, common: float = 1.0) -> tuple[Tensor, list[Tensor]]:
+    """(what confluence adds to a base of elements of that size, and the task vectors, which share so much)."""
+    generator = torch.Generator().manual_seed(4)
+    shared, base, *own = torch.randn(6, 24, 16, generator=generator, dtype=torch.float64)
+    base, taus = size * base, [0.1 * (common * shared + one) for one in own]
+    experts = [{"weight": base + tau} for tau in taus]
+    return merged_task_vector(make("confluence"), {"weight": base}, experts)["weight"], taus
 
 
 def test_confluence_leaves_a_single_expert_as_it_is() -> None:
