@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from shlex import quote
 from statistics import median
+from uuid import uuid4
 
 from daemon.arrivals.recording import left_behind
 from daemon.checkpoints.checkpoint import open_path
@@ -341,9 +342,12 @@ def _replay_inside(
         if not inner.inner_mark.exists():
             raise BadHome(f"{inner.root} is in the way, and no rebuild made it", "move it out of the home")
         remove_whole(home, inner.root)
-    durable.make_folder(inner.root)
-    if not inner.inner_mark.exists():
-        durable.replace_file(inner.inner_mark, b"")
+    if not inner.root.exists():
+        new = Home(home.tmp / uuid4().hex)
+        durable.make_folder(new.root)
+        durable.write_file(new.inner_mark, b"")
+        durable.sync_folder(new.root)
+        durable.rename(new.root, inner.root)  # never there without its mark
     plain = settings.model_copy(update={"heads": {}})  # what is published of it is published anew
     replay(home, store, experts, inner, heads, plain, to, relative=relative)
 
@@ -418,7 +422,8 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
         try:
             (made,) = restating.place(store, [tip], newest, {head.name: written}, origin(store), [head.name])
         except DaemonError:
-            remove_whole(home, home.versions(head.name))
+            for begun in (home.versions(head.name), home.states(head.name)):
+                remove_whole(home, begun)
             raise
         why = why or made.held
         versions.append(replace(made, held=why))

@@ -238,10 +238,11 @@ def test_what_the_gate_rejects_or_holds_of_a_new_head_is_not_live(merged: Home, 
     ada = ("--head", "ada", "--adamerging", command, "--steps", "2")
     scores = {"ada/4": 0.4}
     settings = gate(merged, scores, "each >= live - 0.05 else reject")
-    for words in (("--head", "ada", "--method", "mean"), ada):
+    for words in (("--head", "ada", "--method", "emr"), ada):
         said = " ".join(refused(merged, *words).split())
         assert "ada/4 breaks a rule: `each >= live - 0.05 else reject`: `a` 0.4 against 0.5" in said
-        assert not merged.versions("ada").exists() and not list(merged.tmp.iterdir())
+        assert not merged.versions("ada").exists() and not merged.states("ada").exists()
+        assert not list(merged.tmp.iterdir())
     (tmp_path / "asked").unlink()
     settings = gate(merged, scores, "each >= live - 0.05")
     add_head(merged, settings, "ada", make("task_arithmetic"), Console(), how=learning(command, settings.evaluate, 2))
@@ -251,6 +252,9 @@ def test_what_the_gate_rejects_or_holds_of_a_new_head_is_not_live(merged: Home, 
     settings = gate(merged, {"ada/6": 0.4}, "each >= live - 0.05")
     for steps in (1, 2):
         learn_again(merged, settings, "ada", Console(), learning(command, settings.evaluate, steps))
+    merged.learning("ada").touch()  # as one leaves it that is killed once it has committed
+    again = learn_again(merged, settings, "ada", Console(), learning(command, settings.evaluate, 2))
+    assert again.number is None and not merged.learning("ada").exists()
     found = standing(merged)
     assert live(merged, "ada") == 5 and found and (found.version, found.frozen) == (6, True)
     assert found.why.startswith("`each >= live - 0.05`: `a` 0.4 against 0.5")
