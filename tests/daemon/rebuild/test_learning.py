@@ -1,9 +1,11 @@
 """`mainstem rebuild --adamerging`: coefficients learned by what a command answers, and what becomes of them."""
 
 import json
+import os
 import resource
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +25,9 @@ from daemon.rebuild.replay import Console
 from projector.methods import make
 from registry.records import LEARNED, Deed
 from registry.store import Store
+from tests import shims
 from tests.daemon.homes import assert_close, drain, latest, lineage, live, put, quick
-from tests.daemon.processes import forked, rebuild
+from tests.daemon.processes import environment, forked, preloaded, rebuild, until
 from tests.daemon.rebuilds import check, killed, refused, taken_out, weights
 from tests.models import read_weights, write_expert
 
@@ -261,6 +264,18 @@ def test_what_the_gate_rejects_or_holds_of_a_new_head_is_not_live(merged: Home, 
     add_head(merged, quick(), "sum", make("task_arithmetic"), Console())
     assert live(merged, "sum") == 6  # no expert is to blame for what is held
     check(merged)
+
+
+def test_ctrl_c_ends_the_evaluator_and_the_rebuild(merged: Home) -> None:
+    """Which may take an hour."""
+    gate(merged, {}, "each >= live - 0.05")
+    (merged.root / "score.py").write_text("import time; open('begun', 'w').close(); time.sleep(100)")
+    words = ["rebuild", "--head", "ada=mean", "--home", str(merged.root)]
+    with Path(os.devnull).open("wb") as nothing:
+        process = shims.Process(preloaded(), words, environment(), merged.root, nothing.fileno(), nothing.fileno())
+        assert until((merged.root / "begun").exists, 60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 128 + signal.SIGINT
 
 
 def test_a_new_home_says_what_nobody_judged(merged: Home, tmp_path: Path) -> None:
