@@ -228,6 +228,9 @@ def test_what_is_learned_is_judged_as_an_arrival_is(
     learn_again(merged, settings, "other", Console(), learning(command, settings.evaluate, steps=1))
     assert (live(merged, "ada"), live(merged, "other")) == (4, 6)
     assert standing(merged) == Held(6, why, False, "mainstem promote ada/6")
+    with lineage(merged) as reader:
+        same = reader.version("ada", 6)  # and of the same weights the same is said
+    assert same and (same.verdict, same.evaluation) == (version.verdict, version.evaluation)
     put(merged, write_expert(tmp_path / "e.safetensors", model[0], 9))
     drain(merged)
     assert live(merged, "ada") == 7
