@@ -409,8 +409,7 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
     """
     others = store.heads()
     newest = max(one.newest for one in others)
-    behind = [one for one in others if one.live < one.newest and store.lineage(one.live, 1)]
-    held_back = [one for one in behind if one.frozen != records.LEARNED]  # of which no expert is to blame
+    held_back = [one for one in others if one.frozen != records.LEARNED and _holds_an_expert(store, one)]
     waiting = next((called(one.name, one.newest) for one in held_back), None)
     why = f"it was made while {waiting} was not live" if waiting else None
     frozen = why if any(one.frozen for one in held_back) else None
@@ -434,6 +433,15 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
     hit("commit.after")
     point_latest(home, adopted)
     return newest
+
+
+def _holds_an_expert(reader: Reader, head: Head) -> bool:
+    """True where a merged expert came with a version of the head that is not live. One that a rebuild made and that is
+    held for its weights is no reason to hold another head.
+    """
+    later = reader.versions(head.name, head.newest - head.live)
+    came = {version.expert_id for version in later if version.number > head.live}
+    return any(expert.id in came for expert in reader.lineage(head.live))
 
 
 def _link_records(home: Home, inner: Home, name: str, experts: Sequence[Expert]) -> None:
