@@ -387,8 +387,8 @@ def check_heads(settings: Settings, heads: Sequence[str]) -> None:
         if name not in heads:
             raise BadConfig(
                 f"{what}, but this home has no such head",
-                f"its heads are {listed(heads, most=20)}; `mainstem rebuild --head {shown(name)}=ema` adds it,"
-                " by ema or another of `mainstem methods`",
+                f"its heads are {listed(heads, most=20)}; leave it out, or `mainstem rebuild --head {shown(name)}=ema`"
+                " adds it, by ema or another of `mainstem methods`",
             )
 
 

@@ -315,11 +315,11 @@ def appearing(target: Path, *, alone: bool = False) -> Iterator[Path]:
     folder = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
     with ExitStack() as closing:
         with Folder(target.parent, follow=True) as beside:
-            _hold(beside)  # so that nobody takes a folder for abandoned that its maker has yet to lock
-            _remove_abandoned(target)
+            if _hold(beside):  # so that nobody takes a folder for abandoned that its maker has yet to lock
+                _remove_abandoned(target)
+            closing.callback(remove, folder)
             make_folder(folder, public=True)
             made = closing.enter_context(Folder(folder))
-            closing.callback(remove, folder)
             _hold(made)
         yield folder
         sync_names(made.fd)
@@ -335,10 +335,15 @@ def _remove_abandoned(target: Path) -> None:
             remove(target.with_name(name))
 
 
-def _hold(folder: "Folder") -> None:
-    """Locks a folder until it is closed; where its file system has no locks, nobody takes it for abandoned either."""
-    with suppress(OSError):
-        fcntl.flock(folder.fd, fcntl.LOCK_EX)
+def _hold(folder: "Folder") -> bool:
+    """Locks a folder until it is closed. False where somebody has it, as a person's own `flock OUT'S-FOLDER mainstem
+    convert ...`, or where its file system has no locks: then nobody takes it for abandoned either.
+    """
+    try:
+        _flock(folder.fd)
+    except OSError:
+        return False
+    return True
 
 
 def exchange(one: Path, other: Path) -> None:

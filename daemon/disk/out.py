@@ -20,5 +20,7 @@ def new_out(out: Path, files: Collection[str]) -> Path:
     if out.suffix in files:
         raise BadConfig(f"{out.name} would be a folder", f"call it {quote(str(out.with_suffix('')))}")
     if not out.parent.is_dir():
+        if wrong := next((one for one in reversed(out.parents) if os.path.lexists(one) and not one.is_dir()), None):
+            raise BadConfig(f"{wrong} is no folder: nothing can be made in it", "name a place in one")
         raise BadConfig(f"the folder {out.parent} does not exist", f"make it first: mkdir -p {quote(str(out.parent))}")
     return out

@@ -71,7 +71,8 @@ def going(home: Home, reader: Reader, wanted: Prune, goes_on: Callable[[], objec
         if begun and any(one.expert.status is Status.MERGED for one in found):
             raise BadHome(
                 f"a rebuild that needs the archive has been begun, in state/{begun[0]}",
-                "finish it, with the same command again; then prune",
+                "finish it, with the same command again, or remove that folder where nobody wants it any more; then"
+                " prune",
             )
     if wanted.quarantine:
         found += list(_chosen(reader, home.root / "quarantine", wanted, goes_on))

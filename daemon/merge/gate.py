@@ -87,6 +87,8 @@ class Gate:
             except NoScores as error:  # a rule asks for it: nothing goes unjudged
                 return [self._failed(tip.head.name, number, error) if self._judges(tip) else Judged() for tip in heads]
         alone = self.alone.scores if self.alone else None
+        if len(heads) == 1:  # in this thread, where Ctrl-C ends the evaluator of a rebuild
+            return [self._judge_head(heads[0], written[0], number, expert, alone)]
         with ThreadPoolExecutor(self._settings.concurrency) as pool:
             return list(pool.map(lambda tip, one: self._judge_head(tip, one, number, expert, alone), heads, written))
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from shlex import quote
 from statistics import median
+from uuid import uuid4
 
 from daemon.arrivals.recording import left_behind
 from daemon.checkpoints.checkpoint import open_path
@@ -341,9 +342,12 @@ def _replay_inside(
         if not inner.inner_mark.exists():
             raise BadHome(f"{inner.root} is in the way, and no rebuild made it", "move it out of the home")
         remove_whole(home, inner.root)
-    durable.make_folder(inner.root)
-    if not inner.inner_mark.exists():
-        durable.replace_file(inner.inner_mark, b"")
+    if not inner.root.exists():
+        new = Home(home.tmp / uuid4().hex)
+        durable.make_folder(new.root)
+        durable.write_file(new.inner_mark, b"")
+        durable.sync_folder(new.root)
+        durable.rename(new.root, inner.root)  # never there without its mark
     plain = settings.model_copy(update={"heads": {}})  # what is published of it is published anew
     replay(home, store, experts, inner, heads, plain, to, relative=relative)
 
@@ -405,8 +409,7 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
     """
     others = store.heads()
     newest = max(one.newest for one in others)
-    behind = [one for one in others if one.live < one.newest and store.lineage(one.live, 1)]
-    held_back = [one for one in behind if one.frozen != records.LEARNED]  # of which no expert is to blame
+    held_back = [one for one in others if one.frozen != records.LEARNED and _holds_an_expert(store, one)]
     waiting = next((called(one.name, one.newest) for one in held_back), None)
     why = f"it was made while {waiting} was not live" if waiting else None
     frozen = why if any(one.frozen for one in held_back) else None
@@ -418,7 +421,8 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
         try:
             (made,) = restating.place(store, [tip], newest, {head.name: written}, origin(store), [head.name])
         except DaemonError:
-            remove_whole(home, home.versions(head.name))
+            for begun in (home.versions(head.name), home.states(head.name)):
+                remove_whole(home, begun)
             raise
         why = why or made.held
         versions.append(replace(made, held=why))
@@ -429,6 +433,15 @@ def _adopt(home: Home, store: Store, head: Head, method: Method, written: Writte
     hit("commit.after")
     point_latest(home, adopted)
     return newest
+
+
+def _holds_an_expert(reader: Reader, head: Head) -> bool:
+    """True where a merged expert came with a version of the head that is not live. One that a rebuild made and that is
+    held for its weights is no reason to hold another head.
+    """
+    later = reader.versions(head.name, head.newest - head.live)
+    came = {version.expert_id for version in later if version.number > head.live}
+    return any(expert.id in came for expert in reader.lineage(head.live))
 
 
 def _link_records(home: Home, inner: Home, name: str, experts: Sequence[Expert]) -> None:

@@ -65,6 +65,8 @@ def refine(
         if experts and target != archive and tip.version.expert_id and tip.method.second_pass(len(experts))
     ]  # of a newest version that folds no expert it was made before
     learnt = _unlearned(target, archive, reader, heads, experts, learns) if learns else None
+    if learns and not learnt:
+        durable.remove(target.learning(learns[0]))  # of a run that was killed once it had committed
     if not exact and not learnt:
         return None
     if store.counts()[Status.MERGED] != len(experts):

@@ -200,8 +200,8 @@ class Restating:
             stage(self._home, written[tip.head.name], self._base.beside)
         judged = self._judge(store, [tip for tip in heads if tip.head.name in weighed], number, written)
         sealed = [
-            self._seal(tip, number, written[tip.head.name], origin, judged.get(tip.head.name, Judged()))
-            for tip in heads
+            self._seal(tip, number, one, origin, judged.get(tip.head.name) or self._as_before(tip, one))
+            for tip, one in ((tip, written[tip.head.name]) for tip in heads)
         ]
         hit("publish.before")
         for name in (tip.head.name for tip in heads):
@@ -230,6 +230,16 @@ class Restating:
                 " evaluate.require: the same command goes on",
             )
         return judged
+
+    def _as_before(self, tip: HeadTip, written: Written) -> Judged:
+        """What was said of the version before, where this one has its weights."""
+        last = tip.version
+        if last.verdict is None:
+            return Judged()
+        before = Manifest.read(self._home.manifest(last.head, last.number).read_bytes()).files.values()
+        if weights_sha256(before) != weights_sha256(written.weights):
+            return Judged()
+        return Judged(verdict=last.verdict, evaluation=self._reader.evaluation(last.evaluation))
 
     def _seal(self, tip: HeadTip, number: int, written: Written, origin: Origin, judged: Judged) -> NewVersion:
         """Where experts were taken out nobody evaluates it: to hold it would leave live what a person takes out. The

@@ -57,6 +57,7 @@ def test_a_rule_that_is_none_is_refused_with_what_one_is(home: Home) -> None:
 def test_a_head_to_be_scored_is_one_of_the_homes(home: Home) -> None:
     status, said = check(home, EVALUATE + 'heads = ["main", "mian"]\n')
     assert status == 1 and "evaluate.heads names mian, but this home has no such head" in said
+    assert "leave it out" in said
     assert "its heads are main" in said
     assert check(home, EVALUATE + 'heads = ["main"]\n')[0] == 0
     assert check(home, '[evaluate]\nheads = ["mian"]\n')[0] == 0  # nothing is scored

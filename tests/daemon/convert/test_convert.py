@@ -281,6 +281,9 @@ def test_what_exists_is_never_replaced(pickled: Path, tmp_path: Path) -> None:
     assert (tmp_path / "file.safetensors").read_bytes() == b"mine"
     with pytest.raises(BadConfig, match="does not exist"):
         convert(pickled, tmp_path / "none/out.safetensors")
+    for name in ("file.safetensors", "link.safetensors"):
+        with pytest.raises(BadConfig, match=rf"/{name} is no folder"):  # nor would `mkdir -p` make one
+            convert(pickled, tmp_path / name / "none/out.safetensors")
     with pytest.raises(BadConfig, match="would be a folder"):
         convert(pickled, tmp_path / "out.bin")
 

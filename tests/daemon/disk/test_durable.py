@@ -1,6 +1,7 @@
 """The one place that makes bytes durable: modes, atomic replacement, the lock, and what it never does."""
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -279,3 +280,14 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
             assert living.returncode == 0 and os.listdir(out) == ["half"]
             out.rename(tmp_path / "theirs")
     assert sorted(os.listdir(tmp_path)) == sorted(["out", "theirs", other.name, f".out.{'0' * 32}.tmp"])
+
+
+def test_a_folder_that_somebody_locked_is_no_reason_to_wait(tmp_path: Path) -> None:
+    """`flock DIR mainstem convert MODEL DIR/OUT`: nobody would ever let go of it."""
+    left = tmp_path / f".out.{'0' * 32}.tmp"
+    left.mkdir()
+    with durable.Folder(tmp_path) as held:
+        fcntl.flock(held.fd, fcntl.LOCK_EX)
+        with durable.appearing(tmp_path / "out"):
+            pass
+    assert sorted(os.listdir(tmp_path)) == [left.name, "out"]  # nor is it sure that the other one is abandoned

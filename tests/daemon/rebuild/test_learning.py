@@ -1,9 +1,11 @@
 """`mainstem rebuild --adamerging`: coefficients learned by what a command answers, and what becomes of them."""
 
 import json
+import os
 import resource
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +25,9 @@ from daemon.rebuild.replay import Console
 from projector.methods import make
 from registry.records import LEARNED, Deed
 from registry.store import Store
+from tests import shims
 from tests.daemon.homes import assert_close, drain, latest, lineage, live, put, quick
-from tests.daemon.processes import forked, rebuild
+from tests.daemon.processes import environment, forked, preloaded, rebuild, until
 from tests.daemon.rebuilds import check, killed, refused, taken_out, weights
 from tests.models import read_weights, write_expert
 
@@ -225,6 +228,9 @@ def test_what_is_learned_is_judged_as_an_arrival_is(
     learn_again(merged, settings, "other", Console(), learning(command, settings.evaluate, steps=1))
     assert (live(merged, "ada"), live(merged, "other")) == (4, 6)
     assert standing(merged) == Held(6, why, False, "mainstem promote ada/6")
+    with lineage(merged) as reader:
+        same = reader.version("ada", 6)  # and of the same weights the same is said
+    assert same and (same.verdict, same.evaluation) == (version.verdict, version.evaluation)
     put(merged, write_expert(tmp_path / "e.safetensors", model[0], 9))
     drain(merged)
     assert live(merged, "ada") == 7
@@ -238,25 +244,43 @@ def test_what_the_gate_rejects_or_holds_of_a_new_head_is_not_live(merged: Home, 
     ada = ("--head", "ada", "--adamerging", command, "--steps", "2")
     scores = {"ada/4": 0.4}
     settings = gate(merged, scores, "each >= live - 0.05 else reject")
-    for words in (("--head", "ada", "--method", "mean"), ada):
+    for words in (("--head", "ada", "--method", "emr"), ada):
         said = " ".join(refused(merged, *words).split())
         assert "ada/4 breaks a rule: `each >= live - 0.05 else reject`: `a` 0.4 against 0.5" in said
-        assert not merged.versions("ada").exists() and not list(merged.tmp.iterdir())
+        assert not merged.versions("ada").exists() and not merged.states("ada").exists()
+        assert not list(merged.tmp.iterdir())
     (tmp_path / "asked").unlink()
     settings = gate(merged, scores, "each >= live - 0.05")
     add_head(merged, settings, "ada", make("task_arithmetic"), Console(), how=learning(command, settings.evaluate, 2))
     found = standing(merged)
     assert found and not found.frozen and found.why.startswith("`each >= live - 0.05`: `a` 0.4 against 0.5")
     assert live(merged, "ada") == 0 and not (tmp_path / "asked").exists()
+    add_head(merged, quick(), "sum", make("task_arithmetic"), Console())
+    assert live(merged, "sum") == 4  # no expert is to blame for what is held
     settings = gate(merged, {"ada/6": 0.4}, "each >= live - 0.05")
     for steps in (1, 2):
         learn_again(merged, settings, "ada", Console(), learning(command, settings.evaluate, steps))
+    merged.learning("ada").touch()  # as one leaves it that is killed once it has committed
+    again = learn_again(merged, settings, "ada", Console(), learning(command, settings.evaluate, 2))
+    assert again.number is None and not merged.learning("ada").exists()
     found = standing(merged)
     assert live(merged, "ada") == 5 and found and (found.version, found.frozen) == (6, True)
     assert found.why.startswith("`each >= live - 0.05`: `a` 0.4 against 0.5")
-    add_head(merged, quick(), "sum", make("task_arithmetic"), Console())
-    assert live(merged, "sum") == 6  # no expert is to blame for what is held
+    add_head(merged, quick(), "more", make("task_arithmetic"), Console())
+    assert live(merged, "more") == 6
     check(merged)
+
+
+def test_ctrl_c_ends_the_evaluator_and_the_rebuild(merged: Home) -> None:
+    """Which may take an hour."""
+    gate(merged, {}, "each >= live - 0.05")
+    (merged.root / "score.py").write_text("import time; open('begun', 'w').close(); time.sleep(100)")
+    words = ["rebuild", "--head", "ada=mean", "--home", str(merged.root)]
+    with Path(os.devnull).open("wb") as nothing:
+        process = shims.Process(preloaded(), words, environment(), merged.root, nothing.fileno(), nothing.fileno())
+        assert until((merged.root / "begun").exists, 60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 128 + signal.SIGINT
 
 
 def test_a_new_home_says_what_nobody_judged(merged: Home, tmp_path: Path) -> None:

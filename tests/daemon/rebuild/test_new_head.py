@@ -62,6 +62,12 @@ def test_a_new_head_whose_making_is_killed(
     check(merged)
 
 
+def test_a_new_head_that_is_killed_as_it_begins(merged: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed(monkeypatch, "rename=kill:1", merged, "--head", "init", "--method", "ema")
+    rebuild(merged, "--head", "init", "--method", "ema")
+    check(merged)
+
+
 def test_a_new_head_that_is_killed_once_it_is_committed(
     merged: Home, model: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

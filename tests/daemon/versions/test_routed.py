@@ -1,6 +1,5 @@
 """`mainstem export`: what it writes is loaded by the real transformers, and routes by the authors' rule."""
 
-import fcntl
 import json
 import os
 import re
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from daemon.config import Publish
-from daemon.disk import durable
 from daemon.errors import BadConfig, BadHome, DaemonError
 from daemon.layout import STATE_FILE, Home
 from daemon.notation import find_version
@@ -230,11 +228,10 @@ def test_a_stopped_export_leaves_nothing_and_ends_as_every_command_does(tmp_path
     home, out = tiny(tmp_path, "smile", PARAMS, 2), tmp_path / "there" / "routed"
     out.parent.mkdir()
     words = ["export", "main", str(out), "--home", str(home.root)]
-    with durable.Folder(out.parent) as held, Path(os.devnull).open("wb") as nothing:
-        fcntl.flock(held.fd, fcntl.LOCK_EX)  # which keeps it waiting there
-        process = shims.Process(preloaded(), words, environment(), tmp_path, nothing.fileno(), nothing.fileno())
-        opened = Path(f"/proc/{process.pid}/fd")
-        assert until(lambda: str(out.parent) in [os.path.realpath(one) for one in opened.iterdir()], 60)
+    waits = environment({"MAINSTEM_FAILPOINT": "file.create=hang"})
+    with Path(os.devnull).open("wb") as nothing:
+        process = shims.Process(preloaded(), words, waits, tmp_path, nothing.fileno(), nothing.fileno())
+        assert until(lambda: os.listdir(out.parent), 60)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
     assert not os.listdir(out.parent)
