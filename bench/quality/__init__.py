@@ -3,6 +3,7 @@
 texts/, tasks.py              texts and classes
 encoder.py, training.py       sentence encoders, their heads, their experts
 vision.py                     readers of digits
+places.py                     the demo's network
 lora.py                       LoRA experts of both
 experts.py, family.py         experts in the cache; a base, its experts and what scores them
 scoring.py                    encoders, fast

@@ -23,7 +23,7 @@ import torch
 from bench.quality import blocks, vision
 from bench.quality.blocks import Maker
 from bench.quality.experts import make_experts
-from bench.quality.family import Family, adapters, encoder_adapters, encoders, halves, readers
+from bench.quality.family import Family, adapters, demo, encoder_adapters, encoders, halves, readers
 from bench.quality.learning import Course
 from bench.record import RESULTS
 
@@ -53,6 +53,7 @@ def blocks_over(cache: Path, maker: Maker) -> Mapping[str, Callable[[], Any]]:
         "adapters": lambda: blocks.streams(adapters(cache, ready=maker.ready), maker, orders=3),
         "routed": lambda: blocks.routed(reader(vision.TASKS), maker),
         "learned": lambda: blocks.learned(reader(vision.TASKS), maker, LEARNED),
+        "demo_learned": lambda: blocks.learned(demo(cache, ready=maker.ready), maker, LEARNED),
         "grid_replay": lambda: blocks.grid(reader(), maker, replay=True),
         "encoder_orders": lambda: blocks.streams(sentence(), maker, whole=False),
         "encoder_sensitivity": lambda: blocks.sensitivity(sentence(), maker),

@@ -10,7 +10,7 @@ from typing import Protocol
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench.quality import vision
+from bench.quality import places, vision
 from bench.quality.experts import half_of, note, save
 from bench.quality.folding import Stream
 from bench.quality.lora import encoder_adapter, reader_adapter
@@ -153,6 +153,16 @@ def adapters(cache: Path, tasks: Sequence[str] = vision.TRAINED[::2], *, ready: 
         _check_there({task: cache / "vision" / "lora" / task for task in tasks})
     paths = {f"{task}-lora": reader_adapter(task, cache) for task in tasks}
     return replace(found, name="adapters", experts=paths, tasks={f"{task}-lora": task for task in tasks})
+
+
+def demo(cache: Path, *, ready: bool = False) -> Family:
+    """The demo's network and experts, in the same way."""
+    paths = {task: cache / "demo" / f"{task}.safetensors" for task in places.TASKS}
+    if ready:
+        _check_there(paths)
+    for task in paths:
+        places.expert_of(task, cache)
+    return Family("demo", cache, places.base_of(cache), paths, [], places.Scorer(), {})
 
 
 def _check_there(paths: Mapping[str, Path]) -> None:

@@ -22,6 +22,7 @@ BLOCKS = {
     "routed": "smile with its router, digit readers",
     "encoder_routed": "smile with its router, sentence encoders",
     "learned": "learned coefficients, digit readers",
+    "demo_learned": "learned coefficients, the demo's network",
     "encoder_learned": "learned coefficients, sentence encoders",
     "grid": "over time, without replay",
     "grid_replay": "over time, with replay",
@@ -47,6 +48,7 @@ def findings(results: Part) -> list[str]:
         *_routed(results, "routed", "digit readers"),
         *_routed(results, "encoder_routed", "sentence encoders"),
         *_learned(results, "learned", "digit readers"),
+        *_learned(results, "demo_learned", "the demo's network"),
         *_learned(results, "encoder_learned", "sentence encoders"),
         *_started(results),
         *_summed(results),
@@ -203,7 +205,7 @@ def _learned(results: Part, name: str, title: str) -> list[str]:
     tasks, others = part["tasks"], part["plain"]
     label = max(whole, key=lambda one: mean(whole[one]["scores"], tasks))
     best = whole[label]
-    words = f"**Learned coefficients**, {title}: {percent(mean(best['scores'], tasks))} ACC (`{label}`)"
+    words = f"**Learned coefficients**, {title}: {percent(mean(best['scores'], tasks))} ACC at best (`{label}`)"
     if start := others.get(STARTING):
         worse = sum(best["scores"][task] < start[task] for task in tasks)
         fell = " to ".join(plain(nats, 2) for nats in best["entropy"])

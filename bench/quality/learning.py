@@ -40,7 +40,7 @@ class Course:
     @property
     def label(self) -> str:
         """For people."""
-        return f"lr={self.lr:g}, {self.steps} steps" + (f", batches of {self.of} tasks" if self.of else "")
+        return f"lr={self.lr:g}, {self.steps} steps" + (f", batches of {self.of} of the tasks" if self.of else "")
 
 
 @one_thread()

@@ -204,32 +204,29 @@ def _routed(results: Part) -> list[str]:
 
 def _learned(results: Part) -> list[str]:
     lines: list[str] = []
-    for name, title in (("learned", "digit readers"), ("encoder_learned", "sentence encoders")):
+    for name, title in (
+        ("learned", "digit readers"),
+        ("demo_learned", "the demo's network, digits in eight places"),
+        ("encoder_learned", "sentence encoders"),
+    ):
         part = results.get(name)
         if not part:
             continue
         tasks = part["tasks"]
-        rows = [["the base", percent(part["base"]), "-", "-", "-", "-"]]
-        plain_ones = sorted(part["plain"].items(), key=lambda item: findings.mean(item[1], tasks))
-        rows += [
-            [f"`{label}`", percent(findings.mean(scores, tasks)), "-", "-", "-", "-"] for label, scores in plain_ones
-        ]
+        rows = [["the base", percent(part["base"])]]
+        for label, scores in sorted(part["plain"].items(), key=lambda item: findings.mean(item[1], tasks)):
+            rows.append([f"`{label}`", percent(findings.mean(scores, tasks))])
         for label, row in part["learned"].items():
-            seen, others = tasks[: row["of"]], tasks[len(tasks[: row["of"]]) :]
-            rows.append(
-                [
-                    f"learned, {label}",
-                    percent(findings.mean(row["scores"], tasks)),
-                    percent(findings.mean(row["scores"], seen)) if others else "-",
-                    percent(findings.mean(row["scores"], others)) if others else "-",
-                    " to ".join(plain(value, 2) for value in row["entropy"]),
-                    plain(row["seconds"], 2),
-                ]
-            )
-        rows.append(["experts, each by itself", percent(part["own"]), "-", "-", "-", "-"])
+            acc = percent(findings.mean(row["scores"], tasks))
+            if row["of"]:
+                seen, others = (findings.mean(row["scores"], some) for some in (tasks[: row["of"]], tasks[row["of"] :]))
+                acc += f": {percent(seen)} in these, {percent(others)} in the others"
+            fell = " to ".join(plain(value, 2) for value in row["entropy"])
+            rows.append([f"learned, {label}", acc, fell, plain(row["seconds"], 2)])
+        rows.append(["experts, each by itself", percent(part["own"])])
+        columns = ["", "ACC", "entropy, nats", "seconds a step"]
         lines += ["", f"{title[0].upper()}{title[1:]}, {len(tasks)} experts:", ""]
-        columns = ["", "ACC", "of tasks with batches", "of the others", "entropy, nats", "seconds a step"]
-        lines += table(columns, rows)
+        lines += table(columns, [[*row, *["-"] * (len(columns) - len(row))] for row in rows])
     if not lines:
         return []
     return [
@@ -238,8 +235,8 @@ def _learned(results: Part) -> list[str]:
         "[AdaMerging](adamerging.md) over the first experts of [more and more experts](#more-and-more-experts), from",
         "batches of 16 of each task's training data without labels; all coefficients start at `task_arithmetic`'s own",
         "scale, and the other rows have no data. The entropy is the sum over the tasks, of the first and the last ten",
-        "steps. A step's CPU seconds are with the model's forward and backward passes. Blocks `learned` and",
-        "`encoder_learned`.",
+        "steps. A step's CPU seconds are with the model's forward and backward passes. Blocks `learned`,",
+        "`demo_learned` and `encoder_learned`.",
         *lines,
     ]
 

@@ -1,6 +1,7 @@
 """The bench of quality: what it draws, that it folds as the driver's own trial does, and the whole of it, tiny."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from bench.quality import __main__ as command
-from bench.quality import blocks, findings, learning, time_grid, vision
+from bench.quality import blocks, findings, learning, places, time_grid, vision
 from bench.quality.blocks import Maker
 from bench.quality.experts import save
-from bench.quality.family import readers
+from bench.quality.family import demo, readers
 from bench.quality.folding import Stream
 from bench.quality.learning import Course
 from bench.quality.report import DOCUMENT, SOURCE, page
@@ -21,6 +22,7 @@ from bench.quality.routing import routed
 from bench.quality.streams import Cell, Variant, cell
 from bench.quality.tasks import TASKS
 from bench.quality.texts.sampling import sampled
+from daemon.demo import digits
 from projector.laws.trial import merge, stream
 from projector.methods import make
 
@@ -130,6 +132,17 @@ def test_coefficients_that_do_not_move_are_task_arithmetics_and_such_that_do_fal
     found = learning.learned(family, FEW, Course(0.5, 12))
     assert found == {**learning.learned(family, FEW, Course(0.5, 12)), "seconds": found["seconds"]}
     assert found["entropy"][1] < found["entropy"][0]
+
+
+def test_the_demos_network_is_a_family_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "EPOCHS", 1)
+    monkeypatch.setattr(places, "TASKS", dict([*places.TASKS.items()][:2]))
+    with pytest.raises(FileNotFoundError, match="top_left, right"):
+        demo(tmp_path, ready=True)
+    family = demo(tmp_path)
+    assert min(family.own_scores().values()) > max(family.base_scores().values())
+    found = learning.learned(family, [*family.experts], Course(0.01, 1))
+    assert found["scores"].keys() == places.TASKS.keys() and found["entropy"][0] < 2 * math.log(10)
 
 
 def test_what_is_routed_and_learned_is_kept_and_what_is_not_there_is_named(
