@@ -23,11 +23,14 @@ import torch
 from bench.quality import blocks, vision
 from bench.quality.blocks import Maker
 from bench.quality.experts import make_experts
-from bench.quality.family import Family, adapters, encoder_adapters, encoders, halves, readers
+from bench.quality.family import Family, adapters, demo, encoder_adapters, encoders, halves, readers
+from bench.quality.learning import Course
 from bench.record import RESULTS
 
 CACHE = Path("build") / "quality"
 TEXTS = 150  # of each encoder's task
+LEARNED = [Course(0.001, 500), Course(0.01, 500), Course(0.1, 500), Course(0.01, 500, of=4)]
+ENCODERS_LEARNED = [Course(0.001, 100), Course(0.01, 100)]
 
 
 def blocks_over(cache: Path, maker: Maker) -> Mapping[str, Callable[[], Any]]:
@@ -48,10 +51,15 @@ def blocks_over(cache: Path, maker: Maker) -> Mapping[str, Callable[[], Any]]:
         "sensitivity": lambda: blocks.sensitivity(reader(), maker),
         "growth": lambda: blocks.growth(reader(vision.TASKS), maker),
         "adapters": lambda: blocks.streams(adapters(cache, ready=maker.ready), maker, orders=3),
+        "routed": lambda: blocks.routed(reader(vision.TASKS), maker),
+        "learned": lambda: blocks.learned(reader(vision.TASKS), maker, LEARNED),
+        "demo_learned": lambda: blocks.learned(demo(cache, ready=maker.ready), maker, LEARNED),
         "grid_replay": lambda: blocks.grid(reader(), maker, replay=True),
         "encoder_orders": lambda: blocks.streams(sentence(), maker, whole=False),
         "encoder_sensitivity": lambda: blocks.sensitivity(sentence(), maker),
         "encoder_growth": lambda: blocks.growth(sentence(), maker),
+        "encoder_routed": lambda: blocks.routed(sentence(), maker),
+        "encoder_learned": lambda: blocks.learned(sentence(), maker, ENCODERS_LEARNED),
         "encoder_adapters": lambda: blocks.streams(
             encoder_adapters(cache, TEXTS, ready=maker.ready), maker, orders=1, whole=False
         ),

@@ -4,14 +4,18 @@ A block asks for cells, which come from the cache or are made. With `ready` only
 what is not is counted as not run.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from bench.quality import time_grid
+from bench.quality import learning, routing, time_grid
+from bench.quality.experts import note
 from bench.quality.family import Family
-from bench.quality.streams import Cell, Variant, cell, data_free
+from bench.quality.streams import Cell, Variant, cell, cell_path, data_free
 from daemon.study.planning import shuffled
 from projector.methods import make, methods
 
@@ -30,6 +34,15 @@ GRIDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 SIZES = (2, 4, 8, 16, 32)
 GROWN = ("mean", "opcm", "iso_c", "tsv_m", "wudi", "ace", "confluence", "ties", "task_arithmetic")
 
+LEARNED = 8  # experts whose coefficients are learned: the first ones of `growth`
+PLAIN = (
+    *(Variant(name, {}) for name in ("task_arithmetic", "opcm", "tsv_m", "confluence")),
+    *(Variant("task_arithmetic", {"scale": scale}) for scale in (0.1, 0.2, 0.5)),
+)
+"""What learned coefficients stand beside: where they start, other scales for all, and what needs no data."""
+ROUTED = (4, 8, 16)
+BESIDE = ("opcm", "confluence")
+
 
 @dataclass
 class Maker:
@@ -46,6 +59,17 @@ class Maker:
             self.missing += 1
         else:
             self.say(f"{family.name}: {variant.label}: {len(order)} experts")
+        return found
+
+    def kept(self, path: Path, label: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """Anything else that is one file, in the same way."""
+        if not path.exists():
+            if self.ready:
+                self.missing += 1
+                return None
+            note(make(), path)
+        self.say(label)
+        found: Mapping[str, Any] = json.loads(path.read_text())
         return found
 
 
@@ -94,7 +118,7 @@ def sensitivity(family: Family, maker: Maker) -> dict[str, Any]:
 def growth(family: Family, maker: Maker, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
     """The first experts of one drawn order, more and more of them, each number merged on its own."""
     own = family.own_scores()
-    order = shuffled(list(family.experts), 2, SEED)[1]
+    order = _growing(family)
     rows: dict[str, Any] = {}
     for size in sizes:
         if size > len(order):
@@ -105,6 +129,62 @@ def growth(family: Family, maker: Maker, sizes: Sequence[int] = SIZES) -> dict[s
             if made:
                 figures = made.figures(own, ())
                 rows.setdefault(name, {})[str(size)] = {key: figures[key] for key in ("acc", "share", "bwt")}
+    return rows
+
+
+def learned(family: Family, maker: Maker, courses: Sequence[learning.Course]) -> dict[str, Any]:
+    """The first experts of `growth`: their coefficients learned without labels, beside what needs no data."""
+    order, own = _growing(family)[:LEARNED], family.own_scores()
+    some = replace(family, held_out=[])
+    found: dict[str, Any] = {}
+    for course in courses:
+        made = maker.kept(
+            cell_path(family, "adamerging", asdict(course), order),
+            f"{family.name}: adamerging {course.label}: {len(order)} experts",
+            partial(learning.learned, family, order, course),
+        )
+        if made:
+            found[course.label] = {**made, "of": course.of}
+    plain = {one.label: maker.cell(some, one, order, whole=False) for one in PLAIN if one.name in methods()}
+    if not found:
+        return {}
+    base = family.base_scores()
+    return {
+        "tasks": family.learned(order),
+        "own": fmean(own[name] for name in order),
+        "base": fmean(base[task] for task in family.learned(order)),
+        "learned": found,
+        "plain": {label: made.steps[-1] for label, made in plain.items() if made},
+    }
+
+
+def routed(family: Family, maker: Maker) -> dict[str, Any]:
+    """By number of experts, those of `growth`, the share of the experts' own accuracy: smile as it is published, with
+    its router, and with one that has kept half of the experts, beside methods that merge.
+    """
+    own, order = family.own_scores(), _growing(family)
+    rows: dict[str, Any] = {}
+    for size in ROUTED:
+        if size > len(order):
+            continue
+        some = order[:size]
+        row = {}
+        for key, cap in (("cap", size), ("half", size // 2)):
+            made = maker.kept(
+                cell_path(family, "smile-routed", cap, some),
+                f"{family.name}: smile, routed: {cap} of {size} experts",
+                partial(routing.scored, family, some, cap),
+            )
+            if made:
+                row[key] = {form: _share(scores, own, some, family) for form, scores in made.items()}
+        merged = {
+            name: maker.cell(replace(family, held_out=[]), Variant(name, {}), some, whole=False)
+            for name in BESIDE
+            if name in methods()
+        }
+        if row:
+            plain = {name: made.figures(own, ())["share"] for name, made in merged.items() if made}
+            rows[str(size)] = {**row, "merged": plain}
     return rows
 
 
@@ -146,6 +226,16 @@ def _row(cells: Sequence[Cell], own: Mapping[str, float], family: Family) -> dic
         "curve": curve,
         "first_acc": figures[0]["acc"],
     }
+
+
+def _growing(family: Family) -> list[str]:
+    """The order in which more and more experts come."""
+    return list(shuffled(list(family.experts), 2, SEED)[1])
+
+
+def _share(scores: Mapping[str, float], own: Mapping[str, float], order: Sequence[str], family: Family) -> float:
+    """Of what each expert has by itself in its task, the mean part that is there."""
+    return fmean(scores[family.task(name)] / own[name] for name in order)
 
 
 def _mean(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench.quality import vision
+from bench.quality import places, vision
 from bench.quality.experts import half_of, note, save
 from bench.quality.folding import Stream
 from bench.quality.lora import encoder_adapter, reader_adapter
@@ -25,10 +26,26 @@ STREAM = 16  # experts of the main stream; the tasks of the others are held out
 Weights = Mapping[str, Tensor]
 
 
+class Runs(Protocol):
+    """What runs the models of a family, on held-out data and on batches of the training data without their labels."""
+
+    def scores(self, weights: Weights, tasks: Iterable[str]) -> Mapping[str, float]:
+        """By task, the share, 0..1, of held-out data that is put into its class."""
+
+    def model(self) -> nn.Module:
+        """A new one, whose tensors have the base's names."""
+
+    def accuracy(self, model: nn.Module, task: str) -> float:
+        """What `scores` says, of a model as it is."""
+
+    def logits(self, model: nn.Module, task: str, step: int) -> Tensor:
+        """(b, classes) of one batch of a task; of the same task and step always the same batch."""
+
+
 @dataclass(frozen=True)
 class Family:
     """experts: by name, in the order in which they arrive unless another is drawn; each learned the task of its name,
-    or that of `tasks`. held_out: tasks that none of them learned. score: weights and tasks to shares, 0..1.
+    or that of `tasks`. held_out: tasks that none of them learned. runs: its models.
     """
 
     name: str
@@ -36,7 +53,7 @@ class Family:
     base: Path
     experts: Mapping[str, Path]
     held_out: Sequence[str]
-    score: Callable[[Weights, Iterable[str]], Mapping[str, float]]
+    runs: Runs
     tasks: Mapping[str, str]
 
     def task(self, expert: str) -> str:
@@ -46,6 +63,10 @@ class Family:
     def learned(self, experts: Iterable[str]) -> list[str]:
         """What these learned."""
         return list(dict.fromkeys(self.task(one) for one in experts))
+
+    def score(self, weights: Weights, tasks: Iterable[str]) -> Mapping[str, float]:
+        """By task, the share, 0..1, that is put into its class."""
+        return self.runs.scores(weights, tasks)
 
     def base_scores(self) -> dict[str, float]:
         """By task, of all tasks."""
@@ -81,7 +102,7 @@ def encoders(cache: Path, texts: int) -> Family:
     held_out = [name for name in gains if name not in chosen]
     scorer = Scorer(cache, [*chosen, *held_out], texts)
     paths = {name: cache / "experts" / f"{name}.safetensors" for name in chosen}
-    return Family("encoders", cache, cache / "base.safetensors", paths, held_out, scorer.scores, {})
+    return Family("encoders", cache, cache / "base.safetensors", paths, held_out, scorer, {})
 
 
 def halves(cache: Path, texts: int, *, ready: bool = False) -> Family:
@@ -122,8 +143,7 @@ def readers(cache: Path, tasks: Sequence[str] = vision.TRAINED, *, ready: bool =
         if not path.exists():
             save(vision.finetuned(load_file(base), task), path)
     held_out = [task for task in vision.TASKS + vision.BASE_TASKS if task not in paths]
-    score = lambda weights, wanted: vision.scores(weights, tuple(wanted))  # noqa: E731
-    return Family("readers", cache, base, paths, held_out, score, {})
+    return Family("readers", cache, base, paths, held_out, vision.Scorer(), {})
 
 
 def adapters(cache: Path, tasks: Sequence[str] = vision.TRAINED[::2], *, ready: bool = False) -> Family:
@@ -133,6 +153,16 @@ def adapters(cache: Path, tasks: Sequence[str] = vision.TRAINED[::2], *, ready: 
         _check_there({task: cache / "vision" / "lora" / task for task in tasks})
     paths = {f"{task}-lora": reader_adapter(task, cache) for task in tasks}
     return replace(found, name="adapters", experts=paths, tasks={f"{task}-lora": task for task in tasks})
+
+
+def demo(cache: Path, *, ready: bool = False) -> Family:
+    """The demo's network and experts, in the same way."""
+    paths = {task: cache / "demo" / f"{task}.safetensors" for task in places.TASKS}
+    if ready:
+        _check_there(paths)
+    for task in paths:
+        places.expert_of(task, cache)
+    return Family("demo", cache, places.base_of(cache), paths, [], places.Scorer(), {})
 
 
 def _check_there(paths: Mapping[str, Path]) -> None:

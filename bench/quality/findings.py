@@ -1,6 +1,7 @@
 """What the results say, in sentences made from them."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from textwrap import wrap
 from typing import Any
 
@@ -18,10 +19,16 @@ BLOCKS = {
     "encoder_growth": "more and more experts, sentence encoders",
     "sensitivity": "other parameters, digit readers",
     "encoder_sensitivity": "other parameters, sentence encoders",
+    "routed": "smile with its router, digit readers",
+    "encoder_routed": "smile with its router, sentence encoders",
+    "learned": "learned coefficients, digit readers",
+    "demo_learned": "learned coefficients, the demo's network",
+    "encoder_learned": "learned coefficients, sentence encoders",
     "grid": "over time, without replay",
     "grid_replay": "over time, with replay",
 }
 LEAST = 3  # methods, to be compared
+STARTING = "task_arithmetic"  # with its own scale: where learned coefficients begin
 NO_MERGE = ("zero_shot", "latest")
 Part = Mapping[str, Any]
 
@@ -38,6 +45,11 @@ def findings(results: Part) -> list[str]:
         *_costly(results),
         *_failing(results),
         *_grown(results),
+        *_routed(results, "routed", "digit readers"),
+        *_routed(results, "encoder_routed", "sentence encoders"),
+        *_learned(results, "learned", "digit readers"),
+        *_learned(results, "demo_learned", "the demo's network"),
+        *_learned(results, "encoder_learned", "sentence encoders"),
         *_started(results),
         *_summed(results),
     ]
@@ -168,6 +180,46 @@ def _grown(results: Part) -> list[str]:
         f"{percent(whole[kept][many]['share'])} % of the experts' own accuracy, `{lost}` from "
         f"{percent(whole[lost][few]['share'])} to {percent(whole[lost][many]['share'])}."
     ]
+
+
+def _routed(results: Part, name: str, title: str) -> list[str]:
+    part = results.get(name)
+    told = []
+    for count, row in sorted((part or {}).items(), key=lambda item: int(item[0])):
+        if "cap" not in row:
+            continue
+        merged = row["merged"]
+        best = max(merged, key=merged.__getitem__, default=None)
+        beside = f", `{best}` without a router {percent(merged[best])}" if best else ""
+        told.append(f"{count} experts {percent(row['cap']['1'])}, published {percent(row['cap']['published'])}{beside}")
+    return (
+        [f"**A router**, `smile`, {title}, per cent of the experts' own accuracy: {'; '.join(told)}."] if told else []
+    )
+
+
+def _learned(results: Part, name: str, title: str) -> list[str]:
+    part = results.get(name)
+    whole = {label: row for label, row in (part or {}).get("learned", {}).items() if row["of"] is None}
+    if not part or not whole:
+        return []
+    tasks, others = part["tasks"], part["plain"]
+    label = max(whole, key=lambda one: mean(whole[one]["scores"], tasks))
+    best = whole[label]
+    words = f"**Learned coefficients**, {title}: {percent(mean(best['scores'], tasks))} ACC at best (`{label}`)"
+    if start := others.get(STARTING):
+        worse = sum(best["scores"][task] < start[task] for task in tasks)
+        fell = " to ".join(plain(nats, 2) for nats in best["entropy"])
+        words += f" from {percent(mean(start, tasks))} at the start, while the entropy went from {fell} nats; "
+        words += f"{worse} of {len(tasks)} tasks got worse"
+    if others:
+        other = max(others, key=lambda one: mean(others[one], tasks))
+        words += f". Without data `{other}` has {percent(mean(others[other], tasks))}"
+    return [f"{words}."]
+
+
+def mean(scores: Mapping[str, float], tasks: Sequence[str]) -> float:
+    """Over these tasks."""
+    return fmean(scores[task] for task in tasks)
 
 
 def balance(pair: Part) -> float:

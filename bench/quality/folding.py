@@ -17,10 +17,12 @@ from torch import Tensor
 from daemon.checkpoints.checkpoint import OpenCheckpoint, open_path
 from projector.driver.fold import Driver
 from projector.driver.head import HeadFold
+from projector.driver.routed import RoutedModel
 from projector.driver.steps import record_specs, state_bytes, state_specs
 from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
 from projector.method import Contribution, Method, Totals
+from projector.methods.smile import Smile
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Stream:
         """The merged model."""
         found = self._out.reader()
         return {name: found.read(name) for name in found.specs}
+
+    def routed(self) -> RoutedModel:
+        """What `mainstem export` would write after this arrival; of smile alone."""
+        assert isinstance(self.method, Smile) and self._state is not None
+        return RoutedModel(self._base, self.method, self._state, self._totals)
 
     def figures(self) -> Mapping[str, float]:
         """What the method tells of itself."""

@@ -49,6 +49,8 @@ def page(results: Part) -> str:
         _streams(results, "encoder_adapters", "LoRA experts: eight sentence encoders, one order"),
         _growth(results),
         _sensitivity(results),
+        _routed(results),
+        _learned(results),
         _grid(results),
         _missing(results),
     ]
@@ -172,6 +174,73 @@ def _sensitivity(results: Part) -> list[str]:
     return ["## Other parameters", *lines] if lines else []
 
 
+def _routed(results: Part) -> list[str]:
+    lines: list[str] = []
+    for name, title in (("routed", "digit readers"), ("encoder_routed", "sentence encoders")):
+        part = results.get(name)
+        if not part:
+            continue
+        merged = list(dict.fromkeys(label for row in part.values() for label in row["merged"]))
+        rows = []
+        for count, row in sorted(part.items(), key=lambda item: int(item[0])):
+            figures = [row["merged"].get(label) for label in merged]
+            figures += [row.get("cap", {}).get(form) for form in ("published", "1", "2")]
+            figures.append(row.get("half", {}).get("1"))
+            rows.append([count, *("-" if one is None else percent(one) for one in figures)])
+        columns = ["experts", *(f"`{label}`" for label in merged), "`smile`, published", "routed", "`top_k=2`"]
+        lines += ["", f"Share of the experts' own accuracy, {title}:", ""]
+        lines += table([*columns, "`cap` half the experts, routed"], rows)
+    if not lines:
+        return []
+    return [
+        "## `smile` with its router",
+        "",
+        "The experts of [more and more experts](#more-and-more-experts), `cap` their number: published, `smile` is a",
+        "merged model as any other, routed it is what [`mainstem export`](methods.md#a-model-that-routes) writes. In",
+        "the last column half of them are kept apart. Blocks `routed` and `encoder_routed`.",
+        *lines,
+    ]
+
+
+def _learned(results: Part) -> list[str]:
+    lines: list[str] = []
+    for name, title in (
+        ("learned", "digit readers"),
+        ("demo_learned", "the demo's network, digits in eight places"),
+        ("encoder_learned", "sentence encoders"),
+    ):
+        part = results.get(name)
+        if not part:
+            continue
+        tasks = part["tasks"]
+        rows = [["the base", percent(part["base"])]]
+        for label, scores in sorted(part["plain"].items(), key=lambda item: findings.mean(item[1], tasks)):
+            rows.append([f"`{label}`", percent(findings.mean(scores, tasks))])
+        for label, row in part["learned"].items():
+            acc = percent(findings.mean(row["scores"], tasks))
+            if row["of"]:
+                seen, others = (findings.mean(row["scores"], some) for some in (tasks[: row["of"]], tasks[row["of"] :]))
+                acc += f": {percent(seen)} in these, {percent(others)} in the others"
+            fell = " to ".join(plain(value, 2) for value in row["entropy"])
+            rows.append([f"learned, {label}", acc, fell, plain(row["seconds"], 2)])
+        rows.append(["experts, each by itself", percent(part["own"])])
+        columns = ["", "ACC", "entropy, nats", "seconds a step"]
+        lines += ["", f"{title[0].upper()}{title[1:]}, {len(tasks)} experts:", ""]
+        lines += table(columns, [[*row, *["-"] * (len(columns) - len(row))] for row in rows])
+    if not lines:
+        return []
+    return [
+        "## Learned coefficients",
+        "",
+        "[AdaMerging](adamerging.md) over the first experts of [more and more experts](#more-and-more-experts), from",
+        "batches of 16 of each task's training data without labels; all coefficients start at `task_arithmetic`'s own",
+        "scale, and the other rows have no data. The entropy is the sum over the tasks, of the first and the last ten",
+        "steps. A step's CPU seconds are with the model's forward and backward passes. Blocks `learned`,",
+        "`demo_learned` and `encoder_learned`.",
+        *lines,
+    ]
+
+
 def _grid(results: Part) -> list[str]:
     lines: list[str] = []
     for name, title in (
@@ -209,9 +278,8 @@ def _missing(results: Part) -> list[str]:
         if not results.get(name):
             gone.append(f"- {words}: not run yet")
         elif count:
-            gone.append(
-                f"- {words}: {count} {'pair' if name.startswith('grid') else 'stream'}{'s' * (count > 1)} not run yet"
-            )
+            what = "pair" if name.startswith("grid") else "run" if name.endswith("learned") else "stream"
+            gone.append(f"- {words}: {count} {what}{'s' * (count > 1)} not run yet")
     needs = "methods that need sidecars (`fisher`, `regmean`, `mats`) are not tried here"
     return ["## Not run", "", *gone, f"- {needs}"]
 

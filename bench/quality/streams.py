@@ -126,7 +126,10 @@ def cell(family: Family, variant: Variant, order: Sequence[str], *, whole: bool,
 
 
 def _path(family: Family, variant: Variant, order: Sequence[str], whole: bool) -> Path:
+    return cell_path(family, variant.name, variant.made().params(), list(order), list(family.held_out), whole)
+
+
+def cell_path(family: Family, name: str, *said: Any) -> Path:
     """By what the result depends on, but for the code."""
-    said = json.dumps([variant.made().params(), list(order), list(family.held_out), whole])
-    name = f"{variant.name}-{hashlib.sha256(said.encode()).hexdigest()[:12]}.json"
-    return family.cache / "cells" / family.name / name
+    found = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+    return family.cache / "cells" / family.name / f"{name}-{found}.json"

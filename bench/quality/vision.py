@@ -5,12 +5,14 @@ in all styles. A task is a place and a style: 32 of them, so that experts of som
 that none was trained on. The head is the base's, and frozen.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from bench.quality.texts.sampling import unlabelled
 
 DIGIT, FIELD, PATCH = 8, 24, 4  # pixels: the side of an image, of what the network sees, of a patch
 WIDTH, LAYERS, HEADS = 64, 3, 4
@@ -163,7 +165,33 @@ def train(
 
 def scores(weights: Weights, tasks: Sequence[str] = TASKS + BASE_TASKS, count: int | None = None) -> dict[str, float]:
     """By task, the share, 0..1, of held-out digits that is read."""
-    images, labels = (part[TRAINING_IMAGES : TRAINING_IMAGES + (count or SCORED)] for part in _digits())
     model = network(weights)
+    return {task: accuracy(model, task, count) for task in tasks}
+
+
+def accuracy(model: nn.Module, task: str, count: int | None = None) -> float:
+    """The share, 0..1, of held-out digits that a network reads."""
+    images, labels = (part[TRAINING_IMAGES : TRAINING_IMAGES + (count or SCORED)] for part in _digits())
     with torch.inference_mode():
-        return {task: float((model(images_of(task, images)).argmax(1) == labels).double().mean()) for task in tasks}
+        return float((model(images_of(task, images)).argmax(1) == labels).double().mean())
+
+
+class Scorer:
+    """What runs them."""
+
+    def scores(self, weights: Weights, tasks: Iterable[str]) -> dict[str, float]:
+        """By task, the share, 0..1, of held-out digits that is read."""
+        return scores(weights, tuple(tasks))
+
+    def model(self) -> nn.Module:
+        """A new network."""
+        return network()
+
+    def accuracy(self, model: nn.Module, task: str) -> float:
+        """What `scores` says, of a network as it is."""
+        return accuracy(model, task)
+
+    def logits(self, model: nn.Module, task: str, step: int) -> Tensor:
+        """(b, 10) of one batch of the training images."""
+        found: Tensor = model(images_of(task, _digits()[0][unlabelled(task, step, TRAINING_IMAGES)]))
+        return found

@@ -1,6 +1,8 @@
 """The bench of quality: what it draws, that it folds as the driver's own trial does, and the whole of it, tiny."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 from bench.quality import __main__ as command
-from bench.quality import blocks, findings, time_grid, vision
+from bench.quality import blocks, findings, learning, places, time_grid, vision
 from bench.quality.blocks import Maker
 from bench.quality.experts import save
-from bench.quality.family import readers
+from bench.quality.family import demo, readers
 from bench.quality.folding import Stream
+from bench.quality.learning import Course
 from bench.quality.report import DOCUMENT, SOURCE, page
+from bench.quality.routing import routed
 from bench.quality.streams import Cell, Variant, cell
 from bench.quality.tasks import TASKS
 from bench.quality.texts.sampling import sampled
+from daemon.demo import digits
 from projector.laws.trial import merge, stream
 from projector.methods import make
 
@@ -101,6 +106,60 @@ def test_a_cell_is_made_once_and_only_when_asked(tiny: Path) -> None:
     made = cell(family, one, FEW, whole=True)
     family.base.unlink()
     assert cell(family, one, FEW, whole=True) == made
+
+
+def test_a_routed_network_with_one_expert_is_that_expert(tiny: Path) -> None:
+    """Where its ranks fit, and it moved nothing but linear layers: all else is the base's."""
+    family = readers(tiny, FEW)
+    base, draw = load_file(family.base), torch.Generator().manual_seed(0)
+    linear = [name for name in base if "_proj" in name]
+    expert = {**base, **{name: base[name] + 0.1 * torch.randn(base[name].shape, generator=draw) for name in linear}}
+    save(expert, tiny / "expert.safetensors")
+    with Stream(make("smile", {"rank": vision.WIDTH}), family.base) as stream:
+        stream.take(tiny / "expert.safetensors")
+        network = routed(stream.routed(), vision.network(), 1)
+    images = vision.images_of(FEW[0], torch.rand(8, 8, 8, generator=draw))
+    torch.testing.assert_close(network(images), vision.network(expert)(images), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(network(images), vision.network(base)(images), rtol=1e-2, atol=1e-2)
+
+
+def test_coefficients_that_do_not_move_are_task_arithmetics_and_such_that_do_fall(tiny: Path) -> None:
+    family = readers(tiny, FEW)
+    still = learning.learned(family, FEW, Course(0.0, 1))
+    assert still["mean"] == pytest.approx([0.3, 0.3])
+    wanted = cell(replace(family, held_out=[]), Variant("task_arithmetic", {}), FEW, whole=False)
+    assert wanted and still["scores"] == wanted.steps[-1]
+    found = learning.learned(family, FEW, Course(0.5, 12))
+    assert found == {**learning.learned(family, FEW, Course(0.5, 12)), "seconds": found["seconds"]}
+    assert found["entropy"][1] < found["entropy"][0]
+
+
+def test_the_demos_network_is_a_family_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "EPOCHS", 1)
+    monkeypatch.setattr(places, "TASKS", dict([*places.TASKS.items()][:2]))
+    with pytest.raises(FileNotFoundError, match="top_left, right"):
+        demo(tmp_path, ready=True)
+    family = demo(tmp_path)
+    assert min(family.own_scores().values()) > max(family.base_scores().values())
+    found = learning.learned(family, [*family.experts], Course(0.01, 1))
+    assert found["scores"].keys() == places.TASKS.keys() and found["entropy"][0] < 2 * math.log(10)
+
+
+def test_what_is_routed_and_learned_is_kept_and_what_is_not_there_is_named(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "ROUTED", (2,))
+    family, courses = readers(tiny, FEW), [Course(0.1, 1), Course(0.1, 1, of=1)]
+    ready, maker = Maker(ready=True, say=lambda _: None), Maker(ready=False, say=lambda _: None)
+    assert not blocks.routed(family, ready) and not blocks.learned(family, ready, courses)
+    assert ready.missing == 2 + len(blocks.BESIDE) + len(courses) + len(blocks.PLAIN)
+    made = {"routed": blocks.routed(family, maker), "learned": blocks.learned(family, maker, courses)}
+    family.base.unlink()
+    assert made == {"routed": blocks.routed(family, ready), "learned": blocks.learned(family, ready, courses)}
+    text = page({**made, "missing": {"learned": 1}})
+    assert "| `cap` half the experts, routed |" in text and "| learned, lr=0.1, 1 steps |" in text
+    assert f"- {findings.BLOCKS['learned']}: 1 run not run yet" in text
+    assert f"- {findings.BLOCKS['encoder_routed']}: not run yet" in text
 
 
 def test_the_whole_of_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from random import Random
 
 TRAIN, TEST = 4000, 1000  # texts of a task, at most
 LEAST = 90  # texts of a class: with fewer it is no class
+BATCH = 16  # items without their labels, as many as AdaMerging's authors take
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ def sampled(name: str, found: Mapping[str, Iterable[str | tuple[str, Hashable]]]
     draw.shuffle(train)
     draw.shuffle(test)
     return Texts(classes, _part(train), _part(test))
+
+
+def unlabelled(task: str, step: int, count: int) -> list[int]:
+    """The places of one batch among so many items: what a step learns from without labels. Always the same."""
+    return Random(f"{task} {step}").sample(range(count), BATCH)
 
 
 def _part(pairs: Sequence[tuple[str, int]]) -> Part:
