@@ -29,6 +29,7 @@ from bench.record import RESULTS
 
 CACHE = Path("build") / "quality"
 TEXTS = 150  # of each encoder's task
+ENCODER_ORDERS = 5  # an order of an encoder takes minutes, one of a reader seconds
 LEARNED = [Course(0.001, 500), Course(0.01, 500), Course(0.1, 500), Course(0.01, 500, of=4)]
 ENCODERS_LEARNED = [Course(0.001, 100), Course(0.01, 100)]
 
@@ -55,7 +56,7 @@ def blocks_over(cache: Path, maker: Maker) -> Mapping[str, Callable[[], Any]]:
         "learned": lambda: blocks.learned(reader(vision.TASKS), maker, LEARNED),
         "demo_learned": lambda: blocks.learned(demo(cache, ready=maker.ready), maker, LEARNED),
         "grid_replay": lambda: blocks.grid(reader(), maker, replay=True),
-        "encoder_orders": lambda: blocks.streams(sentence(), maker, whole=False),
+        "encoder_orders": lambda: blocks.streams(sentence(), maker, orders=ENCODER_ORDERS, whole=False),
         "encoder_sensitivity": lambda: blocks.sensitivity(sentence(), maker),
         "encoder_growth": lambda: blocks.growth(sentence(), maker),
         "encoder_routed": lambda: blocks.routed(sentence(), maker),

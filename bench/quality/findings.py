@@ -11,7 +11,7 @@ from projector.text import plain, size
 BLOCKS = {
     "readers": "digit readers, every method",
     "encoders": "sentence encoders, every method, one order",
-    "encoder_orders": "sentence encoders, ten orders",
+    "encoder_orders": "sentence encoders, five orders",
     "adapters": "LoRA experts, digit readers",
     "encoder_adapters": "LoRA experts, sentence encoders",
     "halves": "32 sentence encoders, two for each task",
@@ -38,6 +38,8 @@ def findings(results: Part) -> list[str]:
     found = [
         *_best(results, "readers", "digit readers"),
         *_best(results, "encoders", "sentence encoders"),
+        *_best(results, "adapters", "digit readers with LoRA"),
+        *_best(results, "encoder_adapters", "sentence encoders with LoRA"),
         *_orders(results),
         *_composed(results),
         *_scaled(results, "sensitivity", "readers", "digit readers"),

@@ -16,10 +16,10 @@ INIT = "init"
 
 
 DEFAULT_METHOD = "opcm"
-"""Of main, where nobody named one: of what docs/quality.md tried, above the mean of all kinds of experts."""
+"""Of main, where nobody named one: published, light, and above the mean of all kinds of experts in docs/quality.md."""
 
 BEST_OF_WHOLE = "confluence"
-"""What docs/quality.md found best of all for experts that were fine-tuned whole; of adapters it is not."""
+"""What docs/quality.md found best of all for experts that were fine-tuned whole, and of short adapters."""
 
 
 @dataclass(frozen=True)
