@@ -10,7 +10,7 @@ import typer
 
 from daemon.cli.common import HomeOption, complain, named_home, settings_of
 from daemon.errors import BadConfig
-from daemon.home.presets import BEST_OF_WHOLE, DEFAULT_METHOD, PRESETS, RELATIVE, growing
+from daemon.home.presets import DEFAULT_METHOD, MOST_KEPT, PRESETS, RELATIVE, growing
 from daemon.layout import Home, is_head_name
 from projector.text import shown, size
 
@@ -94,11 +94,11 @@ def _recommended(schema: "Schema") -> str:
     from projector.driver.steps import state_bytes
     from projector.methods import make
 
-    ours, best = (size(state_bytes(make(name), schema)) for name in (DEFAULT_METHOD, BEST_OF_WHOLE))
+    ours, best = (size(state_bytes(make(name), schema)) for name in (DEFAULT_METHOD, MOST_KEPT))
     return (
-        f"main merges by {DEFAULT_METHOD}, good with whole fine-tunes and adapters (docs/quality.md); its state takes"
-        f" {ours}\nof whole fine-tunes {BEST_OF_WHOLE} kept most: --method {BEST_OF_WHOLE}, whose state takes {best};"
-        " `mainstem study` finds what is best for yours"
+        f"main merges by {DEFAULT_METHOD}, good with all kinds of experts (docs/quality.md); its state takes {ours}\n"
+        f"{MOST_KEPT} keeps more of all but adapters that are long beside the base: --method {MOST_KEPT}, whose state"
+        f" takes {best};\n`mainstem study` finds what is best for yours"
     )
 
 

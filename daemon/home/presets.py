@@ -18,8 +18,8 @@ INIT = "init"
 DEFAULT_METHOD = "opcm"
 """Of main, where nobody named one: published, light, and above the mean of all kinds of experts in docs/quality.md."""
 
-BEST_OF_WHOLE = "confluence"
-"""What docs/quality.md found best of all for experts that were fine-tuned whole, and of short adapters."""
+MOST_KEPT = "confluence"
+"""What keeps most of the experts in docs/quality.md, of all but adapters that are long beside the base."""
 
 
 @dataclass(frozen=True)
