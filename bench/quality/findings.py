@@ -123,7 +123,7 @@ def _scaled(results: Part, name: str, streams: str, title: str) -> list[str]:
         tried = {label: row["acc"] for label, row in grid.items() if label.split()[0] == method}
         best = max(tried, key=lambda label: tried[label])
         won = tried[best] - default["first_acc"]
-        told.append(f"`{best}` {points(won)}" if won > 0 else f"`{method}`'s defaults are its best ({points(won)})")
+        told.append(f"`{best}` {points(won)}" if won > 0 else f"`{method}`'s defaults are its best")
     return [f"**What scale**, {title}, best point of each small grid against the defaults, ACC: {'; '.join(told)}."]
 
 

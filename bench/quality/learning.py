@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from statistics import fmean
 from time import process_time
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from bench.quality.family import Family
 from daemon.adamerging import entropy
 from daemon.checkpoints.checkpoint import open_path
-from daemon.rebuild.learning import METHOD, OFTEN
+from daemon.rebuild.learning import METHOD, fallen
 from projector.algebra.linalg import one_thread
 from projector.driver.adamerging import Adamerging
 from projector.files.source import Checkpoint
@@ -74,7 +73,7 @@ def learned(family: Family, order: Sequence[str], course: Course) -> dict[str, A
         scores = family.score({name: found.read(name) for name in found.specs}, tasks)
     return {
         "scores": dict(scores),
-        "entropy": [fmean(entropies[:OFTEN]), fmean(entropies[-OFTEN:])],
+        "entropy": fallen(entropies),
         "mean": merged.coefficients.clamped.mean(dim=0).tolist(),
         "seconds": seconds / course.steps,
     }

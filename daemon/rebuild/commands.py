@@ -239,14 +239,15 @@ def withdraw_from(
         number = restating.commit(store, heads, written, gone, deed)
     remove_whole(home, inner.root)
     unjudged = [head for head in planned.plan.how if judges(settings.evaluate, head)]
-    return replace(planned.plan, number=number, unjudged=unjudged)
+    return replace(planned.plan, number=number, unjudged=unjudged, notes=_still_live(store, planned.plan.how))
 
 
 def described(plan: Plan) -> list[str]:
     """What was done to each head, in words."""
     number = plan.number or 0
     done = [f"{called(head, number)}: {how}" for head, how in plan.how.items()]
-    return done + [f"{called(head, number)} was not judged: `{judging(head, number)}`" for head in plan.unjudged]
+    done += [f"{called(head, number)} was not judged: `{judging(head, number)}`" for head in plan.unjudged]
+    return [*done, *plan.notes]
 
 
 class _Withdrawal:
@@ -380,6 +381,16 @@ def _never_judged(store: Store, settings: Settings, home: Home) -> list[str]:
             store.rejudge(head.name, head.newest, unjudged(why), None)
             said.append(f"{called(head.name, head.newest)} was not judged: `{asked} --home {quote(str(home.root))}`")
     return said
+
+
+def _still_live(reader: Reader, names: Collection[str]) -> list[str]:
+    """What of these heads is live that was made before the newest version, in lines of words."""
+    return [
+        f"{note}: {called(head.name, head.live)} still is"
+        for head in reader.heads()
+        if head.name in names
+        for note in _not_live(reader, head.name)
+    ]
 
 
 def _not_live(reader: Reader, *names: str) -> list[str]:

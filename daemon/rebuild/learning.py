@@ -213,7 +213,7 @@ class _Course:
             "steps": self._model.coefficients.steps,
             "lr": self._how.lr,
             "start": self._model.start,
-            "entropy": [fmean(self._entropies[:OFTEN]), fmean(self._entropies[-OFTEN:])],
+            "entropy": fallen(self._entropies),
             "mean": clamped.mean(dim=0).tolist(),
             "file": COEFFICIENTS,
             "of": self._what,
@@ -284,3 +284,9 @@ def _start(method: Method) -> float:
 
 def _bytes(sha256: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8)
+
+
+def fallen(entropies: Sequence[float]) -> list[float]:
+    """[the mean of the first steps, that of the last], of ten at most, and of no step in both where there are two."""
+    several = max(1, min(OFTEN, len(entropies) // 2))
+    return [fmean(entropies[:several]), fmean(entropies[-several:])]

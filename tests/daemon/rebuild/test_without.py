@@ -51,6 +51,14 @@ def test_taking_an_expert_out_subtracts_where_it_can_and_replays_where_it_must(
     check(merged)
 
 
+def test_what_is_live_and_still_has_the_expert_is_told(merged: Home) -> None:
+    assert forked("rollback", "soup/3", "--home", merged.root).returncode == 0
+    said = rebuild(merged, "--without", "1").splitlines()
+    assert said[:2] == ["main/5: replayed", "soup/5: subtracted"]
+    assert said[2:] == ["soup/5 is not live (rolled back to soup/3): soup/3 still is"]
+    check(merged)
+
+
 def test_taking_several_out_and_then_all(merged: Home, model: tuple[Path, list[Path]]) -> None:
     rebuild(merged, "--without", "1", "--without", "c")
     assert live(merged) == 5
