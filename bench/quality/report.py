@@ -135,16 +135,19 @@ def _orders(results: Part) -> list[str]:
     return ["### Over more orders", "", *table(["method", "orders", "ACC"], rows)]
 
 
+def _there(results: Part, **titles: str) -> list[tuple[Any, str]]:
+    """Those of these parts that were run, and their titles."""
+    return [(results[name], title) for name, title in titles.items() if results.get(name)]
+
+
 def _growth(results: Part) -> list[str]:
     lines: list[str] = []
-    for name, title in (
-        ("growth", "digit readers"),
-        ("encoder_growth", "sentence encoders"),
-        ("halves", "two encoders for each of the tasks, each trained on half of its texts"),
+    for part, title in _there(
+        results,
+        growth="digit readers",
+        encoder_growth="sentence encoders",
+        halves="two encoders for each of the tasks, each trained on half of its texts",
     ):
-        part = results.get(name)
-        if not part:
-            continue
         sizes = sorted({int(size) for row in part.values() for size in row})
         rows = [
             [f"`{label}`", *(percent(row[str(size)]["share"]) if str(size) in row else "-" for size in sizes)]
@@ -176,10 +179,7 @@ def _sensitivity(results: Part) -> list[str]:
 
 def _routed(results: Part) -> list[str]:
     lines: list[str] = []
-    for name, title in (("routed", "digit readers"), ("encoder_routed", "sentence encoders")):
-        part = results.get(name)
-        if not part:
-            continue
+    for part, title in _there(results, routed="digit readers", encoder_routed="sentence encoders"):
         merged = list(dict.fromkeys(label for row in part.values() for label in row["merged"]))
         rows = []
         for count, row in sorted(part.items(), key=lambda item: int(item[0])):
@@ -204,14 +204,12 @@ def _routed(results: Part) -> list[str]:
 
 def _learned(results: Part) -> list[str]:
     lines: list[str] = []
-    for name, title in (
-        ("learned", "digit readers"),
-        ("demo_learned", "the demo's network, digits in eight places"),
-        ("encoder_learned", "sentence encoders"),
+    for part, title in _there(
+        results,
+        learned="digit readers",
+        demo_learned="the demo's network, digits in eight places",
+        encoder_learned="sentence encoders",
     ):
-        part = results.get(name)
-        if not part:
-            continue
         tasks = part["tasks"]
         rows = [["the base", percent(part["base"])]]
         for label, scores in sorted(part["plain"].items(), key=lambda item: findings.mean(item[1], tasks)):
@@ -243,13 +241,9 @@ def _learned(results: Part) -> list[str]:
 
 def _grid(results: Part) -> list[str]:
     lines: list[str] = []
-    for name, title in (
-        ("grid", "without replay"),
-        ("grid_replay", "with replay: half of every batch is of earlier tasks"),
+    for pairs, title in _there(
+        results, grid="without replay", grid_replay="with replay: half of every batch is of earlier tasks"
     ):
-        pairs = results.get(name)
-        if not pairs:
-            continue
         rows = []
         for pair in pairs:
             label = pair["deploy"] + (", from `trained_from`" if pair["relative_to"] == "trained_from" else "")

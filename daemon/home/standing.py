@@ -28,8 +28,10 @@ def held(reader: Reader, head: Head) -> Held | None:
     if head.live == head.newest and head.frozen in (None, LEARNED):
         return None
     newest = reader.version(head.name, head.newest)
-    held = newest.held if newest else None
-    why = (held if head.frozen == LEARNED else head.frozen or held) or head.frozen or "another version is live"
+    reasons = [head.frozen, newest.held if newest else None]
+    if head.frozen == LEARNED:
+        reasons.reverse()
+    why = next(filter(None, reasons), "another version is live")
     return Held(head.newest, why, head.frozen is not None, f"mainstem promote {called(head.name, head.newest)}")
 
 

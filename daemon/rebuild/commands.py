@@ -385,18 +385,18 @@ def _never_judged(store: Store, settings: Settings, home: Home) -> list[str]:
 
 def _still_live(reader: Reader, names: Collection[str]) -> list[str]:
     """What of these heads is live that was made before the newest version, in lines of words."""
-    return [
-        f"{note}: {called(head.name, head.live)} still is"
-        for head in reader.heads()
-        if head.name in names
-        for note in _not_live(reader, head.name)
-    ]
+    return [f"{note}: {called(head.name, head.live)} still is" for head, note in _held(reader) if head.name in names]
 
 
 def _not_live(reader: Reader, *names: str) -> list[str]:
     """The newest versions of these heads, or of all, that are not live, and why, in lines of words."""
-    heads = [(head.name, held(reader, head)) for head in reader.heads() if not names or head.name in names]
-    return [f"{called(name, stays.version)} is not live ({stays.why})" for name, stays in heads if stays]
+    return [note for head, note in _held(reader) if not names or head.name in names]
+
+
+def _held(reader: Reader) -> list[tuple[Head, str]]:
+    """The heads whose newest version is not live, and why, in words."""
+    heads = [(head, held(reader, head)) for head in reader.heads()]
+    return [(head, f"{called(head.name, one.version)} is not live ({one.why})") for head, one in heads if one]
 
 
 def _subtract(

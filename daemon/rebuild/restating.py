@@ -199,10 +199,10 @@ class Restating:
         for tip in heads:
             stage(self._home, written[tip.head.name], self._base.beside)
         judged = self._judge(store, [tip for tip in heads if tip.head.name in weighed], number, written)
-        sealed = [
-            self._seal(tip, number, one, origin, judged.get(tip.head.name) or self._as_before(tip, one))
-            for tip, one in ((tip, written[tip.head.name]) for tip in heads)
-        ]
+        sealed = []
+        for tip in heads:
+            one = written[tip.head.name]
+            sealed.append(self._seal(tip, number, one, origin, judged.get(tip.head.name) or self._as_before(tip, one)))
         hit("publish.before")
         for name in (tip.head.name for tip in heads):
             for left in (self._home.version(name, number), self._home.head_state(name, number)):

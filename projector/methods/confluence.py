@@ -109,9 +109,10 @@ class Confluence(Solving):
         merged = base.clone()
         sums = (state[key] for key in self.own_slots(spec))
         for merged_MN, s_MN, g_NN, h_MN, q_11, *l_MM in matrices(merged, *sums):
-            if g_NN.trace() > UNTRAINED:
+            weight = float(g_NN.trace())  # of those that trained it
+            if weight > UNTRAINED:
                 r_MN = self._undisturbing(s_MN, g_NN, h_MN, *l_MM)
-                self._add(merged_MN, r_MN, s_MN, float(q_11), float(g_NN.trace()))
+                self._add(merged_MN, r_MN, s_MN, float(q_11), weight)
         return merged
 
     def _undisturbing(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor, l_MM: Tensor | None = None) -> Tensor:
@@ -136,13 +137,18 @@ class Confluence(Solving):
         heard = sum(float(torch.sum((s_MN[rows] @ right_NP).double() * left_MP[rows])) for rows in row_blocks(s_MN))
         if heard <= 0:
             return
-        squared, one = min(q / heard, sqrt(q), MOST * heard) ** 2, q / weight
-        if (beyond := squared - one) > 0 and turned > 0:
-            bound = SHARE**2 * energy(merged_MN) / turned
-            squared = one + (beyond * bound / (beyond + bound) if bound else 0.0)
-        left_MP *= self.scale * sqrt(squared)
+        left_MP *= self.scale * _length(heard, q, q / weight, turned, SHARE**2 * energy(merged_MN))
         for rows in row_blocks(merged_MN):
             merged_MN[rows] += left_MP[rows] @ right_NP.T
+
+
+def _length(heard: float, q: float, one: float, turned: float, share: float) -> float:
+    """Of M. heard: <F, S>; one: e^2; turned: sin^2(R, S); share: r^2 sin^2(R, S)."""
+    squared = min(q / heard, sqrt(q), MOST * heard) ** 2
+    if (beyond := squared - one) > 0 and turned > 0:
+        bound = share / turned
+        squared = one + (beyond * bound / (beyond + bound) if bound else 0.0)
+    return sqrt(squared)
 
 
 def _by_outputs(spec: TensorSpec) -> bool:
