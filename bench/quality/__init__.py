@@ -5,7 +5,8 @@ encoder.py, training.py       sentence encoders, their heads, their experts
 vision.py                     readers of digits
 places.py                     the demo's network
 lora.py                       LoRA experts of both
-experts.py, family.py         experts in the cache; a base, its experts and what scores them
+cache.py                      files that several processes fill
+experts.py, family.py         encoders as experts; a base, its experts and what scores them
 scoring.py                    encoders, fast
 folding.py, streams.py        a method over a stream of experts, through the product's driver
 routing.py, learning.py       smile with its router; coefficients that are learned without labels

@@ -5,17 +5,22 @@
     python -m bench.quality --cache build/quality --collect     only the results file, from what is in the cache
     python -m bench.quality.report                              docs/quality.md from the results file
 
-It needs `pip install 'mainstem[quality]'`, and no network. Two such processes may share a cache: each does another
-block.
+It needs `pip install 'mainstem[quality]'`, and no network. A process for each core, which share the cache: what one of
+them is making, the others leave to it.
 """
 
 import argparse
 import json
+import os
+import resource
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache as cache_once
+from multiprocessing import get_context
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -74,15 +79,27 @@ def main() -> None:
     command.add_argument("--cache", type=Path, default=CACHE, help=f"where experts and cells are kept ({CACHE})")
     command.add_argument("--out", type=Path, default=RESULTS, help="folder for quality.json (bench/results)")
     command.add_argument("--only", action="append", default=[], help="this block; may be given several times")
+    command.add_argument("--processes", type=int, default=os.cpu_count(), help="at once (a process for each core)")
     command.add_argument("--collect", action="store_true", help="make nothing, write what is there")
     asked = command.parse_args()
+    begun = monotonic()
+    if not asked.collect:
+        with ProcessPoolExecutor(asked.processes, get_context("spawn")) as pool:
+            for part in [pool.submit(fill, asked.cache, asked.only) for _ in range(asked.processes)]:
+                part.result()
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"{(monotonic() - begun) / 60:.0f} min, of CPU {(used.ru_utime + used.ru_stime) / 60:.0f} min")
+    (asked.out / "quality.json").write_text(json.dumps(collected(asked.cache), indent=1, sort_keys=True) + "\n")
+
+
+def fill(cache: Path, only: Sequence[str] = ()) -> None:
+    """One process's part of making these blocks, or all of them."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    making = blocks_over(asked.cache, Maker(False, lambda text: print(text, flush=True)))
-    for name in [] if asked.collect else asked.only or making:
+    making = blocks_over(cache, Maker(False, lambda text: print(text, flush=True)))
+    for name in only or making:
         print(f"== {name}", flush=True)
         making[name]()
-    (asked.out / "quality.json").write_text(json.dumps(collected(asked.cache), indent=1, sort_keys=True) + "\n")
 
 
 def collected(cache: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from bench.quality import learning, routing, time_grid
-from bench.quality.experts import note
+from bench.quality.cache import make_once, note
 from bench.quality.family import Family
 from bench.quality.streams import Cell, Variant, cell, cell_path, data_free
 from daemon.study.planning import shuffled
@@ -46,14 +46,14 @@ BESIDE = ("opcm", "confluence")
 
 @dataclass
 class Maker:
-    """Gives cells. ready: only what is in the cache; `missing` counts the others. say: hears of each one."""
+    """Gives cells. ready: only what is in the cache. say: hears of each one. missing: how many it could not give."""
 
     ready: bool
     say: Callable[[str], None]
     missing: int = 0
 
     def cell(self, family: Family, variant: Variant, order: Sequence[str], *, whole: bool) -> Cell | None:
-        """One stream, None where it is not there and must not be made."""
+        """One stream, None where it is not there and is not for this process to make."""
         found = cell(family, variant, order, whole=whole, ready=self.ready)
         if found is None:
             self.missing += 1
@@ -63,11 +63,9 @@ class Maker:
 
     def kept(self, path: Path, label: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any] | None:
         """Anything else that is one file, in the same way."""
-        if not path.exists():
-            if self.ready:
-                self.missing += 1
-                return None
-            note(make(), path)
+        if not path.exists() and (self.ready or not make_once(path, lambda: note(make(), path), wait=False)):
+            self.missing += 1
+            return None
         self.say(label)
         found: Mapping[str, Any] = json.loads(path.read_text())
         return found

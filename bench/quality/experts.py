@@ -11,19 +11,17 @@ Whatever is there is not made again.
 """
 
 import hashlib
-import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from bench.quality import encoder, training
-from bench.quality.encoder import Head, Tokens, Weights
+from bench.quality.cache import make_all, make_once, note, save
+from bench.quality.encoder import Head, Tokens
 from bench.quality.tasks import TASKS, texts_of
 from bench.quality.texts.sampling import Part
 
@@ -38,18 +36,19 @@ def tokens_of(part: Part) -> Tokens:
 def head_of(name: str, cache: Path) -> Head:
     """Fitted once, on the training texts."""
     path = cache / "heads" / f"{name}.safetensors"
-    if not path.exists():
+
+    def fit() -> None:
         found = texts_of(name, cache)
         head = training.fit_head(encoder.encoder(), tokens_of(found.train), len(found.classes))
         save({"weight": head.weight, "bias": head.bias}, path)
+
+    make_once(path, fit)
     return Head(**load_file(path))
 
 
-def expert_of(name: str, cache: Path, course: training.Course) -> Path:
-    """Trained once, and scored."""
-    path, noted = cache / "experts" / f"{name}.safetensors", cache / "scores" / f"{name}.json"
-    if noted.exists():
-        return path
+def train_expert(name: str, cache: Path, course: training.Course) -> None:
+    """Trained and scored."""
+    path = cache / "experts" / f"{name}.safetensors"
     found, head = texts_of(name, cache), head_of(name, cache)
     begun = monotonic()
     weights = training.finetuned(encoder.base(), head, tokens_of(found.train), course)
@@ -68,46 +67,30 @@ def expert_of(name: str, cache: Path, course: training.Course) -> Path:
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "course": asdict(course),
     }
-    note(said, noted)
-    return path
+    note(said, score_of(name, cache))
+    print(f"{name}: base {said['base']:.3f}, expert {said['expert']:.3f}, {said['seconds']} s", flush=True)
 
 
-def half_of(name: str, half: int, cache: Path, course: training.Course) -> Path:
+def score_of(name: str, cache: Path) -> Path:
+    """The note of what an expert scores; the expert is there when this is."""
+    return cache / "scores" / f"{name}.json"
+
+
+def train_half(name: str, half: int, cache: Path, course: training.Course) -> None:
     """An expert trained on every second text of a task, from the first or the second on, in half as many steps."""
-    path = cache / "halves" / f"{name}-{half}.safetensors"
-    if not path.exists():
-        train = texts_of(name, cache).train
-        part = tokens_of(Part(train.texts[half::2], train.labels[half::2]))
-        shorter = replace(course, steps=course.steps // 2, seed=course.seed + half)
-        save(training.finetuned(encoder.base(), head_of(name, cache), part, shorter), path)
-    return path
+    train = texts_of(name, cache).train
+    part = tokens_of(Part(train.texts[half::2], train.labels[half::2]))
+    shorter = replace(course, steps=course.steps // 2, seed=course.seed + half)
+    save(training.finetuned(encoder.base(), head_of(name, cache), part, shorter), half_of(name, half, cache))
+
+
+def half_of(name: str, half: int, cache: Path) -> Path:
+    """Where that one lies."""
+    return cache / "halves" / f"{name}-{half}.safetensors"
 
 
 def make_experts(cache: Path, names: Sequence[str] = tuple(TASKS), course: training.Course = training.Course()) -> None:  # noqa: B008
     """All that are missing, and the base."""
-    if not (cache / "base.safetensors").exists():
-        save(encoder.base(), cache / "base.safetensors")
-    for name in names:
-        expert_of(name, cache, course)
-        said = json.loads((cache / "scores" / f"{name}.json").read_text())
-        print(f"{name}: base {said['base']:.3f}, expert {said['expert']:.3f}, {said['seconds']} s", flush=True)
-
-
-def save(tensors: Weights, path: Path) -> None:
-    """Whole at once, so that what is there is good."""
-    with _whole(path) as part:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, part)
-
-
-def note(said: Any, path: Path) -> None:
-    """JSON, in the same way: another process may read it."""
-    with _whole(path) as part:
-        part.write_text(json.dumps(said))
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".part-{os.getpid()}")
-    yield part
-    part.rename(path)
+    base = cache / "base.safetensors"
+    make_once(base, lambda: save(encoder.base(), base))
+    make_all({score_of(name, cache): partial(train_expert, name, cache, course) for name in names})

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bench.quality import places, vision
-from bench.quality.experts import half_of, note, save
+from bench.quality.cache import make_all, make_once, note, save
+from bench.quality.experts import half_of, score_of, train_half
 from bench.quality.folding import Stream
 from bench.quality.lora import encoder_adapter, reader_adapter
 from bench.quality.scoring import Scorer
@@ -84,8 +85,7 @@ class Family:
 
     def _kept(self, name: str, make: Callable[[], Mapping[str, float]]) -> dict[str, float]:
         path = self.cache / "own" / self.name / f"{name}.json"
-        if not path.exists():
-            note(make(), path)
+        make_once(path, lambda: note(make(), path))
         found: dict[str, float] = json.loads(path.read_text())
         return found
 
@@ -94,7 +94,7 @@ def encoders(cache: Path, texts: int) -> Family:
     """Sentence encoders: the first experts that won enough, as many as a stream has. FileNotFoundError: which are not
     trained yet.
     """
-    noted = {name: cache / "scores" / f"{name}.json" for name in TASKS}
+    noted = {name: score_of(name, cache) for name in TASKS}
     _check_there(noted)
     said = {name: json.loads(path.read_text()) for name, path in noted.items()}
     gains = {name: one["expert"] - one["base"] for name, one in said.items()}
@@ -109,11 +109,10 @@ def halves(cache: Path, texts: int, *, ready: bool = False) -> Family:
     """Twice as many encoders, two for each task. ready: FileNotFoundError where one is missing."""
     found = encoders(cache, texts)
     pairs = [(name, half) for half in (0, 1) for name in found.experts]
-    wanted = {f"{name}-{half}": cache / "halves" / f"{name}-{half}.safetensors" for name, half in pairs}
+    wanted = {f"{name}-{half}": half_of(name, half, cache) for name, half in pairs}
     if ready:
         _check_there(wanted)
-    for name, half in pairs:
-        half_of(name, half, cache, Course())
+    make_all({half_of(name, half, cache): partial(train_half, name, half, cache, Course()) for name, half in pairs})
     return replace(found, name="halves", experts=wanted, tasks={f"{name}-{half}": name for name, half in pairs})
 
 
@@ -121,9 +120,11 @@ def encoder_adapters(cache: Path, texts: int, *, ready: bool = False) -> Family:
     """LoRA experts of the sentence encoders."""
     found = encoders(cache, texts)
     tasks = list(found.experts)[:ADAPTED]
+    folder = cache / "lora"
     if ready:
-        _check_there({task: cache / "lora" / task for task in tasks})
-    paths = {f"{task}-lora": encoder_adapter(task, cache) for task in tasks}
+        _check_there({task: folder / task for task in tasks})
+    make_all({folder / task: partial(encoder_adapter, task, cache) for task in tasks})
+    paths = {f"{task}-lora": folder / task for task in tasks}
     return replace(found, name="encoder_adapters", experts=paths, tasks={f"{task}-lora": task for task in tasks})
 
 
@@ -134,14 +135,12 @@ def readers(cache: Path, tasks: Sequence[str] = vision.TRAINED, *, ready: bool =
     """
     folder = cache / "vision"
     base = folder / "base.safetensors"
-    if not base.exists() and not ready:
-        save(vision.pretrained(), base)
+    if not ready:
+        make_once(base, lambda: save(vision.pretrained(), base))
     paths = {task: folder / f"{task}.safetensors" for task in tasks}
     if ready:
         _check_there(paths)
-    for task, path in paths.items():
-        if not path.exists():
-            save(vision.finetuned(load_file(base), task), path)
+    make_all({path: partial(_train_reader, base, task, path) for task, path in paths.items()})
     held_out = [task for task in vision.TASKS + vision.BASE_TASKS if task not in paths]
     return Family("readers", cache, base, paths, held_out, vision.Scorer(), {})
 
@@ -149,9 +148,11 @@ def readers(cache: Path, tasks: Sequence[str] = vision.TRAINED, *, ready: bool =
 def adapters(cache: Path, tasks: Sequence[str] = vision.TRAINED[::2], *, ready: bool = False) -> Family:
     """LoRA experts of the digit readers."""
     found = readers(cache, ready=ready)
+    folder = cache / "vision" / "lora"
     if ready:
-        _check_there({task: cache / "vision" / "lora" / task for task in tasks})
-    paths = {f"{task}-lora": reader_adapter(task, cache) for task in tasks}
+        _check_there({task: folder / task for task in tasks})
+    make_all({folder / task: partial(reader_adapter, task, cache) for task in tasks})
+    paths = {f"{task}-lora": folder / task for task in tasks}
     return replace(found, name="adapters", experts=paths, tasks={f"{task}-lora": task for task in tasks})
 
 
@@ -160,9 +161,12 @@ def demo(cache: Path, *, ready: bool = False) -> Family:
     paths = {task: cache / "demo" / f"{task}.safetensors" for task in places.TASKS}
     if ready:
         _check_there(paths)
-    for task in paths:
-        places.expert_of(task, cache)
+    make_all({path: partial(places.train_expert, task, cache, path) for task, path in paths.items()})
     return Family("demo", cache, places.base_of(cache), paths, [], places.Scorer(), {})
+
+
+def _train_reader(base: Path, task: str, path: Path) -> None:
+    save(vision.finetuned(load_file(base), task), path)
 
 
 def _check_there(paths: Mapping[str, Path]) -> None:

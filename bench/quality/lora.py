@@ -20,7 +20,7 @@ ENCODER = ["query", "key", "value", "dense"]
 READER = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
-def encoder_adapter(task: str, cache: Path, course: training.Course = training.Course()) -> Path:  # noqa: B008
+def encoder_adapter(task: str, cache: Path, course: training.Course = training.Course()) -> None:  # noqa: B008
     """Of a sentence encoder; its pooler is left alone."""
 
     def train(model: nn.Module) -> None:
@@ -33,13 +33,13 @@ def encoder_adapter(task: str, cache: Path, course: training.Course = training.C
         model.pooler = None  # type: ignore[assignment]
         return model
 
-    return _adapter(cache / "lora" / task, ENCODER, start, train)
+    _adapter(cache / "lora" / task, ENCODER, start, train)
 
 
-def reader_adapter(task: str, cache: Path) -> Path:
+def reader_adapter(task: str, cache: Path) -> None:
     """Of a vision transformer."""
     base = load_file(cache / "vision" / "base.safetensors")
-    return _adapter(
+    _adapter(
         cache / "vision" / "lora" / task,
         READER,
         lambda: vision.network(base),
@@ -47,12 +47,10 @@ def reader_adapter(task: str, cache: Path) -> Path:
     )
 
 
-def _adapter(folder: Path, targets: list[str], start: Callable[[], nn.Module], train: Callable[..., None]) -> Path:
-    """Trained once. start: the base, as a module."""
+def _adapter(folder: Path, targets: list[str], start: Callable[[], nn.Module], train: Callable[..., None]) -> None:
+    """start: the base, as a module."""
     from peft import LoraConfig, get_peft_model
 
-    if folder.exists():
-        return folder
     torch.manual_seed(0)
     model = get_peft_model(start(), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
     model.train()
@@ -68,4 +66,3 @@ def _adapter(folder: Path, targets: list[str], start: Callable[[], nn.Module], t
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     part.rename(folder)
-    return folder

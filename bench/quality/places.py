@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench.quality.experts import save
+from bench.quality.cache import make_once, save
 from bench.quality.texts.sampling import unlabelled
 from daemon.demo import digits
 
@@ -20,17 +20,13 @@ Weights = Mapping[str, Tensor]
 def base_of(cache: Path) -> Path:
     """Trained once."""
     path = cache / "demo" / "base.safetensors"
-    if not path.exists():
-        save(digits.pretrain(lambda _: None), path)
+    make_once(path, lambda: save(digits.pretrain(lambda _: None), path))
     return path
 
 
-def expert_of(task: str, cache: Path) -> Path:
-    """Trained once."""
-    path = cache / "demo" / f"{task}.safetensors"
-    if not path.exists():
-        save(digits.finetune(load_file(base_of(cache)), TASKS[task], lambda _: None), path)
-    return path
+def train_expert(task: str, cache: Path, path: Path) -> None:
+    """From that base, to `path`."""
+    save(digits.finetune(load_file(base_of(cache)), TASKS[task], lambda _: None), path)
 
 
 class Scorer:

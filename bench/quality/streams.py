@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.quality.experts import note
+from bench.quality.cache import make_once, note
 from bench.quality.family import Family
 from bench.quality.folding import Stream
 from daemon.evaluation.figures import Step, average_accuracy, backward_transfer, forgetting
@@ -94,14 +94,16 @@ def data_free() -> list[Variant]:
 
 
 def cell(family: Family, variant: Variant, order: Sequence[str], *, whole: bool, ready: bool = False) -> Cell | None:
-    """One stream; from the cache where it is there. whole: scored in all learned tasks at every arrival. ready: None
-    where it is not there.
+    """One stream; from the cache where it is there. whole: scored in all learned tasks at every arrival. None where it
+    is not there: with `ready`, or while another process makes it.
     """
     path = _path(family, variant, order, whole)
-    if path.exists():
-        return Cell(**json.loads(path.read_text()))
-    if ready:
-        return None
+    if not ready:
+        make_once(path, lambda: _make_cell(path, family, variant, order, whole), wait=False)
+    return Cell(**json.loads(path.read_text())) if path.exists() else None
+
+
+def _make_cell(path: Path, family: Family, variant: Variant, order: Sequence[str], whole: bool) -> None:
     steps: list[Mapping[str, float]] = []
     with Stream(variant.made(), family.base) as stream:
         for place, name in enumerate(order, start=1):
@@ -122,7 +124,6 @@ def cell(family: Family, variant: Variant, order: Sequence[str], *, whole: bool,
         costs[-1].state_bytes,
     )
     note(asdict(found), path)
-    return found
 
 
 def _path(family: Family, variant: Variant, order: Sequence[str], whole: bool) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from bench.quality.cache import make_once, note
 from bench.quality.texts import names, passages, words
 from bench.quality.texts.sampling import Part, Texts
 
@@ -38,8 +39,6 @@ TASKS: Mapping[str, Callable[[], Texts]] = {
 def texts_of(name: str, cache: Path) -> Texts:
     """Drawn once."""
     path = cache / "texts" / f"{name}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(TASKS[name]()), ensure_ascii=False))
+    make_once(path, lambda: note(asdict(TASKS[name]()), path))
     found = json.loads(path.read_text())
     return Texts(found["classes"], Part(**found["train"]), Part(**found["test"]))

@@ -13,7 +13,7 @@ from statistics import fmean
 from safetensors.torch import load_file
 
 from bench.quality import vision
-from bench.quality.experts import note, save
+from bench.quality.cache import claimed, note, save
 from bench.quality.family import Family
 from bench.quality.folding import Stream
 from bench.quality.streams import Variant
@@ -62,30 +62,45 @@ def pairs(
     rounds: Sequence[str] = ROUNDS,
     ready: bool = False,
 ) -> list[Pair]:
-    """All of them; what is in the cache is not made again. ready: only what is there."""
+    """All of them; what is in the cache is not made again. ready: only what is there. Left out, too: what another
+    process is at.
+    """
     found = []
     for init in inits:
-        trained = [] if ready else _sequence(family, init, replay, rounds)
-        for deploy in (*AVERAGES, *SUMS):
-            ways = ("base", "trained_from") if deploy in SUMS and init.name != "zero_shot" else ("base",)
-            for way in ways:
-                path = _path(family, init, deploy, replay, way, len(rounds))
-                if not path.exists() and ready:
-                    continue
-                if not path.exists():
-                    _serve(path, Pair(init.label, deploy.label, replay, way, [], []), family, deploy, trained)
-                found.append(Pair(**json.loads(path.read_text())))
+        served = {
+            _path(family, pair, len(rounds)): (deploy, pair)
+            for deploy in (*AVERAGES, *SUMS)
+            for pair in _ways(init, deploy, replay)
+        }
+        missing = {path: one for path, one in served.items() if not path.exists()}
+        if missing and not ready:
+            with claimed(_folder(family, init, replay), wait=False) as mine:
+                if mine:
+                    trained = _sequence(family, init, replay, rounds)
+                    for path, (deploy, pair) in missing.items():
+                        _serve(path, pair, family, deploy, trained)
+        found += [Pair(**json.loads(path.read_text())) for path in served if path.exists()]
     return found
 
 
-def _path(family: Family, init: Variant, deploy: Variant, replay: bool, way: str, rounds: int) -> Path:
-    name = f"{init.label}--{deploy.label}--{'replay' if replay else 'plain'}--{way}--{rounds}.json"
+def _ways(init: Variant, deploy: Variant, replay: bool) -> list[Pair]:
+    """To be measured: relative to the base, and where that is another thing, to what an expert was trained from."""
+    ways = ("base", "trained_from") if deploy in SUMS and init.name != "zero_shot" else ("base",)
+    return [Pair(init.label, deploy.label, replay, way, [], []) for way in ways]
+
+
+def _path(family: Family, pair: Pair, rounds: int) -> Path:
+    name = f"{pair.init}--{pair.deploy}--{'replay' if pair.replay else 'plain'}--{pair.relative_to}--{rounds}.json"
     return family.cache / "time" / name.replace(" ", "-")
+
+
+def _folder(family: Family, init: Variant, replay: bool) -> Path:
+    return family.cache / "vision" / "time" / f"{init.label.replace(' ', '-')}{'-replay' if replay else ''}"
 
 
 def _sequence(family: Family, init: Variant, replay: bool, rounds: Sequence[str]) -> list[tuple[Path, Path]]:
     """(what it started from, the expert) of each round."""
-    folder = family.cache / "vision" / "time" / f"{init.label.replace(' ', '-')}{'-replay' if replay else ''}"
+    folder = _folder(family, init, replay)
     made = []
     with Stream(init.made(), family.base) as stream:
         for number, task in enumerate(rounds):

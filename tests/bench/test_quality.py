@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,13 @@ from safetensors.torch import load_file
 from bench.quality import __main__ as command
 from bench.quality import blocks, findings, learning, places, time_grid, vision
 from bench.quality.blocks import Maker
-from bench.quality.experts import save
+from bench.quality.cache import save
 from bench.quality.family import demo, readers
 from bench.quality.folding import Stream
 from bench.quality.learning import Course
 from bench.quality.report import DOCUMENT, SOURCE, page
 from bench.quality.routing import routed
-from bench.quality.streams import Cell, Variant, cell
+from bench.quality.streams import Cell, Variant, cell, cell_path
 from bench.quality.tasks import TASKS
 from bench.quality.texts.sampling import sampled
 from daemon.demo import digits
@@ -106,6 +108,22 @@ def test_a_cell_is_made_once_and_only_when_asked(tiny: Path) -> None:
     made = cell(family, one, FEW, whole=True)
     family.base.unlink()
     assert cell(family, one, FEW, whole=True) == made
+
+
+def test_what_another_process_makes_is_left_to_it_until_it_is_gone(tiny: Path) -> None:
+    family, one = readers(tiny, FEW), Variant("mean", {})
+    path = cell_path(family, one.name, one.made().params(), FEW, family.held_out, True)
+    other = (
+        "import pathlib, sys, time; from bench.quality.cache import claimed\n"
+        "with claimed(pathlib.Path(sys.argv[1]), wait=True) as mine: print(mine, flush=True), time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", other, path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "True\n"
+        maker = Maker(ready=False, say=lambda _: None)
+        assert maker.cell(family, one, FEW, whole=True) is None and maker.missing == 1
+        process.kill()
+    made = maker.cell(family, one, FEW, whole=True)
+    assert made and path.exists()
 
 
 def test_a_routed_network_with_one_expert_is_that_expert(tiny: Path) -> None:
