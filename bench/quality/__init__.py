@@ -11,6 +11,6 @@ scoring.py                    encoders, fast
 folding.py, streams.py        a method over a stream of experts, through the product's driver
 routing.py, learning.py       smile with its router; coefficients that are learned without labels
 time_grid.py                  what the next expert starts from, and what is served
-blocks.py                     what is measured
+blocks.py, measuring.py       what is measured; all of it
 findings.py, report.py, ...   docs/quality.md
 """

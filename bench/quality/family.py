@@ -100,9 +100,8 @@ def encoders(cache: Path, texts: int) -> Family:
     gains = {name: one["expert"] - one["base"] for name, one in said.items()}
     chosen = [name for name, gain in gains.items() if gain >= LEAST_GAIN][:STREAM]
     held_out = [name for name in gains if name not in chosen]
-    scorer = Scorer(cache, [*chosen, *held_out], texts)
     paths = {name: cache / "experts" / f"{name}.safetensors" for name in chosen}
-    return Family("encoders", cache, cache / "base.safetensors", paths, held_out, scorer, {})
+    return Family("encoders", cache, cache / "base.safetensors", paths, held_out, Scorer(cache, texts), {})
 
 
 def halves(cache: Path, texts: int, *, ready: bool = False) -> Family:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.quality import __main__ as command
-from bench.quality import blocks, findings, learning, places, time_grid, vision
+from bench.quality import blocks, findings, learning, measuring, places, time_grid, vision
 from bench.quality.blocks import Maker
-from bench.quality.cache import save
+from bench.quality.cache import note, save
+from bench.quality.experts import score_of
 from bench.quality.family import demo, readers
 from bench.quality.folding import Stream
 from bench.quality.learning import Course
@@ -191,10 +191,18 @@ def test_the_whole_of_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, first = (load_file(path) for path in (family.base, tiny / "vision" / "time" / "ema-replay" / "0.safetensors"))
     torch.testing.assert_close(start["norm.weight"], (base["norm.weight"] + first["norm.weight"]) / 2)
     monkeypatch.setattr(vision, "TRAINED", FEW)
-    results: dict[str, Any] = json.loads(json.dumps(command.collected(tiny)))
+    results: dict[str, Any] = json.loads(json.dumps(measuring.collected(tiny)))
     assert results["readers"]["methods"].keys() == {"mean", "ema", "latest"}
     assert results["missing"]["readers"] == 2  # the other order of ema and of latest
     assert "| `mean` |" in page(results)
+
+
+def test_processes_that_find_all_experts_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save({}, tmp_path / "base.safetensors")
+    for name in TASKS:
+        note({}, score_of(name, tmp_path))
+    measuring.fill(tmp_path, ["experts"], 2)
+    assert capfd.readouterr().out.splitlines() == ["== experts", "== experts"]
 
 
 def test_the_document_is_the_generators() -> None:
@@ -202,4 +210,4 @@ def test_the_document_is_the_generators() -> None:
 
 
 def test_every_block_has_its_name_in_words() -> None:
-    assert findings.BLOCKS.keys() == command.blocks_over(Path(), Maker(ready=True, say=print)).keys() - {"experts"}
+    assert findings.BLOCKS.keys() == measuring.blocks_over(Path(), Maker(ready=True, say=print)).keys() - {"experts"}
