@@ -61,7 +61,7 @@ CASES: Sequence[tuple[Case, Oracle]] = (
     (Case("tsv_m", {}, ""), spectral.tsv_m),
     (Case("confluence", {}, ""), spectral.confluence),
     (Case("smile", {}, ""), smile.smile),
-    (Case("wudi", {"solver": "ridge"}, ""), spectral.wudi_ridge),
+    (Case("wudi", {}, ""), spectral.wudi_ridge),
     (Case("ace", {}, ""), spectral.ace),
     (Case("ace", {"normalise": "always"}, ""), partial(spectral.ace, normalise="always")),
     (Case("ace", {"normalise": "never"}, ""), partial(spectral.ace, normalise="never")),

@@ -35,7 +35,7 @@ CASES: Sequence[tuple[Case, str]] = (
     (Case("regmean", {}, "merging_with_regmean_weights, 0.95"), "regmean"),
     (Case("iso_c", {}, "iso_c"), "iso_c"),
     (Case("tsv_m", {}, "compute_and_sum_svd_mem_reduction"), "tsv_m"),
-    (Case("wudi", {}, "wudi_merging"), "wudi"),
+    (Case("wudi", {"solver": "adam"}, "wudi_merging"), "wudi"),
     (Case("opcm", {}, "OPCMForCLIP, alpha 0.5"), "opcm"),
 )
 UNMERGED = "class_embedding"

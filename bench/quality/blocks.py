@@ -26,7 +26,7 @@ GRIDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "tsv_m": [{"scale": 0.5}, {"scale": 1.5}, {"scale": 2.0}],
     "task_arithmetic": [{"scale": 0.1}, {"scale": 0.2}, {"scale": 0.5}, {"scale": "norm"}, {"scale": "per_sqrt"}],
     "ties": [{"density": 0.1}, {"density": 0.4}, {"combine": "sum", "scale": 0.3}],
-    "wudi": [{"solver": "ridge"}],
+    "wudi": [{"solver": "adam"}, {"ridge": 1e-3}, {"ridge": 0.1}],
     "confluence": [{"scale": 0.85}, {"scale": 1.2}, {"ridge": 0.01}, {"ridge": 1.0}, {"knee": 0.03}, {"knee": 0.3}],
     "ace": [{"normalise": "always"}, {"normalise": "never"}],
     "ema": [{"weight": 0.2}, {"start": "first"}],

@@ -26,17 +26,20 @@ class Wudi(Solving):
     """Merges linear layers so that every expert is disturbed least, judged by its task vector.
 
     M minimises sum w_i ||(M - tau_i) tau_i'||^2 / ||tau_i||^2 for tau_i of shape (m, n), n the inputs, as
-    torch.nn.Linear keeps them. Solver "adam" is the paper's: a number of steps from M = S. Their number and size are
-    part of the method, for the descent stops far from the minimum. Solver "ridge" is the exact minimum of the same loss
-    plus lambda ||M - S||^2, lambda being `ridge` times the mean diagonal element of G:
+    torch.nn.Linear keeps them. Solver "ridge" is the exact minimum of that loss plus lambda ||M - S||^2, lambda being
+    `ridge` times the mean diagonal element of G:
 
         M = S - (S G - H) (G + lambda I)^-1
 
-    It is held at S rather than at zero, as the descent is by its start: a direction in which hardly any expert moved
-    keeps the sum, and a single expert comes out whole. An expert of weight 2 counts as two of its kind. A task vector
-    of zero disturbs nothing and is skipped. Embeddings, vectors and scalars are averaged.
+    Solver "adam" is the paper's: a number of steps from M = S. Their number and size are part of the method, for the
+    descent stops far from the minimum: a weight moves by `lr` times `steps` at most, which is little beside experts
+    that moved further than those of the paper (docs/quality.md); it is then hardly more than the sum.
 
-    A read-out with "adam" costs `steps` products (m, n) x (n, n); "ridge" costs about two.
+    Ridge holds M at S rather than at zero, as the descent does by its start: a direction in which hardly any expert
+    moved keeps the sum, and a single expert comes out whole. An expert of weight 2 counts as two of its kind. A task
+    vector of zero disturbs nothing and is skipped. Embeddings, vectors and scalars are averaged.
+
+    A read-out with "ridge" costs about two products (m, n) x (n, n); "adam" costs `steps` of them.
     """
 
     name = "wudi"
@@ -46,7 +49,7 @@ class Wudi(Solving):
     subtractable = True
     weighted = True
 
-    solver: str = param("adam", "how M is found from S, G and H", choices=("adam", "ridge"))
+    solver: str = param("ridge", "how M is found from S, G and H; adam: as published", choices=("ridge", "adam"))
     steps: int = param(300, "Adam's steps", low=0, high=1000)
     lr: float = param(1e-5, "Adam's step size", low=0, high=1e-3)
     ridge: float = param(1e-2, "what holds M at S, in units of G's mean diagonal", low=1e-6, high=1e3)

@@ -44,7 +44,7 @@ DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "task_arithmetic": {"scale": 0.3, "c": 1.0},
     "ties": {"density": 0.2, "scope": "model", "combine": "mean", "scale": 1.0},
     "tsv_m": {"scale": 1.0, "exclude": _EXCLUDE},
-    "wudi": {"solver": "adam", "steps": 300, "lr": 1e-05, "ridge": 0.01, "exclude": _EXCLUDE},
+    "wudi": {"solver": "ridge", "steps": 300, "lr": 1e-05, "ridge": 0.01, "exclude": _EXCLUDE},
 }
 """Each method's parameters where nobody set them: here once more, as whoever serves need not load the methods."""
 

@@ -163,7 +163,7 @@ def test_the_loop_never_waits_as_long_as_its_watchdog(home: Home) -> None:
         ("opcm", (8192, 28672), 200),
         ("opcm", (8, 4096, 14336), 200),
         ("tsv_m", (256, 7168, 2048), 800),
-        ("wudi", (4096, 4096), 400),
+        ("wudi", (4096, 4096), 100),
         ("mean", (8192, 28672), 2),
     ],
 )

@@ -55,7 +55,7 @@ def test_what_an_arrival_writes_is_foretold(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (256, 64), (64, 256), (2, 64, 96)], ids=str)
-@pytest.mark.parametrize(("name", "params"), [("opcm", {}), ("iso_c", {}), ("wudi", {"steps": 4})])
+@pytest.mark.parametrize(("name", "params"), [("opcm", {}), ("iso_c", {}), ("wudi", {"solver": "adam", "steps": 4})])
 def test_products_are_foretold(name: str, params: dict[str, Any], shape: tuple[int, ...]) -> None:
     """Within a factor of four: held against those of a real arrival, which are counted."""
     method, spec = make(name, params), TensorSpec("w", shape, torch.float32)
@@ -77,8 +77,8 @@ def test_the_longer_side_counts_where_a_method_keeps_squares_of_it() -> None:
     tall, wide = (512, 128), (128, 512)
     assert products("opcm", tall) == products("opcm", wide)
     assert products("confluence", tall) == products("confluence", wide) > 4 * products("opcm", tall)
-    for name, params in (("wudi", {"solver": "ridge"}), ("ace", {})):
-        assert products(name, wide, **params) > 4 * products(name, tall, **params)
+    for name in ("wudi", "ace"):
+        assert products(name, wide) > 4 * products(name, tall)
     assert products("confluence", (3, *wide)) == 3 * products("confluence", wide)
 
 

@@ -23,7 +23,7 @@ OTHERS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("ties", {"combine": "max"}),
     ("breadcrumbs_ties", {"combine": "sum"}),
     ("opcm", {"readout": "isotropic"}),
-    ("wudi", {"solver": "ridge"}),
+    ("wudi", {"solver": "adam"}),
     ("ace", {"normalise": "always"}),
 )
 CASES = [*((name, {}) for name in methods() if not make(name).needs), *OTHERS]
