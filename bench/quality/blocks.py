@@ -26,7 +26,7 @@ GRIDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "tsv_m": [{"scale": 0.5}, {"scale": 1.5}, {"scale": 2.0}],
     "task_arithmetic": [{"scale": 0.1}, {"scale": 0.2}, {"scale": 0.5}, {"scale": "norm"}, {"scale": "per_sqrt"}],
     "ties": [{"density": 0.1}, {"density": 0.4}, {"combine": "sum", "scale": 0.3}],
-    "wudi": [{"solver": "adam"}, {"ridge": 1e-3}, {"ridge": 0.1}],
+    "wudi": [{"solver": "adam"}, {"ridge": 0.1}],
     "confluence": [{"scale": 0.85}, {"scale": 1.2}, {"ridge": 0.01}, {"ridge": 1.0}, {"knee": 0.03}, {"knee": 0.3}],
     "ace": [{"normalise": "always"}, {"normalise": "never"}],
     "ema": [{"weight": 0.2}, {"start": "first"}],
@@ -52,9 +52,11 @@ class Maker:
     say: Callable[[str], None]
     missing: int = 0
 
-    def cell(self, family: Family, variant: Variant, order: Sequence[str], *, whole: bool) -> Cell | None:
+    def cell(
+        self, family: Family, variant: Variant, order: Sequence[str], *, whole: bool = False, at: Sequence[int] = ()
+    ) -> Cell | None:
         """One stream, None where it is not there and is not for this process to make."""
-        found = cell(family, variant, order, whole=whole, ready=self.ready)
+        found = cell(family, variant, order, whole=whole, at=at, ready=self.ready)
         if found is None:
             self.missing += 1
         else:
@@ -107,26 +109,24 @@ def sensitivity(family: Family, maker: Maker) -> dict[str, Any]:
     for name, points in GRIDS.items():
         for point in points if name in methods() else ():
             one = Variant(name, point)
-            made = maker.cell(family, one, order, whole=False)
+            made = maker.cell(family, one, order)
             if made:
                 rows[one.label] = made.figures(own, family.held_out)
     return rows
 
 
 def growth(family: Family, maker: Maker, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
-    """The first experts of one drawn order, more and more of them, each number merged on its own."""
-    own = family.own_scores()
-    order = _growing(family)
+    """The experts of one drawn order, after so many of them: of a fold that is the same as merging so many alone."""
+    own, order = family.own_scores(), _growing(family)
+    at = [size for size in sizes if size <= len(order)]
     rows: dict[str, Any] = {}
-    for size in sizes:
-        if size > len(order):
-            continue
-        for name in GROWN:
-            some = replace(family, held_out=[])
-            made = maker.cell(some, Variant(name, {}), order[:size], whole=False)
-            if made:
-                figures = made.figures(own, ())
-                rows.setdefault(name, {})[str(size)] = {key: figures[key] for key in ("acc", "share", "bwt")}
+    for name in GROWN:
+        made = maker.cell(replace(family, held_out=[]), Variant(name, {}), order[: at[-1]], at=at)
+        if made:
+            rows[name] = {}
+            for size in at:
+                figures = made.first(size).figures(own, ())
+                rows[name][str(size)] = {key: figures[key] for key in ("acc", "share", "bwt")}
     return rows
 
 
@@ -143,7 +143,7 @@ def learned(family: Family, maker: Maker, courses: Sequence[learning.Course]) ->
         )
         if made:
             found[course.label] = {**made, "of": course.of}
-    plain = {one.label: maker.cell(some, one, order, whole=False) for one in PLAIN if one.name in methods()}
+    plain = {one.label: maker.cell(some, one, order) for one in PLAIN if one.name in methods()}
     if not found:
         return {}
     base = family.base_scores()
@@ -176,7 +176,7 @@ def routed(family: Family, maker: Maker) -> dict[str, Any]:
             if made:
                 row[key] = {form: _share(scores, own, some, family) for form, scores in made.items()}
         merged = {
-            name: maker.cell(replace(family, held_out=[]), Variant(name, {}), some, whole=False)
+            name: maker.cell(replace(family, held_out=[]), Variant(name, {}), some)
             for name in BESIDE
             if name in methods()
         }

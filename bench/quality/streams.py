@@ -7,7 +7,7 @@ worked out from that, as docs/evaluation.md defines them, by the product's own f
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -74,6 +74,16 @@ class Cell:
         away = [task for task in held_out if task in final]
         return figures | ({"held_out": fmean(final[task] for task in away)} if away else {})
 
+    def first(self, count: int) -> "Cell":
+        """The stream as it was after so many arrivals."""
+        return replace(
+            self,
+            order=self.order[:count],
+            steps=self.steps[:count],
+            seconds=self.seconds[:count],
+            cpu_seconds=self.cpu_seconds[:count],
+        )
+
     def best(self, own: Mapping[str, float], count: int) -> dict[str, float]:
         """By task that was learned after so many arrivals, what its best expert has by itself."""
         found: dict[str, float] = {}
@@ -93,17 +103,26 @@ def data_free() -> list[Variant]:
     return [Variant(name, {}) for name in names if not make(name).needs]
 
 
-def cell(family: Family, variant: Variant, order: Sequence[str], *, whole: bool, ready: bool = False) -> Cell | None:
-    """One stream; from the cache where it is there. whole: scored in all learned tasks at every arrival. None where it
-    is not there: with `ready`, or while another process makes it.
+def cell(
+    family: Family,
+    variant: Variant,
+    order: Sequence[str],
+    *,
+    whole: bool = False,
+    at: Sequence[int] = (),
+    ready: bool = False,
+) -> Cell | None:
+    """One stream; from the cache where it is there. Scored in all learned tasks after every arrival if it is to be
+    `whole`, else after so many of them. None where it is not there: with `ready`, or while another process makes it.
     """
-    path = _path(family, variant, order, whole)
+    path = _path(family, variant, order, whole, at)
     if not ready:
-        make_once(path, lambda: _make_cell(path, family, variant, order, whole), wait=False)
+        places = range(1, len(order) + 1) if whole else at
+        make_once(path, lambda: _make_cell(path, family, variant, order, places), wait=False)
     return Cell(**json.loads(path.read_text())) if path.exists() else None
 
 
-def _make_cell(path: Path, family: Family, variant: Variant, order: Sequence[str], whole: bool) -> None:
+def _make_cell(path: Path, family: Family, variant: Variant, order: Sequence[str], at: Collection[int]) -> None:
     steps: list[Mapping[str, float]] = []
     with Stream(variant.made(), family.base) as stream:
         for place, name in enumerate(order, start=1):
@@ -111,7 +130,7 @@ def _make_cell(path: Path, family: Family, variant: Variant, order: Sequence[str
             if place == len(order):
                 wanted = [*family.learned(order), *family.held_out]
             else:
-                wanted = family.learned(order[:place]) if whole else [family.task(name)]
+                wanted = family.learned(order[:place]) if place in at else [family.task(name)]
             steps.append(dict(family.score(stream.weights(), wanted)))
         costs = stream.costs
     found = Cell(
@@ -126,8 +145,9 @@ def _make_cell(path: Path, family: Family, variant: Variant, order: Sequence[str
     note(asdict(found), path)
 
 
-def _path(family: Family, variant: Variant, order: Sequence[str], whole: bool) -> Path:
-    return cell_path(family, variant.name, variant.made().params(), list(order), list(family.held_out), whole)
+def _path(family: Family, variant: Variant, order: Sequence[str], whole: bool, at: Sequence[int]) -> Path:
+    said = [variant.made().params(), list(order), list(family.held_out), whole, *([list(at)] if at else [])]
+    return cell_path(family, variant.name, *said)
 
 
 def cell_path(family: Family, name: str, *said: Any) -> Path:

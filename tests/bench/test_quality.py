@@ -110,6 +110,17 @@ def test_a_cell_is_made_once_and_only_when_asked(tiny: Path) -> None:
     assert cell(family, one, FEW, whole=True) == made
 
 
+def test_growth_is_what_merging_so_many_alone_gives(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "GROWN", ("opcm",))
+    family, maker = readers(tiny, FEW), Maker(ready=False, say=lambda _: None)
+    order, own = blocks._growing(family), family.own_scores()
+    found = blocks.growth(family, maker, sizes=(1, 2, 4))["opcm"]
+    for size in (1, 2):
+        alone = cell(replace(family, held_out=[]), Variant("opcm", {}), order[:size])
+        assert alone and found[str(size)].items() <= alone.figures(own, ()).items()
+    assert found.keys() == {"1", "2"}
+
+
 def test_what_another_process_makes_is_left_to_it_until_it_is_gone(tiny: Path) -> None:
     family, one = readers(tiny, FEW), Variant("mean", {})
     path = cell_path(family, one.name, one.made().params(), FEW, family.held_out, True)
