@@ -48,6 +48,7 @@ from daemon.versions.retention import numbered, remove_whole
 from daemon.versions.sealing import origin
 from daemon.versions.writing import Written
 from projector.method import Method, Totals
+from projector.text import listed
 from registry import records
 from registry.errors import Busy, RegistryError, StorageFailed
 from registry.reader import Reader
@@ -153,7 +154,8 @@ def add_head(
         if how:
             check_learnable(name, method, how, len(experts), relative=relative)
         check_archive(home, store, experts, heads, relatives)
-        plan = Plan({name: REPLAYED}, experts, _readings(heads, experts), _usual_seconds(store))
+        apart = _not_judged(settings, name)
+        plan = Plan({name: REPLAYED}, experts, _readings(heads, experts), _usual_seconds(store), notes=apart)
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to, relatives)
             with Restating(home, store, settings, to.progress()) as restating:
@@ -169,7 +171,7 @@ def add_head(
             durable.remove(home.learning(name))
             made = called(name, number)
             stays = [f"{line}; `mainstem promote {made}` makes it live" for line in _not_live(store, name)]
-            plan = replace(plan, number=number, notes=stays)
+            plan = replace(plan, number=number, notes=[*apart, *stays])
         return plan
 
 
@@ -185,7 +187,8 @@ def learn_again(home: Home, settings: Settings, name: str, to: Console, how: Lea
         number = None
         if isinstance(store, Store):
             number = refine(home, store, home, store, experts, settings, to, (name, how))
-        return Plan({name: LEARNED}, experts, len(experts), _usual_seconds(store), number, notes=_not_live(store, name))
+        notes = [*_not_judged(settings, name), *_not_live(store, name)]
+        return Plan({name: LEARNED}, experts, len(experts), _usual_seconds(store), number, notes=notes)
 
 
 def withdraw(
@@ -368,6 +371,13 @@ def _unfit(inner: Home, store: Store, heads: Heads, relative: Collection[str], e
 def _keep_out(store: Store, experts: Sequence[Expert], deed: NewIntervention) -> None:
     """What a pipeline sends again is refused in a new home as it was in the old one."""
     store.keep_out([left_behind(expert) for expert in experts if expert.sha256], deed)
+
+
+def _not_judged(settings: Settings, name: str) -> list[str]:
+    """That the home has a gate, and this head is none of those that it judges, in lines of words."""
+    if not settings.evaluate.command or judges(settings.evaluate, name):
+        return []
+    return [f"{name} is not judged: evaluate.heads names {listed(settings.evaluate.heads)}, and not {name}"]
 
 
 def _never_judged(store: Store, settings: Settings, home: Home) -> list[str]:

@@ -212,8 +212,9 @@ def test_what_is_learned_is_judged_as_an_arrival_is(
 ) -> None:
     """Held, it is not live, and nothing that is done to other heads or to experts makes it so."""
     settings = gate(merged, {"ada/5": 0.4}, "each >= live - 0.05")
-    for name in ("ada", "other"):
-        add_head(merged, settings, name, make("task_arithmetic"), Console())
+    notes = {"ada": [], "other": ["other is not judged: evaluate.heads names ada, soup, and not other"]}
+    for name, wanted in notes.items():
+        assert add_head(merged, settings, name, make("task_arithmetic"), Console()).notes == wanted
     assert live(merged, "ada") == 4
     said = rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "1")
     why = "`each >= live - 0.05`: `a` 0.4 against 0.5: 0.1 worse than the live version, asked is at most 0.05 worse"
