@@ -115,7 +115,7 @@ def into(
             _usual_seconds(reader),
             notes=[
                 f"{line} here; in {target.root} nothing is rolled back or held: the newest version is live"
-                for line in _not_live(reader)
+                for line in _not_live(home, reader)
             ],
         )
         if not dry:
@@ -169,9 +169,7 @@ def add_head(
                 number = _adopt(home, store, new_head(name, method, relative=relative), method, written, restating)
             remove_whole(home, inner.root)
             durable.remove(home.learning(name))
-            made = called(name, number)
-            stays = [f"{line}; `mainstem promote {made}` makes it live" for line in _not_live(store, name)]
-            plan = replace(plan, number=number, notes=[*apart, *stays])
+            plan = replace(plan, number=number, notes=[*apart, *_to_promote(home, store, name)])
         return plan
 
 
@@ -187,7 +185,10 @@ def learn_again(home: Home, settings: Settings, name: str, to: Console, how: Lea
         number = None
         if isinstance(store, Store):
             number = refine(home, store, home, store, experts, settings, to, (name, how))
-        notes = [*_not_judged(settings, name), *_not_live(store, name)]
+        notes = [
+            *_not_judged(settings, name),
+            *(_not_live(home, store, name) if dry else _to_promote(home, store, name)),
+        ]
         return Plan({name: LEARNED}, experts, len(experts), _usual_seconds(store), number, notes=notes)
 
 
@@ -242,7 +243,7 @@ def withdraw_from(
         number = restating.commit(store, heads, written, gone, deed)
     remove_whole(home, inner.root)
     unjudged = [head for head in planned.plan.how if judges(settings.evaluate, head)]
-    return replace(planned.plan, number=number, unjudged=unjudged, notes=_still_live(store, planned.plan.how))
+    return replace(planned.plan, number=number, unjudged=unjudged, notes=_still_live(home, store, planned.plan.how))
 
 
 def described(plan: Plan) -> list[str]:
@@ -393,19 +394,27 @@ def _never_judged(store: Store, settings: Settings, home: Home) -> list[str]:
     return said
 
 
-def _still_live(reader: Reader, names: Collection[str]) -> list[str]:
+def _still_live(home: Home, reader: Reader, names: Collection[str]) -> list[str]:
     """What of these heads is live that was made before the newest version, in lines of words."""
-    return [f"{note}: {called(head.name, head.live)} still is" for head, note in _held(reader) if head.name in names]
+    return [
+        f"{note}: {called(head.name, head.live)} still is" for head, note in _held(home, reader) if head.name in names
+    ]
 
 
-def _not_live(reader: Reader, *names: str) -> list[str]:
+def _not_live(home: Home, reader: Reader, *names: str) -> list[str]:
     """The newest versions of these heads, or of all, that are not live, and why, in lines of words."""
-    return [note for head, note in _held(reader) if not names or head.name in names]
+    return [note for head, note in _held(home, reader) if not names or head.name in names]
 
 
-def _held(reader: Reader) -> list[tuple[Head, str]]:
+def _to_promote(home: Home, reader: Reader, name: str) -> list[str]:
+    """As `_not_live`, of one head, and what makes it live."""
+    there = [(called(head.name, head.newest), note) for head, note in _held(home, reader) if head.name == name]
+    return [f"{note}; `mainstem promote {newest}` makes it live" for newest, note in there]
+
+
+def _held(home: Home, reader: Reader) -> list[tuple[Head, str]]:
     """The heads whose newest version is not live, and why, in words."""
-    heads = [(head, held(reader, head)) for head in reader.heads()]
+    heads = [(head, held(home, reader, head)) for head in reader.heads()]
     return [(head, f"{called(head.name, one.version)} is not live ({one.why})") for head, one in heads if one]
 
 

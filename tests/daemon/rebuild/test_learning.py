@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from daemon.config import Settings
-from daemon.home.standing import Held, held
+from daemon.home.standing import Held, held, outcome
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from daemon.rebuild.commands import add_head, into, learn_again
@@ -101,7 +101,8 @@ def test_a_head_is_learned_stays_and_is_learned_again(
     put(merged, write_expert(tmp_path / "e.safetensors", model[0], 9))
     drain(merged)
     assert (live(merged), live(merged, "ada")) == (5, 4)  # what comes is folded, and is not live there
-    assert standing(merged) == Held(5, LEARNED, True, "mainstem promote ada/5")
+    again = "promoted, it is the plain sum; `mainstem rebuild --head ada --adamerging COMMAND` learns them again"
+    assert standing(merged) == Held(5, f"{LEARNED}: {again}", True, "mainstem promote ada/5")
     taken_out(merged, quick(), "e.safetensors")
     assert live(merged, "ada") == 6 and standing(merged) is None  # as it was: its coefficients are of just the others
     assert_close(latest(merged, "ada"), learnt(model, [0, 1, 2, 3], gradients, 12))
@@ -112,7 +113,7 @@ def test_a_head_is_learned_stays_and_is_learned_again(
     assert (live(merged, "ada"), live(merged, "sum")) == (6, 7)  # which is no reason to hold another head
     rebuild(merged, "--head", "sum", "--adamerging", command, "--steps", "1")
     assert (live(merged, "ada"), live(merged, "sum"), live(merged)) == (6, 8, 8)  # nor to let one live that waits
-    assert standing(merged) == Held(8, LEARNED, True, "mainstem promote ada/8")
+    assert standing(merged) == Held(8, f"{LEARNED}: {again}", True, "mainstem promote ada/8")
     said = rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "3")
     assert "ada/9: 5 experts are merged" in said and live(merged, "ada") == live(merged) == 9
     assert len(json.loads((merged.version("ada", 9) / about["file"]).read_bytes())["experts"]) == 5
@@ -127,7 +128,7 @@ def standing(home: Home) -> Held | None:
     with lineage(home) as reader:
         head = reader.head("ada")
         assert head is not None
-        return held(reader, head)
+        return held(home, reader, head)
 
 
 def test_killed_it_goes_on_and_a_new_home_takes_it_too(
@@ -188,6 +189,48 @@ def test_rolled_back_and_promoted_a_learned_head_waits_as_before(merged: Home, c
     with lineage(merged) as reader:
         head = reader.head("ada")
     assert head is not None and (head.live, head.frozen) == (4, LEARNED)
+
+
+def test_all_reasons_for_which_a_learned_head_waits_are_told(
+    merged: Home, model: tuple[Path, list[Path]], command: str, tmp_path: Path
+) -> None:
+    """The gate's alone would let a person promote another model than what is live, unknowingly."""
+    settings = gate(merged, {"ada/5": 0.4}, "each >= live - 0.05")
+    how = learning(command, settings.evaluate, steps=1)
+    add_head(merged, settings, "ada", make("task_arithmetic"), Console(), how=how)
+    put(merged, write_expert(tmp_path / "e.safetensors", model[0], 9))
+    drain(merged, settings)
+    found = standing(merged)
+    assert live(merged, "ada") == 4 and found and found.frozen
+    rule, _, other = found.why.partition("; and ")
+    assert rule.startswith("`each >= live - 0.05`: `a` 0.4 against 0.5") and other.startswith(f"{LEARNED}: promoted,")
+    said = forked("status", merged.root).stdout
+    assert f"nor will the next be: {found.why} (`mainstem promote ada/5`)" in said
+    with lineage(merged) as reader:
+        (expert,) = reader.find_experts("e.safetensors")
+        assert outcome(reader, expert)[1]["ada"].why == f"{rule}; and {LEARNED}"
+    said = forked("promote", "ada/5", "--home", merged.root, "--dry-run").stdout
+    assert "ada/5 has no coefficients that were learned, as ada/4 has: it is the plain sum" in said
+    assert forked("rollback", "ada/0", "--home", merged.root).returncode == 0
+    rolled = standing(merged)  # nothing that was learned is live, and a person's word comes first
+    assert rolled and rolled.why == "rolled back to ada/0"
+    rebuild(merged, *shlex.split(other.split("`")[1].replace("COMMAND", shlex.quote(command)))[2:], "--steps", "1")
+    assert forked("promote", "ada/6", "--home", merged.root).returncode == 0
+    assert live(merged, "ada") == 6 and standing(merged) is None
+
+
+def test_what_a_person_rolled_back_waits_however_often_it_is_learned(merged: Home, command: str) -> None:
+    """Its experts are those of the live version all the while."""
+    how = [learning(command, quick().evaluate, steps=steps) for steps in (1, 2, 3)]
+    add_head(merged, quick(), "ada", make("task_arithmetic"), Console(), how=how[0])
+    learn_again(merged, quick(), "ada", Console(), how[1])
+    assert forked("rollback", "ada/4", "--home", merged.root).returncode == 0
+    plan = learn_again(merged, quick(), "ada", Console(), how[2])
+    assert (live(merged, "ada"), live(merged)) == (4, 6)
+    assert plan.notes == ["ada/6 is not live (rolled back to ada/4); `mainstem promote ada/6` makes it live"]
+    assert forked("promote", "ada/6", "--home", merged.root).returncode == 0
+    assert live(merged, "ada") == 6 and standing(merged) is None
+    check(merged)
 
 
 SCORES = """
