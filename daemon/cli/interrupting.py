@@ -1,20 +1,38 @@
-"""Ctrl-C, heard also by who is importing.
+"""Ctrl-C and SIGTERM, heard also by who is importing, and what is said then.
 
-What Python raises for it while a module is imported is lost where it meets the end of a module's lock, and becomes
+What a handler raises while a module is imported is lost where it meets the end of a module's lock, and becomes
 another error in a library that reads its own classes meanwhile: so it waits until the import is over.
 """
 
 import _thread
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import typer
+
 IMPORTING = "<frozen importlib._bootstrap>"
 AGAIN_SECONDS = 0.02
+
+
+ANEW = "nothing was made, and the same command begins anew"
+
+
+@contextmanager
+def ending_with(then: str) -> Iterator[None]:
+    """Says what the same command does next time, where Ctrl-C or SIGTERM ends what is done inside."""
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, KeyboardInterrupt) or end.code == 128 + signal.SIGTERM:
+            typer.echo(f"mainstem: interrupted; {then}", err=True)
+        raise
 
 
 @contextmanager
@@ -35,11 +53,23 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def leave(number: int, frame: FrameType | None) -> None:
+    """For SIGTERM: ends as Ctrl-C does, so that what was begun is cleared away."""
+    if not _postponed(number, frame):
+        sys.exit(128 + number)
+
+
 def _hear(number: int, frame: FrameType | None) -> None:
-    if _is_importing(frame):
-        _thread.start_new_thread(_send_again, (number,))
-    else:
+    if not _postponed(number, frame):
         signal.default_int_handler(number, frame)
+
+
+def _postponed(number: int, frame: FrameType | None) -> bool:
+    """True where the signal came during an import; then it comes again."""
+    importing = _is_importing(frame)
+    if importing:
+        _thread.start_new_thread(_send_again, (number,))
+    return importing
 
 
 def _send_again(number: int) -> None:

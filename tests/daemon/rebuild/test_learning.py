@@ -318,16 +318,22 @@ def test_what_the_gate_rejects_or_holds_of_a_new_head_is_not_live(merged: Home, 
     check(merged)
 
 
-def test_ctrl_c_ends_the_evaluator_and_the_rebuild(merged: Home) -> None:
-    """Which may take an hour."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_evaluator_and_the_rebuild(merged: Home, number: signal.Signals) -> None:
+    """Which may take an hour. The home is sound, and what is said is true: the same command goes on."""
     gate(merged, {}, "each >= live - 0.05")
     (merged.root / "score.py").write_text("import time; open('begun', 'w').close(); time.sleep(100)")
     words = ["rebuild", "--head", "ada=mean", "--home", str(merged.root)]
-    with Path(os.devnull).open("wb") as nothing:
-        process = shims.Process(preloaded(), words, environment(), merged.root, nothing.fileno(), nothing.fileno())
+    with Path(os.devnull).open("wb") as nothing, (merged.root / "said").open("wb") as said:
+        process = shims.Process(preloaded(), words, environment(), merged.root, nothing.fileno(), said.fileno())
         assert until((merged.root / "begun").exists, 60)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 128 + signal.SIGINT
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    assert "mainstem: interrupted; the same command goes on where it was\n" in (merged.root / "said").read_text()
+    (merged.root / "score.py").write_text(SCORES)
+    rebuild(merged, *words[1:3])
+    assert live(merged, "ada") == 4
+    check(merged)
 
 
 def test_a_new_home_says_what_nobody_judged(merged: Home, tmp_path: Path) -> None:
