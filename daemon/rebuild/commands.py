@@ -27,10 +27,10 @@ from daemon.home.recovery import mark_clean, recover
 from daemon.home.standing import held
 from daemon.layout import Home
 from daemon.manifest import Withdrawal
-from daemon.merge.gate import judges
+from daemon.merge.gate import judges, not_judging
 from daemon.notation import called
 from daemon.rebuild.learning import Learning, check_learnable, learned
-from daemon.rebuild.refining import arrival, arrivals, from_inside, refine, tip_inside
+from daemon.rebuild.refining import arrival, arrivals, from_inside, refine, tip_inside, to_learn
 from daemon.rebuild.replay import (
     Console,
     Heads,
@@ -48,7 +48,6 @@ from daemon.versions.retention import numbered, remove_whole
 from daemon.versions.sealing import origin
 from daemon.versions.writing import Written
 from projector.method import Method, Totals
-from projector.text import listed
 from registry import records
 from registry.errors import Busy, RegistryError, StorageFailed
 from registry.reader import Reader
@@ -118,6 +117,9 @@ def into(
                 for line in _not_live(home, reader)
             ],
         )
+        if dry and how:
+            left = to_learn(target, reader, first, chosen[first], how, experts)
+            plan = replace(plan, notes=[*plan.notes, left])
         if not dry:
             replay(home, reader, experts, target, chosen, settings, to, relative=relative)
             with _opened(target) as store:
@@ -154,8 +156,10 @@ def add_head(
         if how:
             check_learnable(name, method, how, len(experts), relative=relative)
         check_archive(home, store, experts, heads, relatives)
-        apart = _not_judged(settings, name)
+        apart = not_judging(settings.evaluate, name)
         plan = Plan({name: REPLAYED}, experts, _readings(heads, experts), _usual_seconds(store), notes=apart)
+        if dry and how:
+            plan = replace(plan, notes=[*apart, to_learn(home, store, name, method, how, experts)])
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to, relatives)
             with Restating(home, store, settings, to.progress()) as restating:
@@ -182,14 +186,13 @@ def learn_again(home: Home, settings: Settings, name: str, to: Console, how: Lea
         experts, relative = store.lineage(), tip.head.relative_to is RelativeTo.TRAINED_FROM
         check_learnable(name, tip.method, how, len(experts), relative=relative)
         check_archive(home, store, experts, {name: tip.method})
-        number = None
+        number, apart = None, not_judging(settings.evaluate, name)
         if isinstance(store, Store):
             number = refine(home, store, home, store, experts, settings, to, (name, how))
-        notes = [
-            *_not_judged(settings, name),
-            *(_not_live(home, store, name) if dry else _to_promote(home, store, name)),
-        ]
-        return Plan({name: LEARNED}, experts, len(experts), _usual_seconds(store), number, notes=notes)
+            apart += _to_promote(home, store, name)
+        else:
+            apart += [*_not_live(home, store, name), to_learn(home, store, name, tip.method, how, experts)]
+        return Plan({name: LEARNED}, experts, len(experts), _usual_seconds(store), number, notes=apart)
 
 
 def withdraw(
@@ -372,13 +375,6 @@ def _unfit(inner: Home, store: Store, heads: Heads, relative: Collection[str], e
 def _keep_out(store: Store, experts: Sequence[Expert], deed: NewIntervention) -> None:
     """What a pipeline sends again is refused in a new home as it was in the old one."""
     store.keep_out([left_behind(expert) for expert in experts if expert.sha256], deed)
-
-
-def _not_judged(settings: Settings, name: str) -> list[str]:
-    """That the home has a gate, and this head is none of those that it judges, in lines of words."""
-    if not settings.evaluate.command or judges(settings.evaluate, name):
-        return []
-    return [f"{name} is not judged: evaluate.heads names {listed(settings.evaluate.heads)}, and not {name}"]
 
 
 def _never_judged(store: Store, settings: Settings, home: Home) -> list[str]:

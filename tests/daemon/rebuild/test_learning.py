@@ -23,10 +23,11 @@ from daemon.rebuild.commands import add_head, into, learn_again
 from daemon.rebuild.learning import learning
 from daemon.rebuild.replay import Console
 from projector.methods import make
+from projector.text import size
 from registry.records import LEARNED, Deed
 from registry.store import Store
 from tests import shims
-from tests.daemon.homes import assert_close, drain, latest, lineage, live, put, quick
+from tests.daemon.homes import assert_close, drain, experts, latest, lineage, live, put, quick
 from tests.daemon.processes import environment, forked, preloaded, rebuild, until
 from tests.daemon.rebuilds import check, killed, refused, taken_out, weights
 from tests.models import read_weights, write_expert
@@ -164,6 +165,36 @@ def test_killed_it_goes_on_and_a_new_home_takes_it_too(
     check(target)
     rebuild(merged, *words)
     assert live(target) == 5 and not (tmp_path / "asked").exists()  # there is nothing left to do
+
+
+def test_a_dry_run_counts_the_steps_that_are_left(merged: Home, command: str, tmp_path: Path) -> None:
+    ada = ("--head", "ada", "--adamerging", command, "--steps")
+    read, said = (
+        sum(one.size_bytes for one in experts(merged)),
+        "the command on its batches, as a rule one of each task",
+    )
+    with lineage(merged) as reader:
+        base = reader.base()
+    read += base.size_bytes
+    moved = f"{size(8 * base.parameters)} of weights and gradients"
+    whole = f"each runs {said}, reads {size(read)} of experts and base, and writes and reads {moved}; "
+
+    def told(*words: str | Path) -> str:
+        return rebuild(merged, *words, "--dry-run")
+
+    assert f"8 steps: {whole}{size(8 * (read + 16 * base.parameters))} in all" in told(*ada, "8")
+    assert not merged.learning("ada").exists()
+    assert f"8 steps: {whole}" in told("--into", tmp_path / "new", *ada[2:], "8")
+    (tmp_path / "answers.py").write_text(
+        ANSWERS.replace("asked = json", "sys.exit(9) if '\"step\": 5' in line else 0\n    asked = json")
+    )
+    refused(merged, *ada, "8")
+    assert "3 steps of 8, behind the 5 that are kept: each" in told(*ada, "8")
+    (tmp_path / "answers.py").write_text(ANSWERS)
+    rebuild(merged, *ada, "8")
+    assert "the coefficients of ada are learned in this way already" in told(*ada, "8")
+    assert "9 steps: each" in told(*ada, "9")
+    assert (tmp_path / "asked").read_text().split() == list("01234567")
 
 
 def test_more_experts_than_files_may_be_open_by_default(merged: Home, command: str) -> None:
