@@ -25,7 +25,7 @@ from daemon.requirements import Rule, parse
 from daemon.sections import Adapter, HeadSettings, Hooks, Section, Webhook, flat_webhooks
 from projector.errors import Reason as ProjectorReason
 from projector.names.naming import Naming, check_prefixes
-from projector.text import listed, shown
+from projector.text import shown
 
 LIVE = (
     "http.write_token",
@@ -376,20 +376,6 @@ def taking_effect(hint: str, then: str = "", where: str = "") -> str:
         return hint
     how = f"`mainstem reload{where}` (or restart the daemon)" if all(map(is_live, named)) else "restart the daemon"
     return f"{hint}; once mainstem.toml says so, {how}{then and f', then {then}'}"
-
-
-def check_heads(settings: Settings, heads: Sequence[str]) -> None:
-    """Raises BadConfig where the settings name a head that the home does not have."""
-    named = [(f"heads.{shown(name)} is set", name) for name in sorted(settings.heads)]
-    if settings.evaluate.command:
-        named += [(f"evaluate.heads names {shown(name)}", name) for name in settings.evaluate.heads]
-    for what, name in named:
-        if name not in heads:
-            raise BadConfig(
-                f"{what}, but this home has no such head",
-                f"its heads are {listed(heads, most=20)}; leave it out, or `mainstem rebuild --head {shown(name)}=ema`"
-                " adds it, by ema or another of `mainstem methods`",
-            )
 
 
 def _problem(error: Mapping[str, Any]) -> str:

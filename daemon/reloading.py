@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from pydantic import SecretStr
 
-from daemon.config import Settings, check_heads, is_live
+from daemon.config import Settings, is_live
 from daemon.errors import BadConfig
+from daemon.home.named_heads import check_heads
 from daemon.home.supervision import Supervision
 from daemon.metrics import Metrics
 
@@ -61,7 +62,7 @@ class Reloading:
         asking, self._asking = self._asking, []
         try:
             wanted = self._read()
-            check_heads(wanted, heads)
+            missing = check_heads(wanted, heads)
             new = taken_up(now, wanted)
             before = self._log.bind()  # by the level so far
             adopt(new)
@@ -81,8 +82,10 @@ class Reloading:
         for name, in_force, configured in fixed:
             log.warning("a setting needs a restart", setting=name, in_force=in_force, configured=configured)
         log.info("the settings were read again", changed=len(changed), need_a_restart=len(fixed))
+        if missing:
+            log.warning(missing[0], hint=missing[1])
         for one in asking:
-            one.done(_told(changed, fixed))
+            one.done([*_told(changed, fixed), *([f"{missing[0]} ({missing[1]})"] if missing else [])])
         return new
 
 

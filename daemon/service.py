@@ -19,10 +19,11 @@ from daemon.arrivals.uploads import Uploads, write_token
 from daemon.checkpoints.unfinished import said_by
 from daemon.compute.progress import Abandoned, Progress
 from daemon.compute.resources import device_name, memory_budget, return_freed_memory, reuse_freed_memory
-from daemon.config import Settings, check_heads
+from daemon.config import Settings
 from daemon.disk import durable
 from daemon.errors import BadHome, DaemonError, Failed, NotYet, Reason
 from daemon.home.health import MAKE_ROOM, Health, Trouble
+from daemon.home.named_heads import check_heads
 from daemon.home.orders import Orders, fulfilled
 from daemon.home.presence import Presence, lock
 from daemon.home.recovery import mark_clean, recover
@@ -115,7 +116,8 @@ class Service:
         """Recovers, and drains the inbox until it is told to stop. Raises Abandoned where that came first."""
         store = closing.enter_context(Store.open(self._home.registry, self._wait_for_registry))
         store.timed = self._metrics.transaction
-        check_heads(self._settings, [head.name for head in store.heads()])
+        if found := check_heads(self._settings, [head.name for head in store.heads()]):
+            self._log.warning(found[0], hint=found[1])
         if http:
             self._serve(closing)
         crashed = not self._home.clean.exists()

@@ -228,7 +228,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
-            _check(self.name, f.name, getattr(self, f.name), f.metadata)
+            _check(self.name, f.name, getattr(self, f.name), {**f.metadata, "default": f.default})
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Self:
@@ -292,17 +292,14 @@ def _check(method: str, key: str, value: Any, metadata: Mapping[str, Any]) -> No
     else:
         good = True
     if not good:
-        raise BadParameter(f"{method}.{key} cannot be {value!r}", f"allowed: {param_range(metadata)}")
+        raise BadParameter(f"{method}.{key} cannot be {value!r}", f"allowed: {_allowed(key, metadata)}")
     if metadata["idle"] is not None and value == metadata["idle"]:
-        raise idle(method, key, value, param_range(metadata))
+        raise idle(method, key, value, _allowed(key, metadata))
 
 
 def _parse(method: str, key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     """A JSON value or a command line's word as the field's type."""
-    allowed = "true, false" if hint is bool else param_range(metadata) or "words, separated by commas"
-    wrong = BadParameter(
-        f"{method}.{key} cannot be {value!r}", f"allowed: {'whole numbers, ' if hint is int else ''}{allowed}"
-    )
+    wrong = BadParameter(f"{method}.{key} cannot be {value!r}", f"allowed: {_allowed(key, metadata, hint)}")
     if hint == tuple[str, ...]:
         words = value.split(",") if isinstance(value, str) else value
         if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
@@ -321,6 +318,24 @@ def _parse(method: str, key: str, value: Any, hint: Any, metadata: Mapping[str, 
         except (TypeError, ValueError, OverflowError):
             continue
     raise wrong
+
+
+_KINDS = {bool: "true, false", int: "whole numbers", float: "numbers", tuple[str, ...]: "words, separated by commas"}
+
+
+def _allowed(key: str, metadata: Mapping[str, Any], hint: Any = None) -> str:
+    """The values that a parameter takes, in words, with one of them as it is given; hint: its type."""
+    words = [word for word in (_KINDS.get(hint), param_range(metadata)) if word]
+    default = metadata["default"]
+    example = [] if default is None or default is MISSING else [f"for example {key}={worded(default)}"]
+    return "; ".join([", ".join(words), *example] if words else example)
+
+
+def worded(value: Any) -> str:
+    """A parameter's value as it is given on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, list | tuple) else str(value)
 
 
 def plain(value: Any) -> Any:

@@ -166,10 +166,10 @@ class Store(Reader):
         blocked. It is live, and nothing is frozen any more, unless it has an expert that came after the live version
         and is held with it.
 
-        A version that is held already stays so, and its head as it stands. learned: the heads whose coefficients were
-        learned: they are frozen again. waiting: those to which nothing was done: what is frozen stays so. passed: those
-        whose version was judged and is good, with all its experts: as an arrival's it is live, unless a person rolled
-        the head back.
+        A version that is held already stays so, and its head as it stands. So does a head that a person rolled back,
+        unless an expert is withdrawn. learned: the heads whose coefficients were learned: they are frozen again.
+        waiting: those to which nothing was done: what is frozen stays so. passed: those whose version was judged and
+        is good, with all its experts: as an arrival's it is live.
 
         THE COMMIT POINT of such a version. Raises as `commit` does, and BadRecord where an expert is not merged.
         """
@@ -179,12 +179,13 @@ class Store(Reader):
             require_one_each([*heads.values()], versions)
             kept = []
             for version in versions:
-                later = experts_after_live(connection, version.head) - set(withdrawn)
-                good = version.head in passed and heads[version.head].frozen in (None, LEARNED)
-                why = f"it still has expert {max(later)}, which is not live" if later and not good else None
-                if version.held or version.head in waiting:
+                rolled_back = heads[version.head].frozen not in (None, LEARNED)
+                if version.held or version.head in waiting or (rolled_back and not withdrawn):
                     kept.append(advance(connection, version))
                     continue
+                later = experts_after_live(connection, version.head) - set(withdrawn)
+                good = version.head in passed and not rolled_back
+                why = f"it still has expert {max(later)}, which is not live" if later and not good else None
                 then = LEARNED if version.head in learned else None
                 kept.append(advance(connection, replace(version, held=why), thaw=why is None, then=then))
             insert_versions(connection, kept, None, now)

@@ -50,6 +50,7 @@ from daemon.cli import (
     zipit,
 )
 from daemon.cli.common import KNOWN, SAFE, complain
+from daemon.cli.interrupting import interruptible
 
 VERBS = (
     *(init, run, serve, status, health, log, show, report, compare, inspect, verify, methods, convert, pull, push),
@@ -84,7 +85,8 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 def main() -> None:
     """Runs the command line."""
     try:
-        app()
+        with interruptible():
+            app()
     except KNOWN as error:
         complain(str(error), error.hint)
         sys.exit(1)

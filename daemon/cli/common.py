@@ -44,11 +44,6 @@ def complain(message: str, hint: str) -> None:
         typer.echo(f"    hint: {hint}", err=True)
 
 
-def leave(number: int, _: object) -> None:
-    """For a signal's handler: lets what was begun be cleared away, as after Ctrl-C."""
-    sys.exit(128 + number)
-
-
 def one_home(argument: Path | None, option: Path | None) -> Path | None:
     """The home that was named as an argument or as an option, which is the same."""
     if argument and option and argument.resolve() != option.resolve():

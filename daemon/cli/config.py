@@ -78,15 +78,17 @@ def check(at: HomeArgument = None, home: HomeOption = None) -> None:
     """Check mainstem.toml and the environment; exit status 1 and the reason where they are wrong."""
     from daemon.arrivals.uploads import write_token
     from daemon.compute import commands
-    from daemon.config import check_heads, strangers
+    from daemon.config import strangers
     from daemon.evaluation.evaluator import check_program
+    from daemon.home.named_heads import check_heads
     from daemon.home.presets import INIT, growing
     from registry.records import RelativeTo
 
     where, reader = open_reader(at, home)
     with reader:
         settings = settings_of(where)
-        check_heads(settings, [head.name for head in reader.heads()])
+        if missing := check_heads(settings, [head.name for head in reader.heads()]):
+            complain(*missing)
         if start := reader.head(INIT):
             from projector.methods import make  # it brings torch
 

@@ -1,6 +1,5 @@
 """`mainstem convert`: a pickled checkpoint as safetensors, another tool's adapter as one of PEFT."""
 
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from daemon.cli.common import JsonOption, leave, print_json
+from daemon.cli.common import JsonOption, print_json
+from daemon.cli.interrupting import ANEW, ending_with
 from projector.text import size
 
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ def command(
     from daemon.convert.converting import convert
 
     options = Options(_bytes(memory) if memory else None, timeout, key, strip_prefix)
-    signal.signal(signal.SIGTERM, leave)
-    if weights_of(file):
-        converted = convert_adapter(file, out, How(base, alpha, only))
-    else:
-        with _bar() as report:
-            converted = convert(file, out, options, report)
+    with ending_with(ANEW):
+        if weights_of(file):
+            converted = convert_adapter(file, out, How(base, alpha, only))
+        else:
+            with _bar() as report:
+                converted = convert(file, out, options, report)
     if as_json:
         print_json(converted)
     else:

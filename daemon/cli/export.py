@@ -1,6 +1,5 @@
 """`mainstem export`: a version of a smile head as a model whose layers choose among its experts."""
 
-import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,8 @@ from typing import Annotated
 import typer
 
 from daemon.cli.asking import HeadOption, VersionArgument, version_named
-from daemon.cli.common import HomeOption, JsonOption, leave, open_reader, print_json, settings_of
+from daemon.cli.common import HomeOption, JsonOption, open_reader, print_json, settings_of
+from daemon.cli.interrupting import ANEW, ending_with
 from projector.text import listed, size
 
 
@@ -23,12 +23,12 @@ def command(
 
     AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True) loads it. Nothing of the home is changed.
     """
-    from daemon.versions.routed import export
+    with ending_with(ANEW):
+        from daemon.versions.routed import export
 
-    signal.signal(signal.SIGTERM, leave)
-    where, reader = open_reader(None, home)
-    with reader:
-        done = export(where, reader, version_named(reader, version, head), out, settings_of(where).publish)
+        where, reader = open_reader(None, home)
+        with reader:
+            done = export(where, reader, version_named(reader, version, head), out, settings_of(where).publish)
     if as_json:
         print_json(asdict(done))
         return

@@ -61,6 +61,7 @@ def command(
     """Make a home: copy the base into it and publish it as version 0 of every head."""
     # imported here: these bring torch
     from daemon.home.founding import found
+    from projector.driver.steps import state_bytes
 
     made = heads_chosen(preset, method, heads or [], settings or [])
     folder = named_home(at, home)
@@ -82,8 +83,12 @@ def command(
         seen=schemas.append,
     )
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
-    if not preset and not method:
+    recommended = not preset and not method
+    if recommended:
         typer.echo(_recommended(schemas[0]))
+    for head, merges in made.methods.items():
+        if head != "main" or not recommended:
+            typer.echo(f"{head} merges by {merges.name}; its state takes {size(state_bytes(merges, schemas[0]))}")
     typer.echo(
         f"next: mainstem run --home {quote(str(folder))}    then drop experts into {quote(str(folder / 'inbox'))}"
     )

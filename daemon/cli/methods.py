@@ -29,7 +29,8 @@ def command(
 
 
 def _print(one: "Listing") -> None:
-    from projector.laws.listing import lines, worded
+    from projector.laws.listing import lines
+    from projector.method import worded
 
     typer.echo(f"{one.name}\n    {one.summary}\n    {one.formula}\n    {one.paper}")
     for what, words in lines(one):

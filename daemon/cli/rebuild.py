@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from daemon.cli.common import HomeArgument, HomeOption, find_home, settings_of
 from daemon.cli.init import Chosen, chosen, heads_chosen, heads_of
+from daemon.cli.interrupting import ending_with
 from daemon.errors import BadConfig
 from daemon.layout import Home
 from daemon.notation import called
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from daemon.rebuild.replay import Console
 
 STEPS, RATE = 500, 1e-3  # the authors'; said here, too, because what learns brings torch
+GOES_ON = "the same command goes on where it was"
 
 
 def command(
@@ -87,7 +89,8 @@ def command(
         raise BadConfig("--replay is for --without", "everything else is replayed in any case")
     if adamerging is None and (steps, lr) != (STEPS, RATE):
         raise BadConfig("--steps and --lr are for --adamerging", "leave them out, or give --adamerging COMMAND")
-    with console() as to:
+    makes = target is not None or heads  # of what is taken out, a daemon may go on
+    with ending_with(GOES_ON) if makes else nullcontext(), console() as to:
         if target is not None:
             new = Home(target.resolve())
             in_force = settings_of(new if new.config.exists() else where)

@@ -112,7 +112,7 @@ def looked(where: Home, reader: "Reader") -> Looked:
                 **asdict(head),
                 "figures": getattr(versions[head.name], "figures", {}),
                 "created_at": getattr(versions[head.name], "created_at", None),
-                "held": (stays := held(reader, head)) and asdict(stays),
+                "held": (stays := held(where, reader, head)) and asdict(stays),
             }
             for head in heads
         ],
@@ -122,7 +122,7 @@ def looked(where: Home, reader: "Reader") -> Looked:
         "open_cases": reader.count_open(),
         "flagged": [{"id": expert.id, "name": expert.name, "flags": expert.flags} for expert in flagged],
         "troubles": [asdict(one) for one in now.troubles],
-        "attention": [asdict(matter) for matter in attention(now, reader, str(where.root))],
+        "attention": [asdict(matter) for matter in attention(now, reader, where, str(where.root))],
     }
 
 

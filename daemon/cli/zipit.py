@@ -1,13 +1,13 @@
 """`mainstem zipit`: whole models zipped by their features, with calibration data."""
 
 import json
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from daemon.cli.common import JsonOption, leave, print_json, print_table
+from daemon.cli.common import JsonOption, print_json, print_table
+from daemon.cli.interrupting import ANEW, ending_with
 
 if TYPE_CHECKING:
     from projector.zipping.graph import Graph
@@ -51,14 +51,14 @@ def command(
     """
     from daemon.zipit.zipping import How, graph_of, zipit
 
-    signal.signal(signal.SIGTERM, leave)
     if show_graph:
         typer.echo(json.dumps(graph_of(models[0], calibration).described(), indent=2))
         return
     if out is None:
         raise typer.BadParameter("name the folder to make", param_hint="--out")
     own = _read_graph(graph) if graph else None
-    done = zipit(models, calibration, out, How(alpha, beta, to), own, lambda line: typer.echo(line, err=True))
+    with ending_with(ANEW):
+        done = zipit(models, calibration, out, How(alpha, beta, to), own, lambda line: typer.echo(line, err=True))
     if as_json:
         print_json(done)
         return

@@ -24,7 +24,7 @@ from daemon.checkpoints.opening import open_entry
 from daemon.checkpoints.weight_names import OF_A_MODEL
 from daemon.convert.converting import SUFFIX, Converted
 from daemon.disk import durable
-from daemon.disk.out import new_out
+from daemon.disk.out import making, new_out
 from daemon.errors import Reason, Refused
 from projector.files.source import identity
 from projector.files.tensorfile import TensorReader
@@ -89,7 +89,7 @@ def convert_adapter(source: Path, out: Path, how: How) -> Converted:
         )
         tensors, config = as_peft(tool, {name: reader.read(name) for name in reader.specs}, said)
         read_config(config)
-        folder = closing.enter_context(durable.appearing(out))
+        folder = closing.enter_context(making(out))
         written = {ADAPTER: json.dumps(config, indent=2).encode(), ADAPTER_WEIGHTS: save(tensors, {"format": "pt"})}
         for name, data in written.items():
             durable.write_file(folder / name, data)

@@ -26,7 +26,7 @@ from daemon.checkpoints.shard_index import read_index, shard_names
 from daemon.checkpoints.weight_names import INDEX, WEIGHTS
 from daemon.convert.confining import Options, Told, unpickle
 from daemon.disk import durable
-from daemon.disk.out import new_out
+from daemon.disk.out import making, new_out
 from daemon.errors import Reason, Refused
 from daemon.versions.companions import companions
 from projector.errors import ProjectorError
@@ -107,7 +107,7 @@ def convert(
             )
         if not whole:
             beside, parts = [], [replace(parts[0], target=out.name)]
-        folder = closing.enter_context(durable.appearing(out, alone=not whole))
+        folder = closing.enter_context(making(out, alone=not whole))
         done = [_converted(part, folder, options, report) for part in parts]
         if options.strip_prefix and not any(one.told.stripped for one in done):
             raise Refused(

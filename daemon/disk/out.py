@@ -1,12 +1,14 @@
-"""OUT, what a command makes for a person: whether it can be made. A module of its own: convert, zipit and export, which
-share no more than that, say it alike.
+"""OUT, what a command makes for a person: whether it can be made, and its making. A module of its own: convert, zipit
+and export, which share no more than that, say it alike.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
 
+from daemon.disk import durable
 from daemon.errors import BadConfig
 
 
@@ -24,3 +26,21 @@ def new_out(out: Path, files: Collection[str]) -> Path:
             raise BadConfig(f"{wrong} is no folder: nothing can be made in it", "name a place in one")
         raise BadConfig(f"the folder {out.parent} does not exist", f"make it first: mkdir -p {quote(str(out.parent))}")
     return out
+
+
+@contextmanager
+def making(out: Path, *, alone: bool = False) -> Iterator[Path]:
+    """A new folder, to be filled, that is `out` afterwards, as `durable.appearing` has it. Raises BadConfig where
+    something is there by then, as what another run of the same has made.
+    """
+    try:
+        with durable.appearing(out, alone=alone) as folder:
+            yield folder
+    except FileExistsError as error:
+        if not os.path.lexists(out):
+            raise
+        raise BadConfig(
+            f"{out} has come to be meanwhile, by another run or by hand: it stays as it is, and nothing else was made",
+            f"use it, if another run of the same made it; else name another, or remove it (rm -r {quote(str(out))})"
+            " and run this again",
+        ) from error

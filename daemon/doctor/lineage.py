@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from daemon.config import Settings, check_heads, load, strangers
+from daemon.config import Settings, load, strangers
 from daemon.doctor.finding import Finding, bad, ok, warn
 from daemon.errors import BadConfig
 from daemon.home.condition import condition
+from daemon.home.named_heads import check_heads
 from daemon.layout import Home
 from projector.text import listed
 from registry.errors import RegistryError
@@ -43,7 +44,8 @@ def check(home: Home, reader: Reader, settings: Settings | None) -> Iterator[Fin
     """What the home itself says."""
     if settings:
         try:
-            check_heads(settings, [head.name for head in reader.heads()])
+            if found := check_heads(settings, [head.name for head in reader.heads()]):
+                yield warn("heads", *found)
         except BadConfig as error:
             yield bad("heads", str(error), error.hint)
     now = condition(home, reader)

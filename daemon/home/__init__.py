@@ -2,6 +2,7 @@
 
     founding.py      makes one
     presets.py       sets of heads that have a name
+    named_heads.py   those that the settings name, held against those that it has
     ground.py        what every merge stands on, the base and the states, looked at each time
     recovery.py      brings it back to where its registry says it is
     uncommitted.py   what lies in it beyond its registry

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from daemon.home.condition import NONE, Condition
 from daemon.home.presence import Doing
 from daemon.home.standing import back, held
+from daemon.layout import Home
 from daemon.notation import called
 from registry.reader import Reader
 
@@ -44,24 +45,24 @@ def at_home(command: str, home: str) -> str:
     return _ONE.sub(lambda found: f"{found[0]} --home {shlex.quote(home)}", command)
 
 
-def attention(now: Condition, reader: Reader, home: str) -> list[Matter]:
-    """All that needs a person, what is worst first. home: its path, as the commands are to name it."""
-    found = _matters(now, reader, home)
-    return [replace(one, commands=[at_home(command, home) for command in one.commands]) for one in found]
+def attention(now: Condition, reader: Reader, home: Home, path: str) -> list[Matter]:
+    """All that needs a person, what is worst first. path: of the home, as the commands are to name it."""
+    found = _matters(now, reader, home, path)
+    return [replace(one, commands=[at_home(command, path) for command in one.commands]) for one in found]
 
 
-def _matters(now: Condition, reader: Reader, home: str) -> list[Matter]:
+def _matters(now: Condition, reader: Reader, home: Home, path: str) -> list[Matter]:
     found = [_trouble(one.text, one.hint) for one in now.troubles]
     if now.doing == NONE and all(one.reason != "no_daemon" for one in now.troubles):
         found.append(_trouble("no daemon runs on this home: nothing is merged", "start `mainstem run`"))
     if now.doing == Doing.PAUSED:
         found.append(Matter("paused", now.text, commands=("mainstem resume",)))
     for head in reader.heads():
-        if stays := held(reader, head):
+        if stays := held(home, reader, head):
             nor = ", nor will the next be" if stays.frozen else ""
             text = f"{called(head.name, stays.version)}, the newest, is not live{nor}: {stays.why}"
             found.append(Matter("held", text, commands=(stays.command,)))
-    return found + _incomplete(now, home) + _undelivered(reader) + _refused(reader)
+    return found + _incomplete(now, path) + _undelivered(reader) + _refused(reader)
 
 
 def _trouble(text: str, hint: str) -> Matter:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from daemon.errors import Reason
+from daemon.layout import Home
+from daemon.manifest import Manifest
 from daemon.notation import called
 from registry.reader import Reader
 from registry.records import LEARNED, Expert, Head, Status
@@ -23,8 +25,9 @@ class Held:
     command: str
 
 
-def held(reader: Reader, head: Head) -> Held | None:
-    """Why the newest version of a head is not live; None where it is."""
+def held(home: Home, reader: Reader, head: Head) -> Held | None:
+    """Why the newest version of a head is not live; None where it is. All reasons, where it lacks the coefficients of
+    the live one, too: what makes it live makes another model so."""
     if head.live == head.newest and head.frozen in (None, LEARNED):
         return None
     newest = reader.version(head.name, head.newest)
@@ -32,7 +35,27 @@ def held(reader: Reader, head: Head) -> Held | None:
     if head.frozen == LEARNED:
         reasons.reverse()
     why = next(filter(None, reasons), "another version is live")
+    if unlearned(home, head, head.newest):
+        learns = f"`mainstem rebuild --head {head.name} --adamerging COMMAND` learns them again"
+        why = f"{_with_learned(why)}: promoted, it is the plain sum; {learns}"
     return Held(head.newest, why, head.frozen is not None, f"mainstem promote {called(head.name, head.newest)}")
+
+
+def unlearned(home: Home, head: Head, number: int) -> bool:
+    """True where the head's live version has coefficients that were learned, and that one has none."""
+    return number != head.live and learned(home, head, head.live) and not learned(home, head, number)
+
+
+def learned(home: Home, head: Head, number: int) -> bool:
+    """True for a version with coefficients that were learned; also False where its manifest cannot be read."""
+    try:
+        return bool(Manifest.read(home.manifest(head.name, number).read_bytes()).content.get("adamerging"))
+    except (OSError, ValueError):
+        return False
+
+
+def _with_learned(why: str) -> str:
+    return why if LEARNED in why else f"{why}; and {LEARNED}"
 
 
 def withdrawn_since(reader: Reader, numbers: Iterable[int]) -> dict[int, list[Expert]]:
@@ -80,4 +103,5 @@ def outcome(reader: Reader, expert: Expert) -> tuple[Outcome, dict[str, Held]]:
 def _held(reader: Reader, head: Head, number: int) -> Held:
     version = reader.version(head.name, number)
     why = (version and version.held) or head.frozen or "another version is live"
+    why = _with_learned(why) if head.frozen == LEARNED else why
     return Held(number, why, head.frozen is not None, f"mainstem promote {called(head.name, head.newest)}")

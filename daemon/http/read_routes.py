@@ -100,7 +100,10 @@ class ReadRoutes:
         ids = {name: version.evaluation if version else None for name, version in live.items()}
         said = self.reader.evaluations(ids.values())
         root = root_of(request)
-        rows = [head_row(head, held(self.reader, head), said.get(ids[head.name] or 0), root) for head in heads]
+        rows = [
+            head_row(head, held(self.published.home, self.reader, head), said.get(ids[head.name] or 0), root)
+            for head in heads
+        ]
         return JSONResponse({"heads": rows}, headers=NO_CACHE)
 
     async def latest(self, request: Request) -> Response:

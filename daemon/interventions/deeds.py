@@ -13,11 +13,10 @@ from typing import Any
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome
 from daemon.home import orders
-from daemon.home.standing import withdrawn_since
+from daemon.home.standing import learned, unlearned, withdrawn_since
 from daemon.interventions import cases
 from daemon.interventions.pruning import Prune
 from daemon.layout import Home
-from daemon.manifest import Manifest
 from daemon.notation import called
 from daemon.versions.checking import problems
 from daemon.versions.latest import follow_live
@@ -79,7 +78,12 @@ def check(home: Home, reader: Reader, request: Request) -> list[str]:
             return planned and [*planned, *_taken_out(reader, request)]
         case Deed.PROMOTE:
             head, version = _version(home, reader, request)
-            planned = _promote(head, version, _learned(home, head, version))
+            planned = _promote(head, version, _learned_again(home, head, version))
+            if planned and unlearned(home, head, version.number):
+                planned.append(
+                    f"{called(head.name, version.number)} has no coefficients that were learned, as"
+                    f" {called(head.name, head.live)} has: it is the plain sum"
+                )
             return planned and [*planned, *_taken_out(reader, request)]
         case Deed.PIN | Deed.UNPIN:
             return _pin(home, *_version(home, reader, request), request.deed is Deed.PIN)
@@ -111,7 +115,7 @@ def carry_out(home: Home, store: Store, request: Request) -> list[str]:
             head = store.head(name)
             version = store.version(name, number)
             frozen = head.frozen if head and number < head.newest else None
-            if frozen is None and head and version and _learned(home, head, version):
+            if frozen is None and head and version and _learned_again(home, head, version):
                 frozen = LEARNED
             if request.deed is Deed.ROLLBACK:
                 frozen = f"rolled back to {called(name, number)}"
@@ -189,11 +193,9 @@ def _rollback(head: Head, version: Version) -> list[str]:
     ]
 
 
-def _learned(home: Home, head: Head, version: Version) -> bool:
+def _learned_again(home: Home, head: Head, version: Version) -> bool:
     """True for a version with learned coefficients that is to be live again: what follows has none, as before."""
-    if version.number == head.live:
-        return False
-    return bool(Manifest.read(home.manifest(head.name, version.number).read_bytes()).content.get("adamerging"))
+    return version.number != head.live and learned(home, head, version.number)
 
 
 def _promote(head: Head, version: Version, learned: bool) -> list[str]:

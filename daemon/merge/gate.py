@@ -21,6 +21,7 @@ from daemon.manifest import Manifest
 from daemon.notation import called
 from daemon.versions.heads import HeadTip
 from daemon.versions.writing import Written
+from projector.text import listed
 from projector.watch import Watch
 from registry.records import Evaluation, NewExpert, Scores, plain_scores
 from registry.store import Store
@@ -31,6 +32,13 @@ LIVE, HELD, REJECTED = "live", "held", "rejected"
 def judges(settings: Evaluate, head: str) -> bool:
     """True where by these settings the versions of that head are judged."""
     return bool(settings.command) and head in settings.heads
+
+
+def not_judging(settings: Evaluate, head: str) -> list[str]:
+    """That there is a gate, and this head is none of those that it judges, in lines of words."""
+    if not settings.command or judges(settings, head):
+        return []
+    return [f"{head} is not judged: evaluate.heads names {listed(settings.heads)}, and not {head}"]
 
 
 @dataclass(frozen=True)

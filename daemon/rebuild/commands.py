@@ -27,10 +27,10 @@ from daemon.home.recovery import mark_clean, recover
 from daemon.home.standing import held
 from daemon.layout import Home
 from daemon.manifest import Withdrawal
-from daemon.merge.gate import judges
+from daemon.merge.gate import judges, not_judging
 from daemon.notation import called
 from daemon.rebuild.learning import Learning, check_learnable, learned
-from daemon.rebuild.refining import arrival, arrivals, from_inside, refine, tip_inside
+from daemon.rebuild.refining import arrival, arrivals, from_inside, refine, tip_inside, to_learn
 from daemon.rebuild.replay import (
     Console,
     Heads,
@@ -114,9 +114,12 @@ def into(
             _usual_seconds(reader),
             notes=[
                 f"{line} here; in {target.root} nothing is rolled back or held: the newest version is live"
-                for line in _not_live(reader)
+                for line in _not_live(home, reader)
             ],
         )
+        if dry and how:
+            left = to_learn(target, reader, first, chosen[first], how, experts)
+            plan = replace(plan, notes=[*plan.notes, left])
         if not dry:
             replay(home, reader, experts, target, chosen, settings, to, relative=relative)
             with _opened(target) as store:
@@ -153,7 +156,10 @@ def add_head(
         if how:
             check_learnable(name, method, how, len(experts), relative=relative)
         check_archive(home, store, experts, heads, relatives)
-        plan = Plan({name: REPLAYED}, experts, _readings(heads, experts), _usual_seconds(store))
+        apart = not_judging(settings.evaluate, name)
+        plan = Plan({name: REPLAYED}, experts, _readings(heads, experts), _usual_seconds(store), notes=apart)
+        if dry and how:
+            plan = replace(plan, notes=[*apart, to_learn(home, store, name, method, how, experts)])
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to, relatives)
             with Restating(home, store, settings, to.progress()) as restating:
@@ -167,9 +173,7 @@ def add_head(
                 number = _adopt(home, store, new_head(name, method, relative=relative), method, written, restating)
             remove_whole(home, inner.root)
             durable.remove(home.learning(name))
-            made = called(name, number)
-            stays = [f"{line}; `mainstem promote {made}` makes it live" for line in _not_live(store, name)]
-            plan = replace(plan, number=number, notes=stays)
+            plan = replace(plan, number=number, notes=[*apart, *_to_promote(home, store, name)])
         return plan
 
 
@@ -182,10 +186,13 @@ def learn_again(home: Home, settings: Settings, name: str, to: Console, how: Lea
         experts, relative = store.lineage(), tip.head.relative_to is RelativeTo.TRAINED_FROM
         check_learnable(name, tip.method, how, len(experts), relative=relative)
         check_archive(home, store, experts, {name: tip.method})
-        number = None
+        number, apart = None, not_judging(settings.evaluate, name)
         if isinstance(store, Store):
             number = refine(home, store, home, store, experts, settings, to, (name, how))
-        return Plan({name: LEARNED}, experts, len(experts), _usual_seconds(store), number, notes=_not_live(store, name))
+            apart += _to_promote(home, store, name)
+        else:
+            apart += [*_not_live(home, store, name), to_learn(home, store, name, tip.method, how, experts)]
+        return Plan({name: LEARNED}, experts, len(experts), _usual_seconds(store), number, notes=apart)
 
 
 def withdraw(
@@ -239,7 +246,7 @@ def withdraw_from(
         number = restating.commit(store, heads, written, gone, deed)
     remove_whole(home, inner.root)
     unjudged = [head for head in planned.plan.how if judges(settings.evaluate, head)]
-    return replace(planned.plan, number=number, unjudged=unjudged, notes=_still_live(store, planned.plan.how))
+    return replace(planned.plan, number=number, unjudged=unjudged, notes=_still_live(home, store, planned.plan.how))
 
 
 def described(plan: Plan) -> list[str]:
@@ -383,19 +390,27 @@ def _never_judged(store: Store, settings: Settings, home: Home) -> list[str]:
     return said
 
 
-def _still_live(reader: Reader, names: Collection[str]) -> list[str]:
+def _still_live(home: Home, reader: Reader, names: Collection[str]) -> list[str]:
     """What of these heads is live that was made before the newest version, in lines of words."""
-    return [f"{note}: {called(head.name, head.live)} still is" for head, note in _held(reader) if head.name in names]
+    return [
+        f"{note}: {called(head.name, head.live)} still is" for head, note in _held(home, reader) if head.name in names
+    ]
 
 
-def _not_live(reader: Reader, *names: str) -> list[str]:
+def _not_live(home: Home, reader: Reader, *names: str) -> list[str]:
     """The newest versions of these heads, or of all, that are not live, and why, in lines of words."""
-    return [note for head, note in _held(reader) if not names or head.name in names]
+    return [note for head, note in _held(home, reader) if not names or head.name in names]
 
 
-def _held(reader: Reader) -> list[tuple[Head, str]]:
+def _to_promote(home: Home, reader: Reader, name: str) -> list[str]:
+    """As `_not_live`, of one head, and what makes it live."""
+    there = [(called(head.name, head.newest), note) for head, note in _held(home, reader) if head.name == name]
+    return [f"{note}; `mainstem promote {newest}` makes it live" for newest, note in there]
+
+
+def _held(home: Home, reader: Reader) -> list[tuple[Head, str]]:
     """The heads whose newest version is not live, and why, in words."""
-    heads = [(head, held(reader, head)) for head in reader.heads()]
+    heads = [(head, held(home, reader, head)) for head in reader.heads()]
     return [(head, f"{called(head.name, one.version)} is not live ({one.why})") for head, one in heads if one]
 
 

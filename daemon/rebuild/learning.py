@@ -41,11 +41,14 @@ from projector.files.source import Checkpoint
 from projector.files.tensorfile import TensorReader, TensorWriter
 from projector.method import Method
 from projector.methods import is_layered
-from projector.text import shown
+from projector.text import shown, size
+from registry.records import BaseModel, Expert
 
 FOLDER, KEY = "{folder}", "entropy"
 METHOD = "task_arithmetic"  # whose scale every coefficient starts at
 STEPS = 500  # the authors'
+KEPT = {"values", "first", "second", "entropies"}
+FLOAT32_BYTES = 4  # weights and gradients are exchanged so
 OFTEN = 10  # steps from one line that says how it goes to the next
 LOOK = "read what it printed; it runs in the current folder, and docs/adamerging.md has the lines that it is asked"
 
@@ -58,10 +61,10 @@ class Learning:
     steps: int = STEPS
     lr: float = LEARNING_RATE
 
-    def sha256(self, arrivals: Sequence[Arrival], start: float) -> str:
+    def sha256(self, experts: Sequence[Expert], start: float) -> str:
         """Of what the coefficients come from, but for the number of steps and what the command reads."""
-        experts = [(one.expert.sha256, one.contribution.weight) for one in arrivals]
-        said = json.dumps([self.evaluate.command, self.lr, start, experts])
+        counted = [(one.sha256, float(one.weight)) for one in experts]
+        said = json.dumps([self.evaluate.command, self.lr, start, counted])
         return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -97,10 +100,25 @@ def check_learnable(name: str, method: Method, how: Learning, experts: int, *, r
     check_program("--adamerging", how.evaluate.command[0], Path.cwd(), environment_of(how.evaluate))
 
 
-def is_learned(manifest: Manifest, arrivals: Sequence[Arrival], method: Method, how: Learning) -> bool:
+def is_learned(manifest: Manifest, experts: Sequence[Expert], method: Method, how: Learning) -> bool:
     """True where a version's coefficients were learned of these experts in this way."""
     said = manifest.content.get("adamerging") or {}
-    return (said.get("of"), said.get("steps")) == (how.sha256(arrivals, _start(method)), how.steps)
+    return (said.get("of"), said.get("steps")) == (how.sha256(experts, _start(method)), how.steps)
+
+
+def planned(home: Home, name: str, method: Method, how: Learning, experts: Sequence[Expert], base: BaseModel) -> str:
+    """How many steps are left to learn the coefficients of that head, and what they take, in words."""
+    kept = _kept(home.learning(name), how.sha256(experts, _start(method)), how.steps)
+    done = len(kept["entropies"]) if kept else 0
+    left = how.steps - done
+    read, moved = sum(one.size_bytes for one in experts) + base.size_bytes, 2 * FLOAT32_BYTES * base.parameters
+    every = size(left * (read + 2 * moved))
+    behind = f" of {how.steps}, behind the {done} that are kept" if done else ""
+    return (
+        f"{left} steps{behind}: each runs the command on its batches, as a rule one of each task, reads {size(read)} of"
+        f" experts and base, and writes and reads {size(moved)} of weights and gradients; {every} in"
+        f" all. How long the command takes for one, its first step shows"
+    )
 
 
 def learned(
@@ -153,7 +171,7 @@ class _Course:
     ) -> None:
         self._home, self._model, self._arrivals, self._how = home, model, arrivals, how
         self._kept, self._work, self._to = home.learning(head), work, to
-        self._what = how.sha256(arrivals, model.start)
+        self._what = how.sha256([one.expert for one in arrivals], model.start)
         self._entropies: list[float] = []
 
     def run(self) -> None:
@@ -269,13 +287,20 @@ class _Course:
 
     def _resume(self) -> None:
         """Goes on where the same was cut short; anything else that was kept is begun anew."""
-        with suppress(FileNotFoundError, SafetensorError, KeyError):
-            kept, steps = load(self._kept.read_bytes()), 0
-            if torch.equal(kept["of"], _bytes(self._what)) and len(kept["entropies"]) <= self._how.steps:
-                steps = len(kept["entropies"])
-                self._model.coefficients = Coefficients(kept["values"], kept["first"], kept["second"], steps)
-                self._entropies = kept["entropies"].tolist()
-                self._to.say(f"going on behind step {steps}")
+        if kept := _kept(self._kept, self._what, self._how.steps):
+            steps = len(kept["entropies"])
+            self._model.coefficients = Coefficients(kept["values"], kept["first"], kept["second"], steps)
+            self._entropies = kept["entropies"].tolist()
+            self._to.say(f"going on behind step {steps}")
+
+
+def _kept(path: Path, what: str, steps: int) -> dict[str, torch.Tensor] | None:
+    """What `_Course._keep` kept there of the same; None where that is nothing, or more than these steps."""
+    with suppress(FileNotFoundError, SafetensorError, KeyError):
+        kept = load(path.read_bytes())
+        if torch.equal(kept["of"], _bytes(what)) and kept.keys() >= KEPT and len(kept["entropies"]) <= steps:
+            return kept
+    return None
 
 
 def _start(method: Method) -> float:

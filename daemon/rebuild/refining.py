@@ -9,12 +9,12 @@ from daemon.disk import durable
 from daemon.errors import BadHome
 from daemon.layout import Home
 from daemon.manifest import Manifest
-from daemon.rebuild.learning import Learning, is_learned, learned
+from daemon.rebuild.learning import Learning, is_learned, learned, planned
 from daemon.rebuild.replay import Console, archived, methods_of, started
 from daemon.rebuild.restating import Arrival, Restating
 from daemon.versions.heads import HeadTip, head_tips
 from daemon.versions.writing import Written
-from projector.method import Contribution, Totals
+from projector.method import Contribution, Method, Totals
 from registry.reader import Reader
 from registry.records import Expert, RelativeTo, Status
 from registry.store import Store
@@ -64,7 +64,7 @@ def refine(
         for tip in heads
         if experts and target != archive and tip.version.expert_id and tip.method.second_pass(len(experts))
     ]  # of a newest version that folds no expert it was made before
-    learnt = _unlearned(target, archive, reader, heads, experts, learns) if learns else None
+    learnt = _unlearned(target, heads, experts, learns) if learns else None
     if learns and not learnt:
         durable.remove(target.learning(learns[0]))  # of a run that was killed once it had committed
     if not exact and not learnt:
@@ -95,18 +95,23 @@ def refine(
 
 
 def _unlearned(
-    target: Home,
-    archive: Home,
-    reader: Reader,
-    heads: Sequence[HeadTip],
-    experts: Sequence[Expert],
-    learns: tuple[str, Learning],
+    target: Home, heads: Sequence[HeadTip], experts: Sequence[Expert], learns: tuple[str, Learning]
 ) -> str | None:
     """The head whose coefficients are to be learned; None where they were, in that way."""
     name, how = learns
     (tip,) = [tip for tip in heads if tip.head.name == name]
     manifest = Manifest.read(target.manifest(name, tip.version.number).read_bytes())
-    return None if is_learned(manifest, arrivals(archive, reader, tip, experts), tip.method, how) else name
+    return None if is_learned(manifest, experts, tip.method, how) else name
+
+
+def to_learn(target: Home, reader: Reader, name: str, method: Method, how: Learning, experts: Sequence[Expert]) -> str:
+    """What is left to learn of that head, in `target` or, where it is not there yet, once it is, in words."""
+    if target.exists():
+        with Reader.open(target.registry) as there:
+            tips = [tip for tip in head_tips(there, methods_of(there)) if tip.head.name == name]
+            if tips and _unlearned(target, tips, experts, (name, how)) is None:
+                return f"the coefficients of {name} are learned in this way already"
+    return planned(target, name, method, how, experts, reader.base())
 
 
 def arrivals(archive: Home, reader: Reader, tip: HeadTip, experts: Sequence[Expert]) -> list[Arrival]:

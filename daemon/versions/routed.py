@@ -16,7 +16,7 @@ from daemon.checkpoints.checkpoint import open_path
 from daemon.checkpoints.weight_names import OF_A_MODEL, WeightNames
 from daemon.config import Publish
 from daemon.disk import durable
-from daemon.disk.out import new_out
+from daemon.disk.out import making, new_out
 from daemon.errors import BadHome
 from daemon.layout import CARD, STATE_FILE, Home, is_weights
 from daemon.notation import called
@@ -86,7 +86,7 @@ def export(home: Home, reader: Reader, version: Version, out: Path, publish: Pub
         published = {spec.name: spec for spec in published_specs(base.schema, publish.dtype)}
         experts = reader.experts_in(version.number)[-len(method.places(totals)) :]
         names = [one.given_name or one.name for one in experts]
-        folder = closing.enter_context(durable.appearing(out))
+        folder = closing.enter_context(making(out))
         experts_bytes = _write(folder, model, published, publish.shard_bytes)
         beside = [one for one in companions(home.base).files if not is_weights(one) and one != CONFIG]
         copy_files(home.base, folder, beside)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from daemon.checkpoints.weight_names import INDEX, WEIGHTS
 from daemon.disk import durable
+from daemon.disk.out import making
 from daemon.versions.companions import companions
 from daemon.versions.sealing import copy_files
 from daemon.versions.weight_files import METADATA, WeightFile, index_of
@@ -51,7 +52,7 @@ def write_whole(
     out: Path, first: Head, weights: Mapping[str, Tensor], dtypes: Dtypes, record: Mapping[str, Any]
 ) -> None:
     """A model of all the weights, and what lies beside the first one's."""
-    with durable.appearing(out) as folder:
+    with making(out) as folder:
         _beside(first, folder)
         _weights(folder / WEIGHTS, weights, dtypes)
         _noted(record, folder)
@@ -61,7 +62,7 @@ def write_heads(
     out: Path, heads: Sequence[Head], shared: Mapping[str, Tensor], dtypes: Dtypes, record: Mapping[str, Any]
 ) -> None:
     """A whole model for each head."""
-    with durable.appearing(out) as folder:
+    with making(out) as folder:
         places = [folder / "heads" / head.name for head in heads]
         for head, place in zip(heads, places, strict=True):
             durable.make_folder(place, public=True)

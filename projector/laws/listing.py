@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from projector.errors import BadParameter
-from projector.method import Method, method_params, param_range, plain
+from projector.method import Method, method_params, param_range, plain, worded
 from projector.spec import TensorSpec
 
 TALL = (1024, 512)  # m x n, so that each side of an accumulator can be told by its length
@@ -126,13 +126,6 @@ def markdown(listings: Iterable[Listing]) -> str:
                 for key, about in one.parameters.items()
             ]
     return "\n".join(parts) + "\n"
-
-
-def worded(default: Any) -> str:
-    """A parameter's value as it is given on the command line."""
-    if isinstance(default, bool):
-        return str(default).lower()
-    return ",".join(default) if isinstance(default, list) else str(default)
 
 
 def _range(about: Mapping[str, Any]) -> str:

@@ -33,7 +33,9 @@ SHARE = 1 / 3  # of the base's length: how far M goes beyond one expert's where 
 
 @dataclass(frozen=True)
 class Confluence(Solving):
-    """Merges linear layers so that each expert is disturbed least and heard whole, whatever their number.
+    """Merges linear layers so that each expert is disturbed least and heard whole, whatever their number. S is the sum
+    of the experts' matrices tau_i. R, with the singular values s, is the matrix that disturbs them least. G sums up
+    what they read, tau_i'tau_i / ||tau_i||^2, and L what they write, tau_i tau_i' / ||tau_i||^2.
 
     For tau_i of shape (m, n), n the inputs, as torch.nn.Linear keeps them, S = sum w_i tau_i and
     q = sum w_i ||tau_i||^2:

@@ -65,6 +65,19 @@ def test_what_was_judged_is_live_whatever_was_held_before_it_unless_a_person_rol
     assert [head.live for head in store.heads()] == [2, 5]
 
 
+def test_what_a_person_rolled_back_stays_so_until_it_is_promoted_or_an_expert_taken_out(store: Store) -> None:
+    """Also where the newest version has no other experts than the live one: it was learned anew."""
+    store.restate(versions(3), learned=["main"])
+    store.turn("main", 2, NewIntervention(Deed.ROLLBACK, "ann"), "rolled back")
+    store.restate(versions(4), learned=["main"], passed=["main"])
+    main, init = store.heads()
+    assert (main.live, main.newest, main.frozen, init.live) == (2, 4, "rolled back", 4)
+    newest = store.version("main", 4)
+    assert newest and newest.held == "rolled back"
+    store.restate(versions(5), [1])  # which is to be in nothing that is live
+    assert [(head.live, head.frozen) for head in store.heads()] == [(5, None), (5, None)]
+
+
 @pytest.mark.parametrize("wrong", [[9], [1, 9], [3]])
 def test_only_merged_experts_are_withdrawn(store: Store, wrong: list[int]) -> None:
     store.record(expert(5, Status.QUARANTINED))

@@ -71,7 +71,7 @@ def front(
         queue=[one for one in now.waiting or () if one.name != now.expert],
         most=QUEUE,
         incomplete=now.daemon.waiting if now.daemon else {},
-        matters=attention(now, reader, named(published.home)),
+        matters=attention(now, reader, published.home, named(published.home)),
         base=reader.base(),
         cards=[_card(published, head) for head in heads[:CARDS]],
         more_heads=len(heads) - len(heads[:CARDS]),
@@ -93,4 +93,4 @@ def _card(published: Published, head: Head) -> ShownHead:
     scores = sorted(evaluation.scores.items()) if evaluation else []
     figures: Mapping[str, float] = version.figures if version else {}
     shown, unshown = scores[:TASKS], len(scores[TASKS:])
-    return ShownHead(head, version, set_params(head), said(figures), shown, unshown, held(reader, head))
+    return ShownHead(head, version, set_params(head), said(figures), shown, unshown, held(published.home, reader, head))

@@ -58,7 +58,7 @@ def version(request: Request, published: Published, told: Callable[[], object]) 
     evaluation = reader.evaluation(row.evaluation) if row.evaluation is not None else None
     content: Mapping[str, object] = manifest.content if manifest else {}
     withdrawn = content.get("withdrawn")
-    stays = held(reader, head)
+    stays = held(published.home, reader, head)
     return page(
         request,
         published.home,

@@ -4,7 +4,10 @@ import shutil
 
 import pytest
 
+from daemon.config import load
+from daemon.errors import BadConfig
 from daemon.layout import Home
+from tests.daemon.homes import drain
 from tests.daemon.processes import forked
 
 EVALUATE = '[evaluate]\ncommand = ["python", "score.py", "{folder}"]\n'
@@ -54,10 +57,21 @@ def test_a_rule_that_is_none_is_refused_with_what_one_is(home: Home) -> None:
     assert status == 1 and "the rule `each > live`: at letter 6" in said and "SUBJECT >= REFERENCE" in said
 
 
-def test_a_head_to_be_scored_is_one_of_the_homes(home: Home) -> None:
-    status, said = check(home, EVALUATE + 'heads = ["main", "mian"]\n')
-    assert status == 1 and "evaluate.heads names mian, but this home has no such head" in said
-    assert "leave it out" in said
-    assert "its heads are main" in said
+def test_a_head_to_be_scored_may_come_later_beside_one_that_is_there(home: Home) -> None:
+    """A slip of the pen that left nothing judged is refused; the hints followed, all is well."""
+    status, said = check(home, EVALUATE + 'heads = ["main", "ada"]\n')
+    assert status == 0 and f"{home.config} is fine" in said
+    assert "mainstem: evaluate.heads names ada, which this home does not have: once added, it is judged from" in said
+    assert "its heads are main; `mainstem rebuild --head ada=ema` adds it" in said
+    drain(home, load(home.config))  # the daemon starts
+    status, said = check(home, EVALUATE + 'heads = ["mian"]\n')
+    assert status == 1 and "evaluate.heads names mian alone, which this home does not have" in said
+    assert "its heads are main; name one of them, too, or `mainstem rebuild --head mian=ema` adds it" in said
+    with pytest.raises(BadConfig, match="mian alone"):
+        drain(home, load(home.config))
+    assert forked("rebuild", "--head", "mian=ema", "--home", home.root).returncode == 0
+    assert check(home, EVALUATE + 'heads = ["mian"]\n') == (0, f"{home.config} is fine\n")
     assert check(home, EVALUATE + 'heads = ["main"]\n')[0] == 0
-    assert check(home, '[evaluate]\nheads = ["mian"]\n')[0] == 0  # nothing is scored
+    assert check(home, '[evaluate]\nheads = ["none"]\n')[0] == 0  # nothing is scored
+    status, said = check(home, "[heads.none.adapter]\nrank = 4\n")
+    assert status == 1 and "heads.none is set, but this home has no such head" in said

@@ -51,6 +51,29 @@ def test_one_method_is_listed_alone() -> None:
     assert done.returncode == 1 and "opcm" in done.stderr
 
 
+def test_the_letters_of_confluences_parameters_are_told() -> None:
+    summary = json.loads(asked("confluence", "--json"))["summary"]
+    assert all(sentence in summary for sentence in (" S is the sum", " R, with ", " s, is the", " G sums up", "L what"))
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_word_for_a_number_is_refused_with_what_is_allowed_and_an_example_that_works(name: str) -> None:
+    for key, about in method_params(methods()[name]).items():
+        if not isinstance(about["default"], bool | int | float):
+            continue
+        with pytest.raises(BadParameter, match=f"{name}.{key} cannot be 'abc'") as refused:
+            make(name, {key: "abc"})
+        allowed, _, example = refused.value.hint.partition("; for example ")
+        assert allowed.removeprefix("allowed: ")
+        given, _, value = example.partition("=")
+        assert given == key and make(name, {key: value}) == make(name)
+        if not isinstance(about["default"], bool):
+            assert f"{about['low']:g} " in allowed
+            with pytest.raises(BadParameter) as beyond:
+                make(name, {key: about["low"] - 1})
+            assert f"{about['low']:g} " in beyond.value.hint and beyond.value.hint.endswith(example)
+
+
 @dataclass(frozen=True)
 class Made(Method):
     """Keeps what `kind` says.

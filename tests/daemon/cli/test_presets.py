@@ -110,6 +110,13 @@ def test_who_names_no_method_is_told_which_it_is_why_and_what_else_there_is(tmp_
         state = sum(spec.nbytes for spec in state_specs(make(method), schema))
         assert f"state takes {size(state)}" in done[0].stdout
     assert "docs/quality.md" in done[0].stdout and "--method confluence" in done[0].stdout
+    (further,) = forked_each([("init", tmp_path / "further", "--base", base, "--head", "soup=mean")])
+    told = {0: [], 1: [("main", "opcm")], 2: [("main", "confluence")], 3: [("soup", "mean")]}
+    for place, heads in told.items():
+        lines = [*done, further][place].stdout.splitlines()
+        state = {method: sum(spec.nbytes for spec in state_specs(make(method), schema)) for _, method in heads}
+        wanted = [f"{head} merges by {method}; its state takes {size(state[method])}" for head, method in heads]
+        assert [line for line in lines if "; its state takes" in line and "good with" not in line] == wanted
     assert "--method" not in done[1].stdout + done[2].stdout
     methods = []
     for at in places:

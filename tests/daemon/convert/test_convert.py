@@ -6,6 +6,7 @@ Nothing stays behind when it fails.
 import json
 import os
 import signal
+import subprocess
 import time
 import warnings
 from collections import OrderedDict
@@ -370,6 +371,21 @@ def test_a_stopped_command_leaves_no_process_and_no_weights(
         assert sorted(os.listdir(tmp_path)) == ["out.safetensors", "w.pt"]
     else:
         assert not left
+
+
+def test_what_another_run_made_meanwhile_stays_and_is_named(pickled: Path, tmp_path: Path) -> None:
+    """Two at once on one OUT; the hint followed, the second ends well."""
+    out = tmp_path / "it is" / "out.safetensors"
+    out.parent.mkdir()
+
+    def another(*_: object) -> None:
+        out.write_bytes(b"of another run")
+
+    with pytest.raises(BadConfig, match="has come to be meanwhile, by another run or by hand: it stays") as caught:
+        convert(pickled, out, report=another)
+    assert out.read_bytes() == b"of another run" and os.listdir(out.parent) == [out.name]
+    subprocess.run(["sh", "-c", caught.value.hint.partition("(")[2].partition(")")[0]], check=True)
+    convert(pickled, out)
 
 
 def test_time_is_limited(pickled: Path, tmp_path: Path) -> None:

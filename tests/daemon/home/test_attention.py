@@ -30,7 +30,7 @@ AT = "home"  # the home from the folder that it is in
 
 
 def matters(home: Home, store: Store) -> list[tuple[str, str, tuple[str, ...]]]:
-    found = attention(condition(home, store), store, AT)
+    found = attention(condition(home, store), store, home, AT)
     return [(one.kind, one.text, tuple(one.commands)) for one in found]
 
 
@@ -53,7 +53,7 @@ def test_all_that_needs_a_person_with_the_command_that_ends_it(home: Home, monke
             ("incomplete", "it's half waits in the inbox: it has no weights yet", inspect),
         ]
         paused = replace(condition(home, store), doing="paused", text="merging is paused: since noon", waiting=[])
-        assert attention(paused, store, AT) == [
+        assert attention(paused, store, home, AT) == [
             Matter("paused", "merging is paused: since noon", commands=[f"mainstem resume --home {AT}"])
         ]
         os.close(lock)

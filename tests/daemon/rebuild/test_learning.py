@@ -16,17 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from daemon.config import Settings
-from daemon.home.standing import Held, held
+from daemon.home.standing import Held, held, outcome
 from daemon.interventions.deeds import Request, carry_out
 from daemon.layout import Home
 from daemon.rebuild.commands import add_head, into, learn_again
 from daemon.rebuild.learning import learning
 from daemon.rebuild.replay import Console
 from projector.methods import make
+from projector.text import size
 from registry.records import LEARNED, Deed
 from registry.store import Store
 from tests import shims
-from tests.daemon.homes import assert_close, drain, latest, lineage, live, put, quick
+from tests.daemon.homes import assert_close, drain, experts, latest, lineage, live, put, quick
 from tests.daemon.processes import environment, forked, preloaded, rebuild, until
 from tests.daemon.rebuilds import check, killed, refused, taken_out, weights
 from tests.models import read_weights, write_expert
@@ -101,7 +102,8 @@ def test_a_head_is_learned_stays_and_is_learned_again(
     put(merged, write_expert(tmp_path / "e.safetensors", model[0], 9))
     drain(merged)
     assert (live(merged), live(merged, "ada")) == (5, 4)  # what comes is folded, and is not live there
-    assert standing(merged) == Held(5, LEARNED, True, "mainstem promote ada/5")
+    again = "promoted, it is the plain sum; `mainstem rebuild --head ada --adamerging COMMAND` learns them again"
+    assert standing(merged) == Held(5, f"{LEARNED}: {again}", True, "mainstem promote ada/5")
     taken_out(merged, quick(), "e.safetensors")
     assert live(merged, "ada") == 6 and standing(merged) is None  # as it was: its coefficients are of just the others
     assert_close(latest(merged, "ada"), learnt(model, [0, 1, 2, 3], gradients, 12))
@@ -112,7 +114,7 @@ def test_a_head_is_learned_stays_and_is_learned_again(
     assert (live(merged, "ada"), live(merged, "sum")) == (6, 7)  # which is no reason to hold another head
     rebuild(merged, "--head", "sum", "--adamerging", command, "--steps", "1")
     assert (live(merged, "ada"), live(merged, "sum"), live(merged)) == (6, 8, 8)  # nor to let one live that waits
-    assert standing(merged) == Held(8, LEARNED, True, "mainstem promote ada/8")
+    assert standing(merged) == Held(8, f"{LEARNED}: {again}", True, "mainstem promote ada/8")
     said = rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "3")
     assert "ada/9: 5 experts are merged" in said and live(merged, "ada") == live(merged) == 9
     assert len(json.loads((merged.version("ada", 9) / about["file"]).read_bytes())["experts"]) == 5
@@ -127,7 +129,7 @@ def standing(home: Home) -> Held | None:
     with lineage(home) as reader:
         head = reader.head("ada")
         assert head is not None
-        return held(reader, head)
+        return held(home, reader, head)
 
 
 def test_killed_it_goes_on_and_a_new_home_takes_it_too(
@@ -165,6 +167,36 @@ def test_killed_it_goes_on_and_a_new_home_takes_it_too(
     assert live(target) == 5 and not (tmp_path / "asked").exists()  # there is nothing left to do
 
 
+def test_a_dry_run_counts_the_steps_that_are_left(merged: Home, command: str, tmp_path: Path) -> None:
+    ada = ("--head", "ada", "--adamerging", command, "--steps")
+    read, said = (
+        sum(one.size_bytes for one in experts(merged)),
+        "the command on its batches, as a rule one of each task",
+    )
+    with lineage(merged) as reader:
+        base = reader.base()
+    read += base.size_bytes
+    moved = f"{size(8 * base.parameters)} of weights and gradients"
+    whole = f"each runs {said}, reads {size(read)} of experts and base, and writes and reads {moved}; "
+
+    def told(*words: str | Path) -> str:
+        return rebuild(merged, *words, "--dry-run")
+
+    assert f"8 steps: {whole}{size(8 * (read + 16 * base.parameters))} in all" in told(*ada, "8")
+    assert not merged.learning("ada").exists()
+    assert f"8 steps: {whole}" in told("--into", tmp_path / "new", *ada[2:], "8")
+    (tmp_path / "answers.py").write_text(
+        ANSWERS.replace("asked = json", "sys.exit(9) if '\"step\": 5' in line else 0\n    asked = json")
+    )
+    refused(merged, *ada, "8")
+    assert "3 steps of 8, behind the 5 that are kept: each" in told(*ada, "8")
+    (tmp_path / "answers.py").write_text(ANSWERS)
+    rebuild(merged, *ada, "8")
+    assert "the coefficients of ada are learned in this way already" in told(*ada, "8")
+    assert "9 steps: each" in told(*ada, "9")
+    assert (tmp_path / "asked").read_text().split() == list("01234567")
+
+
 def test_more_experts_than_files_may_be_open_by_default(merged: Home, command: str) -> None:
     """They are all open at a time, and the usual limit of 1024 is a soft one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -190,6 +222,48 @@ def test_rolled_back_and_promoted_a_learned_head_waits_as_before(merged: Home, c
     assert head is not None and (head.live, head.frozen) == (4, LEARNED)
 
 
+def test_all_reasons_for_which_a_learned_head_waits_are_told(
+    merged: Home, model: tuple[Path, list[Path]], command: str, tmp_path: Path
+) -> None:
+    """The gate's alone would let a person promote another model than what is live, unknowingly."""
+    settings = gate(merged, {"ada/5": 0.4}, "each >= live - 0.05")
+    how = learning(command, settings.evaluate, steps=1)
+    add_head(merged, settings, "ada", make("task_arithmetic"), Console(), how=how)
+    put(merged, write_expert(tmp_path / "e.safetensors", model[0], 9))
+    drain(merged, settings)
+    found = standing(merged)
+    assert live(merged, "ada") == 4 and found and found.frozen
+    rule, _, other = found.why.partition("; and ")
+    assert rule.startswith("`each >= live - 0.05`: `a` 0.4 against 0.5") and other.startswith(f"{LEARNED}: promoted,")
+    said = forked("status", merged.root).stdout
+    assert f"nor will the next be: {found.why} (`mainstem promote ada/5`)" in said
+    with lineage(merged) as reader:
+        (expert,) = reader.find_experts("e.safetensors")
+        assert outcome(reader, expert)[1]["ada"].why == f"{rule}; and {LEARNED}"
+    said = forked("promote", "ada/5", "--home", merged.root, "--dry-run").stdout
+    assert "ada/5 has no coefficients that were learned, as ada/4 has: it is the plain sum" in said
+    assert forked("rollback", "ada/0", "--home", merged.root).returncode == 0
+    rolled = standing(merged)  # nothing that was learned is live, and a person's word comes first
+    assert rolled and rolled.why == "rolled back to ada/0"
+    rebuild(merged, *shlex.split(other.split("`")[1].replace("COMMAND", shlex.quote(command)))[2:], "--steps", "1")
+    assert forked("promote", "ada/6", "--home", merged.root).returncode == 0
+    assert live(merged, "ada") == 6 and standing(merged) is None
+
+
+def test_what_a_person_rolled_back_waits_however_often_it_is_learned(merged: Home, command: str) -> None:
+    """Its experts are those of the live version all the while."""
+    how = [learning(command, quick().evaluate, steps=steps) for steps in (1, 2, 3)]
+    add_head(merged, quick(), "ada", make("task_arithmetic"), Console(), how=how[0])
+    learn_again(merged, quick(), "ada", Console(), how[1])
+    assert forked("rollback", "ada/4", "--home", merged.root).returncode == 0
+    plan = learn_again(merged, quick(), "ada", Console(), how[2])
+    assert (live(merged, "ada"), live(merged)) == (4, 6)
+    assert plan.notes == ["ada/6 is not live (rolled back to ada/4); `mainstem promote ada/6` makes it live"]
+    assert forked("promote", "ada/6", "--home", merged.root).returncode == 0
+    assert live(merged, "ada") == 6 and standing(merged) is None
+    check(merged)
+
+
 SCORES = """
 import json, sys
 told = json.load(sys.stdin)
@@ -212,8 +286,9 @@ def test_what_is_learned_is_judged_as_an_arrival_is(
 ) -> None:
     """Held, it is not live, and nothing that is done to other heads or to experts makes it so."""
     settings = gate(merged, {"ada/5": 0.4}, "each >= live - 0.05")
-    for name in ("ada", "other"):
-        add_head(merged, settings, name, make("task_arithmetic"), Console())
+    notes = {"ada": [], "other": ["other is not judged: evaluate.heads names ada, soup, and not other"]}
+    for name, wanted in notes.items():
+        assert add_head(merged, settings, name, make("task_arithmetic"), Console()).notes == wanted
     assert live(merged, "ada") == 4
     said = rebuild(merged, "--head", "ada", "--adamerging", command, "--steps", "1")
     why = "`each >= live - 0.05`: `a` 0.4 against 0.5: 0.1 worse than the live version, asked is at most 0.05 worse"
@@ -274,16 +349,22 @@ def test_what_the_gate_rejects_or_holds_of_a_new_head_is_not_live(merged: Home, 
     check(merged)
 
 
-def test_ctrl_c_ends_the_evaluator_and_the_rebuild(merged: Home) -> None:
-    """Which may take an hour."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_evaluator_and_the_rebuild(merged: Home, number: signal.Signals) -> None:
+    """Which may take an hour. The home is sound, and what is said is true: the same command goes on."""
     gate(merged, {}, "each >= live - 0.05")
     (merged.root / "score.py").write_text("import time; open('begun', 'w').close(); time.sleep(100)")
     words = ["rebuild", "--head", "ada=mean", "--home", str(merged.root)]
-    with Path(os.devnull).open("wb") as nothing:
-        process = shims.Process(preloaded(), words, environment(), merged.root, nothing.fileno(), nothing.fileno())
+    with Path(os.devnull).open("wb") as nothing, (merged.root / "said").open("wb") as said:
+        process = shims.Process(preloaded(), words, environment(), merged.root, nothing.fileno(), said.fileno())
         assert until((merged.root / "begun").exists, 60)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 128 + signal.SIGINT
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    assert "mainstem: interrupted; the same command goes on where it was\n" in (merged.root / "said").read_text()
+    (merged.root / "score.py").write_text(SCORES)
+    rebuild(merged, *words[1:3])
+    assert live(merged, "ada") == 4
+    check(merged)
 
 
 def test_a_new_home_says_what_nobody_judged(merged: Home, tmp_path: Path) -> None:

@@ -224,17 +224,22 @@ def test_a_folder_has_all_of_a_model_and_the_command_says_what_it_made(tmp_path:
     assert "And 1 earlier one" in (out / "README.md").read_text()
 
 
-def test_a_stopped_export_leaves_nothing_and_ends_as_every_command_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_export_leaves_nothing_says_so_and_ends_as_every_command_does(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     home, out = tiny(tmp_path, "smile", PARAMS, 2), tmp_path / "there" / "routed"
     out.parent.mkdir()
     words = ["export", "main", str(out), "--home", str(home.root)]
     waits = environment({"MAINSTEM_FAILPOINT": "file.create=hang"})
-    with Path(os.devnull).open("wb") as nothing:
-        process = shims.Process(preloaded(), words, waits, tmp_path, nothing.fileno(), nothing.fileno())
+    with Path(os.devnull).open("wb") as nothing, (tmp_path / "said").open("wb") as said:
+        process = shims.Process(preloaded(), words, waits, tmp_path, nothing.fileno(), said.fileno())
         assert until(lambda: os.listdir(out.parent), 60)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
     assert not os.listdir(out.parent)
+    ending = (tmp_path / "said").read_text()
+    assert "mainstem: interrupted; nothing was made, and the same command begins anew\n" in ending
 
 
 def test_an_expert_that_was_taken_out_is_nowhere(tmp_path: Path) -> None:
