@@ -44,7 +44,9 @@ def main() -> None:
         fill(asked.cache, asked.only or known, asked.processes)
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         print(f"{(monotonic() - begun) / 60:.0f} min, of CPU {(used.ru_utime + used.ru_stime) / 60:.0f} min")
-    (asked.out / "quality.json").write_text(json.dumps(collected(asked.cache), indent=1, sort_keys=True) + "\n")
+    results = asked.out / "quality.json"
+    found = collected(asked.cache, json.loads(results.read_text()) if results.exists() else {})
+    results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache as cache_once
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,12 +75,17 @@ def _fill(cache: Path, names: Sequence[str]) -> None:
         making[name]()
 
 
-def collected(cache: Path) -> dict[str, Any]:
-    """All parts, from what is in the cache; None where experts are missing."""
+def collected(cache: Path, before: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """All parts, from what is in the cache; None where experts are missing.
+
+    before: what the results file has. A part of which the cache has less stays as it is there, and is named in
+    "earlier": its experts were trained another time, maybe on another machine, whose rounding is another.
+    """
     parts: dict[str, Any] = {
         "command": "python -m bench.quality",
         "software": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "missing": {},
+        "earlier": [],
     }
     maker = Maker(True, lambda _: None)
     for name, part in blocks_over(cache, maker).items():
@@ -91,5 +97,8 @@ def collected(cache: Path) -> dict[str, Any]:
         except FileNotFoundError:
             parts[name] = None
         parts["missing"][name] = maker.missing
+        if before.get(name) and (not parts[name] or maker.missing > before["missing"][name]):
+            parts[name], parts["missing"][name] = before[name], before["missing"][name]
+            parts["earlier"].append(name)
     parts["experts"] = {path.stem: json.loads(path.read_text()) for path in sorted((cache / "scores").glob("*.json"))}
     return parts

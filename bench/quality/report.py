@@ -8,6 +8,7 @@ named as that.
 
 import json
 from collections.abc import Mapping
+from textwrap import wrap
 from typing import Any
 
 from bench.details import table
@@ -274,8 +275,15 @@ def _missing(results: Part) -> list[str]:
         elif count:
             what = "pair" if name.startswith("grid") else "run" if name.endswith("learned") else "stream"
             gone.append(f"- {words}: {count} {what}{'s' * (count > 1)} not run yet")
+    if earlier := results.get("earlier"):
+        words = ", ".join(findings.BLOCKS[name] for name in earlier)
+        gone += wrap(
+            f"- from an earlier run, whose experts were trained apart from the others' here: {words}",
+            118,
+            subsequent_indent="  ",
+        )
     needs = "methods that need sidecars (`fisher`, `regmean`, `mats`) are not tried here"
-    return ["## Not run", "", *gone, f"- {needs}"]
+    return ["## Not run, or run apart", "", *gone, f"- {needs}"]
 
 
 if __name__ == "__main__":

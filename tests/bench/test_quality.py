@@ -205,7 +205,10 @@ def test_the_whole_of_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results: dict[str, Any] = json.loads(json.dumps(measuring.collected(tiny)))
     assert results["readers"]["methods"].keys() == {"mean", "ema", "latest"}
     assert results["missing"]["readers"] == 2  # the other order of ema and of latest
-    assert "| `mean` |" in page(results)
+    assert "| `mean` |" in page(results) and "earlier run" not in page(results)
+    kept = measuring.collected(tiny / "empty", results)
+    assert kept["readers"] == results["readers"] and kept["earlier"] == ["readers"] and kept["missing"]["readers"] == 2
+    assert "trained apart from the others' here: digit readers" in page(kept)
 
 
 def test_processes_that_find_all_experts_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
