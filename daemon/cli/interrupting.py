@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import typer
@@ -19,19 +20,21 @@ import typer
 IMPORTING = "<frozen importlib._bootstrap>"
 AGAIN_SECONDS = 0.02
 
-
 ANEW = "nothing was made, and the same command begins anew"
 
 
 @contextmanager
-def ending_with(then: str) -> Iterator[None]:
-    """Says what the same command does next time, where Ctrl-C or SIGTERM ends what is done inside."""
+def ending_with(then: str, out: Path | None = None) -> Iterator[None]:
+    """Says what the same command does next time, where Ctrl-C or SIGTERM ends what is done inside. out: what that
+    makes, whole at once: once it is there the command makes it no more, and that is said instead.
+    """
     signal.signal(signal.SIGTERM, leave)
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, KeyboardInterrupt) or end.code == 128 + signal.SIGTERM:
-            typer.echo(f"mainstem: interrupted; {then}", err=True)
+            made = out is not None and os.path.lexists(out)
+            typer.echo(f"mainstem: interrupted; {f'{out} is there' if made else then}", err=True)
         raise
 
 
