@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM, heard also by who is importing, and what is said then.
 
 What a handler raises while a module is imported is lost where it meets the end of a module's lock, and becomes
-another error in a library that reads its own classes meanwhile: so it waits until the import is over.
+another error in a library that reads its own classes meanwhile: so it waits until the import is over, for some seconds.
 """
 
 import _thread
@@ -19,6 +19,7 @@ import typer
 
 IMPORTING = "<frozen importlib._bootstrap>"
 AGAIN_SECONDS = 0.02
+MOST_SECONDS = 10.0  # that an import is waited for: one that hangs is to be ended, too
 
 ANEW = "nothing was made, and the same command begins anew"
 
@@ -67,12 +68,19 @@ def _hear(number: int, frame: FrameType | None) -> None:
         signal.default_int_handler(number, frame)
 
 
+_waiting_since: float | None = None  # when a signal first came that has been postponed since
+
+
 def _postponed(number: int, frame: FrameType | None) -> bool:
-    """True where the signal came during an import; then it comes again."""
-    importing = _is_importing(frame)
-    if importing:
+    """True where the signal came during an import, and has not waited for too long; then it comes again."""
+    global _waiting_since
+    now = time.monotonic()
+    since = now if _waiting_since is None else _waiting_since
+    postponed = _is_importing(frame) and now - since < MOST_SECONDS
+    _waiting_since = since if postponed else None
+    if postponed:
         _thread.start_new_thread(_send_again, (number,))
-    return importing
+    return postponed
 
 
 def _send_again(number: int) -> None:
