@@ -120,7 +120,7 @@ def growth(family: Family, maker: Maker, sizes: Sequence[int] = SIZES) -> dict[s
     own, order = family.own_scores(), _growing(family)
     at = [size for size in sizes if size <= len(order)]
     rows: dict[str, Any] = {}
-    for name in GROWN:
+    for name in GROWN if at else ():
         made = maker.cell(replace(family, held_out=[]), Variant(name, {}), order[: at[-1]], at=at)
         if made:
             rows[name] = {}

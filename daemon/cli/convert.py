@@ -67,7 +67,7 @@ def command(
     from daemon.convert.converting import convert
 
     options = Options(_bytes(memory) if memory else None, timeout, key, strip_prefix)
-    with ending_with(ANEW):
+    with ending_with(ANEW, out):
         if weights_of(file):
             converted = convert_adapter(file, out, How(base, alpha, only))
         else:

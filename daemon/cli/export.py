@@ -23,7 +23,7 @@ def command(
 
     AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True) loads it. Nothing of the home is changed.
     """
-    with ending_with(ANEW):
+    with ending_with(ANEW, out):
         from daemon.versions.routed import export
 
         where, reader = open_reader(None, home)

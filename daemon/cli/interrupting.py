@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM, heard also by who is importing, and what is said then.
 
 What a handler raises while a module is imported is lost where it meets the end of a module's lock, and becomes
-another error in a library that reads its own classes meanwhile: so it waits until the import is over.
+another error in a library that reads its own classes meanwhile: so it waits until the import is over, for some seconds.
 """
 
 import _thread
@@ -12,26 +12,30 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import typer
 
 IMPORTING = "<frozen importlib._bootstrap>"
 AGAIN_SECONDS = 0.02
-
+MOST_SECONDS = 10.0  # that an import is waited for: one that hangs is to be ended, too
 
 ANEW = "nothing was made, and the same command begins anew"
 
 
 @contextmanager
-def ending_with(then: str) -> Iterator[None]:
-    """Says what the same command does next time, where Ctrl-C or SIGTERM ends what is done inside."""
+def ending_with(then: str, out: Path | None = None) -> Iterator[None]:
+    """Says what the same command does next time, where Ctrl-C or SIGTERM ends what is done inside. out: what that
+    makes, whole at once: once it is there the command makes it no more, and that is said instead.
+    """
     signal.signal(signal.SIGTERM, leave)
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, KeyboardInterrupt) or end.code == 128 + signal.SIGTERM:
-            typer.echo(f"mainstem: interrupted; {then}", err=True)
+            made = out is not None and os.path.lexists(out)
+            typer.echo(f"mainstem: interrupted; {f'{out} is there' if made else then}", err=True)
         raise
 
 
@@ -64,12 +68,19 @@ def _hear(number: int, frame: FrameType | None) -> None:
         signal.default_int_handler(number, frame)
 
 
+_waiting_since: float | None = None  # when a signal first came that has been postponed since
+
+
 def _postponed(number: int, frame: FrameType | None) -> bool:
-    """True where the signal came during an import; then it comes again."""
-    importing = _is_importing(frame)
-    if importing:
+    """True where the signal came during an import, and has not waited for too long; then it comes again."""
+    global _waiting_since
+    now = time.monotonic()
+    since = now if _waiting_since is None else _waiting_since
+    postponed = _is_importing(frame) and now - since < MOST_SECONDS
+    _waiting_since = since if postponed else None
+    if postponed:
         _thread.start_new_thread(_send_again, (number,))
-    return importing
+    return postponed
 
 
 def _send_again(number: int) -> None:

@@ -108,16 +108,18 @@ def command(
             in_force = settings_of(where)
             configure(in_force.log)  # the gate's evaluator is heard there
             how = learning(adamerging, in_force.evaluate, steps, lr) if adamerging is not None else None
-            if how and _is_there(where, heads[0]):
-                if method or settings:
-                    raise BadConfig(f"there is a head {heads[0]!r} already", "leave --method and --set out")
-                plan = commands.learn_again(where, in_force, heads[0], to, how, dry=dry_run)
+            name = heads[0].partition("=")[0]
+            if how and _is_there(where, name):
+                if method or settings or name != heads[0]:
+                    hint = f"leave its method and --set out: `--head {name}` learns it again"
+                    raise BadConfig(f"there is a head {name!r} already", hint)
+                plan = commands.learn_again(where, in_force, name, to, how, dry=dry_run)
                 already = "" if plan.number else ", and were already"
-                done = f"{_called(heads[0], plan)}: {_done(plan, how)}{already}"
+                done = f"{_called(name, plan)}: {_done(plan, how)}{already}"
             else:
                 method = method or (METHOD if how and "=" not in heads[0] else None)
                 plan = _add(where, in_force, heads[0], method, settings or [], to, how, dry_run)
-                done = f"{_called(heads[0].split('=')[0], plan)}: {_done(plan, how)}"
+                done = f"{_called(name, plan)}: {_done(plan, how)}"
         elif gone:
             if method or settings or adamerging is not None:
                 raise BadConfig("--without keeps every head's method", "give --into for a home with other methods")

@@ -57,7 +57,7 @@ def command(
     if out is None:
         raise typer.BadParameter("name the folder to make", param_hint="--out")
     own = _read_graph(graph) if graph else None
-    with ending_with(ANEW):
+    with ending_with(ANEW, out):
         done = zipit(models, calibration, out, How(alpha, beta, to), own, lambda line: typer.echo(line, err=True))
     if as_json:
         print_json(done)

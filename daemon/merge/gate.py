@@ -38,7 +38,8 @@ def not_judging(settings: Evaluate, head: str) -> list[str]:
     """That there is a gate, and this head is none of those that it judges, in lines of words."""
     if not settings.command or judges(settings, head):
         return []
-    return [f"{head} is not judged: evaluate.heads names {listed(settings.heads)}, and not {head}"]
+    names = f"{listed(settings.heads)}, and not {head}" if settings.heads else "none"
+    return [f"{head} is not judged: evaluate.heads names {names}"]
 
 
 @dataclass(frozen=True)

@@ -144,11 +144,14 @@ def add_head(
     each names. how: its coefficients are learned. Raises BadHome where the daemon runs, an expert is missing, or there
     is such a head, and Refused where the gate rejects it.
     """
+    inner, new = Home(home.rebuilding(name)), new_head(name, method, relative=relative)
+    begun = inner.root.exists()  # by one that was cut short; recovery takes it away where that had committed
     with _reading(home) if dry else _opened(home) as store:
-        if store.head(name):
+        there = store.head(name)
+        same = there and (there.method, there.params, there.relative_to) == (new.method, new.params, new.relative_to)
+        if there and (how or not begun or not same):
             raise BadHome(f"there is a head {name!r} already", "choose another name")
-        inner = Home(home.rebuilding(name))
-        if home.versions(name).exists() and not inner.root.exists():
+        if not there and home.versions(name).exists() and not inner.root.exists():
             raise BadHome(
                 f"{home.versions(name)} is there and belongs to no head", "move it away, or choose a new name"
             )
@@ -160,6 +163,8 @@ def add_head(
         plan = Plan({name: REPLAYED}, experts, _readings(heads, experts), _usual_seconds(store), notes=apart)
         if dry and how:
             plan = replace(plan, notes=[*apart, to_learn(home, store, name, method, how, experts)])
+        if there:
+            return replace(plan, number=there.newest, notes=[*apart, *_to_promote(home, store, name)])
         if isinstance(store, Store):
             _replay_inside(home, store, experts, inner, heads, settings, to, relatives)
             with Restating(home, store, settings, to.progress()) as restating:
@@ -170,7 +175,7 @@ def add_head(
                 else:
                     written = from_inside(restating, inner, name, home, store, experts)
                 _link_records(home, inner, name, experts)
-                number = _adopt(home, store, new_head(name, method, relative=relative), method, written, restating)
+                number = _adopt(home, store, new, method, written, restating)
             remove_whole(home, inner.root)
             durable.remove(home.learning(name))
             plan = replace(plan, number=number, notes=[*apart, *_to_promote(home, store, name)])

@@ -119,6 +119,7 @@ def test_growth_is_what_merging_so_many_alone_gives(tiny: Path, monkeypatch: pyt
         alone = cell(replace(family, held_out=[]), Variant("opcm", {}), order[:size])
         assert alone and found[str(size)].items() <= alone.figures(own, ()).items()
     assert found.keys() == {"1", "2"}
+    assert blocks.growth(family, maker, sizes=(4,)) == {}  # as `halves`, where fewer encoders won enough
 
 
 def test_what_another_process_makes_is_left_to_it_until_it_is_gone(tiny: Path) -> None:

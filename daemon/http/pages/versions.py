@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from starlette.requests import Request
 from starlette.responses import Response
 
-from daemon.home.standing import held
+from daemon.home.standing import Held, held
 from daemon.http.answers import Problem
 from daemon.http.files import Published
 from daemon.http.pages.commands import commands
@@ -74,7 +74,7 @@ def version(request: Request, published: Published, told: Callable[[], object]) 
         following=reader.version(head.name, row.number + 1),
         scores=sorted(evaluation.scores.items()) if evaluation else [],
         verdict=row.verdict or {},
-        stays=stays if stays and stays.version == row.number else None,
+        reasons=_reasons(row, stays if stays and stays.version == row.number else None),
         turn=_turn(head, row) if manifest else None,
         withdrawn=withdrawn if isinstance(withdrawn, dict) else None,
         content=content,
@@ -86,6 +86,13 @@ def version(request: Request, published: Published, told: Callable[[], object]) 
         commands=commands(published, head, row, str(Origin.of(request))) if manifest else [],
         others=[one for one in reader.heads() if one.name != head.name][:20],
     )
+
+
+def _reasons(row: Version, stays: Held | None) -> list[str]:
+    """Why a version is not live: why it was held, and what keeps its head, which may say that as well."""
+    why = stays.why if stays else None
+    own = None if row.held and why and row.held in why else row.held
+    return [one for one in (own, why) if one]
 
 
 def _turn(head: Head, row: Version) -> str | None:

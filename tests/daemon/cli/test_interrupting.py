@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from daemon.cli import interrupting
 from daemon.cli.interrupting import interruptible
 
 # Where the signal comes while a weak reference is cleared, as that to a module's lock is after each import, Python says
@@ -58,6 +59,20 @@ def test_outside_of_imports_it_comes_at_once_and_who_ignores_it_does_so_still() 
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_import_that_never_ends_is_not_waited_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of somebody's method, from a disk that is gone: Ctrl-C ends the command all the same."""
+    monkeypatch.setattr(interrupting, "MOST_SECONDS", 0.2, raising=False)
+    monkeypatch.delitem(sys.modules, "hangs", raising=False)
+    (tmp_path / "hangs.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\n"
+        "end = time.monotonic() + 5\nwhile time.monotonic() < end: time.sleep(0.01)\n"
+    )
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        importlib.import_module("hangs")
+    assert 0.2 <= time.monotonic() - begun < 4
 
 
 def test_a_verb_that_is_interrupted_while_it_imports_ends() -> None:

@@ -21,7 +21,7 @@ from daemon.http.pages.document import SCRIPT
 from daemon.http.pages.front import TASKS
 from daemon.http.pages.words import human_ago, human_count
 from projector.text import size
-from registry.records import Deed, Flag, NewEvaluation, NewIntervention, Score, Status
+from registry.records import LEARNED, Deed, Flag, NewEvaluation, NewIntervention, Score, Status
 from tests.daemon.http.conftest import lay, sha256
 
 if TYPE_CHECKING:
@@ -228,6 +228,20 @@ def test_what_is_held_scored_and_open_is_shown_as_text(line: "Line", client: htt
     line.store.turn("main", 0, NewIntervention(Deed.ROLLBACK, "ada", head="main", version=0), "rolled back to main/0")
     text = client.get("/").text
     assert "nor will the next be: rolled back to main/0" in text and ">main rolled back</span>" in text
+
+
+def test_a_version_tells_all_that_keeps_it_from_being_live(line: "Line", client: httpx.Client) -> None:
+    """Beside the command that makes it live, which would make another model than a learned one so."""
+    line.publish(b"one")
+    learned = line.home.manifest("main", 1)
+    learned.write_text(json.dumps({**json.loads(learned.read_text()), "adamerging": {"steps": 1}}))
+    rows = [replace(lay(line.home, "main", 2, b"two"), held="a rule"), lay(line.home, "init", 2, b"two")]
+    line.store.commit(line.expert("e", Status.MERGED, "ef" * 32), rows)
+    text = client.get("/heads/main/versions/2").text
+    assert f"<bdi>a rule; and {LEARNED}: promoted, it is the plain sum;" in html.unescape(text)
+    line.store.turn("main", 0, NewIntervention(Deed.ROLLBACK, "ada", head="main", version=0), "rolled back to main/0")
+    text = client.get("/heads/main/versions/2").text
+    assert "<bdi>a rule</bdi>" in text and "<bdi>rolled back to main/0</bdi>" in text
 
 
 def test_the_rows_say_what_is_held_and_how_it_scored(line: "Line", client: httpx.Client) -> None:

@@ -13,6 +13,7 @@ from daemon.config import Settings
 from daemon.errors import BadHome
 from daemon.home.verification import verify
 from daemon.layout import Home
+from daemon.merge.gate import not_judging
 from daemon.rebuild.commands import described, withdraw
 from daemon.rebuild.replay import Console, merged_experts
 from registry.records import Deed, Expert, Flag, NewIntervention, Status, Version
@@ -61,6 +62,15 @@ def drop(home: Home, base: Path, seed: int, scores: Mapping[str, Any], settings:
 
 def calls(home: Home) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (home.root / "calls.jsonl").read_text().splitlines()]
+
+
+def test_who_is_not_judged_is_told_whom_the_gate_judges() -> None:
+    said = {heads: not_judging(gate(heads=heads).evaluate, "ada") for heads in (("main", "ada"), ("main",), ())}
+    assert said == {
+        ("main", "ada"): [],
+        ("main",): ["ada is not judged: evaluate.heads names main, and not ada"],
+        (): ["ada is not judged: evaluate.heads names none"],
+    }
 
 
 def test_a_version_that_keeps_the_rules_is_live_with_its_scores(scored: Home, base: Path) -> None:

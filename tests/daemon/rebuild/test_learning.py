@@ -167,6 +167,18 @@ def test_killed_it_goes_on_and_a_new_home_takes_it_too(
     assert live(target) == 5 and not (tmp_path / "asked").exists()  # there is nothing left to do
 
 
+def test_what_makes_a_head_with_coefficients_anew_is_told_how_it_is_learned_again(merged: Home, command: str) -> None:
+    """As whoever was interrupted once the head was committed."""
+    learns = ("--adamerging", command, "--steps", "1")
+    rebuild(merged, "--head", "ada=task_arithmetic", *learns)
+    for words in (("--head", "ada=task_arithmetic"), ("--head", "ada", "--set", "scale=0.3")):
+        said = " ".join(refused(merged, *words, *learns).split())
+        assert (
+            "there is a head 'ada' already hint: leave its method and --set out: `--head ada` learns it again" in said
+        )
+    assert "were already" in rebuild(merged, "--head", "ada", *learns)
+
+
 def test_a_dry_run_counts_the_steps_that_are_left(merged: Home, command: str, tmp_path: Path) -> None:
     ada = ("--head", "ada", "--adamerging", command, "--steps")
     read, said = (

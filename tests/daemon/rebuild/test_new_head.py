@@ -78,6 +78,19 @@ def test_a_new_head_that_is_killed_once_it_is_committed(
     assert_close(latest(merged, "init"), ema(*weights(model, 0, 1, 2, 3)))
 
 
+def test_the_same_command_ends_what_was_killed_once_it_was_committed(
+    merged: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it says where it is interrupted; of another head nothing goes on."""
+    killed(monkeypatch, "commit.after=kill:5", merged, "--head", "other", "--method", "ema")
+    assert "there is a head 'other' already" in refused(merged, "--head", "other", "--method", "mean")
+    killed(monkeypatch, "commit.after=kill:5", merged, "--head", "third", "--method", "ema")
+    words = ("--head", "third", "--method", "ema")
+    assert rebuild(merged, *words) == "third/4: 4 experts are merged\n"
+    check(merged)
+    assert "there is a head 'third' already" in refused(merged, *words)
+
+
 def test_a_head_that_is_there_a_folder_in_its_place_and_a_running_daemon(merged: Home) -> None:
     assert "there is a head 'soup' already" in refused(merged, "--head", "soup", "--method", "ema")
     (merged.published / "init").mkdir()

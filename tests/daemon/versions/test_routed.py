@@ -242,6 +242,18 @@ def test_a_stopped_export_leaves_nothing_says_so_and_ends_as_every_command_does(
     assert "mainstem: interrupted; nothing was made, and the same command begins anew\n" in ending
 
 
+def test_an_export_that_is_stopped_once_it_is_there_does_not_say_that_nothing_was_made(tmp_path: Path) -> None:
+    home, out = tiny(tmp_path, "smile", PARAMS, 2), tmp_path / "routed"
+    words = ["export", "main", str(out), "--home", str(home.root)]
+    waits = environment({"MAINSTEM_FAILPOINT": "folder.sync=hang"})  # that of the folder which it came to be in
+    with Path(os.devnull).open("wb") as nothing, (tmp_path / "said").open("wb") as said:
+        process = shims.Process(preloaded(), words, waits, tmp_path, nothing.fileno(), said.fileno())
+        assert until(out.exists, 60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 128 + signal.SIGINT
+    assert (tmp_path / "said").read_text() == f"mainstem: interrupted; {out} is there\n"
+
+
 def test_an_expert_that_was_taken_out_is_nowhere(tmp_path: Path) -> None:
     """One that was evicted, and one that was apart: the archive is merged again."""
     for name in ("with", "without"):
