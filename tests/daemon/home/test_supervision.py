@@ -1,9 +1,9 @@
 """What a daemon tells systemd, held by a real socket; and what one that hangs does not."""
 
+import json
 import signal
-import socket
+import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,30 +24,36 @@ from tests.daemon.homes import live, put, quick
 from tests.daemon.processes import running, until
 from tests.models import write_expert
 
+HEARING = """
+import json, socket, sys
+heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+heard.bind(sys.argv[1])
+while True:
+    print(json.dumps(heard.recv(1 << 16).decode()), flush=True)
+"""
+
 
 class Systemd:
-    """What arrives at NOTIFY_SOCKET, one message after another."""
+    """What arrives at NOTIFY_SOCKET, one message after another; heard by another process, as systemd is one: who tells
+    it waits, with all its threads, where much was not taken yet.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.messages: list[str] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
-        self._thread = threading.Thread(target=self._take)
-        self._thread.start()
+        self.path, self._heard = path, path.with_name("heard")
+        with self._heard.open("wb") as into:
+            self._process = subprocess.Popen([sys.executable, "-c", HEARING, path], stdout=into)
+        assert until(path.exists, 30)
 
-    def _take(self) -> None:
-        while message := self._socket.recv(1 << 16):
-            self.messages.append(message.decode())
+    @property
+    def messages(self) -> list[str]:
+        return [json.loads(line) for line in self._heard.read_text().splitlines()]
 
     def lines(self) -> list[str]:
         return [line for message in self.messages for line in message.splitlines()]
 
     def close(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
-            last.sendto(b"", str(self.path))
-        self._thread.join()
-        self._socket.close()
+        self._process.kill()
+        self._process.wait()
 
 
 @pytest.fixture
