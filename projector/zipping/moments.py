@@ -14,7 +14,7 @@ class Moments:
 
     >>> moments = Moments()
     >>> moments.add([torch.tensor([[0.0], [1.0]]), torch.tensor([[5.0], [3.0]])])
-    >>> moments.correlation(fewest=2)
+    >>> moments.correlation(fewest=2).round(decimals=6)
     tensor([[ 1., -1.],
             [-1.,  1.]], dtype=torch.float64)
     """
