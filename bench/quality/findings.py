@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from textwrap import wrap
 from typing import Any
 
-from bench.quality.tables import percent, points, spread
+from bench.quality.tables import item, percent, points, spread
 from projector.text import plain, size
 
 BLOCKS = {
@@ -55,7 +54,7 @@ def findings(results: Part) -> list[str]:
         *_started(results),
         *_summed(results),
     ]
-    lines = [line for one in found for line in wrap(f"- {one}", 118, subsequent_indent="  ", break_on_hyphens=False)]
+    lines = [line for one in found for line in item(one)]
     return lines or ["Nothing yet."]
 
 

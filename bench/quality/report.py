@@ -8,12 +8,11 @@ named as that.
 
 import json
 from collections.abc import Mapping
-from textwrap import wrap
 from typing import Any
 
 from bench.details import table
 from bench.quality import findings, pictures
-from bench.quality.tables import percent, points, spread
+from bench.quality.tables import item, percent, points, spread
 from bench.record import RESULTS, ROOT
 from projector.text import plain, size
 
@@ -277,11 +276,7 @@ def _missing(results: Part) -> list[str]:
             gone.append(f"- {words}: {count} {what}{'s' * (count > 1)} not run yet")
     if earlier := results.get("earlier"):
         words = ", ".join(findings.BLOCKS[name] for name in earlier)
-        gone += wrap(
-            f"- from an earlier run, whose experts were trained apart from the others' here: {words}",
-            118,
-            subsequent_indent="  ",
-        )
+        gone += item(f"from an earlier run, whose experts were trained apart from the others' here: {words}")
     needs = "methods that need sidecars (`fisher`, `regmean`, `mats`) are not tried here"
     return ["## Not run, or run apart", "", *gone, f"- {needs}"]
 

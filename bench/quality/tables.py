@@ -1,6 +1,7 @@
 """Figures as a page has them."""
 
 from collections.abc import Mapping
+from textwrap import wrap
 
 
 def percent(value: float) -> str:
@@ -29,3 +30,8 @@ def spread(found: Mapping[str, float | None]) -> str:
     mean, deviation = found["mean"], found["stdev"]
     assert mean is not None
     return percent(mean) + (f" ± {percent(deviation)}" if deviation is not None else "")
+
+
+def item(words: str) -> list[str]:
+    """The lines of one item of a list."""
+    return wrap(f"- {words}", 118, subsequent_indent="  ", break_on_hyphens=False)
