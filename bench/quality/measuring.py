@@ -100,5 +100,6 @@ def collected(cache: Path, before: Mapping[str, Any] = MappingProxyType({})) -> 
         if before.get(name) and (not parts[name] or maker.missing > before["missing"][name]):
             parts[name], parts["missing"][name] = before[name], before["missing"][name]
             parts["earlier"].append(name)
-    parts["experts"] = {path.stem: json.loads(path.read_text()) for path in sorted((cache / "scores").glob("*.json"))}
+    noted = {path.stem: json.loads(path.read_text()) for path in sorted((cache / "scores").glob("*.json"))}
+    parts["experts"] = noted or before.get("experts", {})
     return parts

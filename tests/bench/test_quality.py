@@ -207,6 +207,8 @@ def test_the_whole_of_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert results["readers"]["methods"].keys() == {"mean", "ema", "latest"}
     assert results["missing"]["readers"] == 2  # the other order of ema and of latest
     assert "| `mean` |" in page(results) and "earlier run" not in page(results)
+    trained = {"experts": {"city": {"base": 0.5}}}
+    assert measuring.collected(tiny / "empty", {**results, **trained})["experts"] == trained["experts"]
     kept = measuring.collected(tiny / "empty", results)
     assert kept["readers"] == results["readers"] and kept["earlier"] == ["readers"] and kept["missing"]["readers"] == 2
     assert "trained apart from the others' here: digit readers" in page(kept)
