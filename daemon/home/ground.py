@@ -204,11 +204,11 @@ class States:
             raise _bad_state(self._home, path, "it is gone") from None
         except BadFile as error:
             raise _bad_state(self._home, path, str(error)) from error
-        lacking = [spec.name for spec in state_specs(tip.method, base) if spec.name not in reader.specs]
-        if lacking:
+        other = [spec.name for spec in state_specs(tip.method, base) if reader.specs.get(spec.name) != spec]
+        if other:
             raise BadHome(
-                f"{path.relative_to(self._home.root)} has no {shown(lacking[0])}: an earlier mainstem merged it"
-                " by another rule",
+                f"{path.relative_to(self._home.root)} has no {shown(other[0])} as {tip.method.name} keeps it now: an"
+                " earlier mainstem merged it by another rule",
                 f"nothing was merged; merge the archive again, by today's rules: `{again(self._home)}`",
             )
         return path, fd, now, reader

@@ -35,29 +35,26 @@ def sums(spec: TensorSpec) -> dict[str, TensorSpec]:
     }
 
 
-def add(tau_MN: Tensor, weight: float, factors: Factors | None, g_NN: Tensor, h_MN: Tensor) -> float:
-    """Adds one task matrix to G and H in place; its squared norm. One of zero disturbs nothing and is skipped."""
-    own_NN, squared_norm = _own(tau_MN, weight, factors)
+def add(tau_MN: Tensor, weight: float, factors: Factors | None, g_NN: Tensor, h_MN: Tensor) -> tuple[float, float]:
+    """Adds one task matrix to G and H in place; its ||tau||^2 and ||tau'tau||. One of zero disturbs nothing and is
+    skipped.
+    """
+    own_NN = gram(tau_MN, factors)
+    squared_norm, fourth = float(own_NN.trace()), float(own_NN.norm())
     if squared_norm:
+        own_NN *= weight / squared_norm
         g_NN += own_NN
         add_product(h_MN, tau_MN, own_NN, factors=factors)
-    return squared_norm
+    return squared_norm, fourth
 
 
 def add_outputs(tau_MN: Tensor, weight: float, factors: Factors | None, l_MM: Tensor) -> None:
     """Adds w tau tau' / ||tau||^2 to L (m, m) in place: what G is of the transposed task matrix, whose H is H'."""
-    own_MM, squared_norm = _own(tau_MN.T, weight, (factors[1].T, factors[0].T) if factors else None)
+    own_MM = gram(tau_MN.T, (factors[1].T, factors[0].T) if factors else None)
+    squared_norm = float(own_MM.trace())
     if squared_norm:
+        own_MM *= weight / squared_norm
         l_MM += own_MM
-
-
-def _own(tau_MN: Tensor, weight: float, factors: Factors | None) -> tuple[Tensor, float]:
-    """w tau'tau / ||tau||^2, and ||tau||^2; zero both where tau is."""
-    own_NN = gram(tau_MN, factors)
-    squared_norm = float(own_NN.trace())
-    if squared_norm:
-        own_NN *= weight / squared_norm
-    return own_NN, squared_norm
 
 
 def disturbed(s_BN: Tensor, g_NN: Tensor, h_BN: Tensor) -> Tensor:

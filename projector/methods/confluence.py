@@ -7,17 +7,18 @@ Each step is by sums of the stream, and none has a scale that is left to be tune
 2. R's spectrum, made the flatter (Iso-C, arXiv 2502.04959) the further R turned away from S: where experts do not meet,
    as it is.
 3. The length at which the experts' own parts in it are, taken together, as long as they were, sum w_i <M, tau_i> =
-   sum w_i ||tau_i||^2 (by <M, S> that needs no expert), but no longer than they would be had they nothing in common;
-   and what is beyond one expert's length the shorter, the less of the base would be left beside it.
+   sum w_i ||tau_i||^2 (by <M, S> that needs no expert), but no longer than they would be had they nothing in common.
+4. What is added to a network stops acting like a sum once it is long beside the base. Where the experts are, S itself,
+   and one expert's length.
 """
 
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 
 import torch
 from torch import Tensor
 
-from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, energy, matrices, row_blocks
+from projector.algebra.linalg import BLOCK_NUMEL, EXCLUDED, energy, gram, matrices, row_blocks
 from projector.algebra.svd import svd_bytes, thin_svd
 from projector.method import Contribution, State, param
 from projector.methods import _interference as interference
@@ -28,7 +29,7 @@ from projector.spec import TensorSpec
 TOL = 1e-5  # of s_0: below, a singular value is rounding
 TALL = 8  # outputs for each input from which on L is not kept: a vocabulary's would be larger than the whole model
 MOST = 4.0  # in units of <F, S>: how long M becomes; experts that contradict each other would ask for any length
-SHARE = 1 / 3  # of the base's length: how far M goes beyond one expert's where R is orthogonal to S
+SHARE = 1 / 8  # of the base's length: up to which experts that meet act like a sum
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,23 @@ class Confluence(Solving):
         A = argmin_X sum w_i ||(X - tau_i) tau_i'||^2 / ||tau_i||^2 + lambda ||X - S||^2        by the inputs
         B = argmin_X sum w_i ||tau_i' (X - tau_i)||^2 / ||tau_i||^2 + mu ||X - S||^2            by the outputs
         R = (b A + a B) / (a + b)       a = ||A - S||^2, b = ||B - S||^2         U diag(s) V' = R
-        F = U diag(s / sqrt(s^2 + k^2 s_0^2)) V' / ||..||         k = knee cot^2(R, S)
+        E = U diag(s / sqrt(s^2 + k^2 s_0^2)) V' / ||..||         k = knee cot^2(R, S)
+        F = (p E + (1 - p) S / ||S||) / ||..||                    p = min(1, max(0, 2 - (8 x sin(R, S))^2))
         l = min(q / <F, S>, sqrt(q), 4 <F, S>)                    e^2 = q / sum w_i
-        M = scale * sqrt(e^2 + (l^2 - e^2) / (1 + (l^2 - e^2) / r^2)) F     where l > e, else scale * l F
-            r = ||W_0|| / (3 sin(R, S))
+        M = scale * sqrt(e^2 + p (l^2 - e^2)) F where l > e, else scale * l F
+            x^2 = sum w_i ||tau_i'tau_i|| / sum w_i / ||W_0'W_0||
 
     lambda is `ridge` times the mean input's share of sum w_i tau_i'tau_i / ||tau_i||^2, mu the same of the outputs.
     One side alone would remove what the other one keeps apart anyway; but R = A where m > 8 n, as in the output layer
     of a language model, whose outputs are words and an (m, m) matrix of them larger than the model.
 
     Of l: q / <F, S> is where sum w_i <M, tau_i> = q. sqrt(q) is how long experts are together that are orthogonal;
-    where they contradict each other, <F, S> is small and q / <F, S> has no bound. e is one expert's length, W_0 the
-    base's matrix: what is added to a network stops acting like a sum once it is long beside that, so that only experts
-    that do not meet (R = S) are merged in full whatever the base. An expert of weight 2 counts as two of its kind.
-    Embeddings, vectors and scalars are averaged.
+    where they contradict each other, <F, S> is small and q / <F, S> has no bound. e is one expert's length.
+
+    x is that length in units of the base's matrix W_0, both by the Schatten 4-norm, which a task vector of few
+    directions, as an adapter's, has more of than by all its elements. Beyond 1/8 R is what disturbs a sum least and not
+    the network, and nothing is gained by it; experts that do not meet (R = S) are merged in full whatever the base.
+    An expert of weight 2 counts as two of its kind. Embeddings, vectors and scalars are averaged.
 
     >>> from projector.method import Totals
     >>> spec, method = TensorSpec("w", (2, 2), torch.float32), Confluence()
@@ -71,7 +75,8 @@ class Confluence(Solving):
     name = "confluence"
     formula = (
         "base + c U diag(s / sqrt(s^2 + k^2 s_0^2)) V' of wudi's ridge solutions of both sides, k from how far they"
-        " turn from S, c from sum w_i <., tau_i>, sum w_i ||tau_i||^2 and the base; else: mean"
+        " turn from S, c from sum w_i <., tau_i> and sum w_i ||tau_i||^2, nearer to S where experts are long beside the"
+        " base; else: mean"
     )
     paper = "mainstem's own; after WUDI, arXiv 2503.08099, and Iso-C, arXiv 2502.04959"
     order_independent = True
@@ -86,9 +91,11 @@ class Confluence(Solving):
     exclude: tuple[str, ...] = param(EXCLUDED, "globs of matrices to average")
 
     def own_slots(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """S, G, H, q = sum w_i ||tau_i||^2 and, up to m = 8 n, L = sum w_i tau_i tau_i' / ||tau_i||^2."""
+        """S, G, H, q = sum w_i (||tau_i||^2, ||tau_i'tau_i||) and, up to m = 8 n, L = sum w_i tau_i tau_i' /
+        ||tau_i||^2.
+        """
         *stack, m, _ = spec.shape
-        further = {"q": (*stack, 1, 1)} | ({"L": (*stack, m, m)} if _by_outputs(spec) else {})
+        further = {"q": (*stack, 1, 2)} | ({"L": (*stack, m, m)} if _by_outputs(spec) else {})
         return interference.sums(spec) | {
             key: TensorSpec(spec.name, shape, torch.float64) for key, shape in further.items()
         }
@@ -101,8 +108,9 @@ class Confluence(Solving):
 
     def fold(self, state: State, delta: Tensor, spec: TensorSpec, expert: Contribution) -> State:
         sums = {key: state[key].clone() for key in self.own_slots(spec) if key != "S"}
-        for tau_MN, g_NN, h_MN, q_11, *l_MM in matrices(delta, *sums.values()):
-            q_11 += expert.weight * interference.add(tau_MN, expert.weight, expert.factors, g_NN, h_MN)
+        for tau_MN, g_NN, h_MN, q_12, *l_MM in matrices(delta, *sums.values()):
+            lengths = interference.add(tau_MN, expert.weight, expert.factors, g_NN, h_MN)
+            q_12 += expert.weight * q_12.new_tensor(lengths)
             for outputs_MM in l_MM:
                 interference.add_outputs(tau_MN, expert.weight, expert.factors, outputs_MM)
         return {"S": torch.add(state["S"], delta, alpha=expert.weight), **sums}
@@ -110,11 +118,13 @@ class Confluence(Solving):
     def solve(self, base: Tensor, state: State, spec: TensorSpec) -> Tensor:
         merged = base.clone()
         sums = (state[key] for key in self.own_slots(spec))
-        for merged_MN, s_MN, g_NN, h_MN, q_11, *l_MM in matrices(merged, *sums):
+        for merged_MN, s_MN, g_NN, h_MN, q_12, *l_MM in matrices(merged, *sums):
             weight = float(g_NN.trace())  # of those that trained it
             if weight > UNTRAINED:
+                q, fourth = q_12.flatten().tolist()
+                ours = float(gram(merged_MN if len(s_MN) > len(g_NN) else merged_MN.T).norm())
                 r_MN = self._undisturbing(s_MN, g_NN, h_MN, *l_MM)
-                self._add(merged_MN, r_MN, s_MN, float(q_11), weight)
+                self._add(merged_MN, r_MN, s_MN, q, q / weight, fourth / weight / ours if ours else inf)
         return merged
 
     def _undisturbing(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor, l_MM: Tensor | None = None) -> Tensor:
@@ -128,8 +138,8 @@ class Confluence(Solving):
             a_MN = a_MN.mul_(b / (a + b)).add_(b_MN, alpha=a / (a + b))
         return a_MN.add_(s_MN)
 
-    def _add(self, merged_MN: Tensor, r_MN: Tensor, s_MN: Tensor, q: float, weight: float) -> None:
-        """Adds scale * M to the base's `merged_MN` in place. weight: sum w_i."""
+    def _add(self, merged_MN: Tensor, r_MN: Tensor, s_MN: Tensor, q: float, one: float, long: float) -> None:
+        """Adds scale * M to the base's `merged_MN` in place. one: e^2; long: x^2."""
         left_MP, right_NP, s_P = thin_svd(r_MN, TOL)
         if not s_P.any() or not s_MN.any():  # experts that add up to nothing: none is heard in anything
             return
@@ -139,18 +149,24 @@ class Confluence(Solving):
         heard = sum(float(torch.sum((s_MN[rows] @ right_NP).double() * left_MP[rows])) for rows in row_blocks(s_MN))
         if heard <= 0:
             return
-        left_MP *= self.scale * _length(heard, q, q / weight, turned, SHARE**2 * energy(merged_MN))
+        p, size_of_s = _like_a_sum(long, turned), sqrt(energy(s_MN))
+        size = sqrt(p**2 + (1 - p) ** 2 + 2 * p * (1 - p) * heard / size_of_s)  # of p E + (1 - p) S / ||S||
+        factor = self.scale * _length((p * heard + (1 - p) * size_of_s) / size, q, one, p) / size
+        left_MP *= factor * p
         for rows in row_blocks(merged_MN):
             merged_MN[rows] += left_MP[rows] @ right_NP.T
+            merged_MN[rows] += factor * (1 - p) / size_of_s * s_MN[rows]
 
 
-def _length(heard: float, q: float, one: float, turned: float, share: float) -> float:
-    """Of M. heard: <F, S>; one: e^2; turned: sin^2(R, S); share: r^2 sin^2(R, S)."""
+def _like_a_sum(long: float, turned: float) -> float:
+    """p. long: x^2; turned: sin^2(R, S)."""
+    return min(1.0, max(0.0, 2 - long * turned / SHARE**2)) if turned else 1.0
+
+
+def _length(heard: float, q: float, one: float, p: float) -> float:
+    """Of M. heard: <F, S>; one: e^2."""
     squared = min(q / heard, sqrt(q), MOST * heard) ** 2
-    if (beyond := squared - one) > 0 and turned > 0:
-        bound = share / turned
-        squared = one + (beyond * bound / (beyond + bound) if bound else 0.0)
-    return sqrt(squared)
+    return sqrt(one + p * (squared - one) if squared > one else squared)
 
 
 def _by_outputs(spec: TensorSpec) -> bool:

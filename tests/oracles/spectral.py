@@ -98,9 +98,11 @@ def confluence(
     """What `wudi_ridge` has of a matrix and, turned back, of the transposed one: their mean, each weighted by the
     squared length of what the other one changes of the sum; the first alone beyond 8 outputs for each input. Its
     singular values evened out down to knee times the largest where it stands at 45 degrees to the sum, further down
-    where it turned more; as long as makes the experts' parts in it, one by one and added up, as long as the experts
-    are, but neither longer than they are as orthogonal ones, nor than four times those parts at length one; and of the
-    area that it has beyond that of a mean expert the harmonic sum with a ninth of the base's over the squared sine.
+    where it turned more; mixed with the sum's direction from where the experts' mean squared Schatten 4-norm, in units
+    of the base's and times the squared sine, is a 64th, and nothing but that from twice as much on; as long as makes
+    the experts' parts in it, one by one and added up, as long as the experts are, but neither longer than they are as
+    orthogonal ones, nor than four times those parts at length one; and of the area that it has beyond that of a mean
+    expert only as much as is not the sum's direction.
     """
 
     def matrix(taus: Tensor, weights: Tensor, theta0: Tensor) -> Tensor:
@@ -118,14 +120,21 @@ def confluence(
             sigma = sigma / (sigma.square() + edge**2).sqrt()
         shape = u @ torch.diag(sigma) @ v
         shape /= shape.norm()
+        if float((shape * total).sum()) <= 0:
+            return torch.zeros_like(total)
+        kept = 1.0
+        if sine_squared > 1e-9:
+            fourths = torch.linalg.svdvals(taus).pow(4).sum(1).sqrt()
+            against = float(torch.linalg.svdvals(theta0).pow(4).sum().sqrt())
+            long = float((weights * fourths).sum() / weights.sum()) / against if against else float("inf")
+            kept = min(max(2 - 64 * long * sine_squared, 0.0), 1.0)
+        shape = kept * shape + (1 - kept) * total / total.norm()
+        shape /= shape.norm()
         whole = float((weights * taus.square().sum((1, 2))).sum())
         heard = sum(float(weight * (shape * tau).sum()) for weight, tau in zip(weights, taus, strict=True))
-        if heard <= 0:
-            return torch.zeros_like(total)
         length, mean = min(whole / heard, whole**0.5, 4 * heard), whole / float(weights.sum())
-        if length**2 > mean and sine_squared > 1e-9:
-            room = float(theta0.square().sum()) / 9 / sine_squared
-            length = (mean + (1 / (1 / (length**2 - mean) + 1 / room) if room else 0.0)) ** 0.5
+        if length**2 > mean:
+            length = (kept * length**2 + (1 - kept) * mean) ** 0.5
         return scale * length * shape
 
     return _merged(base, experts, counting, exclude, matrix)

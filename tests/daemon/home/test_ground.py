@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from daemon.merge import merger
 from daemon.merge.merger import Merger
 from daemon.rebuild.replay import Console
 from projector.files.tensorfile import RunningDigest
+from projector.methods.mean import Mean
 from registry.records import Expert
 from registry.store import Store
 from tests.daemon.following import follow
@@ -183,6 +185,23 @@ def test_an_edited_state_is_refused(home: Home, tmp_path: Path, restart: bool, r
     assert live(home) == 2 and (home.inbox / "4.safetensors").exists()
     state.write_bytes(sound)
     assert (drain(home) if restart else take(4)) and live(home) == 3
+
+
+def test_a_state_of_another_rule_is_told_from_a_damaged_one(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an earlier mainstem wrote it: nothing is merged, and what is said to do about it helps."""
+    base = tmp_path / "base"
+    put(home, write_expert(tmp_path / "2.safetensors", base, 2))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Mean, "slots", lambda _, spec: {"S": replace(spec, dtype=torch.float64)})
+        drain(home)
+    put(home, write_expert(tmp_path / "3.safetensors", base, 3))
+    with pytest.raises(BadHome, match=r"has no S/\S+ as mean keeps it now") as refused:
+        drain(home)
+    assert live(home) == 1 and (home.inbox / "3.safetensors").exists()
+    follow(refused.value.hint.replace("NEWHOME", str(tmp_path / "again")))
+    assert live(Home(tmp_path / "again")) == 1
 
 
 def test_an_unfit_base_is_never_the_experts_fault(home: Home, take: Take) -> None:

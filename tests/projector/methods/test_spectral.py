@@ -482,12 +482,28 @@ def test_confluence_is_as_long_as_experts_together_that_have_nothing_in_common()
     assert float(ours.norm()) == pytest.approx(float(torch.stack(taus).norm()), rel=1e-5)
 
 
-def test_confluence_is_the_shorter_the_less_of_the_base_is_left_beside_it() -> None:
-    """Down to the length of one expert."""
-    lengths = [float(four_over_a_base_of(size)[0].norm()) for size in (1e3, 1.0, 0.1, 0.0)]
-    assert lengths == sorted(lengths, reverse=True) and lengths[2] < 0.9 * lengths[0]
-    _, taus = four_over_a_base_of(0.0)
-    assert lengths[3] == pytest.approx(float(torch.stack(taus).norm()) / len(taus) ** 0.5, rel=1e-5)
+def test_confluence_nears_the_sum_at_one_experts_length_the_longer_experts_are_beside_the_base() -> None:
+    lengths, cosines = [], []
+    for size in (1e3, 1.0, 0.32, 0.28, 0.2, 0.0):
+        ours, taus = four_over_a_base_of(size)
+        total = torch.stack(taus).sum(0)
+        lengths.append(float(ours.norm()))
+        cosines.append(float((ours * total).sum() / ours.norm() / total.norm()))
+    assert lengths[1] == pytest.approx(lengths[0]) and cosines[1] == pytest.approx(cosines[0])
+    assert cosines[1] < cosines[2] < cosines[3] < cosines[4] == pytest.approx(1)
+    assert lengths[1] > lengths[2] > lengths[3] > lengths[4] == pytest.approx(lengths[5])
+    one = float(torch.stack(taus).norm()) / len(taus) ** 0.5
+    assert float((ours - one * total / total.norm()).norm()) <= 1e-5 * one
+
+
+@pytest.mark.parametrize("size", [1.0, 0.32, 0.28, 0.2, 0.0])
+def test_confluence_is_its_rule_however_long_the_experts_are_beside_the_base(size: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    base = {"weight": size * torch.randn(24, 16, generator=generator)}
+    experts = [{"weight": base["weight"] + 0.1 * tau} for tau in torch.randn(4, 24, 16, generator=generator) + 0.5]
+    weighing = [2.0, 1.0, 0.5, 1.0]
+    ours = merged_task_vector(make("confluence"), base, experts, counting=weighing)
+    assert worst(ours, spectral.confluence(base, experts, weighing)) <= 5e-5
 
 
 def four_over_a_base_of(size: float, common: float = 1.0) -> tuple[Tensor, list[Tensor]]:
