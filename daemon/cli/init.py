@@ -101,9 +101,9 @@ def _recommended(schema: "Schema") -> str:
 
     ours, best = (size(state_bytes(make(name), schema)) for name in (DEFAULT_METHOD, MOST_KEPT))
     return (
-        f"main merges by {DEFAULT_METHOD}, good with all kinds of experts (docs/quality.md); its state takes {ours}\n"
-        f"{MOST_KEPT} keeps more of all but adapters that are long beside the base: --method {MOST_KEPT}, whose state"
-        f" takes {best};\n`mainstem study` finds what is best for yours"
+        f"main merges by {DEFAULT_METHOD}, light and good with all kinds of experts (docs/quality.md); its state takes"
+        f" {ours}\n{MOST_KEPT} kept more of most of them: --method {MOST_KEPT}, whose state takes {best};\n"
+        "`mainstem study` finds what is best for yours"
     )
 
 

@@ -102,7 +102,7 @@ def test_who_names_no_method_is_told_which_it_is_why_and_what_else_there_is(tmp_
     places = [tmp_path / name for name in ("none", "preset", "method")]
     words: list[list[str]] = [[], ["--preset", "opcm"], ["--method", "confluence"]]
     done = forked_each([("init", at, "--base", base, *given) for at, given in zip(places, words, strict=True)])
-    said = [made.stdout.count("main merges by opcm, good with all kinds of experts") for made in done]
+    said = [made.stdout.count("main merges by opcm, light and good with all kinds of experts") for made in done]
     assert said == [1, 0, 0], done
     with open_path(base) as checkpoint:
         schema = checkpoint.tensors.schema
