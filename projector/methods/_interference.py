@@ -40,9 +40,9 @@ def add(tau_MN: Tensor, weight: float, factors: Factors | None, g_NN: Tensor, h_
     skipped.
     """
     own_NN = gram(tau_MN, factors)
-    squared_norm, fourth = float(own_NN.trace()), float(own_NN.norm())
+    fourth = float(own_NN.norm())
+    squared_norm = _weigh(own_NN, weight)
     if squared_norm:
-        own_NN *= weight / squared_norm
         g_NN += own_NN
         add_product(h_MN, tau_MN, own_NN, factors=factors)
     return squared_norm, fourth
@@ -51,10 +51,16 @@ def add(tau_MN: Tensor, weight: float, factors: Factors | None, g_NN: Tensor, h_
 def add_outputs(tau_MN: Tensor, weight: float, factors: Factors | None, l_MM: Tensor) -> None:
     """Adds w tau tau' / ||tau||^2 to L (m, m) in place: what G is of the transposed task matrix, whose H is H'."""
     own_MM = gram(tau_MN.T, (factors[1].T, factors[0].T) if factors else None)
-    squared_norm = float(own_MM.trace())
-    if squared_norm:
-        own_MM *= weight / squared_norm
+    if _weigh(own_MM, weight):
         l_MM += own_MM
+
+
+def _weigh(own_NN: Tensor, weight: float) -> float:
+    """Makes tau'tau w tau'tau / ||tau||^2, in place; ||tau||^2. Zero both where tau is."""
+    squared_norm = float(own_NN.trace())
+    if squared_norm:
+        own_NN *= weight / squared_norm
+    return squared_norm
 
 
 def disturbed(s_BN: Tensor, g_NN: Tensor, h_BN: Tensor) -> Tensor:

@@ -155,7 +155,8 @@ class Confluence(Solving):
         left_MP *= factor * p
         for rows in row_blocks(merged_MN):
             merged_MN[rows] += left_MP[rows] @ right_NP.T
-            merged_MN[rows] += factor * (1 - p) / size_of_s * s_MN[rows]
+            if p < 1:
+                merged_MN[rows] += factor * (1 - p) / size_of_s * s_MN[rows]
 
 
 def _like_a_sum(long: float, turned: float) -> float:
