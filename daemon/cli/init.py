@@ -1,5 +1,6 @@
 """`mainstem init`: make a home."""
 
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -10,11 +11,12 @@ import typer
 
 from daemon.cli.common import HomeOption, complain, named_home, settings_of
 from daemon.errors import BadConfig
-from daemon.home.presets import DEFAULT_METHOD, MOST_KEPT, PRESETS, RELATIVE, growing
+from daemon.home.presets import DEFAULT_METHOD, LEANER, PRESETS, RELATIVE, growing
 from daemon.layout import Home, is_head_name
 from projector.text import shown, size
 
 if TYPE_CHECKING:
+    from daemon.config import Compute
     from projector.method import Method
     from projector.spec import Schema
 
@@ -72,6 +74,13 @@ def command(
     target = Home(folder.resolve())
     compute = settings_of(target).compute
     schemas: list[Schema] = []
+    recommended = not preset and not method
+
+    def seen(schema: "Schema") -> None:
+        schemas.append(schema)
+        if recommended:
+            _check_default(schema, target.root, compute)
+
     record = found(
         target,
         base,
@@ -80,10 +89,9 @@ def command(
         compute,
         name=name,
         relative=made.relative,
-        seen=schemas.append,
+        seen=seen,
     )
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
-    recommended = not preset and not method
     if recommended:
         typer.echo(_recommended(schemas[0]))
     for head, merges in made.methods.items():
@@ -99,11 +107,40 @@ def _recommended(schema: "Schema") -> str:
     from projector.driver.steps import state_bytes
     from projector.methods import make
 
-    ours, best = (size(state_bytes(make(name), schema)) for name in (DEFAULT_METHOD, MOST_KEPT))
+    ours, leaner = (size(state_bytes(make(name), schema)) for name in (DEFAULT_METHOD, LEANER))
     return (
-        f"main merges by {DEFAULT_METHOD}, light and good with all kinds of experts (docs/quality.md); its state takes"
-        f" {ours}\n{MOST_KEPT} kept more of most of them: --method {MOST_KEPT}, whose state takes {best};\n"
+        f"main merges by {DEFAULT_METHOD}, which kept most of real experts on weights alone (docs/quality.md); its"
+        f" state takes {ours}\nleaner and faster, and published: --preset {LEANER}, whose state takes {leaner};\n"
         "`mainstem study` finds what is best for yours"
+    )
+
+
+def _check_default(schema: "Schema", folder: Path, compute: "Compute") -> None:
+    """Raises BadConfig where this machine cannot merge by the default, with whether it can by the leaner one."""
+    if unfit := _unfit(DEFAULT_METHOD, schema, folder, compute):
+        if not _unfit(LEANER, schema, folder, compute):
+            unfit.hint += f"; with --preset {LEANER} it fits"
+        raise unfit
+
+
+def _unfit(name: str, schema: "Schema", folder: Path, compute: "Compute") -> BadConfig | None:
+    """Why a home in this folder could not merge by a method: too little memory, or disk."""
+    from daemon.compute.resources import check_budget
+    from projector.driver.steps import state_bytes
+    from projector.methods import make
+
+    method = make(name)
+    try:
+        check_budget(schema, [method], compute)
+    except BadConfig as error:
+        return error
+    state = state_bytes(method, schema)
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if 2 * state <= free:
+        return None
+    return BadConfig(
+        f"{name} keeps {size(state)} and writes it anew with each arrival, and {folder} has {size(free)} free",
+        "make room, or choose another disk",
     )
 
 

@@ -58,7 +58,7 @@ def found(
 
     name: the base's, where its path does not say it. config: the text of mainstem.toml, where there is none yet.
     relative: the heads whose task vectors are what was trained since the version that an expert names. seen hears which
-    tensors the base has, once it is known to be good.
+    tensors the base has, once it is known to be good and before anything is made.
 
     Interrupted, it leaves no registry, hence no home; the next `init` starts over.
     """
@@ -79,8 +79,8 @@ def found(
             if not parameters:
                 raise BadHome("it has no floating tensor that could be merged", "give --base the weights of a model")
             methods = [method for _, method in heads]
-            check_budget(checkpoint.tensors.schema, methods, compute, origin=bool(relative))
             seen(checkpoint.tensors.schema)
+            check_budget(checkpoint.tensors.schema, methods, compute, origin=bool(relative))
             _make_room(home)
             for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.base, home.tmp):
                 durable.make_folder(folder)

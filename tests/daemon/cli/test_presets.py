@@ -1,9 +1,14 @@
 """`mainstem init --preset`, and the heads that `config show` prints."""
 
 import json
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from daemon.checkpoints.checkpoint import open_path
 from daemon.cli.init import heads_chosen
@@ -98,31 +103,68 @@ def test_config_check_warns_of_it_too_and_following_the_hint_helps(tmp_path: Pat
     assert not made.stderr.count("adds task vectors up") and not checked.stderr
 
 
-def test_who_names_no_method_is_told_which_it_is_why_and_what_else_there_is(tmp_path: Path, base: Path) -> None:
+def test_who_names_no_method_gets_the_best_one_and_is_told_why_and_what_else_there_is(
+    tmp_path: Path, base: Path
+) -> None:
     places = [tmp_path / name for name in ("none", "preset", "method")]
-    words: list[list[str]] = [[], ["--preset", "opcm"], ["--method", "confluence"]]
+    words: list[list[str]] = [[], ["--preset", "opcm"], ["--method", "opcm"]]
     done = forked_each([("init", at, "--base", base, *given) for at, given in zip(places, words, strict=True)])
-    said = [made.stdout.count("main merges by opcm, light and good with all kinds of experts") for made in done]
+    said = [made.stdout.count("main merges by confluence, which kept most of real experts") for made in done]
     assert said == [1, 0, 0], done
     with open_path(base) as checkpoint:
         schema = checkpoint.tensors.schema
     for method in ("confluence", "opcm"):
         state = sum(spec.nbytes for spec in state_specs(make(method), schema))
         assert f"state takes {size(state)}" in done[0].stdout
-    assert "docs/quality.md" in done[0].stdout and "--method confluence" in done[0].stdout
+    assert "docs/quality.md" in done[0].stdout and "--preset opcm" in done[0].stdout
     (further,) = forked_each([("init", tmp_path / "further", "--base", base, "--head", "soup=mean")])
-    told = {0: [], 1: [("main", "opcm")], 2: [("main", "confluence")], 3: [("soup", "mean")]}
+    told = {0: [], 1: [("main", "opcm")], 2: [("main", "opcm")], 3: [("soup", "mean")]}
     for place, heads in told.items():
         lines = [*done, further][place].stdout.splitlines()
         state = {method: sum(spec.nbytes for spec in state_specs(make(method), schema)) for _, method in heads}
         wanted = [f"{head} merges by {method}; its state takes {size(state[method])}" for head, method in heads]
-        assert [line for line in lines if "; its state takes" in line and "good with" not in line] == wanted
-    assert "--method" not in done[1].stdout + done[2].stdout
+        assert [line for line in lines if " merges by " in line and ", which" not in line] == wanted
+    assert "--preset" not in done[1].stdout + done[2].stdout
     methods = []
     for at in places:
         with lineage(Home(at)) as reader:
             methods.append([head.method for head in reader.heads()])
-    assert methods == [["opcm"], ["opcm"], ["confluence"]]
+    assert methods == [["confluence"], ["opcm"], ["opcm"]]
+
+
+def test_a_base_too_large_for_the_default_is_made_by_the_preset_that_the_hint_names(tmp_path: Path) -> None:
+    wide = tmp_path / "wide.safetensors"
+    save_file({"layers.0.down.weight": torch.zeros(8, 800)}, wide)
+    budget = {"MAINSTEM_COMPUTE__MEMORY_BUDGET": str(1 << 20)}
+    refused, named, made = forked_each(
+        [
+            ("init", tmp_path / "home", "--base", wide),
+            ("init", tmp_path / "home", "--base", wide, "--method", "confluence"),
+            ("init", tmp_path / "home", "--base", wide, "--preset", "opcm"),
+        ],
+        first=lambda: os.environ.update(budget),
+    )
+    assert refused.returncode == 1 and "with --preset opcm it fits" in refused.stderr
+    assert named.returncode == 1 and "--preset" not in named.stderr
+    assert made.returncode == 0, made.stderr
+
+
+def test_a_disk_too_small_for_the_state_of_the_default_is_told_before_anything_is_made(
+    tmp_path: Path, base: Path
+) -> None:
+    with open_path(base) as checkpoint:
+        schema = checkpoint.tensors.schema
+    states = {name: sum(spec.nbytes for spec in state_specs(make(name), schema)) for name in ("confluence", "opcm")}
+    for method, hinted in (("confluence", True), ("opcm", False)):
+        usage = SimpleNamespace(free=2 * states[method] - 1)
+        (refused,) = forked_each(
+            [("init", tmp_path / "home", "--base", base)],
+            first=lambda usage=usage: setattr(shutil, "disk_usage", lambda _: usage),
+        )
+        assert refused.returncode == 1 and f"has {size(usage.free)} free" in refused.stderr
+        assert f"confluence keeps {size(states['confluence'])}" in refused.stderr
+        assert ("with --preset opcm it fits" in refused.stderr) == hinted
+        assert not (tmp_path / "home").exists()
 
 
 def test_config_show_prints_the_heads(tmp_path: Path, base: Path) -> None:
