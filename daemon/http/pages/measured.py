@@ -75,19 +75,19 @@ def measured(reader: Reader, heads: Sequence[Head]) -> Measured:
     ]
     tasks = list(scores)[:TASKS]
     by_task = {task: dict(scores[task]) for task in tasks}
-    mine_overlap, mine_lambda = dict(overlaps.get(first.name, ())), dict(lambdas[first.name])
+    of_method = {"lambda": dict(lambdas[first.name]), "overlap": dict(overlaps.get(first.name, ()))}
+    of_method = {name: found for name, found in of_method.items() if any(value is not None for value in found.values())}
     rows = [
         [
             called(first.name, one.number),
             _number(expert.norm if expert else None),
-            _number(mine_lambda.get(one.number)),
-            _number(mine_overlap.get(one.number)),
+            *(_number(found.get(one.number)) for found in of_method.values()),
             _number(one.seconds),
             *(_number(by_task[task].get(one.number)) for task in tasks),
         ]
         for one, expert in mine[::-1][:ROWS]
     ]
-    columns = ["version", "norm", "lambda", "overlap", "seconds", *(shown(task)[:40] for task in tasks)]
+    columns = ["version", "norm", *of_method, "seconds", *(shown(task)[:40] for task in tasks)]
     return Measured(first, [one for one in made if one], columns, rows)
 
 

@@ -13,8 +13,8 @@ from projector.text import listed, shown, size
 
 
 def vectors(report: Report) -> Section:
-    """How long the task vectors are, and OPCM's lambda."""
-    title = "Norms and lambda"
+    """How long the task vectors are, and the lambda of heads that have one, OPCM's."""
+    title = "Norms"
     first = report.heads[0]
     arrived = [arrival for arrival in first.arrivals if arrival.norm is not None]
     if not arrived:
@@ -32,8 +32,8 @@ def vectors(report: Report) -> Section:
     svg = charts.lines("norms", "Norms of task vectors", about, series, "version", "norm")
     found = [Chart("Norms of task vectors", Markup(svg), table)]
     lambdas = [line for name, arrivals in kept.items() for line in _figure_line(name, arrivals, "lambda")]
-    missing = "" if lambdas else "No head reports a lambda: it is opcm's."
     if lambdas:
+        title = "Norms and lambda"
         about = "The lambda by which OPCM divides what it has summed up, by version; the table has the values."
         svg = charts.lines("lambda", "Lambda", about, lambdas, "version", "lambda")
         rows = [
@@ -41,7 +41,7 @@ def vectors(report: Report) -> Section:
         ]
         found.append(Chart("Lambda", Markup(svg), Table("Lambda", ["version", "lambda"], newest(rows))))
     lead = "A task vector is a model less the base; an expert whose norm stands out is worth a look."
-    return Section("vectors", title, lead, missing, found)
+    return Section("vectors", title, lead, charts=found)
 
 
 def _figure_line(name: str, arrivals: Sequence[Arrival], key: str) -> Iterator[Line]:

@@ -30,6 +30,7 @@ from daemon.http.pages.charts import Series, chart, outliers
 from daemon.http.pages.graph import Link, Node, drawn
 from daemon.http.pages.ground import facts
 from daemon.http.pages.lineage import LANES
+from daemon.http.pages.measured import measured
 from daemon.http.pages.words import DEFAULTS, said, set_params
 from daemon.layout import CARD, MANIFEST, Home
 from projector.methods import methods
@@ -246,6 +247,15 @@ def test_what_is_drawn_is_joined_from_row_to_row() -> None:
     assert all(0 < x < graph.width for row in rows for x, _ in row.nodes)
     crowd = drawn([2, 1, 0], [Node(lane, 1, "kept", 0, "") for lane in range(LANES)], [], [])
     assert crowd.width < 200, "it has room on a phone"
+
+
+def test_columns_are_of_what_the_method_reports(line: "Line") -> None:
+    main, init = line.store.heads()
+    silent = replace(lay(line.home, "main", 1, b"w"), figures={})
+    line.store.commit(line.expert("e", Status.MERGED, "ef" * 32), [silent, lay(line.home, "init", 1, b"w")])
+    assert measured(line.store, [main, init]).columns == ["version", "norm", "seconds"]
+    said = measured(line.store, [init, main])
+    assert said.columns == ["version", "norm", "lambda", "seconds"] and said.rows[0][2] == "1.5"
 
 
 def test_charts() -> None:
