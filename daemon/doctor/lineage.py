@@ -3,12 +3,17 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from daemon.checkpoints.checkpoint import open_path
 from daemon.config import Settings, load, strangers
 from daemon.doctor.finding import Finding, bad, ok, warn
-from daemon.errors import BadConfig
+from daemon.errors import BadConfig, DaemonError
 from daemon.home.condition import condition
+from daemon.home.ground import States
 from daemon.home.named_heads import check_heads
 from daemon.layout import Home
+from daemon.rebuild.replay import methods_of
+from daemon.versions.heads import head_tips
+from projector.errors import ProjectorError
 from projector.text import listed
 from registry.errors import RegistryError
 from registry.reader import Reader
@@ -54,3 +59,20 @@ def check(home: Home, reader: Reader, settings: Settings | None) -> Iterator[Fin
         if trouble.reason != "no_daemon":
             level = warn if trouble.reason in MILD else bad
             yield level(trouble.reason, trouble.text, trouble.hint)
+    yield _states(home, reader)
+
+
+def _states(home: Home, reader: Reader) -> Finding:
+    """Whether every head can go on from what it has merged, as far as the headers of its state tell: not where an
+    earlier release merged by another rule.
+    """
+    while True:
+        tips = head_tips(reader, methods_of(reader))
+        try:
+            with open_path(home.base) as base:
+                States(home).check(tips, base.tensors.schema)
+        except (DaemonError, ProjectorError) as error:
+            if [head.newest for head in reader.heads()] == [tip.head.newest for tip in tips]:
+                return bad("states", str(error), error.hint)
+        else:
+            return ok("states", "every head can go on from its own")

@@ -17,6 +17,8 @@ from daemon.arrivals.inbox import Inbox
 from daemon.compute.progress import Abandoned, Progress
 from daemon.config import Settings
 from daemon.disk import durable
+from daemon.doctor.examining import examine
+from daemon.doctor.finding import Level
 from daemon.errors import BadHome, NotYet
 from daemon.home import ground
 from daemon.home.recovery import recover
@@ -200,8 +202,12 @@ def test_a_state_of_another_rule_is_told_from_a_damaged_one(
     with pytest.raises(BadHome, match=r"has no S/\S+ as mean keeps it now") as refused:
         drain(home)
     assert live(home) == 1 and (home.inbox / "3.safetensors").exists()
+    (told,) = [one for one in examine(home.root) if one.check == "states"]
+    assert (told.level, told.text, told.hint) == (Level.BAD, str(refused.value), refused.value.hint)
     follow(refused.value.hint.replace("NEWHOME", str(tmp_path / "again")))
-    assert live(Home(tmp_path / "again")) == 1
+    again = Home(tmp_path / "again")
+    assert live(again) == 1
+    assert [one.level for one in examine(again.root) if one.check == "states"] == [Level.OK]
 
 
 def test_an_unfit_base_is_never_the_experts_fault(home: Home, take: Take) -> None:
