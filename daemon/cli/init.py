@@ -62,7 +62,7 @@ def command(
 ) -> None:
     """Make a home: copy the base into it and publish it as version 0 of every head."""
     # imported here: these bring torch
-    from daemon.home.founding import found
+    from daemon.home.founding import check_place, found
     from projector.driver.steps import state_bytes
 
     made = heads_chosen(preset, method, heads or [], settings or [])
@@ -72,6 +72,7 @@ def command(
     if name is not None and (not name.strip() or shown(name) != name or len(name) > MOST_LETTERS):
         raise BadConfig(f"--name {shown(name)}: no name", f"give 1 to {MOST_LETTERS} printable letters, as org/model")
     target = Home(folder.resolve())
+    check_place(target)
     compute = settings_of(target).compute
     schemas: list[Schema] = []
     recommended = not preset and not method

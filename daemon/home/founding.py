@@ -64,6 +64,7 @@ def found(
     """
     if not base.exists():
         raise BadHome(f"the base {base} does not exist", "give --base a .safetensors file or a folder")
+    check_place(home)
     _refuse_occupied(home)
     try:
         check_finished(base.resolve())
@@ -123,6 +124,13 @@ def floating_dtypes(base: OpenCheckpoint) -> str:
     """The dtypes of the floating tensors, in words: "bfloat16", or "bfloat16/float32"."""
     found = {str(s.dtype).removeprefix("torch.") for s in base.tensors.schema.values() if s.merged}
     return "/".join(sorted(found))
+
+
+def check_place(home: Home) -> None:
+    """Raises BadHome where something else than a folder is in the way of a new home."""
+    places = (home.root, *home.root.parents)
+    if wrong := next((path for path in places if os.path.lexists(path) and not path.is_dir()), None):
+        raise BadHome(f"{wrong} is no folder: no home can be made there", "choose a new or empty folder")
 
 
 def _refuse_occupied(home: Home) -> None:

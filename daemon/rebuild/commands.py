@@ -21,7 +21,7 @@ from daemon.disk import durable
 from daemon.disk.failpoints import hit
 from daemon.errors import BadHome, DaemonError
 from daemon.evaluation.rules import unjudged
-from daemon.home.founding import base_files, floating_dtypes, new_head, publish_base
+from daemon.home.founding import base_files, check_place, floating_dtypes, new_head, publish_base
 from daemon.home.presence import lock
 from daemon.home.recovery import mark_clean, recover
 from daemon.home.standing import held
@@ -104,6 +104,7 @@ def into(
             check_learnable(first, chosen[first], how, len(experts), relative=first in relative)
         if target.root == home.root:
             raise BadHome(f"{target.root} is the home to be replayed", "give --into another folder")
+        check_place(target)
         check_archive(home, reader, experts, chosen, relative)
         if target.exists() and (why := misfit(target, reader, chosen, relative, experts)):
             raise BadHome(f"{target.root} cannot take this replay: {why}", "choose another folder, or remove it")

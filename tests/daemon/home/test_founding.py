@@ -20,6 +20,7 @@ from daemon.home.verification import verify
 from daemon.layout import Home
 from projector.errors import BadValues, ProjectorError
 from tests.daemon.homes import drain, latest, lineage, live, make_home, put, tree
+from tests.daemon.processes import forked_each
 from tests.models import CONFIG, read_weights, write_base, write_expert
 
 
@@ -116,6 +117,23 @@ def test_a_folder_that_holds_anything_is_left_alone(tmp_path: Path, base: Path, 
     with pytest.raises(BadHome, match="is not empty"):
         make_home(tmp_path / "home", base)
     assert tree(tmp_path / "home") == {name: b"years of work"}
+
+
+def test_a_file_in_the_way_of_a_home_is_named(tmp_path: Path, base: Path, home: Home) -> None:
+    file = tmp_path / "thesis.tex"
+    file.write_text("years of work")
+    done = forked_each(
+        [
+            ("init", file, "--base", base),
+            ("init", file / "home", "--base", base),
+            ("rebuild", "--home", home.root, "--into", file),
+            ("rebuild", "--home", home.root, "--into", file / "home", "--dry-run"),
+        ]
+    )
+    for refused in done:
+        assert refused.returncode == 1 and f"{file} is no folder" in refused.stderr, refused
+        assert "choose a new or empty folder" in refused.stderr
+    assert file.read_text() == "years of work"
 
 
 def test_a_home_is_never_made_twice(home: Home, base: Path) -> None:
