@@ -7,7 +7,8 @@ Each step is by sums of the stream, and none has a scale that is left to be tune
 2. R's spectrum, made the flatter (Iso-C, arXiv 2502.04959) the further R turned away from S: where experts do not meet,
    as it is.
 3. The length at which the experts' own parts in it are, taken together, as long as they were, sum w_i <M, tau_i> =
-   sum w_i ||tau_i||^2 (by <M, S> that needs no expert), but no longer than they would be had they nothing in common.
+   sum w_i ||tau_i||^2 (by <M, S> that needs no expert). Once they are together longer than a tenth of the base: no
+   longer than they would be had they nothing in common.
 4. What is added to a network stops acting like a sum once it is long beside the base. Where the experts are, S itself,
    and one expert's length.
 """
@@ -29,7 +30,8 @@ from projector.spec import TensorSpec
 TOL = 1e-5  # of s_0: below, a singular value is rounding
 TALL = 8  # outputs for each input from which on L is not kept: a vocabulary's would be larger than the whole model
 MOST = 4.0  # in units of <F, S>: how long M becomes; experts that contradict each other would ask for any length
-SHARE = 1 / 8  # of the base's length: up to which experts that meet act like a sum
+SHARE = 1 / 8  # of the base's length: up to which an expert and what is added to it act like a sum
+TOGETHER = 1 / 10  # of it, too: how long experts may be together and yet be made longer
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,22 @@ class Confluence(Solving):
         R = (b A + a B) / (a + b)       a = ||A - S||^2, b = ||B - S||^2         U diag(s) V' = R
         E = U diag(s / sqrt(s^2 + k^2 s_0^2)) V' / ||..||         k = knee cot^2(R, S)
         F = (p E + (1 - p) S / ||S||) / ||..||                    p = min(1, max(0, 2 - (8 x sin(R, S))^2))
-        l = min(q / <F, S>, sqrt(q), 4 <F, S>)                    e^2 = q / sum w_i
+        l = min(q / <F, S>, 4 <F, S>, sqrt(q) max(1, 0.1 / y))    e^2 = q / sum w_i
         M = scale * sqrt(e^2 + p (l^2 - e^2)) F where l > e, else scale * l F
-            x^2 = sum w_i ||tau_i'tau_i|| / sum w_i / ||W_0'W_0||
+            y^2 = sum w_i ||tau_i'tau_i|| / ||W_0'W_0||           x^2 = y^2 / sum w_i
 
     lambda is `ridge` times the mean input's share of sum w_i tau_i'tau_i / ||tau_i||^2, mu the same of the outputs.
     One side alone would remove what the other one keeps apart anyway; but R = A where m > 8 n, as in the output layer
     of a language model, whose outputs are words and an (m, m) matrix of them larger than the model.
 
-    Of l: q / <F, S> is where sum w_i <M, tau_i> = q. sqrt(q) is how long experts are together that are orthogonal;
-    where they contradict each other, <F, S> is small and q / <F, S> has no bound. e is one expert's length.
+    Of l: q / <F, S> is where sum w_i <M, tau_i> = q. sqrt(q) is how long experts are together that are orthogonal, and
+    y that in units of the base's matrix W_0; where they contradict each other, <F, S> is small and q / <F, S> has no
+    bound. e is one expert's length, and x that in units of W_0.
 
-    x is that length in units of the base's matrix W_0, both by the Schatten 4-norm, which a task vector of few
-    directions, as an adapter's, has more of than by all its elements. Beyond 1/8 R is what disturbs a sum least and not
-    the network, and nothing is gained by it; experts that do not meet (R = S) are merged in full whatever the base.
-    An expert of weight 2 counts as two of its kind. Embeddings, vectors and scalars are averaged.
+    x and y are by the Schatten 4-norm, which a task vector of few directions, as an adapter's, has more of than by all
+    its elements. Beyond 1/8 R is what disturbs a sum least and not the network, and nothing is gained by it; experts
+    that do not meet (R = S) are merged in full whatever the base. An expert of weight 2 counts as two of its kind, one
+    that left a matrix as it was does not count in it. Embeddings, vectors and scalars are averaged.
 
     >>> from projector.method import Totals
     >>> spec, method = TensorSpec("w", (2, 2), torch.float32), Confluence()
@@ -124,7 +127,7 @@ class Confluence(Solving):
                 q, fourth = q_12.flatten().tolist()
                 ours = float(gram(merged_MN if len(s_MN) > len(g_NN) else merged_MN.T).norm())
                 r_MN = self._undisturbing(s_MN, g_NN, h_MN, *l_MM)
-                self._add(merged_MN, r_MN, s_MN, q, q / weight, fourth / weight / ours if ours else inf)
+                self._add(merged_MN, r_MN, s_MN, q, weight, fourth / ours if ours else inf)
         return merged
 
     def _undisturbing(self, s_MN: Tensor, g_NN: Tensor, h_MN: Tensor, l_MM: Tensor | None = None) -> Tensor:
@@ -138,8 +141,8 @@ class Confluence(Solving):
             a_MN = a_MN.mul_(b / (a + b)).add_(b_MN, alpha=a / (a + b))
         return a_MN.add_(s_MN)
 
-    def _add(self, merged_MN: Tensor, r_MN: Tensor, s_MN: Tensor, q: float, one: float, long: float) -> None:
-        """Adds scale * M to the base's `merged_MN` in place. one: e^2; long: x^2."""
+    def _add(self, merged_MN: Tensor, r_MN: Tensor, s_MN: Tensor, q: float, weight: float, long: float) -> None:
+        """Adds scale * M to the base's `merged_MN` in place. weight: sum w_i of those that trained it; long: y^2."""
         left_MP, right_NP, s_P = thin_svd(r_MN, TOL)
         if not s_P.any() or not s_MN.any():  # experts that add up to nothing: none is heard in anything
             return
@@ -147,11 +150,13 @@ class Confluence(Solving):
         even_P = s_P / torch.hypot(turned * s_P, self.knee * (1 - turned) * s_P[0])
         left_MP = left_MP * (even_P / even_P.norm()).to(left_MP.dtype)
         heard = sum(float(torch.sum((s_MN[rows] @ right_NP).double() * left_MP[rows])) for rows in row_blocks(s_MN))
-        if heard <= 0:
+        if not heard > 0:
             return
-        p, size_of_s = _like_a_sum(long, turned), sqrt(energy(s_MN))
+        p, size_of_s = _like_a_sum(long / weight, turned), sqrt(energy(s_MN))
         size = sqrt(p**2 + (1 - p) ** 2 + 2 * p * (1 - p) * heard / size_of_s)  # of p E + (1 - p) S / ||S||
-        factor = self.scale * _length((p * heard + (1 - p) * size_of_s) / size, q, one, p) / size
+        length = _length((p * heard + (1 - p) * size_of_s) / size, q, long)
+        one = q / weight  # e^2
+        factor = self.scale * sqrt(one + p * (length**2 - one) if length**2 > one else length**2) / size
         left_MP *= factor * p
         for rows in row_blocks(merged_MN):
             merged_MN[rows] += left_MP[rows] @ right_NP.T
@@ -164,10 +169,10 @@ def _like_a_sum(long: float, turned: float) -> float:
     return min(1.0, max(0.0, 2 - long * turned / SHARE**2)) if turned else 1.0
 
 
-def _length(heard: float, q: float, one: float, p: float) -> float:
-    """Of M. heard: <F, S>; one: e^2."""
-    squared = min(q / heard, sqrt(q), MOST * heard) ** 2
-    return sqrt(one + p * (squared - one) if squared > one else squared)
+def _length(heard: float, q: float, long: float) -> float:
+    """l. heard: <F, S>; long: y^2."""
+    room = TOGETHER / sqrt(long) if long > 0 else inf
+    return min(q / heard, MOST * heard, sqrt(q) * max(1.0, room))
 
 
 def _by_outputs(spec: TensorSpec) -> bool:

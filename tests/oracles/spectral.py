@@ -100,13 +100,18 @@ def confluence(
     singular values evened out down to knee times the largest where it stands at 45 degrees to the sum, further down
     where it turned more; mixed with the sum's direction from where the experts' mean squared Schatten 4-norm, in units
     of the base's and times the squared sine, is a 64th, and nothing but that from twice as much on; as long as makes
-    the experts' parts in it, one by one and added up, as long as the experts are, but neither longer than they are as
-    orthogonal ones, nor than four times those parts at length one; and of the area that it has beyond that of a mean
-    expert only as much as is not the sum's direction.
+    the experts' parts in it, one by one and added up, as long as the experts are, but neither longer than four times
+    those parts at length one, nor than they are as orthogonal ones, nor, where that is more, than those made longer
+    until they are a tenth of the base; and of the area that it has beyond that of a mean expert only as much as is
+    not the sum's direction. The experts are those that changed the matrix.
     """
 
     def matrix(taus: Tensor, weights: Tensor, theta0: Tensor) -> Tensor:
+        changed = taus.abs().amax((1, 2)) > 0
+        taus, weights = taus[changed], weights[changed]
         total = (weights[:, None, None] * taus).sum(0)
+        if not changed.any():
+            return total
         both = inputs = _least(taus, weights, ridge)
         if taus.shape[1] <= 8 * taus.shape[2]:
             outputs = _least(taus.mT, weights, ridge).T
@@ -122,17 +127,18 @@ def confluence(
         shape /= shape.norm()
         if float((shape * total).sum()) <= 0:
             return torch.zeros_like(total)
+        fourths = torch.linalg.svdvals(taus).pow(4).sum(1).sqrt()
+        against = float(torch.linalg.svdvals(theta0).pow(4).sum().sqrt())
+        together = float((weights * fourths).sum()) / against if against else float("inf")
         kept = 1.0
         if sine_squared > 1e-9:
-            fourths = torch.linalg.svdvals(taus).pow(4).sum(1).sqrt()
-            against = float(torch.linalg.svdvals(theta0).pow(4).sum().sqrt())
-            long = float((weights * fourths).sum() / weights.sum()) / against if against else float("inf")
-            kept = min(max(2 - 64 * long * sine_squared, 0.0), 1.0)
+            kept = min(max(2 - 64 * together / float(weights.sum()) * sine_squared, 0.0), 1.0)
         shape = kept * shape + (1 - kept) * total / total.norm()
         shape /= shape.norm()
         whole = float((weights * taus.square().sum((1, 2))).sum())
         heard = sum(float(weight * (shape * tau).sum()) for weight, tau in zip(weights, taus, strict=True))
-        length, mean = min(whole / heard, whole**0.5, 4 * heard), whole / float(weights.sum())
+        orthogonal = whole**0.5 * max(1.0, 0.1 / together**0.5)
+        length, mean = min(whole / heard, orthogonal, 4 * heard), whole / float(weights.sum())
         if length**2 > mean:
             length = (kept * length**2 + (1 - kept) * mean) ** 0.5
         return scale * length * shape

@@ -477,9 +477,14 @@ def test_confluence_hears_whole_experts_that_have_much_in_common() -> None:
     assert float(ours.norm()) < float(torch.stack(taus).norm())
 
 
-def test_confluence_is_as_long_as_experts_together_that_have_nothing_in_common() -> None:
-    ours, taus = four_over_a_base_of(1e3, common=0.0)
-    assert float(ours.norm()) == pytest.approx(float(torch.stack(taus).norm()), rel=1e-5)
+def test_confluence_is_no_longer_than_experts_together_that_have_nothing_in_common_unless_the_base_is_long() -> None:
+    lengths = []
+    for size in (1.0, 2.1, 1e3):
+        ours, taus = four_over_a_base_of(size, common=0.0)
+        lengths.append(float(ours.norm() / torch.stack(taus).norm()))
+    assert lengths[0] == pytest.approx(1, rel=1e-5) and 1 < lengths[1] < lengths[2]
+    heard = sum(float((ours * tau).sum()) for tau in taus)
+    assert heard == pytest.approx(sum(float(tau.square().sum()) for tau in taus), rel=1e-5), "whole, beside a long base"
 
 
 def test_confluence_nears_the_sum_at_one_experts_length_the_longer_experts_are_beside_the_base() -> None:
@@ -496,12 +501,15 @@ def test_confluence_nears_the_sum_at_one_experts_length_the_longer_experts_are_b
     assert float((ours - one * total / total.norm()).norm()) <= 1e-5 * one
 
 
-@pytest.mark.parametrize("size", [1.0, 0.32, 0.28, 0.2, 0.0])
-def test_confluence_is_its_rule_however_long_the_experts_are_beside_the_base(size: float) -> None:
+@pytest.mark.parametrize("common", [0.5, 0.0])
+@pytest.mark.parametrize("size", [1e2, 2.2, 2.1, 1.0, 0.32, 0.28, 0.2, 0.0])
+def test_confluence_is_its_rule_however_long_the_experts_are_beside_the_base(size: float, common: float) -> None:
+    """Of those that changed a matrix: the last one left it as it was."""
     generator = torch.Generator().manual_seed(4)
     base = {"weight": size * torch.randn(24, 16, generator=generator)}
-    experts = [{"weight": base["weight"] + 0.1 * tau} for tau in torch.randn(4, 24, 16, generator=generator) + 0.5]
-    weighing = [2.0, 1.0, 0.5, 1.0]
+    experts = [{"weight": base["weight"] + 0.1 * tau} for tau in torch.randn(4, 24, 16, generator=generator) + common]
+    experts.append({"weight": base["weight"].clone()})
+    weighing = [2.0, 1.0, 0.5, 1.0, 3.0]
     ours = merged_task_vector(make("confluence"), base, experts, counting=weighing)
     assert worst(ours, spectral.confluence(base, experts, weighing)) <= 5e-5
 
