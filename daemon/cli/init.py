@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from shlex import quote
@@ -16,7 +17,8 @@ from daemon.layout import Home, is_head_name
 from projector.text import shown, size
 
 if TYPE_CHECKING:
-    from daemon.config import Compute
+    from daemon.checkpoints.checkpoint import OpenCheckpoint
+    from daemon.config import Settings
     from projector.method import Method
     from projector.spec import Schema
 
@@ -64,6 +66,7 @@ def command(
     # imported here: these bring torch
     from daemon.home.founding import check_place, found
     from projector.driver.steps import state_bytes
+    from projector.methods import make
 
     made = heads_chosen(preset, method, heads or [], settings or [])
     folder = named_home(at, home)
@@ -73,30 +76,30 @@ def command(
         raise BadConfig(f"--name {shown(name)}: no name", f"give 1 to {MOST_LETTERS} printable letters, as org/model")
     target = Home(folder.resolve())
     check_place(target)
-    compute = settings_of(target).compute
+    in_force = settings_of(target)
+    unnamed = not preset and not method and made.methods["main"] == make(DEFAULT_METHOD)
     schemas: list[Schema] = []
-    recommended = not preset and not method
 
-    def seen(schema: "Schema") -> None:
-        schemas.append(schema)
-        if recommended:
-            _check_default(schema, target.root, compute)
+    def seen(checkpoint: "OpenCheckpoint") -> None:
+        schemas.append(checkpoint.tensors.schema)
+        if unnamed:
+            _check_default(checkpoint, made, target.root, in_force)
 
     record = found(
         target,
         base,
         list(made.methods.items()),
         lambda step: typer.echo(f"{step} ...", err=True),
-        compute,
+        in_force.compute,
         name=name,
         relative=made.relative,
         seen=seen,
     )
     typer.echo(f"made {target.root}: base {record.name}, {record.parameters:,} parameters, {size(record.size_bytes)}")
-    if recommended:
+    if unnamed:
         typer.echo(_recommended(schemas[0]))
     for head, merges in made.methods.items():
-        if head != "main" or not recommended:
+        if head != "main" or not unnamed:
             typer.echo(f"{head} merges by {merges.name}; its state takes {size(state_bytes(merges, schemas[0]))}")
     typer.echo(
         f"next: mainstem run --home {quote(str(folder))}    then drop experts into {quote(str(folder / 'inbox'))}"
@@ -110,39 +113,41 @@ def _recommended(schema: "Schema") -> str:
 
     ours, leaner = (size(state_bytes(make(name), schema)) for name in (DEFAULT_METHOD, LEANER))
     return (
-        f"main merges by {DEFAULT_METHOD}, which kept most of real experts on weights alone (docs/quality.md); its"
-        f" state takes {ours}\nleaner and faster, and published: --preset {LEANER}, whose state takes {leaner};\n"
-        "`mainstem study` finds what is best for yours"
+        f"main merges by {DEFAULT_METHOD}, which keeps most on weights alone (docs/quality.md); its state takes"
+        f" {ours}\nwith --preset {LEANER} it merges faster and its state takes {leaner}; `mainstem study` finds"
+        " what is best for your experts"
     )
 
 
-def _check_default(schema: "Schema", folder: Path, compute: "Compute") -> None:
-    """Raises BadConfig where this machine cannot merge by the default, with whether it can by the leaner one."""
-    if unfit := _unfit(DEFAULT_METHOD, schema, folder, compute):
-        if not _unfit(LEANER, schema, folder, compute):
-            unfit.hint += f"; with --preset {LEANER} it fits"
-        raise unfit
-
-
-def _unfit(name: str, schema: "Schema", folder: Path, compute: "Compute") -> BadConfig | None:
-    """Why a home in this folder could not merge by a method: too little memory, or disk."""
+def _check_default(checkpoint: "OpenCheckpoint", made: "Chosen", folder: Path, settings: "Settings") -> None:
+    """Where nobody named a method for main: raises BadConfig where the memory does not do for it, and complains where
+    the disk is small, with what it would be by the leaner method.
+    """
+    from daemon.arrivals.receiving import RESERVE_BYTES
     from daemon.compute.resources import check_budget
-    from projector.driver.steps import state_bytes
+    from daemon.reports.sizing import sizing
     from projector.methods import make
 
-    method = make(name)
+    schema, heads = checkpoint.tensors.schema, list(made.methods.values())
+    leaner = [make(LEANER) if name == "main" else method for name, method in made.methods.items()]
+    origin = bool(made.relative)
     try:
-        check_budget(schema, [method], compute)
+        check_budget(schema, heads, settings.compute, origin=origin)
     except BadConfig as error:
-        return error
-    state = state_bytes(method, schema)
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    if 2 * state <= free:
-        return None
-    return BadConfig(
-        f"{name} keeps {size(state)} and writes it anew with each arrival, and {folder} has {size(free)} free",
-        "make room, or choose another disk",
+        with suppress(BadConfig):
+            check_budget(schema, leaner, settings.compute, origin=origin)
+            error.hint += f"; with --preset {LEANER} it fits"
+        raise
+    need, least = (
+        found.home_bytes + found.arrival_bytes + checkpoint.size_bytes + RESERVE_BYTES
+        for found in (sizing(checkpoint, 0, methods, settings) for methods in (heads, leaner))
     )
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if need > free:
+        complain(
+            f"the home comes to need {size(need)}, and its archive on top, and {folder} has {size(free)} free",
+            f"make room, or choose another disk; begun with --preset {LEANER} it needs {size(least)}",
+        )
 
 
 class Chosen(NamedTuple):
@@ -163,19 +168,20 @@ def heads_chosen(preset: str | None, method: str | None, heads: Sequence[str], s
 
 
 def chosen(heads: Mapping[str, tuple[str, Mapping[str, Any]]], settings: Sequence[str]) -> Chosen:
-    """Heads of these methods and parameters, and what is given beside (KEY=VALUE). Complains of one that grows without
-    end. Raises BadConfig."""
+    """Heads of these methods and parameters (`relative_to` among them), and what is given beside (KEY=VALUE), which
+    goes before those. Complains of one that grows without end. Raises BadConfig."""
     from projector.methods import make
     from registry.records import RelativeTo
 
-    params, relative = params_of(settings, heads), set()
-    for name in heads:
-        word = params[name].pop(RELATIVE, RelativeTo.BASE)
+    given, methods, relative = params_of(settings, heads), {}, set()
+    for name, (method, some) in heads.items():
+        params = {**some, **given[name]}
+        word = params.pop(RELATIVE, RelativeTo.BASE)
         if word not in list(RelativeTo):
             raise BadConfig(f"{name}.{RELATIVE} cannot be {word!r}", f"allowed: {', '.join(RelativeTo)}")
         if word == RelativeTo.TRAINED_FROM:
             relative.add(name)
-    methods = {name: make(method, {**some, **params[name]}) for name, (method, some) in heads.items()}
+        methods[name] = make(method, params)
     for name, made in methods.items():
         if found := growing(name, made, name in relative):
             complain(*found)

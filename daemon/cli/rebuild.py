@@ -15,9 +15,11 @@ from daemon.cli.common import HomeArgument, HomeOption, find_home, settings_of
 from daemon.cli.init import Chosen, chosen, heads_chosen, heads_of
 from daemon.cli.interrupting import ending_with
 from daemon.errors import BadConfig
+from daemon.home.presets import RELATIVE
 from daemon.layout import Home
 from daemon.notation import called
 from projector.text import listed
+from registry.reader import Reader
 from registry.records import Deed, NewIntervention
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ def command(
             new = Home(target.resolve())
             in_force = settings_of(new if new.config.exists() else where)
             how = learning(adamerging, in_force.evaluate, steps, lr) if adamerging is not None else None
-            wanted = _heads(method or (METHOD if how else None), heads or [], settings or [])
+            wanted = _heads(where, method or (METHOD if how else None), heads or [], settings or [])
             methods, relative = wanted or (None, ())
             deed = NewIntervention(Deed.BLOCK, whoever(), reason)
             plan = commands.into(
@@ -194,10 +196,18 @@ def take_out(
     typer.echo("\n".join(ask(where, request, alone, to.say)))
 
 
-def _heads(method: str | None, heads: Sequence[str], settings: Sequence[str]) -> Chosen | None:
-    """The heads of a new home; None, which stands for those of this one, where nothing is said of them."""
-    given = method is not None or heads or settings
-    return heads_chosen(None, method, heads, settings) if given else None
+def _heads(home: Home, method: str | None, heads: Sequence[str], settings: Sequence[str]) -> Chosen | None:
+    """The heads of a new home, main as in this one where no method is named; None, which stands for those of this one,
+    where nothing is said of them.
+    """
+    if method is not None:
+        return heads_chosen(None, method, heads, settings)
+    if not heads and not settings:
+        return None
+    with Reader.open(home.registry) as reader:
+        (main,) = [head for head in reader.heads() if head.name == "main"]
+    ours = {"main": (main.method, {**main.params, RELATIVE: main.relative_to})}
+    return chosen(ours | {name: (named, {}) for name, named in heads_of(heads).items()}, settings)
 
 
 def _called(head: str, plan: "Plan") -> str:

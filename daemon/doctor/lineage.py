@@ -18,6 +18,7 @@ from projector.text import listed
 from registry.errors import RegistryError
 from registry.reader import Reader
 
+TRIES = 3  # to read a state that a daemon replaces meanwhile
 MILD = ("no_daemon", "uploads")  # troubles that hinder nobody from starting it
 
 
@@ -59,20 +60,26 @@ def check(home: Home, reader: Reader, settings: Settings | None) -> Iterator[Fin
         if trouble.reason != "no_daemon":
             level = warn if trouble.reason in MILD else bad
             yield level(trouble.reason, trouble.text, trouble.hint)
-    yield _states(home, reader)
+    yield from _states(home, reader)
 
 
-def _states(home: Home, reader: Reader) -> Finding:
+def _states(home: Home, reader: Reader) -> Iterator[Finding]:
     """Whether every head can go on from what it has merged, as far as the headers of its state tell: not where an
-    earlier release merged by another rule.
+    earlier release merged by another rule. Nothing where the base cannot be read, which is said elsewhere.
     """
-    while True:
-        tips = head_tips(reader, methods_of(reader))
+    try:
+        with open_path(home.base) as base:
+            schema = base.tensors.schema
+    except (DaemonError, ProjectorError):
+        return
+    found = ok("states", "every head can go on from its own")
+    for _ in range(TRIES):
+        before = [head.newest for head in reader.heads()]
         try:
-            with open_path(home.base) as base:
-                States(home).check(tips, base.tensors.schema)
+            States(home).check(head_tips(reader, methods_of(reader)), schema)
         except (DaemonError, ProjectorError) as error:
-            if [head.newest for head in reader.heads()] == [tip.head.newest for tip in tips]:
-                return bad("states", str(error), error.hint)
-        else:
-            return ok("states", "every head can go on from its own")
+            if before != [head.newest for head in reader.heads()]:
+                continue
+            found = bad("states", str(error), error.hint)
+        break
+    yield found

@@ -29,7 +29,7 @@ from projector.errors import ProjectorError
 from projector.lora.other_tools import recognised
 from projector.method import Method
 from projector.methods import make
-from projector.spec import Schema, check_base
+from projector.spec import check_base
 from projector.text import shown
 from registry.records import BaseModel, Head, NewVersion, RelativeTo
 from registry.store import Store
@@ -51,14 +51,14 @@ def found(
     name: str | None = None,
     config: bytes | None = None,
     relative: Collection[str] = (),
-    seen: Callable[[Schema], object] = lambda _: None,
+    seen: Callable[[OpenCheckpoint], object] = lambda _: None,
 ) -> BaseModel:
     """Makes the home. Raises BadHome, BadConfig where the base's largest tensor does not fit into the memory budget,
     and BadFile or BadValues where the base is no sound checkpoint.
 
     name: the base's, where its path does not say it. config: the text of mainstem.toml, where there is none yet.
-    relative: the heads whose task vectors are what was trained since the version that an expert names. seen hears which
-    tensors the base has, once it is known to be good and before anything is made.
+    relative: the heads whose task vectors are what was trained since the version that an expert names. seen: is shown
+    the base, once it is known to be good and before anything is made.
 
     Interrupted, it leaves no registry, hence no home; the next `init` starts over.
     """
@@ -80,7 +80,7 @@ def found(
             if not parameters:
                 raise BadHome("it has no floating tensor that could be merged", "give --base the weights of a model")
             methods = [method for _, method in heads]
-            seen(checkpoint.tensors.schema)
+            seen(checkpoint)
             check_budget(checkpoint.tensors.schema, methods, compute, origin=bool(relative))
             _make_room(home)
             for folder in (home.inbox, home.root / "quarantine", home.root / "archive", home.base, home.tmp):

@@ -202,6 +202,8 @@ class States:
             reader = TensorReader(fd, watch=self._watch)
         except FileNotFoundError:
             raise _bad_state(self._home, path, "it is gone") from None
+        except (NotADirectoryError, IsADirectoryError) as error:
+            raise _bad_state(self._home, path, str(error.strerror)) from None
         except BadFile as error:
             raise _bad_state(self._home, path, str(error)) from error
         other = [spec.name for spec in state_specs(tip.method, base) if reader.specs.get(spec.name) != spec]

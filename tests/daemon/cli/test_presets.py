@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from daemon.arrivals.receiving import RESERVE_BYTES
 from daemon.checkpoints.checkpoint import open_path
 from daemon.cli.init import heads_chosen
+from daemon.config import Settings
 from daemon.errors import BadConfig
 from daemon.home.presets import PRESETS
 from daemon.layout import Home
+from daemon.reports.sizing import sizing
 from projector.driver.steps import state_specs
 from projector.methods import make
 from projector.text import size
@@ -109,7 +113,7 @@ def test_who_names_no_method_gets_the_best_one_and_is_told_why_and_what_else_the
     places = [tmp_path / name for name in ("none", "preset", "method")]
     words: list[list[str]] = [[], ["--preset", "opcm"], ["--method", "opcm"]]
     done = forked_each([("init", at, "--base", base, *given) for at, given in zip(places, words, strict=True)])
-    said = [made.stdout.count("main merges by confluence, which kept most of real experts") for made in done]
+    said = [made.stdout.count("main merges by confluence, which keeps most on weights alone") for made in done]
     assert said == [1, 0, 0], done
     with open_path(base) as checkpoint:
         schema = checkpoint.tensors.schema
@@ -135,36 +139,50 @@ def test_who_names_no_method_gets_the_best_one_and_is_told_why_and_what_else_the
 def test_a_base_too_large_for_the_default_is_made_by_the_preset_that_the_hint_names(tmp_path: Path) -> None:
     wide = tmp_path / "wide.safetensors"
     save_file({"layers.0.down.weight": torch.zeros(8, 800)}, wide)
-    budget = {"MAINSTEM_COMPUTE__MEMORY_BUDGET": str(1 << 20)}
-    refused, named, made = forked_each(
+    home = ("init", tmp_path / "home", "--base", wide)
+    small = {"MAINSTEM_COMPUTE__MEMORY_BUDGET": str(1 << 20)}
+    *refused, chosen, made = forked_each(
         [
-            ("init", tmp_path / "home", "--base", wide),
-            ("init", tmp_path / "home", "--base", wide, "--method", "confluence"),
-            ("init", tmp_path / "home", "--base", wide, "--preset", "opcm"),
+            home,
+            (*home, "--head", "x=mean"),
+            (*home, "--head", "x=confluence"),
+            (*home, "--method", "confluence"),
+            (*home, "--set", "knee=0.2"),
+            (*home, "--set", "exclude=*down*"),
+            ("init", tmp_path / "other", "--base", wide, "--preset", "opcm", "--head", "x=mean"),
         ],
-        first=lambda: os.environ.update(budget),
+        first=lambda: os.environ.update(small),
     )
-    assert refused.returncode == 1 and "with --preset opcm it fits" in refused.stderr
-    assert named.returncode == 1 and "--preset" not in named.stderr
-    assert made.returncode == 0, made.stderr
+    assert {one.returncode for one in refused} == {1} and chosen.returncode == made.returncode == 0, made.stderr
+    hinted = ["with --preset opcm it fits" in one.stderr for one in refused]
+    assert hinted == [True, True, False, False, False], refused
+    assert f"state takes {size(4 * 8 * 800)}" in chosen.stdout, "what is averaged keeps its sum"
+    needed = re.search(r"MEMORY_BUDGET=(\d+)", refused[2].stderr)
+    assert needed
+    both = {"MAINSTEM_COMPUTE__MEMORY_BUDGET": needed[1]}
+    shutil.rmtree(tmp_path / "home")
+    (enough,) = forked_each([(*home, "--head", "x=confluence")], first=lambda: os.environ.update(both))
+    assert enough.returncode == 0, enough.stderr
 
 
-def test_a_disk_too_small_for_the_state_of_the_default_is_told_before_anything_is_made(
-    tmp_path: Path, base: Path
-) -> None:
-    with open_path(base) as checkpoint:
-        schema = checkpoint.tensors.schema
-    states = {name: sum(spec.nbytes for spec in state_specs(make(name), schema)) for name in ("confluence", "opcm")}
-    for method, hinted in (("confluence", True), ("opcm", False)):
-        usage = SimpleNamespace(free=2 * states[method] - 1)
-        (refused,) = forked_each(
-            [("init", tmp_path / "home", "--base", base)],
-            first=lambda usage=usage: setattr(shutil, "disk_usage", lambda _: usage),
+def test_a_disk_too_small_for_the_default_is_told_with_what_the_leaner_preset_needs(tmp_path: Path, base: Path) -> None:
+    def begun(home: Path, free: int, *words: str) -> str:
+        usage = SimpleNamespace(free=free)
+        (done,) = forked_each(
+            [("init", home, "--base", base, *words)], first=lambda: setattr(shutil, "disk_usage", lambda _: usage)
         )
-        assert refused.returncode == 1 and f"has {size(usage.free)} free" in refused.stderr
-        assert f"confluence keeps {size(states['confluence'])}" in refused.stderr
-        assert ("with --preset opcm it fits" in refused.stderr) == hinted
-        assert not (tmp_path / "home").exists()
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    said = begun(tmp_path / "small", 64 << 20)
+    assert f"small has {size(64 << 20)} free" in said and "begun with --preset opcm it needs" in said
+    with open_path(base) as checkpoint:
+        for method, where in (("confluence", "comes to need"), ("opcm", "opcm it needs")):
+            took = sizing(checkpoint, 0, [make(method)], Settings())
+            most = took.home_bytes + took.arrival_bytes + checkpoint.size_bytes
+            assert f"{where} {size(most + RESERVE_BYTES)}" in said
+    assert "free" not in begun(tmp_path / "large", 1 << 40)
+    assert "free" not in begun(tmp_path / "named", 64 << 20, "--method", "confluence")
 
 
 def test_config_show_prints_the_heads(tmp_path: Path, base: Path) -> None:
