@@ -17,7 +17,7 @@ def command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at limits, file system, space, owners, clock, torch and registry, and say what to do.
+    """Look at limits, file system, space, owners, clock, torch, registry and states, and say what to do.
 
     Works on a folder without a home, too. Exit status 1 where something is bad.
     """

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daemon.cli.common import JsonOption, print_json
+from daemon.home.presets import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from projector.laws.listing import Listing
@@ -32,7 +33,8 @@ def _print(one: "Listing") -> None:
     from projector.laws.listing import lines
     from projector.method import worded
 
-    typer.echo(f"{one.name}\n    {one.summary}\n    {one.formula}\n    {one.paper}")
+    default = " (the default)" if one.name == DEFAULT_METHOD else ""
+    typer.echo(f"{one.name}{default}\n    {one.summary}\n    {one.formula}\n    {one.paper}")
     for what, words in lines(one):
         typer.echo(f"    {what}: {words}")
     for key, about in one.parameters.items():

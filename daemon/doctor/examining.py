@@ -66,7 +66,8 @@ def _sizing(
         return None, 0, bad("base", str(error), error.hint)
     except (OSError, ValueError) as error:
         return None, 0, bad("base", f"it cannot be looked at: {error}", "`mainstem verify` says what is damaged")
-    text = f"{size(base_bytes)}; an arrival reads {size(found.read_bytes)}, writes {size(found.arrival_bytes)}"
+    by = "" if home else f" by {DEFAULT_METHOD}"
+    text = f"{size(base_bytes)}; an arrival{by} reads {size(found.read_bytes)}, writes {size(found.arrival_bytes)}"
     return found, base_bytes, ok("sizing", f"{text} and takes about {max(1, round(found.seconds))} s")
 
 

@@ -16,7 +16,7 @@ INIT = "init"
 
 
 DEFAULT_METHOD = "confluence"
-"""Of main, where nobody named one: what kept most of each kind of expert in docs/quality.md, on weights alone."""
+"""Of main, where nobody named one: of those on weights alone, the first in every table of docs/quality.md."""
 
 LEANER = "opcm"
 """The preset, and its method, that is near the default in quality with a fraction of its state and its time."""

@@ -26,7 +26,8 @@ def vectors(report: Report) -> Section:
         series += _figure_line(f"{name} summed up", arrivals, "merged_norm")
     rows = [[called(first.name, a.number), number(a.norm), ", ".join(a.flags), a.expert or ""] for a in norms]
     about = (
-        "The norm of each expert's task vector, and of what opcm has summed up, by version; the table has the experts'."
+        "The norm of each expert's task vector, and of what an opcm head has summed up, by version; the table has the"
+        " experts'."
     )
     table = Table("Norms of the experts", ["version", "norm", "flags", "expert"], newest(rows))
     svg = charts.lines("norms", "Norms of task vectors", about, series, "version", "norm")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from daemon.home.presets import DEFAULT_METHOD
 from projector.errors import BadParameter
 from projector.laws.listing import lines, listing, markdown
 from projector.method import Contribution, Method, State, Sums, Totals, method_params, param
@@ -38,6 +39,7 @@ def test_every_method_is_listed_with_everything() -> None:
         assert method["subtractable"] == cls().subtractable
         assert method["needs"] == list(cls().needs)
     words = asked()
+    assert words.count(" (the default)\n") == 1 and f"{DEFAULT_METHOD} (the default)\n" in words
     for method in found:
         assert f"\n    {method['formula']}\n    {method['paper']}\n" in words
         for key, parameter in method["parameters"].items():

@@ -37,10 +37,23 @@ def test_a_sound_home_and_a_plain_folder(home: Home, tmp_path: Path) -> None:
     assert {"settings", "registry", "daemon", "sizing", "sync", "owner", "open files", "clock", "torch"} <= {*checks}
     base = write_base(tmp_path / "base.safetensors", seed=1)
     done = forked("doctor", tmp_path / "not" / "yet", "--base", base)
-    assert done.returncode == 0 and "an arrival reads" in done.stdout and "registry" not in done.stdout
+    assert done.returncode == 0 and "arrival by confluence reads" in done.stdout and "registry" not in done.stdout
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["base.safetensors"]
     (missing,) = [one for one in examine(tmp_path / "not", tmp_path / "no") if one.check == "base"]
     assert missing.level is Level.BAD and missing.text.endswith("no does not exist") and "--base" in missing.hint
+
+
+def test_a_head_that_cannot_go_on_is_bad_and_the_rest_is_looked_at(home: Home) -> None:
+    """Its method is not installed any more, or has other parameters by now; a base that is gone is said once."""
+    for change in ("method = 'gone'", "method = 'confluence', params = '{\"tol\": 0.1}'"):
+        with sqlite3.connect(home.registry) as raw:
+            raw.execute(f"UPDATE heads SET {change}")
+        raw.close()
+        found = levels(examine(home.root))
+        assert found["states"] is Level.BAD and {"free space", "clock", "torch"} <= found.keys()
+    (home.base / "model.safetensors").unlink()
+    found = levels(examine(home.root))
+    assert found["base"] is Level.BAD and "states" not in found
 
 
 def test_what_is_damaged_is_bad(home: Home) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from daemon.disk import durable
+from daemon.home.presets import DEFAULT_METHOD
 from daemon.layout import Home
-from registry.records import Deed, NewIntervention, Status
+from registry.records import Deed, NewIntervention, RelativeTo, Status
 from registry.store import Store
 from tests.daemon.homes import assert_close, drain, experts, latest, lineage, live, make_home, put, quick, tree
 from tests.daemon.processes import forked, rebuild
@@ -64,6 +65,23 @@ def test_a_new_home_with_other_heads_and_without_an_expert(
     put(target, shutil.copytree(model[1][1], tmp_path / "b"))
     drain(target)
     assert_close(latest(target), soup(model, [0, 1, 2, 3]))
+
+
+def test_a_new_home_keeps_the_method_of_main_where_none_is_named(merged: Home, tmp_path: Path) -> None:
+    """With another head, or with another parameter of it: the default is for new homes."""
+    with lineage(merged) as reader:
+        ours = next(head for head in reader.heads() if head.name == "main")
+    assert ours.method != DEFAULT_METHOD
+    rebuild(merged, "--into", tmp_path / "more", "--head", "init=latest")
+    rebuild(merged, "--into", tmp_path / "set", "--set", "relative_to=trained_from")
+    for place, relative in (("more", RelativeTo.BASE), ("set", RelativeTo.TRAINED_FROM)):
+        with lineage(Home(tmp_path / place)) as reader:
+            main, *others = reader.heads()
+        assert (main.method, main.params, main.relative_to) == (ours.method, ours.params, relative)
+        assert [head.name for head in others] == (["init"] if place == "more" else [])
+    rebuild(Home(tmp_path / "set"), "--into", tmp_path / "third", "--head", "init=latest")
+    with lineage(Home(tmp_path / "third")) as reader:
+        assert [head.relative_to for head in reader.heads()] == [RelativeTo.TRAINED_FROM, RelativeTo.BASE]
 
 
 def test_what_is_blocked_stays_out_of_a_new_home_and_what_is_rolled_back_is_live_there(
