@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench.quality import places, vision
 from bench.quality.cache import make_all, make_once, note, save
-from bench.quality.experts import half_of, score_of, train_half
+from bench.quality.experts import half_of, light_of, score_of, train_half, train_light
 from bench.quality.folding import Stream
 from bench.quality.lora import encoder_adapter, reader_adapter
 from bench.quality.scoring import Scorer
@@ -21,7 +21,7 @@ from bench.quality.training import Course
 from projector.methods import make
 
 LEAST_GAIN = 0.03  # what an expert must win over the base in its own task, to be one
-ADAPTED = 8  # encoders with LoRA
+FEWER = 8  # encoders with LoRA, or that were trained less
 STREAM = 16  # experts of the main stream; the tasks of the others are held out
 
 Weights = Mapping[str, Tensor]
@@ -115,10 +115,20 @@ def halves(cache: Path, texts: int, *, ready: bool = False) -> Family:
     return replace(found, name="halves", experts=wanted, tasks={f"{name}-{half}": name for name, half in pairs})
 
 
+def light(cache: Path, texts: int, *, ready: bool = False) -> Family:
+    """Sentence encoders that were trained less. ready: FileNotFoundError where one is missing."""
+    found = encoders(cache, texts)
+    paths = {task: light_of(task, cache) for task in list(found.experts)[:FEWER]}
+    if ready:
+        _check_there(paths)
+    make_all({path: partial(train_light, task, cache) for task, path in paths.items()})
+    return replace(found, name="light", experts=paths)
+
+
 def encoder_adapters(cache: Path, texts: int, *, ready: bool = False) -> Family:
     """LoRA experts of the sentence encoders."""
     found = encoders(cache, texts)
-    tasks = list(found.experts)[:ADAPTED]
+    tasks = list(found.experts)[:FEWER]
     folder = cache / "lora"
     if ready:
         _check_there({task: folder / task for task in tasks})

@@ -11,6 +11,7 @@ BLOCKS = {
     "readers": "digit readers, every method",
     "encoders": "sentence encoders, every method, one order",
     "encoder_orders": "sentence encoders, five orders",
+    "light": "sentence encoders, trained lightly",
     "adapters": "LoRA experts, digit readers",
     "encoder_adapters": "LoRA experts, sentence encoders",
     "halves": "32 sentence encoders, two for each task",
@@ -37,6 +38,7 @@ def findings(results: Part) -> list[str]:
     found = [
         *_best(results, "readers", "digit readers"),
         *_best(results, "encoders", "sentence encoders"),
+        *_best(results, "light", "sentence encoders, trained lightly"),
         *_best(results, "adapters", "digit readers with LoRA"),
         *_best(results, "encoder_adapters", "sentence encoders with LoRA"),
         *_orders(results),

@@ -16,7 +16,7 @@ import torch
 from bench.quality import blocks, vision
 from bench.quality.blocks import Maker
 from bench.quality.experts import make_experts
-from bench.quality.family import Family, adapters, demo, encoder_adapters, encoders, halves, readers
+from bench.quality.family import Family, adapters, demo, encoder_adapters, encoders, halves, light, readers
 from bench.quality.learning import Course
 
 TEXTS = 150  # of each encoder's task
@@ -44,6 +44,7 @@ def blocks_over(cache: Path, maker: Maker) -> Mapping[str, Callable[[], Any]]:
         "encoder_adapters": lambda: blocks.streams(
             encoder_adapters(cache, TEXTS, ready=maker.ready), maker, orders=1, whole=False
         ),
+        "light": lambda: blocks.streams(light(cache, TEXTS, ready=maker.ready), maker, orders=1, whole=False),
         "growth": lambda: blocks.growth(reader(vision.TASKS), maker),
         "adapters": lambda: blocks.streams(adapters(cache, ready=maker.ready), maker, orders=3),
         "sensitivity": lambda: blocks.sensitivity(reader(), maker),
