@@ -14,6 +14,7 @@ from daemon.cli.common import HomeOption, complain, named_home, settings_of
 from daemon.errors import BadConfig
 from daemon.home.presets import DEFAULT_METHOD, LEANER, PRESETS, RELATIVE, growing
 from daemon.layout import Home, is_head_name
+from projector.errors import BadParameter
 from projector.text import shown, size
 
 if TYPE_CHECKING:
@@ -164,7 +165,12 @@ def heads_chosen(preset: str | None, method: str | None, heads: Sequence[str], s
     planned = dict(PRESETS[preset].heads) if preset else {}
     given = {**({"main": method} if method else {}), **heads_of(heads)}
     planned = {"main": (DEFAULT_METHOD, {}), **planned, **{name: (named, {}) for name, named in given.items()}}
-    return chosen(planned, settings)
+    try:
+        return chosen(planned, settings)
+    except BadParameter as error:
+        if not preset and not method:
+            error.hint += f"; main merges by {DEFAULT_METHOD} where no --method is named"
+        raise
 
 
 def chosen(heads: Mapping[str, tuple[str, Mapping[str, Any]]], settings: Sequence[str]) -> Chosen:

@@ -19,7 +19,6 @@ from daemon.home.presets import RELATIVE
 from daemon.layout import Home
 from daemon.notation import called
 from projector.text import listed
-from registry.reader import Reader
 from registry.records import Deed, NewIntervention
 
 if TYPE_CHECKING:
@@ -200,6 +199,8 @@ def _heads(home: Home, method: str | None, heads: Sequence[str], settings: Seque
     """The heads of a new home, main as in this one where no method is named; None, which stands for those of this one,
     where nothing is said of them.
     """
+    from registry.reader import Reader
+
     if method is not None:
         return heads_chosen(None, method, heads, settings)
     if not heads and not settings:

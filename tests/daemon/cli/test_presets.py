@@ -20,6 +20,7 @@ from daemon.home.presets import PRESETS
 from daemon.layout import Home
 from daemon.reports.sizing import sizing
 from projector.driver.steps import state_specs
+from projector.errors import BadParameter
 from projector.methods import make
 from projector.text import size
 from tests.daemon.homes import lineage
@@ -59,6 +60,10 @@ def test_what_is_given_goes_before_the_preset() -> None:
     assert heads_chosen("offline", None, ["init=latest"], []).methods["init"] == make("latest")
     with pytest.raises(BadConfig, match="expected KEY=VALUE"):
         heads_chosen("opcm", None, [], ["init.weight=0.2"])
+    with pytest.raises(BadParameter, match="confluence has no parameter 'alpha'") as unnamed:
+        heads_chosen(None, None, [], ["alpha=0.4"])
+    assert unnamed.value.hint.endswith("; main merges by confluence where no --method is named")
+    assert heads_chosen(None, "opcm", [], ["alpha=0.4"]).methods == {"main": make("opcm", {"alpha": 0.4})}
     with pytest.raises(BadConfig, match="relative_to cannot be 'latest'") as refused:
         heads_chosen("opcm", None, [], ["relative_to=latest"])
     assert refused.value.hint == "allowed: base, trained_from"
