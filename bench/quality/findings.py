@@ -43,6 +43,8 @@ def findings(results: Part) -> list[str]:
         *_best(results, "encoder_adapters", "sentence encoders with LoRA"),
         *_orders(results),
         *_composed(results),
+        *_unlearned(results, "encoders", "sentence encoders"),
+        *_unlearned(results, "light", "sentence encoders, trained lightly"),
         *_scaled(results, "sensitivity", "readers", "digit readers"),
         *_scaled(results, "encoder_sensitivity", "encoders", "sentence encoders"),
         *_costly(results),
@@ -110,6 +112,17 @@ def _composed(results: Part) -> list[str]:
         f"the best is `{label}` with {spread(best)}, {points(best['mean'] - base)} against the base: experts of other "
         "combinations add up to skills that none of them has."
     ]
+
+
+def _unlearned(results: Part, name: str, title: str) -> list[str]:
+    part = results.get(name)
+    if not part or len(part["methods"]) < LEAST or part["base"]["held_out"] is None:
+        return []
+    rows = {label: row for label, row in part["methods"].items() if label not in NO_MERGE}
+    learned, kept = (max(rows, key=lambda label: rows[label][what]["mean"]) for what in ("acc", "held_out"))
+    told = ", ".join(f"`{label}` {spread(rows[label]['held_out'])}" for label in dict.fromkeys((kept, learned, "opcm")))
+    base = percent(part["base"]["held_out"])
+    return [f"**What nobody trained**, {title}: in tasks held out the base has {base}; {told}."]
 
 
 def _scaled(results: Part, name: str, streams: str, title: str) -> list[str]:
