@@ -120,7 +120,8 @@ def _unlearned(results: Part, name: str, title: str) -> list[str]:
         return []
     rows = {label: row for label, row in part["methods"].items() if label not in NO_MERGE}
     learned, kept = (max(rows, key=lambda label: rows[label][what]["mean"]) for what in ("acc", "held_out"))
-    told = ", ".join(f"`{label}` {spread(rows[label]['held_out'])}" for label in dict.fromkeys((kept, learned, "opcm")))
+    some = [label for label in dict.fromkeys((kept, learned, "opcm")) if label in rows]
+    told = ", ".join(f"`{label}` {spread(rows[label]['held_out'])}" for label in some)
     base = percent(part["base"]["held_out"])
     return [f"**What nobody trained**, {title}: in tasks held out the base has {base}; {told}."]
 
