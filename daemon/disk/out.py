@@ -22,10 +22,15 @@ def new_out(out: Path, files: Collection[str]) -> Path:
     if out.suffix in files:
         raise BadConfig(f"{out.name} would be a folder", f"call it {quote(str(out.with_suffix('')))}")
     if not out.parent.is_dir():
-        if wrong := next((one for one in reversed(out.parents) if os.path.lexists(one) and not one.is_dir()), None):
+        if wrong := in_the_way(out.parent):
             raise BadConfig(f"{wrong} is no folder: nothing can be made in it", "name a place in one")
         raise BadConfig(f"the folder {out.parent} does not exist", f"make it first: mkdir -p {quote(str(out.parent))}")
     return out
+
+
+def in_the_way(folder: Path) -> Path | None:
+    """What is there instead of a folder, at this path or above it, so that none can be made."""
+    return next((one for one in (folder, *folder.parents) if os.path.lexists(one) and not one.is_dir()), None)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from daemon.checkpoints.weight_names import WEIGHTS
 from daemon.compute.resources import check_budget
 from daemon.config import Compute
 from daemon.disk import durable
+from daemon.disk.out import in_the_way
 from daemon.errors import BadHome, DaemonError
 from daemon.layout import CARD, MANIFEST, Home
 from daemon.manifest import FileEntry, manifest
@@ -128,8 +129,7 @@ def floating_dtypes(base: OpenCheckpoint) -> str:
 
 def check_place(home: Home) -> None:
     """Raises BadHome where something else than a folder is in the way of a new home."""
-    places = (home.root, *home.root.parents)
-    if wrong := next((path for path in places if os.path.lexists(path) and not path.is_dir()), None):
+    if wrong := in_the_way(home.root):
         raise BadHome(f"{wrong} is no folder: no home can be made there", "choose a new or empty folder")
 
 

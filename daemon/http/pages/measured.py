@@ -75,8 +75,8 @@ def measured(reader: Reader, heads: Sequence[Head]) -> Measured:
     ]
     tasks = list(scores)[:TASKS]
     by_task = {task: dict(scores[task]) for task in tasks}
-    of_method = {"lambda": dict(lambdas[first.name]), "overlap": dict(overlaps.get(first.name, ()))}
-    of_method = {name: found for name, found in of_method.items() if any(value is not None for value in found.values())}
+    reported = {"lambda": dict(lambdas[first.name]), "overlap": dict(overlaps.get(first.name, ()))}
+    of_method = {name: found for name, found in reported.items() if any(value is not None for value in found.values())}
     rows = [
         [
             called(first.name, one.number),
